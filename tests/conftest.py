@@ -1,0 +1,41 @@
+"""Strict types everywhere, and where the shared data lies."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Compiling is most of the time of these tests; the numbers do not depend on it.
+jax.config.update("jax_disable_most_optimizations", True)
+
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of goldens and data beside the project."""
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the shared data at {SHARED}")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def random_vit(shared):
+    """(module, params, arrays): the small random ViT of the goldens and the reference's results on it."""
+    from tokentm_jax.architectures import build
+    from tokentm_jax.checkpoint import read_checkpoint
+
+    module = build(json.loads((shared / "goldens/random_vit_a.json").read_text()))
+    arrays = dict(np.load(shared / "goldens/random_vit_a.npz"))
+    return module, read_checkpoint(module, shared / "goldens/random_vit_a.safetensors"), arrays
+
+
+@pytest.fixture(scope="session")
+def deit(shared):
+    """The real DeiT-tiny."""
+    import tokentm_jax as tm
+
+    return tm.load("deit_tiny_patch16_224", shared / "data/deit_tiny_patch16_224.safetensors")

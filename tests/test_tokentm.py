@@ -1,0 +1,152 @@
+"""The equations of TokenTM against a slow loop written from the definitions."""
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from tokentm_jax.interface import explain_fn
+from tokentm_jax.tokentm import (
+    Blocks,
+    TokenTM,
+    contributions,
+    cosine,
+    necc,
+    token_length,
+    transformation_weights,
+)
+from tokentm_jax.trace import capture
+
+L, H, N, D = 3, 2, 5, 4
+
+OPTIONS = [
+    {},
+    {"length": False},
+    {"direction": "cosine"},
+    {"direction": "none"},
+    {"initialise": False},
+    {"ffn": False},
+    {"attention": "plain"},
+    {"original": "normalised"},
+    {"first_block": 1},
+    {"first_block": 1, "end_block": 2},
+    {"length": False, "direction": "none", "initialise": False, "ffn": False},
+]
+
+
+def random_blocks(seed=0, batch=()):
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return rng.normal(size=(*batch, L, *shape)).astype(np.float32)
+
+    attention = np.exp(normal(H, N, N))
+    blocks = {
+        "attention": attention / attention.sum(-1, keepdims=True),
+        "attention_grad": normal(H, N, N),
+        **{name: normal(N, D) for name in Blocks._fields[2:]},
+    }
+    return blocks, blocks["tokens"][..., 0, :, :]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_full_map_and_row_equal_the_slow_loop(options):
+    arrays, embedded = random_blocks()
+    expected = oracle.full_map(arrays, embedded, **options)
+    blocks = Blocks(**jax.tree.map(jnp.asarray, arrays))
+    full = contributions(blocks, jnp.asarray(embedded), jnp.eye(N), TokenTM(**options))
+    np.testing.assert_allclose(full, expected, rtol=2e-5, atol=2e-6)
+    row = np.random.default_rng(1).dirichlet(np.ones(N)).astype(np.float32)
+    got = contributions(blocks, jnp.asarray(embedded), jnp.asarray(row), TokenTM(**options))
+    np.testing.assert_allclose(got, row @ expected, rtol=2e-5, atol=2e-6)
+
+
+def test_hand_computed_weights():
+    x = jnp.array([[3.0, 4.0], [1.0, 0.0], [0.0, 0.0]])
+    y = jnp.array([[6.0, 8.0], [0.0, 2.0], [1.0, 1.0]])
+    np.testing.assert_allclose(token_length(x), [5, 1, 0])
+    np.testing.assert_allclose(cosine(x, y), [1, 0, 0], atol=1e-7)
+    mean = (np.e + 1 + 1) / 3
+    np.testing.assert_allclose(necc(x, y), [np.e / mean, 1 / mean, 1 / mean], rtol=1e-6)
+    np.testing.assert_allclose(transformation_weights(x, y), [2 * np.e / mean, 2 / mean, 0], rtol=1e-6)
+
+
+def test_jit_and_vmap():
+    arrays, embedded = random_blocks(batch=(2,))
+    blocks, embedded = Blocks(**jax.tree.map(jnp.asarray, arrays)), jnp.asarray(embedded)
+    row = jnp.full((N,), 1 / N)
+    batched = jax.jit(jax.vmap(contributions, in_axes=(0, 0, None)))(blocks, embedded, row)
+    for b in range(2):
+        one = contributions(jax.tree.map(lambda a, b=b: a[b], blocks), embedded[b], row)
+        np.testing.assert_allclose(batched[b], one, rtol=1e-6)
+
+
+def test_gradient_agrees_with_finite_differences():
+    with jax.enable_x64(True):
+        arrays, _ = random_blocks()
+        blocks = Blocks(**jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), arrays))
+        row = jnp.full((N,), 1 / N)
+
+        @jax.jit
+        def total(tokens):
+            return contributions(blocks._replace(tokens=tokens), tokens[0], row).sum()
+
+        gradient = jax.jit(jax.grad(total))(blocks.tokens)
+        direction = jnp.asarray(np.random.default_rng(2).normal(size=gradient.shape))
+        step = 1e-6
+        up, down = total(blocks.tokens + step * direction), total(blocks.tokens - step * direction)
+        np.testing.assert_allclose((gradient * direction).sum(), (up - down) / (2 * step), rtol=1e-6)
+
+
+def test_zero_tokens_stay_finite_and_differentiable():
+    arrays, _ = random_blocks()
+    arrays = {k: v if k.startswith("attention") and "branch" not in k else 0 * v for k, v in arrays.items()}
+    blocks = Blocks(**jax.tree.map(jnp.asarray, arrays))
+
+    def total(tokens):
+        return contributions(blocks._replace(tokens=tokens), tokens[0], jnp.eye(N)).sum()
+
+    assert total(blocks.tokens) == 0
+    assert np.isfinite(jax.grad(total)(blocks.tokens)).all()
+
+
+def test_the_row_form_builds_no_product_of_maps():
+    """No [N, N] x [N, N] product anywhere in the program of the row form."""
+    arrays, embedded = random_blocks()
+    blocks = Blocks(**jax.tree.map(jnp.asarray, arrays))
+    program = jax.make_jaxpr(contributions)(blocks, jnp.asarray(embedded), jnp.ones(N) / N)
+
+    def products(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                yield equation.outvars[0].aval.shape
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
+                yield from products(inner)
+
+    shapes = list(products(program.jaxpr))
+    assert shapes and all(shape == (N,) for shape in shapes)
+
+
+@pytest.mark.parametrize("bad", [{"direction": "up"}, {"attention": "none"}, {"original": "ln"}])
+def test_unknown_choices_are_refused(bad):
+    with pytest.raises(ValueError, match="must be one of"):
+        TokenTM(**bad)
+
+
+def test_deit_tiny_equals_the_slow_loop(deit, shared):
+    """On the real model: full map and heatmap of one photo against the float64 loop over the captured arrays."""
+    arrays = np.load(shared / "goldens/deit_tiny.npz")
+    inputs = deit.preprocessing.normalise(jnp.asarray(arrays["pixels"][:1], jnp.float32) / 255)
+    target = jnp.asarray(arrays["target"][:1], jnp.int32)
+
+    @jax.jit
+    def run(params):
+        trace = capture(deit.module, params, inputs, target)
+        return trace.blocks(), trace.tokens[0, 0], explain_fn(deit.module)(params, inputs, target)
+
+    blocks, embedded, heatmap = run(deit.params)
+    sample = {name: np.asarray(a)[:, 0] for name, a in blocks._asdict().items()}
+    expected = oracle.full_map(sample, embedded)
+    np.testing.assert_allclose(heatmap[0].ravel(), expected[0, 1:], rtol=1e-4, atol=1e-6 * expected[0].max())
