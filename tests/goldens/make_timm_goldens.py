@@ -1,0 +1,137 @@
+"""Make the files of this folder with timm, the reference for what a model computes.
+
+    python tests/goldens/make_timm_goldens.py    (torch 2.13.0, timm 1.0.31; the project itself is not needed)
+
+architectures.json    per table name: parameter count with 1000 classes, and [height, crop_pct, interpolation, mean,
+                      std] of every set of weights that timm knows under it (by tag)
+KIND.safetensors      random weights of a tiny model of each kind
+google.npz            random weights in the layout of Google's ViT releases
+timm_logits.npz       KIND/images [2, H, W, 3] normalised, KIND/logits [2, 5]; KIND@HxW: the same weights at
+                      another resolution, positions resampled by timm
+"""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+# timm imports torchvision, whose compiled operators are missing in an installation for the CPU only.
+library = torch.library.Library("torchvision", "DEF")
+library.define("nms(Tensor a, Tensor b, float c) -> Tensor")
+library.define("qnms(Tensor a, Tensor b, float c) -> Tensor")
+
+import timm  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from timm.models import deit, vision_transformer  # noqa: E402
+
+HERE = Path(__file__).parent
+TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
+KINDS = {
+    "plain": {},
+    "distilled": {"distilled": True},
+    "registers": {"reg_tokens": 2, "no_embed_class": True, "init_values": 0.1},
+    "pooled": {"global_pool": "avg", "class_token": False, "qkv_bias": False, "mlp_ratio": 2.5},
+    "pooled_prefix": {"global_pool": "avg", "fc_norm": False, "reg_tokens": 1, "init_values": 0.1},
+    "pre_norm": {"pre_norm": True, "norm_eps": 1e-5, "activation": "quick_gelu"},
+}
+RESIZED = {"plain": [(24, 16), (8, 12)], "distilled": [(20, 28)], "registers": [(8, 16)]}
+
+
+def make(options: dict) -> torch.nn.Module:
+    """timm's model for our options."""
+    options = {**TINY, **options}
+    kind = deit.VisionTransformerDistilled if options.pop("distilled", False) else vision_transformer.VisionTransformer
+    if "norm_eps" in options:
+        options["norm_layer"] = partial(torch.nn.LayerNorm, eps=options.pop("norm_eps"))
+    if "activation" in options:
+        options["act_layer"] = options.pop("activation")
+    return kind(**options).eval()
+
+
+def randomise(model: torch.nn.Module, generator: torch.Generator) -> None:
+    """No parameter may be at a value (0, 1) that hides a mistake."""
+    for name, parameter in model.named_parameters():
+        centre = 1.0 if name.endswith("norm1.weight") or name.endswith("norm2.weight") or "gamma" in name else 0.0
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data = centre + (0.2 if parameter.ndim > 1 else 0.3) * noise
+
+
+def google_layout(weights: dict[str, np.ndarray], heads: int) -> dict[str, np.ndarray]:
+    """timm's names -> those of Google's releases (by hand, as an inverse of what readers do)."""
+    out = {
+        "embedding/kernel": weights["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
+        "embedding/bias": weights["patch_embed.proj.bias"],
+        "cls": weights["cls_token"],
+        "Transformer/posembed_input/pos_embedding": weights["pos_embed"],
+        "Transformer/encoder_norm/scale": weights["norm.weight"],
+        "Transformer/encoder_norm/bias": weights["norm.bias"],
+        "head/kernel": weights["head.weight"].T,
+        "head/bias": weights["head.bias"],
+    }
+    d = weights["cls_token"].shape[-1]
+    for i in range(TINY["depth"]):
+        block, ours = f"Transformer/encoderblock_{i}", f"blocks.{i}"
+        for theirs, norm in (("LayerNorm_0", "norm1"), ("LayerNorm_2", "norm2")):
+            out[f"{block}/{theirs}/scale"] = weights[f"{ours}.{norm}.weight"]
+            out[f"{block}/{theirs}/bias"] = weights[f"{ours}.{norm}.bias"]
+        attention = f"{block}/MultiHeadDotProductAttention_1"
+        for j, part in enumerate(("query", "key", "value")):
+            rows = slice(j * d, (j + 1) * d)
+            out[f"{attention}/{part}/kernel"] = weights[f"{ours}.attn.qkv.weight"][rows].T.reshape(d, heads, -1)
+            out[f"{attention}/{part}/bias"] = weights[f"{ours}.attn.qkv.bias"][rows].reshape(heads, -1)
+        out[f"{attention}/out/kernel"] = weights[f"{ours}.attn.proj.weight"].T.reshape(heads, -1, d)
+        out[f"{attention}/out/bias"] = weights[f"{ours}.attn.proj.bias"]
+        for j in (0, 1):
+            out[f"{block}/MlpBlock_3/Dense_{j}/kernel"] = weights[f"{ours}.mlp.fc{j + 1}.weight"].T
+            out[f"{block}/MlpBlock_3/Dense_{j}/bias"] = weights[f"{ours}.mlp.fc{j + 1}.bias"]
+    return out
+
+
+@torch.no_grad()
+def main() -> None:
+    generator = torch.Generator().manual_seed(0)
+    results: dict[str, np.ndarray] = {}
+
+    def record(name: str, model: torch.nn.Module, size: tuple[int, int]) -> None:
+        images = torch.randn((2, 3, *size), generator=generator)
+        results[f"{name}/images"] = images.permute(0, 2, 3, 1).numpy()
+        results[f"{name}/logits"] = model(images).numpy()
+
+    for kind, options in KINDS.items():
+        model = make(options)
+        randomise(model, generator)
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, HERE / f"{kind}.safetensors")
+        record(kind, model, (16, 16))
+        for size in RESIZED.get(kind, []):
+            other = make({**options, "img_size": size})
+            other.load_state_dict(vision_transformer.checkpoint_filter_fn(dict(model.state_dict()), other))
+            record(f"{kind}@{size[0]}x{size[1]}", other, size)
+    model = make({})
+    randomise(model, generator)
+    weights = {k: v.numpy() for k, v in model.state_dict().items()}
+    np.savez(HERE / "google.npz", **google_layout(weights, TINY["num_heads"]))
+    other = make({})
+    other.load_pretrained(str(HERE / "google.npz"))  # timm's own reader says what the file means
+    record("google", other, (16, 16))
+    np.savez_compressed(HERE / "timm_logits.npz", **results)
+    (HERE / "kinds.json").write_text(json.dumps({k: {**TINY, **v} for k, v in KINDS.items()}, indent=1) + "\n")
+
+    lines = []
+    for name in sys.argv[1:] or json.loads((HERE / "architectures.json").read_text()):
+        with torch.device("meta"):
+            model = timm.create_model(name, num_classes=1000)
+        count = sum(p.numel() for p in model.parameters())
+        module = deit if name.startswith("deit") else vision_transformer
+        tags = {
+            tag: [cfg.input_size[1], cfg.crop_pct, cfg.interpolation, list(cfg.mean), list(cfg.std)]
+            for tag, cfg in module.default_cfgs[name].cfgs.items()
+        }
+        lines.append(f"{json.dumps(name)}: {json.dumps({'parameters': count, 'tags': tags})}")
+    (HERE / "architectures.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    main()

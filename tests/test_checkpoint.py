@@ -1,0 +1,467 @@
+"""Weights read from every layout agree with timm; damaged and hostile files end in one sentence."""
+
+import json
+import os
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from tokentm_jax import checkpoint
+from tokentm_jax.architectures import build
+from tokentm_jax.checkpoint import (
+    download,
+    read_checkpoint,
+    read_description,
+    read_tensors,
+    save_trained,
+    to_params,
+    to_timm,
+    write_checkpoint,
+)
+from tokentm_jax.errors import InputError
+from tokentm_jax.preprocessing import HALF, Preprocessing
+from tokentm_jax.train import TrainConfig
+
+GOLDENS = Path(__file__).parent / "goldens"
+KINDS = json.loads((GOLDENS / "kinds.json").read_text())
+SMALL = Preprocessing((16, 16), 1.0, **HALF)
+
+
+@pytest.fixture(scope="module")
+def timm_logits():
+    return dict(np.load(GOLDENS / "timm_logits.npz"))
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """(module, params) of the plain tiny model."""
+    module = build(KINDS["plain"])
+    return module, read_checkpoint(module, GOLDENS / "plain.safetensors")
+
+
+def logits_of(module, params, images):
+    return np.asarray(jax.jit(module.apply)({"params": params}, images))
+
+
+def equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    return True
+
+
+# ---- agreement with timm -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [*KINDS, "plain@24x16", "plain@8x12", "distilled@20x28", "registers@8x16", "google"])
+def test_logits_are_timms(case, timm_logits):
+    kind, _, size = case.partition("@")
+    file = GOLDENS / ("google.npz" if kind == "google" else f"{kind}.safetensors")
+    img_size = tuple(map(int, size.split("x"))) if size else None
+    module = build(KINDS.get(kind, KINDS["plain"]), img_size=img_size)
+    logits = logits_of(module, read_checkpoint(module, file), timm_logits[f"{case}/images"])
+    expected = timm_logits[f"{case}/logits"]
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+def test_reference_logits(random_vit):
+    module, params, arrays = random_vit
+    np.testing.assert_allclose(logits_of(module, params, arrays["images"]), arrays["logits"], atol=1e-5)
+
+
+# ---- writing and reading back --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_timm_names_round_trip(kind):
+    module = build(KINDS[kind])
+    written = safetensors.numpy.load_file(GOLDENS / f"{kind}.safetensors")
+    ours = to_timm(read_checkpoint(module, GOLDENS / f"{kind}.safetensors"))
+    assert ours.keys() == written.keys()
+    assert equal(ours, written)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model"])
+def test_self_describing_round_trip(name, plain, tmp_path):
+    module, params = plain
+    for _ in range(2):  # the second time over the first
+        path = write_checkpoint(tmp_path / name, module, params, SMALL, list("abcde"), {"top_1": 0.5})
+    description = read_description(path)
+    assert description is not None
+    assert build(description["architecture"]) == module
+    assert Preprocessing.from_dict(description["preprocessing"]) == SMALL
+    assert (description["class_names"], description["top_1"]) == (list("abcde"), 0.5)
+    assert equal(read_checkpoint(module, path), params)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_orbax_folder_is_checked_against_the_model(plain, tmp_path):
+    path = write_checkpoint(tmp_path / "model", *plain, SMALL)
+    with pytest.raises(InputError, match=r"wrong shape: head\.bias \[5\] in place of \[6\], head\.weight"):
+        read_checkpoint(build(KINDS["plain"], num_classes=6), path)
+
+
+def test_description_states_the_grid(tmp_path):
+    """Positions of a 2 x 8 grid are 16 = 4 x 4: without the description they would be resampled from a square."""
+    module = build(KINDS["plain"], img_size=(8, 32))
+    params = to_params(module, read_tensors(GOLDENS / "plain.safetensors"), "plain", old_grid=(2, 8))
+    path = write_checkpoint(tmp_path / "wide.safetensors", module, params, Preprocessing((8, 32), **HALF))
+    assert equal(read_checkpoint(module, path), params)
+    other = read_checkpoint(build(KINDS["plain"], img_size=(32, 8)), path)
+    assert not np.array_equal(other["pos_embed"], params["pos_embed"])
+
+
+def test_failed_write_leaves_the_old_file(plain, tmp_path, monkeypatch):
+    path = write_checkpoint(tmp_path / "model.safetensors", *plain, SMALL)
+    before = path.read_bytes()
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_checkpoint(path, *plain, SMALL, list("abcde"))
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_write_refuses(plain, tmp_path):
+    with pytest.raises(InputError, match="3 class names for 5 classes"):
+        write_checkpoint(tmp_path / "model.safetensors", *plain, SMALL, list("abc"))
+    with pytest.raises(InputError, match=r"NAME\.safetensors"):
+        write_checkpoint(tmp_path / "model.pth", *plain, SMALL)
+    with pytest.raises(InputError, match="params does not fit"):
+        write_checkpoint(tmp_path / "model", build(KINDS["distilled"]), plain[1], SMALL)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/cat.jpg").write_bytes(b"cat")
+    with pytest.raises(InputError, match="not a checkpoint"):
+        write_checkpoint(tmp_path / "photos", *plain, SMALL)
+    assert (tmp_path / "photos/cat.jpg").exists()
+
+
+def test_save_trained(plain, tmp_path):
+    module, params = plain
+    config = TrainConfig("tiny", "train.zip", "data/test.zip", KINDS["plain"], epochs=1)
+    path = save_trained(config, module, params, tuple("abcde"), 0.25, tmp_path)
+    description = read_description(path)
+    assert description is not None
+    assert path.name == "tiny.safetensors"
+    assert (description["top_1"], description["test_data"], description["name"]) == (0.25, "test.zip", "tiny")
+    assert description["preprocessing"]["mean"] == list(config.mean)
+    assert description["preprocessing"]["crop_pct"] == 1.0
+
+
+def test_other_checkpoints_have_no_description():
+    assert read_description(GOLDENS / "plain.safetensors") is None
+    assert read_description(GOLDENS / "google.npz") is None
+
+
+# ---- other layouts --------------------------------------------------------------------------------------------------
+
+
+def save(path, tensors):
+    safetensors.numpy.save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, path)
+    return path
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_other_float_types(dtype, plain, tmp_path):
+    module, params = plain
+    if dtype is ml_dtypes.bfloat16:  # written by hand: older safetensors cannot write it from numpy
+        header, data = {}, b""
+        for name, tensor in to_timm(params).items():
+            raw = tensor.astype(dtype).tobytes()
+            header[name] = {
+                "dtype": "BF16", "shape": tensor.shape, "data_offsets": [len(data), len(data) + len(raw)]
+            }  # fmt: skip
+            data += raw
+        text = json.dumps(header).encode()
+        path = tmp_path / "model.safetensors"
+        path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    else:
+        path = save(tmp_path / "model.safetensors", {k: v.astype(dtype) for k, v in to_timm(params).items()})
+    read = read_checkpoint(module, path)
+    assert {leaf.dtype for leaf in jax.tree.leaves(read)} == {np.dtype(np.float32)}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-6), read, params)
+
+
+def test_names_of_older_releases(tmp_path, timm_logits):
+    """DeiT-3 named layer scale gamma_1, DINOv2 its registers register_tokens, with a position for the class token."""
+    tensors = safetensors.numpy.load_file(GOLDENS / "registers.safetensors")
+    old = {name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): t for name, t in tensors.items()}
+    old["register_tokens"] = old.pop("reg_token")
+    position = np.full((1, 1, 24), 0.5, np.float32)
+    old["cls_token"] = old["cls_token"] - position
+    old["pos_embed"] = np.concatenate([position, old["pos_embed"]], 1)
+    old["mask_token"] = np.zeros((1, 24), np.float32)
+    module = build(KINDS["registers"])
+    params = read_checkpoint(module, save(tmp_path / "old.safetensors", old))
+    logits = logits_of(module, params, timm_logits["registers/images"])
+    np.testing.assert_allclose(logits, timm_logits["registers/logits"], atol=1e-5)
+
+
+def test_reset_head(plain, tmp_path):
+    module, params = plain
+    body = read_checkpoint(build(KINDS["plain"], num_classes=77), GOLDENS / "plain.safetensors", reset_head=True)
+    assert equal(body, {name: value for name, value in params.items() if name != "head"})
+    headless = {name: t for name, t in to_timm(params).items() if not name.startswith("head.")}
+    assert "head" not in read_checkpoint(module, save(tmp_path / "body.safetensors", headless), reset_head=True)
+
+
+def test_everything_wrong_is_listed_once(plain, tmp_path):
+    tensors = to_timm(plain[1])
+    del tensors["cls_token"], tensors["blocks.0.norm1.weight"], tensors["blocks.1.norm1.weight"]
+    tensors["head.bias"] = tensors["head.bias"][:3]
+    tensors["norm.bias"] = tensors["norm.bias"].astype(np.int32)
+    tensors["rope"] = np.ones(2, np.float32)
+    with pytest.raises(InputError) as caught:
+        read_checkpoint(plain[0], save(tmp_path / "model.safetensors", tensors))
+    for words in (
+        "(missing: ",
+        "cls_token",
+        "blocks.*.norm1.weight (2 times)",
+        "head.bias [3] in place of [5]",
+        "norm.bias int32",
+        "unexpected: rope",
+        "model.safetensors does not fit",
+    ):
+        assert words in str(caught.value)
+
+
+def test_wrong_model_for_the_checkpoint():
+    with pytest.raises(InputError, match="missing: dist_token"):
+        read_checkpoint(build(KINDS["distilled"]), GOLDENS / "plain.safetensors")
+    with pytest.raises(InputError, match=r"blocks\.2\.attn"):
+        read_checkpoint(build({**KINDS["plain"], "depth": 3}), GOLDENS / "plain.safetensors")
+    with pytest.raises(InputError, match=r"wrong shape: patch_embed\.proj\.weight"):
+        read_checkpoint(build({**KINDS["plain"], "patch_size": 8}), GOLDENS / "plain.safetensors")
+    with pytest.raises(InputError, match="set fc_norm=False"):
+        read_checkpoint(build({**KINDS["plain"], "global_pool": "avg"}), GOLDENS / "plain.safetensors")
+
+
+def test_values_that_are_not_numbers(plain, tmp_path):
+    tensors = to_timm(plain[1])
+    tensors["head.bias"] = np.full(5, np.nan, np.float32)
+    with pytest.raises(InputError, match=r"'head\.bias' holds values that are not finite"):
+        read_checkpoint(plain[0], save(tmp_path / "model.safetensors", tensors))
+
+
+# ---- damaged and hostile files --------------------------------------------------------------------------------------
+
+
+class Malicious:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def header_only(length, text=b"{}"):
+    return struct.pack("<Q", length) + text
+
+
+def damaged_files():
+    whole = (GOLDENS / "plain.safetensors").read_bytes()
+    zipped = (GOLDENS / "google.npz").read_bytes()
+    overlap = json.dumps({"a": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 8]}}).encode()
+    float8 = json.dumps({"a": {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]}}).encode()
+    return {
+        "empty.safetensors": (b"", "is empty"),
+        "cut.safetensors": (whole[:-100], "damaged or incomplete"),
+        "cut_header.safetensors": (whole[:50], "damaged or incomplete"),
+        "five_bytes.safetensors": (whole[:5], "damaged or incomplete"),
+        "huge_header.safetensors": (header_only(2**62), "damaged or incomplete"),
+        "long_header.safetensors": (header_only(90_000_000), "damaged or incomplete"),
+        "lying_shape.safetensors": (header_only(len(overlap), overlap) + b"12345678", "damaged or incomplete"),
+        "float8.safetensors": (header_only(len(float8), float8) + b"1", "damaged or incomplete|does not fit"),
+        "no_tensors.safetensors": (header_only(2), "does not fit"),
+        "page.safetensors": (b"<!DOCTYPE html><html>", "damaged or incomplete"),
+        "pointer.bin": (b"version https://git-lfs.github.com/spec/v1\n", "is not a checkpoint"),
+        "cut.npz": (zipped[: len(zipped) // 2], "damaged or incomplete"),
+        "flipped.npz": (zipped[:5000] + bytes(2000) + zipped[7000:], "damaged or incomplete|not a checkpoint"),
+        "photo.pth": (b"\xff\xd8\xff\xe0 JFIF", "is not a checkpoint"),
+    }
+
+
+@pytest.mark.parametrize("name", damaged_files())
+def test_damaged_file_is_named(name, plain, tmp_path):
+    content, words = damaged_files()[name]
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=words) as caught:
+        read_checkpoint(plain[0], path)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_and_wrong_folder(plain, tmp_path):
+    with pytest.raises(InputError, match="there is no checkpoint"):
+        read_checkpoint(plain[0], tmp_path / "none.safetensors")
+    with pytest.raises(InputError, match=r"without description\.json"):
+        read_checkpoint(plain[0], tmp_path)
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(InputError, match="not a regular file"):
+        read_checkpoint(plain[0], tmp_path / "pipe.safetensors")
+
+
+def test_damaged_orbax_folder(plain, tmp_path):
+    path = write_checkpoint(tmp_path / "model", *plain, SMALL)
+    for file in (path / "params").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    with pytest.raises(InputError, match="damaged or incomplete"):
+        read_checkpoint(plain[0], path)
+
+
+def test_npz_with_objects_runs_nothing(plain, tmp_path):
+    array = np.empty(1, object)
+    array[0] = Malicious(tmp_path / "ran")
+    np.savez(tmp_path / "model.npz", **{"embedding/kernel": array})
+    with pytest.raises(InputError, match="Python objects"):
+        read_checkpoint(plain[0], tmp_path / "model.npz")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_npz_bomb(plain, tmp_path):
+    np.savez_compressed(tmp_path / "model.npz", **{"embedding/kernel": np.zeros(10**7, np.int8)})
+    with pytest.raises(InputError, match="refused as unsafe"):
+        read_checkpoint(plain[0], tmp_path / "model.npz")
+
+
+def test_npz_of_something_else(plain, tmp_path):
+    np.savez(tmp_path / "data.npz", x=np.ones(3))
+    with pytest.raises(InputError, match="not a checkpoint"):
+        read_checkpoint(plain[0], tmp_path / "data.npz")
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        archive.writestr("cat.jpg", b"cat")
+    with pytest.raises(InputError, match="not a checkpoint"):
+        read_checkpoint(plain[0], tmp_path / "photos.zip")
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors", "npz"])
+def test_pickle_runs_nothing(suffix, plain, tmp_path):
+    """Neither with torch nor without it."""
+    path = tmp_path / f"model.{suffix}"
+    path.write_bytes(pickle.dumps({"head.bias": Malicious(tmp_path / "ran")}, protocol=2))
+    with pytest.raises(InputError, match=rf"model\.{suffix}"):
+        read_checkpoint(plain[0], path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("description", ["[", "[]", "{}", '{"architecture": {"depth": 1e9}, "preprocessing": {}}'])
+def test_bad_description_is_refused(description, plain, tmp_path):
+    path = tmp_path / "model.safetensors"
+    safetensors.numpy.save_file(to_timm(plain[1]), path, {checkpoint.METADATA: description})
+    with pytest.raises(InputError, match=r"model\.safetensors"):
+        read_description(path)
+
+
+# ---- PyTorch files --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrap", [lambda t: t, lambda t: {"model": t, "epoch": 3}, lambda t: {"state_dict": t}])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_torch_files(wrap, legacy, plain, tmp_path):
+    torch = pytest.importorskip("torch")
+    tensors = {f"module.{name}": torch.from_numpy(t) for name, t in to_timm(plain[1]).items()}
+    path = tmp_path / "model.pth"
+    torch.save(wrap(tensors), path, _use_new_zipfile_serialization=not legacy)
+    assert equal(read_checkpoint(plain[0], path), plain[1])
+    path.write_bytes(path.read_bytes()[:-3000])
+    with pytest.raises(InputError, match=r"model\.pth"):
+        read_checkpoint(plain[0], path)
+
+
+def test_malicious_torch_file_runs_nothing(plain, tmp_path):
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "model.pth"
+    torch.save({"model": Malicious(tmp_path / "ran")}, path)
+    with pytest.raises(InputError, match="refused as unsafe"):
+        read_checkpoint(plain[0], path)
+    assert not (tmp_path / "ran").exists()
+    torch.save([1, 2], path)
+    with pytest.raises(InputError, match="dictionary of tensors"):
+        read_checkpoint(plain[0], path)
+
+
+def test_without_torch_the_extra_is_named(plain, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    path = tmp_path / "model.pth"
+    path.write_bytes(b"\x80\x02")
+    with pytest.raises(InputError, match=r"tokentm_jax\[torch\]"):
+        read_checkpoint(plain[0], path)
+
+
+# ---- hub ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A stand-in for the hub: (folder that it serves, files asked for)."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    asked = []
+
+    def fetch(repository, file, revision=None):
+        asked.append((repository, file, revision))
+        if not (tmp_path / file).exists():
+            raise FileNotFoundError("404 not found")
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    return tmp_path, asked
+
+
+def card(**changes):
+    pretrained = {"tag": "fb_in1k", "input_size": [3, 224, 224], "crop_pct": 0.875, "mean": [0.1, 0.2, 0.3]}
+    return {"architecture": "deit_tiny_patch16_224", "num_classes": 3, "pretrained_cfg": pretrained, **changes}
+
+
+def test_download(hub):
+    folder, asked = hub
+    (folder / "config.json").write_text(json.dumps(card(label_names=["a", "b", "c"])))
+    (folder / "model.safetensors").write_bytes(b"weights")
+    path, config, preprocessing, names = download("hf-hub:timm/some_vit@abc")
+    assert asked == [("timm/some_vit", "config.json", "abc"), ("timm/some_vit", "model.safetensors", "abc")]
+    assert (path, names, build(config).num_classes) == (folder / "model.safetensors", ["a", "b", "c"], 3)
+    assert (preprocessing.crop_pct, preprocessing.mean) == (0.875, (0.1, 0.2, 0.3))
+    (folder / "config.json").write_text(json.dumps(card(model_args={"img_size": 64, "depth": 2})))
+    _, config, preprocessing, names = download("hf-hub:timm/some_vit")
+    assert (preprocessing.size, config["depth"], names) == ((64, 64), 2, None)
+
+
+def test_download_fails_with_a_sentence(hub):
+    folder, _ = hub
+    with pytest.raises(InputError, match=r"config\.json of hf-hub:timm/x could not be downloaded \(404"):
+        download("hf-hub:timm/x")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    for content, words in [
+        ("[]", "is not a timm model's"),
+        ("{", "is not a timm model's"),
+        (json.dumps(card(architecture="resnet50")), "unknown model 'resnet50'"),
+        (json.dumps(card(num_classes=0)), "num_classes"),
+        (json.dumps(card(pretrained_cfg={"input_size": 3})), "is not a timm model's"),
+        (json.dumps(card(pretrained_cfg={"std": [0, 0, 0]})), "'std'"),
+    ]:
+        (folder / "config.json").write_text(content)
+        with pytest.raises(InputError, match=words):
+            download("hf-hub:timm/x")
+
+
+def test_constant_positions_stay_constant():
+    """A constant grid of positions stays constant at every size, also at the borders."""
+    module = build(KINDS["plain"], img_size=(28, 12))
+    tensors = read_tensors(GOLDENS / "plain.safetensors")
+    tensors["pos_embed"] = np.full_like(tensors["pos_embed"], 0.25)
+    params = to_params(module, tensors, "tensors")
+    np.testing.assert_allclose(params["pos_embed"], np.full((1, 22, 24), 0.25), atol=1e-6)
+    assert jnp.asarray(params["pos_embed"]).dtype == jnp.float32
