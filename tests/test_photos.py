@@ -1,0 +1,214 @@
+"""Untrusted photos, and the crop that a model sees."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tokentm_jax.errors import InputError
+from tokentm_jax.photos import find_photos, fit, open_photo, read_photos, view
+from tokentm_jax.preprocessing import IMAGENET, Preprocessing
+
+SMALL = Preprocessing((8, 8), 1.0, "bilinear", **IMAGENET)
+
+
+def saved(path, image, **options):
+    image.save(path, **options)
+    return path
+
+
+def ramp(mode_dtype, top, shape=(4, 5)):
+    """Values from 0 to `top`."""
+    return np.linspace(0, top, shape[0] * shape[1]).reshape(shape).astype(mode_dtype)
+
+
+def png_header(width, height):
+    """A PNG that states a size and holds no pixels."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "gif", "tiff", "pgm", "webp", "jpg"])
+def test_grey_in_every_format(tmp_path, suffix):
+    grey = Image.fromarray(ramp(np.uint8, 255))
+    options = {"webp": {"lossless": True}, "jpg": {"quality": 100}}.get(suffix, {})
+    photo = open_photo(saved(tmp_path / f"a.{suffix}", grey, **options))
+    assert photo.mode == "RGB"
+    difference = np.asarray(photo).astype(int) - ramp(np.uint8, 255)[..., None]
+    assert np.abs(difference).max() <= (2 if suffix == "jpg" else 0)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tiff", "a.pgm"])
+def test_16_bits_are_scaled_and_not_clipped(tmp_path, name):
+    values = ramp(np.uint16, 65535)
+    photo = open_photo(saved(tmp_path / name, Image.fromarray(values)))
+    np.testing.assert_array_equal(np.asarray(photo)[..., 0], np.round(values / 257))
+
+
+@pytest.mark.parametrize(("dtype", "top"), [(np.int32, 65535), (np.float32, 1.0), (np.float32, 300.0)])
+def test_wide_tiff(tmp_path, dtype, top):
+    values = ramp(dtype, top)
+    photo = open_photo(saved(tmp_path / "a.tiff", Image.fromarray(values)))
+    np.testing.assert_allclose(np.asarray(photo)[..., 1], values / top * 255, atol=0.51)
+
+
+def test_transparency_is_put_on_white(tmp_path):
+    rgba = np.zeros((2, 2, 4), np.uint8)
+    rgba[..., 0] = 200
+    rgba[0, :, 3], rgba[1, 0, 3] = 255, 51
+    expected = [[[200, 0, 0]] * 2, [[244, 204, 204], [255, 255, 255]]]
+    photo = open_photo(saved(tmp_path / "rgba.png", Image.fromarray(rgba)))
+    np.testing.assert_array_equal(np.asarray(photo), expected)
+    grey = open_photo(saved(tmp_path / "la.png", Image.fromarray(rgba).convert("LA")))
+    assert np.asarray(grey)[1, 1].tolist() == [255] * 3
+    palette = Image.fromarray(np.array([[0, 1]], np.uint8), "L")
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    photo = open_photo(saved(tmp_path / "p.png", palette, transparency=1))
+    assert np.asarray(photo).tolist() == [[[10, 20, 30], [255, 255, 255]]]
+    keyed = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8))
+    photo = open_photo(saved(tmp_path / "key.png", keyed, transparency=(1, 2, 3)))
+    assert np.asarray(photo).tolist() == [[[255, 255, 255], [4, 5, 6]]]
+
+
+def test_cmyk_and_black_and_white(tmp_path):
+    cmyk = open_photo(saved(tmp_path / "c.tiff", Image.new("CMYK", (4, 4), (0, 255, 255, 0))))
+    assert np.asarray(cmyk)[0, 0].tolist() == [255, 0, 0]
+    black = open_photo(saved(tmp_path / "b.png", Image.new("1", (4, 4), 1)))
+    assert np.asarray(black)[0, 0].tolist() == [255, 255, 255]
+
+
+def test_first_frame_of_an_animation(tmp_path):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    path = saved(tmp_path / "a.gif", frames[0], save_all=True, append_images=frames[1:])
+    assert np.asarray(open_photo(path))[0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(tmp_path, orientation):
+    upright = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
+    stored = {  # what a camera held that way has written
+        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
+        5: upright.swapaxes(0, 1), 6: np.rot90(upright),
+        7: np.rot90(upright, 2).swapaxes(0, 1), 8: np.rot90(upright, -1),
+    }[orientation]  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(tmp_path / "a.png", Image.fromarray(np.ascontiguousarray(stored)), exif=exif)
+    np.testing.assert_array_equal(np.asarray(open_photo(path)), upright)
+
+
+def jpeg_bytes():
+    stream = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"hello, this is text", "not an image in a known format"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image in a known format"),
+        (b"%PDF-1.7\n", "not an image in a known format"),
+        (jpeg_bytes()[:600], "damaged"),
+        (jpeg_bytes()[:12], "damaged|not an image"),
+        (png_header(50_000, 50_000), "pixels"),
+        (png_header(12_000, 9_000), "12000 x 9000 pixels, more than 100,000,000"),
+        (png_header(90_000, 3), "too narrow"),
+        (png_header(20, 20), "damaged or truncated"),
+        (b"P6 99999999 99999999 255\n", "pixels"),
+    ],
+)
+def test_what_is_not_a_photo(tmp_path, content, message):
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message) as error:
+        open_photo(path)
+    assert "photo.jpg" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_folder_and_pipe(tmp_path):
+    import os
+
+    os.mkfifo(tmp_path / "pipe.png")
+    for path, message in [
+        (tmp_path / "missing.png", "does not exist"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "pipe.png", "not a regular file"),
+        ("nul\0.png", "cannot be read"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            open_photo(path)
+
+
+def test_every_truncation_is_an_input_error(tmp_path):
+    content, path = jpeg_bytes(), tmp_path / "a.jpg"
+    for length in range(1, len(content) - 200, 97):
+        path.write_bytes(content[:length])
+        with pytest.raises(InputError):
+            open_photo(path)
+
+
+def test_the_crop_is_the_references(shared):
+    """The goldens' pixels were made by a bicubic resize to 256 and a centre crop: exactly these."""
+    golden = np.load(shared / "goldens/deit_tiny.npz")
+    preprocessing = Preprocessing((224, 224), 0.875, "bicubic", **IMAGENET)
+    paths = [shared / "data/imagenet_sample" / str(name) for name in golden["name"]]
+    images = read_photos(paths, preprocessing)
+    assert images.dtype == np.float32
+    np.testing.assert_array_equal(np.round(images * 255), golden["pixels"])
+
+
+@pytest.mark.parametrize("size", [(8, 8), (8, 16), (24, 8)])
+@pytest.mark.parametrize("photo_size", [(31, 17), (17, 31), (8, 8), (3, 200)])
+def test_the_crop_is_centred_and_covered(size, photo_size):
+    """A linear ramp stays one under bilinear resizing: its value in the middle is that of the photo's middle."""
+    width, height = photo_size
+    x, y = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
+    photo = Image.fromarray((np.stack([x / width, y / height, x * 0 + 1], -1) * 255).round().astype(np.uint8))
+    preprocessing = Preprocessing(size, 0.8, "bilinear", **IMAGENET)
+    for picture in (fit(photo, preprocessing), view(photo, preprocessing, 96)):
+        assert (picture[..., 2] == 255).all()  # nothing beyond the photo's edge
+        # a crop is placed on whole pixels of the resized photo
+        assert np.abs(picture[..., :2].mean((0, 1)) - 127.5).max() < 13
+    assert fit(photo, preprocessing).shape == (*size, 3)
+
+
+def test_view_shows_the_same_part_sharply():
+    noise = np.random.default_rng(1).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    photo = Image.fromarray(noise).resize((1200, 900), Image.Resampling.BICUBIC)
+    preprocessing = Preprocessing((32, 32), 0.9, "bicubic", **IMAGENET)
+    large = view(photo, preprocessing, 448)
+    assert large.shape == (448, 448, 3)
+    small = np.asarray(Image.fromarray(large).resize((32, 32), Image.Resampling.BICUBIC))
+    seen = fit(photo, preprocessing)
+    assert np.corrcoef(small.ravel(), seen.ravel())[0, 1] > 0.97
+    assert large.std() > 1.5 * seen.std()  # detail that 32 pixels cannot show
+
+
+def test_find_photos(tmp_path):
+    for name in ("b.png", "a.JPG", "notes.txt", "c[1].png"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "empty").mkdir()
+
+    def names(*arguments):
+        return [path.name for path in find_photos(arguments)]
+
+    assert names(tmp_path) == ["a.JPG", "b.png", "c[1].png"]
+    assert names(tmp_path / "*.png", tmp_path / "b.png") == ["b.png", "c[1].png"]
+    assert names(tmp_path / "c[1].png") == ["c[1].png"]
+    assert names(tmp_path / "missing.png", tmp_path / "notes.txt") == ["missing.png", "notes.txt"]
+    for nothing in (tmp_path / "empty", tmp_path / "*.gif"):
+        with pytest.raises(InputError, match="no photos"):
+            find_photos([nothing])
+    with pytest.raises(InputError, match="no photos"):
+        find_photos([])
