@@ -1,0 +1,176 @@
+"""What every method owes on every kind of model. A new method adds one row to `METHODS` here."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tokentm_jax as tm
+from tokentm_jax.interface import explain_fn
+from tokentm_jax.methods import METHODS as TABLE
+from tokentm_jax.vit import ViT, init_params
+
+# method: options that keep it cheap here
+METHODS = {
+    "tokentm": {},
+    "gae": {},
+    "transformer_attribution": {},
+    "attcat": {},
+    "conservative_lrp": {},
+    "lrp": {},
+    "partial_lrp": {},
+    "rollout": {"discard_ratio": 0.2},
+    "raw_attention": {},
+    "grad_cam": {},
+    "grad_cam_tokens": {},
+    "attn_lrp": {},
+    "beyond_intuition": {"steps": 2},
+    "legrad": {},
+    "input_gradient": {},
+    "gradient_x_input": {},
+    "smooth_grad": {"samples": 2},
+    "integrated_gradients": {"steps": 2},
+    "combination": {"methods": "gae,grad_cam"},
+}
+BASE = {"img_size": (16, 24), "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
+KINDS = {  # all of them on images that are not square
+    "class_token": {"pre_norm": True},
+    "distilled": {"distilled": True, "init_values": 0.5},
+    "registers_average_pooled": {"reg_tokens": 2, "no_embed_class": True, "global_pool": "avg"},
+    "bfloat16": {"dtype": jnp.bfloat16},
+}
+TARGET = jnp.array([0, 3, 4], jnp.int32)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request):
+    module = ViT(**BASE, **KINDS[request.param])
+    params = jax.tree.map(lambda a: a * 8 if a.ndim > 2 else a, init_params(module, jax.random.key(0)))
+    images = np.random.default_rng(0).normal(size=(3, 16, 24, 3)).astype(np.float32)
+    return request.param, module, params, images
+
+
+def test_the_table_and_this_file_agree():
+    assert set(METHODS) == set(TABLE)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_contract(kind, method):
+    name, module, params, images = kind
+    compiled = jax.jit(explain_fn(module, method, **METHODS[method]))
+    maps = compiled(params, images, TARGET)
+    assert maps.dtype == jnp.float32
+    assert maps.shape == (3, *((16, 24) if TABLE[method].output == "pixel map" else module.grid))
+    assert np.isfinite(maps).all()
+    assert maps.min() < maps.max()
+
+    # Deterministic, and other companions in the batch, with other classes, change nothing for a sample.
+    np.testing.assert_array_equal(maps, compiled(params, images, TARGET))
+    others = np.stack([images[0], 5 * images[2], -3 * images[1]])
+    again = compiled(params, others, jnp.array([0, 1, 2], jnp.int32))
+    # bfloat16 products may be blocked in another way, with another rounding.
+    tolerance = {"rtol": 5e-2, "atol": 2e-2 * float(jnp.abs(maps[0]).max())} if name == "bfloat16" else {"rtol": 1e-4}
+    np.testing.assert_allclose(again[0], maps[0], **{"atol": 1e-6 * float(jnp.abs(maps[0]).max()), **tolerance})
+    # A class per sample: another class for sample 1 leaves the others, and other classes change the maps of a method
+    # that looks at the class (not each: a rectified map may be zero for both).
+    changed = compiled(params, images, jnp.array([0, 1, 4], jnp.int32))
+    np.testing.assert_array_equal(changed[::2], maps[::2])
+    other_classes = compiled(params, images, jnp.array([1, 0, 2], jnp.int32))
+    assert (np.abs(other_classes - maps).max() > 0) == TABLE[method].class_specific
+    assert compiled._cache_size() == 1
+
+
+@pytest.fixture(scope="module")
+def plain():
+    module = ViT(**BASE)
+    params = jax.tree.map(lambda a: a * 8 if a.ndim > 2 else a, init_params(module, jax.random.key(0)))
+    return module, params, np.random.default_rng(0).normal(size=(3, 16, 24, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_alone_and_without_jit(plain, method):
+    """A batch of one, not compiled as a whole, and with the class left to the prediction."""
+    module, params, images = plain
+    function = explain_fn(module, method, details=True, **METHODS[method])
+    maps, details = jax.jit(function)(params, images)
+    alone, own = function(params, images[1:2])
+    tolerance = {"rtol": 1e-4, "atol": 1e-5 * float(jnp.abs(maps[1]).max())}
+    np.testing.assert_allclose(alone[0], maps[1], **tolerance)
+    np.testing.assert_array_equal(details["target"], details["logits"].argmax(-1))
+    for key, value in own.items():
+        np.testing.assert_allclose(value[0], details[key][1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_differentiable_or_said_not_to_be(plain, method):
+    module, params, images = plain
+    if not TABLE[method].differentiable:
+        pytest.skip("said not to be")
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), params)
+        image = jnp.asarray(images[:1], jnp.float64)
+        target = jnp.array([3], jnp.int32)
+        function = explain_fn(module, method, **METHODS[method])
+        weights = jnp.asarray(np.random.default_rng(1).normal(size=(16, 24)))
+
+        def total(image):
+            maps = function(params, image, target)
+            return (maps * weights[: maps.shape[1], : maps.shape[2]]).sum()
+
+        direction = jnp.asarray(np.random.default_rng(2).normal(size=image.shape))
+        value, gradient = jax.jit(jax.value_and_grad(total))(image)
+        step = 1e-6
+        finite = [float(jax.jit(total)(image + s * step * direction)) for s in (1, -1)]
+        slope = (finite[0] - finite[1]) / (2 * step)
+        np.testing.assert_allclose((gradient * direction).sum(), slope, rtol=1e-4, atol=1e-7 * abs(float(value)))
+
+
+def test_constant_images_and_zero_weights_stay_finite(plain):
+    module, params, images = plain
+    for method in ("tokentm", "transformer_attribution", "attn_lrp"):
+        compiled = jax.jit(explain_fn(module, method))
+        assert np.isfinite(compiled(params, np.zeros_like(images), TARGET)).all()
+        assert np.isfinite(compiled(jax.tree.map(jnp.zeros_like, params), images, TARGET)).all()
+
+
+def test_options_are_checked(plain):
+    module, params, images = plain
+    for method, options, message in (
+        ("tokentn", {}, "did you mean 'tokentm'"),
+        ("tokentm", {"fnn": False}, "did you mean 'ffn'"),
+        ("tokentm", {"ffn": "no"}, "'ffn' of the method 'tokentm' must be a bool"),
+        ("tokentm", {"direction": "up"}, "direction must be one of"),
+        ("raw_attention", {"first_block": 1}, "unknown option"),
+        ("rollout", {"first_block": 2}, "'first_block' must be from 0 to 1"),
+        ("rollout", {"fusion": "sum"}, "mean, max or min"),
+        ("rollout", {"discard_ratio": 1.5}, r"in \[0, 1\)"),
+        ("lrp", {"stabiliser": "none"}, "'stabiliser' must be reference or signed"),
+        ("combination", {"methods": "gae,gea"}, "did you mean 'gae'"),
+    ):
+        with pytest.raises(tm.InputError, match=message):
+            explain_fn(module, method, **options)(params, images)
+
+
+def test_completeness_of_integrated_gradients(plain):
+    module, params, images = plain
+    gaps = []
+    for steps in (2, 64):
+        _, details = jax.jit(explain_fn(module, "integrated_gradients", details=True, steps=steps))(params, images)
+        gaps.append(np.abs(details["completeness_gap"]).max())
+    assert gaps[1] < 0.05 * gaps[0]
+
+
+def test_a_module_that_sows_nothing_is_refused():
+    import flax.linen as nn
+
+    class Silent(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3)(x.reshape(len(x), -1))
+
+    images = np.ones((1, 4, 4, 3), np.float32)
+    params = Silent().init(jax.random.key(0), images)["params"]
+    with pytest.raises(tm.InputError, match=r"(perturbs|sows) no 'tokens'"):
+        explain_fn(Silent(), "gae")(params, images)
+    maps = explain_fn(Silent(), "input_gradient")(params, images)  # needs no attention
+    assert maps.shape == (1, 4, 4)

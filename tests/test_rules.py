@@ -1,0 +1,209 @@
+"""Each relevance rule against a slow loop over the Jacobian or the definition, in float64; and conservation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tokentm_jax import primitives
+from tokentm_jax.interface import explain_fn
+from tokentm_jax.relevance import (
+    REFERENCE_EPSILON,
+    SIGNED_EPSILON,
+    attn_lrp,
+    conservative,
+    lrp,
+)
+from tokentm_jax.vit import ViT, init_params
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng([seed, *shape]).normal(size=shape)
+
+
+def quotient(stabiliser, r, z):
+    """sd(R, z) for the arrays of one sample, entry by entry."""
+    r, z = np.broadcast_arrays(r, z)
+    scale = np.sqrt(np.mean(z**2))
+    out = np.zeros(z.shape)
+    for i in np.ndindex(z.shape):
+        if z[i] != 0:
+            eps = REFERENCE_EPSILON if stabiliser == "reference" else SIGNED_EPSILON * scale * np.sign(z[i])
+            out[i] = r[i] / (z[i] + eps)
+    return out
+
+
+def backward(function, *arguments, r):
+    return jax.vjp(function, *(jnp.asarray(a) for a in arguments))[1](jnp.asarray(r))
+
+
+@pytest.mark.parametrize("stabiliser", ["reference", "signed"])
+@pytest.mark.parametrize("variant", ["ours", "lrp"])
+def test_linear(variant, stabiliser):
+    x, w, bias, r = normal(2, 3, 4), normal(4, 5), normal(5), normal(2, 3, 5, seed=1)
+    (got,) = backward(lambda x: lrp(variant, stabiliser).linear(x, jnp.asarray(w), jnp.asarray(bias)), x, r=r)
+    for b in range(2):
+        p = np.maximum(x[b], 0)[:, :, None] * np.maximum(w, 0)  # [token, input, output]
+        q = np.minimum(x[b], 0)[:, :, None] * np.minimum(w, 0)
+        if variant == "ours":
+            expected = ((p + q) * quotient(stabiliser, r[b], (p + q).sum(1))[:, None]).sum(-1)
+        else:
+            expected = (p * quotient(stabiliser, r[b], p.sum(1))[:, None]).sum(-1)
+            expected += (q * quotient(stabiliser, r[b], q.sum(1))[:, None]).sum(-1)
+        np.testing.assert_allclose(got[b], expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("stabiliser", ["reference", "signed"])
+def test_product(stabiliser):
+    x, y, r = normal(2, 3, 4), normal(2, 4, 5), normal(2, 3, 5, seed=1)
+    got_x, got_y = backward(lambda x, y: lrp("lrp", stabiliser).product("bik,bkj->bij", x, y), x, y, r=r)
+    for b in range(2):
+        s = quotient(stabiliser, r[b], x[b] @ y[b])
+        parts = x[b][:, :, None] * y[b][None] * s[:, None] / 2  # [i, k, j]
+        np.testing.assert_allclose(got_x[b], parts.sum(2), rtol=1e-9)
+        np.testing.assert_allclose(got_y[b], parts.sum(0), rtol=1e-9)
+
+
+@pytest.mark.parametrize("stabiliser", ["reference", "signed"])
+@pytest.mark.parametrize("variant", ["ours", "lrp"])
+def test_residual_sum(variant, stabiliser):
+    a, c, r = normal(2, 3, 4), normal(2, 3, 4, seed=1), normal(2, 3, 4, seed=2)
+    got_a, got_c = backward(lrp(variant, stabiliser).add, a, c, r=r)
+    for b in range(2):
+        s = quotient(stabiliser, r[b], a[b] + c[b])
+        to_a, to_c = a[b] * s, c[b] * s
+        if variant == "ours":
+            total = abs(to_a.sum()) + abs(to_c.sum())
+            wanted = [abs(t.sum()) / total * r[b].sum() for t in (to_a, to_c)]
+            to_a, to_c = (t * quotient(stabiliser, w, t.sum()) for t, w in zip((to_a, to_c), wanted, strict=True))
+        np.testing.assert_allclose(got_a[b], to_a, rtol=1e-9)
+        np.testing.assert_allclose(got_c[b], to_c, rtol=1e-9)
+
+
+def test_patch_embedding_z_b_rule():
+    x, w, r = normal(2, 3, 4), normal(4, 5), normal(2, 3, 5, seed=1)
+    (got,) = backward(lambda x: lrp("lrp", "signed").embed(x, jnp.asarray(w), None), x, r=r)
+    for b in range(2):
+        low, high = x[b].min(), x[b].max()
+        share = x[b][:, :, None] * w - low * np.maximum(w, 0) - high * np.minimum(w, 0)
+        expected = (share * (r[b] / (share.sum(1) + REFERENCE_EPSILON))[:, None]).sum(-1)
+        np.testing.assert_allclose(got[b], expected, rtol=1e-9)
+        np.testing.assert_allclose(got[b].sum(), r[b].sum(), rtol=1e-6)
+
+
+def test_identity_rules():
+    x, r = normal(2, 3, 4), normal(2, 3, 4, seed=1)
+    rules = lrp("ours", "signed")
+    ones, zeros = jnp.ones(4), jnp.zeros(4)
+    steps = (
+        (lambda x: rules.norm(x, ones, zeros, 1e-6), lambda x: primitives.norm(x, ones, zeros, 1e-6)),
+        (lambda x: rules.softmax(x, 0.5), lambda x: primitives.softmax(x, 0.5)),
+        (lambda x: rules.activation(x, "gelu"), lambda x: primitives.activation(x, "gelu")),
+    )
+    for ruled, plain in steps:
+        np.testing.assert_array_equal(backward(ruled, x, r=r)[0], r)
+        np.testing.assert_array_equal(ruled(jnp.asarray(x)), plain(jnp.asarray(x)))
+
+
+def jacobian_vector(function, x, g):
+    """`g` times the Jacobian by central differences, one coordinate at a time."""
+    out = np.zeros(x.shape)
+    for i in np.ndindex(x.shape):
+        step = np.zeros(x.shape)
+        step[i] = 1e-6
+        out[i] = np.sum(g * (function(x + step) - function(x - step))) / 2e-6
+    return out
+
+
+@pytest.mark.parametrize("rules", [conservative("identity"), attn_lrp()], ids=["conservative", "attn_lrp"])
+def test_gradient_rules_against_the_jacobian_with_constants_held(rules):
+    x, g, scale, bias = normal(1, 3, 4), normal(1, 3, 4, seed=1), normal(4), normal(4, seed=3)
+    deviation = np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    expected = jacobian_vector(lambda v: (v - v.mean(-1, keepdims=True)) / deviation * scale + bias, x, g)
+    (got,) = backward(lambda x: rules.norm(x, jnp.asarray(scale), jnp.asarray(bias), 1e-6), x, r=g)
+    np.testing.assert_allclose(got, expected, atol=1e-8)
+
+    gain = np.asarray(primitives.activation(jnp.asarray(x), "gelu")) / x
+    (got,) = backward(lambda x: rules.activation(x, "gelu"), x, r=g)
+    np.testing.assert_allclose(got, jacobian_vector(lambda v: v * gain, x, g), atol=1e-8)
+
+
+def test_softmax_and_product_of_attn_lrp():
+    """In relevances: `R_in = x * (R - s sum R)`, and the factors of a product share its relevance equally."""
+    rules, x, r = attn_lrp(), normal(1, 1, 2, 4), normal(1, 1, 2, 4, seed=1)
+    s = np.exp(x * 0.7) / np.exp(x * 0.7).sum(-1, keepdims=True)
+    (g,) = backward(lambda x: rules.softmax(x, 0.7), x, r=r / s)
+    expected = x * 0.7 * (r - s * r.sum(-1, keepdims=True))
+    np.testing.assert_allclose(x * g, expected, rtol=1e-9)
+
+    a, b = normal(2, 3, 4), normal(2, 4, 5)
+    z = a @ b
+    relevance = normal(2, 3, 5, seed=1)
+    to_a, to_b = backward(lambda a, b: rules.product("bik,bkj->bij", a, b), a, b, r=relevance / z)
+    for total in ((a * to_a).sum((1, 2)), (b * to_b).sum((1, 2))):
+        np.testing.assert_allclose(total, relevance.sum((1, 2)) / 2, rtol=1e-9)
+
+
+def without_biases(params):
+    return jax.tree_util.tree_map_with_path(
+        lambda path, a: jnp.zeros(a.shape) if path[-1].key == "bias" else jnp.asarray(a, jnp.float64), params
+    )
+
+
+@pytest.fixture(scope="module")
+def small():
+    module = ViT(img_size=(16, 16), patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=5)
+    params = jax.tree.map(lambda a: a * 10 if a.ndim > 1 else a, init_params(module, jax.random.key(0)))
+    return module, params
+
+
+def test_conservative_lrp_conserves_the_logit_without_biases(small):
+    """Theory: with attention, deviation and gains constant the model is linear; biases are what it loses to."""
+    module, params = small
+    inputs = jnp.asarray(normal(2, 16, 16, 3))
+    run = jax.jit(explain_fn(module, "conservative_lrp", details=True))
+    _, details = run(without_biases(params), inputs)
+    logit = details["logits"][jnp.arange(2), details["target"]]
+    np.testing.assert_allclose(details["relevance"], np.broadcast_to(logit[:, None], (2, 3)), rtol=1e-6)
+
+
+def test_attn_lrp_loses_only_what_softmax_absorbs(small):
+    """Per block: relevance out minus relevance in is `sum (R_A - R_scores)`, found from queries and keys by hand."""
+    module, params = small
+    params = without_biases(params)
+    inputs = jnp.asarray(normal(2, 16, 16, 3))
+    ruled = module.clone(primitives=attn_lrp())
+    from tokentm_jax.trace import capture
+
+    trace = jax.jit(lambda p, x: capture(ruled, p, x))(params, inputs)
+    _, details = jax.jit(explain_fn(module, "attn_lrp", details=True))(params, inputs)
+    flow = np.asarray(details["relevance"])
+    logit = details["logits"][jnp.arange(2), details["target"]]
+    np.testing.assert_allclose(flow[:, -1], logit, rtol=1e-6)  # the head conserves
+    d, heads = module.embed_dim, module.num_heads
+    for l in range(module.depth):
+        kernel = np.asarray(params["blocks"]["attn"]["qkv"]["kernel"][l])
+        split = (np.asarray(trace.normalised[l]) @ kernel).reshape(2, -1, 3, heads, d // heads)
+        scores = np.einsum("bqhd,bkhd->bhqk", split[:, :, 0], split[:, :, 1]) * (d // heads) ** -0.5
+        a, r = np.asarray(trace.attention[l]), np.asarray(trace.attention[l] * trace.attention_grad[l])
+        after = scores * (r - a * r.sum(-1, keepdims=True))
+        absorbed = (r - after).sum((1, 2, 3))
+        np.testing.assert_allclose(flow[:, l + 1] - flow[:, l], absorbed, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["lrp", "partial_lrp", "transformer_attribution"])
+def test_lrp_starts_with_one_and_reports_its_flow(small, method):
+    module, params = small
+    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), params)
+    inputs = jnp.asarray(normal(2, 16, 16, 3))
+    _, details = jax.jit(explain_fn(module, method, details=True))(params, inputs)
+    assert details["relevance"].shape == (2, module.depth + 1)
+    # One unit enters the head; variant "lrp" counts it once over the positive and once over the negative products.
+    expected = 1.0 if method == "transformer_attribution" else 2.0
+    np.testing.assert_allclose(details["relevance"][:, -1], expected, rtol=0.02)

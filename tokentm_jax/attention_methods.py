@@ -1,0 +1,209 @@
+"""Methods that read attention, alone or with its gradient. Most carry a row through the blocks by one rule.
+
+Each function is `(module, params, inputs, target, **options) -> (maps, details)`; see `tokentm_jax.methods`.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from tokentm_jax.errors import InputError
+from tokentm_jax.maps import token_map
+from tokentm_jax.primitives import wide
+from tokentm_jax.tokentm import (
+    Blocks,
+    TokenTM,
+    attention_update,
+    contributions,
+    propagate,
+    token_length,
+)
+from tokentm_jax.trace import Trace, capture, class_logits, zero_perturbations
+
+Details = dict[str, Array]
+Explanation = tuple[Array, Details]
+
+
+def from_trace(module: Any, trace: Trace, rule: Callable[[Blocks, Array], Array]) -> Explanation:
+    """Token maps of a batch by a rule for one sample, `rule(blocks, read-out [N]) -> row [N]`.
+
+    The rule computes in float32 at least, whatever the model computes in.
+    """
+
+    def one(blocks: Blocks) -> Array:
+        blocks = jax.tree.map(wide, blocks)
+        return rule(blocks, jnp.asarray(module.readout, blocks.tokens.dtype))
+
+    rows = jax.vmap(one, in_axes=1)(trace.blocks())
+    return token_map(module, rows), {"logits": trace.logits, "target": trace.target}
+
+
+def check_first_block(first_block: int, depth: int) -> None:
+    if not 0 <= first_block < depth:
+        raise InputError(f"option 'first_block' must be from 0 to {depth - 1} for this model, got {first_block}")
+
+
+def tokentm(module: nn.Module, params: Any, inputs: Array, target: Array | None, *, options: TokenTM) -> Explanation:
+    """TokenTM; see `tokentm_jax.tokentm`."""
+    trace = capture(module, params, inputs, target, gradients=options.attention == "gradient")
+    check_first_block(options.first_block, len(trace.attention))
+    return from_trace(module, trace, lambda blocks, row: contributions(blocks, blocks.tokens[0], row, options))
+
+
+def raw_attention(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
+    """Mean attention of the last block, read as the head reads."""
+    trace = capture(module, params, inputs, target, gradients=False)
+    return from_trace(module, trace, lambda blocks, row: row @ blocks.attention[-1].mean(0))
+
+
+def rollout(
+    module: nn.Module,
+    params: Any,
+    inputs: Array,
+    target: Array | None,
+    *,
+    fusion: Literal["mean", "max", "min"] = "mean",
+    discard_ratio: float = 0.0,
+    normalise: bool = True,
+    first_block: int = 0,
+) -> Explanation:
+    """Attention rollout (Abnar & Zuidema, ACL 2020): the product of `rownorm(fuse_h(A) + I)` over blocks.
+
+    `discard_ratio` in [0, 1) sets that share of each block's lowest fused attentions to zero first.
+    """
+    fuse = {"mean": jnp.mean, "max": jnp.max, "min": jnp.min}.get(fusion)
+    if fuse is None:
+        raise InputError(f"option 'fusion' of the method 'rollout' must be mean, max or min, got {fusion!r}")
+    if not 0 <= discard_ratio < 1:
+        raise InputError(f"option 'discard_ratio' of the method 'rollout' must be in [0, 1), got {discard_ratio}")
+    trace = capture(module, params, inputs, target, gradients=False)
+    check_first_block(first_block, len(trace.attention))
+
+    def update(row: Array, block: Blocks) -> Array:
+        fused = fuse(block.attention, axis=0)
+        if discard_ratio:
+            rank = fused.ravel().argsort(stable=True).argsort(stable=True).reshape(fused.shape)
+            fused = jnp.where(rank < int(discard_ratio * fused.size), 0, fused)
+        # A row of (A + I) / s: dividing the relevance of each query by its row sum s.
+        return attention_update(row / (fused.sum(-1) + 1) if normalise else row, fused)
+
+    return from_trace(module, trace, lambda blocks, row: propagate(update, blocks, row, first_block))
+
+
+def gae(module: nn.Module, params: Any, inputs: Array, target: Array | None, *, first_block: int = 0) -> Explanation:
+    """Generic attention explainability (Chefer et al., ICCV 2021): `R <- R + mean_h relu(G * A_h) R` from R = I.
+
+    It is TokenTM with every component off.
+    """
+    options = TokenTM(length=False, direction="none", initialise=False, ffn=False, first_block=first_block)
+    return tokentm(module, params, inputs, target, options=options)
+
+
+def grad_cam(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
+    """Grad-CAM on the last block's attention: heads weighted by their mean gradient in the read-out row."""
+    trace = capture(module, params, inputs, target)
+
+    def rule(blocks: Blocks, row: Array) -> Array:
+        attention, gradient = row @ blocks.attention[-1], row @ blocks.attention_grad[-1]  # [H, N]
+        weights = gradient[:, module.prefix :].mean(-1)
+        return jax.nn.relu((weights[:, None] * attention).mean(0))
+
+    return from_trace(module, trace, rule)
+
+
+def grad_cam_tokens(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
+    """Grad-CAM on the patch tokens after the last block's first LayerNorm, as users of CAM libraries do."""
+    trace = capture(module, params, inputs, target)
+
+    def one(features: Array, gradient: Array) -> Array:
+        return jax.nn.relu((features * gradient[module.prefix :].mean(0)).sum(-1))
+
+    rows = jax.vmap(one)(trace.normalised[-1], trace.normalised_grads[-1])
+    return token_map(module, rows), {"logits": trace.logits, "target": trace.target}
+
+
+def attcat(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
+    """AttCAT (Qiang et al., NeurIPS 2022): token * gradient at each block's input, times the attention it gets."""
+    trace = capture(module, params, inputs, target)
+    effect = (trace.tokens[:-1] * trace.token_grads[:-1]).sum(-1)  # [L, B, N]
+    received = trace.attention.mean((2, 3))
+    return token_map(module, (received * effect).sum(0)), {"logits": trace.logits, "target": trace.target}
+
+
+def legrad(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
+    """LeGrad (Bousselham et al., 2024): `sum_l mean_{h,q} relu(d s_l / d A_l)`, s_l read from block l's output."""
+    trace = capture(module, params, inputs, target, gradients=False)
+    block = module.block()
+
+    def through_block(total: Array, layer: tuple[Any, Array]) -> tuple[Array, None]:
+        weights, tokens = layer
+        zeros = zero_perturbations(block, weights, tokens)["perturbations"]
+
+        def class_score(change: Array) -> Array:
+            variables = {"params": weights, "perturbations": {**zeros, "attn": {"attention": change}}}
+            after, _ = block.apply(variables, tokens)
+            logits = module.apply({"params": params}, after, method="classify")
+            return class_logits(logits, trace.target)[0].sum()
+
+        gradient = jax.grad(class_score)(zeros["attn"]["attention"])
+        return total + jax.nn.relu(gradient.astype(total.dtype)).mean((1, 2)), None
+
+    start = jnp.zeros_like(wide(trace.tokens[0, ..., 0]))
+    rows, _ = jax.lax.scan(through_block, start, (params["blocks"], trace.tokens[:-1]))
+    return token_map(module, rows), {"logits": trace.logits, "target": trace.target}
+
+
+def beyond_intuition(
+    module: nn.Module,
+    params: Any,
+    inputs: Array,
+    target: Array | None,
+    *,
+    variant: Literal["head", "token"] = "head",
+    steps: int = 20,
+    first_block: int = 0,
+) -> Explanation:
+    """Beyond Intuition (Chen et al., TMLR 2023): attention perception P, times the reasoning feedback F.
+
+    `P <- P + A P` with `A = sum_h I_h A_h`, `I_h` proportional to `mean |A_h^T G_h|` (variant "head"), or with
+    `A = mean_h A_h diag(||V_j W_O|| / ||x_j||)` (variant "token"); `F = mean_h relu(mean_k G_L(k x / steps))`.
+    """
+    if variant not in ("head", "token"):
+        raise InputError(f"option 'variant' of the method 'beyond_intuition' must be head or token, got {variant!r}")
+    if steps < 1:
+        raise InputError(f"option 'steps' of the method 'beyond_intuition' must be 1 or more, got {steps}")
+    trace = capture(module, params, inputs, target)
+    check_first_block(first_block, len(trace.attention))
+
+    def gradient_at(share: Array) -> Array:
+        scaled = capture(module, params, inputs * share.astype(inputs.dtype), trace.target)
+        return wide(scaled.attention_grad[-1])
+
+    shares = jnp.arange(1, steps + 1, dtype=jnp.float32) / steps
+    start = jnp.zeros_like(wide(trace.attention_grad[-1]))
+    total, _ = jax.lax.scan(lambda total, share: (total + gradient_at(share), None), start, shares)
+    feedback = jax.nn.relu(total / steps).mean(1)  # [B, N, N]
+
+    def update(rows: Array, block: Blocks) -> Array:
+        if variant == "token":
+            weights = token_length(block.transformed_value) / jnp.maximum(token_length(block.tokens), 1e-12)
+            return attention_update(rows, block.attention.mean(0), weights)
+        influence = jnp.abs(jnp.einsum("hqk,hqj->hkj", block.attention, block.attention_grad)).mean((1, 2))
+        influence = influence / jnp.maximum(influence.sum(), 1e-30)
+        return attention_update(rows, jnp.einsum("h,hqk->qk", influence, block.attention))
+
+    def rule(blocks: Blocks, row: Array) -> Array:
+        # Where the head reads several tokens, F and P multiply before they are read, so P is needed for each.
+        return propagate(update, blocks, jnp.eye(len(row), dtype=row.dtype), first_block)
+
+    def one(blocks: Blocks, feedback: Array) -> Array:
+        blocks = jax.tree.map(wide, blocks)
+        row = jnp.asarray(module.readout, feedback.dtype)
+        return row @ (feedback * rule(blocks, row))
+
+    rows = jax.vmap(one, in_axes=(1, 0))(trace.blocks(), feedback)
+    return token_map(module, rows), {"logits": trace.logits, "target": trace.target}

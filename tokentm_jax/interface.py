@@ -1,0 +1,84 @@
+"""The two entry points: `explain` for photos and a loaded model, `explain_fn` for pipelines."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from tokentm_jax.errors import InputError, suggest
+from tokentm_jax.methods import METHODS
+
+if TYPE_CHECKING:
+    from tokentm_jax.loading import LoadedViT
+
+
+def explain_fn(module: Any, method: str = "tokentm", *, details: bool = False, **options: Any) -> Callable[..., Any]:
+    """A pure function `(params, inputs, target=None) -> maps` to `jit`, `vmap`, differentiate or shard.
+
+    Args:
+      module: the ViT (or any module that `tokentm_jax.trace` can read).
+      method: a name of `METHODS`.
+      details: return `(maps, details)`, with `logits`, `target` and what else the method reports.
+      **options: the method's options.
+
+    Returns:
+      A function of parameters, normalised images [B, H, W, 3] and an optional class per sample [B] (default: the
+      predicted class), giving token maps [B, gh, gw], or pixel maps [B, H, W] for the methods that say so.
+
+    Raises:
+      InputError: no such method or option.
+    """
+    if method not in METHODS:
+        raise suggest("method", method, METHODS)
+    bound = METHODS[method].bind(method, options)
+
+    def explain_inputs(params: Any, inputs: Array, target: Array | None = None) -> Any:
+        result = bound(module, params, inputs, target)
+        return result if details else result[0]
+
+    return explain_inputs
+
+
+@lru_cache(maxsize=128)
+def _compiled(module: Any, method: str, details: bool, options: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    return jax.jit(explain_fn(module, method, details=details, **dict(options)))
+
+
+def explain(
+    vit: "LoadedViT",
+    images: Any,
+    method: str = "tokentm",
+    target: Any = None,
+    *,
+    details: bool = False,
+    **options: Any,
+) -> Any:
+    """Heatmaps of a batch of photos.
+
+    Args:
+      vit: from `tokentm_jax.load`.
+      images: [B, H, W, 3] in [0, 1], as `vit.read` gives them; normalisation is inside.
+      method: a name of `METHODS`.
+      target: a class for all samples, or one per sample [B]; None for each sample's predicted class.
+      details: return `(maps, details)`, with `logits`, `target` and what else the method reports.
+      **options: the method's options, for example `ffn=False`.
+
+    Returns:
+      Token maps [B, gh, gw] or pixel maps [B, H, W], not rescaled; `to_pixels` makes pixels in [0, 1] of them.
+
+    Raises:
+      InputError: images of another shape, a class that the model does not have, no such method or option.
+    """
+    inputs = vit.preprocessing.normalise(images)
+    if target is not None:
+        target = np.asarray(target)
+        classes = vit.module.num_classes
+        if target.dtype.kind not in "iu" or target.shape not in ((), (inputs.shape[0],)):
+            raise InputError(f"target must be one class or one per sample ({inputs.shape[0]}), as whole numbers")
+        if target.size and not (target.min() >= 0 and target.max() < classes):
+            raise InputError(f"target must be a class from 0 to {classes - 1}, got {target.tolist()}")
+        target = np.broadcast_to(target, inputs.shape[:1])
+    return _compiled(vit.module, method, details, tuple(sorted(options.items())))(vit.params, inputs, target)
