@@ -1,0 +1,25 @@
+"""Fine-tune an ImageNet checkpoint on CIFAR-10 at 224 pixels: how the paper's CIFAR models are made.
+
+    tokentm train configs/cifar10_finetune.py --train cifar10_train.zip --test cifar10_test.zip --out runs/finetune
+
+For another backbone change `model` and `fine_tune`; for CIFAR-100 also `num_classes` and the data. Not measured:
+it wants a GPU.
+"""
+
+from tokentm_jax.train import TrainConfig
+
+config = TrainConfig(
+    name="deit_tiny_cifar10",
+    train_data="../shared/data/cifar10_train.zip",
+    test_data="../shared/data/cifar10_test_a.zip",
+    model={"img_size": 224, "patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3, "num_classes": 10},
+    fine_tune=("deit_tiny_patch16_224", "../shared/data/deit_tiny_patch16_224.safetensors"),
+    epochs=10,
+    warmup_epochs=1,
+    batch_size=256,
+    learning_rate=1e-4,
+    weight_decay=0.05,
+    cutmix=0.5,
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+)

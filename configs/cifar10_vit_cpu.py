@@ -1,0 +1,22 @@
+"""CIFAR-10 from scratch on a CPU: the recipe of the default model that the project ships.
+
+    tokentm train configs/cifar10_vit_cpu.py --train cifar10_train.zip --test cifar10_test.zip --out runs/cifar10_cpu
+"""
+
+from tokentm_jax.train import TrainConfig
+
+config = TrainConfig(
+    name="cifar10_vit",
+    train_data="../shared/data/cifar10_train.zip",
+    test_data="../shared/data/cifar10_test_a.zip",
+    model={"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4, "num_classes": 10},
+    epochs=30,
+    warmup_epochs=2,
+    batch_size=128,
+    learning_rate=1.5e-3,
+    weight_decay=0.05,
+    label_smoothing=0.05,
+    patch_drop=0.5,
+    patch_drop_epochs=23,
+    mimetic_init=True,
+)

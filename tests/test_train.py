@@ -1,0 +1,141 @@
+"""Training: it learns, it resumes exactly, and it fine-tunes."""
+
+import dataclasses
+import json
+import runpy
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tokentm_jax as tm
+from tokentm_jax.data import Data
+from tokentm_jax.train import TrainConfig, augment, batches, cutmix, initial_params, train
+from tokentm_jax.vit import ViT, init_params
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+MODEL = {"img_size": (8, 8), "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 2}
+CONFIG = TrainConfig(
+    name="toy",
+    train_data="toy",
+    test_data="toy",
+    model=MODEL,
+    epochs=4,
+    warmup_epochs=1,
+    batch_size=16,
+    learning_rate=5e-3,
+    ema_decay=0.9,
+    crop_padding=1,
+    rand_augment=0.3,
+    cutmix=0.2,
+    patch_drop=0.5,
+    patch_drop_epochs=2,
+    mimetic_init=True,
+)
+
+
+@pytest.fixture(autouse=True)
+def promotion():
+    """Optax mixes integer counts with floats, which strict promotion refuses."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def data():
+    """Bright against dark images under noise."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 80).astype(np.int32)
+    images = np.clip(rng.normal(90 + 70 * labels[:, None, None, None], 40, (80, 8, 8, 3)), 0, 255).astype(np.uint8)
+    return Data(images, labels, ("dark", "bright"))
+
+
+def test_learns_and_ships_a_file_that_loads(data, tmp_path):
+    lines = []
+    top_1 = train(CONFIG, ViT(**MODEL), data, data, tmp_path, lines.append)
+    assert top_1 > 0.9
+    assert len(lines) == 4 and "min left" in lines[0]
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert records[-1]["step"] == 20 and records[-1]["test_accuracy"] == top_1
+    vit = tm.load(checkpoint=tmp_path / "toy.safetensors")
+    assert vit.class_names == ("dark", "bright")
+    predicted = vit.logits(jnp.asarray(data.images, jnp.float32) / 255).argmax(-1)
+    assert (np.asarray(predicted) == data.labels).mean() == top_1
+
+
+def test_a_stopped_run_resumes_to_the_same_numbers(data, tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop_after_two(line):
+        if line.startswith("epoch 2"):
+            raise Stop
+
+    module = ViT(**MODEL)
+    train(CONFIG, module, data, data, tmp_path / "whole", lambda _: None)
+    with pytest.raises(Stop):
+        train(CONFIG, module, data, data, tmp_path / "stopped", stop_after_two)
+    lines = []
+    train(CONFIG, module, data, data, tmp_path / "stopped", lines.append)
+    assert lines[0] == "resumed at step 10 of 20"
+    whole, resumed = (tm.load(checkpoint=tmp_path / name / "toy.safetensors") for name in ("whole", "stopped"))
+    jax.tree.map(np.testing.assert_array_equal, whole.params, resumed.params)
+    with pytest.raises(tm.InputError, match="another recipe"):
+        train(dataclasses.replace(CONFIG, seed=1), module, data, data, tmp_path / "stopped", lines.append)
+
+
+def test_fine_tuning_starts_from_a_checkpoint_with_a_fresh_head(data, tmp_path):
+    old = ViT(**{**MODEL, "num_classes": 7})
+    old_params = init_params(old, jax.random.key(9))
+    path = tm.write_checkpoint(
+        tmp_path / "old.safetensors", old, old_params, tm.Preprocessing((8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)
+    )
+    config = dataclasses.replace(CONFIG, fine_tune=("old", str(path)), mimetic_init=False, epochs=1)
+    module = ViT(**MODEL)
+    start = initial_params(config, module)
+    np.testing.assert_array_equal(
+        start["blocks"]["mlp"]["fc1"]["kernel"], old_params["blocks"]["mlp"]["fc1"]["kernel"]
+    )
+    assert start["head"]["kernel"].shape == (16, 2)
+    # Images of another size are resized to the model's.
+    larger = data._replace(images=np.repeat(np.repeat(data.images, 2, 1), 2, 2))
+    assert train(config, module, larger, larger, tmp_path / "run", lambda _: None) > 0.4
+
+
+def test_every_epoch_is_a_permutation_that_depends_on_the_step_alone(data):
+    from itertools import islice
+
+    first = [labels for _, labels in islice(batches(CONFIG, data, 0), 10)]
+    later = [labels for _, labels in islice(batches(CONFIG, data, 7), 3)]
+    np.testing.assert_array_equal(first[7:], later)
+    epochs = [np.sort(np.concatenate(first[:5])), np.sort(np.concatenate(first[5:])), np.sort(data.labels)]
+    np.testing.assert_array_equal(epochs[0], epochs[2])
+    np.testing.assert_array_equal(epochs[1], epochs[2])
+    assert (np.concatenate(first[:5]) != np.concatenate(first[5:])).any()
+
+
+def test_augmentation_keeps_the_range_and_cutmix_mixes_by_area():
+    images = jnp.asarray(np.random.default_rng(0).uniform(size=(4, 8, 8, 3)), jnp.float32)
+    changed = augment(CONFIG, jax.random.key(0), images)
+    assert changed.shape == images.shape and changed.min() >= 0 and changed.max() <= 1
+    plain = dataclasses.replace(CONFIG, crop_padding=0, flip=False, rand_augment=0.0)
+    np.testing.assert_array_equal(augment(plain, jax.random.key(0), images), images)
+
+    labels = jnp.eye(4)
+    mixed, targets = cutmix(jax.random.key(3), images, labels)
+    own = (mixed == images).all(-1).mean((1, 2))
+    np.testing.assert_allclose(targets[jnp.arange(4), jnp.arange(4)], own, atol=1e-6)
+    np.testing.assert_allclose(targets.sum(-1), 1, atol=1e-6)
+
+
+def test_classes_that_do_not_fit_are_refused(data, tmp_path):
+    with pytest.raises(tm.InputError, match="expected the 2 classes"):
+        train(CONFIG, ViT(**MODEL), data, data._replace(class_names=("a", "b", "c")), tmp_path, lambda _: None)
+
+
+@pytest.mark.parametrize("name", ["cifar10_vit", "cifar10_vit_cpu", "cifar10_finetune"])
+def test_the_shipped_recipes_are_valid(name):
+    config = runpy.run_path(str(CONFIGS / f"{name}.py"))["config"]
+    assert tm.build(config.model).num_classes == 10
