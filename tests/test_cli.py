@@ -1,0 +1,265 @@
+"""The command line, from its arguments to its files, its output and its exit code."""
+
+import json
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from tokentm_jax.architectures import ARCHITECTURES, build
+from tokentm_jax.checkpoint import write_checkpoint
+from tokentm_jax.cli import main, output_names, parameter_count, parse_option
+from tokentm_jax.preprocessing import IMAGENET, Preprocessing
+from tokentm_jax.vit import init_params
+
+TINY = dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=6)
+NAMES = ("ant", "[bee]", "cat $x$", "dog", "eel", "fox")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    module = build(TINY)
+    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
+    params = init_params(module, jax.random.key(0))
+    return write_checkpoint(path, module, params, Preprocessing((16, 16), **IMAGENET), NAMES)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty working directory with three photos in `photos`, and no cache outside it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "photos").mkdir()
+    rng = np.random.default_rng(0)
+    for i, name in enumerate(("a.png", "b.jpg", "c.png")):
+        pixels = rng.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / name)
+    return tmp_path
+
+
+def run(*arguments, code=0):
+    if arguments[0] == "explain" and "--batch-size" not in arguments:
+        arguments = (*arguments, "--batch-size", 1)  # few shapes to compile
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result
+
+
+def files(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_explain_writes_what_the_library_computes(folder, checkpoint):
+    import tokentm_jax as tm
+
+    result = run("explain", "photos", "--checkpoint", checkpoint, "--batch-size", 2, "--option", "ffn=false", "--json")
+    photos = json.loads(result.stdout)
+    assert [p["path"] for p in photos] == ["photos/a.png", "photos/b.jpg", "photos/c.png"]
+    assert files(folder / "explanations") == ["a.npz", "a.png", "b.npz", "b.png", "c.npz", "c.png"]
+    vit = tm.load(checkpoint=checkpoint)
+    images = vit.read([p["path"] for p in photos])
+    probabilities = np.asarray(jax.nn.softmax(vit.logits(images)))
+    maps = np.asarray(tm.explain(vit, images, ffn=False))
+    for i, photo in enumerate(photos):
+        best = int(probabilities[i].argmax())
+        assert [entry["class"] for entry in photo["top5"]] == np.argsort(-probabilities[i])[:5].tolist()
+        assert photo["top5"][0] == photo["target"]
+        assert photo["target"]["name"] == NAMES[best]
+        assert photo["target"]["probability"] == pytest.approx(probabilities[i].max(), rel=1e-5)
+        figure, arrays = photo["files"]
+        with Image.open(figure) as picture:
+            assert picture.format == "PNG"
+        stored = np.load(arrays, allow_pickle=False)
+        np.testing.assert_allclose(stored["map"], maps[i], rtol=1e-4, atol=1e-6)
+        assert (int(stored["target"]), str(stored["target_name"])) == (best, NAMES[best])
+        assert (str(stored["model"]), str(stored["method"])) == ("tiny", "tokentm")
+        assert json.loads(str(stored["options"])) == {"ffn": False}
+        assert set(json.loads(str(stored["versions"]))) == {"tokentm_jax", "jax", "flax"}
+
+
+def test_explain_a_chosen_class(folder, checkpoint):
+    result = run("explain", "photos/a.png", "--checkpoint", checkpoint, "--target", "[bee]", "--out", "x/y")
+    assert "[bee]" in result.stdout and "<- explained" in result.stdout and "%" in result.stdout
+    assert int(np.load("x/y/a.npz")["target"]) == 1
+    run("explain", "photos/a.png", "--checkpoint", checkpoint, "--target", "2")
+    assert str(np.load("explanations/a.npz")["target_name"]) == "cat $x$"
+
+
+def test_several_methods_give_one_sheet(folder, checkpoint):
+    methods = ("--method", "tokentm, rollout", "--batch-size", 2)
+    run("explain", "photos/a.png", "photos/b.jpg", "--checkpoint", checkpoint, *methods)
+    expected = ["a.rollout.npz", "a.tokentm.npz", "b.rollout.npz", "b.tokentm.npz", "sheet.png"]
+    assert files(folder / "explanations") == expected
+    run("explain", "photos/a.png", "--checkpoint", checkpoint, "--method", "tokentm,rollout", "--out", "one")
+    assert files(folder / "one") == ["a.png", "a.rollout.npz", "a.tokentm.npz"]
+
+
+def test_bad_photos_do_not_stop_the_others(folder, checkpoint):
+    (folder / "photos/b.jpg").write_bytes(b"")
+    arguments = ("explain", "photos/*.*", "missing.png", "*.nothing", "--checkpoint", checkpoint)
+    result = run(*arguments, code=2)
+    assert "3 of 5 photos failed" in result.stderr
+    for sentence in ("photos/b.jpg is empty", "missing.png does not exist", "no photos were found in *.nothing"):
+        assert sentence in result.stderr
+    assert files(folder / "explanations") == ["a.npz", "a.png", "c.npz", "c.png"]
+    photos = {p["path"]: p for p in json.loads(run(*arguments, "--json", code=2).stdout)}
+    assert "is empty" in photos["photos/b.jpg"]["error"]
+    assert photos["photos/a.png"]["files"]
+    assert run("explain", "missing.png", "--checkpoint", checkpoint, "--json", code=2).stdout.startswith("[")
+
+
+def test_photos_of_one_name(folder, checkpoint):
+    (folder / "other").mkdir()
+    for name in ("other/a.png", "other/a-2.png", "other/A.jpg"):
+        (folder / name).write_bytes((folder / "photos/a.png").read_bytes())
+    run("explain", "photos/a.png", "other", "--checkpoint", checkpoint)
+    assert len({name.lower() for name in files(folder / "explanations")}) == 8
+
+
+def test_photos_are_never_replaced(folder, checkpoint):
+    before = (folder / "photos/a.png").read_bytes()
+    run("explain", "photos/a.png", "--checkpoint", checkpoint, "--out", "photos")
+    assert (folder / "photos/a.png").read_bytes() == before
+    assert {"a-2.png", "a-2.npz"} <= set(files(folder / "photos"))
+    before = (folder / "photos/a.png").read_bytes()
+    methods = ("--method", "tokentm,rollout")
+    run("explain", "photos/a.png", "--checkpoint", checkpoint, "--out", "photos", *methods)
+    assert (folder / "photos/a.png").read_bytes() == before
+
+
+def test_long_names(tmp_path):
+    names = output_names([tmp_path / ("é" * 120 + ".png"), tmp_path / ("é" * 119 + "x.png")], tmp_path)
+    assert len(set(names.values())) == 2
+    assert all(len(name.encode()) < 200 for name in names.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--method", "tokentn"], "did you mean 'tokentm'"),
+        (["--method", "tokentm,,"], "unknown method ''"),
+        (["--option", "fnn=true"], "did you mean 'ffn'"),
+        (["--option", "ffn"], "KEY=VALUE"),
+        (["--option", "ffn=3"], "must be a bool"),
+        (["--target", "6"], "classes 0 to 5"),
+        (["--target", "fos"], "did you mean 'fox'"),
+        (["--model", "deit_tini_patch16_224"], "did you mean 'deit_tiny_patch16_224'"),
+        (["--checkpoint", "missing.safetensors"], "missing.safetensors"),
+        (["--out", "photos/a.png"], "cannot be written"),
+        (["--out", "/proc/nothing"], "cannot be written"),
+        (["--classes", "missing.txt"], "missing.txt"),
+        (["--batch-size", "0"], "batch-size"),
+    ],
+)
+def test_wrong_arguments(folder, checkpoint, arguments, sentence):
+    result = run("explain", "photos/a.png", "--checkpoint", checkpoint, *arguments, code=2)
+    assert sentence in result.stderr
+    assert result.stdout == ""
+    assert not (folder / "explanations/a.png").exists()
+
+
+def test_options_are_parsed():
+    parsed = [parse_option(text) for text in ("a=true", "a=FALSE", "a=3", "a=-1.5e3", "a=none", "a=x=y", " a = b ")]
+    assert [value for _, value in parsed] == [True, False, 3, -1500.0, None, "x=y", "b"]
+    assert {key for key, _ in parsed} == {"a"}
+
+
+def test_models_and_methods(folder):
+    rows = {row["name"]: row for row in json.loads(run("models", "--json").stdout)}
+    assert rows["deit_tiny_patch16_224"]["parameters"] == 5_717_416
+    assert rows["vit_base_patch16_224"]["parameters"] == 86_567_656
+    assert "needs a checkpoint" in run("models").stdout
+    methods = {row["name"]: row for row in json.loads(run("methods", "--json").stdout)}
+    assert methods["tokentm"]["year"] == 2024 and methods["tokentm"]["class_specific"]
+    assert "tokentm" in run("methods").stdout
+
+
+@pytest.mark.parametrize("name", [*list(ARCHITECTURES)[::9], "deit_base_distilled_patch16_384"])
+def test_parameter_count(name):
+    module = build(name)
+    images = jax.ShapeDtypeStruct((1, *module.img_size, 3), np.float32)
+    params = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
+    assert parameter_count(module) == sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def test_convert(folder, checkpoint):
+    (folder / "names.txt").write_text("\n".join("uvwxyz"))
+    run("convert", checkpoint, "out.safetensors", "--img-size", 24, "--classes", "names.txt")
+    result = json.loads(run("explain", "photos/a.png", "--checkpoint", "out.safetensors", "--json").stdout)
+    assert result[0]["target"]["name"] in "uvwxyz"
+    assert np.load("explanations/a.npz")["map"].shape == (6, 6)
+    for arguments in (("missing.pth", "x.safetensors"), (checkpoint, "x.bin"), ("names.txt", "x.safetensors")):
+        assert run("convert", *arguments, code=2).stderr.startswith("Error: ")
+
+
+RECIPE = f"""
+from tokentm_jax.train import TrainConfig
+config = TrainConfig(name="tiny", train_data="data", test_data="data", model={TINY | {"num_classes": 2}!r}, epochs=2,
+                     warmup_epochs=0.5, batch_size=4)
+"""
+
+
+def test_train(folder):
+    for label, colour in (("left", "red"), ("right", "blue")):
+        (folder / "data" / label).mkdir(parents=True)
+        for i in range(5):
+            Image.new("RGB", (16, 16), colour).save(folder / "data" / label / f"{i}.png")
+    (folder / "recipe.py").write_text(RECIPE)
+    (folder / "data/left/bad.png").write_bytes(b"bad")
+    with jax.numpy_dtype_promotion("standard"):  # Optax's schedules need it
+        result = run("train", "recipe.py", "--epochs", 1, "--limit", 11)
+    assert "test accuracy" in result.stdout and "epoch 1.0" in result.stdout
+    assert "bad.png" in result.stderr
+    run("explain", "data/left/0.png", "--checkpoint", "runs/tiny/tiny.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sentence"),
+    [
+        (None, "does not exist"),
+        ("config = 1", "must define `config` as a TrainConfig"),
+        ("x = = 1", "SyntaxError"),
+        ("1 / 0", "ZeroDivisionError"),
+        (RECIPE, "the data set data does not exist"),
+        (RECIPE.replace("'depth': 2", "'dephts': 2"), "did you mean 'depth'"),
+    ],
+)
+def test_wrong_recipes(folder, recipe, sentence):
+    if recipe is not None:
+        (folder / "recipe.py").write_text(recipe)
+    result = run("train", "recipe.py", code=2)
+    assert sentence in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_every_command_has_an_example():
+    for name in main.commands:
+        text = run(name, "--help").stdout
+        assert "Example" in text and f"tokentm {name}" in text
+
+
+def test_an_interrupt_exits_with_130(folder, checkpoint, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tokentm_jax.loading.load", interrupt)
+    run("explain", "photos/a.png", "--checkpoint", checkpoint, code=130)
+
+
+def test_help_starts_fast():
+    began = time.monotonic()
+    command = [sys.executable, "-X", "importtime", "-m", "tokentm_jax", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "explain" in done.stdout
+    assert not [line for line in done.stderr.splitlines() if line.endswith(("| jax", " matplotlib", " flax"))]
+    assert time.monotonic() - began < 5  # under a second on an idle machine
+    version = subprocess.run(
+        [*command[:1], "-m", "tokentm_jax", "--version"], capture_output=True, text=True, check=True
+    )
+    assert version.stdout.startswith("tokentm, version")

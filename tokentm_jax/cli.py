@@ -1,0 +1,567 @@
+"""The command line. JAX is imported inside the commands, so that `--help` answers at once."""
+
+import dataclasses
+import json
+import os
+import runpy
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tokentm_jax.errors import InputError, suggest
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tokentm_jax.loading import LoadedViT
+    from tokentm_jax.vit import ViT
+
+MODELS_HELP = "Timm name, shipped model or hf-hub:timm/NAME (see `tokentm models`); default: the checkpoint's own."
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a clone that is not installed
+        return "unknown"
+
+
+class Commands(click.Group):
+    """The group whose commands turn bad input into one sentence and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            _complain(str(error))
+        except KeyboardInterrupt:
+            ctx.exit(130)
+        except BrokenPipeError:  # the reader of our output has gone, as in `tokentm models | head`
+            raise
+        except OSError as error:
+            where = f"{click.format_filename(error.filename)}: " if error.filename else ""
+            _complain(f"{where}{error.strerror or error}")
+        ctx.exit(2)
+
+
+def _complain(sentence: str) -> None:
+    click.echo(f"Error: {' '.join(sentence.split())}", err=True)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(_version("tokentm_jax"), prog_name="tokentm")
+def main() -> None:
+    """Explain what a Vision Transformer sees: TokenTM heatmaps and other methods.
+
+    \b
+    Example:
+      tokentm explain cat.jpg
+    """
+
+
+# ---- explain --------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("photos", nargs=-1, required=True, metavar="PHOTO...")
+@click.option("--model", help=MODELS_HELP)
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Weights; default: the shipped model.")
+@click.option("--method", default="tokentm", show_default=True, help="A method, several as a,b,c, or 'all'.")
+@click.option("--target", help="Class to explain, by number or name; default: each photo's predicted class.")
+@click.option("--out", type=click.Path(path_type=Path), default="explanations", show_default=True, help="Folder.")
+@click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Option of the method; repeatable.")
+@click.option("--batch-size", type=click.IntRange(1, 1024), default=8, show_default=True)
+@click.option("--classes", type=click.Path(path_type=Path), help="Class names: .json, or .txt with one per line.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document in place of tables.")
+def explain(
+    photos: tuple[str, ...],
+    model: str | None,
+    checkpoint: Path | None,
+    method: str,
+    target: str | None,
+    out: Path,
+    options: tuple[str, ...],
+    batch_size: int,
+    classes: Path | None,
+    as_json: bool,
+) -> None:
+    """Show the top five classes of photos and write heatmaps.
+
+    PHOTO is a file, a folder or a pattern. For each photo, <name>.png (photo, heatmap, both) and <name>.npz (the
+    map and how it was made) go to the output folder. With several methods, each batch of photos gives one
+    comparison picture, and each photo and method <name>.<method>.npz.
+
+    \b
+    Examples:
+      tokentm explain cat.jpg
+      tokentm explain photos/ --model deit_tiny_patch16_224 --checkpoint deit_tiny.safetensors
+      tokentm explain cat.jpg --method tokentm,rollout,gae --target "tabby cat"
+      tokentm explain cat.jpg --option ffn=false --json
+    """
+    from rich.progress import Progress
+
+    from tokentm_jax.loading import load
+    from tokentm_jax.methods import METHODS
+    from tokentm_jax.photos import find_photos
+
+    chosen = list(METHODS) if method == "all" else list(dict.fromkeys(m.strip() for m in method.split(",")))
+    settings = dict(parse_option(text) for text in options)
+    for name in chosen:
+        if name not in METHODS:
+            raise suggest("method", name, METHODS)
+        METHODS[name].bind(name, settings)  # an unknown option is noticed before any work
+    _use_compilation_cache()
+    vit = load(model, checkpoint, class_names=classes)
+    class_index = None if target is None else vit.class_index(target)
+    _make_folder(out)
+
+    results: dict[str, dict[str, Any]] = {}
+    paths: list[Path] = []
+    for argument in photos:
+        try:
+            paths += [path for path in find_photos([argument]) if path not in paths]
+        except InputError as error:
+            _fail(results, argument, error)
+    results |= {str(path): {} for path in paths}
+    names = output_names(paths, out)
+    batches = [paths[i : i + batch_size] for i in range(0, len(paths), batch_size)]
+    with Progress(console=Console(stderr=True), transient=True, disable=not Console(stderr=True).is_terminal) as bar:
+        task = bar.add_task("Explaining", total=len(paths))
+        for i, batch in enumerate(batches):
+            sheet = names[batch[0]] if len(paths) == 1 else f"sheet-{i + 1}" if len(batches) > 1 else "sheet"
+            run = Run(vit, chosen, settings, class_index, out, names, sheet, min(batch_size, len(paths)))
+            run.explain(batch, results, skip_unfit=method == "all")
+            bar.advance(task, len(batch))
+
+    failed = sum("error" in result for result in results.values())
+    if as_json:
+        click.echo(json.dumps([{"path": path, **result} for path, result in results.items()], indent=1))
+    else:
+        for path, result in results.items():
+            if "error" not in result:
+                _print_result(path, result)
+    if failed:
+        click.echo(f"{failed} of {len(results)} photos failed", err=True)
+        click.get_current_context().exit(2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One batch's way from photos to files."""
+
+    vit: "LoadedViT"
+    methods: list[str]
+    options: dict[str, Any]
+    target: int | None
+    out: Path
+    names: dict[Path, str]
+    sheet: str
+    rows: int  # every batch is filled up to so many photos: another shape would be compiled again
+
+    def explain(self, paths: Sequence[Path], results: dict[str, dict[str, Any]], skip_unfit: bool) -> None:
+        """Explain the photos; `results` gets an entry for each, with its classes and files or its error."""
+        import numpy as np
+
+        from tokentm_jax.interface import explain as explain_batch
+        from tokentm_jax.photos import fit, open_photo, view
+
+        good, inputs, views = [], [], []
+        for path in paths:
+            try:
+                photo = open_photo(path)
+                inputs.append(fit(photo, self.vit.preprocessing))
+                views.append(view(photo, self.vit.preprocessing))
+                good.append(path)
+            except InputError as error:
+                _fail(results, str(path), error)
+        if not good:
+            return
+        images = np.stack(inputs + inputs[-1:] * (self.rows - len(inputs))).astype(np.float32) / 255
+        with _memory_errors():
+            logits = np.asarray(self.vit.logits(images), np.float64)
+        targets = logits.argmax(-1) if self.target is None else np.full(len(logits), self.target)
+        maps: dict[str, np.ndarray] = {}
+        for method in self.methods:
+            try:
+                with _memory_errors():
+                    found = explain_batch(self.vit, images, method, targets.astype(np.int32), **self.options)
+                maps[method] = np.asarray(found, np.float32)
+            except InputError as error:
+                if not skip_unfit:
+                    raise
+                _complain(f"{method} is left out: {error}")
+        if not maps:
+            raise InputError("no method can explain this model")
+        kept = []
+        for i, path in enumerate(good):
+            if np.isfinite(logits[i]).all() and all(np.isfinite(m[i]).all() for m in maps.values()):
+                results[str(path)] = describe(self.vit, logits[i], int(targets[i]))
+                self._write_maps(path, results[str(path)], {method: m[i] for method, m in maps.items()})
+                kept.append(i)
+            else:
+                _fail(results, str(path), InputError(f"the model gives no finite numbers for {path}"))
+        if kept:
+            entries = [results[str(good[i])] for i in kept]
+            self._draw([good[i] for i in kept], entries, [views[i] for i in kept], {m: maps[m][kept] for m in maps})
+
+    def _write_maps(self, path: Path, result: dict[str, Any], maps: dict[str, "np.ndarray"]) -> None:
+        import numpy as np
+
+        versions = {name: _version(name) for name in ("tokentm_jax", "jax", "flax")}
+        for method, heatmap in maps.items():
+            suffix = f".{method}.npz" if len(self.methods) > 1 else ".npz"
+            file = self.out / f"{self.names[path]}{suffix}"
+            part = file.with_name(f".{file.name}.{os.getpid()}.part")
+            try:
+                with part.open("wb") as stream:
+                    np.savez_compressed(
+                        stream,
+                        map=heatmap,
+                        target=np.int32(result["target"]["class"]),
+                        target_name=result["target"]["name"],
+                        probability=np.float32(result["target"]["probability"]),
+                        photo=_printable(path),
+                        model=self.vit.name,
+                        method=method,
+                        options=json.dumps(self.options),
+                        versions=json.dumps(versions),
+                    )
+                os.replace(part, file)
+            finally:
+                part.unlink(missing_ok=True)
+            result["files"].append(str(file))
+
+    def _draw(
+        self,
+        paths: list[Path],
+        results: list[dict[str, Any]],
+        views: list["np.ndarray"],
+        maps: dict[str, "np.ndarray"],
+    ) -> None:
+        from tokentm_jax.figure import overlay_figure, sheet, write_png
+
+        titles = [f"{r['target']['name']} {r['target']['probability']:.1%}" for r in results]
+        if len(self.methods) > 1:
+            file = self.out / f"{self.sheet}.png"
+            write_png(sheet(views, titles, {m: list(maps[m]) for m in maps}, self.vit.name), file)
+            for result in results:
+                result["files"].insert(0, str(file))
+            return
+        for i, (path, result) in enumerate(zip(paths, results, strict=True)):
+            parts = [_printable(Path(path.name)), self.vit.name, self.methods[0]]
+            best = result["top5"][0]
+            if best["class"] != result["target"]["class"]:
+                parts.insert(0, f"predicted: {best['name']} {best['probability']:.1%}")
+            file = self.out / f"{self.names[path]}.png"
+            write_png(overlay_figure(views[i], maps[self.methods[0]][i], titles[i], " · ".join(parts)), file)
+            result["files"].insert(0, str(file))
+
+
+def describe(vit: "LoadedViT", logits: "np.ndarray", target: int) -> dict[str, Any]:
+    """The top five classes of one photo and the explained one, from its logits [classes]."""
+    import numpy as np
+
+    odds = np.exp(logits - logits.max())
+    probabilities = odds / odds.sum()
+
+    def entry(index: int) -> dict[str, Any]:
+        return {"class": index, "name": vit.class_name(index), "probability": float(probabilities[index])}
+
+    top = np.argsort(-probabilities, kind="stable")[:5]
+    return {"top5": [entry(int(i)) for i in top], "target": entry(target), "files": []}
+
+
+def parse_option(text: str) -> tuple[str, bool | int | float | str | None]:
+    """ "KEY=VALUE" -> key and the value as bool, int, float, None or else text."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise InputError(f"an option is given as KEY=VALUE, got {text!r}")
+    words = {"true": True, "false": False, "none": None}
+    if value.strip().lower() in words:
+        return key.strip(), words[value.strip().lower()]
+    for kind in (int, float):
+        try:
+            return key.strip(), kind(value)
+        except ValueError:
+            continue
+    return key.strip(), value.strip()
+
+
+def output_names(paths: Sequence[Path], out: Path) -> dict[Path, str]:
+    """A file name without suffix for each photo: its own, with a number where two would meet or where the picture
+    would replace one of the photos."""
+    photos = {path.resolve() for path in paths}
+    stems = {path: os.fsdecode(os.fsencode(path.stem)[:150]) for path in paths}
+    own = {stem.lower() for stem in stems.values()}  # file systems that ignore case would join them
+    used: set[str] = set()
+    names: dict[Path, str] = {}
+    for path, stem in stems.items():
+        name, number = stem, 1
+        while (
+            name.lower() in used or (number > 1 and name.lower() in own) or (out / f"{name}.png").resolve() in photos
+        ):
+            number += 1
+            name = f"{stem}-{number}"
+        used.add(name.lower())
+        names[path] = name
+    return names
+
+
+def _fail(results: dict[str, dict[str, Any]], path: str, error: InputError) -> None:
+    results[path] = {"error": str(error)}
+    _complain(str(error))
+
+
+def _printable(path: Path) -> str:
+    return os.fsencode(path).decode(errors="replace")
+
+
+def _print_result(path: str, result: dict[str, Any]) -> None:
+    table = Table(title=Text(_printable(Path(path))), title_justify="left", title_style="bold", box=None)
+    table.add_column("Class")
+    table.add_column("Probability", justify="right")
+    table.add_column("")
+    entries = result["top5"]
+    if result["target"] not in entries:
+        entries = [*entries, result["target"]]
+    for entry in entries:
+        explained = "<- explained" if entry["class"] == result["target"]["class"] else ""
+        table.add_row(Text(entry["name"]), f"{entry['probability']:.1%}", explained)
+    console = _console()
+    console.print(table)
+    for file in result["files"]:
+        click.echo(f" {_printable(Path(file))}")
+    click.echo()
+
+
+def _make_folder(out: Path) -> None:
+    probe = out / f".{os.getpid()}.part"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"the output folder {out} cannot be written: {error.strerror}") from None
+
+
+def _use_compilation_cache() -> None:
+    """Keep compiled programs between runs, unless the user has chosen a place."""
+    import jax
+
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokentm_jax"
+    try:
+        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """The device's lack of memory as an InputError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # JAX's is a RuntimeError
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise InputError("the memory is not enough: give a smaller --batch-size") from None
+        raise
+
+
+def _console() -> Console:
+    """Standard output; as wide as needed where nobody looks, such as in a pipe."""
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document in place of a table.")
+def models(as_json: bool) -> None:
+    """List the shipped models and the architectures that a checkpoint can be loaded into.
+
+    \b
+    Example:
+      tokentm models
+    """
+    rows = list(_model_rows())
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+        return
+    table = Table(box=None)
+    for column in ("Model", "Parameters", "Resolution", "Patch", "Weights"):
+        table.add_column(column, justify="left" if column in ("Model", "Weights") else "right", no_wrap=True)
+    for row in rows:
+        height, width = row["resolution"]
+        size = str(height) if height == width else f"{height} x {width}"
+        weights = "shipped" if row["shipped"] else "needs a checkpoint"
+        table.add_row(row["name"], f"{row['parameters'] / 1e6:.1f} M", size, str(row["patch_size"]), weights)
+    _console().print(table)
+
+
+def _model_rows() -> Iterator[dict[str, Any]]:
+    from tokentm_jax.architectures import ARCHITECTURES, build
+    from tokentm_jax.checkpoint import read_description
+    from tokentm_jax.loading import SHIPPED
+
+    files = {file.stem: file for folder in reversed(SHIPPED) for file in sorted(folder.glob("*.safetensors"))}
+    shipped = {name: read_description(file) for name, file in files.items()}
+    configs = {name: (description["architecture"], True) for name, description in shipped.items() if description}
+    for name, (config, is_shipped) in {**configs, **{n: (c, False) for n, (c, _) in ARCHITECTURES.items()}}.items():
+        module = build(config)
+        yield {
+            "name": name,
+            "parameters": parameter_count(module),
+            "resolution": list(module.img_size),
+            "patch_size": module.patch_size,
+            "shipped": is_shipped,
+        }
+
+
+def parameter_count(module: "ViT") -> int:
+    """Number of parameters, by arithmetic: tracing all architectures would take many seconds."""
+    d, hidden = module.embed_dim, int(module.embed_dim * module.mlp_ratio)
+    attention = 3 * d * (d + module.qkv_bias) + d * (d + module.proj_bias)
+    feed_forward = hidden * (d + 1) + d * (hidden + 1)
+    scales = 0 if module.init_values is None else 2 * d
+    block = attention + feed_forward + 4 * d + scales
+    positions = module.grid[0] * module.grid[1] + (0 if module.no_embed_class else module.prefix)
+    embedding = d * (3 * module.patch_size**2 + (not module.pre_norm) + module.prefix + positions)
+    norms = 2 * d * (1 + module.pre_norm)
+    heads = (d + 1) * module.num_classes * (1 + module.distilled)
+    return embedding + module.depth * block + norms + heads
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document in place of a table.")
+def methods(as_json: bool) -> None:
+    """List the explanation methods.
+
+    \b
+    Example:
+      tokentm methods
+    """
+    from tokentm_jax.methods import METHODS
+
+    if as_json:
+        fields = ("summary", "paper", "year", "class_specific", "output", "passes")
+        rows = [{"name": name, **{f: getattr(method, f) for f in fields}} for name, method in METHODS.items()]
+        click.echo(json.dumps(rows, indent=1))
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("Method", no_wrap=True)
+    for column in ("Paper", "Year", "Class-specific", "Output", "Passes"):
+        table.add_column(column)
+    for name, method in METHODS.items():
+        specific = "yes" if method.class_specific else "no"
+        table.add_row(name, method.paper, str(method.year), specific, method.output, method.passes)
+    console = _console()
+    console.print(table)
+    console.print("Passes: forward (F) and backward (B) passes of the model per batch.", style="dim")
+
+
+# ---- convert and train ----------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--model", help=MODELS_HELP)
+@click.option("--img-size", type=click.IntRange(1), help="Another resolution; position embeddings are resampled.")
+@click.option("--classes", type=click.Path(path_type=Path), help="Class names: .json, or .txt with one per line.")
+def convert(checkpoint: Path, out: Path, model: str | None, img_size: int | None, classes: Path | None) -> None:
+    """Write CHECKPOINT to OUT with its architecture, preprocessing and class names.
+
+    OUT is NAME.safetensors, or a name without suffix for an Orbax folder. It then loads without --model.
+
+    \b
+    Example:
+      tokentm convert deit_tiny.pth deit_tiny.safetensors --model deit_tiny_patch16_224
+    """
+    from tokentm_jax.checkpoint import write_checkpoint
+    from tokentm_jax.loading import load
+
+    vit = load(model, checkpoint, img_size=img_size, class_names=classes)
+    written = write_checkpoint(out, vit.module, vit.params, vit.preprocessing, vit.class_names, {"name": vit.name})
+    millions = parameter_count(vit.module) / 1e6
+    click.echo(f"{_printable(written)}: {vit.name}, {millions:.1f} M parameters, {vit.module.num_classes} classes")
+
+
+@main.command()
+@click.argument("recipe", type=click.Path(path_type=Path), metavar="CONFIG.py")
+@click.option("--train", "train_data", help="Zip or folder of class folders, or tfds:NAME:SPLIT.")
+@click.option("--test", "test_data", help="The same, to measure the accuracy on.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder; default: runs/<name of the recipe>.")
+@click.option("--epochs", type=click.FloatRange(0, min_open=True), help="In place of the recipe's.")
+@click.option("--limit", type=click.IntRange(1), help="Use so many images of each set.")
+def train(
+    recipe: Path,
+    train_data: str | None,
+    test_data: str | None,
+    out: Path | None,
+    epochs: float | None,
+    limit: int | None,
+) -> None:
+    """Train a ViT by a recipe; started again with the same folder, it goes on where it stopped.
+
+    CONFIG.py is a Python file that is run, and whose `config` is a TrainConfig.
+
+    \b
+    Example:
+      tokentm train configs/cifar10_vit_cpu.py --train cifar10_train.zip --test cifar10_test.zip --out runs/cifar10
+    """
+    from tokentm_jax import train as training
+    from tokentm_jax.architectures import build
+    from tokentm_jax.data import load_dataset
+
+    given = {"train_data": train_data, "test_data": test_data, "epochs": epochs}
+    config = _read_recipe(recipe, training.TrainConfig)
+    config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
+    module = build(config.model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        data, test = load_dataset(config.train_data, limit), load_dataset(config.test_data, limit)
+    for warning in caught:
+        click.echo(f"Warning: {warning.message}", err=True)
+    if data.class_names != test.class_names:
+        raise InputError(f"{config.train_data} and {config.test_data} have different classes")
+    if len(data.class_names) != module.num_classes:
+        expected = f"the recipe's model has {module.num_classes} classes"
+        raise InputError(f"{config.train_data} has {len(data.class_names)} classes, {expected}")
+    _use_compilation_cache()
+    folder = out or Path("runs") / config.name
+    _make_folder(folder)
+    try:
+        top_1 = training.train(config, module, data, test, folder, click.echo)
+    except ValueError as error:  # numbers of the recipe that do not go together
+        raise InputError(f"the recipe {recipe}: {error}") from error
+    click.echo(f"test accuracy {top_1:.2%}; the model is in {_printable(folder)}")
+
+
+def _read_recipe(path: Path, kind: type) -> Any:
+    """The `config` of a Python file, which is run. Raises InputError for any error in it."""
+
+    def refuse(reason: str) -> NoReturn:
+        raise InputError(f"the recipe {path} {reason}") from None
+
+    if not path.is_file():
+        refuse("does not exist")
+    try:
+        found = runpy.run_path(str(path)).get("config")
+    except Exception as error:
+        refuse(f"cannot be run: {type(error).__name__}: {error}")
+    if not isinstance(found, kind):
+        refuse(f"must define `config` as a {kind.__name__}")
+    return found
