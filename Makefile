@@ -1,0 +1,33 @@
+# Two commands on a fresh machine with Python (3.11 to 3.13) and make: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-slow lint lock clean
+
+# The environment that was tested: every package at the version of requirements.lock.
+.venv/ready: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -r requirements.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: .venv/ready  ## explain a photo of a cat with the shipped model
+	$(BIN)/tokentm explain notebooks/chelsea.png --out out/demo
+
+test: .venv/ready  ## the default tests: CPU only, a few minutes
+	$(BIN)/pytest -n 2
+
+test-slow: .venv/ready  ## minutes more: DeiT-tiny in float64, accuracy on 500 photos
+	$(BIN)/pytest -m slow
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+lock:  ## refresh requirements.lock (needs uv)
+	uv pip compile pyproject.toml --group dev --extra hub --extra data --universal --python-version 3.11 --no-annotate -o requirements.lock
+
+clean:
+	rm -rf .venv out
