@@ -53,3 +53,68 @@ def full_map(
             middle = get["tokens"][l] + get["attention_branch"][l]
             c = (np.eye(n) + np.diag(weights(middle, get["ffn_branch"][l], length, direction))) @ c
     return c
+
+
+def layer_norm(x, p, eps):
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps) * p["scale"] + p["bias"]
+
+
+def erf(x):
+    from math import erf as one
+
+    return np.vectorize(one)(x)
+
+
+def vit(module, params, image, change=None, read_block=None):
+    """Logits [classes] of one normalised image [H, W, 3] by a plain class-token ViT, in float64.
+
+    `change` maps (name, block) to what is added to "tokens", "normalised" or "attention" there; `read_block` reads
+    the head after that block already. Also returns all values by (name, block).
+    """
+    change, seen = change or {}, {}
+
+    def point(name, l, value):
+        value = value + change.get((name, l), 0)
+        seen[name, l] = value
+        return value
+
+    p = module.patch_size
+    gh, gw = module.grid
+    patches = [image[i * p : (i + 1) * p, j * p : (j + 1) * p].reshape(-1) for i in range(gh) for j in range(gw)]
+    tokens = np.stack(patches) @ params["patch_embed"]["kernel"] + params["patch_embed"]["bias"]
+    x = np.concatenate([params["cls_token"][0], tokens]) + params["pos_embed"][0]
+    d = x.shape[1]
+    width = d // module.num_heads
+    for l in range(module.depth):
+        b = {k: {m: {q: a[l] for q, a in v.items()} for m, v in params["blocks"][k].items()} for k in ("attn", "mlp")}
+        norms = [{q: a[l] for q, a in params["blocks"][k].items()} for k in ("norm1", "norm2")]
+        x = point("tokens", l, x)
+        y = point("normalised", l, layer_norm(x, norms[0], module.norm_eps))
+        qkv = y @ b["attn"]["qkv"]["kernel"] + b["attn"]["qkv"]["bias"]
+        heads, attention = [], []
+        for h in range(module.num_heads):
+            query, key, value = (qkv[:, i * d + h * width : i * d + (h + 1) * width] for i in range(3))
+            e = np.exp(query @ key.T / np.sqrt(width))
+            attention.append(e / e.sum(-1, keepdims=True))
+            heads.append(value)
+        attention = point("attention", l, np.stack(attention))
+        seen["value_projected", l] = np.concatenate(heads, -1) @ b["attn"]["proj"]["kernel"]
+        mixed = np.concatenate([a @ v for a, v in zip(attention, heads, strict=True)], -1)
+        x = x + mixed @ b["attn"]["proj"]["kernel"] + b["attn"]["proj"]["bias"]
+        y = layer_norm(x, norms[1], module.norm_eps) @ b["mlp"]["fc1"]["kernel"] + b["mlp"]["fc1"]["bias"]
+        y = y * 0.5 * (1 + erf(y / np.sqrt(2)))
+        x = x + y @ b["mlp"]["fc2"]["kernel"] + b["mlp"]["fc2"]["bias"]
+        if read_block == l:
+            break
+    x = layer_norm(x, params["norm"], module.norm_eps)
+    return x[0] @ params["head"]["kernel"] + params["head"]["bias"], seen
+
+
+def difference_quotients(function, shape, step=1e-5):
+    """Gradient of a number with respect to what is added to an array of `shape`, one entry at a time."""
+    gradient = np.zeros(shape)
+    for i in np.ndindex(*shape):
+        delta = np.zeros(shape)
+        delta[i] = step
+        gradient[i] = (function(delta) - function(-delta)) / (2 * step)
+    return gradient

@@ -120,6 +120,7 @@ def grad_cam_tokens(module: nn.Module, params: Any, inputs: Array, target: Array
     trace = capture(module, params, inputs, target)
 
     def one(features: Array, gradient: Array) -> Array:
+        features, gradient = wide(features), wide(gradient)
         return jax.nn.relu((features * gradient[module.prefix :].mean(0)).sum(-1))
 
     rows = jax.vmap(one)(trace.normalised[-1], trace.normalised_grads[-1])
@@ -129,8 +130,8 @@ def grad_cam_tokens(module: nn.Module, params: Any, inputs: Array, target: Array
 def attcat(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
     """AttCAT (Qiang et al., NeurIPS 2022): token * gradient at each block's input, times the attention it gets."""
     trace = capture(module, params, inputs, target)
-    effect = (trace.tokens[:-1] * trace.token_grads[:-1]).sum(-1)  # [L, B, N]
-    received = trace.attention.mean((2, 3))
+    effect = (wide(trace.tokens[:-1]) * wide(trace.token_grads[:-1])).sum(-1)  # [L, B, N]
+    received = wide(trace.attention).mean((2, 3))
     return token_map(module, (received * effect).sum(0)), {"logits": trace.logits, "target": trace.target}
 
 

@@ -21,7 +21,8 @@ def min_max(maps: Array) -> Array:
     """Each map of [B, H, W] scaled to [0, 1]; a constant map becomes zeros, never NaN."""
     low, high = maps.min((1, 2), keepdims=True), maps.max((1, 2), keepdims=True)
     spread = high > low
-    return jnp.where(spread, (maps - low) / jnp.where(spread, high - low, 1), 0)
+    scaled = (maps - low) / jnp.where(spread, high - low, 1)
+    return jnp.where(spread, jnp.clip(scaled, 0, 1), 0)  # rounding may leave the interval by a hair
 
 
 def to_pixels(maps: Array, size: tuple[int, int]) -> Array:

@@ -50,7 +50,7 @@ class Method:
         known = {p.name: p.default for p in parameters if self.options or p.kind is p.KEYWORD_ONLY}
         for key, value in options.items():
             if key not in known:
-                raise suggest(f"option of the method '{name}'", key, known)
+                raise suggest(f"{name} option", key, known)
             default = known[key]
             kinds = {bool: bool, int: int, float: (int, float), str: str}.get(type(default))
             if kinds and (not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool)):

@@ -108,7 +108,7 @@ def lrp(variant: Variant, stabiliser: Stabiliser) -> Primitives:
 
     linear.defvjp(
         lambda x, kernel, bias: (primitives.linear(x, kernel, bias), (x, kernel)),
-        lambda saved, r: (_linear_rule(variant, quotient, *saved, r), None, None),
+        lambda saved, r: (_linear_rule(variant, quotient, saved[0], saved[1], r), None, None),
     )
 
     @jax.custom_vjp
@@ -117,7 +117,7 @@ def lrp(variant: Variant, stabiliser: Stabiliser) -> Primitives:
 
     embed.defvjp(
         lambda x, kernel, bias: (primitives.linear(x, kernel, bias), (x, kernel)),
-        lambda saved, r: (_embed_rule(*saved, r), None, None),
+        lambda saved, r: (_embed_rule(saved[0], saved[1], r), None, None),
     )
 
     @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -135,7 +135,9 @@ def lrp(variant: Variant, stabiliser: Stabiliser) -> Primitives:
     def same_shape_add(a: Array, b: Array) -> Array:
         return a + b
 
-    same_shape_add.defvjp(lambda a, b: (a + b, (a, b)), lambda saved, r: _add_rule(variant, quotient, *saved, r))
+    same_shape_add.defvjp(
+        lambda a, b: (a + b, (a, b)), lambda saved, r: _add_rule(variant, quotient, saved[0], saved[1], r)
+    )
 
     @jax.custom_vjp
     def fork(x: Array) -> tuple[Array, Array]:

@@ -18,7 +18,7 @@ no product of two [N, N] maps: `r <- r * (1 + w_ffn)`, `r <- r + (r A) * w_attn`
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import chex
 import jax
@@ -30,7 +30,7 @@ class Blocks(NamedTuple):
     """What one sample's blocks did. Each array has a leading L axis where all blocks are meant."""
 
     attention: Array  # [L, H, N, N] after softmax
-    attention_grad: Array | None  # [L, H, N, N] gradient (or relevance) of the explained logit at the attention
+    attention_grad: Any  # [L, H, N, N] gradient (or relevance) of the logit at the attention, or None
     tokens: Array  # [L, N, D] input tokens x
     normalised: Array  # [L, N, D] LN1(x)
     transformed_value: Array  # [L, N, D] x~ of the attention layer: value and output projection, without mixing

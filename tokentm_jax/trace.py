@@ -18,15 +18,18 @@ from tokentm_jax.tokentm import Blocks
 
 
 class Trace(NamedTuple):
-    """One forward and backward pass of a batch. Axes: L blocks, B batch, H heads, N tokens, D width."""
+    """One forward and backward pass of a batch. Axes: L blocks, B batch, H heads, N tokens, D width.
+
+    The gradients are None where they were not asked for.
+    """
 
     tokens: Array  # [L+1, B, N, D] input of every block, and the output of the last
-    token_grads: Array | None  # [L+1, B, N, D] gradient of the explained logit there
-    input_grads: Array | None  # [B, H, W, 3] gradient at the normalised images
+    token_grads: Any  # [L+1, B, N, D] gradient of the explained logit there
+    input_grads: Any  # [B, H, W, 3] gradient at the normalised images
     attention: Array  # [L, B, H, N, N] after softmax
-    attention_grad: Array | None  # [L, B, H, N, N]
+    attention_grad: Any  # [L, B, H, N, N]
     normalised: Array  # [L, B, N, D] LN1 of the block's input
-    normalised_grads: Array | None  # [L, B, N, D]
+    normalised_grads: Any  # [L, B, N, D]
     value: Array  # [L, B, H, N, D/H]
     transformed_value: Array  # [L, B, N, D]
     attention_branch: Array  # [L, B, N, D]

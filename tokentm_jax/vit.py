@@ -288,15 +288,12 @@ class ViT(nn.Module):
             pooled = x[:, 0]
         if self._norms_after_pooling:
             pooled = self.fc_norm_layer(pooled)
-        kernel, bias = self.head(d)
         if self.distilled:
             # The mean of two heads, with the halves in the weights: what is left is a residual sum.
-            other_kernel, other_bias = self.head_dist(d)
-            logits = rule.add(
-                rule.linear(pooled, kernel / 2, bias / 2), rule.linear(x[:, 1], other_kernel / 2, other_bias / 2)
-            )
+            first, second = (jax.tree.map(lambda a: a / 2, head(d)) for head in (self.head, self.head_dist))
+            logits = rule.add(rule.linear(pooled, *first), rule.linear(x[:, 1], *second))
         else:
-            logits = rule.linear(pooled, kernel, bias)
+            logits = rule.linear(pooled, *self.head(d))
         return wide(logits)
 
     def _drop_patches(self, x: Array) -> Array:

@@ -1,0 +1,198 @@
+"""Methods that no golden covers, against their definitions in float64: a NumPy ViT and difference quotients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+import tokentm_jax as tm
+from tokentm_jax.interface import explain_fn
+from tokentm_jax.vit import ViT, init_params
+
+TARGET = 2
+
+
+@pytest.fixture(scope="module")
+def small():
+    """(module, params, image): every array of the model is random and float64, biases and norms too."""
+    module = ViT(img_size=(4, 6), patch_size=2, embed_dim=8, depth=2, num_heads=2, num_classes=4)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda key: init_params(module, key), jax.random.key(0))
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, s: rng.normal(size=s.shape) * 0.4 + (path[-1].key == "scale"), shapes
+    )
+    return module, params, rng.normal(size=(4, 6, 3))
+
+
+def run(small, method, details=False, **options):
+    module, params, image = small
+    with jax.enable_x64(True):
+        function = jax.jit(explain_fn(module, method, details=True, **options))
+        maps, found = function(params, jnp.asarray(image[None]), jnp.array([TARGET], jnp.int32))
+        maps = np.asarray(maps[0])
+        return (maps, {k: np.asarray(v[0]) for k, v in found.items()}) if details else maps
+
+
+def slope(small, name, l, **keywords):
+    """Gradient of the target's logit at a named point of block l, by difference quotients of the NumPy ViT."""
+    module, params, image = small
+    shape = oracle.vit(module, params, image)[1][name, l].shape
+    return oracle.difference_quotients(
+        lambda delta: oracle.vit(module, params, image, {(name, l): delta}, **keywords)[0][TARGET], shape
+    )
+
+
+def pixel_gradient(small, image=None):
+    module, params, own = small
+    image = own if image is None else image
+    return oracle.difference_quotients(lambda d: oracle.vit(module, params, image + d)[0][TARGET], image.shape)
+
+
+def test_the_oracle_computes_the_same_logits(small):
+    module, params, image = small
+    _, details = run(small, "gae", details=True)
+    np.testing.assert_allclose(details["logits"], oracle.vit(module, params, image)[0], rtol=1e-10)
+
+
+def test_gae(small):
+    module, params, image = small
+    seen = oracle.vit(module, params, image)[1]
+    r = np.eye(7)
+    for l in range(2):
+        r = r + np.maximum(slope(small, "attention", l) * seen["attention", l], 0).mean(0) @ r
+    np.testing.assert_allclose(run(small, "gae").ravel(), r[0, 1:], rtol=1e-6, atol=1e-9)
+
+
+def test_tokentm_from_the_photo_to_the_map(small):
+    """The whole chain, sharing nothing with the library: forward pass, gradients, weights, aggregation."""
+    module, params, image = small
+    seen = oracle.vit(module, params, image)[1]
+    tokens = [seen["tokens", l] for l in range(2)]
+    after = oracle.vit(module, params, image, read_block=0)[1]
+    assert set(after) < set(seen)
+    c = np.diag([oracle.norm2(x) for x in tokens[0]])
+    for l in range(2):
+        p = jax.tree.map(lambda a, l=l: a[l], params["blocks"])
+        a = np.maximum(slope(small, "attention", l) * seen["attention", l], 0).mean(0)
+        c = c + a @ np.diag(oracle.weights(tokens[l], seen["value_projected", l])) @ c
+        mixed = []
+        qkv = seen["normalised", l] @ p["attn"]["qkv"]["kernel"] + p["attn"]["qkv"]["bias"]
+        for h in range(2):
+            mixed.append(seen["attention", l][h] @ qkv[:, 16 + 4 * h : 20 + 4 * h])
+        branch = np.concatenate(mixed, -1) @ p["attn"]["proj"]["kernel"] + p["attn"]["proj"]["bias"]
+        middle = tokens[l] + branch
+        hidden = oracle.layer_norm(middle, p["norm2"], module.norm_eps) @ p["mlp"]["fc1"]["kernel"]
+        hidden = hidden + p["mlp"]["fc1"]["bias"]
+        hidden = hidden * 0.5 * (1 + oracle.erf(hidden / np.sqrt(2)))
+        ffn = hidden @ p["mlp"]["fc2"]["kernel"] + p["mlp"]["fc2"]["bias"]
+        c = c + np.diag(oracle.weights(middle, ffn)) @ c
+    np.testing.assert_allclose(run(small, "tokentm").ravel(), c[0, 1:], rtol=1e-6, atol=1e-9)
+
+
+def test_grad_cam_on_tokens(small):
+    module, params, image = small
+    features = oracle.vit(module, params, image)[1]["normalised", 1][1:]
+    weights = slope(small, "normalised", 1)[1:].mean(0)
+    expected = np.maximum((features * weights).sum(-1), 0)
+    np.testing.assert_allclose(run(small, "grad_cam_tokens").ravel(), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_attcat(small):
+    module, params, image = small
+    seen = oracle.vit(module, params, image)[1]
+    expected = np.zeros(7)
+    for l in range(2):
+        effect = (seen["tokens", l] * slope(small, "tokens", l)).sum(-1)
+        expected += seen["attention", l].mean((0, 1)) * effect
+    np.testing.assert_allclose(run(small, "attcat").ravel(), expected[1:], rtol=1e-6, atol=1e-9)
+
+
+def test_legrad(small):
+    expected = sum(np.maximum(slope(small, "attention", l, read_block=l), 0).mean((0, 1)) for l in range(2))
+    np.testing.assert_allclose(run(small, "legrad").ravel(), expected[1:], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("variant", ["head", "token"])
+def test_beyond_intuition(small, variant):
+    module, params, image = small
+    seen = oracle.vit(module, params, image)[1]
+    perception = np.eye(7)
+    for l in range(2):
+        a = seen["attention", l]
+        if variant == "head":
+            g = slope(small, "attention", l)
+            influence = np.array([np.abs(a[h].T @ g[h]).mean() for h in range(2)])
+            mixed = sum(i * a[h] for h, i in enumerate(influence / influence.sum()))
+        else:
+            weights = [
+                oracle.norm2(v) / oracle.norm2(x)
+                for v, x in zip(seen["value_projected", l], seen["tokens", l], strict=True)
+            ]
+            mixed = a.mean(0) @ np.diag(weights)
+        perception = perception + mixed @ perception
+    mean = sum(slope((module, params, image * k / 3), "attention", 1) for k in (1, 2, 3)) / 3
+    feedback = np.maximum(mean, 0).mean(0)
+    got = run(small, "beyond_intuition", variant=variant, steps=3)
+    np.testing.assert_allclose(got.ravel(), (feedback * perception)[0, 1:], rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("fusion", ["mean", "max", "min"])
+@pytest.mark.parametrize("normalise", [True, False])
+def test_rollout(small, fusion, normalise):
+    module, params, image = small
+    seen = oracle.vit(module, params, image)[1]
+    for discard, first in ((0.0, 0), (0.3, 1)):
+        product = np.eye(7)
+        for l in range(first, 2):
+            fused = getattr(np, fusion)(seen["attention", l], axis=0)
+            lowest = np.argsort(fused.ravel(), kind="stable")[: int(discard * 49)]
+            fused = np.where(np.isin(np.arange(49), lowest).reshape(7, 7), 0, fused) + np.eye(7)
+            product = (fused / fused.sum(-1, keepdims=True) if normalise else fused) @ product
+        got = run(small, "rollout", fusion=fusion, normalise=normalise, discard_ratio=discard, first_block=first)
+        np.testing.assert_allclose(got.ravel(), product[0, 1:], rtol=1e-9)
+
+
+def test_gradients_of_the_input(small):
+    image = small[2]
+    gradient = pixel_gradient(small)
+    np.testing.assert_allclose(run(small, "input_gradient"), np.abs(gradient).max(-1), rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(run(small, "gradient_x_input"), (gradient * image).sum(-1), rtol=1e-6, atol=1e-9)
+    quiet = run(small, "smooth_grad", noise=0.0, samples=2)
+    np.testing.assert_allclose(quiet, np.abs(gradient).max(-1), rtol=1e-6, atol=1e-9)
+
+
+def test_smooth_grad_is_the_mean_over_its_noise(small):
+    image = small[2]
+    deviation = 0.2 * (image.max() - image.min())
+    with jax.enable_x64(True):
+        keys = jax.random.split(jax.random.key(5), 2)
+        noises = [np.asarray(jax.random.normal(k, (1, *image.shape), jnp.float64))[0] for k in keys]
+    expected = np.abs(sum(pixel_gradient(small, image + deviation * n) for n in noises) / 2).max(-1)
+    got = run(small, "smooth_grad", noise=0.2, samples=2, seed=5)
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_integrated_gradients(small):
+    module, params, image = small
+    base = np.full_like(image, 0.3)
+    gradient = sum(pixel_gradient(small, base + (k + 0.5) / 3 * (image - base)) for k in range(3)) / 3
+    maps, details = run(small, "integrated_gradients", details=True, steps=3, baseline=0.3)
+    expected = ((image - base) * gradient).sum(-1)
+    np.testing.assert_allclose(maps, expected, rtol=1e-6, atol=1e-9)
+    change = oracle.vit(module, params, image)[0][TARGET] - oracle.vit(module, params, base)[0][TARGET]
+    np.testing.assert_allclose(details["completeness_gap"], expected.sum() - change, rtol=1e-6)
+
+
+def test_combination_and_maps():
+    a = jnp.array([[[0.0, 1.0], [2.0, 4.0]]])
+    b = jnp.array([[[3.0, 3.0], [3.0, 3.0]]])  # constant: zeros, not NaN
+    c = jnp.array([[[1.0, 0.0], [0.0, 0.0]]])
+    np.testing.assert_allclose(tm.combine([a, c], "mean")[0], [[0.5, 0.125], [0.25, 0.5]])
+    np.testing.assert_allclose(tm.combine([a, 1 - c])[0], [[0, 0.25], [0.5, 1]])
+    np.testing.assert_array_equal(tm.combine([a, b]), 0)
+    # Half-pixel centres, no antialiasing: 2 -> 4 has weights 1, 3/4, 1/4, 0 along each axis.
+    weights = np.array([[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
+    np.testing.assert_allclose(tm.to_pixels(a, (4, 4))[0], weights @ (np.asarray(a[0]) / 4) @ weights.T, atol=1e-6)
+    with pytest.raises(tm.InputError, match="one map at least"):
+        tm.combine([])

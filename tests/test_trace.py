@@ -1,0 +1,130 @@
+"""What capture promises: nothing for free inference, any module that sows, every type."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tokentm_jax as tm
+from tokentm_jax.interface import explain_fn
+from tokentm_jax.trace import capture
+from tokentm_jax.vit import ViT, init_params
+
+FIELDS: dict[str, Any] = {"img_size": (8, 12), "patch_size": 4, "embed_dim": 8, "num_heads": 2, "num_classes": 3}
+IMAGES = np.random.default_rng(0).normal(size=(2, 8, 12, 3)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def vit():
+    module = ViT(**FIELDS, depth=2)
+    return module, jax.tree.map(lambda a: a * 8, init_params(module, jax.random.key(0)))
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from equations(inner)
+
+
+def test_inference_stores_nothing_and_compiles_one_block(vit):
+    module, params = vit
+    deep = ViT(**FIELDS, depth=9)
+    programs = [
+        jax.make_jaxpr(lambda p, x, m=m: m.apply({"params": p}, x))(p, IMAGES).jaxpr
+        for m, p in ((module, params), (deep, init_params(deep, jax.random.key(0))))
+    ]
+    scans = [e for e in equations(programs[0]) if e.primitive.name == "scan"]
+    assert len(scans) == 1
+    assert len(scans[0].outvars) == scans[0].params["num_carry"]  # no output is stacked over blocks
+    assert len(list(equations(programs[0]))) == len(list(equations(programs[1])))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_shapes_and_types(vit, dtype):
+    module, params = vit
+    trace = jax.jit(lambda p, x: capture(module.clone(dtype=dtype), p, x))(params, IMAGES)
+    l, b, h, n, d = 2, 2, 2, 7, 8
+    shapes = {
+        "tokens": (l + 1, b, n, d),
+        "token_grads": (l + 1, b, n, d),
+        "input_grads": (b, 8, 12, 3),
+        "attention": (l, b, h, n, n),
+        "attention_grad": (l, b, h, n, n),
+        "normalised": (l, b, n, d),
+        "normalised_grads": (l, b, n, d),
+        "value": (l, b, h, n, d // h),
+        "transformed_value": (l, b, n, d),
+        "attention_branch": (l, b, n, d),
+        "ffn_branch": (l, b, n, d),
+        "logits": (b, 3),
+        "target": (b,),
+    }
+    assert {name: a.shape for name, a in trace._asdict().items()} == shapes
+    assert trace.attention.dtype == dtype and trace.attention_grad.dtype == dtype
+    assert trace.logits.dtype == jnp.float32
+    wide = np.asarray(trace.attention, np.float32)
+    np.testing.assert_allclose(wide.sum(-1), 1, atol=1e-5 if dtype == jnp.float32 else 2e-2)
+    after = wide_sum(trace.tokens[:-1], trace.attention_branch, trace.ffn_branch)
+    np.testing.assert_allclose(
+        after, np.asarray(trace.tokens[1:], np.float32), atol=1e-5 if dtype == jnp.float32 else 0.1
+    )
+
+
+def wide_sum(*arrays):
+    return sum(np.asarray(a, np.float32) for a in arrays)
+
+
+class Unrolled(nn.Module):
+    """Somebody else's ViT: its blocks are modules of their own, without a scan."""
+
+    vit: ViT
+    perturbs: bool = True
+
+    grid = property(lambda self: self.vit.grid)
+    prefix = property(lambda self: self.vit.prefix)
+    readout = property(lambda self: self.vit.readout)
+
+    @nn.compact
+    def __call__(self, images):
+        x = self.vit.embed(images)
+        for l in range(12):  # more than ten: block_10 comes after block_9
+            x, _ = self.vit.block().clone(name=f"block_{l}", parent=self)(x)
+        if self.perturbs:
+            x = self.perturb("final_tokens", x)
+        self.sow("intermediates", "final_tokens", x)
+        return self.vit.classify(x)
+
+
+def test_a_users_own_module_is_read():
+    scanned = ViT(**FIELDS, depth=12)
+    params = jax.tree.map(lambda a: a * 8, init_params(scanned, jax.random.key(0)))
+    outer = {k: v for k, v in params.items() if k != "blocks"}
+    blocks = {f"block_{l}": jax.tree.map(lambda a, l=l: a[l], params["blocks"]) for l in range(12)}
+    own = {"vit": outer, **blocks}
+    expected = jax.jit(explain_fn(scanned, "tokentm"))(params, IMAGES)
+    got = jax.jit(explain_fn(Unrolled(scanned), "tokentm"))(own, IMAGES)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6 * float(expected.max()))
+
+    silent = Unrolled(scanned, perturbs=False)
+    with pytest.raises(tm.InputError, match="perturbs no 'final_tokens'"):
+        explain_fn(silent, "gae")(own, IMAGES)
+    assert explain_fn(silent, "rollout")(own, IMAGES).shape == (2, 2, 3)  # needs no gradient
+
+
+def test_pure_functions_vmap(vit):
+    module, params = vit
+    function = explain_fn(module, "tokentm")
+    target = jnp.array([0, 2], jnp.int32)
+    one_by_one = jax.jit(jax.vmap(lambda x, t: function(params, x[None], t[None])[0]))(IMAGES, target)
+    np.testing.assert_allclose(one_by_one, jax.jit(function)(params, IMAGES, target), rtol=1e-4, atol=1e-6)
+
+
+def test_wrong_shapes_say_what_was_expected(vit):
+    module, params = vit
+    with pytest.raises(ValueError, match=r"images must be \[B, 8, 12, 3\]"):
+        explain_fn(module)(params, IMAGES[:, :4])
