@@ -1,6 +1,6 @@
 """CIFAR-10 from scratch on a CPU: the recipe of the default model that the project ships.
 
-    tokentm train configs/cifar10_vit_cpu.py --train cifar10_train.zip --test cifar10_test.zip --out runs/cifar10_cpu
+tokentm train configs/cifar10_vit_cpu.py --train cifar10_train.zip --test cifar10_test.zip --out runs/cifar10_cpu
 """
 
 from tokentm_jax.train import TrainConfig

@@ -31,7 +31,11 @@ def imports(path: Path) -> set[str]:
         for inner in ast.walk(node)
     }
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and id(node) not in skipped and (node.module or "").startswith("tokentm_jax"):
+        if (
+            isinstance(node, ast.ImportFrom)
+            and id(node) not in skipped
+            and (node.module or "").startswith("tokentm_jax")
+        ):
             tail = (node.module or "").removeprefix("tokentm_jax").lstrip(".")
             found |= {tail} if tail else {alias.name for alias in node.names}
     return found
