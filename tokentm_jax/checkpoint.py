@@ -220,10 +220,11 @@ def _kind(path: Path) -> str:
             return "npz"
         if any(name.endswith("data.pkl") for name in names):
             return "torch"
-    elif start[:1] == b"\x80":
-        return "torch"  # a pickle: the format of torch before 1.6
+    # Asked before the pickle: the length of a safetensors header may begin with any byte, 0x80 too.
     elif path.suffix == ".safetensors" or start[8:9] == b"{":
         return "safetensors"
+    elif start[:1] == b"\x80":
+        return "torch"  # a pickle: the format of torch before 1.6
     raise InputError(f"{path} is not a checkpoint: expected .safetensors, .pth, .npz or a folder of this project")
 
 
