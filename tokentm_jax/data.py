@@ -56,7 +56,7 @@ def load_dataset(spec: str | Path, limit: int | None = None) -> Data:
             except (zipfile.BadZipFile, OSError):
                 raise InputError(f"{path} is neither a folder nor a zip file of class folders") from None
             names = sorted(info.filename for info in archive.infolist() if not info.is_dir())
-            source, read = f"the zip file {path}", lambda name: _read_entry(archive, name)
+            source, read = f"the zip file {path}", lambda name: read_entry(archive, name)
         else:
             raise InputError(f"the data set {path} does not exist")
         return _from_names(names, read, source, limit)
@@ -64,7 +64,7 @@ def load_dataset(spec: str | Path, limit: int | None = None) -> Data:
 
 def _from_names(names: list[str], read: Callable[[str], Any], source: str, limit: int | None) -> Data:
     """A data set whose images are named "…/class/image"."""
-    labelled = [(name, PurePosixPath(name).parent.name) for name in names if _is_image(name)]
+    labelled = [(name, PurePosixPath(name).parent.name) for name in names if is_image(name)]
     labelled = [(name, label) for name, label in labelled if label not in ("", "..")]
     class_names = tuple(sorted({label for _, label in labelled}))
     if not labelled:
@@ -72,7 +72,7 @@ def _from_names(names: list[str], read: Callable[[str], Any], source: str, limit
 
     def pairs() -> Iterator[tuple[np.ndarray, int]]:
         bad = []
-        for name, label in _spread(labelled, limit):
+        for name, label in spread(labelled, limit):
             try:
                 image = read(name)
             except InputError as error:
@@ -83,7 +83,7 @@ def _from_names(names: list[str], read: Callable[[str], Any], source: str, limit
             shown = "; ".join(bad[:5]) + ("; ..." if len(bad) > 5 else "")
             warnings.warn(f"{len(bad)} images of {source} were skipped: {shown}", stacklevel=4)
 
-    return _stack(pairs(), len(_spread(labelled, limit)), class_names, source)
+    return _stack(pairs(), len(spread(labelled, limit)), class_names, source)
 
 
 def _stack(pairs: Iterator[tuple[np.ndarray, int]], most: int, class_names: tuple[str, ...], source: str) -> Data:
@@ -106,20 +106,20 @@ def _stack(pairs: Iterator[tuple[np.ndarray, int]], most: int, class_names: tupl
     return Data(images[: len(labels)], np.array(labels, np.int32), class_names)
 
 
-def _spread(items: Any, limit: int | None) -> list[Any]:
+def spread(items: Any, limit: int | None) -> list[Any]:
     """`limit` of the items, evenly spaced, or all."""
     if limit is None or limit >= len(items):
         return list(items)
     return [items[i * len(items) // limit] for i in range(limit)]
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
     path = PurePosixPath(name)
     hidden = any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in path.parts)
     return path.suffix.lower() in SUFFIXES and not hidden
 
 
-def _read_entry(archive: zipfile.ZipFile, name: str) -> Any:
+def read_entry(archive: zipfile.ZipFile, name: str) -> Any:
     """One image of a zip; the size that the zip's directory states is not trusted."""
     try:
         with archive.open(name) as entry:
@@ -164,5 +164,5 @@ def _from_tfds(spec: str, limit: int | None) -> Data:
             image = np.asarray(example["image"])
             yield np.broadcast_to(image, (*image.shape[:2], 3)), int(example["label"])  # grey becomes RGB
 
-    chosen = _spread(range(len(source)), limit)
+    chosen = spread(range(len(source)), limit)
     return _stack(pairs(), len(chosen), tuple(features["label"].names), spec)
