@@ -6,15 +6,18 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent / "tokentm_jax"
 LAYERS = [  # a module may import from layers above it in this list, and from its own
     {"errors"},
-    {"primitives", "tokentm"},
+    {"primitives", "tokentm", "metrics"},
     {"vit", "maps", "preprocessing", "relevance"},
     {"trace"},
     {"attention_methods", "relevance_methods", "gradient_methods"},
     {"methods"},
     {"interface", "architectures"},
     {"checkpoint"},
-    {"loading", "photos", "figure", "data"},
-    {"train"},
+    {"loading", "photos", "figure", "data", "sources"},
+    {"train", "tasks"},
+    {"records"},
+    {"report"},
+    {"evaluate"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -565,3 +565,138 @@ def _read_recipe(path: Path, kind: type) -> Any:
     if not isinstance(found, kind):
         refuse(f"must define `config` as a {kind.__name__}")
     return found
+
+
+# ---- evaluate -------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("recipe", type=click.Path(path_type=Path), metavar="CONFIG.py")
+@click.option("--model", help=MODELS_HELP)
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Weights, in place of the recipe's.")
+@click.option("--data", help="Folder, zip, .mat file or tfds:NAME:SPLIT, in place of the recipe's.")
+@click.option("--methods", help="Rows of the recipe or other methods, as a,b,c.")
+@click.option("--limit", type=click.IntRange(1), help="So many images, drawn by the recipe's seed.")
+@click.option("--batch-size", type=click.IntRange(1, 4096), help="In place of the recipe's.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder; default: runs/<name of the recipe>.")
+def evaluate(
+    recipe: Path,
+    model: str | None,
+    checkpoint: Path | None,
+    data: str | None,
+    methods: str | None,
+    limit: int | None,
+    batch_size: int | None,
+    out: Path | None,
+) -> None:
+    """Measure explanation methods by a recipe; started again with the same folder, it goes on where it stopped.
+
+    CONFIG.py is a Python file that is run, and whose `config` is an EvaluateConfig. The results are results.json,
+    results.md and curves.png.
+
+    \b
+    Example:
+      tokentm evaluate configs/perturbation_imagenet_sample.py --methods tokentm,gae --limit 100
+    """
+    from tokentm_jax.evaluate import evaluate
+    from tokentm_jax.loading import load
+    from tokentm_jax.sources import open_source
+    from tokentm_jax.tasks import EvaluateConfig, check, select
+
+    config = _read_recipe(recipe, EvaluateConfig)
+    if model is not None or checkpoint is not None:  # another model's checkpoint would not fit
+        config = dataclasses.replace(
+            config, model=model or config.model, checkpoint=None if checkpoint is None else str(checkpoint)
+        )
+    given = {"data": data, "limit": limit, "batch_size": batch_size}
+    config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
+    if methods is not None:
+        config = select(config, [name.strip() for name in methods.split(",")])
+    check(config)
+    _use_compilation_cache()
+    source = open_source(config.data, limit=config.limit, seed=None if config.limit is None else config.seed)
+    vit = load(config.model, config.checkpoint)
+    folder = out or Path("runs") / config.name
+    _make_folder(folder)
+    with _running_table() as report, _memory_errors():
+        results = evaluate(config, vit, source, folder, report)
+    skipped = results["run"]["skipped"]
+    for reason in skipped["examples"].values():
+        _complain(f"skipped: {reason}")
+    if skipped["count"]:
+        click.echo(f"{skipped['count']} images were skipped", err=True)
+    click.echo((folder / "results.md").read_text(encoding="utf-8"))
+    click.echo(f"The results are in {_printable(folder)}")
+
+
+@contextmanager
+def _running_table() -> Iterator[Any]:
+    """A progress bar with the time left, above the figures so far; a line now and then where nobody looks."""
+    import time
+
+    from rich.console import Group
+    from rich.live import Live
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    bar = Progress(TextColumn("Batches"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console)
+    task = bar.add_task("Batches", total=None)
+    began, shown = time.monotonic(), [0.0]
+
+    with Live(bar, console=console, transient=True) as live:
+
+        def report(done: int, total: int, rows: Any) -> None:
+            now = time.monotonic()
+            bar.update(task, completed=done, total=total)
+            every = 2 if console.is_terminal else 60  # figures of a large run take a while themselves
+            if now - shown[0] < every:
+                return
+            shown[0] = now
+            figures = rows()
+            if not console.is_terminal:
+                left = (now - began) / done * (total - done) / 60
+                click.echo(f"batch {done} of {total}, {left:.0f} min left", err=True)
+                return
+            metrics = list(dict.fromkeys(row["metric"] for row in figures if row["method"] != "clean"))
+            table = Table(box=None)
+            for column in ("So far", *(name.replace("_", " ") for name in metrics)):
+                table.add_column(column, justify="left" if column == "So far" else "right")
+            values = {(row["method"], row["metric"]): f"{row['value']:.3f}" for row in figures}
+            for name in dict.fromkeys(row["method"] for row in figures if row["method"] != "clean"):
+                table.add_row(Text(name), *(values.get((name, metric), "") for metric in metrics))
+            live.update(Group(bar, table))
+
+        yield report
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document in place of a table.")
+def compare(runs: tuple[Path, ...], as_json: bool) -> None:
+    """Put finished evaluations side by side, with paired differences and their 95 % intervals.
+
+    RUN is an output folder of `tokentm evaluate`. Of one run, every method is compared with the first; of several,
+    every method with the same method of the first run, over the images that both have.
+
+    \b
+    Example:
+      tokentm compare runs/perturbation_imagenet_sample
+    """
+    from tokentm_jax.report import compare as compare_runs
+
+    entries = compare_runs(list(dict.fromkeys(runs)))
+    if as_json:
+        click.echo(json.dumps(entries, indent=1))
+        return
+    table = Table(box=None)
+    for column in ("Metric", "Method", "Run", "Value", "Difference", "95 % interval", "To", "Images"):
+        table.add_column(column, justify="right" if column in ("Value", "Difference", "Images") else "left")
+    for entry in sorted(entries, key=lambda e: e["metric"]):  # stable: methods and runs keep their order
+        compared = ("", "", "")
+        if entry["baseline"] is not None:
+            interval = f"[{entry['low']:+.3f}, {entry['high']:+.3f}]"
+            compared = (f"{entry['difference']:+.3f}", interval, entry["baseline"])
+        name, run = Text(entry["method"]), Text(_printable(Path(entry["run"])))
+        row = (entry["metric"], name, run, f"{entry['value']:.3f}", *compared[:2], Text(compared[2]))
+        table.add_row(*row, str(entry["images"]))
+    _console().print(table)

@@ -1,0 +1,355 @@
+"""Evaluations from end to end: numbers, resuming, independence of batches, bad input, the commands."""
+
+import dataclasses
+import errno
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from tokentm_jax import evaluate as evaluation
+from tokentm_jax import metrics
+from tokentm_jax.architectures import build
+from tokentm_jax.checkpoint import write_checkpoint
+from tokentm_jax.cli import main
+from tokentm_jax.errors import InputError
+from tokentm_jax.evaluate import evaluate
+from tokentm_jax.interface import explain_fn
+from tokentm_jax.loading import LoadedViT
+from tokentm_jax.maps import to_pixels
+from tokentm_jax.preprocessing import HALF, Preprocessing
+from tokentm_jax.report import compare
+from tokentm_jax.sources import batches, open_source
+from tokentm_jax.tasks import EvaluateConfig, Row, check, rows, select
+from tokentm_jax.vit import init_params
+
+OPTIONS = dict(img_size=[16, 24], patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=5)
+COUNT = 11
+
+
+@pytest.fixture(scope="module")
+def vit():
+    module = build(OPTIONS)
+    params = jax.tree.map(lambda a: a * 8 if a.ndim > 2 else a, init_params(module, jax.random.key(0)))
+    return LoadedViT(module, params, Preprocessing((16, 24), 1.0, "bilinear", **HALF), None, "tiny")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Photos, one of them damaged, and labels of which the model finds a few."""
+    path, random = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    lines = ["file,class_index"]
+    for i in range(COUNT):
+        Image.fromarray(random.integers(0, 256, (20 + i, 30, 3), np.uint8)).save(path / f"{i:02}.png")
+        lines.append(f"{i:02}.png,{i % 5}")
+    (path / "bad.png").write_bytes(b"nothing")
+    (path / "labels.csv").write_text("\n".join([*lines, "bad.png,0"]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+    return EvaluateConfig("tiny", "perturbation", str(folder), rows("gae", "rollout"), batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def whole(config, vit, folder, tmp_path_factory):
+    """(folder, results) of an uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole")
+    return out, evaluate(config, vit, open_source(folder), out)
+
+
+def value(results, method, metric):
+    (row,) = [r for r in results["rows"] if (r["method"], r["metric"]) == (method, metric)]
+    assert row["low"] <= row["value"] <= row["high"] and row["images"] == COUNT
+    return row["value"]
+
+
+def test_the_numbers_are_those_of_a_slow_evaluation(whole, vit, folder):
+    out, results = whole
+    assert json.loads((out / "results.json").read_text()) == results
+    source = open_source(folder)
+    (batch,) = batches(source, vit.preprocessing, COUNT, indices=range(COUNT))
+    images, labels = batch.images.astype(np.float32) / 255, batch.labels
+    clean = np.asarray(vit.logits(images))
+    predicted = clean.argmax(-1).astype(np.int32)
+    assert 0 < (predicted == labels).sum() < COUNT
+    assert value(results, "clean", "accuracy") == pytest.approx(100 * (predicted == labels).mean())
+    explain = jax.jit(explain_fn(vit.module, "gae"))
+    for explained, classes in (("predicted", predicted), ("target", labels)):
+        maps = to_pixels(explain(vit.params, vit.preprocessing.normalise(jnp.asarray(images)), classes), (16, 24))
+        order = np.argsort(-np.asarray(maps).reshape(COUNT, -1), axis=1, kind="stable")
+        for direction in ("positive", "negative"):
+            hits, drops = [(predicted == labels).mean()], []
+            for s in range(1, 10):
+                count = 16 * 24 * s // 10
+                changed = images.copy().reshape(COUNT, -1, 3)
+                for i in range(COUNT):
+                    changed[i, order[i, :count] if direction == "positive" else order[i, -count:]] = 0
+                logits = np.asarray(vit.logits(changed.reshape(images.shape)))
+                hits.append((logits.argmax(-1) == labels).mean())
+                p, p_0 = (np.asarray(jax.nn.softmax(x))[range(COUNT), predicted] for x in (logits, clean))
+                drops.append([(p_0 - p).mean(), np.log(p / p_0).mean()])
+            auc = 100 * np.trapezoid(hits, dx=0.1)
+            assert value(results, "gae", f"{direction}_auc_{explained}") == pytest.approx(auc, abs=1e-6)
+            if (explained, direction) == ("predicted", "positive"):
+                assert value(results, "gae", "aopc") == pytest.approx(np.mean(drops, 0)[0], abs=1e-5)
+                assert value(results, "gae", "lodds") == pytest.approx(np.mean(drops, 0)[1], abs=1e-5)
+    for name in ("rollout", "random"):  # look at no class: one map is both
+        assert value(results, name, "positive_auc_predicted") == value(results, name, "positive_auc_target")
+    run = results["run"]
+    assert run["skipped"]["count"] == 1 and "bad.png" in run["skipped"]["examples"]
+    assert {"python", "jax", "tokentm_jax"} <= set(run["versions"]) and run["seed"] == 0
+    assert "0x" not in json.dumps(run)  # an address would make the identity another in every process
+    assert run["data"]["identity"] == source.identity and run["config"]["task"] == "perturbation"
+    assert "| gae |" in (out / "results.md").read_text() and "Clean accuracy" in (out / "results.md").read_text()
+    with Image.open(out / "curves.png") as picture:
+        assert picture.width > 1000
+
+
+def test_nothing_is_explained_twice(whole, vit):
+    """One line per (image, class); the target only where it is another class, and the method looks at it."""
+    out, _ = whole
+    lines = {p.name.rpartition("-")[0]: p.read_text().splitlines() for p in (out / "records").glob("*-*.jsonl")}
+    keys = {name: [tuple(k) for line in found for k in json.loads(line)["keys"]] for name, found in lines.items()}
+    assert all(len(set(k)) == len(k) for k in keys.values())
+    right = sum(p == y for p, y in _predictions(out))
+    assert {name: len(k) for name, k in keys.items()} == {"gae": 2 * COUNT - right, "rollout": COUNT, "random": COUNT}
+
+
+def _predictions(out):
+    for line in (out / "records/clean.jsonl").read_text().splitlines():
+        fields = json.loads(line)["fields"]
+        yield from zip(fields["predicted"], fields["label"], strict=True)
+
+
+def test_batch_size_and_order_change_nothing(whole, config, vit, folder, tmp_path):
+    source = open_source(folder)
+    turned = dataclasses.replace(source, keys=source.keys[::-1])
+    again = evaluate(dataclasses.replace(config, batch_size=5), vit, turned, tmp_path)
+    for a, b in zip(whole[1]["rows"], again["rows"], strict=True):
+        assert (a["method"], a["metric"], a["images"]) == (b["method"], b["metric"], b["images"])
+        for name in ("value", "low", "high"):
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-4)
+
+
+def test_an_interrupted_run_goes_on(whole, config, vit, folder, tmp_path, monkeypatch):
+    calls = []
+    maps = evaluation.Programs.maps
+
+    def counted(self, row, keys, *arrays):
+        calls.append((row.name, tuple(keys)))
+        return maps(self, row, keys, *arrays)
+
+    def stop(done, total, figures):
+        names = {row["method"] for row in figures()}
+        assert names == {"clean", "gae", "rollout", "random"} and done <= total == 5
+        if done == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation.Programs, "maps", counted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(config, vit, open_source(folder), tmp_path, stop)
+    assert not (tmp_path / "results.json").exists()
+    torn = next((tmp_path / "records").glob("gae-*.jsonl"))
+    with torn.open("a") as file:
+        file.write('{"keys": [["09.png", "pred')  # it was writing when it was stopped
+    # Then the disk is full at the third line, and the file is as before.
+    opened, lines = Path.open, []
+
+    def full(self, mode="r", *arguments, **named):
+        lines.append(self) if mode == "a" else None
+        if len(lines) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device", str(self))
+        return opened(self, mode, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        with pytest.raises(InputError, match="No space left on device; what was finished is kept"):
+            evaluate(config, vit, open_source(folder), tmp_path)
+    finished = len(calls)
+    evaluate(config, vit, open_source(folder), tmp_path)
+    assert (tmp_path / "results.json").read_bytes() == (whole[0] / "results.json").read_bytes()
+    # Only what failed to be written was computed again.
+    assert len(calls) == len(set(calls)) + 1 and len(calls) > finished
+    evaluate(config, vit, open_source(folder), tmp_path)
+    assert (tmp_path / "results.json").read_bytes() == (whole[0] / "results.json").read_bytes()
+    before = len(calls)
+    more = dataclasses.replace(config, rows=[*config.rows, Row("raw", "raw_attention")])
+    assert {row["method"] for row in evaluate(more, vit, open_source(folder), tmp_path)["rows"]} >= {"raw", "gae"}
+    assert {name for name, _ in calls[before:]} == {"raw"}
+
+
+def test_other_tasks(config, vit, folder, tmp_path):
+    source = open_source(folder, limit=4)
+    for task, options, own, expected in (
+        ("insertion", {"fill": "blur", "steps": 4}, rows("rollout"), {"insertion_auc", "deletion_auc"}),
+        ("saco", {"groups": 4}, rows("rollout"), {"saco"}),
+        (
+            "sanity",
+            {},
+            [Row("same", "rollout"), Row("all", "rollout", {}, 2), Row("head", "rollout", {}, 0)],
+            {"similarity"},
+        ),
+    ):
+        some = dataclasses.replace(config, task=task, options=options, rows=own)
+        results = evaluate(some, vit, source, tmp_path / task)
+        assert {row["metric"] for row in results["rows"]} == expected | {"accuracy"}
+        assert all(np.isfinite(row["value"]) for row in results["rows"])
+    similarity = {row["method"]: row["value"] for row in results["rows"] if row["metric"] == "similarity"}
+    assert similarity["same"] == pytest.approx(1) == similarity["head"]  # rollout does not see the head
+    assert similarity["all"] < 0.99 and abs(similarity["random"]) < 0.9
+
+
+def test_segmentation(vit, tmp_path):
+    from test_sources import mat
+
+    random = np.random.default_rng(0)
+    images = [random.integers(0, 256, (h, 30, 3), dtype=np.uint8) for h in (20, 33, 40)]
+    masks = [(random.random(image.shape[:2]) < 0.4).astype(np.uint8) for image in images]
+    source = open_source(mat(tmp_path / "a.mat", images, masks))
+    config = EvaluateConfig("tiny", "segmentation", "", rows("rollout"), profile="reference", batch_size=2)
+    results = evaluate(config, vit, source, tmp_path / "out")
+    found = {row["metric"]: row["value"] for row in results["rows"] if row["method"] == "rollout"}
+    assert set(found) == {"pixel_accuracy", "mean_iou", "map_two_channel", "map", "mean_f1", "pointing_game"}
+    (batch,) = batches(source, vit.preprocessing, 3, "reference")
+    inputs = vit.preprocessing.normalise(jnp.asarray(batch.images.astype(np.float32) / 255))
+    maps = np.asarray(to_pixels(jax.jit(explain_fn(vit.module, "rollout"))(vit.params, inputs), (16, 24)))
+    right = (maps > maps.mean((1, 2), keepdims=True)) == batch.masks
+    assert found["pixel_accuracy"] == pytest.approx(100 * right.mean(), abs=1e-4)
+
+
+def test_randomised_parameters(vit):
+    fresh = jax.tree.map(lambda a: a + 1, vit.params)
+    for blocks, same in ((0, [True, True]), (1, [True, False]), (2, [False, False])):
+        params = evaluation.randomised(vit.params, fresh, blocks)
+        old, new = (p["blocks"]["attn"]["qkv"]["kernel"] for p in (vit.params, params))
+        assert [bool((old[l] == new[l]).all()) for l in range(2)] == same
+        assert (params["head"]["kernel"] != vit.params["head"]["kernel"]).all()
+        assert (params["pos_embed"] == vit.params["pos_embed"]).all()
+
+
+def test_what_does_not_go_together(config, vit, folder, whole, tmp_path):
+    source = open_source(folder)
+    changed = dataclasses.replace
+    for other, message in (
+        (changed(config, task="perturbed"), "did you mean 'perturbation'"),
+        (changed(config, task="segmentation"), "has no masks"),
+        (changed(config, profile="ref"), "unknown profile"),
+        (changed(config, rows=rows("gea")), "did you mean 'gae'"),
+        (changed(config, rows=[Row("a", "gae"), Row("a", "lrp")]), "names of their own"),
+        (changed(config, rows=[Row("a", "tokentm", {"fnn": False})]), "did you mean 'ffn'"),
+        (changed(config, options={"fill": "blur"}), "unknown option"),
+        (changed(config, task="insertion", options={"fill": "white"}), "black or blur"),
+        (changed(config, batch_size=0), "at least 1"),
+        (changed(config, rows=[Row("a", "gae", {}, 3)]), "from 0 to 2"),
+    ):
+        with pytest.raises(InputError, match=message):
+            evaluate(other, vit, source, tmp_path)
+    with pytest.raises(InputError, match="another model, data set, task or seed"):
+        evaluate(changed(config, seed=1), vit, source, whole[0])
+    with pytest.raises(InputError, match="has no labels"):
+        evaluate(config, vit, changed(source, labelled=False), tmp_path)
+    with pytest.raises(InputError, match="has 3 classes, tiny has 5"):
+        evaluate(config, vit, changed(source, class_names=("a", "b", "c")), tmp_path)
+    few = changed(source, read=lambda key: source.read(key)._replace(label=5))
+    with pytest.raises(InputError, match="has the label 5, and tiny has classes 0 to 4"):
+        evaluate(config, vit, few, tmp_path / "labels")
+    with pytest.raises(InputError, match="no image that can be read"):
+        evaluate(config, vit, changed(source, keys=("bad.png",)), tmp_path / "bad")
+    with pytest.raises(InputError, match="did you mean 'rollout'"):
+        select(config, ["roll_out"])
+    assert [row.name for row in select(config, ["gae", "lrp", "random"]).rows] == ["gae", "lrp", "random"]
+
+
+def test_labels_go_by_name(vit, folder):
+    source = dataclasses.replace(open_source(folder), class_names=("cat", "ant"))
+    named = dataclasses.replace(vit, class_names=("ant", "bee", "cat", "dog", "eel"))
+    assert evaluation._translation(named, source).tolist() == [2, 0]
+
+
+def test_comparison(whole, config, vit, folder, tmp_path):
+    out, results = whole
+    entries = compare([out])
+    (first,) = [e for e in entries if (e["method"], e["metric"]) == ("gae", "aopc")]
+    (entry,) = [e for e in entries if (e["method"], e["metric"]) == ("rollout", "aopc")]
+    assert first["baseline"] is None and entry["baseline"] == "gae" and entry["images"] == COUNT
+    assert entry["difference"] == pytest.approx(value(results, "rollout", "aopc") - value(results, "gae", "aopc"))
+    assert entry["low"] <= entry["difference"] <= entry["high"]
+    evaluate(dataclasses.replace(config, rows=rows("gae")), vit, open_source(folder, limit=6, seed=0), tmp_path)
+    both = [e for e in compare([out, tmp_path]) if e["run"] == str(tmp_path)]
+    assert {e["method"] for e in both} == {"gae", "random"}
+    assert all(e["images"] in (5, 6) and abs(e["difference"]) < 1e-4 and e["high"] < 1e-3 for e in both)
+    with pytest.raises(InputError, match="holds no finished evaluation"):
+        compare([tmp_path / "nothing"])
+
+
+def test_commands(vit, folder, tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "tiny.safetensors", vit.module, vit.params, vit.preprocessing)
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(
+        "from tokentm_jax.tasks import EvaluateConfig, rows\n"
+        f"config = EvaluateConfig('cli', 'saco', '/nowhere', rows('rollout', 'gae'), checkpoint={str(checkpoint)!r},\n"
+        "    paper={('rollout', 'saco'): 0.123}, batch_size=4)\n"
+    )
+    out = tmp_path / "out"
+    arguments = ["evaluate", recipe, "--methods", "rollout", "--out", out]
+
+    def run(*arguments):
+        result = CliRunner().invoke(main, [str(a) for a in arguments])
+        assert "Traceback" not in result.output
+        return result
+
+    result = run(*arguments, "--data", folder, "--limit", 4)
+    assert result.exit_code == 0, result.output
+    assert "| rollout |" in result.output and "paper: saco" in result.output and "0.123" in result.output
+    results = json.loads((out / "results.json").read_text())
+    assert [r.get("paper") for r in results["rows"] if r["method"] == "rollout"] == [0.123]
+    assert run("compare", out).exit_code == 0
+    assert json.loads(run("compare", out, "--json").output)[0]["metric"] == "saco"
+    for bad, message in (
+        (arguments, "the data set /nowhere does not exist"),
+        ([*arguments, "--data", "tfds:"], "tfds:NAME:SPLIT"),
+        (["evaluate", tmp_path / "no.py"], "does not exist"),
+        ([*arguments[:2], "--methods", "gaee", "--data", folder], "did you mean 'gae'"),
+        (["compare", tmp_path], "holds no finished evaluation"),
+    ):
+        result = run(*bad)
+        assert result.exit_code == 2 and message in result.output
+        assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_the_configs_of_the_project():
+    """Each can be read, names existing methods and options, and says how it is run."""
+    files = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+    found = {file: evaluation_config(file) for file in files}
+    found = {file: c for file, c in found.items() if isinstance(c, EvaluateConfig)}
+    assert len(found) > 10
+    for file, config in found.items():
+        check(config)
+        assert config.name == file.stem
+        text = file.read_text()
+        assert f"tokentm evaluate configs/{file.name}" in text and "Data:" in text and "Run time:" in text
+        names = {row.name for row in config.rows}
+        assert {row for row, _ in config.paper} <= names
+
+
+def evaluation_config(file):
+    import runpy
+
+    return runpy.run_path(str(file)).get("config")
+
+
+def test_the_random_row_is_the_same_everywhere(whole, vit):
+    """Its map is a function of the photo's name: here computed apart."""
+    out, _ = whole
+    path = next((out / "records").glob("random-*.jsonl"))
+    record = json.loads(path.read_text().splitlines()[0])
+    keys = [key for key, _ in record["keys"]]
+    maps = to_pixels(jnp.asarray(np.stack([metrics.random_map(key, vit.module.grid) for key in keys])), (16, 24))
+    assert maps.shape == (4, 16, 24) and np.shape(record["fields"]["hit"]) == (4, 2, 9)

@@ -1,0 +1,350 @@
+"""Evaluations: methods x examples -> results per image -> numbers with intervals, resumable at every batch."""
+
+import dataclasses
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tokentm_jax import metrics
+from tokentm_jax.errors import InputError
+from tokentm_jax.interface import explain_fn
+from tokentm_jax.loading import LoadedViT
+from tokentm_jax.maps import to_pixels
+from tokentm_jax.preprocessing import Preprocessing
+from tokentm_jax.records import Records, digest, record_file, replace
+from tokentm_jax.report import draw, markdown, summarise
+from tokentm_jax.sources import Source, batches
+from tokentm_jax.tasks import (
+    CLEAN,
+    PREDICTED,
+    RANDOM,
+    TARGET,
+    TASKS,
+    EvaluateConfig,
+    Inputs,
+    Row,
+    check,
+)
+from tokentm_jax.vit import init_params
+
+
+def _unit(pixels: Array) -> Array:
+    """uint8 -> float32 in [0, 1]."""
+    return pixels.astype(jnp.float32) / 255
+
+
+def _predict(module: Any, preprocessing: Preprocessing, params: Any, images: Array) -> Array:
+    """Logits [B, classes] of images in [0, 1]."""
+    logits = module.apply({"params": params}, preprocessing.normalise(images))
+    assert isinstance(logits, jax.Array)  # nothing is mutable
+    return logits
+
+
+@lru_cache(maxsize=16)
+def _clean_program(module: Any, preprocessing: Preprocessing) -> Callable[..., dict[str, Array]]:
+    """(params, pixels, labels) -> what the model says of whole images."""
+
+    def program(params: Any, pixels: Array, labels: Array) -> dict[str, Array]:
+        logits = _predict(module, preprocessing, params, _unit(pixels))
+        predicted = logits.argmax(-1).astype(jnp.int32)
+        return {"predicted": predicted, "label": labels, **metrics.scores(logits, predicted, labels)}
+
+    return jax.jit(program)
+
+
+@lru_cache(maxsize=128)
+def _explain_program(
+    module: Any, preprocessing: Preprocessing, method: str, options: tuple[tuple[str, Any], ...]
+) -> Callable[..., Array]:
+    """(params, pixels, classes) -> maps."""
+    explain = explain_fn(module, method, **dict(options))
+    return jax.jit(lambda params, pixels, classes: explain(params, preprocessing.normalise(_unit(pixels)), classes))
+
+
+@lru_cache(maxsize=16)
+def _score_program(
+    module: Any, preprocessing: Preprocessing, task: str, options: tuple[tuple[str, Any], ...]
+) -> Callable[..., dict[str, Array]]:
+    """(params, pixels, classes, labels, masks, maps, original) -> results per image: everything from map to score.
+
+    `original` is the sanity check's other map, and None elsewhere.
+    """
+
+    def program(
+        params: Any, pixels: Array, classes: Array, labels: Array, masks: Any, maps: Array, original: Any
+    ) -> dict[str, Array]:
+        finite = jnp.isfinite(maps).all((1, 2))
+        more = dict(options)
+        if original is None:
+            maps = to_pixels(jnp.nan_to_num(maps), preprocessing.size)
+        else:
+            more["original"] = original
+        inputs, predict = (
+            Inputs(_unit(pixels), classes, labels, masks),
+            partial(_predict, module, preprocessing, params),
+        )
+        return {"finite": finite, **TASKS[task].compute(predict, inputs, maps, **more)}
+
+    return jax.jit(program)
+
+
+class Programs:
+    """The compiled programs of one evaluation, and where their arrays go. `pixels` are uint8 [B, H, W, 3]."""
+
+    def __init__(self, config: EvaluateConfig, vit: LoadedViT) -> None:
+        self.config, self.vit = config, vit
+        self._model = (vit.module, vit.preprocessing)
+        self.clean = _clean_program(*self._model)
+        self.score = _score_program(*self._model, config.task, tuple(sorted(config.options.items())))
+        self._fresh: Any = None  # random parameters
+        devices, batch = jax.devices(), config.batch_size
+        self._sharding = None
+        if len(devices) > 1 and batch % len(devices) == 0:
+            self._sharding = NamedSharding(Mesh(np.array(devices), ("batch",)), PartitionSpec("batch"))
+
+    def place(self, array: Any) -> Array:
+        """An array with a leading batch axis, on all devices if they divide the batch."""
+        return jax.device_put(array, self._sharding)
+
+    def maps(self, row: Row, keys: Sequence[str], pixels: Array, classes: Array) -> tuple[Array, Array | None]:
+        """The row's maps of a batch and, for the sanity check, those that they are compared with."""
+        seed, sanity = self.config.seed, self.config.task == "sanity"
+        if row.method == RANDOM:
+            grid = self.vit.module.grid
+            noise = [np.stack([metrics.random_map(key, grid, s) for key in keys]) for s in (seed, seed + 1)]
+            return self.place(noise[0]), self.place(noise[1]) if sanity else None
+        explain = _explain_program(*self._model, row.method, tuple(sorted(row.options.items())))
+        params = self.vit.params
+        if row.random_blocks is not None:
+            if self._fresh is None:
+                self._fresh = init_params(self.vit.module, jax.random.key(seed))
+            params = randomised(params, self._fresh, row.random_blocks)  # made anew: all of them may not fit
+        maps = explain(params, pixels, classes)
+        return maps, explain(self.vit.params, pixels, classes) if sanity else None
+
+
+class Job(NamedTuple):
+    """An example with a class to explain."""
+
+    key: str
+    explained: str
+    index: int
+    label: int
+    explained_class: int
+
+
+Report = Callable[[int, int, Callable[[], list[dict[str, Any]]]], None]
+
+
+def evaluate(
+    config: EvaluateConfig, vit: LoadedViT, source: Source, out: Path, report: Report | None = None
+) -> dict[str, Any]:
+    """Run an evaluation to its end, or from where `out` stopped on; returns the content of `results.json`.
+
+    Args:
+      config: what to compute on `vit` and `source`, which stand for its `model`, `checkpoint`, `data` and `limit`.
+      out: a folder, for the results and, in `records`, the results per image of every finished batch.
+      report: called after every batch with (done, total, a function that gives the rows so far).
+
+    Raises:
+      InputError: a config, data set and model that do not go together, another evaluation in `out`, a full disk.
+    """
+    check(config)
+    if RANDOM not in [row.method for row in config.rows]:
+        config = dataclasses.replace(config, rows=(*config.rows, Row(RANDOM, RANDOM)))
+    task = TASKS[config.task]
+    if task.needs and not {"labels": source.labelled, "masks": source.masked}[task.needs]:
+        raise InputError(f"{source.name} has no {task.needs}, which the task {config.task!r} needs")
+    for row in config.rows:
+        if row.random_blocks is not None and not 0 <= row.random_blocks <= vit.module.depth:
+            raise InputError(f"random_blocks of {row.name!r} must be from 0 to {vit.module.depth} for {vit.name}")
+    translate = _translation(vit, source)
+    run = describe(config, vit, source)
+    _claim(out, run)
+    programs, skipped = Programs(config, vit), {}
+    clean = _predictions(programs, source, translate, out, skipped)
+    jobs = _jobs(config, source, clean)
+    if not jobs:
+        raise InputError(f"{source.name} has no image that can be read: {next(iter(skipped.values()), 'it is empty')}")
+    keys = [job.key for job in jobs if job.explained == PREDICTED]
+    records = {row.name: Records(record_file(out, row)) for row in config.rows}
+
+    # Groups do not depend on what is done already, so an interrupted run computes the very same batches.
+    size = config.batch_size
+    groups = [jobs[i : i + size] for i in range(0, len(jobs), size)]
+    groups = [group for group in groups if any(_open(row, records[row.name], group) for row in config.rows)]
+    indices = [job.index for group in groups for job in group]
+    stream = batches(source, vit.preprocessing, size, config.profile, indices=indices, skipped=skipped)
+    for number, (group, batch) in enumerate(zip(groups, stream, strict=True)):
+        group = [job for job in group if job.key in batch.keys]  # a file may have gone in the meantime
+        if not group:
+            continue
+        full = group + group[-1:] * (size - len(group))
+        pixels, masks = programs.place(batch.images), None
+        if task.needs == "masks":
+            masks = programs.place(batch.masks)
+        classes = programs.place(np.array([job.explained_class for job in full], np.int32))
+        labels = programs.place(np.array([job.label for job in full], np.int32))
+        for row in config.rows:
+            places = _open(row, records[row.name], group)
+            if places:
+                maps, original = programs.maps(row, [job.key for job in full], pixels, classes)
+                found = programs.score(vit.params, pixels, classes, labels, masks, maps, original)
+                fields = {name: np.asarray(array)[places] for name, array in found.items()}
+                records[row.name].append([(group[i].key, group[i].explained) for i in places], fields)
+        if report is not None:
+            report(number + 1, len(groups), lambda: summarise(config, clean, records, keys, final=False))
+
+    run["skipped"] = {"count": len(skipped), "examples": dict(sorted(skipped.items())[:20])}
+    results = {"rows": summarise(config, clean, records, keys), "run": run}
+    text = json.dumps(results, indent=1) + "\n"
+    replace(out / "results.json", lambda path: path.write_text(text, encoding="utf-8"))
+    replace(out / "results.md", lambda path: path.write_text(markdown(results), encoding="utf-8"))
+    replace(out / "curves.png", lambda path: draw(config, clean, records, keys, path))
+    return results
+
+
+def _translation(vit: LoadedViT, source: Source) -> np.ndarray | None:
+    """The model's class of each of the source's classes, by name; None where the numbers are the model's."""
+    names, classes = source.class_names, vit.module.num_classes
+    if names is None or names == vit.class_names:
+        return None
+    if vit.class_names is not None and set(names) <= set(vit.class_names):
+        return np.array([vit.class_names.index(name) for name in names], np.int32)
+    if len(names) != classes:
+        raise InputError(f"{source.name} has {len(names)} classes, {vit.name} has {classes} and not all of the names")
+    return None
+
+
+def _predictions(
+    programs: Programs, source: Source, translate: np.ndarray | None, out: Path, skipped: dict[str, str]
+) -> Records:
+    """The model's own predictions: they say which classes there are to explain."""
+    vit, config = programs.vit, programs.config
+    clean = Records(out / "records" / "clean.jsonl")
+    indices = [i for i, key in enumerate(source.keys) if (key, CLEAN) not in clean.places]
+    stream = batches(source, vit.preprocessing, config.batch_size, config.profile, indices=indices, skipped=skipped)
+    for batch in stream:
+        count = len(batch.keys)
+        if not count:
+            continue
+        labels = batch.labels if translate is None else translate[batch.labels]
+        for key, label in zip(batch.keys, labels, strict=False):
+            if label >= vit.module.num_classes or (label < 0 and source.labelled):
+                classes = f"{vit.name} has classes 0 to {vit.module.num_classes - 1}"
+                raise InputError(f"{source.name}: {key} has the label {label}, and {classes}")
+        found = programs.clean(vit.params, programs.place(batch.images), programs.place(labels))
+        fields = {name: np.asarray(array)[:count] for name, array in found.items()}
+        if not np.isfinite(fields["log_probability"]).all():
+            bad = batch.keys[int(np.isfinite(fields["log_probability"]).argmin())]
+            raise InputError(f"{vit.name} gives no finite numbers for {bad} of {source.name}")
+        clean.append([(key, CLEAN) for key in batch.keys], fields)
+    return clean
+
+
+def _jobs(config: EvaluateConfig, source: Source, clean: Records) -> list[Job]:
+    """All predicted classes, then, if wanted, the targets that are other classes."""
+    good = [i for i, key in enumerate(source.keys) if (key, CLEAN) in clean.places]
+    if not good:
+        return []
+    own = [(source.keys[i], CLEAN) for i in good]
+    predicted, labels = clean.take("predicted", own).tolist(), clean.take("label", own).tolist()
+    examples = list(zip(good, predicted, labels, strict=True))
+    jobs = [Job(source.keys[i], PREDICTED, i, y, c) for i, c, y in examples]
+    if TARGET in TASKS[config.task].explained and any(row.class_specific for row in config.rows):
+        jobs += [Job(source.keys[i], TARGET, i, y, y) for i, c, y in examples if c != y]
+    return jobs
+
+
+def _open(row: Row, records: Records, group: Sequence[Job]) -> list[int]:
+    """Places of the jobs that the row still has to do."""
+    return [
+        i
+        for i, job in enumerate(group)
+        if (job.key, job.explained) not in records.places and (job.explained == PREDICTED or row.class_specific)
+    ]
+
+
+def architecture_of(vit: LoadedViT) -> dict[str, str]:
+    """The module's fields as text; not those that hold functions, whose text is an address."""
+    fields = [field.name for field in dataclasses.fields(vit.module)]
+    return {name: str(getattr(vit.module, name)) for name in fields if name not in ("primitives", "parent", "name")}
+
+
+def model_identity(vit: LoadedViT) -> str:
+    """A hash of the architecture, the preprocessing and every parameter."""
+    state = hashlib.sha256(json.dumps([architecture_of(vit), vit.preprocessing.to_dict()]).encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(vit.params):
+        state.update(jax.tree_util.keystr(path).encode())
+        state.update(np.asarray(leaf).tobytes())
+    return state.hexdigest()[:16]
+
+
+@jax.jit
+def randomised(params: Any, fresh: Any, blocks: Array | int) -> Any:
+    """Parameters with the head, and the last `blocks` blocks, taken from `fresh`."""
+    heads = {name: value for name, value in fresh.items() if name.startswith("head")}
+
+    def mix(old: Array, new: Array) -> Array:
+        depth = len(old)
+        last = jnp.arange(depth) >= depth - blocks
+        return jnp.where(last.reshape(depth, *[1] * (old.ndim - 1)), new.astype(old.dtype), old)
+
+    return {**params, **heads, "blocks": jax.tree.map(mix, params["blocks"], fresh["blocks"])}
+
+
+def describe(config: EvaluateConfig, vit: LoadedViT, source: Source) -> dict[str, Any]:
+    """The `run` object of the results. It has no times, so that equal runs give equal files."""
+    packages = ("tokentm_jax", "jax", "jaxlib", "flax", "numpy", "pillow")
+    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    settings["rows"] = [dataclasses.asdict(row) for row in config.rows]
+    settings["paper"] = [[row, metric, value] for (row, metric), value in config.paper.items()]
+    settings["options"] = dict(config.options)
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        "device": jax.devices()[0].device_kind,
+        "seed": config.seed,
+        "config": settings,
+        "data": {"name": source.name, "identity": source.identity, "examples": len(source)},
+        "model": {
+            "name": vit.name,
+            "identity": model_identity(vit),
+            "architecture": architecture_of(vit),
+            "preprocessing": vit.preprocessing.to_dict(),
+        },
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a clone that is not installed
+        return "unknown"
+
+
+def _claim(out: Path, run: Mapping[str, Any]) -> None:
+    """Make the folder, or make sure that it holds results of the same evaluation."""
+    config = run["config"]
+    same = [config[name] for name in ("task", "profile", "options", "seed")]
+    identity = digest(*same, run["data"]["identity"], run["model"]["identity"])
+    known = out / "records" / "identity.txt"
+    try:
+        known.parent.mkdir(parents=True, exist_ok=True)
+        if not known.exists():
+            known.write_text(identity + "\n")
+        found = known.read_text().strip()
+    except OSError as error:
+        raise InputError(f"the output folder {out} cannot be written: {error.strerror}") from None
+    if found != identity:
+        raise InputError(f"{out} holds an evaluation of another model, data set, task or seed; choose another --out")
