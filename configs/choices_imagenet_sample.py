@@ -1,0 +1,18 @@
+"""The choices that the paper's text leaves open, DeiT-tiny on 500 photos.
+
+    tokentm evaluate configs/choices_imagenet_sample.py
+
+Data: ../shared/data/imagenet_sample and ../shared/data/deit_tiny_patch16_224.safetensors.
+Run time: not measured.
+"""
+
+from tokentm_jax.tasks import CHOICE_ROWS, EvaluateConfig
+
+config = EvaluateConfig(
+    name="choices_imagenet_sample",
+    task="perturbation",
+    data="../shared/data/imagenet_sample",
+    model="deit_tiny_patch16_224",
+    checkpoint="../shared/data/deit_tiny_patch16_224.safetensors",
+    rows=CHOICE_ROWS,
+)

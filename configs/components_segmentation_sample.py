@@ -1,0 +1,20 @@
+"""Ablation of the components: off (that is GAE), + length, + NECC, + aggregation, DeiT-tiny on 33 images.
+
+    tokentm evaluate configs/components_segmentation_sample.py
+
+Data: ../shared/data/segmentation_a.mat: 33 COCO images chosen by this very model's predictions, so its class is in
+every picture, and the figures say nothing about other data.
+Run time: not measured.
+"""
+
+from tokentm_jax.tasks import COMPONENT_ROWS, EvaluateConfig
+
+config = EvaluateConfig(
+    name="components_segmentation_sample",
+    task="segmentation",
+    data="../shared/data/segmentation_a.mat",
+    model="deit_tiny_patch16_224",
+    checkpoint="../shared/data/deit_tiny_patch16_224.safetensors",
+    rows=COMPONENT_ROWS,
+    profile="reference",
+)

@@ -1,0 +1,18 @@
+"""Ablation of the depth: TokenTM aggregated over the first 1 ... 12 blocks, DeiT-tiny on 500 photos.
+
+    tokentm evaluate configs/depth_imagenet_sample.py
+
+Data: ../shared/data/imagenet_sample and ../shared/data/deit_tiny_patch16_224.safetensors.
+Run time: not measured.
+"""
+
+from tokentm_jax.tasks import EvaluateConfig, depth_rows
+
+config = EvaluateConfig(
+    name="depth_imagenet_sample",
+    task="perturbation",
+    data="../shared/data/imagenet_sample",
+    model="deit_tiny_patch16_224",
+    checkpoint="../shared/data/deit_tiny_patch16_224.safetensors",
+    rows=depth_rows(12),
+)
