@@ -50,7 +50,10 @@ def check_first_block(first_block: int, depth: int) -> None:
 def tokentm(module: nn.Module, params: Any, inputs: Array, target: Array | None, *, options: TokenTM) -> Explanation:
     """TokenTM; see `tokentm_jax.tokentm`."""
     trace = capture(module, params, inputs, target, gradients=options.attention == "gradient")
-    check_first_block(options.first_block, len(trace.attention))
+    depth = len(trace.attention)
+    check_first_block(options.first_block, depth)
+    if options.end_block is not None and options.end_block > depth:
+        raise InputError(f"option 'end_block' must be at most {depth} for this model, got {options.end_block}")
     return from_trace(module, trace, lambda blocks, row: contributions(blocks, blocks.tokens[0], row, options))
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -261,7 +262,9 @@ def _read_torch(path: Path) -> Tensors:
     except ImportError:
         raise InputError(f"reading {path} needs PyTorch: pip install 'tokentm_jax[torch]'") from None
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old pickle protocols: what is refused is said below
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds; weights_only executes nothing
         if "weights_only" in str(error) or "Unsupported" in str(error):
             raise InputError(f"checkpoint {path} holds more than plain tensors and is refused as unsafe") from None

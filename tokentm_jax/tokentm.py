@@ -70,6 +70,8 @@ class TokenTM:
         ):
             if getattr(self, field) not in choices:
                 raise ValueError(f"{field} must be one of {', '.join(choices)}, got {getattr(self, field)!r}")
+        if self.end_block is not None and not (isinstance(self.end_block, int) and self.end_block > self.first_block):
+            raise ValueError(f"end_block must be a number past first_block or None, got {self.end_block!r}")
 
 
 def token_length(x: Array) -> Array:

@@ -1,0 +1,61 @@
+"""The model that the project trained and ships."""
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tokentm_jax as tm
+from tokentm_jax.checkpoint import read_description
+from tokentm_jax.data import load_dataset
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "models" / "cifar10_vit.safetensors"
+
+
+def test_the_card_is_true():
+    content = MODEL.read_bytes()
+    card = (ROOT / "models" / "README.md").read_text()
+    assert hashlib.sha256(content).hexdigest() in card
+    assert f"{len(content):,} bytes" in card
+    assert len(content) < 12_000_000
+    description = read_description(MODEL)
+    assert description is not None
+    assert f"{description['top_1']:.2%}".replace("%", " %") in card
+    assert description["top_1"] >= 0.70
+
+
+def test_it_is_the_default_and_explains_a_photo():
+    vit = tm.load()
+    assert vit.name == "cifar10_vit" and vit.class_names is not None and "cat" in vit.class_names
+    images = vit.read([ROOT / "notebooks" / "chelsea.png"])
+    maps = tm.explain(vit, images)
+    assert maps.shape == (1, 8, 8)
+    assert np.isfinite(maps).all() and float(maps.max()) > float(maps.min()) >= 0
+
+
+def test_the_demo_writes_a_picture_and_a_map(tmp_path):
+    command = [sys.executable, "-m", "tokentm_jax", "explain", "notebooks/chelsea.png", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "chelsea.png").stat().st_size > 10_000
+    with np.load(tmp_path / "chelsea.npz", allow_pickle=False) as saved:
+        assert saved["map"].shape == (8, 8)
+
+
+@pytest.mark.slow
+def test_its_accuracy_is_the_one_on_the_card(shared):
+    data = load_dataset(str(shared / "data" / "cifar10_test_a.zip"))
+    vit = tm.load()
+    assert data.class_names == vit.class_names
+    predicted = [
+        np.asarray(vit.logits(jnp.asarray(data.images[i : i + 250], jnp.float32) / 255)).argmax(-1)
+        for i in range(0, len(data.labels), 250)
+    ]
+    description = read_description(MODEL)
+    assert description is not None
+    assert abs((np.concatenate(predicted) == data.labels).mean() - description["top_1"]) < 5e-4
