@@ -12,8 +12,8 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
-demo: .venv/ready  ## explain a photo of a cat with the shipped model
-	$(BIN)/tokentm explain notebooks/chelsea.png --out out/demo
+demo: .venv/ready  ## explain a photo of a cat with the shipped model: why cat?
+	$(BIN)/tokentm explain notebooks/chelsea.png --target cat --out out/demo
 
 test: .venv/ready  ## the default tests: CPU only, a few minutes
 	$(BIN)/pytest -n 2

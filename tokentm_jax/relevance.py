@@ -27,7 +27,9 @@ Stabiliser = Literal["signed", "reference"]
 Quotient = Callable[[Array, Array], Array]
 
 REFERENCE_EPSILON = 1e-9
-SIGNED_EPSILON = 1e-3  # of the root mean square of the sample's denominators
+# Of the root mean square of the sample's denominators: the smallest power of ten at which float32 and float64 agree
+# in rank to 0.9999 on DeiT-tiny (tests/benchmark/stabiliser.py).
+SIGNED_EPSILON = 1e-4
 
 
 def _samplewise(reduce: Callable[..., Array], x: Array) -> Array:
