@@ -124,7 +124,7 @@ def test_tfds_prepared(monkeypatch):
     examples = [{"image": np.full((5, 5, 1), i, np.uint8), "label": i % 2} for i in range(6)]
     features = {"image": None, "label": SimpleNamespace(names=["even", "odd"])}
     builder = SimpleNamespace(
-        info=SimpleNamespace(features=features),
+        info=SimpleNamespace(features=features, version="1.0.0"),
         is_prepared=lambda: True,
         as_data_source=lambda split: {"train": examples}[split],
     )

@@ -131,9 +131,17 @@ def read_entry(archive: zipfile.ZipFile, name: str) -> Any:
     return decode(BytesIO(content), name)
 
 
-def _from_tfds(spec: str, limit: int | None) -> Data:
-    _, _, rest = spec.partition(":")
-    name, _, split = rest.partition(":")
+class Prepared(NamedTuple):
+    """One split of a prepared TensorFlow data set, with random access: records with "image" and "label"."""
+
+    records: Any
+    class_names: tuple[str, ...]
+    version: str
+
+
+def open_tfds(spec: str) -> Prepared:
+    """Open "tfds:NAME:SPLIT" without TensorFlow. Raises InputError that says what is missing and how to get it."""
+    name, _, split = spec.removeprefix("tfds:").partition(":")
     if not name or not split:
         raise InputError(f"a TensorFlow data set is given as tfds:NAME:SPLIT, got {spec!r}")
     try:
@@ -146,7 +154,7 @@ def _from_tfds(spec: str, limit: int | None) -> Data:
         builder: Any = tfds.builder(name, file_format="array_record")
         if not builder.is_prepared():
             raise unprepared
-        features, source = builder.info.features, builder.as_data_source(split)
+        features, records = builder.info.features, builder.as_data_source(split)
     except tfds.core.DatasetNotFoundError:
         raise InputError(f"TensorFlow Datasets knows no data set {name!r}") from None
     except NotImplementedError:  # prepared in a format that has no random access
@@ -158,11 +166,22 @@ def _from_tfds(spec: str, limit: int | None) -> Data:
     if not {"image", "label"} <= set(features or ()):
         raise InputError(f"the data set {name!r} has no features 'image' and 'label'")
 
+    return Prepared(records, tuple(features["label"].names), str(builder.info.version))
+
+
+def rgb(image: Any) -> np.ndarray:
+    """An image of a data set [H, W, 1 or 3] -> [H, W, 3]."""
+    image = np.asarray(image)
+    return np.broadcast_to(image, (*image.shape[:2], 3))
+
+
+def _from_tfds(spec: str, limit: int | None) -> Data:
+    prepared = open_tfds(spec)
+    chosen = spread(range(len(prepared.records)), limit)
+
     def pairs() -> Iterator[tuple[np.ndarray, int]]:
         for i in chosen:
-            example = source[i]
-            image = np.asarray(example["image"])
-            yield np.broadcast_to(image, (*image.shape[:2], 3)), int(example["label"])  # grey becomes RGB
+            example = prepared.records[i]
+            yield rgb(example["image"]), int(example["label"])
 
-    chosen = spread(range(len(source)), limit)
-    return _stack(pairs(), len(chosen), tuple(features["label"].names), spec)
+    return _stack(pairs(), len(chosen), prepared.class_names, spec)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from tokentm_jax.data import is_image, read_entry, spread
+from tokentm_jax.data import is_image, open_tfds, read_entry, rgb, spread
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.photos import SUFFIXES, fit, open_photo
 from tokentm_jax.preprocessing import Preprocessing
@@ -182,43 +182,18 @@ def _segmentation(path: Path) -> Source:
 
 
 def _tfds(spec: str) -> Source:
-    name, _, split = spec.removeprefix("tfds:").partition(":")
-    if not name or not split:
-        raise InputError(f"a TensorFlow data set is given as tfds:NAME:SPLIT, got {spec!r}")
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError:
-        raise InputError(f"{spec} needs the optional packages: pip install 'tokentm_jax[data]'") from None
-    command = f"tfds build {name} --file_format=array_record"
-    unprepared = InputError(f"{spec} is not prepared; run `{command}` once (only that needs tensorflow)")
-    try:
-        builder: Any = tfds.builder(name, file_format="array_record")
-        if not builder.is_prepared():
-            raise unprepared
-        features, records = builder.info.features, builder.as_data_source(split)
-    except tfds.core.DatasetNotFoundError:
-        raise InputError(f"TensorFlow Datasets knows no data set {name!r}") from None
-    except NotImplementedError:  # prepared in a format that has no random access
-        raise unprepared from None
-    except (ValueError, KeyError, OSError) as error:  # such as an unknown split
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{spec} cannot be read: {' '.join(str(error).split())[:200]}") from None
-    if not {"image", "label"} <= set(features or ()):
-        raise InputError(f"the data set {name!r} has no features 'image' and 'label'")
+    records, classes, version = open_tfds(spec)
 
     def read(key: str) -> Example:
         try:
             record = records[int(key)]
-            image = np.asarray(record["image"])
+            image = Image.fromarray(np.ascontiguousarray(rgb(record["image"])))
         except Exception as error:
             raise InputError(f"record {key} of {spec} cannot be read: {error}") from None
-        image = np.broadcast_to(image, (*image.shape[:2], 3))  # grey becomes RGB
-        return Example(key, Image.fromarray(np.ascontiguousarray(image)), int(record["label"]))
+        return Example(key, image, int(record["label"]))
 
     keys = tuple(f"{i:07d}" for i in range(len(records)))
-    classes = tuple(features["label"].names)
-    return Source(spec, _identity(spec, builder.info.version, len(keys)), keys, read, classes)
+    return Source(spec, _identity(spec, version, len(keys)), keys, read, classes)
 
 
 # ---- batches --------------------------------------------------------------------------------------------------------
