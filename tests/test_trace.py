@@ -114,6 +114,9 @@ def test_a_users_own_module_is_read():
     with pytest.raises(tm.InputError, match="perturbs no 'final_tokens'"):
         explain_fn(silent, "gae")(own, IMAGES)
     assert explain_fn(silent, "rollout")(own, IMAGES).shape == (2, 2, 3)  # needs no gradient
+    for method, message in (("legrad", "'block' and 'classify'"), ("lrp", "field 'primitives'")):
+        with pytest.raises(tm.InputError, match=message):
+            explain_fn(Unrolled(scanned), method)(own, IMAGES)
 
 
 def test_pure_functions_vmap(vit):

@@ -140,6 +140,8 @@ def attcat(module: nn.Module, params: Any, inputs: Array, target: Array | None) 
 
 def legrad(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
     """LeGrad (Bousselham et al., 2024): `sum_l mean_{h,q} relu(d s_l / d A_l)`, s_l read from block l's output."""
+    if not hasattr(module, "block") or not hasattr(module, "classify"):
+        raise InputError("the method 'legrad' needs a module with the methods 'block' and 'classify', as tm.ViT has")
     trace = capture(module, params, inputs, target, gradients=False)
     block = module.block()
 

@@ -27,6 +27,13 @@ def _rules(variant: Literal["ours", "lrp"], stabiliser: str) -> Primitives:
     return lrp(variant, stabiliser)  # pyright: ignore[reportArgumentType]
 
 
+def _ruled(module: nn.Module, rules: Primitives) -> nn.Module:
+    """The same model with other backward rules."""
+    if not hasattr(module, "primitives"):
+        raise InputError("this method needs a module with the field 'primitives', as tm.ViT has, to carry relevance")
+    return module.clone(primitives=rules)
+
+
 def _details(trace: Trace, token_relevance: Array) -> dict[str, Array]:
     return {"logits": trace.logits, "target": trace.target, "relevance": token_relevance.sum((2, 3)).T}
 
@@ -35,7 +42,7 @@ def full_lrp(
     module: nn.Module, params: Any, inputs: Array, target: Array | None, *, stabiliser: str = "signed"
 ) -> Explanation:
     """Layer-wise relevance propagation down to the pixels, summed over channels: signed maps [B, H, W]."""
-    ruled = module.clone(primitives=_rules("lrp", stabiliser))
+    ruled = _ruled(module, _rules("lrp", stabiliser))
     trace = capture(ruled, params, inputs, target)
     return trace.input_grads.sum(-1), _details(trace, trace.token_grads)
 
@@ -44,7 +51,7 @@ def partial_lrp(
     module: nn.Module, params: Any, inputs: Array, target: Array | None, *, stabiliser: str = "signed"
 ) -> Explanation:
     """Positive relevance of the last block's attention (Voita et al., ACL 2019), mean over heads."""
-    trace = capture(module.clone(primitives=_rules("lrp", stabiliser)), params, inputs, target)
+    trace = capture(_ruled(module, _rules("lrp", stabiliser)), params, inputs, target)
     maps, _ = from_trace(module, trace, lambda blocks, row: row @ jax.nn.relu(blocks.attention_grad[-1]).mean(0))
     return maps, _details(trace, trace.token_grads)
 
@@ -61,7 +68,7 @@ def transformer_attribution(
     """Transformer Attribution (Chefer et al., CVPR 2021): the product of `I + mean_h relu(G * R_A)` over blocks."""
     trace = capture(module, params, inputs, target)
     check_first_block(first_block, len(trace.attention))
-    ruled = capture(module.clone(primitives=_rules("ours", stabiliser)), params, inputs, trace.target)
+    ruled = capture(_ruled(module, _rules("ours", stabiliser)), params, inputs, trace.target)
     mixed = trace._replace(attention=ruled.attention_grad)
 
     def update(row: Array, block: Blocks) -> Array:
@@ -74,7 +81,7 @@ def transformer_attribution(
 def _token_times_gradient(
     module: nn.Module, rules: Primitives, params: Any, inputs: Array, target: Array | None, pixels: bool
 ) -> Explanation:
-    ruled = module.clone(primitives=rules)
+    ruled = _ruled(module, rules)
     trace = capture(ruled, params, inputs, target)
     relevance = wide(trace.tokens) * wide(trace.token_grads)
     at_pixels = (wide(inputs) * wide(trace.input_grads)).sum(-1)
