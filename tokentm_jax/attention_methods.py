@@ -39,7 +39,7 @@ def from_trace(module: Any, trace: Trace, rule: Callable[[Blocks, Array], Array]
         return rule(blocks, jnp.asarray(module.readout, blocks.tokens.dtype))
 
     rows = jax.vmap(one, in_axes=1)(trace.blocks())
-    return token_map(module, rows), {"logits": trace.logits, "target": trace.target}
+    return token_map(module, rows), trace.details()
 
 
 def check_first_block(first_block: int, depth: int) -> None:
@@ -127,7 +127,7 @@ def grad_cam_tokens(module: nn.Module, params: Any, inputs: Array, target: Array
         return jax.nn.relu((features * gradient[module.prefix :].mean(0)).sum(-1))
 
     rows = jax.vmap(one)(trace.normalised[-1], trace.normalised_grads[-1])
-    return token_map(module, rows), {"logits": trace.logits, "target": trace.target}
+    return token_map(module, rows), trace.details()
 
 
 def attcat(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
@@ -135,7 +135,7 @@ def attcat(module: nn.Module, params: Any, inputs: Array, target: Array | None) 
     trace = capture(module, params, inputs, target)
     effect = (wide(trace.tokens[:-1]) * wide(trace.token_grads[:-1])).sum(-1)  # [L, B, N]
     received = wide(trace.attention).mean((2, 3))
-    return token_map(module, (received * effect).sum(0)), {"logits": trace.logits, "target": trace.target}
+    return token_map(module, (received * effect).sum(0)), trace.details()
 
 
 def legrad(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
@@ -160,7 +160,7 @@ def legrad(module: nn.Module, params: Any, inputs: Array, target: Array | None) 
 
     start = jnp.zeros_like(wide(trace.tokens[0, ..., 0]))
     rows, _ = jax.lax.scan(through_block, start, (params["blocks"], trace.tokens[:-1]))
-    return token_map(module, rows), {"logits": trace.logits, "target": trace.target}
+    return token_map(module, rows), trace.details()
 
 
 def beyond_intuition(
@@ -202,14 +202,11 @@ def beyond_intuition(
         influence = influence / jnp.maximum(influence.sum(), 1e-30)
         return attention_update(rows, jnp.einsum("h,hqk->qk", influence, block.attention))
 
-    def rule(blocks: Blocks, row: Array) -> Array:
-        # Where the head reads several tokens, F and P multiply before they are read, so P is needed for each.
-        return propagate(update, blocks, jnp.eye(len(row), dtype=row.dtype), first_block)
-
     def one(blocks: Blocks, feedback: Array) -> Array:
-        blocks = jax.tree.map(wide, blocks)
         row = jnp.asarray(module.readout, feedback.dtype)
-        return row @ (feedback * rule(blocks, row))
+        # Where the head reads several tokens, F and P multiply before they are read, so P is needed for each.
+        identity = jnp.eye(len(row), dtype=row.dtype)
+        return row @ (feedback * propagate(update, jax.tree.map(wide, blocks), identity, first_block))
 
     rows = jax.vmap(one, in_axes=(1, 0))(trace.blocks(), feedback)
-    return token_map(module, rows), {"logits": trace.logits, "target": trace.target}
+    return token_map(module, rows), trace.details()

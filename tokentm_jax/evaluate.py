@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tokentm_jax import metrics
 from tokentm_jax.errors import InputError
 from tokentm_jax.interface import explain_fn
-from tokentm_jax.loading import LoadedViT
+from tokentm_jax.loading import LoadedViT, predict
 from tokentm_jax.maps import to_pixels
 from tokentm_jax.preprocessing import Preprocessing
 from tokentm_jax.records import Records, digest, record_file, replace
@@ -44,19 +44,12 @@ def _unit(pixels: Array) -> Array:
     return pixels.astype(jnp.float32) / 255
 
 
-def _predict(module: Any, preprocessing: Preprocessing, params: Any, images: Array) -> Array:
-    """Logits [B, classes] of images in [0, 1]."""
-    logits = module.apply({"params": params}, preprocessing.normalise(images))
-    assert isinstance(logits, jax.Array)  # nothing is mutable
-    return logits
-
-
 @lru_cache(maxsize=16)
 def _clean_program(module: Any, preprocessing: Preprocessing) -> Callable[..., dict[str, Array]]:
     """(params, pixels, labels) -> what the model says of whole images."""
 
     def program(params: Any, pixels: Array, labels: Array) -> dict[str, Array]:
-        logits = _predict(module, preprocessing, params, _unit(pixels))
+        logits = predict(module, preprocessing, params, _unit(pixels))
         predicted = logits.argmax(-1).astype(jnp.int32)
         return {"predicted": predicted, "label": labels, **metrics.scores(logits, predicted, labels)}
 
@@ -90,11 +83,9 @@ def _score_program(
             maps = to_pixels(jnp.nan_to_num(maps), preprocessing.size)
         else:
             more["original"] = original
-        inputs, predict = (
-            Inputs(_unit(pixels), classes, labels, masks),
-            partial(_predict, module, preprocessing, params),
-        )
-        return {"finite": finite, **TASKS[task].compute(predict, inputs, maps, **more)}
+        inputs = Inputs(_unit(pixels), classes, labels, masks)
+        model = partial(predict, module, preprocessing, params)
+        return {"finite": finite, **TASKS[task].compute(model, inputs, maps, **more)}
 
     return jax.jit(program)
 

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +75,14 @@ class LoadedViT:
         return found[0]
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _logits(module: ViT, preprocessing: Preprocessing, params: Any, images: Array) -> Array:
+def predict(module: ViT, preprocessing: Preprocessing, params: Any, images: Array) -> Array:
+    """Images [B, H, W, 3] in [0, 1] -> logits [B, classes], as a function to compile into a larger one."""
     logits = module.apply({"params": params}, preprocessing.normalise(images))
     assert isinstance(logits, jax.Array)  # nothing is mutable
     return logits
+
+
+_logits = jax.jit(predict, static_argnums=(0, 1))
 
 
 def load(

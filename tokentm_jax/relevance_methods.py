@@ -35,7 +35,7 @@ def _ruled(module: nn.Module, rules: Primitives) -> nn.Module:
 
 
 def _details(trace: Trace, token_relevance: Array) -> dict[str, Array]:
-    return {"logits": trace.logits, "target": trace.target, "relevance": token_relevance.sum((2, 3)).T}
+    return {**trace.details(), "relevance": token_relevance.sum((2, 3)).T}
 
 
 def full_lrp(

@@ -37,6 +37,10 @@ class Trace(NamedTuple):
     logits: Array  # [B, classes]
     target: Array  # [B] the class explained
 
+    def details(self) -> dict[str, Array]:
+        """What every method reports: logits [B, classes] and the class explained [B]."""
+        return {"logits": self.logits, "target": self.target}
+
     def blocks(self) -> Blocks:
         """The arrays of all blocks, with the batch axis second: [L, B, ...]."""
         shared = {name: getattr(self, name) for name in Blocks._fields if name != "tokens"}

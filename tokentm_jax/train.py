@@ -148,7 +148,7 @@ def cutmix(key: Array, images: Array, targets: Array) -> tuple[Array, Array]:
     return mixed, (1 - share) * targets + share * jnp.roll(targets, 1, 0)
 
 
-def _prepare(config: TrainConfig, module: ViT, images: Array) -> Array:
+def _prepare(module: ViT, images: Array) -> Array:
     """uint8 [B, h, w, 3] -> [B, H, W, 3] in [0, 1] at the model's resolution."""
     images = images.astype(jnp.float32) / 255
     if images.shape[1:3] != module.img_size:
@@ -176,7 +176,7 @@ def make_step(config: TrainConfig, module: ViT, steps_per_epoch: int) -> tuple[C
         k_augment, k_mix, k_use, k_drop = jax.random.split(
             jax.random.fold_in(jax.random.key(config.seed), state.step), 4
         )
-        inputs = augment(config, k_augment, _prepare(config, module, images))
+        inputs = augment(config, k_augment, _prepare(module, images))
         targets = optax.smooth_labels(jax.nn.one_hot(labels, module.num_classes), config.label_smoothing)
         if config.cutmix:
             use = jax.random.bernoulli(k_use, config.cutmix)
@@ -215,7 +215,7 @@ def accuracy(config: TrainConfig, module: ViT, params: Any, data: Data, batch_si
 
     @jax.jit
     def hits(params: Any, images: Array, labels: Array) -> Array:
-        logits = module.apply({"params": params}, _normalise(config, _prepare(config, module, images)))
+        logits = module.apply({"params": params}, _normalise(config, _prepare(module, images)))
         return (jnp.argmax(logits, -1) == labels).sum()
 
     total = 0
@@ -250,14 +250,6 @@ def train(config: TrainConfig, module: ViT, data: Data, test: Data, out: Path, l
     """
     import orbax.checkpoint as ocp
 
-    out = out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    identity = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode()).hexdigest()
-    known = out / "config.json"
-    if known.exists() and json.loads(known.read_text())["identity"] != identity:
-        raise InputError(f"{out} holds a run of another recipe; choose another output folder")
-    known.write_text(json.dumps({"identity": identity, **dataclasses.asdict(config)}, indent=1))
-
     per_epoch = len(data.labels) // config.batch_size
     if per_epoch == 0:
         raise InputError(f"{config.train_data}: {len(data.labels)} images do not fill a batch of {config.batch_size}")
@@ -267,6 +259,14 @@ def train(config: TrainConfig, module: ViT, data: Data, test: Data, out: Path, l
                 f"{name}: expected the {module.num_classes} classes of the model and of the training data, "
                 f"found {len(names)}: {', '.join(names[:5])} ..."
             )
+    out = out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    identity = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode()).hexdigest()
+    known = out / "config.json"
+    if known.exists() and json.loads(known.read_text())["identity"] != identity:
+        raise InputError(f"{out} holds a run of another recipe; choose another output folder")
+    known.write_text(json.dumps({"identity": identity, **dataclasses.asdict(config)}, indent=1))
+
     steps, save_every = round(config.epochs * per_epoch), max(1, round(config.checkpoint_epochs * per_epoch))
     step_fn, optimiser = make_step(config, module, per_epoch)
     params = initial_params(config, module)
@@ -275,7 +275,7 @@ def train(config: TrainConfig, module: ViT, data: Data, test: Data, out: Path, l
         if manager.latest_step() is not None:
             state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
             log(f"resumed at step {int(state.step)} of {steps}")
-        first, began, losses = int(state.step), time.monotonic(), []
+        first, began, losses, top_1 = int(state.step), time.monotonic(), [], None
         for step, (images, labels) in zip(range(first, steps), batches(config, data, first), strict=False):
             drop = config.patch_drop if step < config.patch_drop_epochs * per_epoch else 0.0
             state, loss = step_fn(state, images, labels, drop)
@@ -294,6 +294,7 @@ def train(config: TrainConfig, module: ViT, data: Data, test: Data, out: Path, l
                 log(f"epoch {done / per_epoch:.1f}: loss {mean_loss:.3f}, test {top_1:.2%}, {left / 60:.0f} min left")
     from tokentm_jax.checkpoint import save_trained
 
-    top_1 = accuracy(config, module, state.average, test)
+    if top_1 is None:  # nothing was left to train
+        top_1 = accuracy(config, module, state.average, test)
     save_trained(config, module, jax.device_get(state.average), data.class_names, top_1, out)
     return top_1
