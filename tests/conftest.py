@@ -10,6 +10,7 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Compiling is most of the time of these tests; the numbers do not depend on it.
 jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_num_cpu_devices", 8)  # for the tests of sharding
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 

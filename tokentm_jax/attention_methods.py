@@ -4,6 +4,7 @@ Each function is `(module, params, inputs, target, **options) -> (maps, details)
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -14,11 +15,17 @@ from jax import Array
 from tokentm_jax.errors import InputError
 from tokentm_jax.maps import token_map
 from tokentm_jax.primitives import wide
+from tokentm_jax.stream import backward, forward, streams
 from tokentm_jax.tokentm import (
     Blocks,
     TokenTM,
+    Weights,
     attention_update,
+    block_update,
+    block_weights,
     contributions,
+    initial_contributions,
+    mean_attention,
     propagate,
     token_length,
 )
@@ -42,25 +49,62 @@ def from_trace(module: Any, trace: Trace, rule: Callable[[Blocks, Array], Array]
     return token_map(module, rows), trace.details()
 
 
-def check_first_block(first_block: int, depth: int) -> None:
+def check_blocks(depth: int, first_block: int, end_block: int | None = None) -> None:
     if not 0 <= first_block < depth:
         raise InputError(f"option 'first_block' must be from 0 to {depth - 1} for this model, got {first_block}")
+    if end_block is not None and end_block > depth:
+        raise InputError(f"option 'end_block' must be at most {depth} for this model, got {end_block}")
 
 
 def tokentm(module: nn.Module, params: Any, inputs: Array, target: Array | None, *, options: TokenTM) -> Explanation:
     """TokenTM; see `tokentm_jax.tokentm`."""
-    trace = capture(module, params, inputs, target, gradients=options.attention == "gradient")
-    depth = len(trace.attention)
-    check_first_block(options.first_block, depth)
-    if options.end_block is not None and options.end_block > depth:
-        raise InputError(f"option 'end_block' must be at most {depth} for this model, got {options.end_block}")
-    return from_trace(module, trace, lambda blocks, row: contributions(blocks, blocks.tokens[0], row, options))
+    chosen = (options.first_block, options.end_block)
+    if options.memory == "store" or not streams(module):
+        trace = capture(module, params, inputs, target, gradients=options.attention == "gradient")
+        check_blocks(len(trace.attention), *chosen)
+        return from_trace(module, trace, lambda blocks, row: contributions(blocks, blocks.tokens[0], row, options))
+    check_blocks(module.depth, *chosen)
+
+    def with_gradient(row: Array, attention: Array, gradient: Array, weights: Weights) -> Array:
+        return block_update(row, mean_attention(attention, gradient), weights)
+
+    def plain(block: Blocks) -> tuple[Array, Weights]:
+        return mean_attention(block.attention, None), block_weights(block, options)
+
+    model = (module, params, inputs, target)
+    if options.attention == "gradient":
+        rows, embedded, details = backward(*model, partial(block_weights, options=options), with_gradient, *chosen)
+    else:
+        rows, embedded, details = forward(*model, plain, lambda row, known: block_update(row, *known), *chosen)
+    rows = jax.vmap(partial(initial_contributions, options=options))(rows, wide(embedded))
+    return token_map(module, rows), details
+
+
+def _from_attention(
+    module: Any,
+    params: Any,
+    inputs: Array,
+    target: Array | None,
+    fuse: Callable[[Array], Array],
+    update: Callable[[Array, Array], Array],
+    first_block: int | None,
+) -> Explanation:
+    """Maps by a rule that knows of each block only `fuse(attention [H, N, N])`; `first_block` None: the last alone."""
+    trace = None if streams(module) else capture(module, params, inputs, target, gradients=False)
+    depth = module.depth if trace is None else len(trace.attention)
+    start = depth - 1 if first_block is None else first_block
+    check_blocks(depth, start)
+    if trace is not None:
+        of_block = lambda row, block: update(row, fuse(block.attention))  # noqa: E731
+        return from_trace(module, trace, lambda blocks, row: propagate(of_block, blocks, row, start))
+    rows, _, details = forward(module, params, inputs, target, lambda b: fuse(b.attention), update, start)
+    return token_map(module, rows), details
 
 
 def raw_attention(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
     """Mean attention of the last block, read as the head reads."""
-    trace = capture(module, params, inputs, target, gradients=False)
-    return from_trace(module, trace, lambda blocks, row: row @ blocks.attention[-1].mean(0))
+    model = (module, params, inputs, target)
+    return _from_attention(*model, lambda attention: attention.mean(0), lambda row, fused: row @ fused, None)
 
 
 def rollout(
@@ -78,32 +122,43 @@ def rollout(
 
     `discard_ratio` in [0, 1) sets that share of each block's lowest fused attentions to zero first.
     """
-    fuse = {"mean": jnp.mean, "max": jnp.max, "min": jnp.min}.get(fusion)
-    if fuse is None:
+    reduce = {"mean": jnp.mean, "max": jnp.max, "min": jnp.min}.get(fusion)
+    if reduce is None:
         raise InputError(f"option 'fusion' of the method 'rollout' must be mean, max or min, got {fusion!r}")
     if not 0 <= discard_ratio < 1:
         raise InputError(f"option 'discard_ratio' of the method 'rollout' must be in [0, 1), got {discard_ratio}")
-    trace = capture(module, params, inputs, target, gradients=False)
-    check_first_block(first_block, len(trace.attention))
 
-    def update(row: Array, block: Blocks) -> Array:
-        fused = fuse(block.attention, axis=0)
+    def fuse(attention: Array) -> Array:
+        fused = reduce(attention, axis=0)
         if discard_ratio:
             rank = fused.ravel().argsort(stable=True).argsort(stable=True).reshape(fused.shape)
             fused = jnp.where(rank < int(discard_ratio * fused.size), 0, fused)
+        return fused
+
+    def update(row: Array, fused: Array) -> Array:
         # A row of (A + I) / s: dividing the relevance of each query by its row sum s.
         return attention_update(row / (fused.sum(-1) + 1) if normalise else row, fused)
 
-    return from_trace(module, trace, lambda blocks, row: propagate(update, blocks, row, first_block))
+    return _from_attention(module, params, inputs, target, fuse, update, first_block)
 
 
-def gae(module: nn.Module, params: Any, inputs: Array, target: Array | None, *, first_block: int = 0) -> Explanation:
+def gae(
+    module: nn.Module,
+    params: Any,
+    inputs: Array,
+    target: Array | None,
+    *,
+    first_block: int = 0,
+    memory: Literal["recompute", "store"] = "recompute",
+) -> Explanation:
     """Generic attention explainability (Chefer et al., ICCV 2021): `R <- R + mean_h relu(G * A_h) R` from R = I.
 
     It is TokenTM with every component off.
     """
-    options = TokenTM(length=False, direction="none", initialise=False, ffn=False, first_block=first_block)
-    return tokentm(module, params, inputs, target, options=options)
+    if memory not in ("recompute", "store"):
+        raise InputError(f"option 'memory' of the method 'gae' must be recompute or store, got {memory!r}")
+    off = TokenTM(length=False, direction="none", initialise=False, ffn=False, first_block=first_block, memory=memory)
+    return tokentm(module, params, inputs, target, options=off)
 
 
 def grad_cam(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
@@ -183,7 +238,7 @@ def beyond_intuition(
     if steps < 1:
         raise InputError(f"option 'steps' of the method 'beyond_intuition' must be 1 or more, got {steps}")
     trace = capture(module, params, inputs, target)
-    check_first_block(first_block, len(trace.attention))
+    check_blocks(len(trace.attention), first_block)
 
     def gradient_at(share: Array) -> Array:
         scaled = capture(module, params, inputs * share.astype(inputs.dtype), trace.target)

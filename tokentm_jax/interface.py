@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 from jax import Array
+from jax.sharding import AxisType, PartitionSpec
 
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.methods import METHODS
@@ -39,7 +40,15 @@ def explain_fn(module: Any, method: str = "tokentm", *, details: bool = False, *
         result = bound(module, params, inputs, target)
         return result if details else result[0]
 
-    return explain_inputs
+    def placed(params: Any, inputs: Array, target: Array | None = None) -> Any:
+        sharding = jax.typeof(inputs).sharding
+        if AxisType.Explicit not in sharding.mesh.axis_types:
+            return explain_inputs(params, inputs, target)
+        # The compiler places what is inside; all results have the batch's axis first, and are placed like it.
+        inside = jax.sharding.auto_axes(explain_inputs, out_sharding=PartitionSpec(sharding.spec[0]))
+        return inside(params, inputs, target)
+
+    return placed
 
 
 @lru_cache(maxsize=128)

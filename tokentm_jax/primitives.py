@@ -5,6 +5,7 @@ The model calls every arithmetic step that an explanation method may want to tre
 another tuple with the same forward results and another backward pass; the model itself is never written twice.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -43,24 +44,69 @@ def fork(x: Array) -> tuple[Array, Array]:
     return x, x
 
 
-@partial(jax.checkpoint, static_argnums=3)  # cheaper to compute again in the backward pass than to store
+# The three steps below are elementwise but for a mean. Their own backward passes keep one array each, where automatic
+# differentiation keeps several and reads them again.
+
+
+def _standardised(x: Array, eps: float) -> tuple[Array, Array]:
+    """x over the last axis with mean 0 and variance 1, in float32 at least, and its inverse deviation."""
+    centred = wide(x) - wide(x).mean(-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
+    return centred * inverse, inverse
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
     """LayerNorm over the last axis, computed in float32 at least."""
-    centred = wide(x) - wide(x).mean(-1, keepdims=True)
-    variance = jnp.square(centred).mean(-1, keepdims=True)
-    y = centred * jax.lax.rsqrt(variance + eps)
+    y, _ = _standardised(x, eps)
     return (y * scale.astype(y.dtype) + bias.astype(y.dtype)).astype(x.dtype)
 
 
+def _norm_backward(eps: float, saved: tuple[Array, Array, Array], g: Array) -> tuple[Array, Array, Array]:
+    x, scale, bias = saved
+    (y, inverse), g = _standardised(x, eps), wide(g)
+    scaled = g * scale.astype(g.dtype)
+    to_x = inverse * (scaled - scaled.mean(-1, keepdims=True) - y * (scaled * y).mean(-1, keepdims=True))
+    leading = tuple(range(x.ndim - 1))
+    return to_x.astype(x.dtype), (g * y).sum(leading).astype(scale.dtype), g.sum(leading).astype(bias.dtype)
+
+
+norm.defvjp(lambda x, scale, bias, eps: (norm(x, scale, bias, eps), (x, scale, bias)), _norm_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
 def softmax(scores: Array, scale: float) -> Array:
     """Softmax over keys of the scaled scores [..., Q, K], computed in float32 at least."""
     return jax.nn.softmax(wide(scores) * scale, axis=-1).astype(scores.dtype)
 
 
-@jax.checkpoint
+def _softmax_forward(scores: Array, scale: float) -> tuple[Array, Array]:
+    attention = softmax(scores, scale)
+    return attention, attention
+
+
+def _softmax_backward(scale: float, attention: Array, g: Array) -> tuple[Array]:
+    a, g_wide = wide(attention), wide(g)
+    return ((a * (g_wide - (a * g_wide).sum(-1, keepdims=True)) * scale).astype(g.dtype),)
+
+
+softmax.defvjp(_softmax_forward, _softmax_backward)
+
+
+@jax.custom_vjp
 def gelu(x: Array) -> Array:
-    """Exact GELU (error function), as in timm."""
+    """Exact GELU (error function), as in timm: `x Phi(x)`."""
     return jax.nn.gelu(x, approximate=False)
+
+
+def _gelu_backward(x: Array, g: Array) -> tuple[Array]:
+    """`d/dx x Phi(x) = Phi(x) + x phi(x)`, for the normal distribution's Phi and its density phi."""
+    cumulative = 0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5)
+    density = jnp.exp(-0.5 * jnp.square(x)) * (2 * math.pi) ** -0.5
+    return (g * (cumulative + x * density),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 @jax.checkpoint

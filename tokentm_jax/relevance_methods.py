@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 from jax import Array
 
-from tokentm_jax.attention_methods import Explanation, check_first_block, from_trace
+from tokentm_jax.attention_methods import Explanation, check_blocks, from_trace
 from tokentm_jax.errors import InputError
 from tokentm_jax.maps import token_map
 from tokentm_jax.primitives import Primitives, wide
@@ -67,7 +67,7 @@ def transformer_attribution(
 ) -> Explanation:
     """Transformer Attribution (Chefer et al., CVPR 2021): the product of `I + mean_h relu(G * R_A)` over blocks."""
     trace = capture(module, params, inputs, target)
-    check_first_block(first_block, len(trace.attention))
+    check_blocks(len(trace.attention), first_block)
     ruled = capture(_ruled(module, _rules("ours", stabiliser)), params, inputs, trace.target)
     mixed = trace._replace(attention=ruled.attention_grad)
 

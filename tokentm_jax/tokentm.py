@@ -51,6 +51,8 @@ class TokenTM:
       original: what the attention layer's `x_j` is: the "residual" stream x or the "normalised" LN1(x).
       first_block: first block that is aggregated, from 0.
       end_block: one past the last block that is aggregated; None for all.
+      memory: not a choice of the method but of how `explain` runs it, with equal results: "recompute" each block in
+        the backward pass, or "store" attention and gradients of all of them.
     """
 
     length: bool = True
@@ -61,12 +63,14 @@ class TokenTM:
     original: Literal["residual", "normalised"] = "residual"
     first_block: int = 0
     end_block: int | None = None
+    memory: Literal["recompute", "store"] = "recompute"
 
     def __post_init__(self) -> None:
         for field, choices in (
             ("direction", ("necc", "cosine", "none")),
             ("attention", ("gradient", "plain")),
             ("original", ("residual", "normalised")),
+            ("memory", ("recompute", "store")),
         ):
             if getattr(self, field) not in choices:
                 raise ValueError(f"{field} must be one of {', '.join(choices)}, got {getattr(self, field)!r}")
@@ -127,28 +131,37 @@ def ffn_update(rows: Array, weights: Array) -> Array:
     return rows * (1 + weights)
 
 
-def block_update(rows: Array, block: Blocks, options: TokenTM) -> Array:
-    """Rows [..., N] from the output of one block (arrays of `block` without the L axis) back to its input."""
-    weigh = {"length": options.length, "direction": options.direction}
-    if options.ffn:
-        middle = block.tokens + block.attention_branch
-        rows = ffn_update(rows, transformation_weights(middle, block.ffn_branch, **weigh))
+class Weights(NamedTuple):
+    """The transformation weights of one block: the diagonals of W_attn and W_ffn, each [N]."""
+
+    attention: Array
+    ffn: Array
+
+
+def block_weights(block: Blocks, options: TokenTM) -> Weights:
+    """Transformation weights of one block (arrays of `block` without the L axis). They need no gradient."""
+    weigh = partial(transformation_weights, length=options.length, direction=options.direction)
     original = block.tokens if options.original == "residual" else block.normalised
-    weights = transformation_weights(original, block.transformed_value, **weigh)
-    gradient = block.attention_grad if options.attention == "gradient" else None
-    return attention_update(rows, mean_attention(block.attention, gradient), weights)
+    attention = weigh(original, block.transformed_value)
+    ffn = weigh(block.tokens + block.attention_branch, block.ffn_branch) if options.ffn else jnp.zeros_like(attention)
+    return Weights(attention, ffn)
+
+
+def block_update(rows: Array, attention: Array, weights: Weights) -> Array:
+    """Rows [..., N] from the output of one block back to its input, for its head-averaged attention [N, N]."""
+    return attention_update(ffn_update(rows, weights.ffn), attention, weights.attention)
 
 
 def propagate(
-    update: Callable[[Array, Blocks], Array],
-    blocks: Blocks,
+    update: Callable[[Array, Any], Array],
+    blocks: Any,
     rows: Array,
     first_block: int = 0,
     end_block: int | None = None,
 ) -> Array:
     """Carry rows [..., N] from the output of the last chosen block down to the input of the first.
 
-    `update(rows, block)` is the rule of one block; `blocks` has a leading L axis.
+    `update(rows, block)` is the rule of one block; the arrays of `blocks` have a leading L axis.
     """
     chosen = jax.tree.map(lambda a: a[first_block:end_block], blocks)
     return jax.lax.scan(lambda r, block: (update(r, block), None), rows, chosen, reverse=True)[0]
@@ -169,5 +182,15 @@ def contributions(blocks: Blocks, embedded: Array, rows: Array, options: TokenTM
       Contributions [..., N], column j for input token j.
     """
     chex.assert_axis_dimension(rows, -1, embedded.shape[0])
-    rows = propagate(partial(block_update, options=options), blocks, rows, options.first_block, options.end_block)
+
+    def update(rows: Array, block: Blocks) -> Array:
+        gradient = block.attention_grad if options.attention == "gradient" else None
+        return block_update(rows, mean_attention(block.attention, gradient), block_weights(block, options))
+
+    rows = propagate(update, blocks, rows, options.first_block, options.end_block)
+    return initial_contributions(rows, embedded, options)
+
+
+def initial_contributions(rows: Array, embedded: Array, options: TokenTM) -> Array:
+    """Rows [..., N] times C0, for the embedded tokens x0 [N, D]: what each token brings into the first block."""
     return rows * token_length(embedded) if options.initialise else rows

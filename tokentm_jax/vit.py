@@ -125,23 +125,34 @@ class Block(nn.Module):
     norm_eps: float
     primitives: Primitives
 
-    @nn.compact
+    def setup(self) -> None:
+        rule = self.primitives
+        self.norm1, self.norm2 = Norm(self.norm_eps, rule), Norm(self.norm_eps, rule)
+        self.attn = Attention(self.num_heads, self.qkv_bias, self.proj_bias, rule)
+        self.mlp = FeedForward(self.mlp_hidden, self.activation, rule)
+        if self.init_values is not None:
+            self.ls1, self.ls2 = LayerScale(self.init_values), LayerScale(self.init_values)
+
     def __call__(self, x: Array, _: None = None) -> tuple[Array, None]:
-        scales = self.init_values is not None
-        scale_1, scale_2 = (LayerScale(self.init_values, name=n) if scales else None for n in ("ls1", "ls2"))
+        return self.feed(self.attend(x)), None
+
+    def attend(self, x: Array) -> Array:
+        """The attention layer: x [B, N, D] -> x' [B, N, D]."""
         x = self.perturb("tokens", x)
         stream, branch = self.primitives.fork(x)
-        normalised = self.perturb("normalised", Norm(self.norm_eps, self.primitives, name="norm1")(branch))
-        attend = Attention(self.num_heads, self.qkv_bias, self.proj_bias, self.primitives, name="attn")
-        attention_branch = attend(normalised, scale_1)
-        middle, branch = self.primitives.fork(self.primitives.add(stream, attention_branch))
-        feed = FeedForward(self.mlp_hidden, self.activation, self.primitives, name="mlp")
-        ffn_branch = feed(Norm(self.norm_eps, self.primitives, name="norm2")(branch), scale_2)
+        normalised = self.perturb("normalised", self.norm1(branch))
+        attention_branch = self.attn(normalised, None if self.init_values is None else self.ls1)
         self.sow("intermediates", "tokens", x)
         self.sow("intermediates", "normalised", normalised)
         self.sow("intermediates", "attention_branch", attention_branch)
+        return self.primitives.add(stream, attention_branch)
+
+    def feed(self, x: Array) -> Array:
+        """The FFN layer: x' [B, N, D] -> x+ [B, N, D]."""
+        stream, branch = self.primitives.fork(x)
+        ffn_branch = self.mlp(self.norm2(branch), None if self.init_values is None else self.ls2)
         self.sow("intermediates", "ffn_branch", ffn_branch)
-        return self.primitives.add(middle, ffn_branch), None
+        return self.primitives.add(stream, ffn_branch)
 
 
 class ViT(nn.Module):

@@ -1,0 +1,81 @@
+"""Eight virtual devices: the same maps as on one, with no collective where only the batch is sharded."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import tokentm_jax as tm
+from tokentm_jax.methods import METHODS
+
+COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
+OPTIONS = {"smooth_grad": {"samples": 2}, "integrated_gradients": {"steps": 2}, "beyond_intuition": {"steps": 2}}
+QUICK = ("tokentm", "gae", "rollout")
+CASES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in METHODS]
+
+
+@pytest.fixture(scope="module")
+def model():
+    if jax.device_count() != 8:
+        pytest.skip("needs 8 devices")
+    vit = tm.ViT(img_size=(16, 16), patch_size=8, embed_dim=16, depth=2, num_heads=4, num_classes=5)
+    inputs = jax.random.normal(jax.random.key(1), (8, 16, 16, 3))
+    return vit, tm.init_params(vit, jax.random.key(0)), inputs, jnp.arange(8) % 5
+
+
+def error(found, expected):
+    return np.abs(np.asarray(found) - np.asarray(expected)).max() / np.abs(np.asarray(expected)).max()
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("method", CASES)
+def test_a_sharded_batch_needs_no_collective(model, method, kind):
+    vit, params, inputs, target = model
+    explain = tm.explain_fn(vit, method, **OPTIONS.get(method, {}))
+    expected = jax.jit(explain)(params, inputs, target)
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(kind,))
+    with jax.set_mesh(mesh):
+        spread, replicated = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("batch",), ()))
+        placed = (jax.device_put(params, replicated), *jax.device_put((inputs, target), spread))
+        program = jax.jit(explain).lower(*placed).compile()
+        maps = program(*placed)
+    assert len(maps.sharding.device_set) == 8
+    assert maps.addressable_shards[0].data.shape[0] == 1
+    assert not [name for name in COLLECTIVES if name in program.as_text()]
+    assert error(maps, expected) < 1e-5
+
+
+@pytest.mark.parametrize("size", [1, 5, 8, 11])
+def test_any_batch_size_over_all_devices(model, size):
+    vit, params, inputs, target = model
+    inputs, target = jnp.concatenate([inputs, inputs])[:size], jnp.concatenate([target, target])[:size]
+    explain = tm.explain_fn(vit, details=True)
+    maps, details = tm.over_devices(explain)(params, inputs, target)
+    expected, more = jax.jit(explain)(params, inputs, target)
+    assert maps.shape == expected.shape
+    assert error(maps, expected) < 1e-5
+    assert (details["target"] == target).all()
+    assert error(details["logits"], more["logits"]) < 1e-5
+
+
+def test_parameters_sharded_along_the_width(model):
+    vit, params, inputs, target = model
+    mesh = jax.make_mesh((2, 4), ("batch", "width"), axis_types=(AxisType.Auto,) * 2)
+    placed = tm.over_width(params, mesh)
+    kernel = placed["blocks"]["attn"]["qkv"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape[-1] == kernel.shape[-1] // 4
+    spread = NamedSharding(mesh, PartitionSpec("batch"))
+    for method in QUICK:
+        explain = jax.jit(tm.explain_fn(vit, method))
+        maps = explain(placed, *jax.device_put((inputs, target), spread))
+        assert error(maps, explain(params, inputs, target)) < 1e-5
+
+
+def test_a_width_that_the_devices_do_not_divide(model):
+    _, params, _, _ = model
+    mesh = jax.make_mesh((1, 3), ("batch", "width"), devices=jax.devices()[:3], axis_types=(AxisType.Auto,) * 2)
+    with pytest.raises(tm.InputError, match="3 devices do not divide"):
+        tm.over_width(params, mesh)
+    with pytest.raises(tm.InputError, match="no axis 'model'"):
+        tm.over_width(params, mesh, "model")

@@ -1,0 +1,75 @@
+"""Explanations on many devices: batches spread over them, or parameters too large for one.
+
+Every function of `explain_fn` runs on arrays sharded under any mesh, with automatic or explicit axes, and needs no
+collective when only the batch is sharded. What is here saves users the placing.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tokentm_jax.errors import InputError
+
+BATCH, WIDTH = "batch", "width"
+
+
+def over_devices(explain: Callable[..., Any], devices: Sequence[jax.Device] | None = None) -> Callable[..., Any]:
+    """`explain(params, inputs, target=None)` of `explain_fn`, jitted, with the batch spread over `devices`.
+
+    The batch may have any size: where the devices do not divide it, the last sample fills it up and the copies are
+    cut off again. `target` is None or a class per sample [B]. Parameters are copied to every device at each call
+    unless they are there: `jax.device_put(params, run.replicated)` does it once.
+    """
+    chosen = list(devices or jax.devices())
+    mesh = Mesh(np.array(chosen), (BATCH,))
+    spread, replicated = NamedSharding(mesh, PartitionSpec(BATCH)), NamedSharding(mesh, PartitionSpec())
+    compiled = jax.jit(explain)
+
+    def place(array: Any) -> Array:
+        array = np.asarray(array) if not isinstance(array, Array) else array
+        missing = -len(array) % len(chosen)
+        if missing:
+            array = jnp.concatenate([array, jnp.repeat(array[-1:], missing, axis=0)])
+        return jax.device_put(array, spread)
+
+    def run(params: Any, inputs: Any, target: Any = None) -> Any:
+        size = len(inputs)
+        if not size:
+            raise InputError("the batch is empty")
+        classes = None if target is None else place(target)
+        results = compiled(jax.device_put(params, replicated), place(inputs), classes)
+        return jax.tree.map(lambda a: a[:size], results)
+
+    run.replicated = replicated  # pyright: ignore[reportFunctionMemberAccess]
+    return run
+
+
+def over_width(params: Any, mesh: Mesh, axis: str = WIDTH) -> Any:
+    """Parameters placed for a model that is too large for one device: its width split over an axis of a mesh.
+
+    Of the linear maps into heads and hidden channels (`qkv`, `fc1`) the outputs are split, of those back (`proj`,
+    `fc2`) the inputs, so that a layer needs one sum over the devices. All else is replicated. Raises InputError for
+    an axis that the mesh does not have, or that does not divide the width.
+    """
+    if axis not in mesh.shape:
+        raise InputError(f"the mesh has no axis {axis!r}, only {', '.join(map(repr, mesh.shape))}")
+    count = mesh.shape[axis]
+
+    def place(path: tuple, array: Array) -> Array:
+        names = [getattr(key, "key", None) for key in path]
+        spec: list[str | None] = [None] * array.ndim
+        if {"qkv", "fc1"} & set(names):
+            spec[-1] = axis
+        elif {"proj", "fc2"} & set(names) and names[-1] == "kernel":
+            spec[-2] = axis
+        for size, split in zip(array.shape, spec, strict=True):
+            if split and size % count:
+                raise InputError(f"{'.'.join(map(str, names))}: {count} devices do not divide {size} channels")
+        return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    return jax.tree_util.tree_map_with_path(place, params)
