@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint lock clean
+.PHONY: demo test test-slow test-kills bench lint lock clean
 
 # The environment that was tested: every package at the version of requirements.lock.
 .venv/ready: requirements.lock pyproject.toml
@@ -20,6 +20,15 @@ test: .venv/ready  ## the default tests: CPU only, a few minutes
 
 test-slow: .venv/ready  ## minutes more: DeiT-tiny in float64, accuracy on 500 photos
 	$(BIN)/pytest -m slow
+
+test-kills: .venv/ready  ## jobs of `tokentm dataset` killed at random moments, in two processes, on a full disk
+	$(BIN)/pytest -m slow -s tests/test_dataset_kills.py
+
+# With PyTorch in it, the Python of BENCH also runs the other side of the throughput comparison.
+BENCH ?= $(BIN)/python
+bench: .venv/ready  ## benchmarks into tests/benchmark/results: half an hour on 2 idle cores, longer with PyTorch
+	for name in ratios memory startup masking bfloat16 throughput; do \
+	    $(BENCH) tests/benchmark/$$name.py --out tests/benchmark/results/$$name.md || exit 1; done
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -270,7 +270,7 @@ def test_what_does_not_go_together(config, vit, folder, whole, tmp_path):
 def test_labels_go_by_name(vit, folder):
     source = dataclasses.replace(open_source(folder), class_names=("cat", "ant"))
     named = dataclasses.replace(vit, class_names=("ant", "bee", "cat", "dog", "eel"))
-    assert evaluation._translation(named, source).tolist() == [2, 0]
+    assert evaluation.translation(named, source).tolist() == [2, 0]
 
 
 def test_comparison(whole, config, vit, folder, tmp_path):

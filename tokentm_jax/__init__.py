@@ -11,6 +11,9 @@ _HOMES = {
     "LoadedViT": "loading",
     "explain": "interface",
     "explain_fn": "interface",
+    "open_maps": "store",
+    "over_devices": "sharding",
+    "over_width": "sharding",
     "METHODS": "methods",
     "combine": "maps",
     "to_pixels": "maps",
@@ -44,6 +47,9 @@ if TYPE_CHECKING:
     from tokentm_jax.maps import to_pixels as to_pixels
     from tokentm_jax.methods import METHODS as METHODS
     from tokentm_jax.preprocessing import Preprocessing as Preprocessing
+    from tokentm_jax.sharding import over_devices as over_devices
+    from tokentm_jax.sharding import over_width as over_width
+    from tokentm_jax.store import open_maps as open_maps
     from tokentm_jax.tokentm import TokenTM as TokenTM
     from tokentm_jax.tokentm import contributions as contributions
     from tokentm_jax.trace import Trace as Trace

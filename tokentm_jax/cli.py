@@ -567,6 +567,141 @@ def _read_recipe(path: Path, kind: type) -> Any:
     return found
 
 
+# ---- dataset --------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("data", metavar="SOURCE")
+@click.option("--out", required=True, metavar="STORE", help="Folder, or a URL that TensorStore knows (gs://, s3://).")
+@click.option("--model", help=MODELS_HELP)
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Weights; default: the shipped model.")
+@click.option("--img-size", type=click.IntRange(1), help="Another resolution; position embeddings are resampled.")
+@click.option("--methods", default="tokentm", show_default=True, help="One or several, as a,b,c.")
+@click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Option of the methods; repeatable.")
+@click.option("--target", default="predicted", show_default=True, help="The class to explain: predicted or label.")
+@click.option("--dtype", default="float16", show_default=True, help="Of the stored maps: float16 or float32.")
+@click.option("--profile", default="default", show_default=True, help="Preprocessing: the model's, or reference.")
+@click.option("--limit", type=click.IntRange(1), help="So many images, spread evenly over the data set.")
+@click.option("--batch-size", type=click.IntRange(1, 4096), default=32, show_default=True, help="Per device.")
+@click.option("--chunk-size", type=click.IntRange(1), help="Images written together; default: 256 or a little more.")
+@click.option("--retry-skipped", is_flag=True, help="Compute chunks again that have skipped images.")
+@click.option("--coordinator", metavar="HOST:PORT", help="Of several processes; 'auto' under Slurm, MPI or on a TPU.")
+@click.option("--processes", type=click.IntRange(1), help="How many there are, with --coordinator HOST:PORT.")
+@click.option("--process", type=click.IntRange(0), help="The number of this one, from 0.")
+def dataset(
+    data: str,
+    out: str,
+    model: str | None,
+    checkpoint: Path | None,
+    img_size: int | None,
+    methods: str,
+    options: tuple[str, ...],
+    limit: int | None,
+    retry_skipped: bool,
+    coordinator: str | None,
+    processes: int | None,
+    process: int | None,
+    **settings: Any,
+) -> None:
+    """Explain a whole data set; started again with the same store, it goes on where it stopped.
+
+    SOURCE is a folder or zip of class folders, a folder with labels.csv, a .mat file or tfds:NAME:SPLIT. STORE becomes
+    a zarr v3 group with maps, logits, labels, predictions and provenance, which `tokentm_jax.open_maps` reads. Images
+    that cannot be read or explained are skipped and listed in it.
+
+    On several machines, the same command with --coordinator, --processes and --process runs on each, and they share
+    the work. A store may be finished by another number of them.
+
+    \b
+    Examples:
+      tokentm dataset photos/ --out maps --methods tokentm,gae
+      tokentm dataset tfds:imagenet2012:validation --out gs://bucket/maps --model deit_base_patch16_224 \\
+        --checkpoint deit_base.safetensors --coordinator 10.0.0.1:1234 --processes 4 --process 0
+    """
+    from tokentm_jax.dataset import DatasetConfig, check, explain_dataset
+    from tokentm_jax.loading import load
+    from tokentm_jax.sources import open_source
+    from tokentm_jax.store import open_maps
+
+    named = [name.strip() for name in methods.split(",") if name.strip()]
+    config = DatasetConfig(named, dict(parse_option(text) for text in options), **settings)
+    source = open_source(data, limit=limit)
+    check(config, source)
+    number, count = _join(coordinator, processes, process)
+    _use_compilation_cache()
+    vit = load(model, checkpoint, img_size=img_size)
+    with _running_images() as report, _memory_errors():
+        outcome = explain_dataset(
+            config, vit, source, out, report, process=number, processes=count, retry_skipped=retry_skipped
+        )
+    if outcome.damaged:
+        click.echo(f"Damaged and computed again: chunk {', '.join(map(str, outcome.damaged))}", err=True)
+    if count > 1:
+        click.echo(f"process {number} of {count}: its {outcome.chunks} chunks of {out} are finished")
+        return
+    stored = open_maps(out)
+    for reason in list(stored.skipped.values())[:20]:
+        _complain(f"skipped: {reason}")
+    if len(stored.skipped) == len(stored):
+        raise InputError(f"no image of {source.name} could be explained")
+    click.echo(repr(stored))
+
+
+def _join(coordinator: str | None, processes: int | None, process: int | None) -> tuple[int, int]:
+    """Meet the other processes; returns the number of this one and how many there are."""
+    if coordinator is None or coordinator == "auto":
+        if processes is not None or process is not None:
+            raise InputError("--processes and --process go with --coordinator HOST:PORT")
+        if coordinator is None:
+            return 0, 1
+    elif processes is None or process is None or process >= processes or ":" not in coordinator:
+        raise InputError("give --coordinator HOST:PORT with --processes N and --process from 0 to N - 1")
+    import jax
+
+    where = None if coordinator == "auto" else coordinator
+    month = 30 * 24 * 3600  # processes end at different times, and wait for each other
+    try:
+        jax.distributed.initialize(where, processes, process, shutdown_timeout_seconds=month)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"the processes cannot meet at {coordinator}: {str(error).splitlines()[0]}") from None
+    return jax.process_index(), jax.process_count()
+
+
+@contextmanager
+def _running_images() -> Iterator[Any]:
+    """A progress bar with images per second and the time left; a line now and then where nobody looks."""
+    import time
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("Images"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
+    began: list[float] = []  # when the first report came, and how many images were finished then
+    shown = [0.0]
+
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("Images", total=None, speed="looking at what is there")
+
+        def report(done: int, total: int, skipped: int) -> None:
+            now = time.monotonic()
+            if not began:
+                began.extend((now, done))
+            speed = (done - began[1]) / max(now - began[0], 1e-9)
+            text = f"{speed:.1f} images/s, {_duration((total - done) / speed)} left" if speed else "starting"
+            text += f", {skipped} skipped" if skipped else ""
+            bar.update(task, completed=done, total=total, speed=text)
+            if not console.is_terminal and (now - shown[0] > 30 or done == total):
+                shown[0] = now
+                click.echo(f"{done} of {total} images, {text}", err=True)
+
+        yield report
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{minutes / 60:.1f} h"
+
+
 # ---- evaluate -------------------------------------------------------------------------------------------------------
 
 
@@ -578,6 +713,7 @@ def _read_recipe(path: Path, kind: type) -> Any:
 @click.option("--methods", help="Rows of the recipe or other methods, as a,b,c.")
 @click.option("--limit", type=click.IntRange(1), help="So many images, drawn by the recipe's seed.")
 @click.option("--batch-size", type=click.IntRange(1, 4096), help="In place of the recipe's.")
+@click.option("--maps", help="Store of `tokentm dataset` to take maps from; those that it lacks are computed.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder; default: runs/<name of the recipe>.")
 def evaluate(
     recipe: Path,
@@ -587,6 +723,7 @@ def evaluate(
     methods: str | None,
     limit: int | None,
     batch_size: int | None,
+    maps: str | None,
     out: Path | None,
 ) -> None:
     """Measure explanation methods by a recipe; started again with the same folder, it goes on where it stopped.
@@ -601,6 +738,7 @@ def evaluate(
     from tokentm_jax.evaluate import evaluate
     from tokentm_jax.loading import load
     from tokentm_jax.sources import open_source
+    from tokentm_jax.store import open_maps
     from tokentm_jax.tasks import EvaluateConfig, check, select
 
     config = _read_recipe(recipe, EvaluateConfig)
@@ -614,12 +752,13 @@ def evaluate(
         config = select(config, [name.strip() for name in methods.split(",")])
     check(config)
     _use_compilation_cache()
+    stored = None if maps is None else open_maps(maps)
     source = open_source(config.data, limit=config.limit, seed=None if config.limit is None else config.seed)
     vit = load(config.model, config.checkpoint)
     folder = out or Path("runs") / config.name
     _make_folder(folder)
     with _running_table() as report, _memory_errors():
-        results = evaluate(config, vit, source, folder, report)
+        results = evaluate(config, vit, source, folder, report, stored)
     skipped = results["run"]["skipped"]
     for reason in skipped["examples"].values():
         _complain(f"skipped: {reason}")

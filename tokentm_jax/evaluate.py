@@ -25,6 +25,7 @@ from tokentm_jax.preprocessing import Preprocessing
 from tokentm_jax.records import Records, digest, record_file, replace
 from tokentm_jax.report import draw, markdown, summarise
 from tokentm_jax.sources import Source, batches
+from tokentm_jax.store import Maps
 from tokentm_jax.tasks import (
     CLEAN,
     PREDICTED,
@@ -39,7 +40,7 @@ from tokentm_jax.tasks import (
 from tokentm_jax.vit import init_params
 
 
-def _unit(pixels: Array) -> Array:
+def unit(pixels: Array) -> Array:
     """uint8 -> float32 in [0, 1]."""
     return pixels.astype(jnp.float32) / 255
 
@@ -49,7 +50,7 @@ def _clean_program(module: Any, preprocessing: Preprocessing) -> Callable[..., d
     """(params, pixels, labels) -> what the model says of whole images."""
 
     def program(params: Any, pixels: Array, labels: Array) -> dict[str, Array]:
-        logits = predict(module, preprocessing, params, _unit(pixels))
+        logits = predict(module, preprocessing, params, unit(pixels))
         predicted = logits.argmax(-1).astype(jnp.int32)
         return {"predicted": predicted, "label": labels, **metrics.scores(logits, predicted, labels)}
 
@@ -60,9 +61,9 @@ def _clean_program(module: Any, preprocessing: Preprocessing) -> Callable[..., d
 def _explain_program(
     module: Any, preprocessing: Preprocessing, method: str, options: tuple[tuple[str, Any], ...]
 ) -> Callable[..., Array]:
-    """(params, pixels, classes) -> maps."""
+    """(params, pixels, classes) -> maps, as a compiled function; pixels are uint8 [B, H, W, 3]."""
     explain = explain_fn(module, method, **dict(options))
-    return jax.jit(lambda params, pixels, classes: explain(params, preprocessing.normalise(_unit(pixels)), classes))
+    return jax.jit(lambda params, pixels, classes: explain(params, preprocessing.normalise(unit(pixels)), classes))
 
 
 @lru_cache(maxsize=16)
@@ -83,7 +84,7 @@ def _score_program(
             maps = to_pixels(jnp.nan_to_num(maps), preprocessing.size)
         else:
             more["original"] = original
-        inputs = Inputs(_unit(pixels), classes, labels, masks)
+        inputs = Inputs(unit(pixels), classes, labels, masks)
         model = partial(predict, module, preprocessing, params)
         return {"finite": finite, **TASKS[task].compute(model, inputs, maps, **more)}
 
@@ -139,7 +140,12 @@ Report = Callable[[int, int, Callable[[], list[dict[str, Any]]]], None]
 
 
 def evaluate(
-    config: EvaluateConfig, vit: LoadedViT, source: Source, out: Path, report: Report | None = None
+    config: EvaluateConfig,
+    vit: LoadedViT,
+    source: Source,
+    out: Path,
+    report: Report | None = None,
+    maps: Maps | None = None,
 ) -> dict[str, Any]:
     """Run an evaluation to its end, or from where `out` stopped on; returns the content of `results.json`.
 
@@ -147,9 +153,10 @@ def evaluate(
       config: what to compute on `vit` and `source`, which stand for its `model`, `checkpoint`, `data` and `limit`.
       out: a folder, for the results and, in `records`, the results per image of every finished batch.
       report: called after every batch with (done, total, a function that gives the rows so far).
+      maps: where maps of this model and data set are taken from; those that it does not have are computed.
 
     Raises:
-      InputError: a config, data set and model that do not go together, another evaluation in `out`, a full disk.
+      InputError: a config, data set, model and maps that do not go together, another evaluation in `out`, a full disk.
     """
     check(config)
     if RANDOM not in [row.method for row in config.rows]:
@@ -160,8 +167,10 @@ def evaluate(
     for row in config.rows:
         if row.random_blocks is not None and not 0 <= row.random_blocks <= vit.module.depth:
             raise InputError(f"random_blocks of {row.name!r} must be from 0 to {vit.module.depth} for {vit.name}")
-    translate = _translation(vit, source)
+    translate = translation(vit, source)
     run = describe(config, vit, source)
+    if maps is not None:
+        run["maps"] = _check_maps(maps, run)
     _claim(out, run)
     programs, skipped = Programs(config, vit), {}
     clean = _predictions(programs, source, translate, out, skipped)
@@ -190,8 +199,16 @@ def evaluate(
         for row in config.rows:
             places = _open(row, records[row.name], group)
             if places:
-                maps, original = programs.maps(row, [job.key for job in full], pixels, classes)
-                found = programs.score(vit.params, pixels, classes, labels, masks, maps, original)
+                taken, stored = _stored(maps, config, row, group, places)
+                if len(taken) < len(places):
+                    heatmaps, original = programs.maps(row, [job.key for job in full], pixels, classes)
+                else:
+                    heatmaps, original = np.zeros((size, *stored.shape[1:]), np.float32), None
+                if taken:
+                    heatmaps = np.array(heatmaps)
+                    heatmaps[taken] = stored
+                    heatmaps = programs.place(heatmaps)
+                found = programs.score(vit.params, pixels, classes, labels, masks, heatmaps, original)
                 fields = {name: np.asarray(array)[places] for name, array in found.items()}
                 records[row.name].append([(group[i].key, group[i].explained) for i in places], fields)
         if report is not None:
@@ -206,7 +223,7 @@ def evaluate(
     return results
 
 
-def _translation(vit: LoadedViT, source: Source) -> np.ndarray | None:
+def translation(vit: LoadedViT, source: Source) -> np.ndarray | None:
     """The model's class of each of the source's classes, by name; None where the numbers are the model's."""
     names, classes = source.class_names, vit.module.num_classes
     if names is None or names == vit.class_names:
@@ -267,6 +284,33 @@ def _open(row: Row, records: Records, group: Sequence[Job]) -> list[int]:
     ]
 
 
+def _check_maps(maps: Maps, run: Mapping[str, Any]) -> dict[str, Any]:
+    """What the results say of stored maps. InputError for those of another model, data set or profile."""
+    made = maps.provenance
+    for what in ("model", "data"):
+        if made[what]["identity"] != run[what]["identity"]:
+            raise InputError(
+                f"{maps.path} holds maps of {made[what]['name']}, not of {run[what]['name']} as it is here"
+            )
+    if made["profile"] != run["config"]["profile"]:
+        raise InputError(
+            f"{maps.path} was made with the profile {made['profile']!r}, not {run['config']['profile']!r}"
+        )
+    return {"store": maps.path, **{name: made[name] for name in ("methods", "options", "target", "dtype", "versions")}}
+
+
+def _stored(
+    maps: Maps | None, config: EvaluateConfig, row: Row, group: Sequence[Job], places: Sequence[int]
+) -> tuple[list[int], np.ndarray]:
+    """Those places of the group whose maps are stored, and these maps [k, h, w]."""
+    if maps is None or row.random_blocks is not None or config.task == "sanity":
+        return [], np.empty((0, 1, 1), np.float32)
+    jobs = [group[i] for i in places]
+    wanted = [(job.key, job.explained_class if row.class_specific else None) for job in jobs]
+    found, stored = maps.find(row.method, row.options, wanted)
+    return [places[i] for i in found], stored
+
+
 def architecture_of(vit: LoadedViT) -> dict[str, str]:
     """The module's fields as text; not those that hold functions, whose text is an address."""
     fields = [field.name for field in dataclasses.fields(vit.module)]
@@ -297,13 +341,12 @@ def randomised(params: Any, fresh: Any, blocks: Array | int) -> Any:
 
 def describe(config: EvaluateConfig, vit: LoadedViT, source: Source) -> dict[str, Any]:
     """The `run` object of the results. It has no times, so that equal runs give equal files."""
-    packages = ("tokentm_jax", "jax", "jaxlib", "flax", "numpy", "pillow")
     settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     settings["rows"] = [dataclasses.asdict(row) for row in config.rows]
     settings["paper"] = [[row, metric, value] for (row, metric), value in config.paper.items()]
     settings["options"] = dict(config.options)
     return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        "versions": {"python": platform.python_version(), **versions()},
         "device": jax.devices()[0].device_kind,
         "seed": config.seed,
         "config": settings,
@@ -317,6 +360,11 @@ def describe(config: EvaluateConfig, vit: LoadedViT, source: Source) -> dict[str
     }
 
 
+def versions() -> dict[str, str]:
+    """Of the packages that the numbers depend on."""
+    return {name: _version(name) for name in ("tokentm_jax", "jax", "jaxlib", "flax", "numpy", "pillow")}
+
+
 def _version(package: str) -> str:
     try:
         return version(package)
@@ -328,7 +376,8 @@ def _claim(out: Path, run: Mapping[str, Any]) -> None:
     """Make the folder, or make sure that it holds results of the same evaluation."""
     config = run["config"]
     same = [config[name] for name in ("task", "profile", "options", "seed")]
-    identity = digest(*same, run["data"]["identity"], run["model"]["identity"])
+    rounded = ["float16"] if run.get("maps", {}).get("dtype") == "float16" else []  # are not mixed with exact maps
+    identity = digest(*same, run["data"]["identity"], run["model"]["identity"], *rounded)
     known = out / "records" / "identity.txt"
     try:
         known.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,386 @@
+"""A data set's maps: what is stored, what is found damaged, what is refused, and how it is read back."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+import tokentm_jax as tm
+from tokentm_jax import dataset as job
+from tokentm_jax import evaluate as evaluation
+from tokentm_jax.architectures import build
+from tokentm_jax.checkpoint import write_checkpoint
+from tokentm_jax.cli import main
+from tokentm_jax.dataset import DatasetConfig, explain_dataset
+from tokentm_jax.errors import InputError
+from tokentm_jax.loading import LoadedViT
+from tokentm_jax.preprocessing import HALF, Preprocessing
+from tokentm_jax.sources import batches, open_source
+from tokentm_jax.store import decode, encode, open_maps, scaled
+from tokentm_jax.tasks import EvaluateConfig, rows
+from tokentm_jax.vit import init_params
+
+OPTIONS = dict(img_size=[16, 24], patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=5)
+COUNT = 10  # with one that is damaged
+CONFIG = DatasetConfig(("gae", "input_gradient"), dtype="float32", batch_size=2, chunk_size=4)
+
+
+@pytest.fixture(scope="module")
+def vit():
+    module = build(OPTIONS)
+    params = jax.tree.map(lambda a: a * 8 if a.ndim > 2 else a, init_params(module, jax.random.key(0)))
+    return LoadedViT(module, params, Preprocessing((16, 24), 1.0, "bilinear", **HALF), None, "tiny")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path, random = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    lines = ["file,class_index"]
+    for i in range(COUNT):
+        Image.fromarray(random.integers(0, 256, (20 + i, 30, 3), np.uint8)).save(path / f"{i:02}-é.png")
+        lines.append(f"{i:02}-é.png,{i % 5}")
+    (path / "05-é.png").write_bytes(b"nothing")
+    (path / "labels.csv").write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def source(folder):
+    return open_source(folder)
+
+
+@pytest.fixture(scope="module")
+def whole(vit, source, tmp_path_factory):
+    """A store that was written without interruption."""
+    out = tmp_path_factory.mktemp("whole") / "maps"
+    assert explain_dataset(CONFIG, vit, source, str(out)) == (3, 3, [])
+    return out
+
+
+def content(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def times(folder):
+    return {p.relative_to(folder).as_posix(): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+def test_the_store_holds_what_the_library_computes(whole, vit, source, folder):
+    """The oracle explains all images at once, without batches, chunks or a store."""
+    found = open_maps(whole)
+    good = [i for i in range(COUNT) if i != 5]
+    (batch,) = batches(source, vit.preprocessing, len(good), indices=good)
+    images = batch.images.astype(np.float32) / 255
+    logits = np.asarray(vit.logits(images))
+    np.testing.assert_allclose(found.logits[good], logits, rtol=1e-4, atol=1e-5)
+    assert found.prediction[good].tolist() == found.target[good].tolist() == logits.argmax(-1).tolist()
+    for method, shape in (("gae", (2, 3)), ("input_gradient", (16, 24))):
+        assert found.maps[method].shape == (COUNT, *shape) and found.maps[method].dtype == np.float32
+        expected = np.asarray(tm.explain(vit, images, method))
+        np.testing.assert_allclose(found.read(method, good), expected, rtol=1e-3, atol=1e-6 * np.abs(expected).max())
+    assert found.keys == source.keys and len(found) == COUNT and found.missing == 0
+    assert found.label[good].tolist() == [i % 5 for i in good]
+    assert list(found.skipped) == ["05-é.png"] and "05-é.png" in found.skipped["05-é.png"]
+    assert found.status[:].tolist() == [1, 1, 1, 1, 1, 2, 1, 1, 1, 1]
+    assert np.isnan(found.maps["gae"][5]).all() and np.isnan(found.logits[5]).all() and found.target[5] == -1
+    made = found.provenance
+    assert made["data"]["identity"] == source.identity and made["model"]["identity"] == evaluation.model_identity(vit)
+    assert {"jax", "tokentm_jax"} <= set(made["versions"]) and "0x" not in json.dumps(made)
+    assert "10 examples, 9 done, 1 skipped, complete" in repr(found)
+    for file in whole.rglob("zarr.json"):  # what a reader of zarr v3 needs, and a checksum on every chunk
+        description = json.loads(file.read_text())
+        assert description["zarr_format"] == 3
+        if description["node_type"] == "array":
+            assert description["codecs"][-1]["name"] == "crc32c" and description["shape"][0] == COUNT
+        else:
+            assert description["node_type"] == "group"
+
+
+def test_arrays_are_indexed_like_numpys(whole):
+    array = open_maps(whole).maps["input_gradient"]
+    everything = np.asarray(array)
+    for index in (3, -1, slice(2, 9, 3), [7, 0, 7], np.arange(COUNT) % 2 == 0, (slice(1, 3), 4), (2, 3, 4), ...):
+        np.testing.assert_array_equal(array[index], everything[index])
+    np.testing.assert_array_equal(array[2, ..., 1], everything[2, ..., 1])
+    with pytest.raises(IndexError):
+        array[COUNT]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 5])
+def test_an_interrupted_job_goes_on(whole, vit, source, tmp_path, processes):
+    """Stopped after its first batches, then finished by another number of processes, one after the other."""
+
+    def stop(done, total, skipped):
+        assert total == COUNT
+        if done >= 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        explain_dataset(CONFIG, vit, source, str(tmp_path / "maps"), stop)
+    partly = open_maps(tmp_path / "maps")
+    assert partly.missing == 2 and "2 of 3 chunks missing" in repr(partly) and partly.keys[4:] == ("",) * 6
+    before, seen = times(tmp_path / "maps"), []
+    for process in range(processes):
+        report = lambda *progress: seen.append(progress)  # noqa: E731
+        explain_dataset(CONFIG, vit, source, str(tmp_path / "maps"), report, process=process, processes=processes)
+    assert content(tmp_path / "maps") == content(whole)
+    assert times(tmp_path / "maps").items() >= before.items()
+    if processes == 1:
+        assert seen == [(4, 10, 0), (6, 10, 1), (8, 10, 1), (10, 10, 1)]
+
+
+def test_damage_is_found_and_computed_again(whole, vit, source, tmp_path):
+    out = tmp_path / "maps"
+
+    def flip(file):
+        content = file.read_bytes()
+        file.write_bytes(content[:-6] + bytes([content[-6] ^ 1]) + content[-5:])
+
+    for damage, files, chunks in (
+        (flip, ["maps/gae/c/0/0/0"], [0]),
+        (flip, ["logits/c/2/0"], [2]),  # the last chunk is not full
+        (lambda file: file.write_bytes(file.read_bytes()[:9]), ["key/c/2/0", "status/c/0"], [0, 2]),
+        (lambda file: file.write_bytes(b""), ["label/c/1"], [1]),
+        (lambda file: file.unlink(), ["scale/gae/c/1", "reason/c/0/0"], [0, 1]),
+    ):
+        shutil.copytree(whole, out)
+        before = times(out)
+        for name in files:
+            damage(out / name)
+        if "logits/c/2/0" in files:
+            with pytest.raises(InputError, match=r"logits cannot be read \(.*\): run the same `tokentm dataset`"):
+                open_maps(out).logits[9]
+            np.testing.assert_array_equal(open_maps(out).logits[:8], open_maps(whole).logits[:8])
+        assert explain_dataset(CONFIG, vit, source, str(out)) == (3, len(chunks), chunks)
+        assert content(out) == content(whole)
+        kept = {
+            n: t for n, t in before.items() if "/c/" not in n or int(n.split("/c/")[1].split("/")[0]) not in chunks
+        }
+        assert times(out).items() >= kept.items()
+        shutil.rmtree(out)
+
+
+def test_leftovers_of_killed_writers_go(whole, vit, source, tmp_path):
+    out = tmp_path / "maps"
+    shutil.copytree(whole, out)
+    (out / "status/c/1").rename(out / "status/c/1.__lock")
+    for name in ("logits/c/0/0.__lock", "label/zarr.json.__lock", "zarr.json.__lock"):
+        (out / name).write_bytes(b"half")
+    assert explain_dataset(CONFIG, vit, source, str(out)) == (3, 1, [])
+    assert content(out) == content(whole)
+
+
+def test_only_the_same_job_goes_on(whole, vit, source, folder, tmp_path):
+    before = times(whole)
+    other = dataclasses.replace(vit, params=jax.tree.map(lambda a: a * 1.5, vit.params))
+    for what, model, data in (
+        ("the model tiny", other, source),
+        ("the data set", vit, dataclasses.replace(source, identity="other")),
+        (r"the examples 10 \(.*\), and this command has 4", vit, open_source(folder, limit=4)),
+    ):
+        with pytest.raises(InputError, match=f"holds maps of {what}.*choose another --out"):
+            explain_dataset(CONFIG, model, data, str(whole))
+    for what, change in (
+        ("the methods gae,input_gradient, and this command has gae;", {"methods": ["gae"]}),
+        ("the target predicted", {"target": "label"}),
+        ("the dtype float32", {"dtype": "float16"}),
+        ("the profile default", {"profile": "reference"}),
+        ("the batch size 2", {"batch_size": 4}),
+        ("the chunk size 4", {"chunk_size": 8}),
+    ):
+        with pytest.raises(InputError, match=f"holds maps of {what}.*choose another --out"):
+            explain_dataset(dataclasses.replace(CONFIG, **change), vit, source, str(whole))
+    assert times(whole) == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/zarr.json").write_text('{"zarr_format": 3, "node_type": "group"}')
+    for out, sentence in (
+        (folder, "is not empty and holds no maps"),
+        (folder / "labels.csv", "is a file"),
+        (tmp_path / "other", "holds no maps of `tokentm dataset`"),
+        ("nonsense://maps", "unsupported URL scheme"),
+    ):
+        names = sorted(p.name for p in folder.iterdir())
+        with pytest.raises(InputError, match=sentence):
+            explain_dataset(CONFIG, vit, source, str(out))
+        assert sorted(p.name for p in folder.iterdir()) == names
+
+
+def test_bad_settings_are_named_before_anything_is_written(vit, source, tmp_path):
+    unlabelled = dataclasses.replace(source, labelled=False)
+    for sentence, change, data in (
+        ("unknown method 'gea'; did you mean 'gae'", {"methods": ["gea"]}, source),
+        ("must be different ones, got gae,gae", {"methods": ["gae", "gae"]}, source),
+        ("must be different ones, got none", {"methods": []}, source),
+        ("unknown gae option 'fnf'", {"methods": ["gae"], "options": {"fnf": 1}}, source),
+        ("unknown dtype 'float61'; did you mean 'float16'", {"dtype": "float61"}, source),
+        ("unknown target", {"target": "x"}, source),
+        ("a multiple of the batch size, got 5 and 2", {"chunk_size": 5}, source),
+        ("has no labels to explain", {"target": "label"}, unlabelled),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            explain_dataset(dataclasses.replace(CONFIG, **change), vit, data, str(tmp_path / "maps"))
+    assert not (tmp_path / "maps").exists()
+    assert DatasetConfig(batch_size=48).chunk == 288 and DatasetConfig(batch_size=300).chunk == 300
+
+
+def test_a_disk_that_cannot_be_written(whole, vit, source, tmp_path):
+    out = tmp_path / "maps"
+    shutil.copytree(whole, out)
+    for file in out.rglob("c/1*"):
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
+    (out / "scale/gae/c/1").mkdir()  # stands where the file is to be written
+    before = times(out)
+    with pytest.raises(InputError, match=r"cannot be written: .*; what was finished is kept, and the same command"):
+        explain_dataset(CONFIG, vit, source, str(out))
+    (out / "scale/gae/c/1").rmdir()
+    assert explain_dataset(CONFIG, vit, source, str(out)) == (3, 1, [])
+    assert content(out) == content(whole) and times(out).items() >= before.items()
+
+
+def test_no_map_is_damaged_without_a_word(vit, source, monkeypatch):
+    """Maps far outside float16's range keep their digits; those that are not finite are skipped with a reason."""
+    factors = jnp.array([[1e9], [3e-12], [0.0], [jnp.nan]])
+
+    def program(maps_of):
+        def fake(params, pixels, labels):
+            classes = jnp.zeros(len(pixels), jnp.int32)
+            logits = jnp.ones((len(pixels), vit.module.num_classes))
+            return {"maps/gae": maps_of(pixels), "logits": logits, "prediction": classes, "target": classes}
+
+        return lambda config, vit: jax.jit(fake)
+
+    def times_factors(pixels):
+        values = pixels.reshape(len(pixels), -1)[:, :6].astype(jnp.float32) + 1
+        return (values * factors[: len(pixels)]).reshape(-1, 2, 3)
+
+    monkeypatch.setattr(job, "_program_of", program(times_factors))
+    config = DatasetConfig(("gae",), batch_size=4, chunk_size=4)
+    four = dataclasses.replace(source, keys=source.keys[:4])
+    explain_dataset(config, vit, four, "memory://range")
+    found = open_maps("memory://range")
+    (batch,) = batches(four, vit.preprocessing, 4)
+    exact = (batch.images.reshape(4, -1)[:, :6].astype(np.float64) + 1).reshape(4, 2, 3)
+    maps = found.read("gae")
+    assert found.maps["gae"].dtype == np.float16
+    np.testing.assert_allclose(maps[0], exact[0] * 1e9, rtol=2**-11)
+    np.testing.assert_allclose(maps[1], exact[1] * 3e-12, rtol=2**-11)
+    assert (maps[2] == 0).all() and np.isnan(maps[3]).all()
+    assert found.skipped == {"03-é.png": "gae gives no finite map"}
+    monkeypatch.setattr(job, "_program_of", program(lambda pixels: jnp.ones((len(pixels), 2, 3))))
+    assert explain_dataset(config, vit, four, "memory://range") == (1, 0, [])
+    assert explain_dataset(config, vit, four, "memory://range", retry_skipped=True) == (1, 1, [])
+    again = open_maps("memory://range")
+    assert again.skipped == {} and (again.read("gae") == 1).all()
+
+
+def test_scaling_rounds_at_most_once():
+    random = np.random.default_rng(0)
+    maps = (random.normal(size=(200, 3, 4)) * 10.0 ** random.integers(-37, 38, (200, 1, 1))).astype(np.float32)
+    stored, scale = scaled(maps, "float16")
+    assert stored.dtype == np.float16 and (np.frexp(scale)[0] == 0.5).all()
+    largest = np.abs(maps).max((1, 2), keepdims=True)
+    error = np.abs(stored.astype(np.float64) * scale[:, None, None] - maps)
+    assert (error <= np.maximum(np.abs(maps) * 2.0**-11, largest * 2.0**-25)).all()
+    stored, scale = scaled(maps, "float32")
+    assert (stored == maps).all() and (scale == 1).all()
+
+
+def test_texts_keep_any_file_name():
+    names = ["a/b.png", "é" * 40, "bad\udcff.png", ""]
+    assert decode(encode(names, 100)) == names
+    assert decode(encode(["é" * 40], 21))[0][:10] == "é" * 10
+
+
+def test_labels_are_explained_where_the_model_knows_them(vit, source):
+    config = DatasetConfig(("gae",), target="label", batch_size=2, chunk_size=4)
+    some = dataclasses.replace(source, keys=source.keys[:4])
+    more = lambda key: source.read(key)._replace(label=7 if key == source.keys[1] else 3)  # noqa: E731
+    explain_dataset(config, vit, dataclasses.replace(some, read=more), "memory://labels")
+    found = open_maps("memory://labels")
+    assert found.target[:].tolist() == found.label[:].tolist() == [3, -1, 3, 3]
+    assert found.skipped == {source.keys[1]: "its label is no class of the model"}
+    named = dataclasses.replace(some, class_names=("a", "b"))
+    with pytest.raises(InputError, match="2 classes, tiny has 5"):
+        explain_dataset(config, vit, named, "memory://named")
+    config = dataclasses.replace(config, target="predicted")
+    explain_dataset(config, vit, named, "memory://named")
+    assert (open_maps("memory://named").label[:] == -1).all()
+
+
+def test_an_evaluation_takes_maps_from_a_store(whole, vit, source, folder, tmp_path, monkeypatch):
+    config = EvaluateConfig("tiny", "saco", str(folder), rows("gae", "rollout"), options={"groups": 3}, batch_size=2)
+    plain = evaluation.evaluate(config, vit, source, tmp_path / "plain")
+    computed = []
+    maps = evaluation.Programs.maps
+
+    def counted(self, row, keys, *arrays):
+        computed.append(row.name)
+        return maps(self, row, keys, *arrays)
+
+    monkeypatch.setattr(evaluation.Programs, "maps", counted)
+    stored = open_maps(whole)
+    taken = evaluation.evaluate(config, vit, source, tmp_path / "taken", maps=stored)
+    assert taken["rows"] == plain["rows"]
+    assert set(computed) == {"rollout", "random"}
+    assert taken["run"]["maps"]["store"] == str(whole) and "maps" not in plain["run"]
+    key, target = stored.keys[1], int(stored.target[1])
+    wanted = [("05-é.png", None), (key, target + 1), (key, target), ("elsewhere", None), (key, None)]
+    places, found = stored.find("gae", {}, wanted)
+    assert places == [2, 4] and (found == stored.maps["gae"][[1, 1]]).all()
+    assert stored.find("gae", {"first_block": 0}, wanted)[0] == stored.find("rollout", {}, wanted)[0] == []
+    # A store that lacks some: those are computed, and the others are taken.
+    computed.clear()
+    few = dataclasses.replace(stored)
+    few.__dict__["_places"] = {k: v for k, v in stored._places.items() if k != key}
+    partly = evaluation.evaluate(config, vit, source, tmp_path / "partly", maps=few)
+    assert partly["rows"] == plain["rows"] and computed.count("gae") == 1
+    with pytest.raises(InputError, match="with the profile 'default', not 'reference'"):
+        changed = dataclasses.replace(config, profile="reference")
+        evaluation.evaluate(changed, vit, source, tmp_path / "other", maps=stored)
+    with pytest.raises(InputError, match="holds maps of tiny, not of tiny as it is here"):
+        other = dataclasses.replace(vit, params=jax.tree.map(lambda a: a * 1.5, vit.params))
+        evaluation.evaluate(config, other, source, tmp_path / "other", maps=stored)
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_commands(vit, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    checkpoint = write_checkpoint(tmp_path / "tiny.safetensors", vit.module, vit.params, vit.preprocessing)
+
+    def run(*arguments, code=0):
+        result = CliRunner().invoke(main, [str(a) for a in arguments])
+        assert result.exit_code == code and "Traceback" not in result.output, result.output
+        return result
+
+    command = ("dataset", folder, "--checkpoint", checkpoint, "--out", "maps", "--methods", "gae")
+    command = (*command, "--batch-size", 2, "--chunk-size", 4, "--dtype", "float32")
+    result = run(*command)
+    assert "10 examples, 9 done, 1 skipped, complete" in result.stdout
+    assert "10 of 10 images" in result.stderr and "images/s" in result.stderr and "05-é.png" in result.stderr
+    (tmp_path / "maps/logits/c/1/0").unlink()
+    assert "Damaged and computed again: chunk 1" in run(*command).stderr
+    for more, sentence in (
+        (("--dtype", "float16"), "maps holds maps of the dtype float32"),
+        (("--methods", "gea"), "did you mean 'gae'"),
+        (("--process", 1), "go with --coordinator HOST:PORT"),
+        (("--coordinator", "here:1", "--processes", 2, "--process", 2), "--process from 0 to N - 1"),
+    ):
+        result = run(*command, *more, code=2)
+        assert result.stderr.count("\n") == 1 and sentence in result.stderr
+    assert "nothing does not exist" in run("dataset", "nothing", "--out", "maps", code=2).stderr
+    recipe = tmp_path / "saco.py"
+    recipe.write_text(
+        "from tokentm_jax.tasks import EvaluateConfig, rows\n"
+        f"config = EvaluateConfig('saco', 'saco', {str(folder)!r}, rows('gae'), checkpoint={str(checkpoint)!r},"
+        " options={'groups': 3}, batch_size=2)"
+    )
+    run("evaluate", recipe, "--maps", "maps", "--out", "results")
+    assert json.loads((tmp_path / "results/results.json").read_text())["run"]["maps"]["dtype"] == "float32"
+    assert "holds no maps; `tokentm dataset` makes them" in run("evaluate", recipe, "--maps", "none", code=2).stderr
