@@ -1,0 +1,81 @@
+"""What an explanation costs, in forward passes and in forward and backward passes of the bare model.
+
+    python tests/benchmark/ratios.py
+
+Forward: normalised images to logits. Forward and backward: to the gradient of the predicted class's logit at the
+embedded tokens, with no gradient of a weight. All are compiled, and timed in turns within one run.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+from common import alternate, milliseconds, names, parser, publish, random_images, random_vit, spread, table
+from jax import Array
+
+import tokentm_jax as tm
+from tokentm_jax.vit import ViT
+
+# method: (at most so many forward passes, at most so many forward and backward passes)
+TARGETS = {"tokentm": (2.6, 1.10), "gae": (2.6, 1.10), "rollout": (1.15, None), "raw_attention": (1.15, None)}
+
+
+def forward(module: ViT) -> Callable[[Any, Array], Array]:
+    return jax.jit(lambda params, images: module.apply({"params": params}, images))
+
+
+def forward_backward(module: ViT) -> Callable[[Any, Array], Any]:
+    """The bare gradient: embed once, the blocks by scan, and differentiate with respect to the embedded tokens."""
+    block = module.block()
+
+    def score(tokens: Array, params: Any) -> tuple[Array, Array]:
+        def step(tokens: Array, weights: Any) -> tuple[Array, None]:
+            return block.apply({"params": weights}, tokens)[0], None
+
+        logits = module.apply({"params": params}, jax.lax.scan(step, tokens, params["blocks"])[0], method="classify")
+        return logits.max(-1).sum(), logits
+
+    def gradient(params: Any, images: Array) -> Any:
+        return jax.grad(score, has_aux=True)(module.apply({"params": params}, images, method="embed"), params)
+
+    return jax.jit(gradient)
+
+
+def measure(model: str, batch: int, seconds: float, rounds: int) -> str:
+    module, params = random_vit(model)
+    images = random_images(batch, module)
+    functions = {"forward": forward(module), "forward and backward": forward_backward(module)}
+    functions |= {method: jax.jit(tm.explain_fn(module, method)) for method in TARGETS}
+    times = alternate({name: partial(f, params, images) for name, f in functions.items()}, seconds, rounds)
+    bounds = {"forward": (None, None), "forward and backward": (None, None), **TARGETS}
+
+    def cells(name: str, base: str, bound: float | None) -> list[str]:
+        own = name == base or name == "forward"
+        return ["" if own else spread(times[name] / times[base]), "" if bound is None else f"{bound:.2f}"]
+
+    rows = [
+        [
+            name,
+            milliseconds(found.min()),
+            milliseconds(sorted(found)[len(found) // 2]),
+            *cells(name, "forward", bounds[name][0]),
+            *cells(name, "forward and backward", bounds[name][1]),
+        ]
+        for name, found in times.items()
+    ]
+    header = ["", "fastest, ms", "median, ms", "/ forward", "at most", "/ forward and backward", "at most"]
+    title = f"**{model}**, float32, batch {batch}, {len(times['forward'])} rounds"
+    return f"{title}\n\n{table(header, rows)}"
+
+
+if __name__ == "__main__":
+    arguments = parser(__doc__)
+    arguments.add_argument("--models", type=names, default=["deit_tiny_patch16_224", "vit_base_patch16_224"])
+    arguments.add_argument("--batch", type=int, default=8)
+    arguments.add_argument("--seconds", type=float, default=90, help="per model, at least")
+    arguments.add_argument("--rounds", type=int, default=9, help="per model, at least")
+    chosen = arguments.parse_args()
+    note = "Ratios: median over the rounds, of times in the same round, with the middle half of the rounds."
+    tables = [measure(model, chosen.batch, chosen.seconds, chosen.rounds) for model in chosen.models]
+    publish(chosen.out, "# Cost of an explanation", *tables, note)
