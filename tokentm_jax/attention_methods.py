@@ -59,21 +59,22 @@ def check_blocks(depth: int, first_block: int, end_block: int | None = None) -> 
 def tokentm(module: nn.Module, params: Any, inputs: Array, target: Array | None, *, options: TokenTM) -> Explanation:
     """TokenTM; see `tokentm_jax.tokentm`."""
     chosen = (options.first_block, options.end_block)
-    if options.memory == "store" or not streams(module):
+    if not streams(module):
         trace = capture(module, params, inputs, target, gradients=options.attention == "gradient")
         check_blocks(len(trace.attention), *chosen)
         return from_trace(module, trace, lambda blocks, row: contributions(blocks, blocks.tokens[0], row, options))
     check_blocks(module.depth, *chosen)
 
-    def with_gradient(row: Array, attention: Array, gradient: Array, weights: Weights) -> Array:
-        return block_update(row, mean_attention(attention, gradient), weights)
+    def with_gradient(row: Array, weighted: Array, weights: Weights) -> Array:
+        return block_update(row, mean_attention(weighted), weights)
 
     def plain(block: Blocks) -> tuple[Array, Weights]:
-        return mean_attention(block.attention, None), block_weights(block, options)
+        return mean_attention(block.attention), block_weights(block, options)
 
     model = (module, params, inputs, target)
     if options.attention == "gradient":
-        rows, embedded, details = backward(*model, partial(block_weights, options=options), with_gradient, *chosen)
+        weights = partial(block_weights, options=options)
+        rows, embedded, details = backward(*model, weights, with_gradient, *chosen, options.memory)
     else:
         rows, embedded, details = forward(*model, plain, lambda row, known: block_update(row, *known), *chosen)
     rows = jax.vmap(partial(initial_contributions, options=options))(rows, wide(embedded))
@@ -149,7 +150,7 @@ def gae(
     target: Array | None,
     *,
     first_block: int = 0,
-    memory: Literal["recompute", "store"] = "recompute",
+    memory: Literal["recompute", "store"] = "store",
 ) -> Explanation:
     """Generic attention explainability (Chefer et al., ICCV 2021): `R <- R + mean_h relu(G * A_h) R` from R = I.
 

@@ -72,7 +72,7 @@ def transformer_attribution(
     mixed = trace._replace(attention=ruled.attention_grad)
 
     def update(row: Array, block: Blocks) -> Array:
-        return attention_update(row, mean_attention(block.attention, block.attention_grad))
+        return attention_update(row, mean_attention(block.attention * block.attention_grad))
 
     maps, _ = from_trace(module, mixed, lambda blocks, row: propagate(update, blocks, row, first_block))
     return maps, _details(trace, ruled.token_grads)

@@ -51,8 +51,8 @@ class TokenTM:
       original: what the attention layer's `x_j` is: the "residual" stream x or the "normalised" LN1(x).
       first_block: first block that is aggregated, from 0.
       end_block: one past the last block that is aggregated; None for all.
-      memory: not a choice of the method but of how `explain` runs it, with equal results: "recompute" each block in
-        the backward pass, or "store" attention and gradients of all of them.
+      memory: not a choice of the method but of how `explain` runs it, with equal results: "store" what the linear
+        maps of each block gave until the backward pass, for speed, or "recompute" it, for memory.
     """
 
     length: bool = True
@@ -63,7 +63,7 @@ class TokenTM:
     original: Literal["residual", "normalised"] = "residual"
     first_block: int = 0
     end_block: int | None = None
-    memory: Literal["recompute", "store"] = "recompute"
+    memory: Literal["recompute", "store"] = "store"
 
     def __post_init__(self) -> None:
         for field, choices in (
@@ -114,11 +114,9 @@ def transformation_weights(
     return weights
 
 
-def mean_attention(attention: Array, attention_grad: Array | None) -> Array:
-    """Head-averaged attention [H, N, N] -> [N, N]: `mean_h relu(G * A)`, or `mean_h A` without a gradient."""
-    if attention_grad is None:
-        return attention.mean(0)
-    return jax.nn.relu(attention_grad * attention).mean(0)
+def mean_attention(weighted: Array) -> Array:
+    """`mean_h relu(.)` [H, N, N] -> [N, N], of gradient times attention `G * A` or of attention alone."""
+    return jax.nn.relu(weighted).mean(0)
 
 
 def attention_update(rows: Array, attention: Array, weights: Array | float = 1.0) -> Array:
@@ -184,8 +182,8 @@ def contributions(blocks: Blocks, embedded: Array, rows: Array, options: TokenTM
     chex.assert_axis_dimension(rows, -1, embedded.shape[0])
 
     def update(rows: Array, block: Blocks) -> Array:
-        gradient = block.attention_grad if options.attention == "gradient" else None
-        return block_update(rows, mean_attention(block.attention, gradient), block_weights(block, options))
+        weighted = block.attention * (block.attention_grad if options.attention == "gradient" else 1)
+        return block_update(rows, mean_attention(weighted), block_weights(block, options))
 
     rows = propagate(update, blocks, rows, options.first_block, options.end_block)
     return initial_contributions(rows, embedded, options)
