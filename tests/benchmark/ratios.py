@@ -19,6 +19,7 @@ from tokentm_jax.vit import ViT
 
 # method: (at most so many forward passes, at most so many forward and backward passes)
 TARGETS = {"tokentm": (2.6, 1.10), "gae": (2.6, 1.10), "rollout": (1.15, None), "raw_attention": (1.15, None)}
+RECOMPUTED = ("tokentm", "gae")  # also with memory="recompute"; the default is "store"
 
 
 def forward(module: ViT) -> Callable[[Any, Array], Array]:
@@ -47,8 +48,10 @@ def measure(model: str, batch: int, seconds: float, rounds: int) -> str:
     images = random_images(batch, module)
     functions = {"forward": forward(module), "forward and backward": forward_backward(module)}
     functions |= {method: jax.jit(tm.explain_fn(module, method)) for method in TARGETS}
+    for method in RECOMPUTED:
+        functions[f"{method}, recompute"] = jax.jit(tm.explain_fn(module, method, memory="recompute"))
     times = alternate({name: partial(f, params, images) for name, f in functions.items()}, seconds, rounds)
-    bounds = {"forward": (None, None), "forward and backward": (None, None), **TARGETS}
+    bounds = dict.fromkeys(functions, (None, None)) | TARGETS
 
     def cells(name: str, base: str, bound: float | None) -> list[str]:
         own = name == base or name == "forward"
