@@ -56,6 +56,9 @@ CHOICE_ROWS = (
     Row("ffn=False", "tokentm", {"ffn": False}),
     Row("initialise=False", "tokentm", {"initialise": False}),
     Row("direction=cosine", "tokentm", {"direction": "cosine"}),
+    Row("length=False", "tokentm", {"length": False}),
+    Row("direction=none", "tokentm", {"direction": "none"}),
+    Row("only initialise", "tokentm", {**_OFF, "initialise": True}),
     Row("first block left out", "tokentm", {"first_block": 1}),
 )
 
