@@ -13,7 +13,8 @@ from PIL import Image
 
 from tokentm_jax.architectures import ARCHITECTURES, build
 from tokentm_jax.checkpoint import write_checkpoint
-from tokentm_jax.cli import main, output_names, parameter_count, parse_option
+from tokentm_jax.cli import main, parameter_count, parse_option
+from tokentm_jax.explaining import output_names
 from tokentm_jax.preprocessing import IMAGENET, Preprocessing
 from tokentm_jax.vit import init_params
 

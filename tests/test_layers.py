@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "tokentm_jax"
 LAYERS = [  # a module may import from layers above it in this list, and from its own
-    {"errors"},
+    {"errors", "versions"},
     {"primitives", "tokentm", "metrics", "sharding"},
     {"vit", "maps", "preprocessing", "relevance"},
     {"trace"},
@@ -20,6 +20,8 @@ LAYERS = [  # a module may import from layers above it in this list, and from it
     {"report"},
     {"evaluate"},
     {"dataset"},
+    {"terminal"},
+    {"explaining"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -5,9 +5,7 @@ import json
 import os
 import runpy
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -17,21 +15,14 @@ from rich.table import Table
 from rich.text import Text
 
 from tokentm_jax.errors import InputError, suggest
+from tokentm_jax.explaining import Run, fail, output_names, print_result
+from tokentm_jax.terminal import complain, console, memory_errors, printable, running_images, running_table
+from tokentm_jax.versions import version_of
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from tokentm_jax.loading import LoadedViT
     from tokentm_jax.vit import ViT
 
 MODELS_HELP = "Timm name, shipped model or hf-hub:timm/NAME (see `tokentm models`); default: the checkpoint's own."
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # a clone that is not installed
-        return "unknown"
 
 
 class Commands(click.Group):
@@ -41,23 +32,19 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except InputError as error:
-            _complain(str(error))
+            complain(str(error))
         except KeyboardInterrupt:
             ctx.exit(130)
         except BrokenPipeError:  # the reader of our output has gone, as in `tokentm models | head`
             raise
         except OSError as error:
             where = f"{click.format_filename(error.filename)}: " if error.filename else ""
-            _complain(f"{where}{error.strerror or error}")
+            complain(f"{where}{error.strerror or error}")
         ctx.exit(2)
 
 
-def _complain(sentence: str) -> None:
-    click.echo(f"Error: {' '.join(sentence.split())}", err=True)
-
-
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(_version("tokentm_jax"), prog_name="tokentm")
+@click.version_option(version_of("tokentm_jax"), prog_name="tokentm")
 def main() -> None:
     """Explain what a Vision Transformer sees: TokenTM heatmaps and other methods.
 
@@ -129,7 +116,7 @@ def explain(
         try:
             paths += [path for path in find_photos([argument]) if path not in paths]
         except InputError as error:
-            _fail(results, argument, error)
+            fail(results, argument, error)
     results |= {str(path): {} for path in paths}
     names = output_names(paths, out)
     batches = [paths[i : i + batch_size] for i in range(0, len(paths), batch_size)]
@@ -147,136 +134,10 @@ def explain(
     else:
         for path, result in results.items():
             if "error" not in result:
-                _print_result(path, result)
+                print_result(path, result)
     if failed:
         click.echo(f"{failed} of {len(results)} photos failed", err=True)
         click.get_current_context().exit(2)
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One batch's way from photos to files."""
-
-    vit: "LoadedViT"
-    methods: list[str]
-    options: dict[str, Any]
-    target: int | None
-    out: Path
-    names: dict[Path, str]
-    sheet: str
-    rows: int  # every batch is filled up to so many photos: another shape would be compiled again
-
-    def explain(self, paths: Sequence[Path], results: dict[str, dict[str, Any]], skip_unfit: bool) -> None:
-        """Explain the photos; `results` gets an entry for each, with its classes and files or its error."""
-        import numpy as np
-
-        from tokentm_jax.interface import explain as explain_batch
-        from tokentm_jax.photos import fit, open_photo, view
-
-        good, inputs, views = [], [], []
-        for path in paths:
-            try:
-                photo = open_photo(path)
-                inputs.append(fit(photo, self.vit.preprocessing))
-                views.append(view(photo, self.vit.preprocessing))
-                good.append(path)
-            except InputError as error:
-                _fail(results, str(path), error)
-        if not good:
-            return
-        images = np.stack(inputs + inputs[-1:] * (self.rows - len(inputs))).astype(np.float32) / 255
-        with _memory_errors():
-            logits = np.asarray(self.vit.logits(images), np.float64)
-        targets = logits.argmax(-1) if self.target is None else np.full(len(logits), self.target)
-        maps: dict[str, np.ndarray] = {}
-        for method in self.methods:
-            try:
-                with _memory_errors():
-                    found = explain_batch(self.vit, images, method, targets.astype(np.int32), **self.options)
-                maps[method] = np.asarray(found, np.float32)
-            except InputError as error:
-                if not skip_unfit:
-                    raise
-                _complain(f"{method} is left out: {error}")
-        if not maps:
-            raise InputError("no method can explain this model")
-        kept = []
-        for i, path in enumerate(good):
-            if np.isfinite(logits[i]).all() and all(np.isfinite(m[i]).all() for m in maps.values()):
-                results[str(path)] = describe(self.vit, logits[i], int(targets[i]))
-                self._write_maps(path, results[str(path)], {method: m[i] for method, m in maps.items()})
-                kept.append(i)
-            else:
-                _fail(results, str(path), InputError(f"the model gives no finite numbers for {path}"))
-        if kept:
-            entries = [results[str(good[i])] for i in kept]
-            self._draw([good[i] for i in kept], entries, [views[i] for i in kept], {m: maps[m][kept] for m in maps})
-
-    def _write_maps(self, path: Path, result: dict[str, Any], maps: dict[str, "np.ndarray"]) -> None:
-        import numpy as np
-
-        versions = {name: _version(name) for name in ("tokentm_jax", "jax", "flax")}
-        for method, heatmap in maps.items():
-            suffix = f".{method}.npz" if len(self.methods) > 1 else ".npz"
-            file = self.out / f"{self.names[path]}{suffix}"
-            part = file.with_name(f".{file.name}.{os.getpid()}.part")
-            try:
-                with part.open("wb") as stream:
-                    np.savez_compressed(
-                        stream,
-                        map=heatmap,
-                        target=np.int32(result["target"]["class"]),
-                        target_name=result["target"]["name"],
-                        probability=np.float32(result["target"]["probability"]),
-                        photo=_printable(path),
-                        model=self.vit.name,
-                        method=method,
-                        options=json.dumps(self.options),
-                        versions=json.dumps(versions),
-                    )
-                os.replace(part, file)
-            finally:
-                part.unlink(missing_ok=True)
-            result["files"].append(str(file))
-
-    def _draw(
-        self,
-        paths: list[Path],
-        results: list[dict[str, Any]],
-        views: list["np.ndarray"],
-        maps: dict[str, "np.ndarray"],
-    ) -> None:
-        from tokentm_jax.figure import overlay_figure, sheet, write_png
-
-        titles = [f"{r['target']['name']} {r['target']['probability']:.1%}" for r in results]
-        if len(self.methods) > 1:
-            file = self.out / f"{self.sheet}.png"
-            write_png(sheet(views, titles, {m: list(maps[m]) for m in maps}, self.vit.name), file)
-            for result in results:
-                result["files"].insert(0, str(file))
-            return
-        for i, (path, result) in enumerate(zip(paths, results, strict=True)):
-            parts = [_printable(Path(path.name)), self.vit.name, self.methods[0]]
-            best = result["top5"][0]
-            if best["class"] != result["target"]["class"]:
-                parts.insert(0, f"predicted: {best['name']} {best['probability']:.1%}")
-            file = self.out / f"{self.names[path]}.png"
-            write_png(overlay_figure(views[i], maps[self.methods[0]][i], titles[i], " · ".join(parts)), file)
-            result["files"].insert(0, str(file))
-
-
-def describe(vit: "LoadedViT", logits: "np.ndarray", target: int) -> dict[str, Any]:
-    """The top five classes of one photo and the explained one, from its logits [classes]."""
-    import numpy as np
-
-    odds = np.exp(logits - logits.max())
-    probabilities = odds / odds.sum()
-
-    def entry(index: int) -> dict[str, Any]:
-        return {"class": index, "name": vit.class_name(index), "probability": float(probabilities[index])}
-
-    top = np.argsort(-probabilities, kind="stable")[:5]
-    return {"top5": [entry(int(i)) for i in top], "target": entry(target), "files": []}
 
 
 def parse_option(text: str) -> tuple[str, bool | int | float | str | None]:
@@ -293,53 +154,6 @@ def parse_option(text: str) -> tuple[str, bool | int | float | str | None]:
         except ValueError:
             continue
     return key.strip(), value.strip()
-
-
-def output_names(paths: Sequence[Path], out: Path) -> dict[Path, str]:
-    """A file name without suffix for each photo: its own, with a number where two would meet or where the picture
-    would replace one of the photos."""
-    photos = {path.resolve() for path in paths}
-    stems = {path: os.fsdecode(os.fsencode(path.stem)[:150]) for path in paths}
-    own = {stem.lower() for stem in stems.values()}  # file systems that ignore case would join them
-    used: set[str] = set()
-    names: dict[Path, str] = {}
-    for path, stem in stems.items():
-        name, number = stem, 1
-        while (
-            name.lower() in used or (number > 1 and name.lower() in own) or (out / f"{name}.png").resolve() in photos
-        ):
-            number += 1
-            name = f"{stem}-{number}"
-        used.add(name.lower())
-        names[path] = name
-    return names
-
-
-def _fail(results: dict[str, dict[str, Any]], path: str, error: InputError) -> None:
-    results[path] = {"error": str(error)}
-    _complain(str(error))
-
-
-def _printable(path: Path) -> str:
-    return os.fsencode(path).decode(errors="replace")
-
-
-def _print_result(path: str, result: dict[str, Any]) -> None:
-    table = Table(title=Text(_printable(Path(path))), title_justify="left", title_style="bold", box=None)
-    table.add_column("Class")
-    table.add_column("Probability", justify="right")
-    table.add_column("")
-    entries = result["top5"]
-    if result["target"] not in entries:
-        entries = [*entries, result["target"]]
-    for entry in entries:
-        explained = "<- explained" if entry["class"] == result["target"]["class"] else ""
-        table.add_row(Text(entry["name"]), f"{entry['probability']:.1%}", explained)
-    console = _console()
-    console.print(table)
-    for file in result["files"]:
-        click.echo(f" {_printable(Path(file))}")
-    click.echo()
 
 
 def _make_folder(out: Path) -> None:
@@ -367,23 +181,6 @@ def _use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
-@contextmanager
-def _memory_errors() -> Iterator[None]:
-    """The device's lack of memory as an InputError."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # JAX's is a RuntimeError
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            raise InputError("the memory is not enough: give a smaller --batch-size") from None
-        raise
-
-
-def _console() -> Console:
-    """Standard output; as wide as needed where nobody looks, such as in a pipe."""
-    console = Console()
-    return console if console.is_terminal else Console(width=200)
-
-
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
 
@@ -408,7 +205,7 @@ def models(as_json: bool) -> None:
         size = str(height) if height == width else f"{height} x {width}"
         weights = "shipped" if row["shipped"] else "needs a checkpoint"
         table.add_row(row["name"], f"{row['parameters'] / 1e6:.1f} M", size, str(row["patch_size"]), weights)
-    _console().print(table)
+    console().print(table)
 
 
 def _model_rows() -> Iterator[dict[str, Any]]:
@@ -467,9 +264,9 @@ def methods(as_json: bool) -> None:
     for name, method in METHODS.items():
         specific = "yes" if method.class_specific else "no"
         table.add_row(name, method.paper, str(method.year), specific, method.output, method.passes)
-    console = _console()
-    console.print(table)
-    console.print("Passes: forward (F) and backward (B) passes of the model per batch.", style="dim")
+    out = console()
+    out.print(table)
+    out.print("Passes: forward (F) and backward (B) passes of the model per batch.", style="dim")
 
 
 # ---- convert and train ----------------------------------------------------------------------------------------------
@@ -496,7 +293,7 @@ def convert(checkpoint: Path, out: Path, model: str | None, img_size: int | None
     vit = load(model, checkpoint, img_size=img_size, class_names=classes)
     written = write_checkpoint(out, vit.module, vit.params, vit.preprocessing, vit.class_names, {"name": vit.name})
     millions = parameter_count(vit.module) / 1e6
-    click.echo(f"{_printable(written)}: {vit.name}, {millions:.1f} M parameters, {vit.module.num_classes} classes")
+    click.echo(f"{printable(written)}: {vit.name}, {millions:.1f} M parameters, {vit.module.num_classes} classes")
 
 
 @main.command()
@@ -547,7 +344,7 @@ def train(
         top_1 = training.train(config, module, data, test, folder, click.echo)
     except ValueError as error:  # numbers of the recipe that do not go together
         raise InputError(f"the recipe {recipe}: {error}") from error
-    click.echo(f"test accuracy {top_1:.2%}; the model is in {_printable(folder)}")
+    click.echo(f"test accuracy {top_1:.2%}; the model is in {printable(folder)}")
 
 
 def _read_recipe(path: Path, kind: type) -> Any:
@@ -630,7 +427,7 @@ def dataset(
     number, count = _join(coordinator, processes, process)
     _use_compilation_cache()
     vit = load(model, checkpoint, img_size=img_size)
-    with _running_images() as report, _memory_errors():
+    with running_images() as report, memory_errors():
         outcome = explain_dataset(
             config, vit, source, out, report, process=number, processes=count, retry_skipped=retry_skipped
         )
@@ -641,7 +438,7 @@ def dataset(
         return
     stored = open_maps(out)
     for reason in list(stored.skipped.values())[:20]:
-        _complain(f"skipped: {reason}")
+        complain(f"skipped: {reason}")
     if len(stored.skipped) == len(stored):
         raise InputError(f"no image of {source.name} could be explained")
     click.echo(repr(stored))
@@ -665,41 +462,6 @@ def _join(coordinator: str | None, processes: int | None, process: int | None) -
     except (RuntimeError, ValueError) as error:
         raise InputError(f"the processes cannot meet at {coordinator}: {str(error).splitlines()[0]}") from None
     return jax.process_index(), jax.process_count()
-
-
-@contextmanager
-def _running_images() -> Iterator[Any]:
-    """A progress bar with images per second and the time left; a line now and then where nobody looks."""
-    import time
-
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("Images"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
-    began: list[float] = []  # when the first report came, and how many images were finished then
-    shown = [0.0]
-
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("Images", total=None, speed="looking at what is there")
-
-        def report(done: int, total: int, skipped: int) -> None:
-            now = time.monotonic()
-            if not began:
-                began.extend((now, done))
-            speed = (done - began[1]) / max(now - began[0], 1e-9)
-            text = f"{speed:.1f} images/s, {_duration((total - done) / speed)} left" if speed else "starting"
-            text += f", {skipped} skipped" if skipped else ""
-            bar.update(task, completed=done, total=total, speed=text)
-            if not console.is_terminal and (now - shown[0] > 30 or done == total):
-                shown[0] = now
-                click.echo(f"{done} of {total} images, {text}", err=True)
-
-        yield report
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{minutes / 60:.1f} h"
 
 
 # ---- evaluate -------------------------------------------------------------------------------------------------------
@@ -757,55 +519,15 @@ def evaluate(
     vit = load(config.model, config.checkpoint)
     folder = out or Path("runs") / config.name
     _make_folder(folder)
-    with _running_table() as report, _memory_errors():
+    with running_table() as report, memory_errors():
         results = evaluate(config, vit, source, folder, report, stored)
     skipped = results["run"]["skipped"]
     for reason in skipped["examples"].values():
-        _complain(f"skipped: {reason}")
+        complain(f"skipped: {reason}")
     if skipped["count"]:
         click.echo(f"{skipped['count']} images were skipped", err=True)
     click.echo((folder / "results.md").read_text(encoding="utf-8"))
-    click.echo(f"The results are in {_printable(folder)}")
-
-
-@contextmanager
-def _running_table() -> Iterator[Any]:
-    """A progress bar with the time left, above the figures so far; a line now and then where nobody looks."""
-    import time
-
-    from rich.console import Group
-    from rich.live import Live
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    bar = Progress(TextColumn("Batches"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console)
-    task = bar.add_task("Batches", total=None)
-    began, shown = time.monotonic(), [0.0]
-
-    with Live(bar, console=console, transient=True) as live:
-
-        def report(done: int, total: int, rows: Any) -> None:
-            now = time.monotonic()
-            bar.update(task, completed=done, total=total)
-            every = 2 if console.is_terminal else 60  # figures of a large run take a while themselves
-            if now - shown[0] < every:
-                return
-            shown[0] = now
-            figures = rows()
-            if not console.is_terminal:
-                left = (now - began) / done * (total - done) / 60
-                click.echo(f"batch {done} of {total}, {left:.0f} min left", err=True)
-                return
-            metrics = list(dict.fromkeys(row["metric"] for row in figures if row["method"] != "clean"))
-            table = Table(box=None)
-            for column in ("So far", *(name.replace("_", " ") for name in metrics)):
-                table.add_column(column, justify="left" if column == "So far" else "right")
-            values = {(row["method"], row["metric"]): f"{row['value']:.3f}" for row in figures}
-            for name in dict.fromkeys(row["method"] for row in figures if row["method"] != "clean"):
-                table.add_row(Text(name), *(values.get((name, metric), "") for metric in metrics))
-            live.update(Group(bar, table))
-
-        yield report
+    click.echo(f"The results are in {printable(folder)}")
 
 
 @main.command()
@@ -835,7 +557,7 @@ def compare(runs: tuple[Path, ...], as_json: bool) -> None:
         if entry["baseline"] is not None:
             interval = f"[{entry['low']:+.3f}, {entry['high']:+.3f}]"
             compared = (f"{entry['difference']:+.3f}", interval, entry["baseline"])
-        name, run = Text(entry["method"]), Text(_printable(Path(entry["run"])))
+        name, run = Text(entry["method"]), Text(printable(Path(entry["run"])))
         row = (entry["metric"], name, run, f"{entry['value']:.3f}", *compared[:2], Text(compared[2]))
         table.add_row(*row, str(entry["images"]))
-    _console().print(table)
+    console().print(table)

@@ -6,7 +6,6 @@ import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +36,7 @@ from tokentm_jax.tasks import (
     Row,
     check,
 )
+from tokentm_jax.versions import version_of
 from tokentm_jax.vit import init_params
 
 
@@ -362,14 +362,7 @@ def describe(config: EvaluateConfig, vit: LoadedViT, source: Source) -> dict[str
 
 def versions() -> dict[str, str]:
     """Of the packages that the numbers depend on."""
-    return {name: _version(name) for name in ("tokentm_jax", "jax", "jaxlib", "flax", "numpy", "pillow")}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # a clone that is not installed
-        return "unknown"
+    return {name: version_of(name) for name in ("tokentm_jax", "jax", "jaxlib", "flax", "numpy", "pillow")}
 
 
 def _claim(out: Path, run: Mapping[str, Any]) -> None:
