@@ -6,7 +6,6 @@ perturbs `final_tokens`, perturbs `attention` and `tokens`, and has the attribut
 """
 
 import re
-from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -125,11 +124,10 @@ def capture(
     )
 
 
-def zero_perturbations(module: nn.Module, params: Any, x: Array, method: str = "__call__") -> dict[str, Any]:
-    """The variables that perturb nothing: zeros of the shape and type of every perturbation point of a method.
+def zero_perturbations(module: nn.Module, params: Any, x: Array) -> dict[str, Any]:
+    """The variables that perturb nothing: zeros of the shape and type of every perturbation point of `module`.
 
     (Those that `init` makes are float32 always, and of the batch that `init` saw.)
     """
-    run = partial(module.apply, mutable=["perturbations"], method=method)
-    shapes = jax.eval_shape(lambda p, x: run({"params": p}, x)[1], params, x)
+    shapes = jax.eval_shape(lambda p, x: module.apply({"params": p}, x, mutable=["perturbations"])[1], params, x)
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), {**shapes})
