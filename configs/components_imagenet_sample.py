@@ -3,7 +3,7 @@
     tokentm evaluate configs/components_imagenet_sample.py
 
 Data: ../shared/data/imagenet_sample and ../shared/data/deit_tiny_patch16_224.safetensors.
-Run time: not measured.
+Run time: 2 to 3 minutes a row on 2 cores.
 """
 
 from tokentm_jax.tasks import COMPONENT_ROWS, EvaluateConfig

