@@ -60,6 +60,8 @@ CHOICE_ROWS = (
     Row("direction=none", "tokentm", {"direction": "none"}),
     Row("only initialise", "tokentm", {**_OFF, "initialise": True}),
     Row("first block left out", "tokentm", {"first_block": 1}),
+    Row("gae", "gae"),
+    Row("gae: first block left out", "gae", {"first_block": 1}),
 )
 
 
