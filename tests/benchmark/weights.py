@@ -1,0 +1,43 @@
+"""How large the transformation weights of TokenTM are, block by block: mean over the patch tokens of 32 images.
+
+    python tests/benchmark/weights.py
+
+Says why TokenTM and GAE differ: a block with large weights counts for more, whatever its attention says.
+"""
+
+import jax
+import numpy as np
+from common import SHARED, parser, publish, table
+
+import tokentm_jax as tm
+from tokentm_jax.sources import batches, open_source
+from tokentm_jax.tokentm import TokenTM, block_weights
+
+CASES = (
+    ("deit_tiny_patch16_224", SHARED / "data/deit_tiny_patch16_224.safetensors", SHARED / "data/imagenet_sample"),
+    (None, None, SHARED / "data/cifar10_test_a.zip"),
+)
+READINGS = {
+    "length": TokenTM(direction="none"),
+    "length, original=normalised": TokenTM(direction="none", original="normalised"),
+}
+
+
+def measure(model: str | None, checkpoint: str | None, data: str) -> list[list[str]]:
+    vit = tm.load(model, checkpoint)
+    images = next(batches(open_source(data, limit=32), vit.preprocessing, 32)).images.astype(np.float32) / 255
+    inputs = vit.preprocessing.normalise(images)
+    blocks = jax.jit(lambda p, x: tm.capture(vit.module, p, x, gradients=False).blocks())(vit.params, inputs)
+    rows = []
+    for reading, options in READINGS.items():
+        weights = jax.vmap(jax.vmap(lambda block, options=options: block_weights(block, options)))(blocks)
+        for layer in weights._fields if reading == "length" else weights._fields[:1]:
+            means = np.asarray(getattr(weights, layer))[..., vit.module.prefix :].mean((1, 2))
+            rows.append([vit.name, reading, layer, " ".join(f"{mean:.2f}" for mean in means)])
+    return rows
+
+
+if __name__ == "__main__":
+    chosen = parser(__doc__).parse_args()
+    rows = [row for case in CASES for row in measure(*case)]
+    publish(chosen.out, "# Transformation weights", table(["model", "weight", "layer", "blocks 1 to L"], rows))
