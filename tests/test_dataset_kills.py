@@ -208,7 +208,12 @@ def test_a_full_disk(command, whole, tmp_path):
 
 
 def test_interrupted_by_hand(command, tmp_path):
-    job = Job(command, tmp_path / "maps")
+    # A shell starts its background jobs with SIGINT ignored, and this test may be in one.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        job = Job(command, tmp_path / "maps")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert job.started.wait(300)
     time.sleep(0.5)
     job.process.send_signal(signal.SIGINT)

@@ -1,5 +1,5 @@
 """`python -m tokentm_jax` is `tokentm`."""
 
-from tokentm_jax.cli import main
+from tokentm_jax.cli import run
 
-main(prog_name="tokentm")
+run()

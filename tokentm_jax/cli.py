@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import runpy
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 MODELS_HELP = "Timm name, shipped model or hf-hub:timm/NAME (see `tokentm models`); default: the checkpoint's own."
 
 
+INTERRUPTED = 130  # exit code, as shells have it
+
+
 class Commands(click.Group):
     """The group whose commands turn bad input into one sentence and exit code 2."""
 
@@ -34,13 +38,25 @@ class Commands(click.Group):
         except InputError as error:
             complain(str(error))
         except KeyboardInterrupt:
-            ctx.exit(130)
+            ctx.exit(INTERRUPTED)
         except BrokenPipeError:  # the reader of our output has gone, as in `tokentm models | head`
             raise
         except OSError as error:
             where = f"{click.format_filename(error.filename)}: " if error.filename else ""
             complain(f"{where}{error.strerror or error}")
         ctx.exit(2)
+
+
+def run() -> None:
+    """The program `tokentm`: `main`, but for its end after Ctrl-C."""
+    try:
+        main(prog_name="tokentm")
+    except SystemExit as end:
+        if end.code != INTERRUPTED:
+            raise
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)  # Python's own end may crash while XLA's threads still compile or compute
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
