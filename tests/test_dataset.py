@@ -9,33 +9,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from conftest import tiny_vit
 from PIL import Image
 
 import tokentm_jax as tm
 from tokentm_jax import dataset as job
 from tokentm_jax import evaluate as evaluation
-from tokentm_jax.architectures import build
 from tokentm_jax.checkpoint import write_checkpoint
 from tokentm_jax.cli import main
 from tokentm_jax.dataset import DatasetConfig, explain_dataset
 from tokentm_jax.errors import InputError
-from tokentm_jax.loading import LoadedViT
-from tokentm_jax.preprocessing import HALF, Preprocessing
 from tokentm_jax.sources import batches, open_source
 from tokentm_jax.store import decode, encode, open_maps, scaled
 from tokentm_jax.tasks import EvaluateConfig, rows
-from tokentm_jax.vit import init_params
 
-OPTIONS = dict(img_size=[16, 24], patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=5)
 COUNT = 10  # with one that is damaged
 CONFIG = DatasetConfig(("gae", "input_gradient"), dtype="float32", batch_size=2, chunk_size=4)
 
 
 @pytest.fixture(scope="module")
 def vit():
-    module = build(OPTIONS)
-    params = jax.tree.map(lambda a: a * 8 if a.ndim > 2 else a, init_params(module, jax.random.key(0)))
-    return LoadedViT(module, params, Preprocessing((16, 24), 1.0, "bilinear", **HALF), None, "tiny")
+    return tiny_vit(1)
 
 
 @pytest.fixture(scope="module")

@@ -10,33 +10,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from conftest import tiny_vit
 from PIL import Image
 
 from tokentm_jax import evaluate as evaluation
 from tokentm_jax import metrics
-from tokentm_jax.architectures import build
 from tokentm_jax.checkpoint import write_checkpoint
 from tokentm_jax.cli import main
 from tokentm_jax.errors import InputError
 from tokentm_jax.evaluate import evaluate
 from tokentm_jax.interface import explain_fn
-from tokentm_jax.loading import LoadedViT
 from tokentm_jax.maps import to_pixels
-from tokentm_jax.preprocessing import HALF, Preprocessing
 from tokentm_jax.report import compare
 from tokentm_jax.sources import batches, open_source
 from tokentm_jax.tasks import EvaluateConfig, Row, check, rows, select
-from tokentm_jax.vit import init_params
 
-OPTIONS = dict(img_size=[16, 24], patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=5)
 COUNT = 11
 
 
 @pytest.fixture(scope="module")
 def vit():
-    module = build(OPTIONS)
-    params = jax.tree.map(lambda a: a * 8 if a.ndim > 2 else a, init_params(module, jax.random.key(0)))
-    return LoadedViT(module, params, Preprocessing((16, 24), 1.0, "bilinear", **HALF), None, "tiny")
+    return tiny_vit(2)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tokentm_jax import metrics
 from tokentm_jax.errors import InputError
@@ -23,6 +22,7 @@ from tokentm_jax.maps import to_pixels
 from tokentm_jax.preprocessing import Preprocessing
 from tokentm_jax.records import Records, digest, record_file, replace
 from tokentm_jax.report import draw, markdown, summarise
+from tokentm_jax.sharding import over_batch
 from tokentm_jax.sources import Source, batches
 from tokentm_jax.store import Maps
 from tokentm_jax.tasks import (
@@ -103,7 +103,7 @@ class Programs:
         devices, batch = jax.devices(), config.batch_size
         self._sharding = None
         if len(devices) > 1 and batch % len(devices) == 0:
-            self._sharding = NamedSharding(Mesh(np.array(devices), ("batch",)), PartitionSpec("batch"))
+            self._sharding = over_batch(devices)
 
     def place(self, array: Any) -> Array:
         """An array with a leading batch axis, on all devices if they divide the batch."""

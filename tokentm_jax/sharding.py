@@ -18,6 +18,11 @@ from tokentm_jax.errors import InputError
 BATCH, WIDTH = "batch", "width"
 
 
+def over_batch(devices: Sequence[jax.Device]) -> NamedSharding:
+    """Placement of an array whose leading axis is the batch: a share on each of the devices."""
+    return NamedSharding(Mesh(np.array(devices), (BATCH,)), PartitionSpec(BATCH))
+
+
 def over_devices(explain: Callable[..., Any], devices: Sequence[jax.Device] | None = None) -> Callable[..., Any]:
     """`explain(params, inputs, target=None)` of `explain_fn`, jitted, with the batch spread over `devices`.
 
@@ -26,8 +31,8 @@ def over_devices(explain: Callable[..., Any], devices: Sequence[jax.Device] | No
     unless they are there: `jax.device_put(params, run.replicated)` does it once.
     """
     chosen = list(devices or jax.devices())
-    mesh = Mesh(np.array(chosen), (BATCH,))
-    spread, replicated = NamedSharding(mesh, PartitionSpec(BATCH)), NamedSharding(mesh, PartitionSpec())
+    spread = over_batch(chosen)
+    replicated = NamedSharding(spread.mesh, PartitionSpec())
     compiled = jax.jit(explain)
 
     def place(array: Any) -> Array:
