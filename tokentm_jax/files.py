@@ -1,0 +1,117 @@
+"""Files that nobody has checked, and files that appear whole or not at all.
+
+Everything that is read from a path goes through `opened`: it never waits for a pipe, never reads a device, and turns
+each fault into one InputError that names the file. Everything that is written goes through `replace`.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+from tokentm_jax.errors import InputError
+
+LARGEST_TEXT = 64 * 2**20  # bytes of a text, table or description
+
+
+def reason(error: BaseException) -> str:
+    """The cause alone of an error, in a few words."""
+    text = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return text[:200] or type(error).__name__
+
+
+@contextmanager
+def opened(path: str | os.PathLike[str], what: str = "") -> Iterator[BufferedReader]:
+    """A regular file, open for reading. InputError "{what} {path} ..." for a missing file, a folder, a pipe or device,
+    a name that no file can have, and for every error while it is read."""
+    name = f"{what} {os.fspath(path)}".lstrip()
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            raise InputError(f"{name} is a folder" if stat.S_ISDIR(mode) else f"{name} is no regular file")
+        # Without waiting, should it have become a pipe in the meantime.
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        with open(os.open(path, flags), "rb") as file:
+            yield file
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{name} does not exist") from None
+    except OSError as error:
+        raise InputError(f"{name} cannot be read: {reason(error)}") from None
+    except ValueError as error:
+        if "null" not in str(error):  # os.stat, for a name with a NUL
+            raise
+        raise InputError(f"{name} cannot be read: its name holds a NUL character") from None
+
+
+def size_of(file: BufferedReader) -> int:
+    """Bytes of an open file."""
+    return os.fstat(file.fileno()).st_size
+
+
+def read_bytes(path: str | os.PathLike[str], largest: int = LARGEST_TEXT, what: str = "") -> bytes:
+    """The whole file. InputError as for `opened`, and for more than `largest` bytes, before they are read."""
+    with opened(path, what) as file:
+        content = b"" if size_of(file) > largest else file.read(largest + 1)  # it may be growing
+        if len(content) > largest or size_of(file) > largest:
+            raise InputError(f"{what} {os.fspath(path)} is larger than {largest / 2**20:g} MiB".lstrip())
+        return content
+
+
+def read_text(path: str | os.PathLike[str], largest: int = LARGEST_TEXT, what: str = "") -> str:
+    """The text of a UTF-8 file, with or without a byte-order mark. InputError as for `read_bytes`."""
+    try:
+        return read_bytes(path, largest, what).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        place = f"byte {error.start}"
+        raise InputError(f"{what} {os.fspath(path)} is not UTF-8 text ({place})".lstrip()) from None
+
+
+def read_json(path: str | os.PathLike[str], largest: int = LARGEST_TEXT, what: str = "") -> Any:
+    """The content of a JSON file. InputError as for `read_text`, and for what is not JSON or nested without end."""
+    text = read_text(path, largest, what)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{what} {os.fspath(path)} is not valid JSON ({reason(error)})".lstrip()) from None
+
+
+def replace(path: str | os.PathLike[str], write: Callable[[Path], Any], hint: str = "") -> None:
+    """Replace a file or folder as a whole by what `write` makes of the path that it is given.
+
+    Either all of it is there afterwards, or what was there before. InputError "{path} cannot be written: ...{hint}".
+    """
+    path = Path(path)
+    tail = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]  # the name itself may leave no room for more
+    part, old = (path.with_name(f".{os.getpid()}-{tail}.{kind}") for kind in ("part", "old"))
+    try:
+        write(part)
+        if path.is_dir() and not path.is_symlink():
+            os.replace(path, old)
+        os.replace(part, path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {reason(error)}{hint}") from None
+    finally:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        for left in (part, old):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            left.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str, hint: str = "") -> None:
+    """Replace a file by a UTF-8 text, as a whole."""
+    replace(path, lambda part: part.write_text(text, encoding="utf-8"), hint)
+
+
+def write_json(path: str | os.PathLike[str], content: Any, hint: str = "") -> None:
+    """Replace a file by a JSON document, as a whole."""
+    write_text(path, json.dumps(content, indent=1) + "\n", hint)
