@@ -65,4 +65,4 @@ def test_the_mathematics_needs_jax_alone():
         tree = ast.parse((PACKAGE / f"{name}.py").read_text())
         roots = {alias.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
         roots |= {(n.module or "").split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-        assert roots <= {"jax", "chex", "dataclasses", "collections", "functools", "math", "typing", "annotated_types"}
+        assert roots <= {"jax", "chex", "annotated_types", "dataclasses", "collections", "functools", "math", "typing"}

@@ -30,22 +30,18 @@ def quotient(function, x, direction, step=1e-5):
 
 
 def check_modes(function, x):
-    """jvp, grad, forward over reverse, reverse over reverse and the Hessian of a scalar function."""
+    """Derivatives of a scalar function along directions: forward, reverse, and both ways to the second."""
     rng = np.random.default_rng(3)
     v, w = (jnp.asarray(rng.normal(size=x.shape)) for _ in range(2))
     gradient = jax.grad(function)
 
     def derivatives(x):
         along = lambda y: (gradient(y) * v).sum()  # noqa: E731
-        hessian = jnp.einsum(
-            "ij,ij->", jax.hessian(function)(x).reshape(x.size, x.size) @ v.reshape(-1, 1), w.reshape(-1, 1)
-        )
         return {
             "jvp": jax.jvp(function, (x,), (v,))[1],
             "grad": along(x),
-            "forward over reverse": (jax.jvp(gradient, (x,), (v,))[1] * w).sum(),
             "reverse over reverse": (jax.grad(along)(x) * w).sum(),
-            "hessian": hessian,
+            "hessian, forward over reverse": w.ravel() @ jax.hessian(function)(x).reshape(x.size, x.size) @ v.ravel(),
         }
 
     found = jax.jit(derivatives)(x)
@@ -63,12 +59,11 @@ def test_every_step_in_every_mode(name):
 
 
 def test_a_model_in_every_mode():
-    module = ViT(img_size=(4, 4), patch_size=2, embed_dim=4, depth=2, num_heads=2, num_classes=2)
-    params = jax.tree.map(
-        lambda a: jnp.asarray(a * 8 if a.ndim > 2 else a, jnp.float64), init_params(module, jax.random.key(0))
-    )
-    image = jnp.asarray(np.random.default_rng(0).normal(size=(4, 4 * 3)))
-    check_modes(lambda x: module.apply({"params": params}, x.reshape(1, 4, 4, 3))[0, 1], image)
+    module = ViT(img_size=(2, 4), patch_size=2, embed_dim=4, depth=2, num_heads=2, num_classes=2)
+    params = init_params(module, jax.random.key(0))
+    params = jax.tree.map(lambda a: jnp.asarray(a * 8 if a.ndim > 2 else a, jnp.float64), params)
+    image = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)))
+    check_modes(lambda x: module.apply({"params": params}, x.reshape(1, 2, 4, 3))[0, 1], image)
 
 
 def test_reverse_mode_keeps_one_array_in_the_models_type():

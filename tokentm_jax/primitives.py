@@ -77,7 +77,8 @@ def _norm_tangent(eps: float, values: tuple[Array, ...], tangents: tuple[Array, 
         dy = inverse * (dx - dx.mean(-1, keepdims=True) - y * (y * dx).mean(-1, keepdims=True))
         return (dy * scale.astype(y.dtype) + y * dscale + dbias).astype(x.dtype)
 
-    return norm(*values, eps), tangent(*values[:2], *tangents)
+    x, scale, bias = values
+    return norm(x, scale, bias, eps), tangent(x, scale, *tangents)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
