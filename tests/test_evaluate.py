@@ -23,7 +23,7 @@ from tokentm_jax.interface import explain_fn
 from tokentm_jax.maps import to_pixels
 from tokentm_jax.report import compare
 from tokentm_jax.sources import batches, open_source
-from tokentm_jax.tasks import EvaluateConfig, Row, check, rows, select
+from tokentm_jax.tasks import PAPER_ROWS, EvaluateConfig, Row, check, rows, select
 
 COUNT = 11
 
@@ -331,6 +331,11 @@ def test_the_configs_of_the_project():
         assert f"tokentm evaluate configs/{file.name}" in text and "Data:" in text and "Run time:" in text
         names = {row.name for row in config.rows}
         assert {row for row, _ in config.paper} <= names
+
+
+def test_the_rows_of_the_paper_leave_out_the_first_block_where_the_published_evaluation_does():
+    left_out = {row.name for row in PAPER_ROWS if row.options.get("first_block") == 1}
+    assert left_out == {"transformer_attribution", "rollout"}
 
 
 def evaluation_config(file):
