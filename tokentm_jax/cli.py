@@ -361,6 +361,8 @@ def train(
     _make_folder(folder)
     try:
         top_1 = training.train(config, module, data, test, folder, click.echo)
+    except InputError:
+        raise
     except ValueError as error:  # numbers of the recipe that do not go together
         raise InputError(f"the recipe {recipe}: {error}") from error
     click.echo(f"test accuracy {top_1:.2%}; the model is in {printable(folder)}")
