@@ -280,7 +280,7 @@ def _predictions(
 ) -> Records:
     """The model's own predictions: they say which classes there are to explain."""
     vit, config = programs.vit, programs.config
-    clean = Records(out / "records" / "clean.jsonl", CLEAN_FIELDS)
+    clean = Records(out / "records" / "clean.jsonl", CLEAN_FIELDS, (CLEAN,))
     indices = [i for i, key in enumerate(source.keys) if (key, CLEAN) not in clean.places]
     stream = batches(source, vit.preprocessing, config.batch_size, config.profile, indices=indices, skipped=skipped)
     for batch in stream:

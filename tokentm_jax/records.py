@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import opened, reason
 from tokentm_jax.identity import digest
-from tokentm_jax.tasks import CLEAN, PREDICTED, Fields, Row
+from tokentm_jax.tasks import CLEAN, PREDICTED, TARGET, Fields, Row
 from tokentm_jax.validation import checked
 
 LONGEST_LINE = 64 * 2**20  # bytes
@@ -37,12 +37,13 @@ class Records:
     Args:
       path: of the file, which may be missing.
       fields: the annotation of every array. A line that does not meet it is an InputError that names it.
+      explained: the explained classes that its keys may have.
     """
 
-    def __init__(self, path: Path, fields: Fields) -> None:
+    def __init__(self, path: Path, fields: Fields, explained: Sequence[str] = (PREDICTED, TARGET)) -> None:
         self.path = path
         self.places: dict[tuple[str, str], int] = {}  # (key of the example, explained class) -> place
-        self._annotations = fields
+        self._annotations, self._explained = fields, explained
         self._parts: dict[str, list[np.ndarray]] = {name: [] for name in fields}
         self._end = 0  # bytes of whole lines
         if not os.path.lexists(path):
@@ -86,6 +87,8 @@ class Records:
         line = checked(where, Line, content)
         count, known = len(line["keys"]), len(self.places)
         for place, (key, explained) in enumerate(line["keys"], known):
+            if explained not in self._explained:
+                raise InputError(f"{where}: {explained!r} is none of {', '.join(self._explained)}; {_DAMAGED}")
             if self.places.setdefault((key, explained), place) != place:
                 raise InputError(f"{where}: the results of {key} ({explained}) are there twice; {_DAMAGED}")
         if line["fields"].keys() != self._annotations.keys():

@@ -197,7 +197,7 @@ class Finished(NamedTuple):
 
     @property
     def keys(self) -> list[str]:
-        return [key for key, explained in self.clean.places if explained == CLEAN]
+        return [key for key, _ in self.clean.places]
 
     def measured(self, row: Row) -> tuple[list[str], Measures]:
         """The finished examples of a row and its results per image."""
@@ -222,7 +222,7 @@ def open_finished(out: Path) -> Finished:
         config = check(EvaluateConfig(**{**given, "rows": rows}))
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    finished = Finished(out, config, run["data"], Records(out / "records" / "clean.jsonl", CLEAN_FIELDS))
+    finished = Finished(out, config, run["data"], Records(out / "records" / "clean.jsonl", CLEAN_FIELDS, (CLEAN,)))
     if not finished.keys:
         raise InputError(f"{finished.clean.path} holds no results")
     return finished
