@@ -514,7 +514,8 @@ def test_commands(vit, folder, tmp_path):
     recipe, nowhere = tmp_path / "recipe.py", tmp_path / "nowhere"
     recipe.write_text(
         "from tokentm_jax.tasks import EvaluateConfig, rows\n"
-        f"config = EvaluateConfig('cli', 'saco', '{nowhere}', rows('rollout', 'gae'), checkpoint={str(checkpoint)!r},\n"
+        f"config = EvaluateConfig('cli', 'saco', '{nowhere}', rows('rollout', 'gae'),\n"
+        f"    checkpoint={str(checkpoint)!r},\n"
         "    paper={('rollout', 'saco'): 0.123}, batch_size=4)\n"
     )
     out = tmp_path / "out"
@@ -606,6 +607,20 @@ def evaluation_config(file):
     import runpy
 
     return runpy.run_path(str(file)).get("config")
+
+
+def test_names_that_are_no_utf_8(config, vit, folder, tmp_path):
+    source = open_source(folder, limit=4)
+    own = {f"{key}\udcff": key for key in source.keys}
+    odd = dataclasses.replace(
+        source, name="the folder caf\udce9", keys=tuple(own), read=lambda key: source.read(own[key])._replace(key=key)
+    )
+    some = dataclasses.replace(config, rows=[Row("a | b", "random")])
+    for _ in range(2):
+        evaluate(some, vit, odd, tmp_path)
+    assert "on the folder caf?: 4 images" in (tmp_path / "results.md").read_text()
+    assert "| a \\| b |" in (tmp_path / "results.md").read_text()
+    assert compare([tmp_path])[0]["images"] == 4
 
 
 def test_the_random_row_is_the_same_everywhere(whole, vit):

@@ -71,8 +71,10 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"| --- |{' ---: |' * len(heads)}",
     ]
     for name in dict.fromkeys(row["method"] for row in others):
-        lines.append(f"| {name} | {' | '.join(cells.get((name, c), '') for c in heads)} |")
-    return "\n".join(lines) + "\n"
+        shown = " ".join(name.split()).replace("|", "\\|")
+        lines.append(f"| {shown} | {' | '.join(cells.get((name, c), '') for c in heads)} |")
+    text = "\n".join(lines) + "\n"
+    return text.encode("utf-8", "replace").decode()  # the data set's path may be no UTF-8
 
 
 def _cell(row: Mapping[str, Any]) -> str:
