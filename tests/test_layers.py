@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "tokentm_jax"
 LAYERS = [  # a module may import from layers above it in this list, and from its own
-    {"errors", "versions"},
+    {"errors"},
     {"files", "validation"},
     {"identity"},
     {"primitives", "tokentm", "metrics", "sharding"},

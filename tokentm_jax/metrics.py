@@ -228,7 +228,7 @@ def rank_correlation(a: Array, b: Array) -> Array:
 
 def random_map(key: str, shape: tuple[int, int], seed: int = 0) -> np.ndarray:
     """The baseline: noise [h, w] in [0, 1) that depends on the example's name only, float32."""
-    digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}/{key}".encode("utf-8", "surrogatepass")).digest()
     return np.random.default_rng(int.from_bytes(digest[:16])).random(shape, np.float32)
 
 
