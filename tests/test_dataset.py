@@ -19,6 +19,7 @@ from tokentm_jax.checkpoint import write_checkpoint
 from tokentm_jax.cli import main
 from tokentm_jax.dataset import DatasetConfig, explain_dataset
 from tokentm_jax.errors import InputError
+from tokentm_jax.identity import describe_model
 from tokentm_jax.sources import batches, open_source
 from tokentm_jax.store import decode, encode, open_maps, scaled
 from tokentm_jax.tasks import EvaluateConfig, rows
@@ -84,7 +85,7 @@ def test_the_store_holds_what_the_library_computes(whole, vit, source, folder):
     assert found.status[:].tolist() == [1, 1, 1, 1, 1, 2, 1, 1, 1, 1]
     assert np.isnan(found.maps["gae"][5]).all() and np.isnan(found.logits[5]).all() and found.target[5] == -1
     made = found.provenance
-    assert made["data"]["identity"] == source.identity and made["model"]["identity"] == evaluation.model_identity(vit)
+    assert made["data"]["identity"] == source.identity and made["model"]["identity"] == describe_model(vit)["identity"]
     assert {"jax", "tokentm_jax"} <= set(made["versions"]) and "0x" not in json.dumps(made)
     assert "10 examples, 9 done, 1 skipped, complete" in repr(found)
     for file in whole.rglob("zarr.json"):  # what a reader of zarr v3 needs, and a checksum on every chunk
@@ -173,22 +174,24 @@ def test_leftovers_of_killed_writers_go(whole, vit, source, tmp_path):
 def test_only_the_same_job_goes_on(whole, vit, source, folder, tmp_path):
     before = times(whole)
     other = dataclasses.replace(vit, params=jax.tree.map(lambda a: a * 1.5, vit.params))
+    changed = dataclasses.replace(source, identity="other")
     for what, model, data in (
-        ("the model tiny", other, source),
-        ("the data set", vit, dataclasses.replace(source, identity="other")),
-        (r"the examples 10 \(.*\), and this command has 4", vit, open_source(folder, limit=4)),
+        (r"model tiny \(.*\), and this command has tiny \(", other, source),
+        (r"data the folder .* \(.*\), and this command has .* \(other\)", vit, changed),
+        ("examples 10, and this command has 4", vit, open_source(folder, limit=4)),
+        ("keys .*, and this command has", vit, dataclasses.replace(source, keys=source.keys[::-1])),
     ):
-        with pytest.raises(InputError, match=f"holds maps of {what}.*choose another --out"):
+        with pytest.raises(InputError, match=f"was made with {what}.*choose another --out"):
             explain_dataset(CONFIG, model, data, str(whole))
     for what, change in (
-        ("the methods gae,input_gradient, and this command has gae;", {"methods": ["gae"]}),
-        ("the target predicted", {"target": "label"}),
-        ("the dtype float32", {"dtype": "float16"}),
-        ("the profile default", {"profile": "reference"}),
-        ("the batch size 2", {"batch_size": 4}),
-        ("the chunk size 4", {"chunk_size": 8}),
+        (r'methods \["gae", "input_gradient"\], and this command has \["gae"\];', {"methods": ["gae"]}),
+        ("target predicted", {"target": "label"}),
+        ("dtype float32", {"dtype": "float16"}),
+        ("profile default", {"profile": "reference"}),
+        ("batch_size 2", {"batch_size": 4}),
+        ("chunk_size 4", {"chunk_size": 8}),
     ):
-        with pytest.raises(InputError, match=f"holds maps of {what}.*choose another --out"):
+        with pytest.raises(InputError, match=f"was made with {what}.*choose another --out"):
             explain_dataset(dataclasses.replace(CONFIG, **change), vit, source, str(whole))
     assert times(whole) == before
     (tmp_path / "other").mkdir()
@@ -361,7 +364,7 @@ def test_the_commands(vit, folder, tmp_path, monkeypatch):
     (tmp_path / "maps/logits/c/1/0").unlink()
     assert "Damaged and computed again: chunk 1" in run(*command).stderr
     for more, sentence in (
-        (("--dtype", "float16"), "maps holds maps of the dtype float32"),
+        (("--dtype", "float16"), "maps was made with dtype float32"),
         (("--methods", "gea"), "did you mean 'gae'"),
         (("--process", 1), "go with --coordinator HOST:PORT"),
         (("--coordinator", "here:1", "--processes", 2, "--process", 2), "--process from 0 to N - 1"),
