@@ -96,7 +96,9 @@ def scaled(maps: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
 
 def checksums(array: np.ndarray) -> np.ndarray:
     """[n, ...] -> CRC-32 of the bytes of each example, uint32 [n]."""
-    return np.array([crc32(row.tobytes()) for row in array], np.uint32)
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    width = flat.size // max(1, len(array))
+    return np.array([crc32(flat.data[i : i + width]) for i in range(0, flat.size, width or 1)], np.uint32)
 
 
 # ---- the provenance -------------------------------------------------------------------------------------------------
@@ -190,6 +192,8 @@ def _reason(error: Exception) -> str:
     """The cause alone, of an error of TensorStore, whose text also has specs and transforms."""
     if isinstance(error, TimeoutError):
         return f"no answer in {ANSWER} s"
+    if isinstance(error, OSError):
+        return reason(error)
     number = re.search(r"os_error_code='(\d+)'", str(error))
     text = str(error).split(" [")[0].rsplit('"zarr3" driver: ')[-1]
     return os.strerror(int(number[1])) if number else " ".join(text.split())[:400] or type(error).__name__
@@ -245,6 +249,8 @@ class _Place:
                 os.lstat(self.folder / name)
             except FileNotFoundError:
                 return None
+            except OSError as error:
+                raise InputError(f"{self.path}/{name} cannot be read: {reason(error)}") from None
             content = read_bytes(self.folder / name, _LARGEST_DESCRIPTION)
         try:
             json.loads(content or "{}")
