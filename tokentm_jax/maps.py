@@ -1,4 +1,4 @@
-"""Maps: from rows over tokens to token maps, to pixels, and several maps to one."""
+"""Images and maps: pixels to numbers; rows over tokens to token maps, to pixels, and several maps to one."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -10,6 +10,11 @@ from jax import Array
 
 from tokentm_jax.errors import InputError
 from tokentm_jax.primitives import wide
+
+
+def unit(pixels: Array) -> Array:
+    """Pixels, uint8 -> float32 in [0, 1], of the same shape."""
+    return pixels.astype(jnp.float32) / 255
 
 
 def token_map(module: Any, rows: Array) -> Array:
