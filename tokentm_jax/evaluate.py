@@ -17,7 +17,7 @@ from tokentm_jax.files import reason, replace, write_json, write_text
 from tokentm_jax.identity import claimed, describe_model, environment
 from tokentm_jax.interface import explain_fn
 from tokentm_jax.loading import LoadedViT, predict
-from tokentm_jax.maps import to_pixels
+from tokentm_jax.maps import to_pixels, unit
 from tokentm_jax.preprocessing import Preprocessing
 from tokentm_jax.records import KEPT, Records, record_file
 from tokentm_jax.report import draw, markdown, summarise
@@ -37,11 +37,6 @@ from tokentm_jax.tasks import (
     check,
 )
 from tokentm_jax.vit import init_params
-
-
-def unit(pixels: Array) -> Array:
-    """uint8 -> float32 in [0, 1]."""
-    return pixels.astype(jnp.float32) / 255
 
 
 @lru_cache(maxsize=16)
@@ -375,16 +370,3 @@ def describe(config: EvaluateConfig, vit: LoadedViT, source: Source) -> dict[str
         "data": {"name": source.name, "identity": source.identity, "examples": len(source)},
         "model": describe_model(vit),
     }
-
-
-# The data set's module takes these from here still.
-def architecture_of(vit: LoadedViT) -> dict[str, str]:
-    return describe_model(vit)["architecture"]
-
-
-def model_identity(vit: LoadedViT) -> str:
-    return describe_model(vit)["identity"]
-
-
-def versions() -> dict[str, str]:
-    return {name: text for name, text in environment()["versions"].items() if name != "python"}

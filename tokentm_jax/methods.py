@@ -10,7 +10,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 import flax.linen as nn
 from jax import Array
@@ -22,7 +22,7 @@ from tokentm_jax.attention_methods import Explanation
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.maps import combine
 from tokentm_jax.tokentm import TokenTM
-from tokentm_jax.validation import checked
+from tokentm_jax.validation import check_options
 
 TOKENS, PIXELS = "token map", "pixel map"
 
@@ -50,13 +50,7 @@ class Method:
 
         Raises InputError for an unknown option, or one that is not what its annotation says.
         """
-        parameters = inspect.signature(self.options or self.function).parameters.values()
-        known = [p.name for p in parameters if self.options or p.kind is p.KEYWORD_ONLY]
-        hints = get_type_hints(self.options or self.function, include_extras=True)
-        for key in options:
-            if key not in known:
-                raise suggest(f"{name} option", key, known)
-        return {key: checked(f"option '{key}' of the method '{name}'", hints[key], options[key]) for key in options}
+        return check_options(f"the method {name!r}", self.options or self.function, options)
 
     def bind(self, name: str, options: Mapping[str, Any]) -> Callable[..., Explanation]:
         """The function with its options checked and bound. Raises InputError as `check`, and for choices at odds."""

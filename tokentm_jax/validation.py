@@ -80,14 +80,14 @@ def check_fields(config: Any, where: str) -> Any:
     return dataclasses.replace(config, **fields)
 
 
-def check_options(where: str, function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options (the keyword-only arguments) of a function, each of which meets its annotation.
+def check_options(where: str, kind: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a function (its keyword-only arguments) or of a dataclass, each of which meets its annotation.
 
     InputError "unknown option of {where} ..." or "option 'name' of {where} must be ..., got ...".
     """
-    hints = get_type_hints(function, include_extras=True)
-    parameters = inspect.signature(function).parameters
-    known = [name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
+    hints, every = get_type_hints(kind, include_extras=True), dataclasses.is_dataclass(kind)
+    parameters = inspect.signature(kind).parameters.values()
+    known = [p.name for p in parameters if every or p.kind is p.KEYWORD_ONLY]
     for name in options:
         if name not in known:
             raise suggest(f"option of {where}", name, known)
