@@ -161,5 +161,6 @@ def test_every_field_and_name_is_documented():
     missing = [name for name in (*fields, *files) if f"`{name}`" not in configs]
     missing += [name for name in TASKS if f'"{name}"' not in configs]
     missing += [name for name in tm.__all__ if name != "__version__" and f"::: tokentm_jax.{name}\n" not in api]
+    missing += [field.name for field in dataclasses.fields(tm.ViT) if f"`{field.name}`" not in api]
     missing += [name for name in tm.Trace._fields if f"`{name}`" not in page("capture.md")]
     assert not missing
