@@ -87,7 +87,7 @@ def parameter(page):
     return pytest.param(page, id=str(page.relative_to(ROOT)), marks=[pytest.mark.slow] if slow else [])
 
 
-@pytest.mark.parametrize("page", map(parameter, PAGES))
+@pytest.mark.parametrize("page", [parameter(page) for page in PAGES])
 def test_examples_of_a_page(page, folder):
     from tokentm_jax.tasks import TASKS
 
