@@ -11,12 +11,12 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from tokentm_jax.architectures import ARCHITECTURES, build
-from tokentm_jax.checkpoint import write_checkpoint
 from tokentm_jax.cli import main, parameter_count, parse_option
-from tokentm_jax.explaining import output_names
-from tokentm_jax.preprocessing import IMAGENET, Preprocessing
-from tokentm_jax.vit import init_params
+from tokentm_jax.cli.explain import output_names
+from tokentm_jax.data.preprocessing import IMAGENET, Preprocessing
+from tokentm_jax.models.architectures import ARCHITECTURES, build
+from tokentm_jax.models.checkpoint import write_checkpoint
+from tokentm_jax.models.vit import init_params
 
 TINY = dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=6)
 NAMES = ("ant", "[bee]", "cat $x$", "dog", "eel", "fox")
@@ -200,7 +200,7 @@ def test_convert(folder, checkpoint):
 
 
 RECIPE = f"""
-from tokentm_jax.train import TrainConfig
+from tokentm_jax.runs.train import TrainConfig
 config = TrainConfig(name="tiny", train_data="data", test_data="data", model={TINY | {"num_classes": 2}!r}, epochs=2,
                      warmup_epochs=0.5, batch_size=4)
 """
@@ -249,7 +249,7 @@ def test_an_interrupt_exits_with_130(folder, checkpoint, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tokentm_jax.loading.load", interrupt)
+    monkeypatch.setattr("tokentm_jax.models.loading.load", interrupt)
     run("explain", "photos/a.png", "--checkpoint", checkpoint, code=130)
 
 

@@ -1,5 +1,5 @@
 """`python -m tokentm_jax` is `tokentm`."""
 
-from tokentm_jax.cli import run
+from tokentm_jax.cli.main import run
 
 run()
