@@ -5,6 +5,7 @@ import json
 import os
 import re
 import runpy
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -47,22 +48,24 @@ PATH, TEXT = Given(Path), Given(str)
 class Commands(click.Group):
     """The group whose commands turn bad input into one sentence and exit code 2."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
             with memory_errors():
-                return super().invoke(ctx)
+                return super().main(*args, **kwargs)  # which knows what to do where nobody reads our output
         except InputError as error:
             complain(str(error))
-        except KeyboardInterrupt:
-            ctx.exit(INTERRUPTED)
-        except BrokenPipeError:  # the reader of our output has gone, as in `tokentm models | head`
-            raise
         except OSError as error:
             where = f"{click.format_filename(error.filename)}: " if error.filename else ""
             complain(f"{where}{reason(error)}")
         except RecursionError:
             complain("something that was given is nested too deeply")
-        ctx.exit(2)
+        sys.exit(2)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            ctx.exit(INTERRUPTED)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -215,8 +218,9 @@ def _start_jax() -> None:
         jax.config.update("jax_compilation_cache_dir", None)
     try:
         jax.local_devices()
-    except RuntimeError as error:
-        raise InputError(f"JAX finds no device to compute on ({reason(error)}); JAX_PLATFORMS chooses one") from None
+    except (RuntimeError, AssertionError) as error:  # that of a known platform that is not installed
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        raise InputError(f"JAX finds no device with JAX_PLATFORMS={platforms!r} ({reason(error)})") from None
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import shutil
 import stat
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from tokentm_jax.errors import InputError
 LARGEST_TEXT = 64 * 2**20  # bytes of a text, table or description
 MARK = "tokentm_jax"  # in PNG files the start of their tEXt "Software", in safetensors files a key of the header
 MAP_MEMBERS = {"map", "method", "options", "versions"}  # of every .npz that `tokentm explain` writes
-_ORBAX = re.compile(r"_\w+|array_metadatas|d|manifest\.ocdbt|ocdbt\.process_\d+")  # what Orbax puts into a folder
+# What Orbax puts into a folder.
+_ORBAX = re.compile(r"_\w+|array_metadatas|commit_success\.txt|d|manifest\.ocdbt|ocdbt\.process_\d+")
 
 
 def reason(error: BaseException) -> str:
@@ -110,7 +111,8 @@ def replace(path: str | os.PathLike[str], write: Callable[[Path], Any], hint: st
         for left in (part, old):
             if left.is_dir():
                 shutil.rmtree(left, ignore_errors=True)
-            left.unlink(missing_ok=True)
+            with suppress(OSError):
+                left.unlink()
 
 
 def write_text(path: str | os.PathLike[str], text: str, hint: str = "") -> None:

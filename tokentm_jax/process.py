@@ -40,7 +40,7 @@ def run_process(command: Callable[[], Any]) -> NoReturn:
     caught = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)  # written to even while no Python code runs
+    signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)  # written to even while no Python code runs
     threading.Thread(target=_end_in_time, args=(reader, caught), daemon=True).start()
     try:
         for number in caught:
@@ -84,13 +84,16 @@ def _keep_quiet_after(received: list[int]) -> None:
 
     def quiet(hook: Callable[..., Any]) -> Callable[..., Any]:
         def report(*args: Any) -> None:
-            if not received:
-                hook(*args)
-            elif isinstance(getattr(args[0], "exc_value", None), KeyboardInterrupt):
+            if received and isinstance(getattr(args[0], "exc_value", None), KeyboardInterrupt):
                 os._exit(128 + received[0])
+            # Of C++ in a thread of its own: TensorStore's, whose event loop ended with the error that we report.
+            lost = getattr(args[0], "object", args) is None and threading.current_thread() is not main_thread
+            if not received and not lost:
+                hook(*args)
 
         return report
 
+    main_thread = threading.main_thread()
     sys.excepthook, sys.unraisablehook = quiet(sys.excepthook), quiet(sys.unraisablehook)
     threading.excepthook = quiet(threading.excepthook)
 
@@ -111,5 +114,6 @@ def _settle_environment() -> None:
     except RuntimeError:  # a user id without an entry, as in containers
         os.environ["HOME"] = os.devnull  # no folder can be made in it
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it has a place of its own where it cannot write
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # Orbax's tasks, beside the one whose error we report
     warnings.formatwarning = lambda message, *_, **__: f"Warning: {printable(message)}\n"
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")

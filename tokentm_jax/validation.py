@@ -34,8 +34,7 @@ def checked(where: str, annotation: Any, value: Any) -> Any:
         inside = "".join(f"[{part!r}]" for part in first["loc"] if isinstance(part, int) or isinstance(value, Mapping))
         start, _, expected = first["msg"].partition("Input should be ")
         fault = f"is wrong ({start})" if start else f"must be {expected}"
-        shown = repr(value) if len(repr(value)) <= _SHOWN else f"{repr(value)[:_SHOWN]}..."
-        raise InputError(f"{where}{inside} {fault}, got {shown}") from None
+        raise InputError(f"{where}{inside} {fault}, got {_shown(value)}") from None
     except RecursionError:
         raise InputError(f"{where} is nested too deeply") from None
 
@@ -52,3 +51,11 @@ def check_fields(config: Any, where: str) -> Any:
 
 def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of over 4,300 digits; lists in lists
+        text = f"a very long {type(value).__name__}"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
