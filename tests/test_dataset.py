@@ -18,7 +18,7 @@ from conftest import tiny_vit
 from PIL import Image
 
 import tokentm_jax as tm
-from tokentm_jax.cli import main
+from tokentm_jax.cli.main import main
 from tokentm_jax.data.sources import batches, open_source
 from tokentm_jax.errors import InputError
 from tokentm_jax.metrics.tasks import EvaluateConfig, rows

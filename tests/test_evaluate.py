@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from conftest import tiny_vit
 from PIL import Image
 
-from tokentm_jax.cli import main
+from tokentm_jax.cli.main import main
 from tokentm_jax.data.sources import batches, open_source
 from tokentm_jax.errors import InputError
 from tokentm_jax.maths.maps import to_pixels

@@ -1,9 +1,11 @@
 """From a batch of photos to files: the work of `tokentm explain`."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +13,9 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from tokentm_jax.cli.terminal import complain, console, memory_errors, printable
-from tokentm_jax.errors import InputError
+from tokentm_jax.cli.terminal import complain, console, memory_errors
+from tokentm_jax.errors import InputError, printable
+from tokentm_jax.files import ours, replace
 from tokentm_jax.runs.identity import version_of
 
 if TYPE_CHECKING:
@@ -53,8 +56,7 @@ class Run:
         if not good:
             return
         images = np.stack(inputs + inputs[-1:] * (self.rows - len(inputs))).astype(np.float32) / 255
-        with memory_errors():
-            logits = np.asarray(self.vit.logits(images), np.float64)
+        logits = np.asarray(self.vit.logits(images), np.float64)
         targets = logits.argmax(-1) if self.target is None else np.full(len(logits), self.target)
         maps: dict[str, np.ndarray] = {}
         for method in self.methods:
@@ -85,26 +87,24 @@ class Run:
 
         versions = {name: version_of(name) for name in ("tokentm_jax", "jax", "flax")}
         for method, heatmap in maps.items():
-            suffix = f".{method}.npz" if len(self.methods) > 1 else ".npz"
-            file = self.out / f"{self.names[path]}{suffix}"
-            part = file.with_name(f".{file.name}.{os.getpid()}.part")
-            try:
-                with part.open("wb") as stream:
-                    np.savez_compressed(
-                        stream,
-                        map=heatmap,
-                        target=np.int32(result["target"]["class"]),
-                        target_name=result["target"]["name"],
-                        probability=np.float32(result["target"]["probability"]),
-                        photo=printable(path),
-                        model=self.vit.name,
-                        method=method,
-                        options=json.dumps(self.options),
-                        versions=json.dumps(versions),
-                    )
-                os.replace(part, file)
-            finally:
-                part.unlink(missing_ok=True)
+            file = self.out / f"{self.names[path]}{_suffix(method, self.methods)}"
+            members = {  # `files.ours` knows the file by them
+                "map": heatmap,
+                "target": np.int32(result["target"]["class"]),
+                "target_name": result["target"]["name"],
+                "probability": np.float32(result["target"]["probability"]),
+                "photo": printable(path),
+                "model": self.vit.name,
+                "method": method,
+                "options": json.dumps(self.options),
+                "versions": json.dumps(versions),
+            }
+
+            def write(part: Path, members: dict[str, Any] = members) -> None:
+                with part.open("wb") as stream:  # a name without .npz would get it
+                    np.savez_compressed(stream, **members)
+
+            replace(file, write)
             result["files"].append(str(file))
 
     def _draw(
@@ -124,7 +124,7 @@ class Run:
                 result["files"].insert(0, str(file))
             return
         for i, (path, result) in enumerate(zip(paths, results, strict=True)):
-            parts = [printable(Path(path.name)), self.vit.name, self.methods[0]]
+            parts = [printable(path.name), self.vit.name, self.methods[0]]
             best = result["top5"][0]
             if best["class"] != result["target"]["class"]:
                 parts.insert(0, f"predicted: {best['name']} {best['probability']:.1%}")
@@ -147,24 +147,59 @@ def describe(vit: "LoadedViT", logits: "np.ndarray", target: int) -> dict[str, A
     return {"top5": [entry(int(i)) for i in top], "target": entry(target), "files": []}
 
 
-def output_names(paths: Sequence[Path], out: Path) -> dict[Path, str]:
-    """A file name without suffix for each photo: its own, with a number where two would meet or where the picture
-    would replace one of the photos."""
-    photos = {path.resolve() for path in paths}
-    stems = {path: os.fsdecode(os.fsencode(path.stem)[:150]) for path in paths}
+def output_names(paths: Sequence[Path], out: Path, methods: Sequence[str] = ("",)) -> dict[Path, str]:
+    """A file name without suffix for each photo: its own, with a number where two would meet or where something
+    stands that may not be replaced."""
+    stems = {path: _cut(path.stem) for path in paths}
     own = {stem.lower() for stem in stems.values()}  # file systems that ignore case would join them
+    photos = _real(paths)
+    suffixes = [".png", *(_suffix(method, methods) for method in methods)]
     used: set[str] = set()
     names: dict[Path, str] = {}
     for path, stem in stems.items():
-        name, number = stem, 1
-        while (
-            name.lower() in used or (number > 1 and name.lower() in own) or (out / f"{name}.png").resolve() in photos
-        ):
-            number += 1
-            name = f"{stem}-{number}"
+        for number in itertools.count(1):
+            name = stem if number == 1 else f"{stem}-{number}"
+            taken = name.lower() in used or (number > 1 and name.lower() in own)
+            if not taken and all(_may_write(out / f"{name}{suffix}", photos) for suffix in suffixes):
+                break
         used.add(name.lower())
         names[path] = name
     return names
+
+
+def sheet_names(count: int, paths: Sequence[Path], out: Path) -> list[str]:
+    """A file name without suffix for each of so many comparison pictures, where nothing stands that may not be
+    replaced."""
+    photos = _real(paths)
+    numbered = (f"sheet-{i}" for i in itertools.count(1))
+    candidates = itertools.chain(["sheet"], itertools.islice(numbered, 1, None)) if count == 1 else numbered
+    free = (name for name in candidates if _may_write(out / f"{name}.png", photos))
+    return list(itertools.islice(free, count))
+
+
+def _suffix(method: str, methods: Sequence[str]) -> str:
+    return f".{method}.npz" if len(methods) > 1 else ".npz"
+
+
+def _cut(stem: str) -> str:
+    """The first 150 bytes of a name, in whole characters: a suffix, a number and a method's name need room too."""
+    while len(os.fsencode(stem)) > 150:
+        stem = stem[:-1]
+    return stem
+
+
+def _real(paths: Iterable[Path]) -> set[str]:
+    """Where paths lead; those that lead nowhere are left out."""
+    found = set()
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError):  # a name too long, or with a NUL
+            found.add(os.path.realpath(path))
+    return found
+
+
+def _may_write(file: Path, photos: set[str]) -> bool:
+    """Whether a file is not there, or is one that this program wrote and nobody asked to explain."""
+    return not os.path.lexists(file) or (ours(file) and os.path.realpath(file) not in photos)
 
 
 def fail(results: dict[str, dict[str, Any]], path: str, error: InputError) -> None:
@@ -173,7 +208,7 @@ def fail(results: dict[str, dict[str, Any]], path: str, error: InputError) -> No
 
 
 def print_result(path: str, result: dict[str, Any]) -> None:
-    table = Table(title=Text(printable(Path(path))), title_justify="left", title_style="bold", box=None)
+    table = Table(title=Text(printable(path)), title_justify="left", title_style="bold", box=None)
     table.add_column("Class")
     table.add_column("Probability", justify="right")
     table.add_column("")
@@ -182,8 +217,8 @@ def print_result(path: str, result: dict[str, Any]) -> None:
         entries = [*entries, result["target"]]
     for entry in entries:
         explained = "<- explained" if entry["class"] == result["target"]["class"] else ""
-        table.add_row(Text(entry["name"]), f"{entry['probability']:.1%}", explained)
+        table.add_row(Text(printable(entry["name"])), f"{entry['probability']:.1%}", explained)
     console().print(table)
     for file in result["files"]:
-        click.echo(f" {printable(Path(file))}")
+        click.echo(f" {printable(file)}")
     click.echo()

@@ -1,6 +1,5 @@
 """Pictures of heatmaps over photos."""
 
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
 from PIL import Image
+
+from tokentm_jax.errors import printable
+from tokentm_jax.files import MARK, replace
+from tokentm_jax.runs.identity import version_of
 
 DPI = 130
 INK, GREY = "#1c1c1c", "#666666"
@@ -139,15 +142,11 @@ def sheet(
 
 
 def write_png(figure: Figure, path: Path) -> None:
-    """Write the figure whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the same
-            figure.savefig(part, format="png")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    """Write the figure whole or not at all, with the mark by which `files.ours` knows it. Raises InputError."""
+    software = f"{MARK} {version_of('tokentm_jax')}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of letters that the font lacks
+        replace(path, lambda part: figure.savefig(part, format="png", metadata={"Software": software}))
 
 
 def _picture(figure: Figure, picture: np.ndarray, x: float, y: float, width: float, height: float) -> Axes:
@@ -184,7 +183,7 @@ def _wrap(text: str, room: float, most: int, size: float, weight: str = "normal"
             warnings.simplefilter("ignore")  # of letters that the font lacks
             return text_to_path.get_text_width_height_descent(line, font, ismath=False)[0] / 72 <= 0.97 * room
 
-    words, lines = text.split(), [""]
+    words, lines = printable(" ".join(text.split())).split(), [""]
     while words:
         longer = f"{lines[-1]} {words[0]}".strip()
         if fits(longer):

@@ -4,10 +4,11 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import runpy
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -16,54 +17,61 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tokentm_jax.cli.explain import Run, fail, output_names, print_result
-from tokentm_jax.cli.terminal import complain, console, memory_errors, printable, running_images, running_table
-from tokentm_jax.errors import InputError, suggest
-from tokentm_jax.files import read_text
-from tokentm_jax.runs.identity import version_of
+from tokentm_jax import __version__
+from tokentm_jax.cli.explain import Run, fail, output_names, print_result, sheet_names
+from tokentm_jax.cli.terminal import complain, console, memory_errors, running_images, running_table
+from tokentm_jax.errors import InputError, printable, suggest
+from tokentm_jax.files import read_text, reason, require_ours
 
 if TYPE_CHECKING:
     from tokentm_jax.models.vit import ViT
 
 MODELS_HELP = "Timm name, shipped model or hf-hub:timm/NAME (see `tokentm models`); default: the checkpoint's own."
-
-
 LARGEST_RECIPE = 2**20  # bytes
 INTERRUPTED = 130  # exit code, as shells have it
+
+
+class Given(click.ParamType):
+    """A text, or the path that it names, that is not empty: an empty path would be the current folder."""
+
+    def __init__(self, kind: type[str] | type[Path]) -> None:
+        self.kind = kind
+        self.name = "path" if kind is Path else "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | Path:
+        if not str(value).strip() or "\0" in str(value):
+            self.fail("must be a name that a file can have.", param, ctx)
+        return self.kind(value)
+
+
+PATH, TEXT = Given(Path), Given(str)
 
 
 class Commands(click.Group):
     """The group whose commands turn bad input into one sentence and exit code 2."""
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            with memory_errors():
+                return super().main(*args, **kwargs)  # which knows what to do where nobody reads our output
+        except InputError as error:
+            complain(str(error))
+        except OSError as error:
+            where = f"{click.format_filename(error.filename)}: " if error.filename else ""
+            complain(f"{where}{reason(error)}")
+        except RecursionError:
+            complain("something that was given is nested too deeply")
+        sys.exit(2)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except InputError as error:
-            complain(str(error))
         except KeyboardInterrupt:
             ctx.exit(INTERRUPTED)
-        except BrokenPipeError:  # the reader of our output has gone, as in `tokentm models | head`
-            raise
-        except OSError as error:
-            where = f"{click.format_filename(error.filename)}: " if error.filename else ""
-            complain(f"{where}{error.strerror or error}")
-        ctx.exit(2)
-
-
-def run() -> None:
-    """The program `tokentm`: `main`, but for its end after Ctrl-C."""
-    try:
-        main(prog_name="tokentm")
-    except SystemExit as end:
-        if end.code != INTERRUPTED:
-            raise
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(INTERRUPTED)  # Python's own end may crash while XLA's threads still compile or compute
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(version_of("tokentm_jax"), prog_name="tokentm")
+@click.version_option(__version__, prog_name="tokentm")
 def main() -> None:
     """Explain what a Vision Transformer sees: TokenTM heatmaps and other methods.
 
@@ -79,13 +87,13 @@ def main() -> None:
 @main.command()
 @click.argument("photos", nargs=-1, required=True, metavar="PHOTO...")
 @click.option("--model", help=MODELS_HELP)
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Weights; default: the shipped model.")
+@click.option("--checkpoint", type=PATH, help="Weights; default: the shipped model.")
 @click.option("--method", default="tokentm", show_default=True, help="A method, several as a,b,c, or 'all'.")
 @click.option("--target", help="Class to explain, by number or name; default: each photo's predicted class.")
-@click.option("--out", type=click.Path(path_type=Path), default="explanations", show_default=True, help="Folder.")
+@click.option("--out", type=PATH, default="explanations", show_default=True, help="Folder.")
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Option of the method; repeatable.")
 @click.option("--batch-size", type=click.IntRange(1, 1024), default=8, show_default=True)
-@click.option("--classes", type=click.Path(path_type=Path), help="Class names: .json, or .txt with one per line.")
+@click.option("--classes", type=PATH, help="Class names: .json, or .txt with one per line.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document in place of tables.")
 def explain(
     photos: tuple[str, ...],
@@ -119,12 +127,12 @@ def explain(
     from tokentm_jax.models.loading import load
 
     chosen = list(METHODS) if method == "all" else list(dict.fromkeys(m.strip() for m in method.split(",")))
-    settings = dict(parse_option(text) for text in options)
+    settings = parse_options(options)
     for name in chosen:
         if name not in METHODS:
             raise suggest("method", name, METHODS)
         METHODS[name].bind(name, settings)  # an unknown option is noticed before any work
-    _use_compilation_cache()
+    _start_jax()
     vit = load(model, checkpoint, class_names=classes)
     class_index = None if target is None else vit.class_index(target)
     _make_folder(out)
@@ -137,12 +145,12 @@ def explain(
         except InputError as error:
             fail(results, argument, error)
     results |= {str(path): {} for path in paths}
-    names = output_names(paths, out)
+    names = output_names(paths, out, chosen)
     batches = [paths[i : i + batch_size] for i in range(0, len(paths), batch_size)]
+    sheets = list(names.values()) if len(paths) == 1 else sheet_names(len(batches), paths, out)
     with Progress(console=Console(stderr=True), transient=True, disable=not Console(stderr=True).is_terminal) as bar:
         task = bar.add_task("Explaining", total=len(paths))
-        for i, batch in enumerate(batches):
-            sheet = names[batch[0]] if len(paths) == 1 else f"sheet-{i + 1}" if len(batches) > 1 else "sheet"
+        for sheet, batch in zip(sheets, batches, strict=True):
             run = Run(vit, chosen, settings, class_index, out, names, sheet, min(batch_size, len(paths)))
             run.explain(batch, results, skip_unfit=method == "all")
             bar.advance(task, len(batch))
@@ -159,20 +167,30 @@ def explain(
         click.get_current_context().exit(2)
 
 
+def parse_options(texts: Sequence[str]) -> dict[str, bool | int | float | str | None]:
+    """The options by name, from KEY=VALUE each. Raises InputError for a text of another form and for a second one of
+    a name."""
+    options: dict[str, bool | int | float | str | None] = {}
+    for key, value in map(parse_option, texts):
+        if key in options:
+            raise InputError(f"the option {key!r} is given twice")
+        options[key] = value
+    return options
+
+
 def parse_option(text: str) -> tuple[str, bool | int | float | str | None]:
     """ "KEY=VALUE" -> key and the value as bool, int, float, None or else text."""
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
+    key, equals, value = (part.strip() for part in text.partition("="))
+    if not equals or not key:
         raise InputError(f"an option is given as KEY=VALUE, got {text!r}")
     words = {"true": True, "false": False, "none": None}
-    if value.strip().lower() in words:
-        return key.strip(), words[value.strip().lower()]
-    for kind in (int, float):
-        try:
-            return key.strip(), kind(value)
-        except ValueError:
-            continue
-    return key.strip(), value.strip()
+    if value.lower() in words:
+        return key, words[value.lower()]
+    if re.fullmatch(r"[+-]?[0-9]{1,18}", value):
+        return key, int(value)
+    if re.fullmatch(r"[+-]?([0-9]{1,18}\.?[0-9]{0,30}|\.[0-9]{1,30})(e[+-]?[0-9]{1,2})?", value, re.IGNORECASE):
+        return key, float(value)
+    return key, value
 
 
 def _make_folder(out: Path) -> None:
@@ -182,22 +200,29 @@ def _make_folder(out: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise InputError(f"the output folder {out} cannot be written: {error.strerror}") from None
+        raise InputError(f"the output folder {out} cannot be written: {reason(error)}") from None
 
 
-def _use_compilation_cache() -> None:
-    """Keep compiled programs between runs, unless the user has chosen a place."""
+def _start_jax() -> None:
+    """Keep compiled programs between runs where that is possible, and raise InputError where JAX finds no device."""
     import jax
 
-    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        return
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokentm_jax"
     try:
-        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError:
-        return
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+        chosen = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+        cache = chosen or str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokentm_jax")
+        if "://" not in cache:
+            os.makedirs(cache, exist_ok=True, mode=0o700)
+            os.listdir(cache)
+        if not chosen:
+            jax.config.update("jax_compilation_cache_dir", cache)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    except (OSError, RuntimeError):  # a file, a folder of somebody else, no home
+        jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        jax.local_devices()
+    except (RuntimeError, AssertionError) as error:  # that of a known platform that is not installed
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        raise InputError(f"JAX finds no device with JAX_PLATFORMS={platforms!r} ({reason(error)})") from None
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -292,11 +317,11 @@ def methods(as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=PATH)
+@click.argument("out", type=PATH)
 @click.option("--model", help=MODELS_HELP)
 @click.option("--img-size", type=click.IntRange(1), help="Another resolution; position embeddings are resampled.")
-@click.option("--classes", type=click.Path(path_type=Path), help="Class names: .json, or .txt with one per line.")
+@click.option("--classes", type=PATH, help="Class names: .json, or .txt with one per line.")
 def convert(checkpoint: Path, out: Path, model: str | None, img_size: int | None, classes: Path | None) -> None:
     """Write CHECKPOINT to OUT with its architecture, preprocessing and class names.
 
@@ -309,6 +334,8 @@ def convert(checkpoint: Path, out: Path, model: str | None, img_size: int | None
     from tokentm_jax.models.checkpoint import write_checkpoint
     from tokentm_jax.models.loading import load
 
+    require_ours(out)  # before minutes of reading
+    _start_jax()
     vit = load(model, checkpoint, img_size=img_size, class_names=classes)
     written = write_checkpoint(out, vit.module, vit.params, vit.preprocessing, vit.class_names, {"name": vit.name})
     millions = parameter_count(vit.module) / 1e6
@@ -316,10 +343,10 @@ def convert(checkpoint: Path, out: Path, model: str | None, img_size: int | None
 
 
 @main.command()
-@click.argument("recipe", type=click.Path(path_type=Path), metavar="CONFIG.py")
-@click.option("--train", "train_data", help="Zip or folder of class folders, or tfds:NAME:SPLIT.")
-@click.option("--test", "test_data", help="The same, to measure the accuracy on.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder; default: runs/<name of the recipe>.")
+@click.argument("recipe", type=PATH, metavar="CONFIG.py")
+@click.option("--train", "train_data", type=TEXT, help="Zip or folder of class folders, or tfds:NAME:SPLIT.")
+@click.option("--test", "test_data", type=TEXT, help="The same, to measure the accuracy on.")
+@click.option("--out", type=PATH, help="Folder; default: runs/<name of the recipe>.")
 @click.option("--epochs", type=click.FloatRange(0, min_open=True), help="In place of the recipe's.")
 @click.option("--limit", type=click.IntRange(1), help="Use so many images of each set.")
 def train(
@@ -350,13 +377,13 @@ def train(
         warnings.simplefilter("always", UserWarning)
         data, test = load_dataset(config.train_data, limit), load_dataset(config.test_data, limit)
     for warning in caught:
-        click.echo(f"Warning: {warning.message}", err=True)
+        click.echo(f"Warning: {printable(warning.message)}", err=True)
     if data.class_names != test.class_names:
         raise InputError(f"{config.train_data} and {config.test_data} have different classes")
     if len(data.class_names) != module.num_classes:
         expected = f"the recipe's model has {module.num_classes} classes"
         raise InputError(f"{config.train_data} has {len(data.class_names)} classes, {expected}")
-    _use_compilation_cache()
+    _start_jax()
     folder = out or Path("runs") / config.name
     _make_folder(folder)
     try:
@@ -393,10 +420,12 @@ def _read_recipe(path: Path, kind: type) -> Any:
 
 
 @main.command()
-@click.argument("data", metavar="SOURCE")
-@click.option("--out", required=True, metavar="STORE", help="Folder, or a URL that TensorStore knows (gs://, s3://).")
+@click.argument("data", type=TEXT, metavar="SOURCE")
+@click.option(
+    "--out", type=TEXT, required=True, metavar="STORE", help="Folder, or a URL that TensorStore knows (gs://, s3://)."
+)
 @click.option("--model", help=MODELS_HELP)
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Weights; default: the shipped model.")
+@click.option("--checkpoint", type=PATH, help="Weights; default: the shipped model.")
 @click.option("--img-size", type=click.IntRange(1), help="Another resolution; position embeddings are resampled.")
 @click.option("--methods", default="tokentm", show_default=True, help="One or several, as a,b,c.")
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Option of the methods; repeatable.")
@@ -446,13 +475,13 @@ def dataset(
     from tokentm_jax.runs.store import open_maps
 
     named = [name.strip() for name in methods.split(",") if name.strip()]
-    config = DatasetConfig(named, dict(parse_option(text) for text in options), **settings)
+    config = DatasetConfig(named, parse_options(options), **settings)
     source = open_source(data, limit=limit)
     check(config, source)
     number, count = _join(coordinator, processes, process)
-    _use_compilation_cache()
+    _start_jax()
     vit = load(model, checkpoint, img_size=img_size)
-    with running_images() as report, memory_errors():
+    with running_images() as report:
         outcome = explain_dataset(
             config, vit, source, out, report, process=number, processes=count, retry_skipped=retry_skipped
         )
@@ -462,8 +491,8 @@ def dataset(
         click.echo(f"process {number} of {count}: its {outcome.chunks} chunks of {out} are finished")
         return
     stored = open_maps(out)
-    for reason in list(stored.skipped.values())[:20]:
-        complain(f"skipped: {reason}")
+    for sentence in list(stored.skipped.values())[:20]:
+        complain(f"skipped: {sentence}")
     if len(stored.skipped) == len(stored):
         raise InputError(f"no image of {source.name} could be explained")
     click.echo(repr(stored))
@@ -493,15 +522,15 @@ def _join(coordinator: str | None, processes: int | None, process: int | None) -
 
 
 @main.command()
-@click.argument("recipe", type=click.Path(path_type=Path), metavar="CONFIG.py")
+@click.argument("recipe", type=PATH, metavar="CONFIG.py")
 @click.option("--model", help=MODELS_HELP)
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Weights, in place of the recipe's.")
-@click.option("--data", help="Folder, zip, .mat file or tfds:NAME:SPLIT, in place of the recipe's.")
+@click.option("--checkpoint", type=PATH, help="Weights, in place of the recipe's.")
+@click.option("--data", type=TEXT, help="Folder, zip, .mat file or tfds:NAME:SPLIT, in place of the recipe's.")
 @click.option("--methods", help="Rows of the recipe or other methods, as a,b,c.")
 @click.option("--limit", type=click.IntRange(1), help="So many images, drawn by the recipe's seed.")
 @click.option("--batch-size", type=click.IntRange(1, 4096), help="In place of the recipe's.")
-@click.option("--maps", help="Store of `tokentm dataset` to take maps from; those that it lacks are computed.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder; default: runs/<name of the recipe>.")
+@click.option("--maps", type=TEXT, help="Store of `tokentm dataset` to take maps from; others are computed.")
+@click.option("--out", type=PATH, help="Folder; default: runs/<name of the recipe>.")
 def evaluate(
     recipe: Path,
     model: str | None,
@@ -538,25 +567,26 @@ def evaluate(
     if methods is not None:
         config = select(config, [name.strip() for name in methods.split(",")])
     check(config)
-    _use_compilation_cache()
+    _start_jax()
     stored = None if maps is None else open_maps(maps)
     source = open_source(config.data, limit=config.limit, seed=None if config.limit is None else config.seed)
     vit = load(config.model, config.checkpoint)
     folder = out or Path("runs") / config.name
     _make_folder(folder)
-    with running_table() as report, memory_errors():
+    with running_table() as report:
         results = evaluate(config, vit, source, folder, report, stored)
     skipped = results["run"]["skipped"]
-    for reason in skipped["examples"].values():
-        complain(f"skipped: {reason}")
+    for sentence in skipped["examples"].values():
+        complain(f"skipped: {sentence}")
     if skipped["count"]:
         click.echo(f"{skipped['count']} images were skipped", err=True)
-    click.echo((folder / "results.md").read_text(encoding="utf-8"))
+    for line in (folder / "results.md").read_text(encoding="utf-8").splitlines():
+        click.echo(printable(line))
     click.echo(f"The results are in {printable(folder)}")
 
 
 @main.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+@click.argument("runs", nargs=-1, required=True, type=PATH, metavar="RUN...")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document in place of a table.")
 def compare(runs: tuple[Path, ...], as_json: bool) -> None:
     """Put finished evaluations side by side, with paired differences and their 95 % intervals.
@@ -582,7 +612,7 @@ def compare(runs: tuple[Path, ...], as_json: bool) -> None:
         if entry["baseline"] is not None:
             interval = f"[{entry['low']:+.3f}, {entry['high']:+.3f}]"
             compared = (f"{entry['difference']:+.3f}", interval, entry["baseline"])
-        name, run = Text(entry["method"]), Text(printable(Path(entry["run"])))
-        row = (entry["metric"], name, run, f"{entry['value']:.3f}", *compared[:2], Text(compared[2]))
+        names = [Text(printable(entry[field])) for field in ("metric", "method", "run")]
+        row = (*names, f"{entry['value']:.3f}", *compared[:2], Text(printable(compared[2])))
         table.add_row(*row, str(entry["images"]))
     console().print(table)

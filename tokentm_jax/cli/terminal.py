@@ -1,10 +1,8 @@
 """What the commands say on a terminal: complaints, progress, and one sentence for a lack of memory."""
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import click
@@ -12,15 +10,11 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from tokentm_jax.errors import InputError
+from tokentm_jax.errors import InputError, printable
 
 
 def complain(sentence: str) -> None:
-    click.echo(f"Error: {' '.join(sentence.split())}", err=True)
-
-
-def printable(path: Path) -> str:
-    return os.fsencode(path).decode(errors="replace")
+    click.echo(f"Error: {printable(' '.join(sentence.split()))}", err=True)
 
 
 def console() -> Console:
@@ -36,7 +30,9 @@ def memory_errors() -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:  # JAX's is a RuntimeError
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            raise InputError("the memory is not enough: give a smaller --batch-size") from None
+            raise InputError(
+                "the memory is not enough: a smaller --batch-size, where there is one, may help"
+            ) from None
         raise
 
 

@@ -7,14 +7,16 @@ module = build(config, num_classes=10)
 import dataclasses
 import fnmatch
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
+from annotated_types import Ge, Le
 
 from tokentm_jax.data.preprocessing import CLIP, HALF, IMAGENET, Preprocessing, Statistics
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.maths.primitives import ACTIVATIONS
 from tokentm_jax.models.vit import ViT
+from tokentm_jax.validation import checked
 
 Config = dict[str, Any]  # keyword arguments of timm's VisionTransformer, JSON types only
 
@@ -192,6 +194,29 @@ LARGEST = {
     "num_classes": 1_000_000,
     "reg_tokens": 256,
 }  # fmt: skip
+LARGEST_TOKENS = 65_536  # of 4096 pixels in patches of 16
+
+
+def _whole(option: str, lowest: int = 1) -> Any:
+    return Annotated[int, Ge(lowest), Le(LARGEST[option])]
+
+
+def _number(largest: float) -> Any:
+    return Annotated[float, Ge(0), Le(largest)]
+
+
+OPTIONS: dict[str, Any] = {  # what each option of a model may be
+    "img_size": tuple[_whole("img_size"), _whole("img_size")],
+    **{name: _whole(name) for name in ("patch_size", "embed_dim", "depth", "num_heads", "num_classes")},
+    "reg_tokens": _whole("reg_tokens", 0),
+    **dict.fromkeys(("qkv_bias", "proj_bias", "class_token", "distilled", "no_embed_class", "pre_norm"), bool),
+    "fc_norm": bool | None,
+    "mlp_ratio": _number(64),
+    "norm_eps": _number(0.1),
+    "init_values": _number(1e4) | None,
+    "global_pool": Literal["token", "avg"],
+    "activation": Literal[tuple(ACTIVATIONS)],
+}
 
 
 def architecture(name: str, **overrides: Any) -> tuple[Config, Preprocessing]:
@@ -209,7 +234,7 @@ def architecture(name: str, **overrides: Any) -> tuple[Config, Preprocessing]:
             preprocessing = dataclasses.replace(preprocessing, **fields)
     config = config | overrides
     if "img_size" in overrides:
-        preprocessing = dataclasses.replace(preprocessing, size=_pair(config["img_size"]))
+        preprocessing = dataclasses.replace(preprocessing, size=_checked("img_size", config["img_size"]))
     return config, preprocessing
 
 
@@ -239,11 +264,10 @@ def build(
     for key, only in (("in_chans", 3), ("qk_norm", False), ("final_norm", True), ("pos_embed", "learn")):
         if options.pop(key, only) != only:
             raise InputError(f"model option {key!r} must be {only!r}: nothing else is supported")
-    fields = {f.name: f for f in dataclasses.fields(ViT) if f.name not in _NOT_OPTIONS}
     for key, value in options.items():
-        if key not in fields:
-            raise suggest("model option", key, fields)
-        options[key] = _checked(key, value, fields[key].default)
+        if key not in OPTIONS:
+            raise suggest("model option", key, OPTIONS)
+        options[key] = _checked(key, value)
     module = ViT(**options, dtype=_dtype(dtype))
     _check_together(module)
     return module
@@ -251,54 +275,21 @@ def build(
 
 def config_of(module: ViT) -> Config:
     """The configuration from which `build` makes this module, in JSON types."""
-    names = [f.name for f in dataclasses.fields(ViT) if f.name not in _NOT_OPTIONS]
-    config = {name: getattr(module, name) for name in names}
-    return config | {"img_size": list(module.img_size)}
+    return {name: getattr(module, name) for name in OPTIONS} | {"img_size": list(module.img_size)}
 
 
-_NOT_OPTIONS = {"patch_drop", "dtype", "primitives", "parent", "name"}  # how a module runs, not what it is
-
-
-def _checked(key: str, value: Any, default: Any) -> Any:
-    """`value` in the type of the field, or InputError."""
-
-    def refuse(expected: str) -> InputError:
-        return InputError(f"model option {key!r} must be {expected}, got {value!r}")
-
+def _checked(key: str, value: Any) -> Any:
+    """`value` in the type of the option, or InputError."""
     if key == "img_size":
-        return _pair(value)
+        value = _pair(value)
     if key == "patch_size" and isinstance(value, list | tuple) and len(value) == 2 and value[0] == value[1]:
         value = value[0]
-    if key == "fc_norm" or isinstance(default, bool):
-        if isinstance(value, bool) or (key == "fc_norm" and value is None):
-            return value
-        raise refuse("true or false")
-    if isinstance(default, int):
-        lowest = 0 if key == "reg_tokens" else 1
-        if isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= LARGEST[key]:
-            return value
-        raise refuse(f"a whole number from {lowest} to {LARGEST[key]}")
-    if isinstance(default, str):
-        allowed = {"global_pool": ("token", "avg"), "activation": tuple(ACTIVATIONS)}[key]
-        if value in allowed:
-            return value
-        raise refuse(" or ".join(map(repr, allowed)))
-    if key == "init_values" and value is None:
-        return None
-    largest = {"mlp_ratio": 64.0, "norm_eps": 0.1, "init_values": 1e4}[key]
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= largest:
-        return float(value)
-    raise refuse(f"a number from 0 to {largest:g}")
+    return checked(f"model option {key!r}", OPTIONS[key], value)
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    sides = (value, value) if isinstance(value, int) else value
-    whole = isinstance(sides, list | tuple) and [type(s) for s in sides] == [int, int]
-    if whole and all(0 < s <= LARGEST["img_size"] for s in sides):
-        return (sides[0], sides[1])
-    raise InputError(
-        f"model option 'img_size' must be one or two whole numbers from 1 to {LARGEST['img_size']}, got {value!r}"
-    )
+def _pair(value: Any) -> Any:
+    """A side as (height, width), and a list of JSON as a tuple."""
+    return tuple(value) if isinstance(value, list | tuple) else (value, value)
 
 
 def _dtype(dtype: Any) -> Any:
@@ -315,6 +306,9 @@ def _dtype(dtype: Any) -> Any:
 
 def _check_together(module: ViT) -> None:
     """Refuse combinations of options that make no model."""
+    tokens = module.grid[0] * module.grid[1] + module.prefix
+    if tokens > LARGEST_TOKENS:
+        raise InputError(f"model option 'patch_size': {tokens} tokens are more than {LARGEST_TOKENS}")
     for side in module.img_size:
         if side % module.patch_size:
             raise InputError(

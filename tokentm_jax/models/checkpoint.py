@@ -6,9 +6,9 @@ check exists once. Files are untrusted: nothing in them is executed, and every f
 
 import functools
 import json
+import math
 import os
 import re
-import shutil
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -24,14 +24,15 @@ from flax import traverse_util
 
 from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.errors import InputError
-from tokentm_jax.models.architectures import Config, architecture, build, config_of
+from tokentm_jax.files import MARK, opened, read_json, read_text, reason, replace, require_ours, size_of
+from tokentm_jax.models.architectures import LARGEST, Config, architecture, build, config_of
 from tokentm_jax.models.vit import ViT
 
 Tensors = dict[str, np.ndarray]  # by timm name
 HUB = "hf-hub:"
-METADATA = "tokentm_jax"  # key of the description in a safetensors header
 HEADS = ("head.", "head_dist.")
-LARGEST_DESCRIPTION = 10_000_000  # characters
+LARGEST_DESCRIPTION = 10_000_000  # bytes
+LARGEST_FACTOR = 50  # weights hardly compress: a file that becomes so many times its size would fill the memory
 
 
 # ---- our tree <-> timm's names ------------------------------------------------------------------------------------
@@ -103,9 +104,8 @@ def to_params(
     Raises InputError listing every missing, unexpected and wrongly shaped parameter.
     """
     tensors = {name: t for name, t in tensors.items() if not (reset_head and name.startswith(HEADS))}
-    if "pos_embed" in tensors:
-        tensors["pos_embed"] = _resample(module, tensors["pos_embed"], old_grid)
     missing, wrong, params = [], [], {}
+    grid = None  # of the position embeddings, where it is another
     for path, shape in _shapes(module).items():  # pyright: ignore[reportArgumentType] - modules are hashable
         stacked = path[0] == "blocks"
         names = [_timm_name(path, i) for i in range(module.depth if stacked else 1)]
@@ -115,12 +115,15 @@ def to_params(
         missing += [name for name in names if name not in tensors]
         found = {name: tensors.pop(name) for name in names if name in tensors}
         for name, tensor in found.items():
-            if tensor.shape != expected:
+            if name == "pos_embed":
+                grid = _other_grid(module, tensor, old_grid)
+            if tensor.shape != expected and not (name == "pos_embed" and grid):
                 wrong.append(f"{name} {list(tensor.shape)} in place of {list(expected)}")
             elif not jnp.issubdtype(tensor.dtype, jnp.floating):
                 wrong.append(f"{name} {tensor.dtype} in place of floating-point numbers")
         if not missing and not wrong:
-            values = [_from_timm(path, np.asarray(tensor, np.float32)) for tensor in found.values()]
+            with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused below
+                values = [_from_timm(path, np.asarray(tensor, np.float32)) for tensor in found.values()]
             params[path] = np.stack(values) if stacked else values[0]
     faults = [(label, names) for label, names in (("missing", missing), ("wrong shape", wrong)) if names]
     if tensors:
@@ -134,6 +137,8 @@ def to_params(
     for path, value in params.items():
         if not np.isfinite(value).all():
             raise InputError(f"{source}: parameter {_timm_name(path)!r} holds values that are not finite numbers")
+    if grid:  # last: a small file that is otherwise wrong takes no memory for positions
+        params[("pos_embed",)] = _resample(module, params[("pos_embed",)], grid)
     return traverse_util.unflatten_dict(params)
 
 
@@ -145,21 +150,24 @@ def _shorten(names: list[str]) -> list[str]:
     return [group[0] if len(group) == 1 else f"{key} ({len(group)} times)" for key, group in groups.items()]
 
 
-def _resample(module: ViT, positions: np.ndarray, old_grid: tuple[int, int] | None) -> np.ndarray:
-    """Bicubic resampling of position embeddings [1, N, D] to the module's grid; prefix tokens are kept.
-
-    Left as it is when nothing is known to resample: a wrong shape is then reported with all the others.
-    """
-    prefix = 0 if module.no_embed_class else module.prefix
-    (gh, gw), count = module.grid, positions.shape[1] - prefix if positions.ndim == 3 else 0
+def _other_grid(module: ViT, positions: np.ndarray, stated: tuple[int, int] | None) -> tuple[int, int] | None:
+    """Patch grid of position embeddings [1, N, D] that must be resampled for the module. None: they are of its grid,
+    or nothing is known of theirs, and a wrong shape is then reported with all the others."""
+    if positions.ndim != 3 or positions.shape[0] != 1 or positions.shape[2] != module.embed_dim:
+        return None
+    count = positions.shape[1] - (0 if module.no_embed_class else module.prefix)
     side = int(max(count, 0) ** 0.5 + 0.5)
-    if old_grid is None or old_grid[0] * old_grid[1] != count:
-        old_grid = (side, side)
-    if count < 1 or old_grid[0] * old_grid[1] != count or old_grid == (gh, gw):
-        return positions
-    grid = np.asarray(positions[0, prefix:], np.float32).reshape(*old_grid, -1)
+    grid = stated if stated is not None and stated[0] * stated[1] == count else (side, side)
+    return None if count < 1 or grid[0] * grid[1] != count or grid == module.grid else grid
+
+
+def _resample(module: ViT, positions: np.ndarray, old_grid: tuple[int, int]) -> np.ndarray:
+    """Bicubic resampling of position embeddings [1, N, D] to the module's grid; prefix tokens are kept."""
+    prefix = 0 if module.no_embed_class else module.prefix
+    gh, gw = module.grid
+    grid = positions[0, prefix:].reshape(*old_grid, -1)
     grid = jax.image.resize(grid, (gh, gw, grid.shape[-1]), "cubic", antialias=True)
-    return np.concatenate([np.asarray(positions[:, :prefix], np.float32), np.asarray(grid).reshape(1, gh * gw, -1)], 1)
+    return np.concatenate([positions[:, :prefix], np.asarray(grid).reshape(1, gh * gw, -1)], 1)
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
@@ -195,52 +203,53 @@ def read_tensors(path: str | os.PathLike[str]) -> Tensors:
 
 def _kind(path: Path) -> str:
     """What a path holds, from its content; InputError if it is no checkpoint."""
-    if path.is_dir():
+    if os.path.isdir(path):
         if (path / "description.json").is_file() and (path / "params").is_dir():
             return "orbax"
         raise InputError(f"{path} is a folder without description.json and params: not a checkpoint of this project")
-    if path.exists() and not path.is_file():  # reading a pipe could wait for ever
-        raise InputError(f"checkpoint {path} is not a regular file")
-    try:
-        with path.open("rb") as file:
-            start = file.read(16)
-    except FileNotFoundError:
-        raise InputError(f"there is no checkpoint {path}") from None
-    except OSError as error:
-        raise InputError(f"checkpoint {path} cannot be read: {error.strerror}") from None
-    if not start:
-        raise InputError(f"checkpoint {path} is empty")
-    if start.startswith(b"PK\x03\x04"):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                names = archive.namelist()
-                unpacked = sum(entry.file_size for entry in archive.infolist())
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-            raise _damaged(path, error) from None
-        if unpacked > 50 * path.stat().st_size:  # weights hardly compress; this file would fill the memory
-            raise InputError(f"checkpoint {path} unpacks to {unpacked / 1e9:.1f} GB and is refused as unsafe")
-        if all(name.endswith(".npy") for name in names):
-            return "npz"
-        if any(name.endswith("data.pkl") for name in names):
-            return "torch"
-    # Asked before the pickle: the length of a safetensors header may begin with any byte, 0x80 too.
-    elif path.suffix == ".safetensors" or start[8:9] == b"{":
-        return "safetensors"
-    elif start[:1] == b"\x80":
-        return "torch"  # a pickle: the format of torch before 1.6
+    with opened(path, "checkpoint") as file:
+        start, stored = file.read(16), size_of(file)
+        if not start:
+            raise InputError(f"checkpoint {path} is empty")
+        if start.startswith(b"PK\x03\x04"):
+            try:
+                with zipfile.ZipFile(file) as archive:
+                    entries = archive.infolist()
+            except Exception as error:  # zipfile raises a dozen kinds for damaged archives
+                raise _damaged(path, error) from None
+            _require_room(path, sum(entry.file_size for entry in entries), stored)
+            if all(entry.filename.endswith(".npy") for entry in entries):
+                return "npz"
+            if any(entry.filename.endswith("data.pkl") for entry in entries):
+                return "torch"
+        # Asked before the pickle: the length of a safetensors header may begin with any byte, 0x80 too.
+        elif path.suffix == ".safetensors" or start[8:9] == b"{":
+            return "safetensors"
+        elif start[:1] == b"\x80":
+            return "torch"  # a pickle: the format of torch before 1.6
     raise InputError(f"{path} is not a checkpoint: expected .safetensors, .pth, .npz or a folder of this project")
 
 
-def _damaged(path: Path, error: object) -> InputError:
-    lines = str(error).strip().splitlines()
-    return InputError(f"checkpoint {path} is damaged or incomplete ({lines[0][:200] if lines else 'no details'})")
+def _damaged(path: Path, error: BaseException) -> InputError:
+    return InputError(f"checkpoint {path} is damaged or incomplete ({reason(error)})")
+
+
+def _require_room(path: Path, unpacked: int, stored: int) -> None:
+    """InputError for more bytes than a file of `stored` bytes can hold by right, or than the memory."""
+    if unpacked > LARGEST_FACTOR * stored:
+        raise InputError(f"checkpoint {path} unpacks to {unpacked / 1e9:.1f} GB and is refused as unsafe")
+    if hasattr(os, "sysconf") and unpacked > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        raise InputError(f"checkpoint {path} holds {unpacked / 1e9:.1f} GB of numbers, more than the memory")
 
 
 def _read_safetensors(path: Path) -> Tensors:
     try:
         with safetensors.safe_open(path, "np") as file:
             names = file.keys()
+            _require_room(path, sum(4 * math.prod(file.get_slice(n).get_shape()) for n in names), path.stat().st_size)
             return {name: file.get_tensor(name) for name in names}
+    except InputError:
+        raise
     # AttributeError: a type that numpy lacks, such as float8
     except (safetensors.SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
         raise _damaged(path, error) from None
@@ -248,14 +257,31 @@ def _read_safetensors(path: Path) -> Tensors:
 
 def _read_npz(path: Path) -> Tensors:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return _from_google({name: file[name] for name in file.files}, path)
+        with opened(path, "checkpoint") as file, zipfile.ZipFile(file) as archive:
+            unpacked = sum(_declared_size(archive, entry, path) for entry in archive.infolist())
+            _require_room(path, unpacked, size_of(file))
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as arrays:
+                return _from_google({name: arrays[name] for name in arrays.files}, path)
     except InputError:
         raise
     except Exception as error:  # numpy and zipfile raise a dozen kinds for damaged archives
-        if "allow_pickle" in str(error):
-            raise InputError(f"checkpoint {path} holds Python objects; only arrays are read") from None
         raise _damaged(path, error) from None
+
+
+def _declared_size(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> int:
+    """Bytes of an array as float32, from its header, which is not to declare more than the archive holds of it."""
+    with archive.open(entry) as member:
+        version = np.lib.format.read_magic(member)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"version {version} of an array")
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(member)
+        if dtype.hasobject:
+            raise InputError(f"checkpoint {path} holds Python objects; only arrays are read")
+        if math.prod(shape) * dtype.itemsize > entry.file_size:
+            raise ValueError(f"{entry.filename} is shorter than it says")
+        return 4 * math.prod(shape)
 
 
 def _read_torch(path: Path) -> Tensors:
@@ -277,34 +303,57 @@ def _read_torch(path: Path) -> Tensors:
     if not isinstance(content, Mapping) or not any(isinstance(v, torch.Tensor) for v in content.values()):
         raise InputError(f"{path} is not a checkpoint: expected a dictionary of tensors")
     tensors = {str(name): t for name, t in content.items() if isinstance(t, torch.Tensor)}
-    return {
-        name.removeprefix("module."): (t.float() if t.is_floating_point() else t).detach().numpy()
-        for name, t in tensors.items()
-    }
+    # A tensor may repeat one number of the file without end.
+    _require_room(path, sum(4 * t.numel() for t in tensors.values() if not t.is_nested), path.stat().st_size)
+    read: Tensors = {}
+    for name, t in tensors.items():
+        if t.layout is not torch.strided or t.is_nested or t.is_quantized or t.is_meta:
+            raise InputError(f"checkpoint {path}: {name!r} is not a plain tensor")
+        t = t.detach().resolve_conj().resolve_neg()
+        read[name.removeprefix("module.")] = (t.float() if t.is_floating_point() else t).numpy()
+    return read
 
 
 def _read_orbax(path: Path) -> Tensors:
     import orbax.checkpoint as ocp
 
+    stored = 0
+    for file in (path / "params").rglob("*"):
+        if not file.is_file() and not file.is_dir():  # a pipe: Orbax would wait for ever
+            raise InputError(f"checkpoint {path}: {file} is no regular file")
+        stored += file.stat().st_size
     try:
         with ocp.PyTreeCheckpointer() as reader:
             folder = (path / "params").resolve()
-            tree = reader.metadata(folder).item_metadata.tree
+            found = reader.metadata(folder).item_metadata
+            if found is None:
+                raise ValueError("Orbax finds no parameters in it")
+            tree = found.tree
+            unpacked = 0
+            for names, leaf in traverse_util.flatten_dict(tree).items():
+                shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
+                block = names[0] != "blocks" or (shape and 0 < shape[0] <= LARGEST["depth"])
+                if shape is None or not block or not jnp.issubdtype(dtype, jnp.floating):
+                    raise InputError(f"checkpoint {path}: {'.'.join(map(str, names))!r} is no parameter of a ViT")
+                unpacked += 4 * math.prod(shape)
+            _require_room(path, unpacked, stored)
             kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-            params = reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=kinds))
+            return to_timm(reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=kinds)))
+    except InputError:
+        raise
     except Exception as error:  # Orbax and TensorStore raise many kinds
         raise _damaged(path, error) from None
-    return to_timm(params)
 
 
 def _current_names(tensors: Tensors) -> Tensors:
     """Names of older releases -> today's: layer scale of DeiT-3, registers of DINOv2, the dropped pre_logits."""
     tensors = {re.sub(r"\bgamma_(\d)$", r"ls\1.gamma", name): t for name, t in tensors.items()}
     tensors = {name: t for name, t in tensors.items() if name != "mask_token" and "pre_logits" not in name}
-    if "register_tokens" in tensors and {"cls_token", "pos_embed"} <= tensors.keys():
+    first = tensors["pos_embed"][:, :1] if "pos_embed" in tensors and tensors["pos_embed"].ndim == 3 else None
+    if "register_tokens" in tensors and first is not None and tensors.get("cls_token", first[:0]).shape == first.shape:
         # DINOv2 adds a position to the class token and none to its registers; timm keeps positions of patches only.
         tensors["reg_token"] = tensors.pop("register_tokens")
-        tensors["cls_token"] = tensors["cls_token"] + tensors["pos_embed"][:, :1]
+        tensors["cls_token"] = tensors["cls_token"] + first
         tensors["pos_embed"] = tensors["pos_embed"][:, 1:]
     return tensors
 
@@ -373,10 +422,11 @@ def write_checkpoint(
         extra: more JSON values for the description, such as the accuracy.
 
     Returns:
-        The path written. It appears whole or not at all, and replaces what was there.
+        The path written. It appears whole or not at all, and replaces a checkpoint that was written here before.
 
     Raises:
-        InputError: another suffix, parameters of another model or not finite, or class names that do not match.
+        InputError: another suffix, a place where something else stands or that cannot be written, parameters of
+            another model or not finite, or class names that do not match.
     """
     path = Path(path)
     description = {
@@ -391,22 +441,17 @@ def write_checkpoint(
         raise InputError(f"{path}: a checkpoint is written as NAME.safetensors or as a folder without suffix")
     tensors = to_timm(params)
     to_params(module, tensors, "params")  # what could not be read again is not written
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    require_ours(path)
+
+    def write(part: Path) -> None:
+        part.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix:
             # Not save_file: it would make a file that nobody else may read.
-            unfinished.write_bytes(safetensors.numpy.save(tensors, {METADATA: text, "format": "pt"}))
+            part.write_bytes(safetensors.numpy.save(tensors, {MARK: text, "format": "pt"}))
         else:
-            _write_orbax(unfinished, params, text)
-            if path.is_dir():
-                _kind(path)  # replaces a checkpoint of this project, never another folder
-                shutil.rmtree(path)
-        os.replace(unfinished, path)
-    finally:
-        if unfinished.is_dir():
-            shutil.rmtree(unfinished)
-        unfinished.unlink(missing_ok=True)
+            _write_orbax(part, params, text)
+
+    replace(path, write)
     return path
 
 
@@ -414,10 +459,13 @@ def _write_orbax(folder: Path, params: Mapping[str, Any], description: str) -> N
     import orbax.checkpoint as ocp
 
     folder.mkdir()
-    (folder / "description.json").write_text(description)
-    with ocp.PyTreeCheckpointer() as writer:
-        tree = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), dict(params))
-        writer.save((folder / "params").resolve(), tree)
+    (folder / "description.json").write_text(description, encoding="utf-8")
+    tree = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), dict(params))
+    try:
+        with ocp.PyTreeCheckpointer() as writer:
+            writer.save((folder / "params").resolve(), tree)
+    except (ValueError, RuntimeError) as error:  # TensorStore's, for a full disk
+        raise OSError(reason(error)) from None
 
 
 def read_description(path: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -431,12 +479,14 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     try:
         if kind == "safetensors":
             with safetensors.safe_open(path, "np") as file:
-                text = (file.metadata() or {}).get(METADATA)
+                text = (file.metadata() or {}).get(MARK)
         elif kind == "orbax":
-            text = (path / "description.json").read_text()
+            return _checked_description(read_json(path / "description.json", LARGEST_DESCRIPTION), path)
         if text is None:
             return None
         description = json.loads(text) if len(text) <= LARGEST_DESCRIPTION else None
+    except InputError:
+        raise
     except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
         raise _damaged(path, error) from None
     return _checked_description(description, path)
@@ -493,10 +543,9 @@ def download(name: str) -> tuple[Path, Config, Preprocessing, list[str] | None]:
         try:
             paths.append(Path(huggingface_hub.hf_hub_download(repository, file, revision=revision or None)))
         except Exception as error:  # the client lets errors of several network libraries through
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise InputError(f"{file} of {name} could not be downloaded ({reason[0][:200]})") from None
+            raise InputError(f"{file} of {name} could not be downloaded ({reason(error)})") from None
     try:
-        card = json.loads(paths[0].read_text())
+        card = json.loads(read_text(paths[0]))
         base, pretrained = card["architecture"], card["pretrained_cfg"]
         overrides = dict(card.get("model_args") or {})
         if "num_classes" in card:
@@ -510,7 +559,7 @@ def download(name: str) -> tuple[Path, Config, Preprocessing, list[str] | None]:
         preprocessing = Preprocessing.from_dict({**preprocessing.to_dict(), **fields, "size": list(size)})
     except InputError as error:
         raise InputError(f"config.json of {name}: {error}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"config.json of {name} is not a timm model's ({type(error).__name__}: {error})") from None
     labels = card.get("label_names")
     return paths[1], config, preprocessing, list(map(str, labels)) if isinstance(labels, list) else None
