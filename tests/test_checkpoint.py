@@ -1,8 +1,12 @@
 """Weights read from every layout agree with timm; damaged and hostile files end in one sentence."""
 
+import contextlib
+import io
 import json
 import os
 import pickle
+import random
+import shutil
 import struct
 import zipfile
 from pathlib import Path
@@ -270,7 +274,17 @@ def header_only(length, text=b"{}"):
     return struct.pack("<Q", length) + text
 
 
+def npz(descr, shape):
+    """An archive of one array that is only a header."""
+    member, packed = io.BytesIO(), io.BytesIO()
+    np.lib.format.write_array_header_1_0(member, {"descr": descr, "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("embedding/kernel.npy", member.getvalue())
+    return packed.getvalue()
+
+
 def damaged_files():
+    deep = header_only(10**6 + 5, b'{"a":' + b"[" * 10**6)
     whole = (GOLDENS / "plain.safetensors").read_bytes()
     zipped = (GOLDENS / "google.npz").read_bytes()
     overlap = json.dumps({"a": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 8]}}).encode()
@@ -289,6 +303,13 @@ def damaged_files():
         "pointer.bin": (b"version https://git-lfs.github.com/spec/v1\n", "is not a checkpoint"),
         "cut.npz": (zipped[: len(zipped) // 2], "damaged or incomplete"),
         "flipped.npz": (zipped[:5000] + bytes(2000) + zipped[7000:], "damaged or incomplete|not a checkpoint"),
+        "deep.safetensors": (deep, "damaged or incomplete"),
+        "twice.safetensors": (whole.replace(b'"norm.bias"', b'"head.bias"'), "damaged or incomplete"),
+        "long.npz": (npz("<f4", (10**12,)), "damaged or incomplete .*shorter than it says"),
+        "longer.npz": (npz("<f4", (0, 10**30)), "not a checkpoint|damaged"),
+        "empty_type.npz": (npz("|S0", (10**12,)), "refused as unsafe"),
+        "negative.npz": (npz("<f4", (-1,)), "damaged or incomplete"),
+        "structure.npz": (npz([("a", "<f4")], (1,)), "does not fit|damaged or incomplete"),
         "photo.pth": (b"\xff\xd8\xff\xe0 JFIF", "is not a checkpoint"),
     }
 
@@ -302,6 +323,51 @@ def test_damaged_file_is_named(name, plain, tmp_path):
         read_checkpoint(plain[0], path)
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"pos_embed": (2, 17, 24)}, r"pos_embed \[2, 17, 24\] in place of \[1, 17, 24\]"),
+        ({"pos_embed": (1, 5, 20)}, r"pos_embed \[1, 5, 20\] in place of"),
+        ({"pos_embed": (1,)}, r"pos_embed \[1\] in place of"),
+        ({"head.bias": (0,)}, r"head\.bias \[0\] in place of \[5\]"),
+        ({"register_tokens": (1, 4, 24), "pos_embed": (3,)}, r"unexpected: register_tokens"),
+        ({"register_tokens": (1, 4, 24), "cls_token": (1, 1, 3)}, r"unexpected: register_tokens"),
+    ],
+)
+def test_other_shapes_are_named(changes, words, plain, tmp_path):
+    tensors = {**to_timm(plain[1]), **{name: np.zeros(shape, np.float32) for name, shape in changes.items()}}
+    with pytest.raises(InputError, match=words):
+        read_checkpoint(plain[0], save(tmp_path / "model.safetensors", tensors))
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "BOOL", "I64", "C64"])
+def test_other_types_are_named(dtype, plain, tmp_path):
+    """Those that are no floating-point numbers, and those that NumPy lacks; float8 is read where it knows it."""
+    path = save(tmp_path / "model.safetensors", {**to_timm(plain[1]), "head.bias": np.zeros(5, np.float32)})
+    content = path.read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + length])
+    size = {"F8_E4M3": 1, "BOOL": 1, "I64": 8, "C64": 8}[dtype]
+    end = max(entry["data_offsets"][1] for entry in header.values())
+    header["mask_of_own"] = {"dtype": dtype, "shape": [5], "data_offsets": [end, end + 5 * size]}
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :] + bytes(5 * size))
+    with pytest.raises(InputError, match=r"model\.safetensors (is damaged|does not fit)"):
+        read_checkpoint(plain[0], path)
+
+
+def test_values_beyond_float32(plain, tmp_path):
+    tensors = to_timm(plain[1]) | {"head.bias": np.full(5, 1e300)}
+    with pytest.raises(InputError, match=r"'head\.bias' holds values that are not finite"):
+        read_checkpoint(plain[0], save(tmp_path / "model.safetensors", tensors))
+
+
+def test_more_than_the_memory(plain, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sysconf", lambda _: 100)
+    with pytest.raises(InputError, match="more than the memory"):
+        read_tensors(GOLDENS / "plain.safetensors")
 
 
 def test_missing_file_and_wrong_folder(plain, tmp_path):
@@ -321,6 +387,67 @@ def test_damaged_orbax_folder(plain, tmp_path):
             file.write_bytes(b"")
     with pytest.raises(InputError, match="damaged or incomplete"):
         read_checkpoint(plain[0], path)
+
+
+ONES = np.ones(3, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ({"head": [ONES]}, "'head' is no parameter of a ViT"),
+        ([ONES], "damaged or incomplete"),
+        ({"head": {"bias": None}, "x": ONES}, r"'head\.bias' is no parameter of a ViT"),
+        ({"head": {"bias": "text"}, "x": ONES}, r"'head\.bias' is no parameter of a ViT"),
+        ({"head": {"bias": ONES.astype(np.int32)}}, r"'head\.bias' is no parameter of a ViT"),
+        ({"blocks": {"a": np.float32(1) + np.zeros((), np.float32)}}, r"'blocks\.a' is no parameter of a ViT"),
+        ({"blocks": {"a": np.ones((1000, 1), np.float32)}}, r"'blocks\.a' is no parameter of a ViT"),
+        ({"patch_embed": {"kernel": ONES}}, "damaged or incomplete"),
+        ({"a": {"b": {"c": {"d": {"e": ONES}}}}}, r"unexpected: a\.b\.c\.d\.e"),
+        ({"head": {"kernel": np.zeros((4000, 4000), np.float32)}}, "refused as unsafe"),
+    ],
+)
+def test_orbax_trees_of_other_shapes(tree, words, plain, tmp_path):
+    import orbax.checkpoint as ocp
+
+    path = write_checkpoint(tmp_path / "model", *plain, SMALL)
+    shutil.rmtree(path / "params")
+    with ocp.PyTreeCheckpointer() as writer:
+        writer.save(path / "params", tree)
+    with pytest.raises(InputError, match=words):
+        read_checkpoint(plain[0], path)
+
+
+def test_pipes_and_files_of_others_in_an_orbax_folder(plain, tmp_path):
+    path = write_checkpoint(tmp_path / "model", *plain, SMALL)
+    (path / "params/notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="was not written by this program"):
+        write_checkpoint(path, *plain, SMALL)
+    assert (path / "params/notes.txt").read_text() == "mine"
+    for name, words in (("params/_METADATA", "is no regular file"), ("description.json", "without description")):
+        (path / name).unlink()
+        os.mkfifo(path / name)
+        with pytest.raises(InputError, match=words):
+            read_checkpoint(plain[0], path)
+
+
+# TensorStore's threads come too late to a loop that has ended with the error.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("name", ["model.safetensors", "model"])
+def test_a_full_disk(name, plain, tmp_path):
+    """The limit of a file's size stands in for it. What was there stays, nothing half-written is left."""
+    resource = pytest.importorskip("resource")
+    path = write_checkpoint(tmp_path / name, *plain, SMALL)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(InputError, match=rf"{name} cannot be written: File too large$"):
+            write_checkpoint(path, *plain, SMALL, list("abcde"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert equal(read_checkpoint(plain[0], path), plain[1])
 
 
 def test_npz_with_objects_runs_nothing(plain, tmp_path):
@@ -394,6 +521,42 @@ def test_malicious_torch_file_runs_nothing(plain, tmp_path):
         read_checkpoint(plain[0], path)
 
 
+def test_torch_tensors_of_all_kinds(plain, tmp_path):
+    """Those that are views of few numbers, or none at all, among them."""
+    torch = pytest.importorskip("torch")
+    tensors = {name: torch.from_numpy(t) for name, t in to_timm(plain[1]).items()}
+    path = tmp_path / "model.pth"
+    for bias, words in (
+        (torch.zeros(5).to_sparse(), "is not a plain tensor"),
+        (torch.zeros(5, device="meta"), "is not a plain tensor"),
+        (torch.zeros(1).expand(10**11), "refused as unsafe"),
+        (torch.zeros(5, dtype=torch.complex64).conj(), "complex64 in place of floating-point"),
+        (torch.zeros(5, dtype=torch.int64), "int64 in place of floating-point"),
+        (torch.tensor(1.0), r"head\.bias \[\] in place of"),
+    ):
+        torch.save({**tensors, "head.bias": bias}, path)
+        with pytest.raises(InputError, match=words):
+            read_checkpoint(plain[0], path)
+    torch.save({**tensors, "head.bias": torch.nn.Parameter(torch.zeros(5, dtype=torch.complex64).conj().imag)}, path)
+    assert not read_checkpoint(plain[0], path)["head"]["bias"].any()
+
+
+def test_damaged_torch_files(plain, tmp_path):
+    torch = pytest.importorskip("torch")
+    path, draw = tmp_path / "model.pth", random.Random(0)
+    for legacy in (False, True):
+        tensors = {name: torch.from_numpy(t) for name, t in to_timm(plain[1]).items()}
+        torch.save(tensors, path, _use_new_zipfile_serialization=not legacy)
+        whole = path.read_bytes()
+        for _ in range(50):
+            content = bytearray(whole)
+            for _ in range(4):
+                content[draw.randrange(6000)] = draw.randrange(256)
+            path.write_bytes(content[: draw.choice((len(whole), draw.randrange(len(whole))))])
+            with contextlib.suppress(InputError):
+                read_checkpoint(plain[0], path)
+
+
 def test_without_torch_the_extra_is_named(plain, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     path = tmp_path / "model.pth"
@@ -447,6 +610,9 @@ def test_download_fails_with_a_sentence(hub):
     for content, words in [
         ("[]", "is not a timm model's"),
         ("{", "is not a timm model's"),
+        ("[" * 10**5, "is not a timm model's"),
+        (json.dumps(card(model_args=[1])), "is not a timm model's"),
+        (json.dumps(card(model_args={"name": "x"})), "is not a timm model's"),
         (json.dumps(card(architecture="resnet50")), "unknown model 'resnet50'"),
         (json.dumps(card(num_classes=0)), "num_classes"),
         (json.dumps(card(pretrained_cfg={"input_size": 3})), "is not a timm model's"),

@@ -139,34 +139,18 @@ def test_files_of_others_are_never_replaced(folder, checkpoint):
     """Neither pictures nor arrays nor links; what this program wrote is replaced."""
     out = folder / "out"
     out.mkdir()
-    (out / "a.png").write_bytes((folder / "photos/c.png").read_bytes())
-    np.savez(out / "b.npz", map=np.zeros(3))
-    (out / "c.png").symlink_to(out / "a.png")
-    (out / "sheet.png").write_bytes(b"mine")
-    before = {path: (path.read_bytes(), path.is_symlink()) for path in out.iterdir()}
+    np.savez(out / "a.npz", map=np.zeros(3))
+    (out / "b.png").symlink_to(folder / "photos/a.png")
+    (out / "sheet.png").write_bytes((folder / "photos/c.png").read_bytes())
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    arguments = ("explain", "photos/a.png", "photos/b.jpg", "--checkpoint", checkpoint, "--out", "out")
     for _ in range(2):
-        run("explain", "photos", "--checkpoint", checkpoint, "--out", "out")
-        run(
-            "explain",
-            "photos",
-            "--checkpoint",
-            checkpoint,
-            "--out",
-            "out",
-            "--method",
-            "rollout,gae",
-            "--batch-size",
-            3,
-        )
-        stems = {"a-2": 4, "b-2": 2, "b": 2, "c-2": 4}  # of b.gae.npz nothing stands in the way
-        suffixes = [".gae.npz", ".rollout.npz", ".npz", ".png"]
-        names = {
-            f"{stem}{suffix}"
-            for stem, count in stems.items()
-            for suffix in suffixes[-count if stem == "b-2" else 0 :][:count]
-        }
-        assert files(out) == sorted({path.name for path in before} | names | {"sheet-2.png"})
-    assert before == {path: (path.read_bytes(), path.is_symlink()) for path in before}
+        run(*arguments)
+        run(*arguments, "--method", "tokentm,rollout", "--batch-size", 2)
+    written = {"a-2.npz", "a-2.png", "b-2.npz", "b-2.png", "sheet-2.png"}  # nothing is in the way of a.tokentm.npz
+    written |= {f"{name}.{method}.npz" for name in ("a", "b-2") for method in ("tokentm", "rollout")}
+    assert set(files(out)) == {path.name for path in before} | written
+    assert before == {path: path.read_bytes() for path in before} and (out / "b.png").is_symlink()
 
 
 def test_names_for_photos_of_any_name(tmp_path):

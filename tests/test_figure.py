@@ -56,7 +56,16 @@ def test_the_photo_keeps_its_proportions(tmp_path, aspect):
 
 
 @pytest.mark.parametrize(
-    "title", ["tabby cat 71.2%", "a very long name, " * 40, "W" * 500, "$x$ \\frac{ 50%", "猫 🐈", ""]
+    "title",
+    [
+        "tabby cat 71.2%",
+        "a very long name, " * 40,
+        "W" * 500,
+        "$x$ \\frac{ 50%",
+        "猫 🐈",
+        "",
+        "\x1b[31m\0\udcff\n\u202e",
+    ],
 )
 def test_any_title(tmp_path, title):
     figure = overlay_figure(PHOTO, np.eye(4), title, subtitle=title)

@@ -6,12 +6,14 @@ check exists once. Files are untrusted: nothing in them is executed, and every f
 
 import functools
 import json
+import logging
 import math
 import os
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -314,6 +316,17 @@ def _read_torch(path: Path) -> Tensors:
     return read
 
 
+@contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Orbax logs, with a traceback, every error that it also raises."""
+    logger = logging.getLogger("absl")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
 def _read_orbax(path: Path) -> Tensors:
     import orbax.checkpoint as ocp
 
@@ -323,7 +336,7 @@ def _read_orbax(path: Path) -> Tensors:
             raise InputError(f"checkpoint {path}: {file} is no regular file")
         stored += file.stat().st_size
     try:
-        with ocp.PyTreeCheckpointer() as reader:
+        with _quiet_orbax(), ocp.PyTreeCheckpointer() as reader:
             folder = (path / "params").resolve()
             found = reader.metadata(folder).item_metadata
             if found is None:
@@ -462,10 +475,11 @@ def _write_orbax(folder: Path, params: Mapping[str, Any], description: str) -> N
     (folder / "description.json").write_text(description, encoding="utf-8")
     tree = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), dict(params))
     try:
-        with ocp.PyTreeCheckpointer() as writer:
+        with _quiet_orbax(), ocp.PyTreeCheckpointer() as writer:
             writer.save((folder / "params").resolve(), tree)
     except (ValueError, RuntimeError) as error:  # TensorStore's, for a full disk
-        raise OSError(reason(error)) from None
+        cause = re.search(r"([^:]+) \[os_error_code", str(error))
+        raise OSError(cause[1].strip() if cause else reason(error)) from None
 
 
 def read_description(path: str | os.PathLike[str]) -> dict[str, Any] | None:
