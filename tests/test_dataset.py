@@ -175,7 +175,7 @@ def test_only_the_same_job_goes_on(whole, vit, source, folder, tmp_path):
     other = dataclasses.replace(vit, params=jax.tree.map(lambda a: a * 1.5, vit.params))
     for what, model, data in (
         ("the model tiny", other, source),
-        ("the data set", vit, dataclasses.replace(source, identity="other")),
+        ("the data set", vit, dataclasses.replace(source, identify=lambda: "other")),
         (r"the examples 10 \(.*\), and this command has 4", vit, open_source(folder, limit=4)),
     ):
         with pytest.raises(InputError, match=f"holds maps of {what}.*choose another --out"):

@@ -16,7 +16,7 @@ LAYERS = [  # a module may import from layers above it in this list, and from it
     {"methods"},
     {"interface", "architectures"},
     {"checkpoint"},
-    {"loading", "photos", "figure", "data", "sources"},
+    {"loading", "photos", "figure", "data", "sources", "labels"},
     {"train", "tasks"},
     {"records", "store"},
     {"report"},

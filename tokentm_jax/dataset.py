@@ -18,8 +18,9 @@ import numpy as np
 from jax import Array
 
 from tokentm_jax.errors import InputError, suggest
-from tokentm_jax.evaluate import architecture_of, model_identity, translation, unit, versions
+from tokentm_jax.evaluate import architecture_of, model_identity, unit, versions
 from tokentm_jax.interface import explain_fn
+from tokentm_jax.labels import read_label_map, translation
 from tokentm_jax.loading import LoadedViT
 from tokentm_jax.methods import METHODS
 from tokentm_jax.preprocessing import Preprocessing
@@ -44,6 +45,8 @@ class DatasetConfig:
       profile: how images are prepared: "default" (as the model says) or "reference" (squashed, bilinear).
       batch_size: examples computed at a time, on one device.
       chunk_size: examples written at a time, a multiple of the batch size; None: 256 or a little more.
+      label_map: the model's class (name, wnid or number) of classes that the data set names otherwise, or the file of
+        such a map, see `tokentm_jax.labels.read_label_map`.
     """
 
     methods: Sequence[str] = ("tokentm",)
@@ -53,6 +56,7 @@ class DatasetConfig:
     profile: str = "default"
     batch_size: int = 32
     chunk_size: int | None = None
+    label_map: Mapping[str, str | int] | str | None = None
 
     @property
     def chunk(self) -> int:
@@ -94,6 +98,7 @@ def explain_dataset(
       InputError: a config, model and data set that do not go together, a store of something else, a full disk.
     """
     check(config, source)
+    config = dataclasses.replace(config, label_map=read_label_map(config.label_map))
     translate = _translation(config, vit, source)
     arrays = layout(config, vit, source)  # compiles nothing, but finds a method that the model does not fit
     store = Store(out, provenance(config, vit, source), arrays)
@@ -191,9 +196,9 @@ def provenance(config: DatasetConfig, vit: LoadedViT, source: Source) -> dict[st
 def _translation(config: DatasetConfig, vit: LoadedViT, source: Source) -> Callable[[np.ndarray], np.ndarray]:
     """From the source's classes to the model's; -1 for what the model does not know."""
     try:
-        table = translation(vit, source)
+        table = translation(vit, source, config.label_map)
     except InputError:
-        if config.target == "label":
+        if config.target == "label" or config.label_map is not None:
             raise
         return lambda labels: np.full_like(labels, -1)
 

@@ -17,6 +17,7 @@ from jax import Array
 from tokentm_jax import metrics
 from tokentm_jax.errors import InputError
 from tokentm_jax.interface import explain_fn
+from tokentm_jax.labels import read_label_map, translation
 from tokentm_jax.loading import LoadedViT, predict
 from tokentm_jax.maps import to_pixels
 from tokentm_jax.preprocessing import Preprocessing
@@ -159,6 +160,7 @@ def evaluate(
       InputError: a config, data set, model and maps that do not go together, another evaluation in `out`, a full disk.
     """
     check(config)
+    config = dataclasses.replace(config, label_map=read_label_map(config.label_map))
     if RANDOM not in [row.method for row in config.rows]:
         config = dataclasses.replace(config, rows=(*config.rows, Row(RANDOM, RANDOM)))
     task = TASKS[config.task]
@@ -167,7 +169,7 @@ def evaluate(
     for row in config.rows:
         if row.random_blocks is not None and not 0 <= row.random_blocks <= vit.module.depth:
             raise InputError(f"random_blocks of {row.name!r} must be from 0 to {vit.module.depth} for {vit.name}")
-    translate = translation(vit, source)
+    translate = translation(vit, source, config.label_map)
     run = describe(config, vit, source)
     if maps is not None:
         run["maps"] = _check_maps(maps, run)
@@ -221,18 +223,6 @@ def evaluate(
     replace(out / "results.md", lambda path: path.write_text(markdown(results), encoding="utf-8"))
     replace(out / "curves.png", lambda path: draw(config, clean, records, keys, path))
     return results
-
-
-def translation(vit: LoadedViT, source: Source) -> np.ndarray | None:
-    """The model's class of each of the source's classes, by name; None where the numbers are the model's."""
-    names, classes = source.class_names, vit.module.num_classes
-    if names is None or names == vit.class_names:
-        return None
-    if vit.class_names is not None and set(names) <= set(vit.class_names):
-        return np.array([vit.class_names.index(name) for name in names], np.int32)
-    if len(names) != classes:
-        raise InputError(f"{source.name} has {len(names)} classes, {vit.name} has {classes} and not all of the names")
-    return None
 
 
 def _predictions(

@@ -90,6 +90,8 @@ class EvaluateConfig:
       options: of the task, such as `{"fill": "blur"}` for "insertion".
       paper: published figures by (row, metric), shown beside one's own.
       limit: so many examples, drawn by `seed`.
+      label_map: the model's class (name, wnid or number) of classes that the data set names otherwise, or the file of
+        such a map, see `tokentm_jax.labels.read_label_map`.
     """
 
     name: str
@@ -104,6 +106,7 @@ class EvaluateConfig:
     batch_size: int = 16
     limit: int | None = None
     seed: int = 0
+    label_map: Mapping[str, str | int] | str | None = None
 
 
 def check(config: EvaluateConfig) -> None:

@@ -254,11 +254,13 @@ def train(config: TrainConfig, module: ViT, data: Data, test: Data, out: Path, l
     if per_epoch == 0:
         raise InputError(f"{config.train_data}: {len(data.labels)} images do not fill a batch of {config.batch_size}")
     for name, names in ((config.train_data, data.class_names), (config.test_data, test.class_names)):
-        if names != data.class_names or len(names) != module.num_classes:
+        if set(names) != set(data.class_names) or len(names) != module.num_classes:
             raise InputError(
                 f"{name}: expected the {module.num_classes} classes of the model and of the training data, "
                 f"found {len(names)}: {', '.join(names[:5])} ..."
             )
+    place = np.array([data.class_names.index(name) for name in test.class_names], np.int32)
+    test = test._replace(labels=place[test.labels], class_names=data.class_names)  # by name, whatever their order
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     identity = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode()).hexdigest()
