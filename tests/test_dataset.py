@@ -21,12 +21,12 @@ import tokentm_jax as tm
 from tokentm_jax.cli.main import main
 from tokentm_jax.data.sources import batches, open_source
 from tokentm_jax.errors import InputError
+from tokentm_jax.identity import describe_model
 from tokentm_jax.metrics.tasks import EvaluateConfig, rows
 from tokentm_jax.models.checkpoint import write_checkpoint
 from tokentm_jax.runs import dataset as job
 from tokentm_jax.runs import evaluate as evaluation
 from tokentm_jax.runs.dataset import DatasetConfig, explain_dataset
-from tokentm_jax.runs.identity import describe_model
 from tokentm_jax.runs.store import Store, decode, encode, open_maps, scaled
 
 COUNT = 10  # with one that is damaged

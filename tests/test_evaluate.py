@@ -19,6 +19,7 @@ from PIL import Image
 from tokentm_jax.cli.main import main
 from tokentm_jax.data.sources import batches, open_source
 from tokentm_jax.errors import InputError
+from tokentm_jax.identity import claimed
 from tokentm_jax.maths.maps import to_pixels
 from tokentm_jax.methods.explain import explain_fn
 from tokentm_jax.metrics import metrics
@@ -27,7 +28,6 @@ from tokentm_jax.models.checkpoint import write_checkpoint
 from tokentm_jax.runs import evaluate as evaluation
 from tokentm_jax.runs import records as records_module
 from tokentm_jax.runs.evaluate import evaluate
-from tokentm_jax.runs.identity import claimed
 from tokentm_jax.runs.report import compare
 from tokentm_jax.validation import lists_of
 
@@ -332,7 +332,7 @@ def test_nobody_else_s_files_and_no_other_run(config, vit, folder, whole, tmp_pa
     refused("was made with task perturbation, and this command has saco", task="saco")
     refused("was made with profile default", profile="reference")
     with monkeypatch.context() as patch:
-        patch.setattr("tokentm_jax.runs.identity.version_of", lambda package: "9.9")
+        patch.setattr("tokentm_jax.identity.version_of", lambda package: "9.9")
         refused("was made with versions .* has .*9.9")
     with monkeypatch.context() as patch:
         patch.setattr(jax, "local_devices", lambda: [SimpleNamespace(device_kind="abacus")])

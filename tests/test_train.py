@@ -60,8 +60,9 @@ def data():
 def whole(data, tmp_path_factory):
     """(folder, lines, accuracy) of an uninterrupted run."""
     folder, lines = tmp_path_factory.mktemp("whole"), []
+    test = data._replace(labels=1 - data.labels, class_names=data.class_names[::-1])  # classes go by name
     with jax.numpy_dtype_promotion("standard"):
-        return folder, lines, train(CONFIG, ViT(**MODEL), data, data, folder, lines.append)
+        return folder, lines, train(CONFIG, ViT(**MODEL), data, test, folder, lines.append)
 
 
 def test_learns_and_ships_a_file_that_loads(data, whole):
@@ -103,7 +104,7 @@ def test_a_stopped_run_resumes_to_the_same_numbers(data, whole, tmp_path, monkey
     fewer = data._replace(images=data.images[:40], labels=data.labels[:40])
     refused("was made with train_data toy, 80 images .* this command has toy, 40 images", train_data=fewer)
     with monkeypatch.context() as patch:
-        patch.setattr("tokentm_jax.runs.identity.version_of", lambda package: f"another {package}")
+        patch.setattr("tokentm_jax.identity.version_of", lambda package: f"another {package}")
         refused("was made with versions")
 
     def full(*_, **__):

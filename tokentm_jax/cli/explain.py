@@ -16,7 +16,7 @@ from rich.text import Text
 from tokentm_jax.cli.terminal import complain, console, memory_errors
 from tokentm_jax.errors import InputError, printable
 from tokentm_jax.files import ours, replace
-from tokentm_jax.runs.identity import version_of
+from tokentm_jax.identity import version_of
 
 if TYPE_CHECKING:
     import numpy as np

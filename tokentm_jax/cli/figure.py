@@ -15,7 +15,7 @@ from PIL import Image
 
 from tokentm_jax.errors import printable
 from tokentm_jax.files import MARK, replace
-from tokentm_jax.runs.identity import version_of
+from tokentm_jax.identity import version_of
 
 DPI = 130
 INK, GREY = "#1c1c1c", "#666666"

@@ -378,7 +378,7 @@ def train(
         data, test = load_dataset(config.train_data, limit), load_dataset(config.test_data, limit)
     for warning in caught:
         click.echo(f"Warning: {printable(warning.message)}", err=True)
-    if data.class_names != test.class_names:
+    if set(data.class_names) != set(test.class_names):
         raise InputError(f"{config.train_data} and {config.test_data} have different classes")
     if len(data.class_names) != module.num_classes:
         expected = f"the recipe's model has {module.num_classes} classes"
@@ -435,6 +435,7 @@ def _read_recipe(path: Path, kind: type) -> Any:
 @click.option("--limit", type=click.IntRange(1), help="So many images, spread evenly over the data set.")
 @click.option("--batch-size", type=click.IntRange(1, 4096), default=32, show_default=True, help="Per device.")
 @click.option("--chunk-size", type=click.IntRange(1), help="Images written together; default: 256 or a little more.")
+@click.option("--label-map", metavar="FILE", help="JSON or CSV: the data set's name of a class, the model's class.")
 @click.option("--retry-skipped", is_flag=True, help="Compute chunks again that have skipped images.")
 @click.option("--coordinator", metavar="HOST:PORT", help="Of several processes; 'auto' under Slurm, MPI or on a TPU.")
 @click.option("--processes", type=click.IntRange(1), help="How many there are, with --coordinator HOST:PORT.")
@@ -529,6 +530,7 @@ def _join(coordinator: str | None, processes: int | None, process: int | None) -
 @click.option("--methods", help="Rows of the recipe or other methods, as a,b,c.")
 @click.option("--limit", type=click.IntRange(1), help="So many images, drawn by the recipe's seed.")
 @click.option("--batch-size", type=click.IntRange(1, 4096), help="In place of the recipe's.")
+@click.option("--label-map", type=TEXT, metavar="FILE", help="JSON or CSV: the data set's class name, the model's.")
 @click.option("--maps", type=TEXT, help="Store of `tokentm dataset` to take maps from; others are computed.")
 @click.option("--out", type=PATH, help="Folder; default: runs/<name of the recipe>.")
 def evaluate(
@@ -539,6 +541,7 @@ def evaluate(
     methods: str | None,
     limit: int | None,
     batch_size: int | None,
+    label_map: str | None,
     maps: str | None,
     out: Path | None,
 ) -> None:
@@ -562,7 +565,7 @@ def evaluate(
         config = dataclasses.replace(
             config, model=model or config.model, checkpoint=None if checkpoint is None else str(checkpoint)
         )
-    given = {"data": data, "limit": limit, "batch_size": batch_size}
+    given = {"data": data, "limit": limit, "batch_size": batch_size, "label_map": label_map}
     config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
     if methods is not None:
         config = select(config, [name.strip() for name in methods.split(",")])

@@ -1,26 +1,37 @@
-"""Where evaluations read their examples: data sets of any size, decoded one by one and ahead of the device."""
+"""Where examples come from: data sets of any size, read in one way, decoded one by one and ahead of the device."""
 
-import csv
 import dataclasses
-import hashlib
+import functools
+import math
+import os
+import threading
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+from annotated_types import Ge
 from PIL import Image
 
-from tokentm_jax.data.arrays import is_image, open_tfds, read_entry, rgb, spread
-from tokentm_jax.data.photos import SUFFIXES, fit, open_photo
+from tokentm_jax.data import photos
+from tokentm_jax.data.labels import csv_rows, number
+from tokentm_jax.data.photos import PIXEL, SUFFIXES, check_size, decode, decoding, fit, open_photo
 from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.errors import InputError, suggest
+from tokentm_jax.files import opened, read_text, reason
+from tokentm_jax.identity import digest, digest_files
+from tokentm_jax.validation import checked
 
 PROFILES = ("default", "reference")
 WORKERS = 4  # threads that decode; the decoders leave Python's lock
 AHEAD = 2  # batches decoded before they are asked for
+MAX_ENTRY = 64 * 2**20  # bytes of one image inside a zip or another file
+MAX_RECORDS = 10**7  # of a .mat file
+LARGEST_LABEL = 2**31 - 1
 
 
 class Example(NamedTuple):
@@ -36,16 +47,23 @@ class Example(NamedTuple):
 class Source:
     """Examples in a fixed order. `source[i]` reads and decodes one; InputError when it cannot be read.
 
-    `identity` tells the whole data set from others, whatever part of it is chosen; `keys` are unique names.
+    `keys` are unique names. `identify` is what computes `identity`, and is kept when a part is chosen. `named` is
+    false where `class_names` are no more than the numbers of the classes.
     """
 
     name: str
-    identity: str
+    identify: Callable[[], str]
     keys: tuple[str, ...]
     read: Callable[[str], Example]
     class_names: tuple[str, ...] | None = None
     labelled: bool = True
     masked: bool = False
+    named: bool = True
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """A hash of the content of the whole data set, whatever part of it is chosen. It takes time: all is read."""
+        return self.identify()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -58,28 +76,28 @@ def open_source(spec: str | Path, *, limit: int | None = None, seed: int | None 
     """Open a data set without reading its images.
 
     Args:
-      spec: a folder or zip of class folders (`cat/1.jpg` or `train/cat/1.jpg`; classes in the order of their names),
-        a folder with `labels.csv` (columns `file` and `class_index`), a `.mat` file laid out as
-        ImageNet-Segmentation's `gtsegs_ijcv.mat`, or "tfds:NAME:SPLIT" for a prepared TensorFlow data set.
+      spec: a folder or zip of class folders (`cat/1.jpg` or `train/cat/1.jpg`; classes in the order of their names;
+        links to folders are not followed), a folder with `labels.csv` (columns `file` and `class_index`), a `.mat`
+        file laid out as ImageNet-Segmentation's `gtsegs_ijcv.mat`, or "tfds:NAME:SPLIT" for a prepared TensorFlow
+        data set. A zip is never extracted: its entries are read in memory, so their names can do no harm.
       limit: take so many examples.
       seed: choose them at random, so that a larger limit only adds examples; None: spread evenly over the set.
 
     Raises:
       InputError: nothing there, another layout, no examples, tfds or h5py missing, a data set that is not prepared.
     """
-    if limit is not None and limit < 1:
-        raise InputError(f"the limit must be at least 1 image, got {limit}")
+    checked("the limit", Annotated[int | None, Ge(1)], limit)
+    checked("the seed", Annotated[int | None, Ge(0)], seed)
     path = Path(spec)
+    if not str(spec):
+        raise InputError("the name of the data set is empty")
     if str(spec).startswith("tfds:"):
         source = _tfds(str(spec))
-    elif path.is_dir():
-        source = _listed(path) if (path / "labels.csv").is_file() else _folder(path)
-    elif path.suffix.lower() == ".mat" and path.is_file():
-        source = _segmentation(path)
-    elif path.is_file():
-        source = _zip(path)
+    elif os.path.isdir(path):
+        source = _listed(path) if os.path.lexists(path / "labels.csv") else _folder(path)
     else:
-        raise InputError(f"the data set {path} does not exist")
+        with opened(path, "the data set"):  # tells what is missing or no regular file
+            source = _segmentation(path) if path.suffix.lower() == ".mat" else _zip(path)
     if not source.keys:
         raise InputError(f"{source.name} holds no examples")
     keys = source.keys
@@ -88,57 +106,120 @@ def open_source(spec: str | Path, *, limit: int | None = None, seed: int | None 
     return dataclasses.replace(source, keys=tuple(spread(keys, limit)))
 
 
-def _identity(*parts: Any) -> str:
-    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
+def spread(items: Sequence[str], limit: int | None) -> Sequence[str]:
+    """`limit` of the items, evenly spaced, or all."""
+    if limit is None or limit >= len(items):
+        return items
+    return [items[i * len(items) // limit] for i in range(limit)]
 
 
-def _in_classes(name: str, names: Sequence[str], identity: str, read: Callable[[str], Image.Image]) -> Source:
-    """A source whose images are named "…/class/image"."""
-    labels = {n: PurePosixPath(n).parent.name for n in sorted(names) if is_image(n)}
+def _in_classes(
+    name: str, names: Sequence[str], identify: Callable[[list[str]], str], read: Callable[[str], Image.Image]
+) -> Source:
+    """A source whose images are named "…/class/image". `identify` is given the names of the images."""
+    labels = {n: PurePosixPath(n).parent.name for n in sorted(names) if _is_image(n)}
     labels = {n: label for n, label in labels.items() if label not in ("", "..")}
     if not labels:
         raise InputError(f"{name} holds no images in class folders")
     classes = tuple(sorted(set(labels.values())))
     index = {label: i for i, label in enumerate(classes)}
-    return Source(name, identity, tuple(labels), lambda key: Example(key, read(key), index[labels[key]]), classes)
+    keys = tuple(labels)
+    return Source(
+        name,
+        functools.cache(lambda: identify(list(keys))),
+        keys,
+        lambda key: Example(key, read(key), index[labels[key]]),
+        classes,
+    )
+
+
+def _is_image(name: str) -> bool:
+    path = PurePosixPath(name)
+    hidden = any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in path.parts)
+    return path.suffix.lower() in SUFFIXES and not hidden
 
 
 def _folder(path: Path) -> Source:
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    names = [p.relative_to(path).as_posix() for p in files]
-    identity = _identity(*(f"{n} {p.stat().st_size}" for n, p in zip(names, files, strict=True)))
-    return _in_classes(f"the folder {path}", names, identity, lambda key: open_photo(path / key))
+    def refuse(error: OSError) -> None:  # images of a folder that is left out would be missed silently
+        raise InputError(f"{error.filename} cannot be read: {reason(error)}")
+
+    names = [
+        (Path(folder) / file).relative_to(path).as_posix()
+        for folder, _, files in os.walk(path, onerror=refuse)
+        for file in files
+    ]
+
+    def identify(names: list[str]) -> str:
+        return digest(names, digest_files([path / name for name in names]))
+
+    return _in_classes(f"the folder {path}", names, identify, lambda key: open_photo(path / key))
 
 
 def _zip(path: Path) -> Source:
     try:
         archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError):
+    except (NotImplementedError, UnicodeDecodeError) as error:  # of a newer version; a name that is not UTF-8
+        raise InputError(f"the zip file {path} cannot be read: {reason(error)}") from None
+    except Exception:  # what zipfile raises for a damaged file has no common type
         raise InputError(f"{path} is no folder, zip of class folders, .mat file or tfds:NAME:SPLIT") from None
     entries = [info for info in archive.infolist() if not info.is_dir()]
-    identity = _identity(*sorted(f"{info.filename} {info.CRC}" for info in entries))
+
+    def identify(_: list[str]) -> str:  # zipfile compares the checksum of all that it reads
+        return digest(sorted((info.filename, info.file_size, info.CRC) for info in entries))
+
     names = [info.filename for info in entries]
-    return _in_classes(f"the zip file {path}", names, identity, lambda key: read_entry(archive, key))
+    return _in_classes(f"the zip file {path}", names, identify, lambda key: _read_entry(archive, key))
+
+
+def _read_entry(archive: zipfile.ZipFile, name: str) -> Image.Image:
+    """One image of a zip; the size that the zip's directory states is not trusted."""
+    try:
+        info = archive.getinfo(name)
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile does not bound the others
+            raise InputError(f"{name} of the zip file is neither stored nor deflated")
+        with archive.open(info) as entry:
+            content = entry.read(MAX_ENTRY + 1)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{name} cannot be read from the zip file: {reason(error)}") from None
+    return _decode_entry(content, name)
+
+
+def _decode_entry(content: bytes, name: str) -> Image.Image:
+    if len(content) > MAX_ENTRY:
+        raise InputError(f"{name} is larger than {MAX_ENTRY >> 20} MiB")
+    return decode(BytesIO(content), name)
 
 
 def _listed(path: Path) -> Source:
     """A folder whose `labels.csv` names the files."""
     table = path / "labels.csv"
-    try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-        labels = {row["file"]: int(row["class_index"]) for row in rows}
-    except OSError as error:
-        raise InputError(f"{table} cannot be read: {error.strerror}") from None
-    except (KeyError, TypeError, ValueError, csv.Error):
-        raise InputError(f"{table} must be a CSV file with the columns 'file' and 'class_index' (a number)") from None
-    for name in labels:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise InputError(f"{table}: {name!r} leaves the folder")
-    sizes = {name: (path / name).stat().st_size if (path / name).is_file() else None for name in labels}
-    identity = _identity(*(f"{name} {labels[name]} {size}" for name, size in sorted(sizes.items())))
+    rows = csv_rows(read_text(table), str(table))
+    wanted = f"{table} must be a CSV file with the columns 'file' and 'class_index' (a number)"
+    _, header = next(rows, (0, []))
+    if not {"file", "class_index"} <= set(header):
+        raise InputError(f"{wanted}, it has {', '.join(header)[:200] or 'nothing'}")
+    labels: dict[str, int] = {}
+    known: dict[PurePosixPath, int] = {}
+    for line, row in rows:
+        fields = dict(zip(header, row, strict=False))
+        label = number(fields.get("class_index", "").strip())
+        if len(row) != len(header) or label is None or not 0 <= label <= LARGEST_LABEL:
+            raise InputError(f"{wanted}: line {line} has {','.join(row)[:200]!r}")
+        name = PurePosixPath(fields["file"])
+        if name.is_absolute() or ".." in name.parts:
+            raise InputError(f"{table}: line {line}: {fields['file']!r} leaves the folder")
+        if known.setdefault(name, label) != label:
+            raise InputError(f"{table}: line {line} gives {fields['file']!r} the class {label}, it was {known[name]}")
+        labels[fields["file"]] = label
+
+    def identify() -> str:
+        names = sorted(labels)
+        return digest([(name, labels[name]) for name in names], digest_files([path / name for name in names]))
+
     read = lambda key: Example(key, open_photo(path / key), labels[key])  # noqa: E731
-    return Source(f"the folder {path}", identity, tuple(labels), read)
+    return Source(f"the folder {path}", functools.cache(identify), tuple(labels), read)
 
 
 def _segmentation(path: Path) -> Source:
@@ -147,53 +228,131 @@ def _segmentation(path: Path) -> Source:
         import h5py
     except ImportError:
         raise InputError(f"{path} needs the optional packages: pip install 'tokentm_jax[data]'") from None
-    layout = InputError(f"{path} is not laid out like gtsegs_ijcv.mat (HDF5 with references in value/img, value/gt)")
+
+    def is_reference(dataset: Any) -> bool:
+        return h5py.check_ref_dtype(dataset.dtype) is h5py.Reference
+
+    def inside(parent: Any, name: str) -> Any:
+        if not isinstance(parent.get(name, getlink=True), h5py.HardLink):  # others can lead to any file
+            raise InputError(f"{name} is a link")
+        return parent[name]
+
+    def values(dataset: Any, most: int) -> Any:
+        """The dataset, if its values are in this file, and no more than `most`; none has been read."""
+        if not isinstance(dataset, h5py.Dataset) or dataset.shape is None or not math.prod(dataset.shape):
+            raise InputError("it has no values")
+        if dataset.is_virtual or dataset.external:
+            raise InputError("its values are in another file")
+        if max(math.prod(dataset.shape), math.prod(dataset.chunks or (1,))) > most:
+            raise InputError(f"it has more than {most:,} values")
+        return dataset
+
     try:
-        file: Any = h5py.File(path)
-        images, masks = (np.asarray(file["value"][name]).ravel() for name in ("img", "gt"))
-    except (OSError, KeyError, ValueError, TypeError):
-        raise layout from None
-    if len(images) != len(masks) or images.dtype != object:
-        raise layout
+        file: Any = h5py.File(path, "r")
+        tables = [values(inside(inside(file, "value"), name), MAX_RECORDS) for name in ("img", "gt")]
+        if not all(is_reference(table) for table in tables):
+            raise InputError("value/img and value/gt must be object references")
+        images, masks = (np.asarray(table).ravel() for table in tables)
+        if len(images) != len(masks):
+            raise InputError(f"{len(images)} images and {len(masks)} masks")
+    except Exception as error:  # what h5py raises for a damaged file has no common type
+        layout = "is not laid out like gtsegs_ijcv.mat (HDF5 with references in value/img, value/gt)"
+        raise InputError(f"{path} {layout}: {reason(error)}") from None
+    lock = threading.Lock()
+
+    def read_mask(record: int) -> np.ndarray:
+        mask = values(file[masks[record]], photos.MAX_PIXELS)
+        for _ in range(2):  # a cell holds the mask, or a cell that does; one that holds itself does not end
+            if is_reference(mask):
+                mask = values(file[mask[(0,) * mask.ndim]], photos.MAX_PIXELS)
+        if mask.dtype.kind not in "buif" or mask.dtype.itemsize > 8 or mask.ndim != 2:
+            raise InputError(f"its mask {list(mask.shape)} of type {mask.dtype} is not one [W, H] of numbers")
+        decoding.take(PIXEL * mask.size)
+        found = mask[()]
+        if not np.isfinite(found).all():
+            raise InputError("its mask holds numbers that are not finite")
+        return np.ascontiguousarray(found.T > 0)
+
+    def read_pixels(record: int, mask: np.ndarray) -> Image.Image:
+        pixels = values(file[images[record]], 3 * photos.MAX_PIXELS)
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[0] != 3:
+            raise InputError("it has no image [3, W, H] of type uint8")
+        if mask.T.shape != pixels.shape[1:]:
+            raise InputError(f"image {pixels.shape[1:]} and mask {mask.T.shape} differ in size")
+        check_size(pixels.shape[1], pixels.shape[2], "its image")
+        return Image.fromarray(np.ascontiguousarray(pixels[()].transpose(2, 1, 0)))
 
     def read(key: str) -> Example:
         try:
-            pixels = np.asarray(file[images[int(key)]])
-            mask = file[masks[int(key)]]
-            while mask.dtype == object:
-                mask = file[np.asarray(mask).ravel()[0]]
-            mask = np.asarray(mask)
-        except Exception as error:  # what h5py raises for a damaged file has no common type
-            raise InputError(f"record {key} of {path} cannot be read: {error}") from None
-        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[0] != 3:
-            raise InputError(f"record {key} of {path} has no image [3, W, H] of type uint8")
-        if mask.shape != pixels.shape[1:]:
-            raise InputError(f"record {key} of {path}: image {pixels.shape[1:]} and mask {mask.shape} differ in size")
-        image = Image.fromarray(np.ascontiguousarray(pixels.transpose(2, 1, 0)))
-        return Example(key, image, None, np.ascontiguousarray(mask.T > 0))
+            with decoding.turn(), lock:
+                mask = read_mask(int(key))
+                return Example(key, read_pixels(int(key), mask), None, mask)
+        except Exception as error:
+            raise InputError(f"record {key} of {path} cannot be read: {reason(error)}") from None
 
-    size = path.stat().st_size
-    with path.open("rb") as raw:  # the whole file may have gigabytes
-        start = raw.read(2**20)
-        raw.seek(max(0, size - 2**20))
-        identity = _identity(size, hashlib.sha256(start + raw.read()).hexdigest())
     keys = tuple(f"{i:05d}" for i in range(len(images)))
-    return Source(str(path), identity, keys, read, labelled=False, masked=True)
+    identify = functools.cache(lambda: digest(digest_files([path])))
+    return Source(str(path), identify, keys, read, labelled=False, masked=True)
 
 
 def _tfds(spec: str) -> Source:
-    records, classes, version = open_tfds(spec)
+    """ "tfds:NAME:SPLIT", without TensorFlow."""
+    name, _, split = spec.removeprefix("tfds:").partition(":")
+    if not name or not split:
+        raise InputError(f"a TensorFlow data set is given as tfds:NAME:SPLIT, got {spec!r}")
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError:
+        raise InputError(f"{spec} needs the optional packages: pip install 'tokentm_jax[data]'") from None
+    command = f"tfds build {name} --file_format=array_record"
+    unprepared = InputError(f"{spec} is not prepared; run `{command}` once (it needs tensorflow)")
+    try:
+        builder: Any = tfds.builder(name, file_format="array_record")
+        if not builder.is_prepared():
+            raise unprepared
+        features, more = builder.info.features, {}
+        if isinstance(dict(features or {}).get("image"), tfds.features.Image):
+            # The encoded image: tfds would decode it whatever its size.
+            more["decoders"] = {"image": tfds.decode.SkipDecoding()}
+        records = builder.as_data_source(split, **more)
+    except tfds.core.DatasetNotFoundError:
+        raise InputError(f"TensorFlow Datasets knows no data set {name!r}") from None
+    except NotImplementedError:  # prepared in a format that has no random access
+        raise unprepared from None
+    except InputError:
+        raise
+    except (ValueError, KeyError, OSError) as error:  # such as an unknown split
+        raise InputError(f"{spec} cannot be read: {reason(error)}") from None
+    if not {"image", "label"} <= set(features or ()):
+        raise InputError(f"the data set {name!r} has no features 'image' and 'label'")
 
     def read(key: str) -> Example:
+        where = f"record {key} of {spec}"
         try:
             record = records[int(key)]
-            image = Image.fromarray(np.ascontiguousarray(rgb(record["image"])))
-        except Exception as error:
-            raise InputError(f"record {key} of {spec} cannot be read: {error}") from None
-        return Example(key, image, int(record["label"]))
+            image, label = record["image"], int(record["label"])
+            if not -LARGEST_LABEL <= label <= LARGEST_LABEL:
+                raise InputError(f"its label is {label}")
+            if isinstance(image, bytes):
+                return Example(key, _decode_entry(image, where), label)
+            image = np.asarray(image)
+            check_size(image.shape[1], image.shape[0], "its image")
+            rgb = np.broadcast_to(image, (*image.shape[:2], 3))
+            return Example(key, Image.fromarray(np.ascontiguousarray(rgb)), label)
+        except Exception as error:  # what the readers of damaged files raise has no common type
+            raise InputError(f"{where} cannot be read: {reason(error)}") from None
 
+    def identify() -> str:
+        try:
+            files = sorted({str(part.filename) for part in builder.info.splits[split].file_instructions})
+        except Exception:  # a builder that does not tell
+            files = []
+        return digest(spec, str(builder.info.version), len(records), digest_files([Path(file) for file in files]))
+
+    classes = tuple(features["label"].names)
+    named = classes != tuple(map(str, range(len(classes))))  # tfds calls classes without names so
     keys = tuple(f"{i:07d}" for i in range(len(records)))
-    return Source(spec, _identity(spec, version, len(keys)), keys, read, classes)
+    return Source(spec, functools.cache(identify), keys, read, classes, named=named)
 
 
 # ---- batches --------------------------------------------------------------------------------------------------------
@@ -245,14 +404,19 @@ def batches(
     """
     if profile not in PROFILES:
         raise suggest("profile", profile, PROFILES)
+    checked("the batch size", Annotated[int, Ge(1)], batch_size)
     chosen = range(len(source)) if indices is None else indices
     groups = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
     skipped = {} if skipped is None else skipped
 
+    def ready(index: int) -> tuple[str, Any]:
+        example = source[index]
+        return example.key, (*prepare(example, preprocessing, profile), example.label)
+
     def one(index: int) -> tuple[str, Any]:
         try:
-            example = source[index]
-            return example.key, (*prepare(example, preprocessing, profile), example.label)
+            with decoding.turn():  # until the photo is gone, and what the model sees of it is left
+                return ready(index)
         except InputError as error:
             return source.keys[index], str(error)
 

@@ -98,6 +98,8 @@ class EvaluateConfig:
       options: of the task, such as `{"fill": "blur"}` for "insertion".
       paper: published figures by (row, metric), shown beside one's own.
       limit: so many examples, drawn by `seed`.
+      label_map: the model's class (name, wnid or number) of classes that the data set names otherwise, or the file of
+        such a map, see `tokentm_jax.data.labels.read_label_map`.
     """
 
     name: Name
@@ -112,6 +114,7 @@ class EvaluateConfig:
     batch_size: Annotated[int, Ge(1), Le(4096)] = 16
     limit: Annotated[int, Ge(1)] | None = None
     seed: Annotated[int, Ge(0), Le(LARGEST_SEED)] = 0
+    label_map: Mapping[str, str | int] | str | None = None
 
 
 def check(config: EvaluateConfig) -> EvaluateConfig:

@@ -1,7 +1,6 @@
 """From a name or a file to a model that is ready to use: `load`."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from tokentm_jax.data.labels import number
 from tokentm_jax.data.preprocessing import IMAGENET, Preprocessing
 from tokentm_jax.errors import InputError, suggest
+from tokentm_jax.files import read_json, read_text
 from tokentm_jax.models.architectures import ARCHITECTURES, Config, architecture, build
 from tokentm_jax.models.checkpoint import HUB, described_grid, download, read_description, read_tensors, to_params
 from tokentm_jax.models.vit import ViT
@@ -25,13 +26,14 @@ SHIPPED = (_PACKAGE / "_models", _PACKAGE.parent / "models")  # in an installed 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoadedViT:
-    """A model with its weights, its preprocessing and the names of its classes (None: unknown)."""
+    """A model with its weights, its preprocessing, and the names and wnids of its classes (None: unknown)."""
 
     module: ViT
     params: Any
     preprocessing: Preprocessing
     class_names: tuple[str, ...] | None
     name: str
+    wnids: tuple[str, ...] | None = None
 
     def read(self, paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> np.ndarray:
         """Photos, resized and cropped for this model: [B, H, W, 3] float32 in [0, 1]."""
@@ -53,25 +55,27 @@ class LoadedViT:
         return f"class {index}" if self.class_names is None else self.class_names[index]
 
     def class_index(self, name_or_number: str | int) -> int:
-        """Index of a class given by name (any case) or by number, also as text ("281").
+        """Index of a class given by name (any case), by number, also as text ("281"), or by wnid ("n02123045").
 
         Raises InputError for a number out of range, an unknown name (with the nearest one), or an ambiguous name.
         """
         classes = self.module.num_classes
         text = str(name_or_number).strip()
-        if text.removeprefix("-").isdecimal() and not (self.class_names and text in self.class_names):
-            index = int(text[:20])
+        index = number(text)
+        if index is not None and not (self.class_names and text in self.class_names):
             if 0 <= index < classes:
                 return index
             raise InputError(f"class {text[:20]} is out of range: {self.name} has classes 0 to {classes - 1}")
         if self.class_names is None:
-            raise InputError(f"class {text!r}: the class names of {self.name} are unknown; give a number")
+            raise InputError(f"class {text[:100]!r}: the class names of {self.name} are unknown; give a number")
         lowered = [name.lower() for name in self.class_names]
         found = [i for i, name in enumerate(lowered) if name == text.lower()]
+        found = found or [i for i, wnid in enumerate(self.wnids or ()) if wnid == text]
         if not found:
             raise suggest("class", text, lowered)
         if len(found) > 1:
-            raise InputError(f"class {text!r} is ambiguous: give one of the numbers {', '.join(map(str, found))}")
+            several = ", ".join(map(str, found))
+            raise InputError(f"class {text[:100]!r} is ambiguous: give one of the numbers {several}")
         return found[0]
 
 
@@ -103,8 +107,9 @@ def load(
             model's; for options without either it is ImageNet's statistics (`dataclasses.replace` changes it).
         img_size: other resolution, side or (height, width); position embeddings are resampled.
         num_classes: checked against the checkpoint's classifier, whose size is the default.
-        class_names: one per class, or a file: `.json` (a list, or index -> name) or `.txt` (one per line). None:
-            those in the checkpoint, else of `imagenet_classes.json` beside it if the counts agree.
+        class_names: one per class, or a file: `.json` (a list, or index -> name) or `.txt` (one per line). A name may
+            be [wnid, name]. None: those in the checkpoint, else of `imagenet_classes.json` beside it if the counts
+            agree.
         dtype: type of the activations, such as "bfloat16".
 
     Raises:
@@ -117,6 +122,7 @@ def load(
         (1, 10)
     """
     names: Sequence[str] | None = None
+    wnids: Sequence[str] | None = None
     if isinstance(model, str) and model.startswith(HUB):
         if checkpoint is not None:
             raise InputError(f"{model} brings its own weights: leave out the checkpoint {checkpoint}")
@@ -140,14 +146,14 @@ def load(
     params = to_params(module, tensors, str(path), old_grid=grid)
     preprocessing = dataclasses.replace(preprocessing, size=module.img_size)
     if class_names is not None:
-        names = _class_names(class_names, module.num_classes)
+        names, wnids = _class_names(class_names, module.num_classes)
     elif names is None and (path.parent / "imagenet_classes.json").is_file():
-        beside = _read_names(path.parent / "imagenet_classes.json")
-        names = beside if len(beside) == module.num_classes else None
+        names, wnids = _read_names(path.parent / "imagenet_classes.json")
     if names is not None and len(names) != module.num_classes:  # the model was given another number of classes
-        names = None
+        names = wnids = None
     params = jax.tree.map(jnp.asarray, params)
-    return LoadedViT(module, params, preprocessing, None if names is None else tuple(names), name)
+    names, wnids = (None if n is None else tuple(n) for n in (names, wnids))
+    return LoadedViT(module, params, preprocessing, names, name, wnids)
 
 
 def _described(
@@ -180,38 +186,39 @@ def _shipped(model: str | Mapping[str, Any] | None) -> Path:
     raise suggest("model", name, {**files, **ARCHITECTURES})
 
 
-def _class_names(names: Sequence[str] | str | os.PathLike[str], count: int) -> list[str]:
+Names = tuple[list[str], list[str] | None]  # of classes, and their wnids if these are known
+
+
+def _class_names(names: Sequence[Any] | str | os.PathLike[str], count: int) -> Names:
     source = str(names) if isinstance(names, str | os.PathLike) else "class_names"
     found = _read_names(Path(names)) if isinstance(names, str | os.PathLike) else _listed(names, source)
-    if len(found) != count:
-        raise InputError(f"{source} has {len(found)} class names; the model has {count} classes")
+    if len(found[0]) != count:
+        raise InputError(f"{source} has {len(found[0])} class names; the model has {count} classes")
     return found
 
 
-def _read_names(path: Path) -> list[str]:
+def _read_names(path: Path) -> Names:
     """Class names of a `.json` or `.txt` file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix != ".json":
-            return [line.strip() for line in text.splitlines() if line.strip()]
-        return _listed(json.loads(text), str(path))
-    except OSError as error:
-        raise InputError(f"class names {path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"class names {path}: expected UTF-8 text or JSON ({error})") from None
+    if path.suffix == ".json":
+        return _listed(read_json(path, what="class names"), str(path))
+    lines = read_text(path, what="class names").splitlines()
+    return [line.strip() for line in lines if line.strip()], None
 
 
-def _listed(names: Any, source: str) -> list[str]:
-    """[name, ...], {"0": name, ...}, {"name": [name, ...]}; a name may be [wnid, name]."""
+def _listed(names: Any, source: str) -> Names:
+    """[name, ...], {"0": name, ...}, {"wnid": [wnid, ...], "name": [name, ...]}; a name may be [wnid, name]."""
     if isinstance(names, Mapping):
         if isinstance(names.get("name"), list):
+            wnids = names.get("wnid")
             names = names["name"]
+            if isinstance(wnids, list) and len(wnids) == len(names):
+                names = list(zip(wnids, names, strict=True))
         elif all(str(i) in names for i in range(len(names))):
             names = [names[str(i)] for i in range(len(names))]
     if isinstance(names, list | tuple):
-        names = [n[-1] if isinstance(n, list | tuple) and n else n for n in names]
+        pairs = [n if isinstance(n, list | tuple) and n else [None, n] for n in names]
+        names, wnids = [pair[-1] for pair in pairs], [pair[0] for pair in pairs]
         if names and all(isinstance(n, str) for n in names):
-            return names
+            known = all(isinstance(w, str) for w in wnids) and len(set(wnids)) == len(wnids)
+            return names, wnids if known else None
     raise InputError(f"{source}: expected a list of class names or a mapping from index to name")

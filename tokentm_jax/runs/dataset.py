@@ -18,14 +18,14 @@ import numpy as np
 from jax import Array
 
 from tokentm_jax.errors import InputError, suggest
-from tokentm_jax.runs.evaluate import translation
-from tokentm_jax.runs.identity import describe_model, digest, environment
-from tokentm_jax.methods.explain import explain_fn
-from tokentm_jax.models.loading import LoadedViT
-from tokentm_jax.maths.maps import unit
-from tokentm_jax.methods.table import METHODS
+from tokentm_jax.data.labels import read_label_map, translation
 from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.data.sources import PROFILES, Batch, Source, batches
+from tokentm_jax.maths.maps import unit
+from tokentm_jax.methods.explain import explain_fn
+from tokentm_jax.methods.table import METHODS
+from tokentm_jax.models.loading import LoadedViT
+from tokentm_jax.identity import describe_model, digest, environment
 from tokentm_jax.runs.store import (
     DONE,
     DTYPES,
@@ -58,6 +58,8 @@ class DatasetConfig:
       profile: how images are prepared: "default" (as the model says) or "reference" (squashed, bilinear).
       batch_size: examples computed at a time, on one device; from 1 to 4096.
       chunk_size: examples written at a time, a multiple of the batch size up to 65536; None: 256 or a little more.
+      label_map: the model's class (name, wnid or number) of classes that the data set names otherwise, or the file of
+        such a map, see `read_label_map`.
     """
 
     methods: Sequence[str] = ("tokentm",)
@@ -67,6 +69,7 @@ class DatasetConfig:
     profile: str = "default"
     batch_size: BatchSize = 32
     chunk_size: ChunkSize | None = None
+    label_map: Mapping[str, str | int] | str | None = None
 
     @property
     def chunk(self) -> int:
@@ -109,6 +112,7 @@ def explain_dataset(
         something else, a full disk.
     """
     config = check(config, source)
+    config = dataclasses.replace(config, label_map=read_label_map(config.label_map))
     translate = _translation(config, vit, source)
     store = Store(out, provenance(config, vit, source))
     at_once = min(WRITING, store.at_a_time)
@@ -200,9 +204,9 @@ def provenance(config: DatasetConfig, vit: LoadedViT, source: Source) -> dict[st
 def _translation(config: DatasetConfig, vit: LoadedViT, source: Source) -> Callable[[np.ndarray], np.ndarray]:
     """From the source's classes to the model's; -1 for what the model does not know."""
     try:
-        table = translation(vit, source)
+        table = translation(vit, source, config.label_map)
     except InputError:
-        if config.target == "label":
+        if config.target == "label" or config.label_map is not None:
             raise
         return lambda labels: np.full_like(labels, -1)
 

@@ -13,8 +13,9 @@ from jax import Array
 
 from tokentm_jax.metrics import metrics
 from tokentm_jax.errors import InputError
+from tokentm_jax.data.labels import read_label_map, translation
 from tokentm_jax.files import reason, replace, write_json, write_text
-from tokentm_jax.runs.identity import claimed, describe_model, environment
+from tokentm_jax.identity import claimed, describe_model, environment
 from tokentm_jax.methods.explain import explain_fn
 from tokentm_jax.models.loading import LoadedViT, predict
 from tokentm_jax.maths.maps import to_pixels, unit
@@ -157,6 +158,7 @@ def evaluate(
         another evaluation, one by other versions or on another device, files of others, or a run that is going on.
     """
     config = check(config)
+    config = dataclasses.replace(config, label_map=read_label_map(config.label_map))
     if RANDOM not in [row.method for row in config.rows]:
         config = dataclasses.replace(config, rows=(*config.rows, Row(RANDOM, RANDOM)))
     task = TASKS[config.task]
@@ -165,7 +167,7 @@ def evaluate(
     for row in config.rows:
         if row.random_blocks is not None and not 0 <= row.random_blocks <= vit.module.depth:
             raise InputError(f"random_blocks of {row.name!r} must be from 0 to {vit.module.depth} for {vit.name}")
-    translate = translation(vit, source)
+    translate = translation(vit, source, config.label_map)
     run = describe(config, vit, source)
     if maps is not None:
         run["maps"] = _check_maps(maps, run)
@@ -256,18 +258,6 @@ def _require_finite(found: Mapping[str, np.ndarray], keys: Sequence[str], what: 
         finite = np.isfinite(array.astype(np.float64)).reshape(len(keys), -1).all(1)
         if not finite.all():
             raise InputError(f"{what} gives no finite numbers for {keys[int(finite.argmin())]}")
-
-
-def translation(vit: LoadedViT, source: Source) -> np.ndarray | None:
-    """The model's class of each of the source's classes, by name; None where the numbers are the model's."""
-    names, classes = source.class_names, vit.module.num_classes
-    if names is None or names == vit.class_names:
-        return None
-    if vit.class_names is not None and set(names) <= set(vit.class_names):
-        return np.array([vit.class_names.index(name) for name in names], np.int32)
-    if len(names) != classes:
-        raise InputError(f"{source.name} has {len(names)} classes, {vit.name} has {classes} and not all of the names")
-    return None
 
 
 def _predictions(

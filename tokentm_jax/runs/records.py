@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import opened, reason
-from tokentm_jax.runs.identity import digest
+from tokentm_jax.identity import digest
 from tokentm_jax.metrics.tasks import CLEAN, PREDICTED, TARGET, Fields, Row
 from tokentm_jax.validation import checked
 

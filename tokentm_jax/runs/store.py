@@ -38,7 +38,7 @@ from pydantic import StringConstraints
 
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import opened, read_bytes, reason
-from tokentm_jax.runs.identity import require_same
+from tokentm_jax.identity import require_same
 from tokentm_jax.validation import checked
 
 FORMAT = 2  # of the layout above; the first had no `checksum`, and its provenance no shapes

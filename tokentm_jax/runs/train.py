@@ -24,7 +24,7 @@ from pydantic import Strict
 from tokentm_jax.data.arrays import Data
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import read_text, reason, write_text
-from tokentm_jax.runs.identity import claimed, digest, digest_files, environment
+from tokentm_jax.identity import claimed, digest, digest_files, environment
 from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.validation import Name, check_fields
 from tokentm_jax.models.vit import ViT, init_params
