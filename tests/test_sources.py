@@ -336,7 +336,8 @@ def prepared(path, images, names):
     """A data set as `tfds build` writes it; returns its builder."""
     tfds = pytest.importorskip("tensorflow_datasets")
     writer = pytest.importorskip("array_record.python.array_record_module").ArrayRecordWriter
-    protocol = pytest.importorskip("tensorflow_datasets.proto.tf_example_pb2")
+    from tensorflow_datasets.proto import tf_example_pb2 as protocol
+
     folder = path / "tiny/1.0.0"
     folder.mkdir(parents=True)
     image, label = tfds.features.Image(shape=(None, None, 3)), tfds.features.ClassLabel(names=names)
@@ -352,7 +353,7 @@ def prepared(path, images, names):
     split = {"name": "test", "shardLengths": [str(len(images))], "numBytes": "1", "filepathTemplate": template}
     info = {"name": "tiny", "version": "1.0.0", "fileFormat": "array_record", "splits": [split]}
     (folder / "dataset_info.json").write_text(json.dumps(info))
-    return tfds.builder("tiny", data_dir=path, file_format="array_record")
+    return tfds.builder_from_directory(folder)
 
 
 def test_tfds_files(monkeypatch, tmp_path):
