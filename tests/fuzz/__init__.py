@@ -5,6 +5,7 @@
     FUZZ_SEED=1 FUZZ_CASES=5000 make fuzz        other random cases, and more of them
     FUZZ_SHARE=0.2 make fuzz                     every fifth case
     FUZZ_PATIENCE=3 make fuzz                    three times the seconds, on a machine that is busy
+    FUZZ_CODE=/other/clone make fuzz             the package of another clone
 
 A case (`case.py`) is plain data: files to make, a command line or a call, and what a good answer is. A worker process
 (`worker.py`) runs it, `runner.py` watches over the worker and judges. The other files hold one area of cases each.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fuzz.base import NAMES, OPTIONS, png
-from fuzz.case import CHECKPOINT, Case, base
+from fuzz.case import CHECKPOINT, GOOD, Case, base
 
 START = 120  # seconds that a process may take in all: JAX's import and compiling, perhaps on a busy machine
 STOP = 10  # seconds from a signal to the end
@@ -106,7 +106,7 @@ def signals(rng: random.Random) -> Iterator[Case]:
 
 
 def case(note: str, process: Callable[[Path], object], **more: Any) -> Case:
-    return Case(note, process=process, files={**FILES, **more.pop("files", {})}, seconds=4 * START, **more)
+    return Case(note, process=process, expect=GOOD, files={**FILES, **more.pop("files", {})}, seconds=4 * START, **more)
 
 
 def resumed(arguments: tuple[str, ...], folder: str, same: Callable[[Path, Path], None]) -> Callable[[Path], None]:

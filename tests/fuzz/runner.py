@@ -31,17 +31,17 @@ ONLY = [name for name in os.environ.get("FUZZ_ONLY", "").split(",") if name]
 PATIENCE = float(os.environ.get("FUZZ_PATIENCE", "1"))
 WORKERS = int(os.environ.get("FUZZ_WORKERS", "2"))
 AREAS = {  # cases of each
-    "photos": 420,
-    "checkpoints": 300,
-    "mat": 170,
-    "zips": 200,
-    "tables": 220,
-    "recipes": 330,
-    "runs": 220,
-    "stores": 220,
-    "arguments": 330,
-    "library": 260,
-    "processes": 60,
+    "photos": 400,
+    "checkpoints": 320,
+    "mat": 320,
+    "zips": 380,
+    "tables": 360,
+    "recipes": 420,
+    "runs": 300,
+    "stores": 500,
+    "arguments": 400,
+    "library": 540,
+    "processes": 100,
 }
 CASES = int(os.environ.get("FUZZ_CASES", sum(AREAS.values())))
 MEMORY = 2 * 10**9  # bytes
@@ -90,7 +90,8 @@ def name_of(area: str, index: int) -> str:
 
 def environment() -> dict[str, str]:
     """Of the workers: this clone, the CPU, a compile cache of our own."""
-    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    code = os.environ.get("FUZZ_CODE", str(REPOSITORY))
+    path = os.pathsep.join([code, str(REPOSITORY / "tests")])
     more = {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(BASE.parent / "cache")}
     more |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
     return {**os.environ, **more, "FUZZ_SEED": str(SEED), "FUZZ_BASE": str(BASE), "FUZZ_CASES": str(CASES)}

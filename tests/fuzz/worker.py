@@ -3,8 +3,10 @@
 It imports JAX once, so that a case costs what its command costs. A request is a line of JSON, and so is an answer.
 """
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -22,6 +24,12 @@ def reset() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+def shown(error: BaseException) -> str:
+    """The traceback; its last line says what was raised (JAX puts a note after that)."""
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    return "".join(traceback.format_exception(error)) + f"\n{what[:400]}"
+
+
 def answer_command(arguments: list[str]) -> dict[str, Any]:
     from click.testing import CliRunner
 
@@ -30,7 +38,7 @@ def answer_command(arguments: list[str]) -> dict[str, Any]:
     result = CliRunner().invoke(main, arguments, prog_name="tokentm")
     answer = {"code": result.exit_code, "out": result.stdout, "err": result.stderr}
     if result.exception is not None and not isinstance(result.exception, SystemExit):
-        answer["raised"] = "".join(traceback.format_exception(result.exception))
+        answer["raised"] = shown(result.exception)
     return answer
 
 
@@ -47,12 +55,13 @@ def answer_call(case: Any) -> dict[str, Any]:
         documented = getattr(case.documented, "__doc__", None) or ""
         if "[Chex]" in text or type(error).__name__ in documented:
             return {"code": 2, "out": "", "err": f"Error: {text[:900]}"}
-        return {"code": 1, "out": "", "err": "", "raised": traceback.format_exc()}
+        return {"code": 1, "out": "", "err": "", "raised": shown(error)}
     return {"code": 0, "out": "", "err": ""}
 
 
 def main() -> None:
     requests, answers = (os.fdopen(int(fd), mode) for fd, mode in zip(sys.argv[1:], "rw", strict=True))
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a case that hangs does not outlive the runner
     here = os.getcwd()
     import matplotlib.backends.backend_agg  # noqa: F401  (imported before the first case's clock starts)
 
