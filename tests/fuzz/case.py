@@ -24,7 +24,7 @@ class Case:
 
     note: str  # what is special about it
     command: tuple[str, ...] = ()  # arguments of `tokentm`, run in the folder of the case
-    call: Callable[[], object] | None = None  # a library call in the worker; an InputError is a good answer if not GOOD
+    call: Callable[[], object] | None = None  # a library call in the worker; InputError is a good answer if not GOOD
     process: Callable[[Path], object] | None = None  # starts processes itself; AssertionError for a bad answer
     files: Mapping[str, Content] = field(default_factory=dict)  # path in the folder -> content
     expect: str = BAD

@@ -1,5 +1,8 @@
 """Checkpoints for `tokentm convert`: safetensors, npz, Orbax folders, .pth files, and what poses as one."""
 
+# Tables of cases, several to a line.
+# fmt: off
+
 import collections
 import importlib.util
 import io
@@ -16,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from fuzz.base import OPTIONS, png
-from fuzz.case import BAD, BASE, CHECKPOINT, EITHER, GOOD, Case, base, changed, damage, damaged, fifo, folder, link, sparse
+from fuzz.case import BAD, BASE, EITHER, GOOD, Case, base, changed, damage, damaged, fifo, folder, link, sparse
 
 TORCH = importlib.util.find_spec("torch") is not None
 
@@ -25,7 +28,8 @@ def convert(note: str, content: Any, expect: str = BAD, name: str = "weights", *
     model = more.pop("model", ())
     files = {name: content, **more.pop("files", {})}
     command = ("convert", name, more.pop("out", "out.safetensors"), *model)
-    return Case(note, command, files=files, expect=expect, names=more.pop("names", name if expect == BAD else ""), **more)
+    return Case(note, command, files=files, expect=expect, names=more.pop("names", name if expect == BAD else ""),
+        **more)
 
 
 def split(content: bytes) -> tuple[dict[str, Any], bytes]:
@@ -43,7 +47,8 @@ def with_description(change: Callable[[dict[str, Any]], Any]) -> bytes:
     header, data = split((BASE / "tiny.safetensors").read_bytes())
     description = json.loads(header["__metadata__"]["tokentm_jax"])
     made = change(description)
-    header["__metadata__"]["tokentm_jax"] = made if isinstance(made, str) else json.dumps(description if made is None else made)
+    header["__metadata__"]["tokentm_jax"] = made if isinstance(made, str) else json.dumps(description if made is None
+        else made)
     return joined(header, data)
 
 
@@ -67,9 +72,11 @@ def descriptions() -> Iterator[Case]:
             content = with_description(lambda d, p=place, v=value: at(*p)(d, v))
             yield convert(f"{'.'.join(place)} = {str(value)[:30]}", content, EITHER, "w.safetensors")
     deep: list[Any] = []
-    for text in ("", "[]", "null", "{", "[" * 100_000, "{}" + " " * 11_000_000, "\ud800", '{"architecture": {}}', json.dumps(deep), "1" * 5000):
+    for text in ("", "[]", "null", "{", "[" * 100_000, "{}" + " " * 11_000_000, "\ud800", '{"architecture": {}}',
+            json.dumps(deep), "1" * 5000):
         yield convert(f"description {text[:20]!r}", with_description(lambda d, t=text: t), name="w.safetensors")
-    for names in (["a"], ["a"] * 5, ["a", 1, 2, 3, 4], ["x" * 10**5] * 5, ["\x1b[31m"] * 5, [""] * 5, ["a\0b"] * 5, [["a"]] * 5):
+    for names in (["a"], ["a"] * 5, ["a", 1, 2, 3, 4], ["x" * 10**5] * 5, ["\x1b[31m"] * 5, [""] * 5, ["a\0b"] * 5,
+            [["a"]] * 5):
         content = with_description(lambda d, n=names: d.update(class_names=n))
         yield convert(f"class names {str(names)[:30]}", content, EITHER, "w.safetensors")
 
@@ -79,15 +86,20 @@ def tensors() -> Iterator[Case]:
     header, data = split((BASE / "tiny.safetensors").read_bytes())
     names = [name for name in header if name != "__metadata__"]
     for name in names:
-        for key, value in (("dtype", "I32"), ("dtype", "F8_E4M3"), ("dtype", "X"), ("shape", []), ("shape", [2**40]), ("shape", [-1]),
-                           ("shape", [0]), ("data_offsets", [0, 0]), ("data_offsets", [0, 10**15]), ("data_offsets", [8, 4])):  # fmt: skip
+        for key, value in (("dtype", "I32"), ("dtype", "F8_E4M3"), ("dtype", "X"), ("shape", []), ("shape", [2**40]),
+                ("shape", [-1]),
+                           ("shape", [0]), ("data_offsets", [0, 0]), ("data_offsets", [0, 10**15]),
+                           ("data_offsets", [8, 4])):
             made = {**header, name: {**header[name], key: value}}
             yield convert(f"{name}: {key} = {value}", joined(made, data), EITHER, "w.safetensors")
-        yield convert(f"without {name}", joined({k: v for k, v in header.items() if k != name}, data), name="w.safetensors")
+        yield convert(f"without {name}", joined({k: v for k, v in header.items() if k != name}, data),
+            name="w.safetensors")
     shapes = {name: header[name]["shape"] for name in names}
-    for name, batch in (("pos_embed", 2), ("pos_embed", 0), ("cls_token", 2), ("head.weight", 3), ("head.weight", 0), ("pos_embed", 7)):
+    for name, batch in (("pos_embed", 2), ("pos_embed", 0), ("cls_token", 2), ("head.weight", 3), ("head.weight", 0),
+            ("pos_embed", 7)):
         content = save({n: np.zeros([batch, *s[1:]] if n == name else s, np.float32) for n, s in shapes.items()})
-        yield convert(f"{name} of batch {batch}", content, EITHER, "w.safetensors", model=("--model", "deit_tiny_patch16_224"))
+        yield convert(f"{name} of batch {batch}", content, EITHER, "w.safetensors",
+            model=("--model", "deit_tiny_patch16_224"))
         yield convert(f"{name} of batch {batch}, described", described(content), EITHER, "w.safetensors")
     for value in (np.nan, np.inf, -np.inf):
         content = save({n: np.full(s, value, np.float32) for n, s in shapes.items()})
@@ -158,7 +170,8 @@ def pickles() -> Iterator[Case]:
                 content = pickle.dumps(wrap, protocol)
                 yield convert(f"pickle of {note}, protocol {protocol}", content, name="w.pth")
                 yield convert(f"torch zip of {note}, protocol {protocol}", torch_zip(content), name="w.pth")
-        old = b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}, payload))
+        old = b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True},
+            payload))
         yield convert(f"old torch file of {note}", old, name="w.pth")
     yield convert("object array in npz", npz(a=np.array([Payload(os.system, "touch EXECUTED")], object)), name="w.npz")
     if TORCH:
@@ -186,7 +199,8 @@ def with_torch() -> Iterator[Case]:
         for legacy in (False, True):
             stream = io.BytesIO()
             torch.save(made, stream, _use_new_zipfile_serialization=not legacy)
-            yield convert(f".pth of {note} of another model, legacy {legacy}", stream.getvalue(), name="w.pth", model=options)
+            yield convert(f".pth of {note} of another model, legacy {legacy}", stream.getvalue(), name="w.pth",
+                model=options)
 
 
 def folders() -> Iterator[Case]:
@@ -194,18 +208,23 @@ def folders() -> Iterator[Case]:
     yield convert("Orbax", base("orbax"), GOOD)
     yield convert("Orbax to Orbax", base("orbax"), GOOD, out="new")
     for inside in ("description.json", "params", "params/_METADATA", "params/manifest.ocdbt"):
-        for note, change in (("removed", remove), ("a FIFO", pipe), ("a folder", empty_folder), ("/dev/zero", zero), ("a loop", loop), ("deep", deep), ("empty", empty)):
+        for note, change in (("removed", remove), ("a FIFO", pipe), ("a folder", empty_folder), ("/dev/zero", zero),
+                ("a loop", loop), ("deep", deep), ("empty", empty)):
             content = changed("orbax", lambda path, c=change, i=inside: c(path / i))
             yield convert(f"Orbax: {inside} {note}", content, EITHER)
-    for shape in ({"a": np.zeros(3)}, {"blocks": np.zeros(3)}, {"blocks": {"attn": np.zeros((1, 2))}}, {"head": {"kernel": np.float32(1)}}, [np.zeros(2)]):
+    for shape in ({"a": np.zeros(3)}, {"blocks": np.zeros(3)}, {"blocks": {"attn": np.zeros((1, 2))}},
+            {"head": {"kernel": np.float32(1)}}, [np.zeros(2)]):
         yield convert(f"Orbax tree {str(shape)[:30]}", changed("orbax", lambda path, s=shape: other_tree(path, s)))
     for out in ("orbax", "mine"):
         files = {"orbax": base("orbax"), "orbax/mine.txt": "mine", "mine/a.txt": "mine"}
         own = ("cwd/orbax/description.json", "cwd/orbax/params", "cwd/orbax/params/*")
-        yield convert(f"onto the folder {out}, which has the user's own", base("orbax"), EITHER, out=out, files=files, own=own)
-    for out, mine in (("w.safetensors", "text"), ("w.safetensors", folder), ("w.safetensors", link("canary.txt")), ("w", "text"), ("w", link("d"))):
+        yield convert(f"onto the folder {out}, which has the user's own", base("orbax"), EITHER, out=out, files=files,
+            own=own)
+    for out, mine in (("w.safetensors", "text"), ("w.safetensors", folder), ("w.safetensors", link("canary.txt")),
+            ("w", "text"), ("w", link("d"))):
         yield convert(f"onto {out}, {mine!r:.20}", base("orbax"), EITHER, out=out, files={out: mine, "d": folder})
-    for out in ("", "out.bin", "a/b/c.safetensors", "x" * 300 + ".safetensors", "a\0.safetensors", "/proc/x.safetensors", "weights", "..", ".", "canary.txt/x"):
+    for out in ("", "out.bin", "a/b/c.safetensors", "x" * 300 + ".safetensors", "a\0.safetensors",
+            "/proc/x.safetensors", "weights", "..", ".", "canary.txt/x"):
         yield convert(f"to {out[:20]!r}", base("tiny.safetensors"), EITHER, out=out, own=("cwd/weights",))
 
 
@@ -242,14 +261,20 @@ def cases(rng: random.Random) -> Iterator[Case]:
         yield convert(f"as it is: {name}", base(name), GOOD, "w.safetensors" if "." in name else "w")
     yield convert("Google's", base("google.npz"), BAD, "w.npz", model=("--model", "deit_tiny_patch16_224"))
     yield convert("Google's without model", base("google.npz"), BAD, "w.npz")
-    for note, content in (("empty", b""), ("text", "hello"), ("a photo", png(0)), ("a zip", base("classes.zip")), ("a .mat", base("seg.mat")), ("zeros", b"\0" * 99),
-                          ("FIFO", fifo), ("folder", folder), ("/dev/zero", link("/dev/zero")), ("self-symlink", link("weights")), ("zip start", b"PK\3\4"),
-                          ("store", base("store")), ("run", base("run")), ("noise", rng.randbytes(999)), ("10 GB of zeros", sparse(b"", 10**10)),
-                          ("10 GB of safetensors", sparse(struct.pack("<Q", 2) + b"{}", 10**10)), ("/dev/random", link("/dev/random"))):  # fmt: skip
+    for note, content in (("empty", b""), ("text", "hello"), ("a photo", png(0)), ("a zip", base("classes.zip")),
+            ("a .mat", base("seg.mat")), ("zeros", b"\0" * 99),
+                          ("FIFO", fifo), ("folder", folder), ("/dev/zero", link("/dev/zero")),
+                          ("self-symlink", link("weights")), ("zip start", b"PK\3\4"),
+                          ("store", base("store")), ("run", base("run")), ("noise", rng.randbytes(999)),
+                          ("10 GB of zeros", sparse(b"", 10**10)),
+                          ("10 GB of safetensors", sparse(struct.pack("<Q", 2) + b"{}", 10**10)),
+                          ("/dev/random", link("/dev/random"))):
         yield convert(note, content)
         if callable(content) or len(content) > 6:
             yield convert(f"{note}, to explain", content, names="weights", files={"a.png": png(0)})
-    for note, arrays in (("empty", {}), ("one array", {"a": np.zeros(3)}), ("kernel", {"embedding/kernel": np.zeros((8, 8, 3, 16))}), ("scalar", {"embedding/kernel": np.float32(1)})):
+    for note, arrays in (("empty", {}), ("one array", {"a": np.zeros(3)}),
+            ("kernel", {"embedding/kernel": np.zeros((8, 8, 3, 16))}),
+            ("scalar", {"embedding/kernel": np.float32(1)})):
         yield convert(f"npz: {note}", npz(**arrays), name="w.npz")
     bomb = io.BytesIO()
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:

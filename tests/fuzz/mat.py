@@ -1,5 +1,8 @@
 """ImageNet-Segmentation files (.mat, HDF5) for `tokentm dataset` and `tokentm evaluate`."""
 
+# Tables of cases, several to a line.
+# fmt: off
+
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,9 +22,11 @@ SIZES = ("--batch-size", "2", "--chunk-size", "2", "--checkpoint", CHECKPOINT, "
 
 def both(note: str, content: Any, expect: str = BAD, names: str = "a.mat", **more: Any) -> Iterator[Case]:
     names = names if expect == BAD else ""
-    yield Case(f"dataset: {note}", ("dataset", "a.mat", *SIZES), files={"a.mat": content}, expect=expect, names=names, **more)
+    yield Case(f"dataset: {note}", ("dataset", "a.mat", *SIZES), files={"a.mat": content}, expect=expect, names=names,
+        **more)
     files = {"a.mat": content, "r.py": RECIPE.format(CHECKPOINT)}
-    yield Case(f"evaluate: {note}", ("evaluate", "r.py", "--out", "o"), files=files, expect=expect, names=names, **more)
+    yield Case(f"evaluate: {note}", ("evaluate", "r.py", "--out", "o"), files=files, expect=expect, names=names,
+        **more)
 
 
 def edited(change: Callable[[h5py.File], object]) -> Any:
@@ -85,34 +90,46 @@ def linked(name: str, target: Any) -> Callable[[h5py.File], None]:
 
 def cases(rng: random.Random) -> Iterator[Case]:
     yield from both("as it is", base("seg.mat"), GOOD)
-    for note, change in (("itself", to_itself), ("a circle", in_a_circle), ("a chain of 2,000", chain), ("groups", to_group), ("nothing", null)):
+    for note, change in (("itself", to_itself), ("a circle", in_a_circle), ("a chain of 2,000", chain),
+            ("groups", to_group), ("nothing", null)):
         yield from both(f"references to {note}", edited(change), EITHER)
     for name in ("value", "value/img", "value/gt", "refs/img0", "refs/gt0"):
-        for target in (h5py.SoftLink(f"/{name}"), h5py.SoftLink("/nowhere"), h5py.ExternalLink("/etc/passwd", "/"), h5py.ExternalLink("a.mat", f"/{name}"),
-                       h5py.ExternalLink("/dev/zero", "/"), h5py.SoftLink("/")):  # fmt: skip
+        for target in (h5py.SoftLink(f"/{name}"), h5py.SoftLink("/nowhere"), h5py.ExternalLink("/etc/passwd", "/"),
+                h5py.ExternalLink("a.mat", f"/{name}"),
+                       h5py.ExternalLink("/dev/zero", "/"), h5py.SoftLink("/")):
             what = f"{name} links to {target!r:.60}"
             yield from both(what, edited(linked(name, target)), EITHER)
     fill = dict(shape=(3, 25000, 25000), dtype=np.uint8, chunks=(1, 1000, 1000), fillvalue=7)
     yield from both("an image of 25000 x 25000 by its fill value", edited(instead("refs/img0", **fill)), EITHER)
     fill = dict(shape=(25000, 25000), dtype=np.float64, chunks=(1000, 1000), fillvalue=7)
     yield from both("a mask of 25000 x 25000 by its fill value", edited(instead("refs/mask0", **fill)), EITHER)
-    yield from both("masks of 2**40 elements", edited(instead("refs/mask0", shape=(2**20, 2**20), dtype=np.uint8, chunks=(99, 99))), EITHER)
-    yield from both("a table of 2**33 references", edited(instead("value/img", shape=(2**33, 1), dtype=h5py.ref_dtype, chunks=(1000, 1))))
-    yield from both("a table of numbers of 2**33", edited(instead("value/img", shape=(2**33, 1), dtype=np.uint8, chunks=(1000, 1))))
-    every = [np.uint8, np.int8, np.int32, np.float32, np.float64, np.complex64, bool, "S3", h5py.string_dtype(), np.dtype([("a", "i4")]), h5py.ref_dtype, h5py.vlen_dtype(np.int32)]
+    yield from both("masks of 2**40 elements", edited(instead("refs/mask0", shape=(2**20, 2**20), dtype=np.uint8,
+        chunks=(99, 99))), EITHER)
+    yield from both("a table of 2**33 references", edited(instead("value/img", shape=(2**33, 1), dtype=h5py.ref_dtype,
+        chunks=(1000, 1))))
+    yield from both("a table of numbers of 2**33", edited(instead("value/img", shape=(2**33, 1), dtype=np.uint8,
+        chunks=(1000, 1))))
+    every = [np.uint8, np.int8, np.int32, np.float32, np.float64, np.complex64, bool, "S3", h5py.string_dtype(),
+        np.dtype([("a", "i4")]), h5py.ref_dtype, h5py.vlen_dtype(np.int32)]
     for kind in every:
-        for name, shape in (("refs/img0", (3, 24, 16)), ("refs/mask0", (24, 16)), ("refs/gt0", (1, 1)), ("value/img", (3, 1)), ("value/gt", (3, 1))):
+        for name, shape in (("refs/img0", (3, 24, 16)), ("refs/mask0", (24, 16)), ("refs/gt0", (1, 1)),
+                ("value/img", (3, 1)), ("value/gt", (3, 1))):
             yield from both(f"{name} of type {kind!s:.30}", edited(instead(name, shape=shape, dtype=kind)), EITHER)
-    for name, shapes in (("refs/img0", ((3, 0, 0), (0,), (), (3, 16), (1, 24, 16), (3, 1, 1), (3, 24, 16, 1), (3, 1, 3000), (4, 24, 16), (3, 0, 5))),
-                         ("refs/mask0", ((0, 0), (), (16, 24), (24,), (24, 16, 1), (1, 1))), ("value/gt", ((2, 1), (0, 1), ()))):  # fmt: skip
+    for name, shapes in (("refs/img0", ((3, 0, 0), (0,), (), (3, 16), (1, 24, 16), (3, 1, 1), (3, 24, 16, 1), (3, 1,
+            3000), (4, 24, 16), (3, 0, 5))),
+                         ("refs/mask0", ((0, 0), (), (16, 24), (24,), (24, 16, 1), (1, 1))),
+                         ("value/gt", ((2, 1), (0, 1), ()))):
         for shape in shapes:
             kind = h5py.ref_dtype if name.startswith("value") else np.uint8
             yield from both(f"{name} of shape {shape}", edited(instead(name, shape=shape, dtype=kind)), EITHER)
     yield from both("no values", edited(linked("value", np.zeros(3))))
-    yield from both("no examples", edited(lambda f: (instead("value/img", shape=(0, 1), dtype=h5py.ref_dtype)(f), instead("value/gt", shape=(0, 1), dtype=h5py.ref_dtype)(f))))
+    yield from both("no examples", edited(lambda f: (instead("value/img", shape=(0, 1), dtype=h5py.ref_dtype)(f),
+        instead("value/gt", shape=(0, 1), dtype=h5py.ref_dtype)(f))))
     yield from both("NaN masks", edited(instead("refs/mask0", data=np.full((24, 16), np.nan))), EITHER)
-    for note, content in (("empty", b""), ("text", "x"), ("zip", base("classes.zip")), ("FIFO", fifo), ("folder", folder), ("/dev/zero", link("/dev/zero")), ("self-symlink", link("a.mat")),
-                          ("MATLAB 5", b"MATLAB 5.0 MAT-file" + b"\0" * 200), ("10 GB", sparse(b"\x89HDF\r\n\x1a\n", 10**10)), ("HDF5 start", b"\x89HDF\r\n\x1a\n")):  # fmt: skip
+    for note, content in (("empty", b""), ("text", "x"), ("zip", base("classes.zip")), ("FIFO", fifo),
+            ("folder", folder), ("/dev/zero", link("/dev/zero")), ("self-symlink", link("a.mat")),
+                          ("MATLAB 5", b"MATLAB 5.0 MAT-file" + b"\0" * 200),
+                          ("10 GB", sparse(b"\x89HDF\r\n\x1a\n", 10**10)), ("HDF5 start", b"\x89HDF\r\n\x1a\n")):
         yield from both(note, content, names="a.mat" if note != "folder" else "")
     content = (BASE / "seg.mat").read_bytes()
     while True:

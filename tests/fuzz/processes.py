@@ -1,5 +1,8 @@
 """Real processes: signals, full disks, odd environments, two at a time. A start may take some seconds more."""
 
+# Tables of cases, several to a line.
+# fmt: off
+
 import json
 import os
 import random
@@ -19,12 +22,14 @@ from fuzz.case import CHECKPOINT, GOOD, Case, base
 START = 120  # seconds that a process may take in all: JAX's import and compiling, perhaps on a busy machine
 STOP = 10  # seconds from a signal to the end
 EXPLAIN = ("explain", "photo.png", "--checkpoint", CHECKPOINT, "--out", "out", "--batch-size", "1")
-DATASET = ("dataset", "many", "--checkpoint", CHECKPOINT, "--out", "store", "--batch-size", "2", "--chunk-size", "2", "--methods", "tokentm,rollout")
+DATASET = ("dataset", "many", "--checkpoint", CHECKPOINT, "--out", "store", "--batch-size", "2", "--chunk-size", "2",
+    "--methods", "tokentm,rollout")
 EVALUATE = ("evaluate", "r.py", "--out", "o")
 TRAIN = ("train", "t.py", "--out", "t")
 RECIPE = f"""
 from tokentm_jax.tasks import EvaluateConfig, rows
-config = EvaluateConfig("t", "perturbation", "many", rows("tokentm", "rollout"), batch_size=2, checkpoint={CHECKPOINT!r})
+config = EvaluateConfig("t", "perturbation", "many", rows("tokentm", "rollout"), batch_size=2,
+                        checkpoint={CHECKPOINT!r})
 """
 LONG = f"""
 from tokentm_jax.train import TrainConfig
@@ -43,7 +48,8 @@ def start(arguments: tuple[str, ...], cwd: Path, **more: Any) -> "subprocess.Pop
     env = {name: value for name, value in env.items() if value is not None}
     before = tuple(more.pop("before", ()))
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL, **more}
-    return subprocess.Popen([*before, sys.executable, "-m", "tokentm_jax", *arguments], cwd=cwd, env=env, text=True, errors="replace", **pipes)
+    return subprocess.Popen([*before, sys.executable, "-m", "tokentm_jax", *arguments], cwd=cwd, env=env, text=True,
+        errors="replace", **pipes)
 
 
 def ended(process: "subprocess.Popen[str]", codes: tuple[int, ...], seconds: float = START) -> str:
@@ -55,7 +61,8 @@ def ended(process: "subprocess.Popen[str]", codes: tuple[int, ...], seconds: flo
         out, err = process.communicate()
         raise AssertionError(f"hangs: not ended after {seconds:.0f} s; {err[-300:]}") from None
     said = f"{out or ''}{err or ''}"
-    assert "Traceback (most recent" not in said and "Exception ignored" not in said, f"prints a traceback: {said[-700:]}"
+    clear = "Traceback (most recent" not in said and "Exception ignored" not in said
+    assert clear, f"prints a traceback: {said[-700:]}"
     assert process.returncode in codes, f"exit code {process.returncode} in place of {codes}: {said[-500:]}"
     if process.returncode == 2:
         errors = [line for line in (err or "").splitlines() if line.startswith("Error: ")]
@@ -66,11 +73,13 @@ def ended(process: "subprocess.Popen[str]", codes: tuple[int, ...], seconds: flo
 
 def clean(cwd: Path) -> None:
     """Nothing half-written is left."""
-    left = [p for p in cwd.rglob("*") if p.name.endswith((".part", ".tmp", ".old")) or "orbax-checkpoint-tmp" in p.name]
+    left = [p for p in cwd.rglob("*") if p.name.endswith((".part", ".tmp", ".old"))
+        or "orbax-checkpoint-tmp" in p.name]
     assert not left, f"left behind: {left[:3]}"
 
 
-def interrupted(arguments: tuple[str, ...], number: int, wait: Callable[[Path], bool] | None, delay: float) -> Callable[[Path], None]:
+def interrupted(arguments: tuple[str, ...], number: int, wait: Callable[[Path], bool] | None,
+    delay: float) -> Callable[[Path], None]:
     """A signal at a moment: exit code 130 or 143 soon after, or 0 where the work was finished."""
 
     def run(cwd: Path) -> None:
@@ -91,7 +100,8 @@ def has(pattern: str) -> Callable[[Path], bool]:
     return lambda cwd: any(cwd.glob(pattern))
 
 
-STARTED = {EXPLAIN: has("out"), DATASET: has("store/status/c/*"), EVALUATE: has("o/records/*.jsonl"), TRAIN: has("t/log.jsonl")}
+STARTED = {EXPLAIN: has("out"), DATASET: has("store/status/c/*"), EVALUATE: has("o/records/*.jsonl"),
+    TRAIN: has("t/log.jsonl")}
 
 
 def signals(rng: random.Random) -> Iterator[Case]:
@@ -106,7 +116,8 @@ def signals(rng: random.Random) -> Iterator[Case]:
 
 
 def case(note: str, process: Callable[[Path], object], **more: Any) -> Case:
-    return Case(note, process=process, expect=GOOD, files={**FILES, **more.pop("files", {})}, seconds=4 * START, **more)
+    return Case(note, process=process, expect=GOOD, files={**FILES, **more.pop("files", {})}, seconds=4 * START,
+        **more)
 
 
 def resumed(arguments: tuple[str, ...], folder: str, same: Callable[[Path, Path], None]) -> Callable[[Path], None]:
@@ -127,7 +138,8 @@ def resumed(arguments: tuple[str, ...], folder: str, same: Callable[[Path, Path]
 
 
 def same_bytes(one: Path, other: Path) -> None:
-    names = [sorted(p.relative_to(f).as_posix() for f_ in (f,) for p in f_.rglob("*") if p.is_file() and p.name != ".lock") for f in (one, other)]
+    names = [sorted(p.relative_to(f).as_posix() for f_ in (f,) for p in f_.rglob("*") if p.is_file()
+        and p.name != ".lock") for f in (one, other)]
     assert names[0] == names[1], set(names[0]) ^ set(names[1])
     different = [name for name in names[0] if (one / name).read_bytes() != (other / name).read_bytes()]
     assert not different, f"other bytes: {different[:4]}"
@@ -162,7 +174,8 @@ def full_disk(arguments: tuple[str, ...], folder: str, size: str, name: str) -> 
 
     def run(cwd: Path) -> None:
         (cwd / folder).mkdir()
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder], cwd=cwd, capture_output=True)
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder], cwd=cwd,
+            capture_output=True)
         if mounted.returncode:
             return  # not allowed here
         try:
@@ -175,12 +188,14 @@ def full_disk(arguments: tuple[str, ...], folder: str, size: str, name: str) -> 
     return run
 
 
-def odd(arguments: tuple[str, ...], codes: tuple[int, ...] = (0,), says: str = "", **more: Any) -> Callable[[Path], None]:
+def odd(arguments: tuple[str, ...], codes: tuple[int, ...] = (0,), says: str = "", **more: Any) -> Callable[[Path],
+    None]:
     def run(cwd: Path) -> None:
         options = {k: v(cwd) if callable(v) and k == "prepare" else v for k, v in more.items() if k != "prepare"}
         if "prepare" in more:
             more["prepare"](cwd)
-        env = {k: str(v).replace("CWD", str(cwd)) if v is not None else None for k, v in options.pop("env", {}).items()}
+        env = {k: str(v).replace("CWD", str(cwd)) if v is not None else None for k,
+            v in options.pop("env", {}).items()}
         said = ended(start(arguments, cwd, env=env, **options), codes)
         assert says in said, f"does not say {says!r}: {said[-300:]}"
 
@@ -192,13 +207,24 @@ def environments() -> Iterator[Case]:
     strange = {"ünï.png": base("photo.png"), "\udcff.png": base("photo.png")}
     explain = ("explain", "photo.png", "ünï.png", "\udcff.png", *EXPLAIN[2:])
     for note, env in (
-        ("no HOME", {"HOME": None, "XDG_CACHE_HOME": None, **no_cache}), ("an empty HOME", {"HOME": "", **no_cache}), ("HOME nowhere", {"HOME": "/nowhere/x", **no_cache}), ("HOME a file", {"HOME": "/etc/passwd", **no_cache}), ("HOME read-only", {"HOME": "/proc", **no_cache}),
-        ("ascii output", {"PYTHONIOENCODING": "ascii"}), ("Latin-1 output", {"PYTHONIOENCODING": "latin-1"}), ("LANG=C", {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}), ("LANG=nonsense", {"LANG": "xx_YY.nonsense", "LC_ALL": "xx_YY.nonsense"}), ("COLUMNS=1", {"COLUMNS": "1"}), ("COLUMNS=x", {"COLUMNS": "x"}),
-        ("COLUMNS=-5", {"COLUMNS": "-5", "LINES": "-1"}), ("TERM=nonsense", {"TERM": "nonsense", "FORCE_COLOR": "1"}), ("MPLBACKEND=nonsense", {"MPLBACKEND": "nonsense"}), ("no TMPDIR", {"TMPDIR": "/nowhere"}), ("a cache that is a file", {"JAX_COMPILATION_CACHE_DIR": "/etc/passwd"}), ("a cache on /proc", {"JAX_COMPILATION_CACHE_DIR": "/proc/x"}),
-        ("XDG_CACHE_HOME a file", {"XDG_CACHE_HOME": "/etc/passwd", **no_cache}), ("XDG_CACHE_HOME relative", {"XDG_CACHE_HOME": "x", **no_cache}), ("no PATH", {"PATH": ""}), ("MPLCONFIGDIR nowhere", {"MPLCONFIGDIR": "/proc/x"}),
-    ):  # fmt: skip
+        ("no HOME", {"HOME": None, "XDG_CACHE_HOME": None, **no_cache}), ("an empty HOME", {"HOME": "", **no_cache}),
+        ("HOME nowhere", {"HOME": "/nowhere/x", **no_cache}), ("HOME a file", {"HOME": "/etc/passwd", **no_cache}),
+        ("HOME read-only", {"HOME": "/proc", **no_cache}),
+        ("ascii output", {"PYTHONIOENCODING": "ascii"}), ("Latin-1 output", {"PYTHONIOENCODING": "latin-1"}),
+        ("LANG=C", {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}),
+        ("LANG=nonsense", {"LANG": "xx_YY.nonsense", "LC_ALL": "xx_YY.nonsense"}), ("COLUMNS=1", {"COLUMNS": "1"}),
+        ("COLUMNS=x", {"COLUMNS": "x"}),
+        ("COLUMNS=-5", {"COLUMNS": "-5", "LINES": "-1"}), ("TERM=nonsense", {"TERM": "nonsense", "FORCE_COLOR": "1"}),
+        ("no TMPDIR", {"TMPDIR": "/nowhere"}), ("a cache that is a file",
+        {"JAX_COMPILATION_CACHE_DIR": "/etc/passwd"}), ("a cache on /proc", {"JAX_COMPILATION_CACHE_DIR": "/proc/x"}),
+        ("XDG_CACHE_HOME a file", {"XDG_CACHE_HOME": "/etc/passwd", **no_cache}),
+        ("XDG_CACHE_HOME relative", {"XDG_CACHE_HOME": "x", **no_cache}), ("no PATH", {"PATH": ""}),
+        ("MPLCONFIGDIR nowhere", {"MPLCONFIGDIR": "/proc/x"}),
+    ):
         yield case(note, odd(explain, env=env), files=strange)
-    for note, env in (("unknown JAX_PLATFORMS", {"JAX_PLATFORMS": "nonsense"}), ("JAX_PLATFORMS=cuda", {"JAX_PLATFORMS": "cuda"}), ("JAX_PLATFORMS=tpu", {"JAX_PLATFORMS": "tpu"})):
+    yield case("MPLBACKEND=nonsense", odd(EXPLAIN, (0, 2), env={"MPLBACKEND": "nonsense"}))
+    for note, env in (("unknown JAX_PLATFORMS", {"JAX_PLATFORMS": "nonsense"}),
+            ("JAX_PLATFORMS=cuda", {"JAX_PLATFORMS": "cuda"}), ("JAX_PLATFORMS=tpu", {"JAX_PLATFORMS": "tpu"})):
         for command in (EXPLAIN, EVALUATE):
             yield case(f"{command[0]}: {note}", odd(command, (2,), env["JAX_PLATFORMS"], env=env))
 
@@ -213,10 +239,12 @@ def environments() -> Iterator[Case]:
             if path != Path("/") and path.stat().st_uid == os.getuid():
                 path.chmod(path.stat().st_mode | 0o555)
 
-    yield case("a damaged compile cache", odd(EXPLAIN, prepare=damage_cache, env={"JAX_COMPILATION_CACHE_DIR": "CWD/cache"}), own=("cwd/cache/*",))
+    yield case("a damaged compile cache", odd(EXPLAIN, prepare=damage_cache,
+        env={"JAX_COMPILATION_CACHE_DIR": "CWD/cache"}), own=("cwd/cache/*",))
     if shutil.which("setpriv") and os.getuid() == 0:
         user = ("setpriv", "--reuid", "54321", "--regid", "54321", "--clear-groups")
-        for note, env in (("HOME of root", no_cache), ("no HOME", {"HOME": None, **no_cache}), ("a read-only cache", {"JAX_COMPILATION_CACHE_DIR": "CWD/cache"})):
+        for note, env in (("HOME of root", no_cache), ("no HOME", {"HOME": None, **no_cache}),
+                ("a read-only cache", {"JAX_COMPILATION_CACHE_DIR": "CWD/cache"})):
             yield case(f"an unknown user, {note}", as_user(user, env, read_only))
     yield case("models | head", piped(("models",)))
     yield case("explain | head", piped(EXPLAIN))
@@ -257,7 +285,8 @@ def piped(arguments: tuple[str, ...]) -> Callable[[Path], None]:
 
 
 def closed(arguments: tuple[str, ...], number: int) -> Callable[[Path], None]:
-    return lambda cwd: ended(start(arguments, cwd, preexec_fn=lambda: os.close(number)), (0, 1, 2) if number == 1 else (0,)) and None
+    return lambda cwd: ended(start(arguments, cwd, preexec_fn=lambda: os.close(number)), (0, 1, 2) if number == 1
+        else (0,)) and None
 
 
 def to_full(arguments: tuple[str, ...]) -> Callable[[Path], None]:
@@ -286,7 +315,8 @@ def together() -> Iterator[Case]:
         while not any(cwd.glob("o/records/*.jsonl")) and process.poll() is None:
             time.sleep(0.02)
         while process.poll() is None:  # in this process, so that it looks often
-            done = subprocess.run([sys.executable, "-c", COMPARE], cwd=cwd, env=process_environment(), capture_output=True, text=True, timeout=START)
+            done = subprocess.run([sys.executable, "-c", COMPARE], cwd=cwd, env=process_environment(),
+                capture_output=True, text=True, timeout=START)
             assert "Traceback" not in done.stdout + done.stderr, done.stderr[-500:]
         ended(process, (0,))
         ended(start(tuple("whole" if a == "o" else a for a in EVALUATE), cwd), (0,))
@@ -329,7 +359,9 @@ def cases(rng: random.Random) -> Iterator[Case]:
     yield case("train resumed after SIGINT", resumed(TRAIN, "t", same_weights))
     yield from together()
     convert = ("convert", CHECKPOINT, "d/w.safetensors")
-    for command, folder, size, name in ((convert, "d", "8k", "d/w"), (("convert", CHECKPOINT, "d/orbax"), "d", "8k", "d/orbax"), (TRAIN, "t", "16k", "t"), (EVALUATE, "o", "8k", "o"), (DATASET, "store", "16k", "store"), (EXPLAIN, "out", "8k", "out")):
+    for command, folder, size, name in ((convert, "d", "8k", "d/w"),
+            (("convert", CHECKPOINT, "d/orbax"), "d", "8k", "d/orbax"), (TRAIN, "t", "16k", "t"),
+            (EVALUATE, "o", "8k", "o"), (DATASET, "store", "16k", "store"), (EXPLAIN, "out", "8k", "out")):
         yield case(f"{command[0]} to {command[-1][:9]} on a full disk", full_disk(command, folder, size, name))
         yield case(f"{command[0]} to {command[-1][:9]}, files of 2 kB at most", limited(command, 2000))
     yield from environments()

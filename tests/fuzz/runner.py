@@ -100,7 +100,9 @@ def environment() -> dict[str, str]:
 def prepare() -> None:
     """Make what the cases start from."""
     if not BASE.exists():
-        subprocess.run([sys.executable, "-m", "fuzz.base", str(BASE)], env=environment(), check=True)
+        BASE.parent.mkdir(parents=True, exist_ok=True)
+        # Not from here: Python would take the package of the current folder.
+        subprocess.run([sys.executable, "-m", "fuzz.base", str(BASE)], env=environment(), cwd=BASE.parent, check=True)
 
 
 class Worker:
@@ -203,15 +205,18 @@ def judge(case: Case, answer: dict[str, Any], before: dict[str, str], after: dic
     problems = []
     if "died" in answer:
         problems.append(answer["died"])
+    elif "problem" in answer:
+        problems.append(answer["problem"])
     elif "raised" in answer:
         problems.append(f"raises {answer['raised'].strip().splitlines()[-1][:300]}")
     elif "Traceback (most recent" in answer["out"] + answer["err"]:
         problems.append("prints a traceback")
     else:
         wanted = {GOOD: (0,), BAD: (2,), EITHER: (0, 2)}[case.expect]
-        if answer["code"] not in wanted:
-            problems.append(f"exit code {answer['code']} in place of {' or '.join(map(str, wanted))}")
         errors = [line for line in answer["err"].splitlines() if line.startswith("Error: ")]
+        if answer["code"] not in wanted:
+            said = f" ({errors[0][:300]})" if errors else ""
+            problems.append(f"exit code {answer['code']} in place of {' or '.join(map(str, wanted))}{said}")
         if answer["code"] == 2 and not errors:
             problems.append("no line 'Error: ...'")
         if answer["code"] == 2 and case.names and not any(case.names in line for line in errors):
@@ -264,14 +269,14 @@ def run_case(worker: Worker, area: str, index: int) -> Verdict:
 
 
 def in_process(case: Case, cwd: Path) -> dict[str, Any]:
+    """The answer of a case that starts processes itself."""
+    assert case.process is not None
     began = time.monotonic()
     answer: dict[str, Any] = {"code": 0, "out": "", "err": ""}
     try:
-        case.process(cwd)  # type: ignore[misc]
+        case.process(cwd)
     except AssertionError as error:
-        answer["raised"] = str(error) or traceback.format_exc()
-    except subprocess.TimeoutExpired as error:
-        answer["died"] = f"hangs: {error}"
+        answer |= {"problem": " ".join(str(error).split())[:900], "raised": traceback.format_exc()}
     return answer | {"seconds": time.monotonic() - began}
 
 

@@ -1,5 +1,8 @@
 """Output folders of `tokentm evaluate` and `train`: damaged, of something else, or with files of the user's."""
 
+# Tables of cases, several to a line.
+# fmt: off
+
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -14,18 +17,21 @@ MINE = ("cwd/run/*",)  # what a command may change there; the user's own files a
 def compare(note: str, content: Any, expect: str = EITHER, **more: Any) -> Iterator[Case]:
     for arguments in (("run",), ("run", "other", "--json")):
         files = {"run": content, "other": base("run"), **more.get("files", {})}
-        yield Case(f"compare {len(arguments)}: {note}", ("compare", *arguments), files=files, expect=expect, names="run" if expect == BAD else "")
+        yield Case(f"compare {len(arguments)}: {note}", ("compare", *arguments), files=files, expect=expect,
+            names="run" if expect == BAD else "")
 
 
 def again(note: str, content: Any, expect: str = EITHER, **more: Any) -> Case:
     """`evaluate` into the folder."""
     files = {"run": content, "r.py": base("evaluate.py"), "data": base("data"), **more.pop("files", {})}
-    return Case(f"evaluate: {note}", ("evaluate", "r.py", "--out", "run"), files=files, expect=expect, own=more.pop("own", MINE), names="run" if expect == BAD else "", **more)
+    return Case(f"evaluate: {note}", ("evaluate", "r.py", "--out", "run"), files=files, expect=expect,
+        own=more.pop("own", MINE), names="run" if expect == BAD else "", **more)
 
 
 def train(note: str, content: Any, expect: str = EITHER, **more: Any) -> Case:
     files = {"run": content, "r.py": base("train.py"), "data": base("data"), **more.pop("files", {})}
-    return Case(f"train: {note}", ("train", "r.py", "--out", "run"), files=files, expect=expect, own=more.pop("own", MINE), seconds=20, **more)
+    return Case(f"train: {note}", ("train", "r.py", "--out", "run"), files=files, expect=expect,
+        own=more.pop("own", MINE), seconds=20, **more)
 
 
 def text(name: str, make: Callable[[str], str | bytes]) -> Any:
@@ -61,15 +67,23 @@ WRONG = (None, True, 0, -1, 1e400, "x", [], {}, [[]], [1], {"a": 1}, "\x1b[31m",
 def contents() -> Iterator[tuple[str, Any]]:
     for name in (*FILES, "identity.json", "records/identity.txt"):
         for note, make in (
-            ("empty", lambda _: ""), ("[]", lambda _: "[]\n"), ("null", lambda _: "null\n"), ("{}", lambda _: "{}\n"), ("deep", lambda _: "[" * 200_000 + "\n"), ("deep objects", lambda _: '{"a":' * 100_000 + "1" + "}" * 100_000 + "\n"),
-            ("noise", lambda _: bytes(range(256)) * 9 + b"\n"), ("Latin-1", lambda t: t.replace("a", "é").encode("latin-1")), ("twice", lambda t: t + t), ("cut", lambda t: t[: len(t) // 2]), ("a NUL", lambda t: t[:40] + "\0" + t[41:]),
-            ("BOM", lambda t: "\ufeff" + t), ("long digits", lambda _: "9" * 10_000 + "\n"), ("a number", lambda _: "1\n"), ("NaN", lambda _: "NaN\n"), ("UTF-16", lambda t: t.encode("utf-16")),
-        ):  # fmt: skip
+            ("empty", lambda _: ""), ("[]", lambda _: "[]\n"), ("null", lambda _: "null\n"), ("{}", lambda _: "{}\n"),
+            ("deep", lambda _: "[" * 200_000 + "\n"), ("deep objects",
+            lambda _: '{"a":' * 100_000 + "1" + "}" * 100_000 + "\n"),
+            ("noise", lambda _: bytes(range(256)) * 9 + b"\n"), ("Latin-1",
+            lambda t: t.replace("a", "é").encode("latin-1")), ("twice", lambda t: t + t),
+            ("cut", lambda t: t[: len(t) // 2]), ("a NUL", lambda t: t[:40] + "\0" + t[41:]),
+            ("BOM", lambda t: "\ufeff" + t), ("long digits", lambda _: "9" * 10_000 + "\n"),
+            ("a number", lambda _: "1\n"), ("NaN", lambda _: "NaN\n"), ("UTF-16", lambda t: t.encode("utf-16")),
+        ):
             if "identity" not in name:
                 yield f"{name} {note}", text(name, make)
             else:
-                yield f"{name} {note}", put(name, lambda p, m=make: p.write_bytes(m("abc").encode() if isinstance(m("abc"), str) else m("abc")))
-        for note, make in (("FIFO", fifo), ("/dev/zero", lambda p: p.symlink_to("/dev/zero")), ("self-symlink", lambda p: p.symlink_to(p.name)), ("folder", folder), ("missing", lambda p: None), ("10 GB", lambda p: sparse(b"{", 10**10)(p))):
+                yield f"{name} {note}", put(name, lambda p, m=make: p.write_bytes(m("abc").encode()
+                    if isinstance(m("abc"), str) else m("abc")))
+        for note, make in (("FIFO", fifo), ("/dev/zero", lambda p: p.symlink_to("/dev/zero")),
+                ("self-symlink", lambda p: p.symlink_to(p.name)), ("folder", folder), ("missing", lambda p: None),
+                ("10 GB", lambda p: sparse(b"{", 10**10)(p))):
             yield f"{name} {note}", put(name, make)
     yield "records a file", put("records", lambda p: p.write_text("x"))
     yield "records missing", put("records", lambda p: None)
@@ -90,8 +104,12 @@ def results() -> Iterator[tuple[str, Any]]:
 
         return text("results.json", make)
 
-    places = [("run",), ("rows",), ("run", "config"), ("run", "seed"), ("run", "data"), ("run", "model"), ("run", "config", "rows"), ("run", "config", "task"), ("run", "config", "seed"), ("run", "config", "paper"), ("run", "config", "name")]
-    places += [("run", "config", "rows", 0), ("run", "config", "rows", 0, "name"), ("run", "config", "rows", 0, "method"), ("run", "config", "rows", 0, "options"), ("run", "config", "rows", 1, "random_blocks"), ("run", "config", "batch_size")]
+    places = [("run",), ("rows",), ("run", "config"), ("run", "seed"), ("run", "data"), ("run", "model"),
+        ("run", "config", "rows"), ("run", "config", "task"), ("run", "config", "seed"), ("run", "config", "paper"),
+        ("run", "config", "name")]
+    places += [("run", "config", "rows", 0), ("run", "config", "rows", 0, "name"),
+        ("run", "config", "rows", 0, "method"), ("run", "config", "rows", 0, "options"),
+        ("run", "config", "rows", 1, "random_blocks"), ("run", "config", "batch_size")]
     for place in places:
         for value in WRONG:
             yield f"{'.'.join(map(str, place))} = {str(value)[:20]!a}", at(place, value)
@@ -115,8 +133,10 @@ def records() -> Iterator[tuple[str, Any]]:
                 yield f"{name}: {key} = {str(value)[:20]!a}", lines(name, lambda d, k=key, v=value: d.update({k: v}))
             yield f"{name}: without {key}", lines(name, lambda d, k=key: d.pop(k) and None)
         for value in (*WRONG, [[1, 2], [3]], [1, "a"], ["nan"] * 2, [1, 2, 3], [[[1]]]):
-            yield f"{name}: a field = {str(value)[:20]!a}", lines(name, lambda d, v=value: d["fields"].update({sorted(d["fields"])[0]: v}))
-            yield f"{name}: a new field = {str(value)[:20]!a}", lines(name, lambda d, v=value: d["fields"].update(new=v))
+            yield f"{name}: a field = {str(value)[:20]!a}", lines(name, lambda d,
+                v=value: d["fields"].update({sorted(d["fields"])[0]: v}))
+            yield f"{name}: a new field = {str(value)[:20]!a}", lines(name, lambda d,
+                v=value: d["fields"].update(new=v))
             yield f"{name}: a key = {str(value)[:20]!a}", lines(name, lambda d, v=value: d["keys"].__setitem__(0, v))
         yield f"{name}: without a field", lines(name, lambda d: d["fields"].pop(sorted(d["fields"])[-1]) and None)
         yield f"{name}: the same keys twice", lines(name, lambda d: d["keys"].__setitem__(1, d["keys"][0]))
@@ -124,12 +144,18 @@ def records() -> Iterator[tuple[str, Any]]:
 
 def foreign() -> Iterator[Case]:
     """Files that this program did not write stay as they are."""
-    names = ("results.json", "results.md", "curves.png", "identity.json", "config.json", "log.jsonl", "records/clean.jsonl", "records/identity.txt", "records", "checkpoints/mine.txt", "tiny.safetensors", "notes.txt", "sub/notes.txt", ".lock")
+    names = ("results.json", "results.md", "curves.png", "identity.json", "config.json", "log.jsonl",
+        "records/clean.jsonl", "records/identity.txt", "records", "checkpoints/mine.txt", "tiny.safetensors",
+        "notes.txt", "sub/notes.txt", ".lock")
     for name in names:
         for mine in ("mine", folder):
             files = {f"run/{name}": mine}
-            yield Case(f"evaluate into a folder with the user's {name}", ("evaluate", "r.py", "--out", "run"), files={**files, "r.py": base("evaluate.py"), "data": base("data")}, expect=EITHER, own=("cwd/run/.lock",))
-            yield Case(f"train into a folder with the user's {name}", ("train", "r.py", "--out", "run"), files={**files, "r.py": base("train.py"), "data": base("data")}, expect=EITHER, own=("cwd/run/.lock",), seconds=20)
+            yield Case(f"evaluate into a folder with the user's {name}", ("evaluate", "r.py", "--out", "run"),
+                files={**files, "r.py": base("evaluate.py"), "data": base("data")}, expect=EITHER,
+                own=("cwd/run/.lock",))
+            yield Case(f"train into a folder with the user's {name}", ("train", "r.py", "--out", "run"),
+                files={**files, "r.py": base("train.py"), "data": base("data")}, expect=EITHER, own=("cwd/run/.lock",),
+                seconds=20)
     inside = changed("run", lambda path: (path / "notes.txt").write_text("mine"))
     yield again("a run with a file of the user's", inside, GOOD, own=("cwd/run/[!n]*",))
 
@@ -141,14 +167,18 @@ def cases(rng: random.Random) -> Iterator[Case]:
     yield from foreign()
     yield again("a run of training", base("trained"), BAD, own=())
     yield train("a run of an evaluation", base("run"), BAD, own=())
-    for note, content in (("missing", link("nowhere")), ("a file", "x"), ("FIFO", fifo), ("empty", folder), ("a store", base("store")), ("/dev/zero", link("/dev/zero")), ("self-symlink", link("run")), ("a training", base("trained"))):
+    for note, content in (("missing", link("nowhere")), ("a file", "x"), ("FIFO", fifo), ("empty", folder),
+            ("a store", base("store")), ("/dev/zero", link("/dev/zero")), ("self-symlink", link("run")),
+            ("a training", base("trained"))):
         yield from compare(note, content, BAD)
     for name in ("", "\0", "x" * 300, "nowhere", "\x1b[31m", "/", "/proc/self", "..", "http://x/y"):
         yield Case(f"compare {name[:10]!a}", ("compare", name))
     for name in ("config.json", "log.jsonl", "identity.json", "checkpoints"):
-        for note, make in (("FIFO", fifo), ("/dev/zero", lambda p: p.symlink_to("/dev/zero")), ("folder", folder), ("deep", lambda p: p.write_text("[" * 99_999)), ("empty", Path.touch), ("[]", lambda p: p.write_text("[]")), ("{}", lambda p: p.write_text("{}"))):
+        for note, make in (("FIFO", fifo), ("/dev/zero", lambda p: p.symlink_to("/dev/zero")), ("folder", folder),
+                ("deep", lambda p: p.write_text("[" * 99_999)), ("empty", Path.touch),
+                ("[]", lambda p: p.write_text("[]")), ("{}", lambda p: p.write_text("{}"))):
             yield train(f"{name} {note}", put(name, make, "trained"))
-    for i in range(6):
+    for _ in range(6):
         yield train("damaged", damaged("trained", rng.getrandbits(32)))
     every = list(contents())
     rng.shuffle(every)
@@ -159,5 +189,6 @@ def cases(rng: random.Random) -> Iterator[Case]:
             yield again(note, content)
     results_json = (BASE / "run" / "results.json").read_bytes()
     while True:
-        yield next(compare("results.json damaged", changed("run", lambda p, c=damage(results_json, rng): (p / "results.json").write_bytes(c))))
+        yield next(compare("results.json damaged", changed("run", lambda p, c=damage(results_json, rng): (
+            p / "results.json").write_bytes(c))))
         yield from compare("damaged", damaged("run", rng.getrandbits(32)))

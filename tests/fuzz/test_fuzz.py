@@ -6,7 +6,10 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-AREAS = ("photos", "checkpoints", "mat", "zips", "tables", "recipes", "runs", "stores", "arguments", "library", "processes")
+AREAS = (
+    *("photos", "checkpoints", "mat", "zips", "tables", "recipes", "runs", "stores", "arguments", "library"),
+    "processes",
+)
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,10 @@ def answer_command(arguments: list[str]) -> dict[str, Any]:
 
     from tokentm_jax.cli import main
 
-    result = CliRunner().invoke(main, arguments, prog_name="tokentm")
+    try:
+        result = CliRunner().invoke(main, arguments, prog_name="tokentm")
+    except BaseException as error:  # what only recipes raise
+        return {"code": 1, "out": "", "err": "", "raised": shown(error)}
     answer = {"code": result.exit_code, "out": result.stdout, "err": result.stderr}
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         answer["raised"] = shown(result.exception)

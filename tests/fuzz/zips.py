@@ -1,5 +1,8 @@
 """Zip files of class folders for `tokentm dataset`, `evaluate` and `train`."""
 
+# Tables of cases, several to a line.
+# fmt: off
+
 import io
 import random
 import struct
@@ -40,9 +43,10 @@ PLAIN = pack(PHOTOS)
 def header(content: bytes, **fields: int) -> bytes:
     """Fields of all local headers and all entries of the directory overwritten: (offset there, offset here, size)."""
     places = {
-        "version": (4, 6, 2), "made_by": (None, 4, 2), "flags": (6, 8, 2), "method": (8, 10, 2), "crc": (14, 16, 4), "packed": (18, 20, 4),
+        "version": (4, 6, 2), "made_by": (None, 4, 2), "flags": (6, 8, 2), "method": (8, 10, 2), "crc": (14, 16, 4),
+        "packed": (18, 20, 4),
         "size": (22, 24, 4), "name": (26, 28, 2), "extra": (28, 30, 2), "disk": (None, 34, 2), "offset": (None, 42, 4),
-    }  # fmt: skip
+    }
     made = bytearray(content)
     for field, value in fields.items():
         local, directory, size = places[field]
@@ -57,16 +61,20 @@ def header(content: bytes, **fields: int) -> bytes:
 def cases(rng: random.Random) -> Iterator[Case]:
     yield from each("as it is", base("classes.zip"), GOOD)
     for field, values in (
-        ("version", (0, 63, 99, 65535)), ("made_by", (0, 65535)), ("flags", (1, 0x20, 0x40, 0x800, 0x2000, 65535)), ("method", (1, 6, 9, 12, 14, 93, 99, 65535)),
-        ("crc", (0, 1, 2**32 - 1)), ("packed", (0, 1, 2**32 - 1)), ("size", (0, 1, 2**32 - 1, 2**31)), ("name", (0, 3, 65535)), ("extra", (1, 65535)),
+        ("version", (0, 63, 99, 65535)), ("made_by", (0, 65535)), ("flags", (1, 0x20, 0x40, 0x800, 0x2000, 65535)),
+        ("method", (1, 6, 9, 12, 14, 93, 99, 65535)),
+        ("crc", (0, 1, 2**32 - 1)), ("packed", (0, 1, 2**32 - 1)), ("size", (0, 1, 2**32 - 1, 2**31)),
+        ("name", (0, 3, 65535)), ("extra", (1, 65535)),
         ("disk", (1, 65535)), ("offset", (0, 7, 2**32 - 1)),
-    ):  # fmt: skip
+    ):
         for value in values:
             yield from each(f"{field} = {value}", header(PLAIN, **{field: value}), EITHER)
     utf8 = header(pack({**PHOTOS, "ant/xx.png": png(9)}), flags=0x800).replace(b"xx.png", b"\xff\xfe.png")
     yield from each("names that are not the UTF-8 that they say", utf8, EITHER)
-    for name in ("/etc/passwd.png", "../../x.png", "ant/../../../x.png", "C:\\x\\y.png", "ant\\b.png", "ant/\0.png", "/.png", "ant//x.png", "./ant/x.png", "ant/./x.png", "../x.png",
-                 "ant/" + "b" * 5000 + ".png", "a/" * 2000 + "x.png", "\x1b[31m/x.png", "ant/.png", "ant/x.png/", " / .png", "ant/x.PNG", "é/ü.png", "..", "x.png"):  # fmt: skip
+    for name in ("/etc/passwd.png", "../../x.png", "ant/../../../x.png", "C:\\x\\y.png", "ant\\b.png", "ant/\0.png",
+            "/.png", "ant//x.png", "./ant/x.png", "ant/./x.png", "../x.png",
+                 "ant/" + "b" * 5000 + ".png", "a/" * 2000 + "x.png", "\x1b[31m/x.png", "ant/.png", "ant/x.png/",
+                 " / .png", "ant/x.PNG", "é/ü.png", "..", "x.png"):
         yield from each(f"the name {name[:30]!a}", pack([*PHOTOS.items(), (name, png(3))]), EITHER)
         yield from each(f"the name {name[:30]!a} alone", pack([(name, png(3))]), EITHER)
     import warnings
@@ -88,13 +96,17 @@ def cases(rng: random.Random) -> Iterator[Case]:
     yield from each("photos without folders", pack({"a.png": png(0), "b.png": png(1)}))
     yield from each("damaged photos alone", pack({"ant/a.png": b"x", "bee/b.png": b""}), names="")
     other = pack({f"{name}/{i}.png": png(i) for i, name in enumerate(("ANT", "bee", "cat", "dog", "eels"))})
-    yield Case("evaluate: other class names", ("evaluate", "r.py", "--data", "a.zip", "--out", "o"), files={"a.zip": other, "r.py": base("evaluate.py")}, names="eels")
-    yield Case("dataset: other class names, labels explained", ("dataset", "a.zip", *OUT, "--target", "label"), files={"a.zip": other}, names="eels")
+    yield Case("evaluate: other class names", ("evaluate", "r.py", "--data", "a.zip", "--out", "o"),
+        files={"a.zip": other, "r.py": base("evaluate.py")}, names="eels")
+    yield Case("dataset: other class names, labels explained", ("dataset", "a.zip", *OUT, "--target", "label"),
+        files={"a.zip": other}, names="eels")
     many = pack({f"c{i:04}/{i}.png": png(0) for i in range(300)})
     yield from each("300 classes", many, EITHER)
     yield from each("sizes that differ", pack({**PHOTOS, "ant/z.png": png(1, (17, 40))}), EITHER)
-    for note, content in (("empty", b""), ("text", "x"), ("FIFO", fifo), ("folder", folder), ("/dev/zero", link("/dev/zero")), ("self-symlink", link("a.zip")), ("end alone", PLAIN[-22:]),
-                          ("10 GB of zeros", sparse(b"PK\3\4", 10**10)), ("a .mat", base("seg.mat")), ("a comment of 65,535 bytes", PLAIN[:-2] + b"\xff\xff" + b"x" * 65535)):  # fmt: skip
+    for note, content in (("empty", b""), ("text", "x"), ("FIFO", fifo), ("folder", folder),
+            ("/dev/zero", link("/dev/zero")), ("self-symlink", link("a.zip")), ("end alone", PLAIN[-22:]),
+                          ("10 GB of zeros", sparse(b"PK\3\4", 10**10)), ("a .mat", base("seg.mat")),
+                          ("a comment of 65,535 bytes", PLAIN[:-2] + b"\xff\xff" + b"x" * 65535)):
         yield from each(note, content, BAD if "comment" not in note else EITHER)
     content = (BASE / "classes.zip").read_bytes()
     while True:
