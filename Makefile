@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-kills fuzz bench lint lock clean
+.PHONY: demo test test-slow test-kills fuzz bench lint docs lock clean
 
 # The environment that was tested: every package at the version of requirements.lock.
 .venv/ready: requirements.lock pyproject.toml
@@ -38,8 +38,17 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# What the tests do not need; pages, links and references that do not exist end it.
+.venv/docs: .venv/ready
+	$(BIN)/pip install --quiet --group docs --constraint requirements.lock
+	touch $@
+
+docs: .venv/docs  ## the documentation, into out/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "out/site/index.html"
+
 lock:  ## refresh requirements.lock (needs uv)
-	uv pip compile pyproject.toml --group dev --extra hub --extra data --universal --python-version 3.11 --no-annotate -o requirements.lock
+	uv pip compile pyproject.toml --group dev --group docs --extra hub --extra data --universal --python-version 3.11 --no-annotate -o requirements.lock
 
 clean:
 	rm -rf .venv out

@@ -1,6 +1,7 @@
 """Strict types everywhere, and where the shared data lies."""
 
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-# Compiling is most of the time of these tests; the numbers do not depend on it.
-jax.config.update("jax_disable_most_optimizations", True)
+# Compiling is most of the time of these tests; the numbers do not depend on it. (A slow test of the contract checks
+# that: it runs itself with this variable set, on the programs that users run.)
+jax.config.update("jax_disable_most_optimizations", "TEST_OPTIMISED" not in os.environ)
 jax.config.update("jax_num_cpu_devices", 8)  # for the tests of sharding
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"

@@ -24,7 +24,7 @@ OFF = {"length": False, "direction": "none", "initialise": False, "ffn": False}
 CASES = (
     ("distilled", {}),
     ("registers", {"first_block": 1, "end_block": 2}),
-    ("distilled", {"original": "normalised", "direction": "cosine", **OFF}),
+    ("distilled", {**OFF, "original": "normalised", "direction": "cosine"}),
     ("registers", {"attention": "plain"}),
 )
 

@@ -226,6 +226,7 @@ def build(
         img_size: side or (height, width) in pixels, in place of the configuration's.
         num_classes: in place of the configuration's.
         dtype: type of the activations, such as "bfloat16"; None: that of the images.
+
     Raises:
         InputError: an unknown key, a wrong type, or a value that the model does not support; names the key.
     """

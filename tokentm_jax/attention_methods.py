@@ -5,11 +5,12 @@ Each function is `(module, params, inputs, target, **options) -> (maps, details)
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from annotated_types import Ge, Lt
 from jax import Array
 
 from tokentm_jax.errors import InputError
@@ -33,6 +34,7 @@ from tokentm_jax.trace import Trace, capture, class_logits, zero_perturbations
 
 Details = dict[str, Array]
 Explanation = tuple[Array, Details]
+Block = Annotated[int, Ge(0)]  # a block, counted from 0
 
 
 def from_trace(module: Any, trace: Trace, rule: Callable[[Blocks, Array], Array]) -> Explanation:
@@ -43,7 +45,7 @@ def from_trace(module: Any, trace: Trace, rule: Callable[[Blocks, Array], Array]
 
     def one(blocks: Blocks) -> Array:
         blocks = jax.tree.map(wide, blocks)
-        return rule(blocks, jnp.asarray(module.readout, blocks.tokens.dtype))
+        return rule(blocks, jnp.asarray(module.readout, wide(trace.logits).dtype))
 
     rows = jax.vmap(one, in_axes=1)(trace.blocks())
     return token_map(module, rows), trace.details()
@@ -60,9 +62,13 @@ def tokentm(module: nn.Module, params: Any, inputs: Array, target: Array | None,
     """TokenTM; see `tokentm_jax.tokentm`."""
     chosen = (options.first_block, options.end_block)
     if not streams(module):
-        trace = capture(module, params, inputs, target, gradients=options.attention == "gradient")
+        trace = capture(module, params, inputs, target, options.uses())
         check_blocks(len(trace.attention), *chosen)
-        return from_trace(module, trace, lambda blocks, row: contributions(blocks, blocks.tokens[0], row, options))
+
+        def rule(blocks: Blocks, row: Array) -> Array:
+            return contributions(blocks, blocks.tokens[0] if options.initialise else None, row, options)
+
+        return from_trace(module, trace, rule)
     check_blocks(module.depth, *chosen)
 
     def with_gradient(row: Array, weighted: Array, weights: Weights) -> Array:
@@ -91,7 +97,7 @@ def _from_attention(
     first_block: int | None,
 ) -> Explanation:
     """Maps by a rule that knows of each block only `fuse(attention [H, N, N])`; `first_block` None: the last alone."""
-    trace = None if streams(module) else capture(module, params, inputs, target, gradients=False)
+    trace = None if streams(module) else capture(module, params, inputs, target, ["attention"])
     depth = module.depth if trace is None else len(trace.attention)
     start = depth - 1 if first_block is None else first_block
     check_blocks(depth, start)
@@ -115,19 +121,15 @@ def rollout(
     target: Array | None,
     *,
     fusion: Literal["mean", "max", "min"] = "mean",
-    discard_ratio: float = 0.0,
+    discard_ratio: Annotated[float, Ge(0), Lt(1)] = 0.0,
     normalise: bool = True,
-    first_block: int = 0,
+    first_block: Block = 0,
 ) -> Explanation:
     """Attention rollout (Abnar & Zuidema, ACL 2020): the product of `rownorm(fuse_h(A) + I)` over blocks.
 
     `discard_ratio` in [0, 1) sets that share of each block's lowest fused attentions to zero first.
     """
-    reduce = {"mean": jnp.mean, "max": jnp.max, "min": jnp.min}.get(fusion)
-    if reduce is None:
-        raise InputError(f"option 'fusion' of the method 'rollout' must be mean, max or min, got {fusion!r}")
-    if not 0 <= discard_ratio < 1:
-        raise InputError(f"option 'discard_ratio' of the method 'rollout' must be in [0, 1), got {discard_ratio}")
+    reduce = {"mean": jnp.mean, "max": jnp.max, "min": jnp.min}[fusion]
 
     def fuse(attention: Array) -> Array:
         fused = reduce(attention, axis=0)
@@ -149,22 +151,20 @@ def gae(
     inputs: Array,
     target: Array | None,
     *,
-    first_block: int = 0,
+    first_block: Block = 0,
     memory: Literal["recompute", "store"] = "store",
 ) -> Explanation:
     """Generic attention explainability (Chefer et al., ICCV 2021): `R <- R + mean_h relu(G * A_h) R` from R = I.
 
     It is TokenTM with every component off.
     """
-    if memory not in ("recompute", "store"):
-        raise InputError(f"option 'memory' of the method 'gae' must be recompute or store, got {memory!r}")
     off = TokenTM(length=False, direction="none", initialise=False, ffn=False, first_block=first_block, memory=memory)
     return tokentm(module, params, inputs, target, options=off)
 
 
 def grad_cam(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
     """Grad-CAM on the last block's attention: heads weighted by their mean gradient in the read-out row."""
-    trace = capture(module, params, inputs, target)
+    trace = capture(module, params, inputs, target, ["attention", "attention_grad"])
 
     def rule(blocks: Blocks, row: Array) -> Array:
         attention, gradient = row @ blocks.attention[-1], row @ blocks.attention_grad[-1]  # [H, N]
@@ -176,7 +176,7 @@ def grad_cam(module: nn.Module, params: Any, inputs: Array, target: Array | None
 
 def grad_cam_tokens(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
     """Grad-CAM on the patch tokens after the last block's first LayerNorm, as users of CAM libraries do."""
-    trace = capture(module, params, inputs, target)
+    trace = capture(module, params, inputs, target, ["normalised", "normalised_grads"])
 
     def one(features: Array, gradient: Array) -> Array:
         features, gradient = wide(features), wide(gradient)
@@ -188,17 +188,20 @@ def grad_cam_tokens(module: nn.Module, params: Any, inputs: Array, target: Array
 
 def attcat(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
     """AttCAT (Qiang et al., NeurIPS 2022): token * gradient at each block's input, times the attention it gets."""
-    trace = capture(module, params, inputs, target)
-    effect = (wide(trace.tokens[:-1]) * wide(trace.token_grads[:-1])).sum(-1)  # [L, B, N]
+    trace = capture(module, params, inputs, target, ["attention", "tokens", "token_grads"])
+    effect = (wide(trace.tokens) * wide(trace.token_grads)).sum(-1)  # [L, B, N]
     received = wide(trace.attention).mean((2, 3))
     return token_map(module, (received * effect).sum(0)), trace.details()
 
 
 def legrad(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
     """LeGrad (Bousselham et al., 2024): `sum_l mean_{h,q} relu(d s_l / d A_l)`, s_l read from block l's output."""
-    if not hasattr(module, "block") or not hasattr(module, "classify"):
-        raise InputError("the method 'legrad' needs a module with the methods 'block' and 'classify', as tm.ViT has")
-    trace = capture(module, params, inputs, target, gradients=False)
+    if not streams(module):
+        raise InputError(
+            f"the method 'legrad' reads every block's tokens through the head, so it needs a module with the forward "
+            f"pass of tm.ViT; {type(module).__name__} has its own"
+        )
+    trace = capture(module, params, inputs, target, ["tokens"])
     block = module.block()
 
     def through_block(total: Array, layer: tuple[Any, Array]) -> tuple[Array, None]:
@@ -215,7 +218,7 @@ def legrad(module: nn.Module, params: Any, inputs: Array, target: Array | None) 
         return total + jax.nn.relu(gradient.astype(total.dtype)).mean((1, 2)), None
 
     start = jnp.zeros_like(wide(trace.tokens[0, ..., 0]))
-    rows, _ = jax.lax.scan(through_block, start, (params["blocks"], trace.tokens[:-1]))
+    rows, _ = jax.lax.scan(through_block, start, (params["blocks"], trace.tokens))
     return token_map(module, rows), trace.details()
 
 
@@ -226,24 +229,21 @@ def beyond_intuition(
     target: Array | None,
     *,
     variant: Literal["head", "token"] = "head",
-    steps: int = 20,
-    first_block: int = 0,
+    steps: Annotated[int, Ge(1)] = 20,
+    first_block: Block = 0,
 ) -> Explanation:
     """Beyond Intuition (Chen et al., TMLR 2023): attention perception P, times the reasoning feedback F.
 
     `P <- P + A P` with `A = sum_h I_h A_h`, `I_h` proportional to `mean |A_h^T G_h|` (variant "head"), or with
     `A = mean_h A_h diag(||V_j W_O|| / ||x_j||)` (variant "token"); `F = mean_h relu(mean_k G_L(k x / steps))`.
     """
-    if variant not in ("head", "token"):
-        raise InputError(f"option 'variant' of the method 'beyond_intuition' must be head or token, got {variant!r}")
-    if steps < 1:
-        raise InputError(f"option 'steps' of the method 'beyond_intuition' must be 1 or more, got {steps}")
-    trace = capture(module, params, inputs, target)
+    weighted = ["tokens", "transformed_value"] if variant == "token" else []
+    trace = capture(module, params, inputs, target, ["attention", "attention_grad", *weighted])
     check_blocks(len(trace.attention), first_block)
 
     def gradient_at(share: Array) -> Array:
-        scaled = capture(module, params, inputs * share.astype(inputs.dtype), trace.target)
-        return wide(scaled.attention_grad[-1])
+        point = inputs * share.astype(inputs.dtype)
+        return wide(capture(module, params, point, trace.target, ["attention_grad"]).attention_grad[-1])
 
     shares = jnp.arange(1, steps + 1, dtype=jnp.float32) / steps
     start = jnp.zeros_like(wide(trace.attention_grad[-1]))

@@ -175,8 +175,10 @@ def read_checkpoint(module: ViT, path: str | os.PathLike[str], reset_head: bool 
         module: the model that the weights must fit.
         path: the file or folder.
         reset_head: ignore the classifier in the file and leave it out (fine-tuning with other classes).
+
     Returns:
         The nested dictionary of float32 arrays.
+
     Raises:
         InputError: no such file, damaged, of an unknown kind, or not this model's.
     """
@@ -369,8 +371,10 @@ def write_checkpoint(
         preprocessing: what the model expects of photos.
         class_names: one per class.
         extra: more JSON values for the description, such as the accuracy.
+
     Returns:
         The path written. It appears whole or not at all, and replaces what was there.
+
     Raises:
         InputError: another suffix, parameters of another model or not finite, or class names that do not match.
     """

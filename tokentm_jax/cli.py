@@ -1,5 +1,6 @@
 """The command line. JAX is imported inside the commands, so that `--help` answers at once."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -17,8 +18,9 @@ from rich.text import Text
 
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.explaining import Run, fail, output_names, print_result
+from tokentm_jax.files import read_text
+from tokentm_jax.identity import version_of
 from tokentm_jax.terminal import complain, console, memory_errors, printable, running_images, running_table
-from tokentm_jax.versions import version_of
 
 if TYPE_CHECKING:
     from tokentm_jax.vit import ViT
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 MODELS_HELP = "Timm name, shipped model or hf-hub:timm/NAME (see `tokentm models`); default: the checkpoint's own."
 
 
+LARGEST_RECIPE = 2**20  # bytes
 INTERRUPTED = 130  # exit code, as shells have it
 
 
@@ -358,6 +361,8 @@ def train(
     _make_folder(folder)
     try:
         top_1 = training.train(config, module, data, test, folder, click.echo)
+    except InputError:
+        raise
     except ValueError as error:  # numbers of the recipe that do not go together
         raise InputError(f"the recipe {recipe}: {error}") from error
     click.echo(f"test accuracy {top_1:.2%}; the model is in {printable(folder)}")
@@ -366,18 +371,22 @@ def train(
 def _read_recipe(path: Path, kind: type) -> Any:
     """The `config` of a Python file, which is run. Raises InputError for any error in it."""
 
+    from tokentm_jax.validation import check_fields
+
     def refuse(reason: str) -> NoReturn:
         raise InputError(f"the recipe {path} {reason}") from None
 
-    if not path.is_file():
-        refuse("does not exist")
+    read_text(path, LARGEST_RECIPE, "the recipe")  # a pipe, a device, no text: before it is run
     try:
-        found = runpy.run_path(str(path)).get("config")
+        with contextlib.redirect_stdout(sys.stderr):  # where results go, it has nothing to print
+            found = runpy.run_path(str(path)).get("config")
+    except SystemExit as error:
+        refuse(f"ends the program (SystemExit: {error.code})")
     except Exception as error:
         refuse(f"cannot be run: {type(error).__name__}: {error}")
-    if not isinstance(found, kind):
+    if type(found) is not kind:
         refuse(f"must define `config` as a {kind.__name__}")
-    return found
+    return check_fields(found, f"the recipe {path}")
 
 
 # ---- dataset --------------------------------------------------------------------------------------------------------

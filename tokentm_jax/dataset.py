@@ -18,18 +18,32 @@ import numpy as np
 from jax import Array
 
 from tokentm_jax.errors import InputError, suggest
-from tokentm_jax.evaluate import architecture_of, model_identity, translation, unit, versions
+from tokentm_jax.evaluate import translation
+from tokentm_jax.identity import describe_model, digest, environment
 from tokentm_jax.interface import explain_fn
 from tokentm_jax.loading import LoadedViT
+from tokentm_jax.maps import unit
 from tokentm_jax.methods import METHODS
 from tokentm_jax.preprocessing import Preprocessing
-from tokentm_jax.records import digest
 from tokentm_jax.sources import PROFILES, Batch, Source, batches
-from tokentm_jax.store import DONE, DTYPES, FILL, REASON_BYTES, SKIPPED, Arrays, Store, encode, scaled
+from tokentm_jax.store import (
+    DONE,
+    DTYPES,
+    FILL,
+    FORMAT,
+    REASON_BYTES,
+    SKIPPED,
+    BatchSize,
+    ChunkSize,
+    Store,
+    encode,
+    scaled,
+)
+from tokentm_jax.validation import check_fields
 
 TARGETS = ("predicted", "label")
 CHUNK = 256  # examples of a chunk, or a little more so that batches divide it
-WRITING = 4  # chunks that are being written; the next one waits
+WRITING = 4  # chunks that are being written, fewer where they are large; the next one waits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +56,8 @@ class DatasetConfig:
       target: which class is explained, "predicted" or "label".
       dtype: of the stored maps, "float16" or "float32".
       profile: how images are prepared: "default" (as the model says) or "reference" (squashed, bilinear).
-      batch_size: examples computed at a time, on one device.
-      chunk_size: examples written at a time, a multiple of the batch size; None: 256 or a little more.
+      batch_size: examples computed at a time, on one device; from 1 to 4096.
+      chunk_size: examples written at a time, a multiple of the batch size up to 65536; None: 256 or a little more.
     """
 
     methods: Sequence[str] = ("tokentm",)
@@ -51,8 +65,8 @@ class DatasetConfig:
     target: str = "predicted"
     dtype: str = "float16"
     profile: str = "default"
-    batch_size: int = 32
-    chunk_size: int | None = None
+    batch_size: BatchSize = 32
+    chunk_size: ChunkSize | None = None
 
     @property
     def chunk(self) -> int:
@@ -85,18 +99,19 @@ def explain_dataset(
     """Write the maps of a data set to a store, or those that a store still lacks.
 
     Args:
-      out: a local folder, or a URL that TensorStore knows.
+      out: a local folder, or a URL of gs:// or s3://.
       report: called with (examples finished, examples in all, examples skipped by this run) of this process.
       process, processes: this process writes every chunk whose number has the remainder `process`.
       retry_skipped: compute the chunks again that have an example that was skipped.
 
     Raises:
-      InputError: a config, model and data set that do not go together, a store of something else, a full disk.
+      InputError: a config, model and data set that do not go together, chunks too large for the memory, a store of
+        something else, a full disk.
     """
-    check(config, source)
+    config = check(config, source)
     translate = _translation(config, vit, source)
-    arrays = layout(config, vit, source)  # compiles nothing, but finds a method that the model does not fit
-    store = Store(out, provenance(config, vit, source), arrays)
+    store = Store(out, provenance(config, vit, source))
+    at_once = min(WRITING, store.at_a_time)
     own = range(process, store.chunks, processes)
     done, damaged = store.finished(own, retry_skipped=retry_skipped)
     todo = sorted(set(own) - set(done))
@@ -108,10 +123,11 @@ def explain_dataset(
     indices = [i for chunk in todo for i in store.rows(chunk)]
     stream = batches(source, vit.preprocessing, config.batch_size, config.profile, indices=indices, skipped=skipped)
     writing: deque[Future[None]] = deque()
-    with closing(_results(config, vit, translate, stream)) as results, ThreadPoolExecutor(WRITING) as pool:
+    with closing(_results(config, vit, translate, stream)) as results, ThreadPoolExecutor(at_once) as pool:
         for chunk in todo:
             rows = store.rows(chunk)
-            fields = {n: np.full((len(rows), *shape), FILL[dtype], dtype) for n, (shape, dtype) in arrays.items()}
+            layout = store.fields.items()
+            fields = {n: np.full((len(rows), *shape), FILL[dtype], dtype) for n, (shape, dtype) in layout}
             for start in range(0, len(rows), config.batch_size):
                 group = rows[start : start + config.batch_size]
                 batch, found = next(results)
@@ -119,7 +135,7 @@ def explain_dataset(
                 count += len(group)
                 if report is not None:
                     report(count, total, len(skipped))
-            while len(writing) >= WRITING:
+            while len(writing) >= at_once:
                 writing.popleft().result()
             writing.append(pool.submit(store.write, chunk, fields))
         for future in writing:
@@ -127,8 +143,9 @@ def explain_dataset(
     return Outcome(len(own), len(todo), damaged)
 
 
-def check(config: DatasetConfig, source: Source) -> None:
-    """Raises InputError for a method, option, name or number that does not exist."""
+def check(config: DatasetConfig, source: Source) -> DatasetConfig:
+    """The config, with plain Python values. InputError for a method, option, name or number that does not exist."""
+    config = check_fields(config, "the settings")
     if not config.methods or len(set(config.methods)) < len(config.methods):
         raise InputError(f"the methods must be different ones, got {','.join(config.methods) or 'none'}")
     for method in config.methods:
@@ -142,49 +159,41 @@ def check(config: DatasetConfig, source: Source) -> None:
     ):
         if value not in known:
             raise suggest(kind, value, known)
-    if config.batch_size < 1 or config.chunk < 1 or config.chunk % config.batch_size:
+    if config.chunk % config.batch_size:
         sizes = f"got {config.chunk} and {config.batch_size}"
         raise InputError(f"the chunk size must be a multiple of the batch size, {sizes}")
     if config.target == "label" and not source.labelled:
         raise InputError(f"{source.name} has no labels to explain; take the target 'predicted'")
+    return config
 
 
-def layout(config: DatasetConfig, vit: LoadedViT, source: Source) -> Arrays:
-    """The arrays of the store. Raises InputError for a method that cannot explain this model."""
+def shapes(config: DatasetConfig, vit: LoadedViT, source: Source) -> dict[str, list[int]]:
+    """What is stored of one example, where that depends on model, methods and names.
+
+    Compiles nothing. Raises InputError for a method that cannot explain this model.
+    """
     pixels = jax.ShapeDtypeStruct((1, *vit.preprocessing.size, 3), jnp.uint8)
     classes = jax.ShapeDtypeStruct((1,), jnp.int32)
     found = jax.eval_shape(_program_of(config, vit), vit.params, pixels, classes)
-    shapes = {m: found[f"maps/{m}"].shape for m in config.methods}
     width = max(len(key.encode("utf-8", "surrogateescape")) for key in source.keys)
-    return {
-        **{f"maps/{m}": (shape[1:], config.dtype) for m, shape in shapes.items()},
-        **{f"scale/{m}": ((), "float32") for m in shapes},
-        "logits": ((vit.module.num_classes,), "float32"),
-        **{name: ((), "int32") for name in ("label", "prediction", "target")},
-        "key": ((width,), "uint8"),
-        "reason": ((REASON_BYTES,), "uint8"),
-        "status": ((), "uint8"),
-    }
+    maps = {f"maps/{method}": list(found[f"maps/{method}"].shape[1:]) for method in config.methods}
+    return {**maps, "logits": [vit.module.num_classes], "key": [max(1, width)]}
 
 
 def provenance(config: DatasetConfig, vit: LoadedViT, source: Source) -> dict[str, Any]:
     """What the maps are of and how they were made. It has no times, so that equal runs give equal bytes."""
-    data = {"name": source.name, "identity": source.identity, "examples": len(source)}
-    settings = dataclasses.asdict(config)
     return {
-        **settings,
+        "format": FORMAT,
+        "model": describe_model(vit),
+        "data": {"name": source.name, "identity": source.identity},
+        "examples": len(source),
+        "keys": digest(*source.keys),
+        **dataclasses.asdict(config),
         "methods": list(config.methods),
         "options": dict(config.options),
         "chunk_size": config.chunk,
-        "versions": versions(),
-        "device": jax.local_devices()[0].device_kind,
-        "data": {**data, "keys": digest(*source.keys)},
-        "model": {
-            "name": vit.name,
-            "identity": model_identity(vit),
-            "architecture": architecture_of(vit),
-            "preprocessing": vit.preprocessing.to_dict(),
-        },
+        **environment(),
+        "shapes": shapes(config, vit, source),
     }
 
 

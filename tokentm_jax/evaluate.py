@@ -1,9 +1,6 @@
 """Evaluations: methods x examples -> results per image -> numbers with intervals, resumable at every batch."""
 
 import dataclasses
-import hashlib
-import json
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -16,17 +13,20 @@ from jax import Array
 
 from tokentm_jax import metrics
 from tokentm_jax.errors import InputError
+from tokentm_jax.files import reason, replace, write_json, write_text
+from tokentm_jax.identity import claimed, describe_model, environment
 from tokentm_jax.interface import explain_fn
 from tokentm_jax.loading import LoadedViT, predict
-from tokentm_jax.maps import to_pixels
+from tokentm_jax.maps import to_pixels, unit
 from tokentm_jax.preprocessing import Preprocessing
-from tokentm_jax.records import Records, digest, record_file, replace
+from tokentm_jax.records import KEPT, Records, record_file
 from tokentm_jax.report import draw, markdown, summarise
 from tokentm_jax.sharding import over_batch
 from tokentm_jax.sources import Source, batches
 from tokentm_jax.store import Maps
 from tokentm_jax.tasks import (
     CLEAN,
+    CLEAN_FIELDS,
     PREDICTED,
     RANDOM,
     TARGET,
@@ -36,13 +36,7 @@ from tokentm_jax.tasks import (
     Row,
     check,
 )
-from tokentm_jax.versions import version_of
 from tokentm_jax.vit import init_params
-
-
-def unit(pixels: Array) -> Array:
-    """uint8 -> float32 in [0, 1]."""
-    return pixels.astype(jnp.float32) / 255
 
 
 @lru_cache(maxsize=16)
@@ -139,6 +133,9 @@ class Job(NamedTuple):
 Report = Callable[[int, int, Callable[[], list[dict[str, Any]]]], None]
 
 
+RESULTS = ("results.json", "results.md", "curves.png")
+
+
 def evaluate(
     config: EvaluateConfig,
     vit: LoadedViT,
@@ -156,9 +153,10 @@ def evaluate(
       maps: where maps of this model and data set are taken from; those that it does not have are computed.
 
     Raises:
-      InputError: a config, data set, model and maps that do not go together, another evaluation in `out`, a full disk.
+      InputError: a config, data set, model and maps that do not go together, a full disk, or an `out` that holds
+        another evaluation, one by other versions or on another device, files of others, or a run that is going on.
     """
-    check(config)
+    config = check(config)
     if RANDOM not in [row.method for row in config.rows]:
         config = dataclasses.replace(config, rows=(*config.rows, Row(RANDOM, RANDOM)))
     task = TASKS[config.task]
@@ -171,14 +169,43 @@ def evaluate(
     run = describe(config, vit, source)
     if maps is not None:
         run["maps"] = _check_maps(maps, run)
-    _claim(out, run)
+    with claimed(out, _terms(run), (*RESULTS, "records")):
+        return _evaluate(config, vit, source, out, translate, run, report, maps)
+
+
+def _terms(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be equal for a run to go on. Not the rows, which have files of their own; nor the limit and the batch
+    size, for an image's results do not depend on the others, and a lack of memory is mended by smaller batches."""
+    config, made = run["config"], {name: run[name] for name in ("data", "model", "versions", "device")}
+    same = {name: config[name] for name in ("task", "profile", "options", "seed", "label_map") if name in config}
+    rounded = run.get("maps", {}).get("dtype") == "float16"  # these are not mixed with exact maps
+    return {**same, "maps": "float16" if rounded else "exact", **made}
+
+
+def _evaluate(
+    config: EvaluateConfig,
+    vit: LoadedViT,
+    source: Source,
+    out: Path,
+    translate: np.ndarray | None,
+    run: dict[str, Any],
+    report: Report | None,
+    maps: Maps | None,
+) -> dict[str, Any]:
+    """`evaluate` in a folder that is held."""
+    task = TASKS[config.task]
+    try:
+        (out / "records").mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out / 'records'} cannot be written: {reason(error)}") from None
     programs, skipped = Programs(config, vit), {}
     clean = _predictions(programs, source, translate, out, skipped)
     jobs = _jobs(config, source, clean)
     if not jobs:
         raise InputError(f"{source.name} has no image that can be read: {next(iter(skipped.values()), 'it is empty')}")
     keys = [job.key for job in jobs if job.explained == PREDICTED]
-    records = {row.name: Records(record_file(out, row)) for row in config.rows}
+    fields = task.fields(**config.options)
+    records = {row.name: Records(record_file(out, row), fields) for row in config.rows}
 
     # Groups do not depend on what is done already, so an interrupted run computes the very same batches.
     size = config.batch_size
@@ -209,18 +236,26 @@ def evaluate(
                     heatmaps[taken] = stored
                     heatmaps = programs.place(heatmaps)
                 found = programs.score(vit.params, pixels, classes, labels, masks, heatmaps, original)
-                fields = {name: np.asarray(array)[places] for name, array in found.items()}
-                records[row.name].append([(group[i].key, group[i].explained) for i in places], fields)
+                found = {name: np.asarray(array)[places] for name, array in found.items()}
+                _require_finite(found, [group[i].key for i in places], f"{vit.name} on changed images ({row.name})")
+                records[row.name].append([(group[i].key, group[i].explained) for i in places], found)
         if report is not None:
             report(number + 1, len(groups), lambda: summarise(config, clean, records, keys, final=False))
 
     run["skipped"] = {"count": len(skipped), "examples": dict(sorted(skipped.items())[:20])}
     results = {"rows": summarise(config, clean, records, keys), "run": run}
-    text = json.dumps(results, indent=1) + "\n"
-    replace(out / "results.json", lambda path: path.write_text(text, encoding="utf-8"))
-    replace(out / "results.md", lambda path: path.write_text(markdown(results), encoding="utf-8"))
-    replace(out / "curves.png", lambda path: draw(config, clean, records, keys, path))
+    write_json(out / "results.json", results, KEPT)
+    write_text(out / "results.md", markdown(results), KEPT)
+    replace(out / "curves.png", lambda path: draw(config, clean, records, keys, path), KEPT)
     return results
+
+
+def _require_finite(found: Mapping[str, np.ndarray], keys: Sequence[str], what: str) -> None:
+    """Raises InputError that names the first example for which a number is not finite."""
+    for array in found.values():
+        finite = np.isfinite(array.astype(np.float64)).reshape(len(keys), -1).all(1)
+        if not finite.all():
+            raise InputError(f"{what} gives no finite numbers for {keys[int(finite.argmin())]}")
 
 
 def translation(vit: LoadedViT, source: Source) -> np.ndarray | None:
@@ -240,7 +275,7 @@ def _predictions(
 ) -> Records:
     """The model's own predictions: they say which classes there are to explain."""
     vit, config = programs.vit, programs.config
-    clean = Records(out / "records" / "clean.jsonl")
+    clean = Records(out / "records" / "clean.jsonl", CLEAN_FIELDS, (CLEAN,))
     indices = [i for i, key in enumerate(source.keys) if (key, CLEAN) not in clean.places]
     stream = batches(source, vit.preprocessing, config.batch_size, config.profile, indices=indices, skipped=skipped)
     for batch in stream:
@@ -254,9 +289,7 @@ def _predictions(
                 raise InputError(f"{source.name}: {key} has the label {label}, and {classes}")
         found = programs.clean(vit.params, programs.place(batch.images), programs.place(labels))
         fields = {name: np.asarray(array)[:count] for name, array in found.items()}
-        if not np.isfinite(fields["log_probability"]).all():
-            bad = batch.keys[int(np.isfinite(fields["log_probability"]).argmin())]
-            raise InputError(f"{vit.name} gives no finite numbers for {bad} of {source.name}")
+        _require_finite(fields, batch.keys, vit.name)
         clean.append([(key, CLEAN) for key in batch.keys], fields)
     return clean
 
@@ -311,21 +344,6 @@ def _stored(
     return [places[i] for i in found], stored
 
 
-def architecture_of(vit: LoadedViT) -> dict[str, str]:
-    """The module's fields as text; not those that hold functions, whose text is an address."""
-    fields = [field.name for field in dataclasses.fields(vit.module)]
-    return {name: str(getattr(vit.module, name)) for name in fields if name not in ("primitives", "parent", "name")}
-
-
-def model_identity(vit: LoadedViT) -> str:
-    """A hash of the architecture, the preprocessing and every parameter."""
-    state = hashlib.sha256(json.dumps([architecture_of(vit), vit.preprocessing.to_dict()]).encode())
-    for path, leaf in jax.tree_util.tree_leaves_with_path(vit.params):
-        state.update(jax.tree_util.keystr(path).encode())
-        state.update(np.asarray(leaf).tobytes())
-    return state.hexdigest()[:16]
-
-
 @jax.jit
 def randomised(params: Any, fresh: Any, blocks: Array | int) -> Any:
     """Parameters with the head, and the last `blocks` blocks, taken from `fresh`."""
@@ -346,38 +364,9 @@ def describe(config: EvaluateConfig, vit: LoadedViT, source: Source) -> dict[str
     settings["paper"] = [[row, metric, value] for (row, metric), value in config.paper.items()]
     settings["options"] = dict(config.options)
     return {
-        "versions": {"python": platform.python_version(), **versions()},
-        "device": jax.devices()[0].device_kind,
+        **environment(),
         "seed": config.seed,
         "config": settings,
         "data": {"name": source.name, "identity": source.identity, "examples": len(source)},
-        "model": {
-            "name": vit.name,
-            "identity": model_identity(vit),
-            "architecture": architecture_of(vit),
-            "preprocessing": vit.preprocessing.to_dict(),
-        },
+        "model": describe_model(vit),
     }
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that the numbers depend on."""
-    return {name: version_of(name) for name in ("tokentm_jax", "jax", "jaxlib", "flax", "numpy", "pillow")}
-
-
-def _claim(out: Path, run: Mapping[str, Any]) -> None:
-    """Make the folder, or make sure that it holds results of the same evaluation."""
-    config = run["config"]
-    same = [config[name] for name in ("task", "profile", "options", "seed")]
-    rounded = ["float16"] if run.get("maps", {}).get("dtype") == "float16" else []  # are not mixed with exact maps
-    identity = digest(*same, run["data"]["identity"], run["model"]["identity"], *rounded)
-    known = out / "records" / "identity.txt"
-    try:
-        known.parent.mkdir(parents=True, exist_ok=True)
-        if not known.exists():
-            known.write_text(identity + "\n")
-        found = known.read_text().strip()
-    except OSError as error:
-        raise InputError(f"the output folder {out} cannot be written: {error.strerror}") from None
-    if found != identity:
-        raise InputError(f"{out} holds an evaluation of another model, data set, task or seed; choose another --out")

@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tokentm_jax.errors import InputError
+from tokentm_jax.identity import version_of
 from tokentm_jax.terminal import complain, console, memory_errors, printable
-from tokentm_jax.versions import version_of
 
 if TYPE_CHECKING:
     import numpy as np

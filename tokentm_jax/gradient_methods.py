@@ -3,14 +3,14 @@
 Each function is `(module, params, inputs, target, **options) -> (pixel maps [B, H, W], details)`.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from annotated_types import Ge, Lt
 from jax import Array
 
-from tokentm_jax.errors import InputError
 from tokentm_jax.primitives import wide
 from tokentm_jax.trace import class_logits
 
@@ -49,17 +49,15 @@ def smooth_grad(
     inputs: Array,
     target: Array | None,
     *,
-    samples: int = 25,
-    noise: float = 0.15,
-    seed: int = 0,
+    samples: Annotated[int, Ge(1)] = 25,
+    noise: Annotated[float, Ge(0)] = 0.15,
+    seed: Annotated[int, Ge(0), Lt(2**31)] = 0,
 ) -> Explanation:
     """SmoothGrad (Smilkov et al., 2017): the mean gradient over noisy inputs, largest absolute value over channels.
 
     The standard deviation is `noise` times each image's own range. All images get the same noise, so that a map does
     not depend on the batch.
     """
-    if samples < 1:
-        raise InputError(f"option 'samples' of the method 'smooth_grad' must be 1 or more, got {samples}")
     _, _, details = _gradient(module, params, inputs, target)
     deviation = noise * (inputs.max((1, 2, 3), keepdims=True) - inputs.min((1, 2, 3), keepdims=True))
 
@@ -78,7 +76,7 @@ def integrated_gradients(
     inputs: Array,
     target: Array | None,
     *,
-    steps: int = 32,
+    steps: Annotated[int, Ge(1)] = 32,
     baseline: float = 0.0,
 ) -> Explanation:
     """Integrated Gradients (Sundararajan et al., ICML 2017), midpoint rule, summed over channels; signed.
@@ -86,8 +84,6 @@ def integrated_gradients(
     `baseline` is the value of every pixel of the normalised baseline image (0 is the data's mean colour).
     `details["completeness_gap"]` [B] is the sum of the map minus the change of the logit: zero for enough steps.
     """
-    if steps < 1:
-        raise InputError(f"option 'steps' of the method 'integrated_gradients' must be 1 or more, got {steps}")
     _, own, details = _gradient(module, params, inputs, target)
     base = jnp.full_like(inputs, baseline)
 

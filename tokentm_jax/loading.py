@@ -106,13 +106,15 @@ def load(
         class_names: one per class, or a file: `.json` (a list, or index -> name) or `.txt` (one per line). None:
             those in the checkpoint, else of `imagenet_classes.json` beside it if the counts agree.
         dtype: type of the activations, such as "bfloat16".
+
     Raises:
         InputError: one sentence that names what is wrong.
 
     Examples:
-        >>> model = load("deit_tiny_patch16_224", "deit_tiny.safetensors")  # doctest: +SKIP
-        >>> model.logits(model.read(["cat.jpg"])).shape  # doctest: +SKIP
-        (1, 1000)
+        >>> import tokentm_jax as tm
+        >>> vit = tm.load()  # the shipped model; tm.load("deit_tiny_patch16_224", "deit_tiny.safetensors") is another
+        >>> vit.logits(vit.read(["cat.jpg"])).shape
+        (1, 10)
     """
     names: Sequence[str] | None = None
     if isinstance(model, str) and model.startswith(HUB):

@@ -8,9 +8,9 @@ the samples of a batch independently. Adding one: a function and a row here, and
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 from jax import Array
@@ -22,6 +22,7 @@ from tokentm_jax.attention_methods import Explanation
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.maps import combine
 from tokentm_jax.tokentm import TokenTM
+from tokentm_jax.validation import check_options
 
 TOKENS, PIXELS = "token map", "pixel map"
 
@@ -44,22 +45,20 @@ class Method:
         """What the method is, in one line: the first of its function's docstring."""
         return (inspect.getdoc(self.function) or "").splitlines()[0]
 
-    def bind(self, name: str, options: dict[str, Any]) -> Callable[..., Explanation]:
-        """The function with its options checked and bound. Raises InputError for an unknown or ill-typed one."""
-        parameters = inspect.signature(self.options or self.function).parameters.values()
-        known = {p.name: p.default for p in parameters if self.options or p.kind is p.KEYWORD_ONLY}
-        for key, value in options.items():
-            if key not in known:
-                raise suggest(f"{name} option", key, known)
-            default = known[key]
-            kinds = {bool: bool, int: int, float: (int, float), str: str}.get(type(default))
-            if kinds and (not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool)):
-                kind = type(default).__name__
-                raise InputError(f"option '{key}' of the method '{name}' must be a {kind}, got {value!r}")
+    def check(self, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options as plain Python values that meet the annotations of the function, or of its dataclass.
+
+        Raises InputError for an unknown option, or one that is not what its annotation says.
+        """
+        return check_options(f"the method {name!r}", self.options or self.function, options)
+
+    def bind(self, name: str, options: Mapping[str, Any]) -> Callable[..., Explanation]:
+        """The function with its options checked and bound. Raises InputError as `check`, and for choices at odds."""
+        values = self.check(name, options)
         if self.options is None:
-            return partial(self.function, **options)
+            return partial(self.function, **values)
         try:
-            return partial(self.function, options=self.options(**options))
+            return partial(self.function, options=self.options(**values))
         except ValueError as error:
             raise InputError(f"method '{name}': {error}") from None
 
@@ -71,7 +70,7 @@ def combination(
     target: Array | None,
     *,
     methods: str = "tokentm,grad_cam",
-    how: str = "product",
+    how: Literal["product", "mean"] = "product",
 ) -> Explanation:
     """Product or mean ("how") of the normalised maps of several methods, named with commas between."""
     names = [name.strip() for name in methods.split(",")]
@@ -79,7 +78,7 @@ def combination(
         if name not in METHODS or name == "combination":
             raise suggest("method", name, [m for m in METHODS if m != "combination"])
     results = [METHODS[name].bind(name, {})(module, params, inputs, target) for name in names]
-    return combine([maps for maps, _ in results], how), results[0][1]  # pyright: ignore[reportArgumentType]
+    return combine([maps for maps, _ in results], how), results[0][1]
 
 
 METHODS: dict[str, Method] = {

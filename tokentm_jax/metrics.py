@@ -7,13 +7,17 @@ Functions for the device take a batch and give results per image: maps are pixel
 
 import hashlib
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from annotated_types import Ge, Le
 from jax import Array
+
+from tokentm_jax.errors import InputError
+from tokentm_jax.validation import checked
 
 Predict = Callable[[Array], Array]
 Statistic = Callable[[np.ndarray], np.ndarray]  # mean over images [..., k] -> value [...]
@@ -21,6 +25,7 @@ Statistic = Callable[[np.ndarray], np.ndarray]  # mean over images [..., k] -> v
 STEPS = 9  # 10 %, 20 % ... 90 % of the pixels
 THRESHOLDS = 50  # of the precision-recall curve
 GROUPS = 10  # of pixels, for SaCo
+MOST = 1000  # groups, or steps of insertion: each is a forward pass
 
 
 # ---- removing pixels ------------------------------------------------------------------------------------------------
@@ -87,8 +92,12 @@ def insertion_deletion(
     predict: Predict, images: Array, maps: Array, classes: Array, fill: Array | float = 0.0, steps: int = 20
 ) -> dict[str, Array]:
     """Log-probability [B, 2, steps + 1] while the pixels, the most relevant first, are put on `fill` (insertion), and
-    are replaced by it (deletion). Insertion of k pixels is removal of all but k from the other end."""
+    are replaced by it (deletion). Insertion of k pixels is removal of all but k from the other end.
+
+    Raises InputError for `steps` that are not from 1 to the number of pixels, and 1000 at most.
+    """
     pixels = maps.shape[1] * maps.shape[2]
+    steps = checked("steps", Annotated[int, Ge(1), Le(min(pixels, MOST))], steps)
     shown = [s * pixels // steps for s in range(steps + 1)]
     counts = jnp.asarray([pixels - k for k in shown] + shown, jnp.int32)
     positive = jnp.arange(len(counts)) > steps
@@ -114,8 +123,12 @@ def group_drops(
     predict: Predict, images: Array, maps: Array, classes: Array, groups: int = GROUPS
 ) -> dict[str, Array]:
     """What `saco` needs: salience [B, groups] of equally large groups of pixels, the most relevant first, and the
-    drop of the class's probability when a group is set to the image's mean colour."""
+    drop of the class's probability when a group is set to the image's mean colour.
+
+    Raises InputError for `groups` that are not from 2 (a pair) to the number of pixels, and 1000 at most.
+    """
     _, h, w = maps.shape
+    groups = checked("groups", Annotated[int, Ge(2), Le(min(h * w, MOST))], groups)
     # 64 bits are not at hand; h * w * groups stays below 2^31 up to 14,000 x 14,000 pixels.
     group = rank_pixels(maps) * groups // (h * w)
     fill = images.mean((1, 2), keepdims=True)
@@ -138,7 +151,11 @@ def saco(salience: np.ndarray, drop: np.ndarray) -> np.ndarray:
 
     Every pair i < j of groups (i the more salient) counts by its difference of salience, positively where the drops
     of confidence agree (drop_i >= drop_j); divided by the sum of the differences. A constant map has 0.
+    Raises InputError for fewer than two groups.
     """
+    if salience.ndim != 2 or salience.shape[1] < 2 or salience.shape != drop.shape:
+        shapes = f"{list(salience.shape)} and {list(drop.shape)}"
+        raise InputError(f"saco needs salience and drop [n, groups] of two groups at least, got {shapes}")
     i, j = np.triu_indices(salience.shape[1], 1)
     weight = salience[:, i] - salience[:, j]
     signed = np.where(drop[:, i] >= drop[:, j], weight, -weight).sum(1)
@@ -211,7 +228,7 @@ def rank_correlation(a: Array, b: Array) -> Array:
 
 def random_map(key: str, shape: tuple[int, int], seed: int = 0) -> np.ndarray:
     """The baseline: noise [h, w] in [0, 1) that depends on the example's name only, float32."""
-    digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}/{key}".encode("utf-8", "surrogatepass")).digest()
     return np.random.default_rng(int.from_bytes(digest[:16])).random(shape, np.float32)
 
 

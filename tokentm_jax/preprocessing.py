@@ -5,7 +5,9 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from tokentm_jax.errors import InputError, suggest
@@ -13,6 +15,7 @@ from tokentm_jax.errors import InputError, suggest
 Channels = tuple[float, float, float]
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 LARGEST_SIDE = 8192
+LOWEST, HIGHEST = -0.5, 1.5  # what the overshoot of resizing may reach; normalised images and 0 ... 255 go beyond
 
 
 class Statistics(TypedDict):
@@ -61,16 +64,49 @@ class Preprocessing:
         check(numbers(self.mean), "mean", "three numbers")
         check(numbers(self.std) and min(self.std) > 0, "std", "three numbers above 0")
 
-    def normalise(self, images: Array) -> Array:
-        """Images [B, H, W, 3] in [0, 1] -> the model's input of the same shape and floating type.
+    def checked(self, images: Any) -> Array:
+        """Photos from a caller as an array [B, H, W, 3] in [0, 1], or the reason why they are none.
 
-        Raises InputError for another shape or for integers, which are most likely pixels in 0 ... 255.
+        Args:
+          images: a NumPy or JAX array (or what turns into one) of floating-point numbers in [0, 1]. What resizing
+            leaves beyond is accepted: bicubic and Lanczos filters overshoot at edges. float64 becomes float32, unless
+            `jax_enable_x64` is set. Values inside a `jit` are not known yet, and only shape and type are checked.
+
+        Raises:
+          InputError: no array, another shape, no image, another type, NaN or infinite values, or values that are
+            pixels in 0 ... 255 or already normalised.
         """
+        if not hasattr(images, "__array__"):
+            raise InputError(
+                f"images must be an array [B, H, W, 3], got a {type(images).__name__}; numpy.stack makes one of a list"
+            )
+        array = images if isinstance(images, jax.Array) else np.asarray(images)
+        self._check_type(array)
+        if not len(array):
+            raise InputError("images must hold one image at least, got an empty batch")
+        if not isinstance(array, jax.core.Tracer):
+            low, high = float(array.min()), float(array.max())  # NaN where any value is
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise InputError("images must be finite numbers in [0, 1], got NaN or infinite values")
+            if low < LOWEST or high > HIGHEST:
+                hint = "divide pixels in 0 ... 255 by 255" if high > 10 else "leave out the normalisation"
+                raise InputError(f"images must be in [0, 1], got values from {low:.4g} to {high:.4g}: {hint}")
+        return jnp.asarray(array)
+
+    def _check_type(self, images: Any) -> None:
         height, width = self.size
         if images.ndim != 4 or images.shape[1:] != (height, width, 3):
             raise InputError(f"images must be [B, {height}, {width}, 3], got {list(images.shape)}")
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise InputError(f"images must be floating-point numbers in [0, 1], got {images.dtype}")
+
+    def normalise(self, images: Array) -> Array:
+        """Images [B, H, W, 3] in [0, 1] -> the model's input of the same shape and floating type.
+
+        Raises InputError for another shape or for integers, which are most likely pixels in 0 ... 255. Values are not
+        looked at, so that it can be part of a compiled function; see `checked`.
+        """
+        self._check_type(images)
         mean, std = (jnp.asarray(s, images.dtype).reshape(1, 1, 1, 3) for s in (self.mean, self.std))
         return (images - mean) / std
 

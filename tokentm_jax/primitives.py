@@ -44,8 +44,12 @@ def fork(x: Array) -> tuple[Array, Array]:
     return x, x
 
 
-# The three steps below are elementwise but for a mean. Their own backward passes keep one array each, where automatic
-# differentiation keeps several and reads them again.
+# The three steps below have derivatives of their own, written as tangents: forward mode and higher derivatives work,
+# and reverse mode transposes the same lines. It keeps one array of the model's own type for each (the softmax's
+# result, the norm's input, GELU's slope), where automatic differentiation keeps several, in float32, and reads them
+# again. Measured on DeiT-tiny, CPU: as fast and as small as `custom_vjp`, which refuses forward mode; `jax.checkpoint`
+# around the plain steps takes 7 % longer for the backward pass and 20 % for training.
+_checkpoint = partial(jax.checkpoint, prevent_cse=False)
 
 
 def _standardised(x: Array, eps: float) -> tuple[Array, Array]:
@@ -55,58 +59,60 @@ def _standardised(x: Array, eps: float) -> tuple[Array, Array]:
     return centred * inverse, inverse
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
 def norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
     """LayerNorm over the last axis, computed in float32 at least."""
     y, _ = _standardised(x, eps)
     return (y * scale.astype(y.dtype) + bias.astype(y.dtype)).astype(x.dtype)
 
 
-def _norm_backward(eps: float, saved: tuple[Array, Array, Array], g: Array) -> tuple[Array, Array, Array]:
-    x, scale, bias = saved
-    (y, inverse), g = _standardised(x, eps), wide(g)
-    scaled = g * scale.astype(g.dtype)
-    to_x = inverse * (scaled - scaled.mean(-1, keepdims=True) - y * (scaled * y).mean(-1, keepdims=True))
-    leading = tuple(range(x.ndim - 1))
-    return to_x.astype(x.dtype), (g * y).sum(leading).astype(scale.dtype), g.sum(leading).astype(bias.dtype)
+@norm.defjvp
+def _norm_tangent(eps: float, values: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+    """With y the standardised x: `dy = (dx - mean dx - y mean(y dx)) / deviation`."""
+
+    @_checkpoint
+    def tangent(x: Array, scale: Array, *changes: Array) -> Array:
+        y, inverse = _standardised(x, eps)
+        dx, dscale, dbias = (change.astype(y.dtype) for change in changes)
+        dy = inverse * (dx - dx.mean(-1, keepdims=True) - y * (y * dx).mean(-1, keepdims=True))
+        return (dy * scale.astype(y.dtype) + y * dscale + dbias).astype(x.dtype)
+
+    x, scale, bias = values
+    return norm(x, scale, bias, eps), tangent(x, scale, *tangents)
 
 
-norm.defvjp(lambda x, scale, bias, eps: (norm(x, scale, bias, eps), (x, scale, bias)), _norm_backward)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
 def softmax(scores: Array, scale: float) -> Array:
     """Softmax over keys of the scaled scores [..., Q, K], computed in float32 at least."""
     return jax.nn.softmax(wide(scores) * scale, axis=-1).astype(scores.dtype)
 
 
-def _softmax_forward(scores: Array, scale: float) -> tuple[Array, Array]:
-    attention = softmax(scores, scale)
-    return attention, attention
+@softmax.defjvp
+def _softmax_tangent(scale: float, values: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    """`dA = scale A (ds - sum_k A ds)`: of the softmax its result alone is kept."""
+    attention = softmax(values[0], scale)
+
+    @_checkpoint
+    def tangent(attention: Array, ds: Array) -> Array:
+        a, ds = wide(attention), wide(ds)
+        return (a * (ds - (a * ds).sum(-1, keepdims=True)) * scale).astype(attention.dtype)
+
+    return attention, tangent(attention, tangents[0])
 
 
-def _softmax_backward(scale: float, attention: Array, g: Array) -> tuple[Array]:
-    a, g_wide = wide(attention), wide(g)
-    return ((a * (g_wide - (a * g_wide).sum(-1, keepdims=True)) * scale).astype(g.dtype),)
-
-
-softmax.defvjp(_softmax_forward, _softmax_backward)
-
-
-@jax.custom_vjp
+@jax.custom_jvp
 def gelu(x: Array) -> Array:
     """Exact GELU (error function), as in timm: `x Phi(x)`."""
     return jax.nn.gelu(x, approximate=False)
 
 
-def _gelu_backward(x: Array, g: Array) -> tuple[Array]:
+@gelu.defjvp
+def _gelu_tangent(values: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     """`d/dx x Phi(x) = Phi(x) + x phi(x)`, for the normal distribution's Phi and its density phi."""
+    (x,) = values
     cumulative = 0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5)
     density = jnp.exp(-0.5 * jnp.square(x)) * (2 * math.pi) ** -0.5
-    return (g * (cumulative + x * density),)
-
-
-gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+    return gelu(x), (cumulative + x * density) * tangents[0]
 
 
 @jax.checkpoint

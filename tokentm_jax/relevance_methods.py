@@ -12,25 +12,30 @@ import flax.linen as nn
 import jax
 from jax import Array
 
-from tokentm_jax.attention_methods import Explanation, check_blocks, from_trace
+from tokentm_jax.attention_methods import Block, Explanation, check_blocks, from_trace
 from tokentm_jax.errors import InputError
 from tokentm_jax.maps import token_map
 from tokentm_jax.primitives import Primitives, wide
-from tokentm_jax.relevance import QUOTIENTS, attn_lrp, conservative, lrp
+from tokentm_jax.relevance import Stabiliser, attn_lrp, conservative, lrp
+from tokentm_jax.stream import FORWARD, replaced
 from tokentm_jax.tokentm import Blocks, attention_update, mean_attention, propagate
 from tokentm_jax.trace import Trace, capture
+from tokentm_jax.vit import ViT
 
-
-def _rules(variant: Literal["ours", "lrp"], stabiliser: str) -> Primitives:
-    if stabiliser not in QUOTIENTS:
-        raise InputError(f"option 'stabiliser' must be {' or '.join(QUOTIENTS)}, got {stabiliser!r}")
-    return lrp(variant, stabiliser)  # pyright: ignore[reportArgumentType]
+# What LRP reads of a trace: the relevance of attention, and of the tokens before and after every block.
+_FIELDS = ("attention", "attention_grad", "tokens", "token_grads", "final_tokens")
 
 
 def _ruled(module: nn.Module, rules: Primitives) -> nn.Module:
-    """The same model with other backward rules."""
+    """The same model with other backward rules. Raises InputError where they would not govern every step of it."""
     if not hasattr(module, "primitives"):
         raise InputError("this method needs a module with the field 'primitives', as tm.ViT has, to carry relevance")
+    own = replaced(module, (*FORWARD, "embed", "classify")) if isinstance(module, ViT) else []
+    if own:
+        raise InputError(
+            f"this method carries relevance by rules for the steps of tm.ViT; {type(module).__name__} has its own "
+            f"'{own[0]}', whose steps have none"
+        )
     return module.clone(primitives=rules)
 
 
@@ -39,19 +44,19 @@ def _details(trace: Trace, token_relevance: Array) -> dict[str, Array]:
 
 
 def full_lrp(
-    module: nn.Module, params: Any, inputs: Array, target: Array | None, *, stabiliser: str = "signed"
+    module: nn.Module, params: Any, inputs: Array, target: Array | None, *, stabiliser: Stabiliser = "signed"
 ) -> Explanation:
     """Layer-wise relevance propagation down to the pixels, summed over channels: signed maps [B, H, W]."""
-    ruled = _ruled(module, _rules("lrp", stabiliser))
-    trace = capture(ruled, params, inputs, target)
+    fields = ("input_grads", "tokens", "token_grads", "final_tokens")
+    trace = capture(_ruled(module, lrp("lrp", stabiliser)), params, inputs, target, fields)
     return trace.input_grads.sum(-1), _details(trace, trace.token_grads)
 
 
 def partial_lrp(
-    module: nn.Module, params: Any, inputs: Array, target: Array | None, *, stabiliser: str = "signed"
+    module: nn.Module, params: Any, inputs: Array, target: Array | None, *, stabiliser: Stabiliser = "signed"
 ) -> Explanation:
     """Positive relevance of the last block's attention (Voita et al., ACL 2019), mean over heads."""
-    trace = capture(_ruled(module, _rules("lrp", stabiliser)), params, inputs, target)
+    trace = capture(_ruled(module, lrp("lrp", stabiliser)), params, inputs, target, _FIELDS)
     maps, _ = from_trace(module, trace, lambda blocks, row: row @ jax.nn.relu(blocks.attention_grad[-1]).mean(0))
     return maps, _details(trace, trace.token_grads)
 
@@ -62,13 +67,14 @@ def transformer_attribution(
     inputs: Array,
     target: Array | None,
     *,
-    first_block: int = 0,
-    stabiliser: str = "signed",
+    first_block: Block = 0,
+    stabiliser: Stabiliser = "signed",
 ) -> Explanation:
     """Transformer Attribution (Chefer et al., CVPR 2021): the product of `I + mean_h relu(G * R_A)` over blocks."""
-    trace = capture(module, params, inputs, target)
+    ruled_module = _ruled(module, lrp("ours", stabiliser))
+    trace = capture(module, params, inputs, target, ["attention", "attention_grad"])
     check_blocks(len(trace.attention), first_block)
-    ruled = capture(_ruled(module, _rules("ours", stabiliser)), params, inputs, trace.target)
+    ruled = capture(ruled_module, params, inputs, trace.target, _FIELDS)
     mixed = trace._replace(attention=ruled.attention_grad)
 
     def update(row: Array, block: Blocks) -> Array:
@@ -82,7 +88,7 @@ def _token_times_gradient(
     module: nn.Module, rules: Primitives, params: Any, inputs: Array, target: Array | None, pixels: bool
 ) -> Explanation:
     ruled = _ruled(module, rules)
-    trace = capture(ruled, params, inputs, target)
+    trace = capture(ruled, params, inputs, target, ("input_grads", "tokens", "token_grads", "final_tokens"))
     relevance = wide(trace.tokens) * wide(trace.token_grads)
     at_pixels = (wide(inputs) * wide(trace.input_grads)).sum(-1)
     maps = at_pixels if pixels else token_map(module, relevance[0].sum(-1))
@@ -102,8 +108,6 @@ def conservative_lrp(
 
     `activation` chooses the rule of GELU: "identity" `f(x) / x`, or its "gradient". `pixels` gives [B, H, W].
     """
-    if activation not in ("identity", "gradient"):
-        raise InputError(f"option 'activation' must be identity or gradient, got {activation!r}")
     return _token_times_gradient(module, conservative(activation), params, inputs, target, pixels)
 
 

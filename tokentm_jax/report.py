@@ -1,17 +1,21 @@
 """From results per image to numbers with intervals, tables, curves and comparisons."""
 
-import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple, NotRequired
 
 import numpy as np
+from annotated_types import Ge, Le
+from typing_extensions import TypedDict
 
 from tokentm_jax import metrics
 from tokentm_jax.errors import InputError
+from tokentm_jax.files import read_json
 from tokentm_jax.metrics import Measures
 from tokentm_jax.records import Records, record_file, table_of
-from tokentm_jax.tasks import CLEAN, PREDICTED, RANDOM, TASKS, EvaluateConfig, Row
+from tokentm_jax.tasks import CLEAN, CLEAN_FIELDS, LARGEST_SEED, PREDICTED, RANDOM, TASKS, EvaluateConfig, Row, check
+from tokentm_jax.validation import checked
 
 
 def summarise(
@@ -67,8 +71,10 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"| --- |{' ---: |' * len(heads)}",
     ]
     for name in dict.fromkeys(row["method"] for row in others):
-        lines.append(f"| {name} | {' | '.join(cells.get((name, c), '') for c in heads)} |")
-    return "\n".join(lines) + "\n"
+        shown = " ".join(name.split()).replace("|", "\\|")
+        lines.append(f"| {shown} | {' | '.join(cells.get((name, c), '') for c in heads)} |")
+    text = "\n".join(lines) + "\n"
+    return text.encode("utf-8", "replace").decode()  # the data set's path may be no UTF-8
 
 
 def _cell(row: Mapping[str, Any]) -> str:
@@ -134,50 +140,128 @@ def draw(
     figure.savefig(path, format="png", dpi=120)
 
 
+class Figure(TypedDict):
+    """One number of `results.json`."""
+
+    method: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    images: int
+    paper: NotRequired[float]
+
+
+class RowSettings(TypedDict):
+    """A `Row` as JSON."""
+
+    name: str
+    method: str
+    options: NotRequired[dict[str, Any]]
+    random_blocks: NotRequired[int | None]
+
+
+class Settings(TypedDict):
+    """What is needed here of an `EvaluateConfig` as JSON."""
+
+    name: str
+    task: str
+    data: str
+    rows: list[RowSettings]
+    options: dict[str, Any]
+    seed: Annotated[int, Ge(0), Le(LARGEST_SEED)]
+
+
+class DataSet(TypedDict):
+    name: str
+    identity: str
+
+
+class Made(TypedDict):
+    config: Settings
+    data: DataSet
+
+
+class Results(TypedDict):
+    """The content of `results.json`, as far as it is read again."""
+
+    rows: list[Figure]
+    run: Made
+
+
+class Finished(NamedTuple):
+    """A finished evaluation: its folder, config, data set, and what the model said of the whole images."""
+
+    out: Path
+    config: EvaluateConfig
+    data: DataSet
+    clean: Records
+
+    @property
+    def keys(self) -> list[str]:
+        return [key for key, _ in self.clean.places]
+
+    def measured(self, row: Row) -> tuple[list[str], Measures]:
+        """The finished examples of a row and its results per image."""
+        task = TASKS[self.config.task]
+        records = Records(record_file(self.out, row), task.fields(**self.config.options))
+        done, table = table_of(row, task.explained, self.clean, records, self.keys)
+        return done, task.measure(table) if done else {}
+
+
+def open_finished(out: Path) -> Finished:
+    """Read the folder of a finished evaluation; nothing in it is trusted, and nothing is written.
+
+    Raises InputError for a folder without one, and for anything in it that is not as `evaluate` wrote it.
+    """
+    path = out / "results.json"
+    if not os.path.lexists(path):
+        raise InputError(f"{out} holds no finished evaluation (results.json)")
+    run: Made = checked(str(path), Results, read_json(path))["run"]
+    given = run["config"]
+    try:
+        rows = [Row(**row) for row in given["rows"]]
+        config = check(EvaluateConfig(**{**given, "rows": rows}))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    finished = Finished(out, config, run["data"], Records(out / "records" / "clean.jsonl", CLEAN_FIELDS, (CLEAN,)))
+    if not finished.keys:
+        raise InputError(f"{finished.clean.path} holds no results")
+    return finished
+
+
 def compare(outs: Sequence[Path]) -> list[dict[str, Any]]:
     """Differences with 95 % intervals over the images that both have.
 
     Of one run: every method less the run's first. Of several: every method less the same in the first run.
     Entries have `run`, `method`, `metric`, `value`, `baseline` (what it is compared with), `difference`, `low`,
-    `high`, `images`. Raises InputError for a folder without results, or runs of different tasks.
+    `high`, `images`. Raises InputError for a folder without results, or runs of different tasks or data sets.
     """
-    loaded = []
-    for out in outs:
-        try:
-            config = json.loads((out / "results.json").read_text(encoding="utf-8"))["run"]["config"]
-            own = tuple(Row(**row) for row in config["rows"])
-            task = TASKS[config["task"]]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise InputError(f"{out} holds no finished evaluation (results.json)") from None
-        clean = Records(out / "records" / "clean.jsonl")
-        loaded.append((out, config, own, clean))
-    if len({config["task"] for _, config, _, _ in loaded}) > 1:
-        raise InputError("the runs are of different tasks")
-    task, seed = TASKS[loaded[0][1]["task"]], loaded[0][1]["seed"]
-
-    def measured(out: Path, row: Row, clean: Records) -> tuple[list[str], Measures]:
-        keys = [key for key, _ in clean.places]
-        done, table = table_of(row, task.explained, clean, Records(record_file(out, row)), keys)
-        return done, task.measure(table) if done else {}
-
-    first_out, _, first_rows, first_clean = loaded[0]
-    baselines = {row.name: measured(first_out, row, first_clean) for row in first_rows}
+    runs = [open_finished(out) for out in outs]
+    first = runs[0]
+    for run in runs[1:]:
+        if (run.config.task, dict(run.config.options)) != (first.config.task, dict(first.config.options)):
+            raise InputError("the runs are of different tasks, or of other options of the task")
+        if run.data["identity"] != first.data["identity"]:
+            raise InputError(f"the runs are of different data: {first.data['name']} and {run.data['name']}")
+    seed = first.config.seed
+    baselines = {row.name: first.measured(row) for row in first.config.rows}
     entries = []
-    for number, (out, _, own, clean) in enumerate(loaded):
-        for row in own:
-            done, measures = baselines[row.name] if number == 0 else measured(out, row, clean)
-            against = first_rows[0].name if len(loaded) == 1 else row.name
+    for number, run in enumerate(runs):
+        for row in run.config.rows:
+            done, measures = baselines[row.name] if number == 0 else run.measured(row)
+            against = first.config.rows[0].name if len(runs) == 1 else row.name
             other_done, others = baselines.get(against, ([], {}))
             places, other_places = ({key: i for i, key in enumerate(d)} for d in (done, other_done))
             both = [key for key in done if key in other_places]
             for metric, (per_image, statistic) in measures.items():
-                entry = {"run": str(out), "method": row.name, "metric": metric, "baseline": None}
+                entry = {"run": str(run.out), "method": row.name, "metric": metric, "baseline": None}
                 entry |= {"value": metrics.bootstrap(per_image, statistic, seed, 1)[0], "images": len(done)}
-                if both and metric in others and (number or len(loaded) == 1) and (number, row.name) != (0, against):
+                if both and metric in others and (number or len(runs) == 1) and (number, row.name) != (0, against):
                     a = per_image[[places[key] for key in both]]
                     b = others[metric][0][[other_places[key] for key in both]]
                     difference, low, high = metrics.paired(a, b, statistic, seed)
-                    entry |= {"baseline": against if len(loaded) == 1 else str(first_out), "difference": difference}
+                    entry |= {"baseline": against if len(runs) == 1 else str(first.out), "difference": difference}
                     entry |= {"low": low, "high": high, "images": len(both)}
                 entries.append(entry)
     return entries

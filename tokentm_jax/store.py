@@ -6,55 +6,65 @@
     logits                       [n, classes] float32
     label, prediction, target    [n] int32 classes of the model, -1 where unknown
     key, reason                  [n, bytes] uint8: UTF-8 filled up with zeros
+    checksum                     [n, arrays] uint32: CRC-32 of the example's bytes in each of the other arrays
     status                       [n] uint8: 0 not done, 1 done, 2 skipped (maps and logits NaN, and a reason)
 
 A chunk is the same `chunk_size` examples in every array, and the unit of work. Each of its files has a checksum and
-is replaced as a whole; `status` is written when all others are on the disk.
+is replaced as a whole; `status` is written when all others are on the disk, and removed before any of them is.
+
+Nothing that is read is taken on trust. The provenance says the type and shape of every array, and an array that says
+otherwise is refused. Where `status` says that an example is done, the file of every array that is read must be there
+and hold what was written: its own checksum tells one that is cut off or altered, and `checksum` one that belongs
+elsewhere. Where it says that an example is not done, no file is looked for, and fill values are given: NaN, -1, 0.
 """
 
 import dataclasses
 import json
+import math
 import os
 import re
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NoReturn, get_args
+from zlib import crc32
 
 import numpy as np
 import tensorstore as ts
+from annotated_types import Interval, MaxLen, MinLen
+from pydantic import StringConstraints
 
 from tokentm_jax.errors import InputError
+from tokentm_jax.files import opened, read_bytes, reason
+from tokentm_jax.identity import require_same
+from tokentm_jax.validation import checked
 
+FORMAT = 2  # of the layout above; the first had no `checksum`, and its provenance no shapes
 OPEN, DONE, SKIPPED = 0, 1, 2
-DTYPES = ("float16", "float32")
+Dtype = Literal["float16", "float32"]  # of the maps
+DTYPES: tuple[str, ...] = get_args(Dtype)
+BatchSize = Annotated[int, Interval(ge=1, le=4096)]
+ChunkSize = Annotated[int, Interval(ge=1, le=65536)]
 REASON_BYTES = 200
-FILL: dict[str, Any] = {"float16": np.nan, "float32": np.nan, "int32": -1, "uint8": 0}
+FILL: dict[str, Any] = {"float16": np.nan, "float32": np.nan, "int32": -1, "uint32": 0, "uint8": 0}
+LARGEST_CHUNK = 2**29  # bytes of a chunk, all arrays together
+SCHEMES = ("gs", "s3", "memory", "file")
+ANSWER = 60  # seconds that a store may take to answer when it is opened
+_IN_MEMORY = 2**30  # bytes of the chunks that are filled, written or checked at a time
 _GROUPS = ("maps", "scale")
 _READERS = 8  # chunks checked at a time
+_LARGEST_DESCRIPTION = 2**24  # bytes of a zarr.json
 _CODECS = [
     {"name": "bytes", "configuration": {"endian": "little"}},
     {"name": "zstd", "configuration": {"level": 3}},
     {"name": "crc32c"},
 ]
+_AGAIN = "run the same `tokentm dataset` command again"
 _CONTEXT = ts.Context()  # one for all, so that what "memory://" holds stays
 
 Arrays = Mapping[str, tuple[tuple[int, ...], str]]  # name -> (shape for one example, type)
-
-
-def _kvstore(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """TensorStore's description of a folder: a local path, or a URL such as gs://bucket/maps."""
-    if "://" not in str(path):
-        return {"driver": "file", "path": f"{Path(path).resolve()}/"}
-    spec = ts.KvStore.Spec(f"{str(path).rstrip('/')}/").to_json()
-    return {"path": "", **spec}
-
-
-def _reason(error: Exception) -> str:
-    """The cause alone, of an error of TensorStore, whose text also has specs and transforms."""
-    number = re.search(r"os_error_code='(\d+)'", str(error))
-    return os.strerror(int(number[1])) if number else " ".join(str(error).split(" [")[0].split())[:200]
 
 
 def encode(texts: Sequence[str], width: int) -> np.ndarray:
@@ -84,6 +94,289 @@ def scaled(maps: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     return (maps / scale[:, None, None]).astype(dtype), scale
 
 
+def checksums(array: np.ndarray) -> np.ndarray:
+    """[n, ...] -> CRC-32 of the bytes of each example, uint32 [n]."""
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    width = flat.size // max(1, len(array))
+    return np.array([crc32(flat.data[i : i + width]) for i in range(0, flat.size, width or 1)], np.uint32)
+
+
+# ---- the provenance -------------------------------------------------------------------------------------------------
+
+_METHOD = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,99}$")]  # it names a folder
+_SHAPE = Annotated[list[Annotated[int, Interval(ge=1, le=2**30)]], MinLen(1), MaxLen(2)]
+_FIELDS: dict[str, Any] = {
+    "model.name": str,
+    "model.identity": str,
+    "data.name": str,
+    "data.identity": str,
+    "examples": Annotated[int, Interval(ge=1, le=2**26)],
+    "keys": str,
+    "methods": Annotated[list[_METHOD], MinLen(1)],
+    "options": dict[str, bool | int | float | str | None],
+    "target": str,
+    "dtype": Dtype,
+    "profile": str,
+    "batch_size": BatchSize,
+    "chunk_size": ChunkSize,
+    "device": str,
+    "versions": dict[str, str],
+    "shapes": dict[str, _SHAPE],
+}
+
+
+def _check(where: str, provenance: Mapping[str, Any]) -> None:
+    """InputError that names the field that is missing or wrong, or says that a chunk is too large."""
+    for name, annotation in _FIELDS.items():
+        value: Any = provenance
+        for part in name.split("."):
+            if not isinstance(value, Mapping) or part not in value:
+                raise InputError(f"{where}: {name!r} is missing")
+            value = value[part]
+        checked(f"{where}: {name!r}", annotation, value)
+    methods = provenance["methods"]
+    ranks = {**{f"maps/{method}": 2 for method in methods}, "logits": 1, "key": 1}
+    if {name: len(shape) for name, shape in provenance["shapes"].items()} != ranks or len(ranks) < len(methods) + 2:
+        raise InputError(f"{where}: 'shapes' must be those of {', '.join(ranks)}, got {provenance['shapes']}")
+    if chunk_bytes(provenance) > LARGEST_CHUNK:
+        count, one = provenance["chunk_size"], chunk_bytes(provenance) // provenance["chunk_size"]
+        takes = f"a chunk of {count} examples takes {count * one / 2**20:.0f} MiB of memory"
+        fits = f"choose a chunk size of at most {LARGEST_CHUNK // one}" if one <= LARGEST_CHUNK else "store less"
+        raise InputError(f"{where}: {takes}, and {LARGEST_CHUNK / 2**20:.0f} MiB is the limit; {fits}")
+
+
+def arrays_of(provenance: Mapping[str, Any]) -> Arrays:
+    """The arrays of a store, in the order in which their files come to be: `status` is the last."""
+    shapes = {name: tuple(shape) for name, shape in provenance["shapes"].items()}
+    arrays: dict[str, tuple[tuple[int, ...], str]] = {
+        **{f"maps/{method}": (shapes[f"maps/{method}"], provenance["dtype"]) for method in provenance["methods"]},
+        **{f"scale/{method}": ((), "float32") for method in provenance["methods"]},
+        "logits": (shapes["logits"], "float32"),
+        **{name: ((), "int32") for name in ("label", "prediction", "target")},
+        "key": (shapes["key"], "uint8"),
+        "reason": ((REASON_BYTES,), "uint8"),
+    }
+    return {**arrays, "checksum": ((len(arrays) + 1,), "uint32"), "status": ((), "uint8")}
+
+
+def chunk_bytes(provenance: Mapping[str, Any]) -> int:
+    """Bytes that a chunk takes in memory, in all arrays."""
+    arrays = arrays_of(provenance).values()
+    return provenance["chunk_size"] * sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in arrays)
+
+
+def _understood(content: bytes, path: str) -> dict[str, Any]:
+    """The provenance in a zarr.json. InputError for one of another program or layout, or with a wrong field."""
+    try:
+        found = json.loads(content)["attributes"]["tokentm"]
+        layout = found.get("format", 1)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{path} holds no maps of `tokentm dataset`: its zarr.json says something else") from None
+    if layout != FORMAT:
+        number = layout if isinstance(layout, int) else "of another kind"
+        raise InputError(f"{path} has the layout {number}, and this version of tokentm_jax has {FORMAT}: make it anew")
+    _check(f"{path}/zarr.json", found)
+    return found
+
+
+def _terms(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What may not differ; the versions one by one, so that the first that differs is told."""
+    plain = {name: value for name, value in provenance.items() if name not in ("format", "versions")}
+    return {**plain, **provenance["versions"]}
+
+
+# ---- the files ------------------------------------------------------------------------------------------------------
+
+
+def _reason(error: Exception) -> str:
+    """The cause alone, of an error of TensorStore, whose text also has specs and transforms."""
+    if isinstance(error, TimeoutError):
+        return f"no answer in {ANSWER} s"
+    if isinstance(error, OSError):
+        return reason(error)
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    text = str(error).split(" [")[0].rsplit('"zarr3" driver: ')[-1]
+    return os.strerror(int(number[1])) if number else " ".join(text.split())[:400] or type(error).__name__
+
+
+def _kvstore(path: str) -> dict[str, Any]:
+    """TensorStore's description of a folder or URL. InputError for what is neither, or has none of the `SCHEMES`."""
+    scheme, url, _ = path.partition("://")
+    if not path:
+        raise InputError("a store must be a folder or a URL, got an empty name")
+    if not url:
+        return {"driver": "file", "path": f"{os.path.abspath(path)}/"}
+    try:
+        spec = ts.KvStore.Spec(f"{path}/").to_json() if scheme in SCHEMES else {}
+    except ValueError as error:
+        raise InputError(f"the store {path} cannot be opened: {_reason(error)}") from None
+    if spec.get("driver") not in ("gcs", "s3", "memory", "file"):  # also for a chain, such as file:///a.zip|zip:
+        known = ", ".join(f"{name}://" for name in SCHEMES)
+        raise InputError(f"{path} has an unsupported URL scheme: a store is a folder, or a URL of {known}")
+    return {"path": "", **spec}
+
+
+class _Place:
+    """Where a store is. InputError for what is no folder or URL, or does not answer.
+
+    TensorStore waits for pipes, reads a file of any size, and may crash over JSON that is nested without end: what it
+    is to read of a folder is looked at before.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path).rstrip("/") or os.fspath(path)
+        self.kvstore = _kvstore(self.path)
+        self.folder = Path(self.kvstore["path"]) if self.kvstore["driver"] == "file" else None
+        try:
+            if self.folder is not None and not stat.S_ISDIR(os.stat(self.folder).st_mode):
+                raise InputError(f"{self.path} is a file; the maps are in a folder")
+        except FileNotFoundError:
+            pass  # it may be made
+        except (OSError, ValueError) as error:
+            raise InputError(f"the store {self.path} cannot be opened: {reason(error)}") from None
+        try:
+            self.files = ts.KvStore.open(self.kvstore, context=_CONTEXT).result(timeout=ANSWER)
+        except Exception as error:  # TensorStore's errors have no common type
+            raise InputError(f"the store {self.path} cannot be opened: {_reason(error)}") from None
+
+    def description(self, name: str) -> bytes | None:
+        """A zarr.json, None where there is none. InputError for one that cannot be read, is too large or no JSON."""
+        if self.folder is None:
+            found = self.files.read(name).result(timeout=ANSWER)
+            content = None if found.state == "missing" else found.value
+        else:
+            try:
+                os.lstat(self.folder / name)
+            except FileNotFoundError:
+                return None
+            except OSError as error:
+                raise InputError(f"{self.path}/{name} cannot be read: {reason(error)}") from None
+            content = read_bytes(self.folder / name, _LARGEST_DESCRIPTION)
+        try:
+            json.loads(content or "{}")
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{self.path}/{name} is not valid JSON ({reason(error)})") from None
+        return content
+
+    def is_empty(self) -> bool:
+        """Whether nothing is there; a half-written first file, of a process at work or killed, is nothing."""
+        if self.folder is None:
+            return not self.files.list().result()
+        return not self.folder.exists() or set(os.listdir(self.folder)) <= {"zarr.json.__lock"}
+
+
+class _Arrays:
+    """The open arrays of a store. With `create`, those that are not there are made.
+
+    InputError for an array whose zarr.json does not say what the provenance says.
+    """
+
+    def __init__(self, place: _Place, provenance: Mapping[str, Any], *, create: bool = False) -> None:
+        self.place, self.shapes = place, arrays_of(provenance)
+        self.count, self.chunk_size = provenance["examples"], provenance["chunk_size"]
+        self.summed = [name for name in self.shapes if name != "checksum"]  # by the columns of `checksum`
+        # Memory for the chunks at work, besides one that is being filled or given back.
+        self.at_a_time = max(1, _IN_MEMORY // chunk_bytes(provenance) - 1)
+        self.opened = {name: self._open(name, create) for name in self.shapes}
+
+    def _open(self, name: str, create: bool) -> ts.TensorStore:
+        shape, dtype = self.shapes[name]
+        spec = {
+            "driver": "zarr3",
+            "kvstore": {**self.place.kvstore, "path": f"{self.place.kvstore['path']}{name}/"},
+            "metadata": {
+                "shape": [self.count, *shape],
+                "data_type": dtype,
+                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [self.chunk_size, *shape]}},
+                "chunk_key_encoding": {"name": "default"},
+                "codecs": _CODECS,
+                "fill_value": "NaN" if dtype.startswith("float") else FILL[dtype],
+            },
+            # Every chunk that is written has a file, whatever it holds, and one that has none is an error.
+            "store_data_equal_to_fill_value": True,
+            "fill_missing_data_reads": name == "status",
+        }
+        file, found = f"{name}/zarr.json", None
+        try:
+            found = self.place.description(file)
+            if found is None and not create:
+                raise InputError("it does not exist")
+            mode = {"create": True} if create else {"read": True}
+            return ts.open(spec, open=True, **mode, context=_CONTEXT).result(timeout=ANSWER)
+        except Exception as error:
+            if found is None and not isinstance(error, InputError):
+                raise
+            cause = error if isinstance(error, InputError) else _reason(error)
+            file = f"{self.place.path}/{file}"
+            if create:
+                mend = "remove that file, and the same command writes it again"
+                raise InputError(f"{file} is damaged ({cause}): {mend}") from None
+            raise InputError(f"{file} cannot be read ({cause}): {_AGAIN}") from None
+
+    def key(self, name: str, chunk: int) -> str:
+        """The file of a chunk."""
+        return f"{name}/c/{chunk}" + "/0" * len(self.shapes[name][0])
+
+    def read(self, names: Iterable[str], rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Those rows [k] of some arrays, by name; fill values for the examples that are not done.
+
+        Raises InputError for a file that should be there and is not, is damaged, or is not what was written there.
+        """
+        status = self._load(["status"], rows)["status"]
+        done = np.flatnonzero(status != OPEN)
+        found = self._load([*(name for name in names if name != "status"), "checksum"], rows[done])
+        sums, found["status"] = found.pop("checksum"), status[done]
+        for name, values in found.items():
+            other = np.flatnonzero(checksums(values) != sums[:, self.summed.index(name)])
+            if len(other):
+                file = self.key(name, rows[done][other[0]] // self.chunk_size)
+                self._refuse(name, f"{file} is not what was written there")
+        return {name: self._spread(name, found[name], done, len(rows)) for name in names}
+
+    def _spread(self, name: str, values: np.ndarray, done: np.ndarray, count: int) -> np.ndarray:
+        """The values at the places that are done, and fill values at the others."""
+        if len(done) == count:
+            return values
+        shape, dtype = self.shapes[name]
+        whole = np.full((count, *shape), FILL[dtype], dtype)
+        whole[done] = values
+        return whole
+
+    def _load(self, names: Sequence[str], rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Those rows of the files, which must all be there; where `status` has no file, it is 0."""
+        if not len(rows):
+            return {name: np.empty((0, *shape), dtype) for name in names for shape, dtype in [self.shapes[name]]}
+        self._look(names, np.unique(rows // self.chunk_size))
+        contiguous = rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all()
+        index = slice(rows[0], rows[-1] + 1) if contiguous else rows
+        reads = {name: self.opened[name][index].read() for name in names}
+        found = {}
+        for name, read in reads.items():
+            try:
+                found[name] = np.asarray(read.result())
+            except Exception as error:
+                self._refuse(name, _reason(error))
+        return found
+
+    def _look(self, names: Iterable[str], chunks: np.ndarray) -> None:
+        if self.place.folder is None:
+            return
+        for name in names:
+            for chunk in chunks.tolist():
+                file = self.place.folder / self.key(name, chunk)
+                if name == "status" and not os.path.lexists(file):
+                    continue
+                try:
+                    with opened(file):
+                        pass
+                except InputError as error:
+                    self._refuse(name, str(error))
+
+    def _refuse(self, name: str, cause: str) -> NoReturn:
+        where = f"{self.place.path}/{name}"
+        raise InputError(f"{where} cannot be read ({cause}): {_AGAIN}, and it is computed anew") from None
+
+
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
@@ -91,86 +384,67 @@ class Store:
     """A store to write into. InputError for one that holds something else, or that cannot be written.
 
     Args:
-      path: a local folder, or any URL that TensorStore knows.
-      provenance: what the maps are of; with `chunk_size` and `data.examples`. Equal provenance, equal bytes.
-      arrays: name -> (shape for one example, type).
+      path: a local folder, or a URL of gs://, s3:// or memory://.
+      provenance: what the maps are of, with all that `open_maps` needs. Equal provenance, equal bytes.
     """
 
-    def __init__(self, path: str | os.PathLike[str], provenance: Mapping[str, Any], arrays: Arrays) -> None:
-        self.path, self.shapes = str(path), arrays
-        self.count, self.chunk_size = provenance["data"]["examples"], provenance["chunk_size"]
+    def __init__(self, path: str | os.PathLike[str], provenance: Mapping[str, Any]) -> None:
+        self._place = _Place(path)
+        self.path = self._place.path
+        _check(f"the store {self.path}", provenance)
         self._leftovers: dict[int, list[str]] = {}
-        if Path(path).is_file():
-            raise InputError(f"{self.path} is a file; the maps go to a folder")
         try:
-            base = _kvstore(path)
-            self._files = ts.KvStore.open(base, context=_CONTEXT).result()
-            # Listed before the root is read: another process that starts now writes the root first.
-            self._listed = {key.decode(errors="surrogateescape") for key in self._files.list().result()}
-            self._claim(provenance)
-            self._drop_locks(base)
-            self.arrays = {name: self._create(base, name, *spec) for name, spec in arrays.items()}
+            self._claim(json.loads(json.dumps(provenance)))
+            self._drop_locks()
+            # Listed after the root is there: nothing else of a store is written before it.
+            self._listed = {key.decode(errors="surrogateescape") for key in self._place.files.list().result()}
+            self._refuse_foreign(provenance)
+            for name in _GROUPS:
+                if f"{name}/zarr.json" not in self._listed:
+                    self._place.files.write(f"{name}/zarr.json", _group({})).result()
+            self._arrays = _Arrays(self._place, provenance, create=True)
         except InputError:
             raise
-        except Exception as error:  # TensorStore's errors have no common type
+        except Exception as error:
             raise InputError(f"the store {self.path} cannot be written: {_reason(error)}") from None
+        self.count, self.chunk_size = self._arrays.count, self._arrays.chunk_size
+        self.fields: Arrays = {name: self._arrays.shapes[name] for name in self._arrays.summed}
+        self.at_a_time = self._arrays.at_a_time
 
     def _claim(self, provenance: Mapping[str, Any]) -> None:
-        root = self._files.read("zarr.json").result()
-        if root.state == "missing":
-            if self._listed:
+        """Write the root where nothing is; or make sure that the one that is there says the same."""
+        place = self._place
+        content = place.description("zarr.json")
+        if content is None:
+            empty = place.is_empty()
+            root = place.files.read("zarr.json").result(timeout=ANSWER)
+            if root.state == "missing" and not empty:
                 raise InputError(f"{self.path} is not empty and holds no maps; choose another --out")
-            group: dict[str, Any] = {"zarr_format": 3, "node_type": "group"}
-            content = json.dumps({**group, "attributes": {"tokentm": provenance}}, indent=1, sort_keys=True)
-            self._files.write("zarr.json", content, if_equal=root.stamp.generation).result()
-            root = self._files.read("zarr.json").result()
-        found = _provenance(root.value, self.path)
-        wanted, made = _terms(provenance), _terms(found)
-        for what, (identity, text) in wanted.items():
-            if made[what][0] != identity:
-                other = f"of {what} {made[what][1]}, and this command has {text}"
-                raise InputError(f"{self.path} holds maps {other}; choose another --out")
-        for name in _GROUPS:
-            if f"{name}/zarr.json" not in self._listed:
-                group = {"attributes": {}, "zarr_format": 3, "node_type": "group"}
-                self._files.write(f"{name}/zarr.json", json.dumps(group, indent=1, sort_keys=True)).result()
+            if root.state == "missing":  # of several processes that start, one writes it
+                made = _group({"tokentm": provenance})
+                place.files.write("zarr.json", made, if_equal=root.stamp.generation).result()
+            content = place.description("zarr.json")
+        require_same(self.path, _terms(_understood(content or b"", self.path)), _terms(provenance))
 
-    def _drop_locks(self, base: Mapping[str, Any]) -> None:
+    def _drop_locks(self) -> None:
         """Remove the half-written files of processes that were killed.
 
         TensorStore's local files are written as NAME.__lock and renamed. A deletion whose condition does not hold
         removes a leftover, and waits where another process holds the lock.
         """
-        if base["driver"] != "file":
+        folder = self._place.folder
+        if folder is None:
             return
-        folder = Path(base["path"])
         for lock in folder.rglob("*.__lock"):
             key = lock.relative_to(folder).as_posix().removesuffix(".__lock")
-            self._files.write(key, None, if_equal=b"none").result()
+            self._place.files.write(key, None, if_equal=b"none").result()
 
-    def _create(self, base: Mapping[str, Any], name: str, shape: tuple[int, ...], dtype: str) -> ts.TensorStore:
-        fill = "NaN" if dtype.startswith("float") else FILL[dtype]
-        spec = {
-            "driver": "zarr3",
-            "kvstore": {**base, "path": f"{base['path']}{name}/"},
-            "metadata": {
-                "shape": [self.count, *shape],
-                "data_type": dtype,
-                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [self.chunk_size, *shape]}},
-                "codecs": _CODECS,
-                "fill_value": fill,
-            },
-            "store_data_equal_to_fill_value": True,  # else a file that is lost would read as a finished one
-        }
-        try:
-            return ts.open(spec, create=True, open=True, context=_CONTEXT).result()
-        except Exception as error:
-            if f"{name}/zarr.json" not in self._listed:
-                raise
-            where = f"{self.path}/{name}/zarr.json"
-            raise InputError(
-                f"{where} is damaged ({_reason(error)}): remove that file, and the same command writes it again"
-            ) from None
+    def _refuse_foreign(self, provenance: Mapping[str, Any]) -> None:
+        """InputError for an array or group that is none of this store's."""
+        known = {"zarr.json", *(f"{name}/zarr.json" for name in (*_GROUPS, *arrays_of(provenance)))}
+        foreign = sorted(key for key in self._listed - known if key.rpartition("/")[2] == "zarr.json")
+        if foreign:
+            raise InputError(f"{self.path}/{foreign[0]} is no part of this store; remove it, or choose another --out")
 
     @property
     def chunks(self) -> int:
@@ -181,7 +455,7 @@ class Store:
         return range(chunk * self.chunk_size, min((chunk + 1) * self.chunk_size, self.count))
 
     def _keys(self, chunk: int) -> list[str]:
-        return [f"{name}/c/{chunk}" + "/0" * len(shape) for name, (shape, _) in self.shapes.items()]
+        return [self._arrays.key(name, chunk) for name in self._arrays.shapes]
 
     def finished(self, chunks: Iterable[int], *, retry_skipped: bool = False) -> tuple[list[int], list[int]]:
         """Those of the chunks whose files are all there and pass their checksums, and those that are damaged.
@@ -189,7 +463,7 @@ class Store:
         Everything is read. With `retry_skipped`, a chunk that has a skipped example does not count as finished.
         """
         chunks = list(chunks)
-        with ThreadPoolExecutor(_READERS) as pool:
+        with ThreadPoolExecutor(min(_READERS, self.at_a_time)) as pool:
             states = dict(zip(chunks, pool.map(self._status, chunks), strict=True))
         done = [c for c, s in states.items() if s is not None and (s == DONE if retry_skipped else s != OPEN).all()]
         for chunk in set(chunks) - set(done):
@@ -201,66 +475,51 @@ class Store:
         """Status [rows] of a chunk; None unless all of its files are there and can be read."""
         if not self._listed.issuperset(self._keys(chunk)):
             return None
-        rows = self.rows(chunk)
-        reads = {name: array[rows.start : rows.stop].read() for name, array in self.arrays.items()}
         try:
-            return np.asarray({name: read.result() for name, read in reads.items()}["status"])
-        except Exception:  # another checksum, cut off, unreadable: all are computed again
+            return self._arrays.read(self.fields, np.array(self.rows(chunk)))["status"]
+        except InputError:  # lost, altered, unreadable: all are computed again
             return None
 
     def write(self, chunk: int, fields: Mapping[str, np.ndarray]) -> None:
-        """Write a chunk and wait until it is on the disk. InputError with the reason when it cannot be written."""
+        """Write the `fields` of a chunk and wait until it is on the disk. InputError when it cannot be written."""
         rows = self.rows(chunk)
+        sums = np.stack([checksums(fields[name]) for name in self.fields], 1)
         try:
-            for key in self._leftovers.pop(chunk, []):  # TensorStore would read a damaged file before it writes
-                self._files.write(key, None).result()
+            # TensorStore would read a damaged file before it writes. Without `status`, nobody looks for the others.
+            for key in reversed(self._leftovers.pop(chunk, [])):
+                self._place.files.write(key, None).result()
             writes = [
-                self.arrays[name][rows.start : rows.stop].write(field)
-                for name, field in fields.items()
+                self._arrays.opened[name][rows.start : rows.stop].write(field)
+                for name, field in {**fields, "checksum": sums}.items()
                 if name != "status"
             ]
             for write in writes:
                 write.result()
-            self.arrays["status"][rows.start : rows.stop].write(fields["status"]).result()
+            self._arrays.opened["status"][rows.start : rows.stop].write(fields["status"]).result()
         except Exception as error:
             kept = "what was finished is kept, and the same command goes on from there"
             raise InputError(f"the store {self.path} cannot be written: {_reason(error)}; {kept}") from None
 
 
-def _provenance(content: bytes, path: str) -> dict[str, Any]:
-    try:
-        found = json.loads(content)["attributes"]["tokentm"]
-        _terms(found)
-        return found
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path} holds no maps of `tokentm dataset`: its zarr.json says something else") from None
-
-
-def _terms(provenance: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
-    """What may not differ: name -> (to compare, to show). The first that differs is told."""
-    model, data, versions = provenance["model"], provenance["data"], provenance["versions"]
-    terms = {
-        "the model": (model["identity"], f"{model['name']} ({model['identity']})"),
-        "the data set": (data["identity"], f"{data['name']} ({data['identity']})"),
-        "the examples": (data["keys"], f"{data['examples']} ({data['keys']})"),
-        "the methods": (provenance["methods"], ",".join(provenance["methods"])),
-        "the options": (provenance["options"], json.dumps(provenance["options"], sort_keys=True)),
-    }
-    for name in ("target", "dtype", "profile", "batch_size", "chunk_size", "device"):
-        terms[f"the {name.replace('_', ' ')}"] = (provenance[name], str(provenance[name]))
-    return terms | {name: (found, str(found)) for name, found in sorted(versions.items())}
+def _group(attributes: Mapping[str, Any]) -> str:
+    """The zarr.json of a group."""
+    return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes}, indent=1, sort_keys=True)
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
 class LazyArray:
-    """An array of a store that is read where it is indexed: numpy's indexing, the example axis first."""
+    """An array of a store that is read where it is indexed: numpy's indexing, the example axis first.
 
-    def __init__(self, path: str, array: ts.TensorStore) -> None:
-        self.path, self.tensorstore = path, array
-        self.shape: tuple[int, ...] = tuple(array.shape)
-        self.dtype: np.dtype[Any] = np.dtype(array.dtype.numpy_dtype)
+    Raises InputError where it is read, for a file that is lost, damaged, or not what was written there.
+    """
+
+    def __init__(self, arrays: _Arrays, name: str) -> None:
+        self.path, self.tensorstore = f"{arrays.place.path}/{name}", arrays.opened[name]
+        self.shape: tuple[int, ...] = tuple(self.tensorstore.shape)
+        self.dtype: np.dtype[Any] = np.dtype(self.tensorstore.dtype.numpy_dtype)
+        self._read = lambda rows: arrays.read([name], rows)[name]
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -270,12 +529,8 @@ class LazyArray:
         if first is Ellipsis:
             first, rest = slice(None), [first, *rest]
         rows = np.arange(len(self))[first]
-        try:
-            found = np.asarray(self.tensorstore[rows].read().result())
-        except Exception as error:
-            again = "run the same `tokentm dataset` command again, and it is computed anew"
-            raise InputError(f"{self.path} cannot be read ({_reason(error)}): {again}") from None
-        return found[(slice(None),) * np.ndim(rows) + tuple(rest)] if rest else found
+        found = self._read(rows.ravel()).reshape((*rows.shape, *self.shape[1:]))
+        return found[(slice(None),) * rows.ndim + tuple(rest)] if rest else found
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[:], dtype)
@@ -291,6 +546,10 @@ class Maps:
     `maps[method]` [n, gh, gw] or [n, H, W] is what is stored: each map divided by its `scale[method]` [n]. `read`
     gives the method's own values. `logits` [n, classes], `label`, `prediction` and `target` [n] are classes of the
     model, -1 where unknown; `status` [n] is 0 where not done, 1 done, 2 skipped.
+
+    Examples that are not done, also because their part of `status` was lost, have NaN as maps, scale and logits, -1
+    as classes and "" as key; `missing` counts their chunks. InputError is raised where something of an example that
+    is done is read, and is lost, damaged, or not what was written there.
     """
 
     path: str
@@ -370,26 +629,19 @@ def open_maps(path: str | os.PathLike[str]) -> Maps:
       path: a local folder, or a URL such as gs://bucket/maps.
 
     Raises:
-      InputError: nothing there, something else, or a damaged description.
+      InputError: nothing there, something else, no answer, or a description that is damaged or of another layout.
     """
+    place = _Place(path)
     try:
-        base = _kvstore(path)
-        root = ts.KvStore.open(base, context=_CONTEXT).result().read("zarr.json").result()
+        root = place.description("zarr.json")
+        if root is None:
+            raise InputError(f"{place.path} holds no maps; `tokentm dataset` makes them")
+        provenance = _understood(root, place.path)
+        arrays = _Arrays(place, provenance)
+    except InputError:
+        raise
     except Exception as error:
-        raise InputError(f"the store {path} cannot be read: {_reason(error)}") from None
-    if root.state == "missing":
-        raise InputError(f"{path} holds no maps; `tokentm dataset` makes them")
-    provenance = _provenance(root.value, str(path))
-
-    def array(name: str) -> LazyArray:
-        spec = {"driver": "zarr3", "kvstore": {**base, "path": f"{base['path']}{name}/"}}
-        where = f"{str(path).rstrip('/')}/{name}"
-        try:
-            return LazyArray(where, ts.open(spec, open=True, read=True, context=_CONTEXT).result())
-        except Exception as error:
-            again = "run the same `tokentm dataset` command again"
-            raise InputError(f"{where}/zarr.json cannot be read ({_reason(error)}): {again}") from None
-
-    maps, scale = ({m: array(f"{group}/{m}") for m in provenance["methods"]} for group in _GROUPS)
+        raise InputError(f"the store {place.path} cannot be read: {_reason(error)}") from None
+    maps, scale = ({m: LazyArray(arrays, f"{group}/{m}") for m in provenance["methods"]} for group in _GROUPS)
     plain = ("logits", "label", "prediction", "target", "status", "key", "reason")
-    return Maps(str(path), provenance, maps, scale, *map(array, plain))
+    return Maps(place.path, provenance, maps, scale, *(LazyArray(arrays, name) for name in plain))

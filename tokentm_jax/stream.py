@@ -5,11 +5,10 @@ the input of each layer and a summary of each block, and one scan over the block
 differentiate the block, and update the row by the attention times its gradient there. Those are never held for two
 blocks at once. The rules are the ones that run over a stored `Trace`.
 
-The module must be made of `embed`, `depth` blocks with stacked `params["blocks"]`, `block()` with `attend` and
-`feed`, `primitives`, and `classify`, as `ViT` is.
+The module must be a `ViT` whose forward pass is known: `embed`, its blocks one after the other, `classify`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from jax import Array
 from tokentm_jax.primitives import wide
 from tokentm_jax.tokentm import Blocks, propagate
 from tokentm_jax.trace import class_logits
+from tokentm_jax.vit import ViT
 
 Memory = Literal["recompute", "store"]
 Summary = Callable[[Blocks], Any]  # arrays of one block of one sample -> what the rule needs of it
@@ -33,9 +33,18 @@ POLICIES = {
 }
 
 
+# What makes the forward pass of a `ViT` known; a subclass may have its own `embed` and `classify`, which are called.
+FORWARD = ("__call__", "setup", "block")
+
+
+def replaced(module: Any, names: Iterable[str]) -> list[str]:
+    """Those of the methods of `ViT` called `names` that the module's class has its own of."""
+    return [name for name in names if getattr(type(module), name) is not getattr(ViT, name)]
+
+
 def streams(module: Any) -> bool:
-    """Whether the module is made of the parts that streaming needs."""
-    return all(hasattr(module, name) for name in ("embed", "depth", "block", "primitives", "classify"))
+    """Whether the forward pass is known to be that of `ViT`. Of any other module only what it shows is known."""
+    return isinstance(module, ViT) and not replaced(module, FORWARD)
 
 
 def forward(

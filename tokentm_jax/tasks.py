@@ -2,9 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
+from annotated_types import Ge, Le, Len
 from jax import Array
 
 from tokentm_jax import metrics
@@ -12,19 +13,23 @@ from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.methods import METHODS
 from tokentm_jax.metrics import Measures
 from tokentm_jax.sources import PROFILES
+from tokentm_jax.validation import Name, check_fields, check_options, lists_of
 
 PREDICTED, TARGET = "predicted", "target"
 RANDOM, CLEAN = "random", "clean"  # the rows that every table has
+LARGEST_SEED = 2**31 - 2  # the random row has the one after it too
+
+Text = Annotated[str, Len(1, 1000)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One row of a table: a method with its options, perhaps on a model whose head and last blocks are random."""
 
-    name: str
+    name: Text
     method: str
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    random_blocks: int | None = None  # for the sanity check: 0 is the head alone
+    options: Mapping[str, bool | int | float | str | None] = dataclasses.field(default_factory=dict)
+    random_blocks: Annotated[int, Ge(0)] | None = None  # for the sanity check: 0 is the head alone
 
     @property
     def class_specific(self) -> bool:
@@ -37,9 +42,12 @@ def rows(*methods: str) -> tuple[Row, ...]:
     return tuple(Row(method, method) for method in methods)
 
 
+# As the published evaluation: Transformer Attribution and rollout leave out the first block.
 PAPER_ROWS = (
-    *rows("tokentm", "transformer_attribution", "gae", "attcat", "conservative_lrp", "lrp", "partial_lrp"),
-    Row("rollout", "rollout", {"first_block": 1}),  # as the published evaluation: first block left out
+    *rows("tokentm"),
+    Row("transformer_attribution", "transformer_attribution", {"first_block": 1}),
+    *rows("gae", "attcat", "conservative_lrp", "lrp", "partial_lrp"),
+    Row("rollout", "rollout", {"first_block": 1}),
     *rows("raw_attention", "grad_cam"),
 )
 _OFF = {"length": False, "direction": "none", "initialise": False, "ffn": False}
@@ -81,7 +89,7 @@ class EvaluateConfig:
     """One table.
 
     Args:
-      name: of the output folder.
+      name: of the output folder; no path.
       task: a name of `TASKS`.
       data: see `tokentm_jax.sources.open_source`.
       model: with `checkpoint`, see `tokentm_jax.load`.
@@ -92,41 +100,42 @@ class EvaluateConfig:
       limit: so many examples, drawn by `seed`.
     """
 
-    name: str
+    name: Name
     task: str
     data: str
-    rows: Sequence[Row]
-    model: str | None = None
-    checkpoint: str | None = None
+    rows: Annotated[Sequence[Row], Len(1)]
+    model: Text | None = None
+    checkpoint: Text | None = None
     profile: str = "default"
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     paper: Mapping[tuple[str, str], float] = dataclasses.field(default_factory=dict)
-    batch_size: int = 16
-    limit: int | None = None
-    seed: int = 0
+    batch_size: Annotated[int, Ge(1), Le(4096)] = 16
+    limit: Annotated[int, Ge(1)] | None = None
+    seed: Annotated[int, Ge(0), Le(LARGEST_SEED)] = 0
 
 
-def check(config: EvaluateConfig) -> None:
-    """Raises InputError for a task, profile, method, option or number that does not exist."""
+def check(config: EvaluateConfig) -> EvaluateConfig:
+    """The config, every field as its annotation says. Raises InputError for another type, or a task, profile, method,
+    option or number that does not exist."""
+    config = check_fields(config, "the evaluation")
     if config.task not in TASKS:
         raise suggest("task", config.task, TASKS)
     if config.profile not in PROFILES:
         raise suggest("profile", config.profile, PROFILES)
-    for name in config.options:
-        if name not in TASKS[config.task].options:
-            raise suggest(f"option of the task {config.task!r}", name, TASKS[config.task].options)
-    if config.options.get("fill", "black") not in ("black", "blur"):
-        raise InputError(f"the option 'fill' must be black or blur, got {config.options['fill']!r}")
-    if config.batch_size < 1:
-        raise InputError(f"the batch size must be at least 1, got {config.batch_size}")
+    check_options(f"the task {config.task!r}", TASKS[config.task].compute, config.options)
     for row in config.rows:
+        if row.method == RANDOM and row.options:
+            raise suggest(f"option of {RANDOM}", next(iter(row.options)), [])
         if row.method != RANDOM:
             if row.method not in METHODS:
                 raise suggest("method", row.method, [*METHODS, RANDOM])
             METHODS[row.method].bind(row.method, dict(row.options))
     names = [row.name for row in config.rows]
-    if len(set(names)) < len(names) or CLEAN in names:
-        raise InputError(f"the rows of {config.name} must have names of their own, and none is called {CLEAN!r}")
+    others = [row.name for row in config.rows if row.method != RANDOM]
+    if len(set(names)) < len(names) or CLEAN in names or RANDOM in others:
+        own = f"none is called {CLEAN!r}, and no other method {RANDOM!r}"
+        raise InputError(f"the rows of {config.name} must have names of their own; {own}")
+    return config
 
 
 def select(config: EvaluateConfig, methods: Iterable[str]) -> EvaluateConfig:
@@ -149,13 +158,16 @@ class Inputs(NamedTuple):
     masks: Array | None  # [B, H, W]
 
 
+Fields = Mapping[str, Any]  # annotations of the arrays of a file of records, as lists; see `lists_of`
+
+
 class Task(NamedTuple):
     """A kind of table: what is computed per image on the device, and what is said about all images."""
 
-    compute: Callable[..., dict[str, Array]]  # (predict, inputs, pixel maps, **options) -> arrays [B, ...]
+    compute: Callable[..., dict[str, Array]]  # (predict, inputs, pixel maps, *, options) -> arrays [B, ...]
     measure: Callable[[Mapping[str, np.ndarray]], Measures]
+    fields: Callable[..., Fields]  # (**options) -> what stands in the records
     explained: tuple[str, ...] = (PREDICTED,)
-    options: tuple[str, ...] = ()
     needs: str = ""  # "labels" or "masks"
 
 
@@ -194,8 +206,14 @@ def _segmentation_measures(table: Mapping[str, np.ndarray]) -> Measures:
     }
 
 
+Fill = Literal["black", "blur"]
+STEPS = 20
+Steps = Annotated[int, Ge(1), Le(1000)]  # each is a forward pass
+Groups = Annotated[int, Ge(2), Le(1000)]
+
+
 def _insertion(
-    predict: metrics.Predict, inputs: Inputs, maps: Array, fill: str = "black", steps: int = 20
+    predict: metrics.Predict, inputs: Inputs, maps: Array, *, fill: Fill = "black", steps: Steps = STEPS
 ) -> dict[str, Array]:
     background = metrics.blur(inputs.images) if fill == "blur" else 0.0
     return metrics.insertion_deletion(predict, inputs.images, maps, inputs.classes, background, steps)
@@ -209,7 +227,9 @@ def _insertion_measures(table: Mapping[str, np.ndarray]) -> Measures:
     }
 
 
-def _saco(predict: metrics.Predict, inputs: Inputs, maps: Array, groups: int = metrics.GROUPS) -> dict[str, Array]:
+def _saco(
+    predict: metrics.Predict, inputs: Inputs, maps: Array, *, groups: Groups = metrics.GROUPS
+) -> dict[str, Array]:
     return metrics.group_drops(predict, inputs.images, maps, inputs.classes, groups)
 
 
@@ -225,10 +245,55 @@ def _sanity_measures(table: Mapping[str, np.ndarray]) -> Measures:
     return {"similarity": (table["predicted_similarity"], metrics.mean)}
 
 
+# ---- the tasks, and the shapes of their results per image ----------------------------------------------------------
+
+LARGEST = 3.5e38  # of float32
+Number = Annotated[float, Ge(-LARGEST), Le(LARGEST)]
+LogProbability = Annotated[float, Ge(-LARGEST), Le(1e-3)]
+Count = Annotated[int, Ge(0), Le(2**31 - 1)]
+FINITE: Fields = {"finite": lists_of(bool)}  # whether the map was
+CLEAN_FIELDS: Fields = {
+    "predicted": lists_of(Count),
+    "label": lists_of(Annotated[int, Ge(-1), Le(2**31 - 1)]),
+    "log_probability": lists_of(LogProbability),
+    "hit": lists_of(bool),
+}
+
+
+def _saco_fields(groups: int = metrics.GROUPS) -> Fields:
+    return {"salience": lists_of(Number, groups), "drop": lists_of(Number, groups), **FINITE}
+
+
+def _insertion_fields(fill: str = "black", steps: int = STEPS) -> Fields:
+    return {"log_probability": lists_of(LogProbability, 2, steps + 1), **FINITE}
+
+
 TASKS: dict[str, Task] = {
-    "perturbation": Task(_perturbation, _perturbation_measures, (PREDICTED, TARGET), needs="labels"),
-    "segmentation": Task(_segmentation, _segmentation_measures, needs="masks"),
-    "insertion": Task(_insertion, _insertion_measures, options=("fill", "steps")),
-    "saco": Task(_saco, _saco_measures, options=("groups",)),
-    "sanity": Task(_sanity, _sanity_measures),
+    "perturbation": Task(
+        _perturbation,
+        _perturbation_measures,
+        lambda: {
+            "log_probability": lists_of(LogProbability, 2, metrics.STEPS),
+            "hit": lists_of(bool, 2, metrics.STEPS),
+            **FINITE,
+        },
+        (PREDICTED, TARGET),
+        needs="labels",
+    ),
+    "segmentation": Task(
+        _segmentation,
+        _segmentation_measures,
+        lambda: {
+            "counts": lists_of(Count, 4),
+            "average_precision": lists_of(Number),
+            "map_two_channel": lists_of(Number),
+            "histogram": lists_of(Count, 2, metrics.THRESHOLDS),
+            "pointing": lists_of(bool),
+            **FINITE,
+        },
+        needs="masks",
+    ),
+    "insertion": Task(_insertion, _insertion_measures, _insertion_fields),
+    "saco": Task(_saco, _saco_measures, _saco_fields),
+    "sanity": Task(_sanity, _sanity_measures, lambda: {"similarity": lists_of(Number), **FINITE}),
 }

@@ -18,24 +18,25 @@ no product of two [N, N] maps: `r <- r * (1 + w_ffn)`, `r <- r + (r A) * w_attn`
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import chex
 import jax
 import jax.numpy as jnp
+from annotated_types import Ge
 from jax import Array
 
 
 class Blocks(NamedTuple):
-    """What one sample's blocks did. Each array has a leading L axis where all blocks are meant."""
+    """What one sample's blocks did. Each array has a leading L axis where all blocks are meant; None is not known."""
 
-    attention: Array  # [L, H, N, N] after softmax
-    attention_grad: Any  # [L, H, N, N] gradient (or relevance) of the logit at the attention, or None
-    tokens: Array  # [L, N, D] input tokens x
-    normalised: Array  # [L, N, D] LN1(x)
-    transformed_value: Array  # [L, N, D] x~ of the attention layer: value and output projection, without mixing
-    attention_branch: Array  # [L, N, D] output of the attention layer before the residual sum
-    ffn_branch: Array  # [L, N, D] x~ of the FFN layer: its output before the residual sum
+    attention: Any  # [L, H, N, N] after softmax
+    attention_grad: Any  # [L, H, N, N] gradient (or relevance) of the logit at the attention
+    tokens: Any  # [L, N, D] input tokens x
+    normalised: Any  # [L, N, D] LN1(x)
+    transformed_value: Any  # [L, N, D] x~ of the attention layer: value and output projection, without mixing
+    attention_branch: Any  # [L, N, D] output of the attention layer before the residual sum
+    ffn_branch: Any  # [L, N, D] x~ of the FFN layer: its output before the residual sum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,21 +62,32 @@ class TokenTM:
     ffn: bool = True
     attention: Literal["gradient", "plain"] = "gradient"
     original: Literal["residual", "normalised"] = "residual"
-    first_block: int = 0
-    end_block: int | None = None
+    first_block: Annotated[int, Ge(0)] = 0
+    end_block: Annotated[int, Ge(1)] | None = None
     memory: Literal["recompute", "store"] = "store"
 
     def __post_init__(self) -> None:
-        for field, choices in (
-            ("direction", ("necc", "cosine", "none")),
-            ("attention", ("gradient", "plain")),
-            ("original", ("residual", "normalised")),
-            ("memory", ("recompute", "store")),
-        ):
-            if getattr(self, field) not in choices:
-                raise ValueError(f"{field} must be one of {', '.join(choices)}, got {getattr(self, field)!r}")
-        if self.end_block is not None and not (isinstance(self.end_block, int) and self.end_block > self.first_block):
-            raise ValueError(f"end_block must be a number past first_block or None, got {self.end_block!r}")
+        """Raises ValueError for a choice that is none, so that no map is ever computed by a misspelt one."""
+        for field in dataclasses.fields(self):
+            choices, given = get_args(field.type), getattr(self, field.name)
+            if get_origin(field.type) is Literal and given not in choices:
+                raise ValueError(f"{field.name} must be one of {', '.join(choices)}, got {given!r}")
+        if self.end_block is not None and self.end_block <= self.first_block:
+            raise ValueError(f"end_block must be past first_block ({self.first_block}), got {self.end_block}")
+
+    @property
+    def weighs(self) -> bool:
+        """Whether tokens and what they become have weights at all."""
+        return self.length or self.direction != "none"
+
+    def uses(self) -> set[str]:
+        """The fields of `Blocks` that these choices read."""
+        names = {"attention"} | ({"attention_grad"} if self.attention == "gradient" else set())
+        if self.weighs:
+            names |= {"tokens" if self.original == "residual" else "normalised", "transformed_value"}
+        if self.weighs and self.ffn:
+            names |= {"tokens", "attention_branch", "ffn_branch"}
+        return names | ({"tokens"} if self.initialise else set())
 
 
 def token_length(x: Array) -> Array:
@@ -138,10 +150,13 @@ class Weights(NamedTuple):
 
 def block_weights(block: Blocks, options: TokenTM) -> Weights:
     """Transformation weights of one block (arrays of `block` without the L axis). They need no gradient."""
+    ones = jnp.ones(block.attention.shape[-1:], block.attention.dtype)
+    if not options.weighs:
+        return Weights(ones, ones if options.ffn else jnp.zeros_like(ones))
     weigh = partial(transformation_weights, length=options.length, direction=options.direction)
     original = block.tokens if options.original == "residual" else block.normalised
     attention = weigh(original, block.transformed_value)
-    ffn = weigh(block.tokens + block.attention_branch, block.ffn_branch) if options.ffn else jnp.zeros_like(attention)
+    ffn = weigh(block.tokens + block.attention_branch, block.ffn_branch) if options.ffn else jnp.zeros_like(ones)
     return Weights(attention, ffn)
 
 
@@ -165,21 +180,21 @@ def propagate(
     return jax.lax.scan(lambda r, block: (update(r, block), None), rows, chosen, reverse=True)[0]
 
 
-def contributions(blocks: Blocks, embedded: Array, rows: Array, options: TokenTM = TokenTM()) -> Array:
+def contributions(blocks: Blocks, embedded: Array | None, rows: Array, options: TokenTM = TokenTM()) -> Array:
     """Contribution of every input token to the outputs that `rows` [..., N] read.
 
     With `rows` the read-out of the head this is the heatmap's row; with the identity it is the full map C [N, N].
 
     Args:
-      blocks: arrays with a leading L axis.
-      embedded: tokens x0 [N, D] that enter the first block.
+      blocks: arrays with a leading L axis; those that `options.uses()` names.
+      embedded: tokens x0 [N, D] that enter the first block; needed where `options.initialise`.
       rows: distributions over output tokens, [..., N].
       options: see `TokenTM`.
 
     Returns:
       Contributions [..., N], column j for input token j.
     """
-    chex.assert_axis_dimension(rows, -1, embedded.shape[0])
+    chex.assert_axis_dimension(rows, -1, blocks.attention.shape[-1])
 
     def update(rows: Array, block: Blocks) -> Array:
         weighted = block.attention * (block.attention_grad if options.attention == "gradient" else 1)
@@ -189,6 +204,9 @@ def contributions(blocks: Blocks, embedded: Array, rows: Array, options: TokenTM
     return initial_contributions(rows, embedded, options)
 
 
-def initial_contributions(rows: Array, embedded: Array, options: TokenTM) -> Array:
+def initial_contributions(rows: Array, embedded: Array | None, options: TokenTM) -> Array:
     """Rows [..., N] times C0, for the embedded tokens x0 [N, D]: what each token brings into the first block."""
-    return rows * token_length(embedded) if options.initialise else rows
+    if not options.initialise:
+        return rows
+    assert embedded is not None
+    return rows * token_length(embedded)

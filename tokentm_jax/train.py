@@ -8,51 +8,66 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from annotated_types import Ge, Gt, Le, Len, Lt
 from jax import Array
+from pydantic import Strict
 
 from tokentm_jax.data import Data
 from tokentm_jax.errors import InputError
+from tokentm_jax.files import read_text, reason, write_text
+from tokentm_jax.identity import claimed, digest, digest_files, environment
+from tokentm_jax.preprocessing import Preprocessing
+from tokentm_jax.validation import Name, check_fields
 from tokentm_jax.vit import ViT, init_params
+
+LARGEST_STEP = 2**31 - 1  # steps are counted in int32
+
+Text = Annotated[str, Len(1, 1000)]
+Positive = Annotated[float, Gt(0)]
+NotNegative = Annotated[float, Ge(0)]
+Share = Annotated[float, Ge(0), Le(1)]
+NotAll = Annotated[float, Ge(0), Lt(1)]
+Lax = Strict(False)  # a list will do for a tuple
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One recipe. Sizes in pixels, durations in epochs, `mean` and `std` per channel for images in [0, 1]."""
 
-    name: str
-    train_data: str  # zip of class folders, or "tfds:NAME:SPLIT"
-    test_data: str
-    model: dict[str, Any]  # keyword arguments of timm's VisionTransformer
-    epochs: float
-    warmup_epochs: float = 2.0
-    batch_size: int = 128
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.05
-    beta_2: float = 0.99
-    clip_norm: float = 1.0
-    label_smoothing: float = 0.1
-    ema_decay: float = 0.999
-    crop_padding: int = 4
+    name: Name
+    train_data: Text  # zip of class folders, or "tfds:NAME:SPLIT"
+    test_data: Text
+    model: Mapping[str, Any]  # keyword arguments of timm's VisionTransformer
+    epochs: Positive
+    warmup_epochs: NotNegative = 2.0
+    batch_size: Annotated[int, Ge(1), Le(2**20)] = 128
+    learning_rate: Positive = 1e-3
+    weight_decay: NotNegative = 0.05
+    beta_2: NotAll = 0.99
+    clip_norm: Positive = 1.0
+    label_smoothing: Share = 0.1
+    ema_decay: NotAll = 0.999
+    crop_padding: Annotated[int, Ge(0), Le(1024)] = 4
     flip: bool = True
-    rand_augment: float = 0.0  # strength of random affine and colour changes, 0 to 1
-    cutmix: float = 0.0  # probability that a batch is mixed by CutMix
-    patch_drop: float = 0.0  # share of patches left out ...
-    patch_drop_epochs: float = 0.0  # ... in the first so many epochs
+    rand_augment: Share = 0.0  # strength of random affine and colour changes
+    cutmix: Share = 0.0  # probability that a batch is mixed by CutMix
+    patch_drop: NotAll = 0.0  # share of patches left out ...
+    patch_drop_epochs: NotNegative = 0.0  # ... in the first so many epochs
     mimetic_init: bool = False
-    fine_tune: tuple[str, str] | None = None  # (model name, checkpoint) to start from
-    mean: tuple[float, float, float] = (0.4914, 0.4822, 0.4465)
-    std: tuple[float, float, float] = (0.2470, 0.2435, 0.2616)
-    seed: int = 0
-    checkpoint_epochs: float = 1.0
+    fine_tune: Annotated[tuple[Text, Text], Lax] | None = None  # (model name, checkpoint) to start from
+    mean: Annotated[tuple[float, float, float], Lax] = (0.4914, 0.4822, 0.4465)
+    std: Annotated[tuple[Positive, Positive, Positive], Lax] = (0.2470, 0.2435, 0.2616)
+    seed: Annotated[int, Ge(0), Le(2**31 - 1)] = 0
+    checkpoint_epochs: Positive = 1.0
 
 
 class State(NamedTuple):
@@ -156,8 +171,8 @@ def _prepare(module: ViT, images: Array) -> Array:
     return images
 
 
-def _normalise(config: TrainConfig, images: Array) -> Array:
-    return (images - jnp.array(config.mean)) / jnp.array(config.std)
+def _preprocessing(config: TrainConfig, module: ViT) -> Preprocessing:
+    return Preprocessing(module.img_size, 1.0, mean=config.mean, std=config.std)
 
 
 def make_step(config: TrainConfig, module: ViT, steps_per_epoch: int) -> tuple[Callable, optax.GradientTransformation]:
@@ -165,6 +180,7 @@ def make_step(config: TrainConfig, module: ViT, steps_per_epoch: int) -> tuple[C
     steps = round(config.epochs * steps_per_epoch)
     warmup = min(round(config.warmup_epochs * steps_per_epoch), steps // 2)  # short trial runs have one too
     schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, max(warmup, 1), max(steps, 2), 0.0)
+    normalise = _preprocessing(config, module).normalise
     decayed = partial(jax.tree_util.tree_map_with_path, lambda path, _: path[-1].key == "kernel")
     optimiser = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
@@ -184,7 +200,7 @@ def make_step(config: TrainConfig, module: ViT, steps_per_epoch: int) -> tuple[C
         training = module.clone(patch_drop=patch_drop)
 
         def loss_of(params: Any) -> Array:
-            logits = training.apply({"params": params}, _normalise(config, inputs), rngs={"patch_drop": k_drop})
+            logits = training.apply({"params": params}, normalise(inputs), rngs={"patch_drop": k_drop})
             return optax.softmax_cross_entropy(logits, targets).mean()
 
         loss, gradients = jax.value_and_grad(loss_of)(state.params)
@@ -210,14 +226,15 @@ def batches(config: TrainConfig, data: Data, start: int) -> Iterator[tuple[np.nd
             step += 1
 
 
+@partial(jax.jit, static_argnums=(0, 1))
+def _hits(module: ViT, preprocessing: Preprocessing, params: Any, images: Array, labels: Array) -> Array:
+    logits = module.apply({"params": params}, preprocessing.normalise(_prepare(module, images)))
+    return (jnp.argmax(logits, -1) == labels).sum()  # pyright: ignore[reportArgumentType]
+
+
 def accuracy(config: TrainConfig, module: ViT, params: Any, data: Data, batch_size: int = 250) -> float:
     """Top-1 accuracy in [0, 1] over the whole of `data`."""
-
-    @jax.jit
-    def hits(params: Any, images: Array, labels: Array) -> Array:
-        logits = module.apply({"params": params}, _normalise(config, _prepare(module, images)))
-        return (jnp.argmax(logits, -1) == labels).sum()
-
+    hits = partial(_hits, module, _preprocessing(config, module))
     total = 0
     for i in range(0, len(data.labels), batch_size):
         images, labels = data.images[i : i + batch_size], data.labels[i : i + batch_size]
@@ -242,59 +259,148 @@ def initial_params(config: TrainConfig, module: ViT) -> dict[str, Any]:
     return params
 
 
+# ---- a run ----------------------------------------------------------------------------------------------------------
+
+
 def train(config: TrainConfig, module: ViT, data: Data, test: Data, out: Path, log: Callable[[str], None]) -> float:
     """Train to the end, or from where `out` stopped on to the end; returns the average's test accuracy in [0, 1].
 
     `out` holds the Orbax checkpoints, `log.jsonl` and, at the end, `<name>.safetensors`.
-    Raises InputError when `out` holds a run of another recipe, or the data do not fit the model.
+
+    Raises:
+      InputError: a recipe whose fields are not what their annotations say, data that do not fit the model, a full
+        disk, or an `out` that holds a run of another recipe, of other data, by other versions or on another device,
+        files of others, or a run that is going on.
     """
     import orbax.checkpoint as ocp
 
-    per_epoch = len(data.labels) // config.batch_size
-    if per_epoch == 0:
-        raise InputError(f"{config.train_data}: {len(data.labels)} images do not fill a batch of {config.batch_size}")
+    from tokentm_jax.checkpoint import save_trained
+
+    config = check_fields(config, "the recipe")
+    steps, per_epoch, test = _fit(config, module, data, test)
+    out = out.absolute()  # as Orbax wants it
+    params = initial_params(config, module)
+    with claimed(out, _terms(config, data, test), ("checkpoints", "log.jsonl", f"{config.name}.safetensors")):
+        step_fn, optimiser = make_step(config, module, per_epoch)
+        state = State(jnp.zeros((), jnp.int32), params, optimiser.init(params), jax.tree.map(jnp.copy, params))
+        with ocp.CheckpointManager(out / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2)) as saved:
+            state = _restore(saved, state, steps, log)
+            state, top_1 = _run(config, module, data, test, out, log, saved, step_fn, state, steps)
+        save_trained(config, module, jax.device_get(state.average), data.class_names, top_1, out)
+    return top_1
+
+
+def _fit(config: TrainConfig, module: ViT, data: Data, test: Data) -> tuple[int, int, Data]:
+    """Steps of the run and of an epoch, and the test data with the training data's numbers of the classes.
+
+    Raises InputError for data that do not go with the recipe and the model.
+    """
     for name, names in ((config.train_data, data.class_names), (config.test_data, test.class_names)):
-        if names != data.class_names or len(names) != module.num_classes:
+        if set(names) != set(data.class_names) or len(names) != module.num_classes:
             raise InputError(
                 f"{name}: expected the {module.num_classes} classes of the model and of the training data, "
                 f"found {len(names)}: {', '.join(names[:5])} ..."
             )
-    out = out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    identity = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode()).hexdigest()
-    known = out / "config.json"
-    if known.exists() and json.loads(known.read_text())["identity"] != identity:
-        raise InputError(f"{out} holds a run of another recipe; choose another output folder")
-    known.write_text(json.dumps({"identity": identity, **dataclasses.asdict(config)}, indent=1))
+    place = np.array([data.class_names.index(name) for name in test.class_names], np.int32)
+    test = test._replace(labels=place[test.labels], class_names=data.class_names)  # by name, whatever their order
+    per_epoch = len(data.labels) // config.batch_size
+    if per_epoch == 0:
+        raise InputError(f"{config.train_data}: {len(data.labels)} images do not fill a batch of {config.batch_size}")
+    steps = config.epochs * per_epoch
+    if not 1 <= round(min(steps, 2.0 * LARGEST_STEP)) <= LARGEST_STEP:
+        raise InputError(f"the recipe: 'epochs' must make 1 to {LARGEST_STEP} steps of {per_epoch} an epoch")
+    return round(steps), per_epoch, test
 
-    steps, save_every = round(config.epochs * per_epoch), max(1, round(config.checkpoint_epochs * per_epoch))
-    step_fn, optimiser = make_step(config, module, per_epoch)
-    params = initial_params(config, module)
-    state = State(jnp.zeros((), jnp.int32), params, optimiser.init(params), jax.tree.map(jnp.copy, params))
-    with ocp.CheckpointManager(out / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2)) as manager:
-        if manager.latest_step() is not None:
-            state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
-            log(f"resumed at step {int(state.step)} of {steps}")
-        first, began, losses, top_1 = int(state.step), time.monotonic(), [], None
-        for step, (images, labels) in zip(range(first, steps), batches(config, data, first), strict=False):
-            drop = config.patch_drop if step < config.patch_drop_epochs * per_epoch else 0.0
-            state, loss = step_fn(state, images, labels, drop)
-            losses.append(loss)
-            done = step + 1
-            if done % save_every == 0 or done == steps:
-                mean_loss = float(jnp.stack(losses).mean())
-                losses = []
-                top_1 = accuracy(config, module, state.average, test)
-                manager.save(done, args=ocp.args.StandardSave(state))
-                elapsed = time.monotonic() - began
-                left = elapsed / (done - first) * (steps - done)
-                record = {"step": done, "loss": mean_loss, "test_accuracy": top_1, "seconds": round(elapsed, 1)}
-                with (out / "log.jsonl").open("a") as file:
-                    file.write(json.dumps(record) + "\n")
-                log(f"epoch {done / per_epoch:.1f}: loss {mean_loss:.3f}, test {top_1:.2%}, {left / 60:.0f} min left")
-    from tokentm_jax.checkpoint import save_trained
 
+def _terms(config: TrainConfig, data: Data, test: Data) -> dict[str, Any]:
+    """What must be equal for a run to go on: every field of the recipe, the bytes it names, and what computes."""
+    terms = dataclasses.asdict(config)
+    for name, given in (("train_data", data), ("test_data", test)):
+        state = hashlib.sha256(digest(given.class_names, given.images.shape, given.labels.tolist()).encode())
+        for images in given.images:
+            state.update(images.tobytes())
+        terms[name] = {"name": f"{terms[name]}, {len(given.labels)} images", "identity": state.hexdigest()[:16]}
+    if config.fine_tune is not None:
+        path = Path(config.fine_tune[1])
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        identity = digest(config.fine_tune[0], digest_files(files))
+        terms["fine_tune"] = {"name": str(path), "identity": identity}
+    return {**terms, **environment()}
+
+
+def _restore(saved: Any, state: State, steps: int, log: Callable[[str], None]) -> State:
+    """The state of the last checkpoint, if there is one."""
+    import orbax.checkpoint as ocp
+
+    last = saved.latest_step()
+    if last is None:
+        return state
+    try:
+        state = saved.restore(last, args=ocp.args.StandardRestore(state))
+    except Exception as error:  # Orbax lets errors of several libraries through
+        raise InputError(
+            f"the checkpoint {saved.directory / str(last)} is damaged ({reason(error)}); "
+            "remove it, and the training goes on from the one before"
+        ) from None
+    if not int(state.step) == last <= steps:
+        raise InputError(f"the checkpoint {saved.directory / str(last)} is of step {int(state.step)} of {steps}")
+    log(f"resumed at step {last} of {steps}")
+    return state
+
+
+def _run(
+    config: TrainConfig,
+    module: ViT,
+    data: Data,
+    test: Data,
+    out: Path,
+    log: Callable[[str], None],
+    saved: Any,
+    step_fn: Callable[..., tuple[State, Array]],
+    state: State,
+    steps: int,
+) -> tuple[State, float]:
+    """From a state to the last step, with checkpoints and lines of `log.jsonl`; also the test accuracy there."""
+    per_epoch, first, began = len(data.labels) // config.batch_size, int(state.step), time.monotonic()
+    save_every = max(1, round(min(config.checkpoint_epochs * per_epoch, steps)))
+    lines, losses, top_1 = _lines(out / "log.jsonl", first), [], None
+    for step, (images, labels) in zip(range(first, steps), batches(config, data, first), strict=False):
+        drop = config.patch_drop if step < config.patch_drop_epochs * per_epoch else 0.0
+        state, loss = step_fn(state, images, labels, drop)
+        losses.append(loss)
+        done = step + 1
+        if done % save_every == 0 or done == steps:
+            mean_loss, losses = float(jnp.stack(losses).mean()), []
+            top_1 = accuracy(config, module, state.average, test)
+            _save(saved, done, state)
+            elapsed = time.monotonic() - began
+            left = elapsed / (done - first) * (steps - done)
+            record = {"step": done, "loss": mean_loss, "test_accuracy": top_1, "seconds": round(elapsed, 1)}
+            lines.append(json.dumps(record) + "\n")
+            write_text(out / "log.jsonl", "".join(lines))
+            log(f"epoch {done / per_epoch:.1f}: loss {mean_loss:.3f}, test {top_1:.2%}, {left / 60:.0f} min left")
     if top_1 is None:  # nothing was left to train
         top_1 = accuracy(config, module, state.average, test)
-    save_trained(config, module, jax.device_get(state.average), data.class_names, top_1, out)
-    return top_1
+    return state, top_1
+
+
+def _save(saved: Any, step: int, state: State) -> None:
+    import orbax.checkpoint as ocp
+
+    try:
+        saved.save(step, args=ocp.args.StandardSave(state))
+        saved.wait_until_finished()  # an error in the background would come at any later call
+    except Exception as error:
+        again = "; the same command goes on from the checkpoint before"
+        raise InputError(f"{saved.directory / str(step)} cannot be written: {reason(error)}{again}") from None
+
+
+def _lines(path: Path, step: int) -> list[str]:
+    """The lines of the log up to a step: a run that was stopped may have written more than it kept."""
+    if not path.exists():
+        return []
+    lines = read_text(path).splitlines(keepends=True)
+    try:
+        return [line for line in lines if json.loads(line)["step"] <= step]
+    except (ValueError, TypeError, LookupError, RecursionError):
+        raise InputError(f"{path} is damaged: every line must be a JSON object with a 'step'; remove it") from None
