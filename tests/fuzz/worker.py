@@ -47,10 +47,12 @@ def answer_command(arguments: list[str]) -> dict[str, Any]:
 
 def answer_call(case: Any) -> dict[str, Any]:
     """Code 2 for an exception that the call may raise."""
+    import jax
+
     from tokentm_jax.errors import InputError
 
     try:
-        case.call()
+        jax.block_until_ready(case.call())  # else it would go on beside the next case
     except InputError as error:
         return {"code": 2, "out": "", "err": f"Error: {error}"}
     except Exception as error:
