@@ -12,7 +12,7 @@ import click
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
-from tokentm_jax.cli import main
+from tokentm_jax.cli.main import main
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = ("cat.jpg", "espresso.jpg", "methods.jpg")  # of notebooks/, where the README shows them, too

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from tokentm_jax import checkpoint
-from tokentm_jax.architectures import build
-from tokentm_jax.checkpoint import (
+from tokentm_jax.data.preprocessing import HALF, Preprocessing
+from tokentm_jax.errors import InputError
+from tokentm_jax.models import checkpoint
+from tokentm_jax.models.architectures import build
+from tokentm_jax.models.checkpoint import (
     download,
     read_checkpoint,
     read_description,
@@ -26,9 +28,7 @@ from tokentm_jax.checkpoint import (
     to_timm,
     write_checkpoint,
 )
-from tokentm_jax.errors import InputError
-from tokentm_jax.preprocessing import HALF, Preprocessing
-from tokentm_jax.train import TrainConfig
+from tokentm_jax.runs.train import TrainConfig
 
 GOLDENS = Path(__file__).parent / "goldens"
 KINDS = json.loads((GOLDENS / "kinds.json").read_text())
@@ -126,7 +126,7 @@ def test_failed_write_leaves_the_old_file(plain, tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(InputError, match=r"model\.safetensors cannot be written: disk full"):
         write_checkpoint(path, *plain, SMALL, list("abcde"))
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
@@ -141,7 +141,7 @@ def test_write_refuses(plain, tmp_path):
         write_checkpoint(tmp_path / "model", build(KINDS["distilled"]), plain[1], SMALL)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/cat.jpg").write_bytes(b"cat")
-    with pytest.raises(InputError, match="not a checkpoint"):
+    with pytest.raises(InputError, match="was not written by this program"):
         write_checkpoint(tmp_path / "photos", *plain, SMALL)
     assert (tmp_path / "photos/cat.jpg").exists()
 
@@ -305,12 +305,12 @@ def test_damaged_file_is_named(name, plain, tmp_path):
 
 
 def test_missing_file_and_wrong_folder(plain, tmp_path):
-    with pytest.raises(InputError, match="there is no checkpoint"):
+    with pytest.raises(InputError, match="does not exist"):
         read_checkpoint(plain[0], tmp_path / "none.safetensors")
     with pytest.raises(InputError, match=r"without description\.json"):
         read_checkpoint(plain[0], tmp_path)
     os.mkfifo(tmp_path / "pipe.safetensors")
-    with pytest.raises(InputError, match="not a regular file"):
+    with pytest.raises(InputError, match="is no regular file"):
         read_checkpoint(plain[0], tmp_path / "pipe.safetensors")
 
 
@@ -361,7 +361,7 @@ def test_pickle_runs_nothing(suffix, plain, tmp_path):
 @pytest.mark.parametrize("description", ["[", "[]", "{}", '{"architecture": {"depth": 1e9}, "preprocessing": {}}'])
 def test_bad_description_is_refused(description, plain, tmp_path):
     path = tmp_path / "model.safetensors"
-    safetensors.numpy.save_file(to_timm(plain[1]), path, {checkpoint.METADATA: description})
+    safetensors.numpy.save_file(to_timm(plain[1]), path, {checkpoint.MARK: description})
     with pytest.raises(InputError, match=r"model\.safetensors"):
         read_description(path)
 

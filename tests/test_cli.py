@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,12 +12,12 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from tokentm_jax.architectures import ARCHITECTURES, build
-from tokentm_jax.checkpoint import write_checkpoint
-from tokentm_jax.cli import main, parameter_count, parse_option
-from tokentm_jax.explaining import output_names
-from tokentm_jax.preprocessing import IMAGENET, Preprocessing
-from tokentm_jax.vit import init_params
+from tokentm_jax.cli.explain import output_names
+from tokentm_jax.cli.main import main, parameter_count, parse_option
+from tokentm_jax.data.preprocessing import IMAGENET, Preprocessing
+from tokentm_jax.models.architectures import ARCHITECTURES, build
+from tokentm_jax.models.checkpoint import write_checkpoint
+from tokentm_jax.models.vit import init_params
 
 TINY = dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=6)
 NAMES = ("ant", "[bee]", "cat $x$", "dog", "eel", "fox")
@@ -134,6 +135,58 @@ def test_photos_are_never_replaced(folder, checkpoint):
     assert (folder / "photos/a.png").read_bytes() == before
 
 
+def test_files_of_others_are_never_replaced(folder, checkpoint):
+    """Neither pictures nor arrays nor links; what this program wrote is replaced."""
+    out = folder / "out"
+    out.mkdir()
+    (out / "a.png").write_bytes((folder / "photos/c.png").read_bytes())
+    np.savez(out / "b.npz", map=np.zeros(3))
+    (out / "c.png").symlink_to(out / "a.png")
+    (out / "sheet.png").write_bytes(b"mine")
+    before = {path: (path.read_bytes(), path.is_symlink()) for path in out.iterdir()}
+    for _ in range(2):
+        run("explain", "photos", "--checkpoint", checkpoint, "--out", "out")
+        run(
+            "explain",
+            "photos",
+            "--checkpoint",
+            checkpoint,
+            "--out",
+            "out",
+            "--method",
+            "rollout,gae",
+            "--batch-size",
+            3,
+        )
+        stems = {"a-2": 4, "b-2": 2, "b": 2, "c-2": 4}  # of b.gae.npz nothing stands in the way
+        suffixes = [".gae.npz", ".rollout.npz", ".npz", ".png"]
+        names = {
+            f"{stem}{suffix}"
+            for stem, count in stems.items()
+            for suffix in suffixes[-count if stem == "b-2" else 0 :][:count]
+        }
+        assert files(out) == sorted({path.name for path in before} | names | {"sheet-2.png"})
+    assert before == {path: (path.read_bytes(), path.is_symlink()) for path in before}
+
+
+def test_names_for_photos_of_any_name(tmp_path):
+    """A link to itself, a NUL, and more bytes than a name may have."""
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    paths = [tmp_path / name for name in ("loop.png", "a\0b.png", "x" * 300 + ".png", "ok.png")]
+    assert list(output_names(paths, tmp_path).values()) == ["loop-2", "a\0b", "x" * 150, "ok"]
+
+
+def test_names_cannot_steer_the_terminal(folder, checkpoint):
+    """Escapes in the names of photos and classes are shown as question marks."""
+    (folder / "photos/a.png").rename(folder / "photos/\x1b]0;own\x07.png")
+    (folder / "names.json").write_text(json.dumps([f"\x1b[31m{c}\u202e" for c in "uvwxyz"]))
+    arguments = ("--checkpoint", checkpoint, "--classes", "names.json")
+    (folder / "photos/\x1b[2J.png").write_bytes(b"bad")
+    result = run("explain", "photos", *arguments, code=2)
+    assert "?]0;own?.png" in result.stdout and "?[31m" in result.stdout and "?[2J.png" in result.stderr
+    assert not {"\x1b", "\x07", "\u202e"} & {*result.output}
+
+
 def test_long_names(tmp_path):
     names = output_names([tmp_path / ("é" * 120 + ".png"), tmp_path / ("é" * 119 + "x.png")], tmp_path)
     assert len(set(names.values())) == 2
@@ -156,6 +209,15 @@ def test_long_names(tmp_path):
         (["--out", "/proc/nothing"], "cannot be written"),
         (["--classes", "missing.txt"], "missing.txt"),
         (["--batch-size", "0"], "batch-size"),
+        (["--method", ""], "unknown method ''"),
+        (["--option", "ffn=true", "--option", "ffn=false"], "'ffn' is given twice"),
+        (["--option", "ffn=" + "x" * 10**5], "must be a bool"),
+        (["--target", "9" * 5000], "classes 0 to 5"),
+        (["--checkpoint", "/dev/zero"], "is no regular file"),
+        (["--checkpoint", ""], "must be a name that a file can have"),
+        (["--classes", ""], "must be a name that a file can have"),
+        (["--out", ""], "must be a name that a file can have"),
+        (["--out", "photos/a.png/x"], "cannot be written"),
     ],
 )
 def test_wrong_arguments(folder, checkpoint, arguments, sentence):
@@ -169,6 +231,8 @@ def test_options_are_parsed():
     parsed = [parse_option(text) for text in ("a=true", "a=FALSE", "a=3", "a=-1.5e3", "a=none", "a=x=y", " a = b ")]
     assert [value for _, value in parsed] == [True, False, 3, -1500.0, None, "x=y", "b"]
     assert {key for key, _ in parsed} == {"a"}
+    for text in ("1_0", "９", "9" * 5000, "0x10", "nan", "inf", "1e999", "1 0"):  # no plain numbers
+        assert parse_option(f"a={text}") == ("a", text)
 
 
 def test_models_and_methods(folder):
@@ -199,8 +263,24 @@ def test_convert(folder, checkpoint):
         assert run("convert", *arguments, code=2).stderr.startswith("Error: ")
 
 
+def test_convert_keeps_the_files_of_others(folder, checkpoint):
+    run("convert", checkpoint, "out.safetensors")
+    (folder / "foreign.safetensors").write_bytes(
+        (folder / "out.safetensors").read_bytes().replace(b"tokentm_jax", b"x" * 11)
+    )
+    (folder / "link.safetensors").symlink_to("out.safetensors")
+    run("convert", checkpoint, "model")
+    run("convert", checkpoint, "model")  # over its own
+    (folder / "model/notes.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for name in ("foreign.safetensors", "link.safetensors", "model", "photos"):
+        assert "was not written by this program" in run("convert", checkpoint, name, code=2).stderr
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert (folder / "link.safetensors").is_symlink()
+
+
 RECIPE = f"""
-from tokentm_jax.train import TrainConfig
+from tokentm_jax.runs.train import TrainConfig
 config = TrainConfig(name="tiny", train_data="data", test_data="data", model={TINY | {"num_classes": 2}!r}, epochs=2,
                      warmup_epochs=0.5, batch_size=4)
 """
@@ -249,8 +329,52 @@ def test_an_interrupt_exits_with_130(folder, checkpoint, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tokentm_jax.loading.load", interrupt)
+    monkeypatch.setattr("tokentm_jax.models.loading.load", interrupt)
     run("explain", "photos/a.png", "--checkpoint", checkpoint, code=130)
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(5, "Input/output error", "a.npz"), "Error: a.npz: Input/output error"),
+        (MemoryError(), "the memory is not enough"),
+        (RuntimeError("RESOURCE_EXHAUSTED: 10 GB"), "the memory is not enough"),
+        (RecursionError(), "nested too deeply"),
+    ],
+)
+def test_errors_of_the_machine(folder, checkpoint, monkeypatch, error, sentence):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("tokentm_jax.models.loading.load", fail)
+    result = run("explain", "photos/a.png", "--checkpoint", checkpoint, code=2)
+    assert sentence in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Unable to initialize backend 'x'"), AssertionError()])
+def test_no_device(folder, checkpoint, monkeypatch, error):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(jax, "local_devices", fail)
+    result = run("explain", "photos/a.png", "--checkpoint", checkpoint, code=2)
+    assert "JAX finds no device with JAX_PLATFORMS=" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", ["file", "folder of others", "no home"])
+def test_no_place_for_compiled_programs(folder, checkpoint, monkeypatch, kind):
+    """Without it everything works as well; `jax.config` is asked, as compiling takes long."""
+    chosen = []
+    monkeypatch.setattr(jax.config, "update", lambda name, value: chosen.append((name, value)))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if kind == "no home":
+        monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    else:
+        (folder / "cache").touch()
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR" if kind == "file" else "XDG_CACHE_HOME", str(folder / "cache"))
+    run("explain", "photos/a.png", "--checkpoint", checkpoint)
+    assert chosen == [("jax_compilation_cache_dir", None)]
 
 
 def test_help_starts_fast():

@@ -11,9 +11,9 @@ import pytest
 from conftest import tiny_vit
 
 import tokentm_jax as tm
-from tokentm_jax.interface import explain_fn
-from tokentm_jax.methods import METHODS as TABLE
-from tokentm_jax.vit import ViT, init_params
+from tokentm_jax.methods.explain import explain_fn
+from tokentm_jax.methods.table import METHODS as TABLE
+from tokentm_jax.models.vit import ViT, init_params
 
 # method: options that keep it cheap here
 METHODS = {

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokentm_jax.data import load_dataset
+from tokentm_jax.data.arrays import load_dataset
 from tokentm_jax.errors import InputError
 
 

@@ -18,16 +18,16 @@ from conftest import tiny_vit
 from PIL import Image
 
 import tokentm_jax as tm
-from tokentm_jax import dataset as job
-from tokentm_jax import evaluate as evaluation
-from tokentm_jax.checkpoint import write_checkpoint
-from tokentm_jax.cli import main
-from tokentm_jax.dataset import DatasetConfig, explain_dataset
+from tokentm_jax.cli.main import main
+from tokentm_jax.data.sources import batches, open_source
 from tokentm_jax.errors import InputError
-from tokentm_jax.identity import describe_model
-from tokentm_jax.sources import batches, open_source
-from tokentm_jax.store import Store, decode, encode, open_maps, scaled
-from tokentm_jax.tasks import EvaluateConfig, rows
+from tokentm_jax.metrics.tasks import EvaluateConfig, rows
+from tokentm_jax.models.checkpoint import write_checkpoint
+from tokentm_jax.runs import dataset as job
+from tokentm_jax.runs import evaluate as evaluation
+from tokentm_jax.runs.dataset import DatasetConfig, explain_dataset
+from tokentm_jax.runs.identity import describe_model
+from tokentm_jax.runs.store import Store, decode, encode, open_maps, scaled
 
 COUNT = 10  # with one that is damaged
 CONFIG = DatasetConfig(("gae", "input_gradient"), dtype="float32", batch_size=2, chunk_size=4)
@@ -618,7 +618,7 @@ def test_the_commands(vit, folder, tmp_path, monkeypatch):
     assert "nothing does not exist" in run("dataset", "nothing", "--out", "maps", code=2).stderr
     recipe = tmp_path / "saco.py"
     recipe.write_text(
-        "from tokentm_jax.tasks import EvaluateConfig, rows\n"
+        "from tokentm_jax.metrics.tasks import EvaluateConfig, rows\n"
         f"config = EvaluateConfig('saco', 'saco', {str(folder)!r}, rows('gae'), checkpoint={str(checkpoint)!r},"
         " options={'groups': 3}, batch_size=2)"
     )

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokentm_jax.architectures import build
-from tokentm_jax.checkpoint import write_checkpoint
-from tokentm_jax.preprocessing import HALF, Preprocessing
-from tokentm_jax.store import open_maps
-from tokentm_jax.vit import init_params
+from tokentm_jax.data.preprocessing import HALF, Preprocessing
+from tokentm_jax.models.architectures import build
+from tokentm_jax.models.checkpoint import write_checkpoint
+from tokentm_jax.models.vit import init_params
+from tokentm_jax.runs.store import open_maps
 
 pytestmark = pytest.mark.slow
 

@@ -22,7 +22,7 @@ from sybil.parsers.doctest import DocTestParser
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
 import tokentm_jax as tm
-from tokentm_jax.cli import main
+from tokentm_jax.cli.main import main
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -89,7 +89,7 @@ def parameter(page):
 
 @pytest.mark.parametrize("page", [parameter(page) for page in PAGES])
 def test_examples_of_a_page(page, folder):
-    from tokentm_jax.tasks import TASKS
+    from tokentm_jax.metrics.tasks import TASKS
 
     parsers = [PythonCodeBlockParser(), CodeBlockParser("sh", run_shell), SkipParser()]
     with patch.dict(tm.METHODS), patch.dict(TASKS):  # examples may add rows
@@ -156,8 +156,8 @@ def test_every_option_is_documented():
 
 
 def test_every_field_and_name_is_documented():
-    from tokentm_jax.tasks import TASKS, EvaluateConfig
-    from tokentm_jax.train import TrainConfig
+    from tokentm_jax.metrics.tasks import TASKS, EvaluateConfig
+    from tokentm_jax.runs.train import TrainConfig
 
     page = lambda name: (ROOT / "docs" / "reference" / name).read_text()  # noqa: E731
     configs, api = page("configs.md"), page("api.md")

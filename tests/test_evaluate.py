@@ -16,19 +16,19 @@ from click.testing import CliRunner
 from conftest import tiny_vit
 from PIL import Image
 
-from tokentm_jax import evaluate as evaluation
-from tokentm_jax import metrics
-from tokentm_jax import records as records_module
-from tokentm_jax.checkpoint import write_checkpoint
-from tokentm_jax.cli import main
+from tokentm_jax.cli.main import main
+from tokentm_jax.data.sources import batches, open_source
 from tokentm_jax.errors import InputError
-from tokentm_jax.evaluate import evaluate
-from tokentm_jax.identity import claimed
-from tokentm_jax.interface import explain_fn
-from tokentm_jax.maps import to_pixels
-from tokentm_jax.report import compare
-from tokentm_jax.sources import batches, open_source
-from tokentm_jax.tasks import PAPER_ROWS, EvaluateConfig, Row, check, rows, select
+from tokentm_jax.maths.maps import to_pixels
+from tokentm_jax.methods.explain import explain_fn
+from tokentm_jax.metrics import metrics
+from tokentm_jax.metrics.tasks import PAPER_ROWS, EvaluateConfig, Row, check, rows, select
+from tokentm_jax.models.checkpoint import write_checkpoint
+from tokentm_jax.runs import evaluate as evaluation
+from tokentm_jax.runs import records as records_module
+from tokentm_jax.runs.evaluate import evaluate
+from tokentm_jax.runs.identity import claimed
+from tokentm_jax.runs.report import compare
 from tokentm_jax.validation import lists_of
 
 COUNT = 11
@@ -332,7 +332,7 @@ def test_nobody_else_s_files_and_no_other_run(config, vit, folder, whole, tmp_pa
     refused("was made with task perturbation, and this command has saco", task="saco")
     refused("was made with profile default", profile="reference")
     with monkeypatch.context() as patch:
-        patch.setattr("tokentm_jax.identity.version_of", lambda package: "9.9")
+        patch.setattr("tokentm_jax.runs.identity.version_of", lambda package: "9.9")
         refused("was made with versions .* has .*9.9")
     with monkeypatch.context() as patch:
         patch.setattr(jax, "local_devices", lambda: [SimpleNamespace(device_kind="abacus")])
@@ -513,7 +513,7 @@ def test_commands(vit, folder, tmp_path):
     checkpoint = write_checkpoint(tmp_path / "tiny.safetensors", vit.module, vit.params, vit.preprocessing)
     recipe, nowhere = tmp_path / "recipe.py", tmp_path / "nowhere"
     recipe.write_text(
-        "from tokentm_jax.tasks import EvaluateConfig, rows\n"
+        "from tokentm_jax import EvaluateConfig, rows\n"
         f"config = EvaluateConfig('cli', 'saco', '{nowhere}', rows('rollout', 'gae'),\n"
         f"    checkpoint={str(checkpoint)!r},\n"
         "    paper={('rollout', 'saco'): 0.123}, batch_size=4)\n"
@@ -545,7 +545,7 @@ def test_commands(vit, folder, tmp_path):
         assert len(result.stderr.strip().splitlines()) == 1
 
 
-RECIPE = "from tokentm_jax.tasks import EvaluateConfig, rows\nconfig = EvaluateConfig('a', 'saco', 'nowhere', {})\n"
+RECIPE = "from tokentm_jax import EvaluateConfig, rows\nconfig = EvaluateConfig('a', 'saco', 'nowhere', {})\n"
 GOOD = RECIPE.format("rows('gae')")
 
 

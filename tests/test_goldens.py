@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from tokentm_jax.interface import explain_fn
-from tokentm_jax.trace import capture
+from tokentm_jax.methods.explain import explain_fn
+from tokentm_jax.models.capture import capture
 
 # array of the goldens, method, options
 CASES = [

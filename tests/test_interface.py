@@ -7,7 +7,7 @@ import pytest
 from conftest import tiny_vit
 
 import tokentm_jax as tm
-from tokentm_jax.interface import explain_fn
+from tokentm_jax.methods.explain import explain_fn
 
 
 @pytest.fixture(scope="module")

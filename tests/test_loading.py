@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tokentm_jax import loading
-from tokentm_jax.architectures import build
-from tokentm_jax.checkpoint import to_timm, write_checkpoint
+from tokentm_jax.data.preprocessing import CLIP, IMAGENET, Preprocessing
 from tokentm_jax.errors import InputError
-from tokentm_jax.loading import load
-from tokentm_jax.preprocessing import CLIP, IMAGENET, Preprocessing
+from tokentm_jax.models import loading
+from tokentm_jax.models.architectures import build
+from tokentm_jax.models.checkpoint import to_timm, write_checkpoint
+from tokentm_jax.models.loading import load
 
 OPTIONS = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 1, "num_heads": 2, "num_classes": 3}
 SMALL = Preprocessing((16, 16), 0.8, **CLIP)
@@ -220,7 +220,7 @@ def test_deit_tiny_accuracy(crop_pct, timm_hits, real, shared):
     """Photo file to prediction, on 500 photos, against the count of timm 1.0.31 on the same files (short side 256 and
     248, Pillow's bicubic): 78.4 % and 79.2 %. The README of the data says 79.6 % of 1000 photos; half are not here.
     """
-    from tokentm_jax.photos import read_photos
+    from tokentm_jax.data.photos import read_photos
 
     folder = shared / "data/imagenet_sample"
     rows = list(csv.reader((folder / "labels.csv").read_text().splitlines()))

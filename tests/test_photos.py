@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tokentm_jax.data.photos import find_photos, fit, open_photo, read_photos, view
+from tokentm_jax.data.preprocessing import IMAGENET, Preprocessing
 from tokentm_jax.errors import InputError
-from tokentm_jax.photos import find_photos, fit, open_photo, read_photos, view
-from tokentm_jax.preprocessing import IMAGENET, Preprocessing
 
 SMALL = Preprocessing((8, 8), 1.0, "bilinear", **IMAGENET)
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tokentm_jax import primitives
-from tokentm_jax.vit import ViT, init_params
+from tokentm_jax.maths import primitives
+from tokentm_jax.models.vit import ViT, init_params
 
 STEPS = {
     "norm": lambda x: primitives.norm(x, 1 + jnp.arange(4.0), jnp.arange(4.0), 1e-3),

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tokentm_jax.data.preprocessing import HALF, Preprocessing
+from tokentm_jax.data.sources import Example, batches, open_source, prepare
 from tokentm_jax.errors import InputError
-from tokentm_jax.preprocessing import HALF, Preprocessing
-from tokentm_jax.sources import Example, batches, open_source, prepare
 
 MODEL = Preprocessing((4, 6), crop_pct=1.0, interpolation="bilinear", **HALF)
 

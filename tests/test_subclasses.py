@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import tokentm_jax as tm
-from tokentm_jax.interface import explain_fn
-from tokentm_jax.methods import METHODS
-from tokentm_jax.vit import ViT, init_params
+from tokentm_jax.methods.explain import explain_fn
+from tokentm_jax.methods.table import METHODS
+from tokentm_jax.models.vit import ViT, init_params
 
 FIELDS = {"img_size": (8, 12), "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2, "num_classes": 3}
 OPTIONS = {

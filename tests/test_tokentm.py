@@ -7,8 +7,7 @@ import numpy as np
 import oracle
 import pytest
 
-from tokentm_jax.interface import explain_fn
-from tokentm_jax.tokentm import (
+from tokentm_jax.maths.tokentm import (
     Blocks,
     TokenTM,
     contributions,
@@ -17,7 +16,8 @@ from tokentm_jax.tokentm import (
     token_length,
     transformation_weights,
 )
-from tokentm_jax.trace import capture
+from tokentm_jax.methods.explain import explain_fn
+from tokentm_jax.models.capture import capture
 
 L, H, N, D = 3, 2, 5, 4
 

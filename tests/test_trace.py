@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import tokentm_jax as tm
-from tokentm_jax.interface import explain_fn
-from tokentm_jax.trace import capture
-from tokentm_jax.vit import ViT, init_params
+from tokentm_jax.methods.explain import explain_fn
+from tokentm_jax.models.capture import capture
+from tokentm_jax.models.vit import ViT, init_params
 
 FIELDS: dict[str, Any] = {"img_size": (8, 12), "patch_size": 4, "embed_dim": 8, "num_heads": 2, "num_classes": 3}
 IMAGES = np.random.default_rng(0).normal(size=(2, 8, 12, 3)).astype(np.float32)
@@ -120,7 +120,7 @@ def test_a_users_own_module_is_read():
 
 
 class Minimal(nn.Module):
-    """A module that shows what the table in `tokentm_jax.trace` lists for a few methods, and nothing else.
+    """A module that shows what the table in `tokentm_jax.models.capture` lists for a few methods, and nothing else.
 
     Two blocks of one head each on six patches, average pooled, each a Dense layer per projection.
     """

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 import tokentm_jax as tm
-from tokentm_jax import train as training
-from tokentm_jax.data import Data
-from tokentm_jax.train import TrainConfig, accuracy, augment, batches, cutmix, initial_params, train
-from tokentm_jax.vit import ViT, init_params
+from tokentm_jax.data.arrays import Data
+from tokentm_jax.models.vit import ViT, init_params
+from tokentm_jax.runs import train as training
+from tokentm_jax.runs.train import TrainConfig, accuracy, augment, batches, cutmix, initial_params, train
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 MODEL = {"img_size": (8, 8), "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 2}
@@ -103,7 +103,7 @@ def test_a_stopped_run_resumes_to_the_same_numbers(data, whole, tmp_path, monkey
     fewer = data._replace(images=data.images[:40], labels=data.labels[:40])
     refused("was made with train_data toy, 80 images .* this command has toy, 40 images", train_data=fewer)
     with monkeypatch.context() as patch:
-        patch.setattr("tokentm_jax.identity.version_of", lambda package: f"another {package}")
+        patch.setattr("tokentm_jax.runs.identity.version_of", lambda package: f"another {package}")
         refused("was made with versions")
 
     def full(*_, **__):

@@ -6,17 +6,22 @@ from collections.abc import Iterable
 LONGEST = 900  # characters of a message
 
 
+def printable(text: object) -> str:
+    """A text, such as the name of a file or class, as one line that any terminal can show and that changes nothing
+    else there: a control character, a line's end or a byte of no known encoding is a question mark."""
+    whole = str(text).encode("utf-8", "replace").decode()
+    return "".join(c if c.isprintable() else "?" for c in whole)
+
+
 class InputError(ValueError):
     """Something given from outside is wrong: a file, a name, a value.
 
     The message is one sentence that names the file or field and what was expected; the command line prints it
-    without a traceback and exits with code 2. It is one line of at most `LONGEST` characters that any terminal can
-    show, whatever the names of files and classes in it hold.
+    without a traceback and exits with code 2. It is one line (`printable`) of at most `LONGEST` characters.
     """
 
     def __init__(self, message: object) -> None:
-        text = " ".join(str(message).encode("utf-8", "replace").decode().split())
-        text = "".join(c if c.isprintable() else "?" for c in text)
+        text = printable(" ".join(str(message).split()))
         if len(text) > LONGEST:
             text = f"{text[: LONGEST * 2 // 3]} ... {text[-LONGEST // 3 + 5 :]}"
         super().__init__(text)

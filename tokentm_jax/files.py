@@ -1,16 +1,19 @@
 """Files that nobody has checked, and files that appear whole or not at all.
 
 Everything that is read from a path goes through `opened`: it never waits for a pipe, never reads a device, and turns
-each fault into one InputError that names the file. Everything that is written goes through `replace`.
+each fault into one InputError that names the file. Everything that is written goes through `replace`; where it could
+meet a file of the user, `ours` tells whether this program wrote what stands there.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
+import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,10 @@ from typing import Any
 from tokentm_jax.errors import InputError
 
 LARGEST_TEXT = 64 * 2**20  # bytes of a text, table or description
+MARK = "tokentm_jax"  # in PNG files the start of their tEXt "Software", in safetensors files a key of the header
+MAP_MEMBERS = {"map", "method", "options", "versions"}  # of every .npz that `tokentm explain` writes
+# What Orbax puts into a folder.
+_ORBAX = re.compile(r"_\w+|array_metadatas|commit_success\.txt|d|manifest\.ocdbt|ocdbt\.process_\d+")
 
 
 def reason(error: BaseException) -> str:
@@ -104,7 +111,8 @@ def replace(path: str | os.PathLike[str], write: Callable[[Path], Any], hint: st
         for left in (part, old):
             if left.is_dir():
                 shutil.rmtree(left, ignore_errors=True)
-            left.unlink(missing_ok=True)
+            with suppress(OSError):
+                left.unlink()
 
 
 def write_text(path: str | os.PathLike[str], text: str, hint: str = "") -> None:
@@ -115,3 +123,37 @@ def write_text(path: str | os.PathLike[str], text: str, hint: str = "") -> None:
 def write_json(path: str | os.PathLike[str], content: Any, hint: str = "") -> None:
     """Replace a file by a JSON document, as a whole."""
     write_text(path, json.dumps(content, indent=1) + "\n", hint)
+
+
+def ours(path: str | os.PathLike[str]) -> bool:
+    """Whether this program wrote the file or Orbax folder, as a whole; False for a link, and for what is damaged."""
+    path = Path(path)
+    if path.is_symlink():
+        return False
+    try:
+        if path.is_dir():
+            inside = {entry.name for entry in path.iterdir()}
+            params = [entry.name for entry in (path / "params").iterdir()]
+            description = read_json(path / "description.json")
+            known = isinstance(description, dict) and "architecture" in description
+            return inside == {"description.json", "params"} and known and all(map(_ORBAX.fullmatch, params))
+        with opened(path) as file:
+            start = file.read(1024)
+            if start.startswith(b"\x89PNG"):  # the mark comes before the picture
+                return f"tEXtSoftware\0{MARK} ".encode() in start
+            if start.startswith(b"PK"):
+                with zipfile.ZipFile(file) as archive:
+                    return {f"{name}.npy" for name in MAP_MEMBERS} <= set(archive.namelist())
+            length = int.from_bytes(start[:8], "little")
+            if start[8:9] != b"{" or length > LARGEST_TEXT:
+                return False
+            file.seek(8)
+            return MARK in json.loads(file.read(length)).get("__metadata__", ())
+    except Exception:  # damaged in some way, or of another program: zipfile and JSON raise a dozen kinds
+        return False
+
+
+def require_ours(path: str | os.PathLike[str]) -> None:
+    """InputError for a place where something stands that this program did not write."""
+    if os.path.lexists(path) and not ours(path):
+        raise InputError(f"{os.fspath(path)} is there and was not written by this program: choose another name")

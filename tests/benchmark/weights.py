@@ -10,8 +10,8 @@ import numpy as np
 from common import SHARED, parser, publish, table
 
 import tokentm_jax as tm
-from tokentm_jax.sources import batches, open_source
-from tokentm_jax.tokentm import TokenTM, block_weights
+from tokentm_jax.data.sources import batches, open_source
+from tokentm_jax.maths.tokentm import TokenTM, block_weights
 
 CASES = (
     ("deit_tiny_patch16_224", SHARED / "data/deit_tiny_patch16_224.safetensors", SHARED / "data/imagenet_sample"),

@@ -1,0 +1,184 @@
+"""The end of the process after signals, with nothing said, and the environments that it runs in."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tokentm_jax.cli.process import GRACE
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCKED = """
+import ctypes
+mutex = ctypes.create_string_buffer(64)
+while True:  # the second time waits for ever, and no Python code runs
+    ctypes.CDLL(None).pthread_mutex_lock(mutex)
+"""
+SWALLOWED = """
+while True:
+    try:
+        while True:
+            pass
+    except BaseException:
+        pass
+"""
+IMPORTED = """
+try:
+    import time
+    time.sleep(60)
+except KeyboardInterrupt:
+    raise ImportError("while it was imported")
+"""
+IGNORED = """
+class Late:
+    def __del__(self):  # as XLA's callback in the garbage collector
+        import time
+        time.sleep(60)
+Late()
+while True:
+    pass
+"""
+
+
+def started(arguments, **environment):
+    """A process of Python with the package; Ctrl-C is not ignored there, as it would be in a shell's background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("code", "number", "twice", "exit_code", "seconds"),
+    [
+        ("import time; time.sleep(60)", signal.SIGINT, False, 130, 0),
+        ("import time; time.sleep(60)", signal.SIGTERM, False, 143, 0),
+        (IMPORTED, signal.SIGINT, False, 130, 0),
+        (IGNORED, signal.SIGINT, False, 130, 0),
+        (SWALLOWED, signal.SIGINT, False, 130, 1),
+        (BLOCKED, signal.SIGINT, False, 130, 1),
+        (BLOCKED, signal.SIGTERM, False, 143, 1),
+        (BLOCKED, signal.SIGINT, True, 130, 0),
+    ],
+)
+def test_a_signal_ends_the_process(code, number, twice, exit_code, seconds):
+    script = f"""
+import tokentm_jax.cli.process as process
+process.GRACE = {60 if twice else 1}
+def command():
+    print("started", flush=True)
+    exec({code!r}, {{}})
+process.run_process(command)
+"""
+    process = started(["-c", script])
+    assert process.stdout is not None and process.stdout.readline() == "started\n"
+    time.sleep(0.2)
+    began = time.monotonic()
+    for _ in range(1 + twice):
+        process.send_signal(number)
+        time.sleep(0.1)
+    assert process.communicate(timeout=20) == ("", "")
+    assert process.returncode == exit_code
+    assert seconds <= time.monotonic() - began < seconds + 3
+
+
+def test_other_ends_are_pythons_own():
+    script = "from tokentm_jax.cli.process import run_process; run_process(lambda: {})"
+    for command, exit_code, words in (("None", 0, ""), ("exit(3)", 3, ""), ("1 / 0", 1, "ZeroDivisionError")):
+        process = started(["-c", script.format(command)])
+        out, errors = process.communicate(timeout=20)
+        assert (process.returncode, out) == (exit_code, "")
+        assert words in errors and bool(words) == bool(errors)
+
+
+@pytest.mark.parametrize("redirection", [">&-", "2>&-", ">&- 2>&- <&-", ">/dev/full", "| head -1"])
+def test_streams(redirection):
+    """Closed, full, and read no further."""
+    command = f"'{sys.executable}' -m tokentm_jax --help {redirection}"
+    done = subprocess.run(
+        ["sh", "-c", command], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    full = redirection == ">/dev/full"
+    assert done.returncode == (2 if full else 0)
+    assert done.stderr == ("Error: No space left on device\n" if full else "")
+
+
+@pytest.mark.slow
+def test_environments(tmp_path):
+    """All at once: no home, no place for caches, a narrow terminal that knows ASCII; and JAX without a device."""
+    photo = tmp_path / "猫\x1b[31m.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)).save(photo)
+    (tmp_path / "file").touch()
+    narrow = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "COLUMNS": "20", "TERM": "dumb", "NO_COLOR": ""}
+    nowhere = {
+        name: str(tmp_path / "file") for name in ("JAX_COMPILATION_CACHE_DIR", "MPLCONFIGDIR", "XDG_CACHE_HOME")
+    }
+    arguments = ["-m", "tokentm_jax", "explain", photo, "--out", tmp_path / "out"]
+    done = started(["-c", NO_HOME, *arguments], **narrow, **nowhere)
+    out, errors = done.communicate(timeout=120)
+    assert (done.returncode, errors) == (0, "")
+    assert "cat" in out and "??[31m.png" in out and "\x1b" not in out
+    assert len(list((tmp_path / "out").iterdir())) == 2
+    for platform in ("gpuu", "cuda"):
+        done = started(arguments, JAX_PLATFORMS=platform)
+        _, errors = done.communicate(timeout=120)
+        assert done.returncode == 2 and errors.startswith(
+            f"Error: JAX finds no device with JAX_PLATFORMS={platform!r}"
+        )
+        assert len(errors.splitlines()) == 1
+
+
+# As where the user id has no entry: `os.setuid` to such a one needs an administrator and readable folders.
+NO_HOME = """
+import os, pwd, runpy, sys
+os.environ.pop("HOME", None)
+def getpwuid(number):
+    raise KeyError(number)
+pwd.getpwuid = getpwuid
+sys.argv = ["", *sys.argv[3:]]
+runpy.run_module("tokentm_jax", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_at_random_moments(number, tmp_path, shared):
+    """Twenty runs of `tokentm explain` on a busy machine, each ended somewhere from its start to its end."""
+    photos = sorted((shared / "data/imagenet_sample").rglob("*.*"))[:30]
+    busy = [started(["-c", "while True: pass"]) for _ in range(3)]
+    draw = random.Random(0)
+    ended = 0
+    try:
+        for i in range(20):
+            methods = ["--method", "tokentm,gae,rollout", "--out", tmp_path / f"out{i}"]
+            cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / f"cache{i}")}
+            process = started(["-m", "tokentm_jax", "explain", *photos, *methods], **cache)
+            time.sleep(draw.uniform(1, 14))
+            if process.poll() is not None:
+                process.communicate()
+                continue
+            ended += 1
+            began = time.monotonic()
+            process.send_signal(number)
+            assert process.communicate(timeout=60)[1] == ""
+            assert process.returncode == 128 + number
+            assert time.monotonic() - began < GRACE + 5
+    finally:
+        for process in busy:
+            process.kill()
+            process.communicate()
+    assert ended > 10

@@ -1,0 +1,106 @@
+"""What the commands say on a terminal: complaints, progress, and one sentence for a lack of memory."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from tokentm_jax.errors import InputError, printable
+
+
+def complain(sentence: str) -> None:
+    click.echo(f"Error: {printable(' '.join(sentence.split()))}", err=True)
+
+
+def console() -> Console:
+    """Standard output; as wide as needed where nobody looks, such as in a pipe."""
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """The device's lack of memory as an InputError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # JAX's is a RuntimeError
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise InputError(
+                "the memory is not enough: a smaller --batch-size, where there is one, may help"
+            ) from None
+        raise
+
+
+@contextmanager
+def running_images() -> Iterator[Any]:
+    """A progress bar with images per second and the time left; a line now and then where nobody looks."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("Images"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
+    began: list[float] = []  # when the first report came, and how many images were finished then
+    shown = [0.0]
+
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("Images", total=None, speed="looking at what is there")
+
+        def report(done: int, total: int, skipped: int) -> None:
+            now = time.monotonic()
+            if not began:
+                began.extend((now, done))
+            speed = (done - began[1]) / max(now - began[0], 1e-9)
+            text = f"{speed:.1f} images/s, {_duration((total - done) / speed)} left" if speed else "starting"
+            text += f", {skipped} skipped" if skipped else ""
+            bar.update(task, completed=done, total=total, speed=text)
+            if not console.is_terminal and (now - shown[0] > 30 or done == total):
+                shown[0] = now
+                click.echo(f"{done} of {total} images, {text}", err=True)
+
+        yield report
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{minutes / 60:.1f} h"
+
+
+@contextmanager
+def running_table() -> Iterator[Any]:
+    """A progress bar with the time left, above the figures so far; a line now and then where nobody looks."""
+    from rich.live import Live
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    bar = Progress(TextColumn("Batches"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console)
+    task = bar.add_task("Batches", total=None)
+    began, shown = time.monotonic(), [0.0]
+
+    with Live(bar, console=console, transient=True) as live:
+
+        def report(done: int, total: int, rows: Any) -> None:
+            now = time.monotonic()
+            bar.update(task, completed=done, total=total)
+            every = 2 if console.is_terminal else 60  # figures of a large run take a while themselves
+            if now - shown[0] < every:
+                return
+            shown[0] = now
+            figures = rows()
+            if not console.is_terminal:
+                left = (now - began) / done * (total - done) / 60
+                click.echo(f"batch {done} of {total}, {left:.0f} min left", err=True)
+                return
+            metrics = list(dict.fromkeys(row["metric"] for row in figures if row["method"] != "clean"))
+            table = Table(box=None)
+            for column in ("So far", *(name.replace("_", " ") for name in metrics)):
+                table.add_column(column, justify="left" if column == "So far" else "right")
+            values = {(row["method"], row["metric"]): f"{row['value']:.3f}" for row in figures}
+            for name in dict.fromkeys(row["method"] for row in figures if row["method"] != "clean"):
+                table.add_row(Text(name), *(values.get((name, metric), "") for metric in metrics))
+            live.update(Group(bar, table))
+
+        yield report

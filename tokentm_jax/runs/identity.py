@@ -1,0 +1,134 @@
+"""What a result is of: what was computed, on what bytes, by which versions. One idea for all that resumes.
+
+Terms are a JSON object. A folder of results says them in `identity.json`, a store of maps in its provenance; a run
+goes on there only where every term is the same, and else is told the first that differs. A term with an "identity"
+is compared by it, and shown with its "name".
+"""
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokentm_jax.errors import InputError
+from tokentm_jax.files import opened, read_json, reason, write_json
+
+if TYPE_CHECKING:
+    from tokentm_jax.models.loading import LoadedViT
+
+Terms = Mapping[str, Any]
+PACKAGES = ("tokentm_jax", "jax", "jaxlib", "flax", "numpy", "pillow")  # that numbers depend on
+_READERS = 8  # files read at a time
+
+
+def version_of(package: str) -> str:
+    """Version of an installed package; "unknown" for a clone that is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def environment() -> dict[str, Any]:
+    """The versions and the kind of device that results depend on."""
+    import jax
+
+    versions = {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}}
+    return {"device": jax.local_devices()[0].device_kind, "versions": versions}
+
+
+def digest(*parts: Any) -> str:
+    """A short hash of JSON values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def digest_files(paths: Sequence[Path]) -> list[str | None]:
+    """A hash of the content of each file, None where it cannot be read. All bytes are read, in threads."""
+
+    def one(path: Path) -> str | None:
+        try:
+            with opened(path) as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except InputError:
+            return None
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(one, paths))
+
+
+def describe_model(vit: "LoadedViT") -> dict[str, Any]:
+    """Name, architecture and preprocessing of a model, and an identity of these two and of every parameter."""
+    import dataclasses
+
+    import jax
+    import numpy as np
+
+    fields = [field.name for field in dataclasses.fields(vit.module)]
+    architecture = {  # not those that hold functions, whose text is an address
+        name: str(getattr(vit.module, name)) for name in fields if name not in ("primitives", "parent", "name")
+    }
+    preprocessing = vit.preprocessing.to_dict()
+    state = hashlib.sha256(json.dumps([architecture, preprocessing]).encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(vit.params):
+        state.update(jax.tree_util.keystr(path).encode())
+        state.update(np.asarray(leaf).tobytes())
+    identity = state.hexdigest()[:16]
+    return {"name": vit.name, "identity": identity, "architecture": architecture, "preprocessing": preprocessing}
+
+
+def require_same(where: str, made: Terms, wanted: Terms) -> None:
+    """InputError that tells the first of the wanted terms that `made` has otherwise, or lacks."""
+    for name, value in wanted.items():
+        if name not in made or _compared(made[name]) != _compared(value):
+            was = f"was made with {name} {_shown(made[name])}" if name in made else f"does not say its {name}"
+            raise InputError(f"{where} {was}, and this command has {_shown(value)}; choose another --out")
+
+
+def _compared(value: Any) -> Any:
+    return value["identity"] if isinstance(value, Mapping) and "identity" in value else value
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping) and "identity" in value:
+        return f"{value.get('name', '')} ({value['identity']})".strip()
+    return value if isinstance(value, str) else json.dumps(value)[:200]
+
+
+@contextmanager
+def claimed(folder: Path, terms: Terms, writes: Iterable[str]) -> Iterator[None]:
+    """Make a folder of results, or make sure that it holds those of the same terms; nobody else writes meanwhile.
+
+    `writes` names the files that the run will write there: one that stands in a folder without an identity is not
+    ours, and is not overwritten. Raises InputError for that, for other terms, and where another process is at work.
+    """
+    from filelock import FileLock, Timeout
+
+    known = folder / "identity.json"
+    foreign = [] if os.path.lexists(known) else [name for name in writes if os.path.lexists(folder / name)]
+    if foreign:
+        raise InputError(f"{folder / foreign[0]} is not a file of this program; choose another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise InputError(f"{folder} is being written by another process") from None
+    except (OSError, NotImplementedError, ValueError) as error:
+        raise InputError(f"the output folder {folder} cannot be written: {reason(error)}") from None
+    try:
+        if os.path.lexists(known):
+            found = read_json(known)
+            if not isinstance(found, dict):
+                raise InputError(f"{known} is damaged: it must be a JSON object; choose another --out")
+            require_same(str(folder), found, json.loads(json.dumps(terms)))
+        else:
+            write_json(known, terms)
+        yield
+    finally:
+        lock.release()
