@@ -97,7 +97,7 @@ def surely() -> Iterator[Case]:
 
 def cases(rng: random.Random) -> Iterator[Case]:
     yield from surely()
-    from tokentm_jax.cli import main
+    from tokentm_jax.cli.main import main
 
     rest = []
     for name, start in START.items():

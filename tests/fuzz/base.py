@@ -9,16 +9,17 @@ from pathlib import Path
 import h5py
 import jax
 import numpy as np
+import safetensors.numpy
 from PIL import Image
 
 NAMES = ("ant", "bee", "cat", "dog", "eel")
 OPTIONS = dict(img_size=[16, 24], patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=5)
 EVALUATE = """
-from tokentm_jax.tasks import EvaluateConfig, rows
+from tokentm_jax import EvaluateConfig, rows
 config = EvaluateConfig("tiny", "perturbation", "data", rows("tokentm", "rollout"), batch_size=2, checkpoint={!r})
 """
 TRAIN = f"""
-from tokentm_jax.train import TrainConfig
+from tokentm_jax import TrainConfig
 config = TrainConfig(name="tiny", train_data="data", test_data="data", model={OPTIONS!r}, epochs=1, warmup_epochs=0.5,
                      batch_size=5)
 """
@@ -80,25 +81,23 @@ def google(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def tokentm(*arguments: str) -> None:
     from click.testing import CliRunner
 
-    from tokentm_jax.cli import main
+    from tokentm_jax.cli.main import main
 
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
 
 
 def make(out: Path) -> None:
-    from tokentm_jax.architectures import build
-    from tokentm_jax.checkpoint import read_tensors, write_checkpoint
-    from tokentm_jax.preprocessing import HALF, Preprocessing
-    from tokentm_jax.vit import init_params
+    import tokentm_jax as tm
 
     out.mkdir(parents=True)
     os.chdir(out)
-    module = build(OPTIONS)
-    params = jax.tree.map(lambda a: a * 8 if a.ndim > 2 else a, init_params(module, jax.random.key(0)))
+    module = tm.build(OPTIONS)
+    params = jax.tree.map(lambda a: a * 8 if a.ndim > 2 else a, tm.init_params(module, jax.random.key(0)))
+    preprocessing = tm.Preprocessing((16, 24), 1.0, "bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     for name in ("tiny.safetensors", "orbax"):
-        write_checkpoint(name, module, params, Preprocessing((16, 24), 1.0, "bilinear", **HALF), NAMES)
-    np.savez("google.npz", **google(read_tensors("tiny.safetensors")))
+        tm.write_checkpoint(name, module, params, preprocessing, NAMES)
+    np.savez("google.npz", **google(safetensors.numpy.load_file("tiny.safetensors")))
     (out / "photo.png").write_bytes(png(0))
     with zipfile.ZipFile("classes.zip", "w") as archive:
         for i in range(10):

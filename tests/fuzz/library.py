@@ -111,7 +111,7 @@ def explain() -> Iterator[Case]:
         yield explains(note, make, expect)
     for target in (-1, 5, 99, 2**31, 2**40, -(2**63), 10**30, 1.0, 1.5, float("nan"), "ant", "1", True, [0], [0, 1, 2],
             [0, 5], [[0, 1]], [0.0, 1.0], [], None, {}, np.array([0, 9]), np.zeros((2, 5)), np.array(["a", "b"]),
-            [True, False], [None, None], [0, -1], b"x", object(), np.uint64(2**63), [[0], [1]]):
+            [True, False], [None, None], [0, -1], b"x", object, np.uint64(2**63), [[0], [1]]):
         expect = GOOD if target is None else BAD
         yield case(f"explain: target {str(target)[:30]!a}", lambda t=target: function(vit(), images(), target=t),
             expect, function)
@@ -122,7 +122,7 @@ def explain() -> Iterator[Case]:
             one = [np.asarray(function(vit(), images()[i : i + 1], target=int(wanted[i])))[0] for i in range(2)]
             np.testing.assert_allclose(np.asarray(function(vit(), images(), target=target)), one, rtol=1e-3, atol=1e-6)
         yield case(f"explain: target {target!r}", call, GOOD)
-    for method in (None, 1, "", "TokenTM", "tokentm ", ["tokentm"], {}, "x" * 10**6, b"tokentm", "\0", object()):
+    for method in (None, 1, "", "TokenTM", "tokentm ", ["tokentm"], {}, "x" * 10**6, b"tokentm", "\0", object):
         yield case(f"explain: method {str(method)[:20]!a}", lambda m=method: function(vit(), images(), m), BAD)
     for name, values in (
         ("first_block", (-1, 1, 2, 99, 0.0, True, "x", None, 10**30, [0], np.float32(0))),
@@ -241,10 +241,10 @@ def loading() -> Iterator[Case]:
     import tokentm_jax as tm
 
     for model in ("", 1, [], {}, None, "x" * 10**5, {"depth": "x"}, {"img_size": 16}, {1: 2}, {"depth": 10**9}, b"x",
-            ["deit_tiny_patch16_224"], {"img_size": float("nan")}, object(), True, "\0"):
+            ["deit_tiny_patch16_224"], {"img_size": float("nan")}, object, True, "\0"):
         yield case(f"load({str(model)[:30]!a})", lambda m=model: tm.load(m, CHECKPOINT), GOOD if model is None
             else BAD, tm.load)
-    for path in (1, "", [], None, b"x", "\0", "x" * 5000, {}, 1.5, object(), True, -1, "/dev/zero", "/proc/self/mem"):
+    for path in (1, "", [], None, b"x", "\0", "x" * 5000, {}, 1.5, object, True, -1, "/dev/zero", "/proc/self/mem"):
         yield case(f"load(None, {str(path)[:30]!a})", lambda p=path: tm.load(None, p), GOOD if path is None else BAD,
             tm.load)
     for size in (0, -1, 17, 1.5, "x", (16,), (16, 24, 3), True, 10**9, (8, "x"), [], float("nan"), None, (24, 16),
@@ -257,7 +257,7 @@ def loading() -> Iterator[Case]:
             np.array(["a"] * 5), ("a", "b", "c", "d", "e"), {"0": "a"}):
         yield case(f"load(class_names={names!r:.40})", lambda n=names: tm.load(None, CHECKPOINT, class_names=n),
             EITHER, tm.load)
-    for dtype in ("int32", "x", 1, [], "float64", "bfloat16", "float16", np.float32, object(), "complex64", True,
+    for dtype in ("int32", "x", 1, [], "float64", "bfloat16", "float16", np.float32, object, "complex64", True,
             b"f4", {}):
         yield case(f"load(dtype={dtype!r})", lambda d=dtype: tm.load(None, CHECKPOINT, dtype=d), EITHER, tm.load)
     for paths in ([], "", [""], ["nowhere"], None, 1, [None], "\0", [1], "x" * 5000, [BASE / "photo.png"] * 3, BASE,
@@ -310,7 +310,7 @@ def writing() -> Iterator[Case]:
     for names in (["a"], [1] * 5, "abcde", [None] * 5, {"a": 1}, 1, ["\ud800"] * 5, [[]] * 5):
         yield case(f"write_checkpoint with the names {names!r:.30}", lambda n=names: write(names=n), EITHER
             if names in ("abcde", ["\ud800"] * 5) else BAD)
-    for extra in ({"a": object()}, {"a": float("nan")}, {1: 2}, [], "x", {"architecture": 1}, {"a": np.float32(1)},
+    for extra in ({"a": object}, {"a": float("nan")}, {1: 2}, [], "x", {"architecture": 1}, {"a": np.float32(1)},
             {"a": {1, 2}}):
         yield case(f"write_checkpoint with {extra!r:.30}", lambda e=extra: write(extra=e), EITHER)
 

@@ -27,12 +27,12 @@ DATASET = ("dataset", "many", "--checkpoint", CHECKPOINT, "--out", "store", "--b
 EVALUATE = ("evaluate", "r.py", "--out", "o")
 TRAIN = ("train", "t.py", "--out", "t")
 RECIPE = f"""
-from tokentm_jax.tasks import EvaluateConfig, rows
+from tokentm_jax import EvaluateConfig, rows
 config = EvaluateConfig("t", "perturbation", "many", rows("tokentm", "rollout"), batch_size=2,
                         checkpoint={CHECKPOINT!r})
 """
 LONG = f"""
-from tokentm_jax.train import TrainConfig
+from tokentm_jax import TrainConfig
 config = TrainConfig(name="t", train_data="data", test_data="data", model={OPTIONS!r}, epochs=60, warmup_epochs=0.5,
                      batch_size=5)
 """
@@ -330,9 +330,8 @@ def together() -> Iterator[Case]:
 COMPARE = """
 from pathlib import Path
 from tokentm_jax.errors import InputError
-from tokentm_jax.report import compare
-from tokentm_jax.tasks import RANDOM
-from tokentm_jax.records import Records
+from tokentm_jax.runs.report import compare
+from tokentm_jax.runs.records import Records
 for _ in range(200):
     try:
         compare([Path("o")])

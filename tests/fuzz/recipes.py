@@ -46,9 +46,8 @@ def recipe(note: str, command: str, content: Any, expect: str = BAD, name: str =
 
 
 def text(kind: str, fields: dict[str, str]) -> str:
-    source = "tasks import EvaluateConfig, Row" if kind == "EvaluateConfig" else "train import TrainConfig"
     inside = ", ".join(f"{name}={value}" for name, value in fields.items())
-    return f"import numpy as np\nfrom tokentm_jax.{source}\nconfig = {kind}({inside})\n"
+    return f"import numpy as np\nfrom tokentm_jax import EvaluateConfig, Row, TrainConfig\nconfig = {kind}({inside})\n"
 
 
 def fields() -> Iterator[Case]:

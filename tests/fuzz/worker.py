@@ -6,6 +6,7 @@ It imports JAX once, so that a case costs what its command costs. A request is a
 import ctypes
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -33,7 +34,7 @@ def shown(error: BaseException) -> str:
 def answer_command(arguments: list[str]) -> dict[str, Any]:
     from click.testing import CliRunner
 
-    from tokentm_jax.cli import main
+    from tokentm_jax.cli.main import main
 
     try:
         result = CliRunner().invoke(main, arguments, prog_name="tokentm")
@@ -46,7 +47,9 @@ def answer_command(arguments: list[str]) -> dict[str, Any]:
 
 
 def answer_call(case: Any) -> dict[str, Any]:
-    """Code 2 for an exception that the call may raise."""
+    """Code 2 for an exception that the call may raise: an InputError; one that the docstring names; Chex's and Flax's;
+    and a TypeError or ValueError that says what was expected."""
+    import flax.errors
     import jax
 
     from tokentm_jax.errors import InputError
@@ -58,7 +61,9 @@ def answer_call(case: Any) -> dict[str, Any]:
     except Exception as error:
         text = " ".join(str(error).split())
         documented = getattr(case.documented, "__doc__", None) or ""
-        if "[Chex]" in text or type(error).__name__ in documented:
+        told = isinstance(error, (TypeError, ValueError)) and re.search(r"\b(expected|must|should|required)\b", text)
+        library = "[Chex]" in text or isinstance(error, flax.errors.FlaxError)
+        if told or library or type(error).__name__ in documented:
             return {"code": 2, "out": "", "err": f"Error: {text[:900]}"}
         return {"code": 1, "out": "", "err": "", "raised": shown(error)}
     return {"code": 0, "out": "", "err": ""}
