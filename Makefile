@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-kills bench lint docs lock clean
+.PHONY: demo test test-slow test-kills fuzz bench lint docs lock clean
 
 # The environment that was tested: every package at the version of requirements.lock.
 .venv/ready: requirements.lock pyproject.toml
@@ -23,6 +23,9 @@ test-slow: .venv/ready  ## minutes more: DeiT-tiny in float64, accuracy on 500 p
 
 test-kills: .venv/ready  ## jobs of `tokentm dataset` killed at random moments, in two processes, on a full disk
 	$(BIN)/pytest -m slow -s tests/test_dataset_kills.py
+
+fuzz: .venv/ready  ## thousands of hostile inputs, each judged; tests/fuzz/__init__.py tells how to repeat or choose cases
+	$(BIN)/pytest -m slow -s tests/fuzz
 
 # With PyTorch in it, the Python of BENCH also runs the other side of the throughput comparison.
 BENCH ?= $(BIN)/python
