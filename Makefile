@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-kills bench lint lock clean
+.PHONY: demo test test-slow test-kills fuzz bench lint docs lock clean
 
 # The environment that was tested: every package at the version of requirements.lock.
 .venv/ready: requirements.lock pyproject.toml
@@ -24,6 +24,9 @@ test-slow: .venv/ready  ## minutes more: DeiT-tiny in float64, accuracy on 500 p
 test-kills: .venv/ready  ## jobs of `tokentm dataset` killed at random moments, in two processes, on a full disk
 	$(BIN)/pytest -m slow -s tests/test_dataset_kills.py
 
+fuzz: .venv/ready  ## thousands of hostile inputs, each judged; tests/fuzz/__init__.py tells how to repeat or choose cases
+	$(BIN)/pytest -m slow -s tests/fuzz
+
 # With PyTorch in it, the Python of BENCH also runs the other side of the throughput comparison.
 BENCH ?= $(BIN)/python
 bench: .venv/ready  ## benchmarks into tests/benchmark/results: half an hour on 2 idle cores, longer with PyTorch
@@ -35,8 +38,17 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# What the tests do not need; pages, links and references that do not exist end it.
+.venv/docs: .venv/ready
+	$(BIN)/pip install --quiet --group docs --constraint requirements.lock
+	touch $@
+
+docs: .venv/docs  ## the documentation, into out/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "out/site/index.html"
+
 lock:  ## refresh requirements.lock (needs uv)
-	uv pip compile pyproject.toml --group dev --extra hub --extra data --universal --python-version 3.11 --no-annotate -o requirements.lock
+	uv pip compile pyproject.toml --group dev --group docs --extra hub --extra data --universal --python-version 3.11 --no-annotate -o requirements.lock
 
 clean:
 	rm -rf .venv out

@@ -6,7 +6,7 @@ Data: ../shared/data/cifar10_test_a.zip: 1000 of its 5000 images.
 Run time: 6 minutes on 2 cores.
 """
 
-from tokentm_jax.tasks import CHOICE_ROWS, COMPONENT_ROWS, EvaluateConfig
+from tokentm_jax.metrics.tasks import CHOICE_ROWS, COMPONENT_ROWS, EvaluateConfig
 
 config = EvaluateConfig(
     name="choices_cifar10_sample",

@@ -6,7 +6,7 @@ For another backbone change `model` and `fine_tune`; for CIFAR-100 also `num_cla
 it wants a GPU.
 """
 
-from tokentm_jax.train import TrainConfig
+from tokentm_jax.runs.train import TrainConfig
 
 config = TrainConfig(
     name="deit_tiny_cifar10",

@@ -6,7 +6,7 @@ Meant for 90 % or more after about 300 epochs with strong augmentation. Not yet 
 task that wrote it, and the shipped model comes from `cifar10_vit_cpu.py`.
 """
 
-from tokentm_jax.train import TrainConfig
+from tokentm_jax.runs.train import TrainConfig
 
 config = TrainConfig(
     name="cifar10_vit",

@@ -3,7 +3,7 @@
 tokentm train configs/cifar10_vit_cpu.py --train cifar10_train.zip --test cifar10_test.zip --out runs/cifar10_cpu
 """
 
-from tokentm_jax.train import TrainConfig
+from tokentm_jax.runs.train import TrainConfig
 
 config = TrainConfig(
     name="cifar10_vit",

@@ -6,7 +6,7 @@ Data: ImageNet's validation images, prepared once by `tfds build imagenet2012 --
 Run time: not measured.
 """
 
-from tokentm_jax.tasks import COMPONENT_ROWS, EvaluateConfig
+from tokentm_jax.metrics.tasks import COMPONENT_ROWS, EvaluateConfig
 
 config = EvaluateConfig(
     name="components_imagenet",

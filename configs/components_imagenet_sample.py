@@ -6,7 +6,7 @@ Data: ../shared/data/imagenet_sample and ../shared/data/deit_tiny_patch16_224.sa
 Run time: 2 to 3 minutes a row on 2 cores.
 """
 
-from tokentm_jax.tasks import COMPONENT_ROWS, EvaluateConfig
+from tokentm_jax.metrics.tasks import COMPONENT_ROWS, EvaluateConfig
 
 config = EvaluateConfig(
     name="components_imagenet_sample",

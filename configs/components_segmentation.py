@@ -6,7 +6,7 @@ Data: gtsegs_ijcv.mat (ImageNet-Segmentation, 4276 images) in the working folder
 Run time: not measured.
 """
 
-from tokentm_jax.tasks import COMPONENT_ROWS, EvaluateConfig
+from tokentm_jax.metrics.tasks import COMPONENT_ROWS, EvaluateConfig
 
 config = EvaluateConfig(
     name="components_segmentation",

@@ -7,7 +7,7 @@ every picture, and the figures say nothing about other data.
 Run time: 1 minute on 2 cores.
 """
 
-from tokentm_jax.tasks import COMPONENT_ROWS, EvaluateConfig
+from tokentm_jax.metrics.tasks import COMPONENT_ROWS, EvaluateConfig
 
 config = EvaluateConfig(
     name="components_segmentation_sample",

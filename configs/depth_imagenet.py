@@ -6,7 +6,7 @@ Data: ImageNet's validation images, prepared once by `tfds build imagenet2012 --
 Run time: not measured.
 """
 
-from tokentm_jax.tasks import EvaluateConfig, depth_rows
+from tokentm_jax.metrics.tasks import EvaluateConfig, depth_rows
 
 config = EvaluateConfig(
     name="depth_imagenet",

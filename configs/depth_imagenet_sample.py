@@ -6,7 +6,7 @@ Data: ../shared/data/imagenet_sample and ../shared/data/deit_tiny_patch16_224.sa
 Run time: 2 to 3 minutes a row on 2 cores.
 """
 
-from tokentm_jax.tasks import EvaluateConfig, depth_rows
+from tokentm_jax.metrics.tasks import EvaluateConfig, depth_rows
 
 config = EvaluateConfig(
     name="depth_imagenet_sample",

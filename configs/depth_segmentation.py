@@ -6,7 +6,7 @@ Data: gtsegs_ijcv.mat (ImageNet-Segmentation, 4276 images) in the working folder
 Run time: not measured.
 """
 
-from tokentm_jax.tasks import EvaluateConfig, depth_rows
+from tokentm_jax.metrics.tasks import EvaluateConfig, depth_rows
 
 config = EvaluateConfig(
     name="depth_segmentation",

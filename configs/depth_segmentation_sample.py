@@ -7,7 +7,7 @@ every picture, and the figures say nothing about other data.
 Run time: 1 minute on 2 cores.
 """
 
-from tokentm_jax.tasks import EvaluateConfig, depth_rows
+from tokentm_jax.metrics.tasks import EvaluateConfig, depth_rows
 
 config = EvaluateConfig(
     name="depth_segmentation_sample",

@@ -6,7 +6,7 @@ Data: ../shared/data/imagenet_sample and ../shared/data/deit_tiny_patch16_224.sa
 Run time: not measured.
 """
 
-from tokentm_jax.tasks import PAPER_ROWS, EvaluateConfig
+from tokentm_jax.metrics.tasks import PAPER_ROWS, EvaluateConfig
 
 config = EvaluateConfig(
     name="insertion_imagenet_sample",

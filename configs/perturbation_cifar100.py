@@ -7,7 +7,7 @@ Paper: negative AUC 54.8 (for which explained class is not known here).
 Run time: not measured.
 """
 
-from tokentm_jax.tasks import PAPER_ROWS, EvaluateConfig
+from tokentm_jax.metrics.tasks import PAPER_ROWS, EvaluateConfig
 
 config = EvaluateConfig(
     name="perturbation_cifar100",

@@ -6,7 +6,7 @@ Data: ../shared/data/cifar10_test_a.zip: 5000 of the 10,000 test images, as JPEG
 Run time: 27 minutes on 2 cores.
 """
 
-from tokentm_jax.tasks import PAPER_ROWS, EvaluateConfig
+from tokentm_jax.metrics.tasks import PAPER_ROWS, EvaluateConfig
 
 config = EvaluateConfig(
     name="perturbation_cifar10_sample",

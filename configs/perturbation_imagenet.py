@@ -7,7 +7,7 @@ Paper: negative AUC up to 58.1 (for which explained class and model is not known
 Run time: not measured.
 """
 
-from tokentm_jax.tasks import PAPER_ROWS, EvaluateConfig
+from tokentm_jax.metrics.tasks import PAPER_ROWS, EvaluateConfig
 
 config = EvaluateConfig(
     name="perturbation_imagenet",

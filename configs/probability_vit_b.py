@@ -7,7 +7,7 @@ Paper: AOPC up to 0.764 (for which of its models is not known here).
 Run time: not measured.
 """
 
-from tokentm_jax.tasks import PAPER_ROWS, EvaluateConfig
+from tokentm_jax.metrics.tasks import PAPER_ROWS, EvaluateConfig
 
 config = EvaluateConfig(
     name="probability_vit_b",

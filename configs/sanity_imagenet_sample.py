@@ -6,7 +6,7 @@ Data: ../shared/data/imagenet_sample and ../shared/data/deit_tiny_patch16_224.sa
 Run time: not measured.
 """
 
-from tokentm_jax.tasks import EvaluateConfig, sanity_rows
+from tokentm_jax.metrics.tasks import EvaluateConfig, sanity_rows
 
 config = EvaluateConfig(
     name="sanity_imagenet_sample",

@@ -7,7 +7,7 @@ Paper: pixel accuracy up to 81.8 (which of its models has it is not known here).
 Run time: not measured.
 """
 
-from tokentm_jax.tasks import PAPER_ROWS, EvaluateConfig
+from tokentm_jax.metrics.tasks import PAPER_ROWS, EvaluateConfig
 
 config = EvaluateConfig(
     name="segmentation",

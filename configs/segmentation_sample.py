@@ -7,7 +7,7 @@ every picture, and the figures say nothing about other data.
 Run time: 1.2 minutes on 2 cores.
 """
 
-from tokentm_jax.tasks import PAPER_ROWS, EvaluateConfig
+from tokentm_jax.metrics.tasks import PAPER_ROWS, EvaluateConfig
 
 config = EvaluateConfig(
     name="segmentation_sample",

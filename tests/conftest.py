@@ -1,6 +1,7 @@
 """Strict types everywhere, and where the shared data lies."""
 
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-# Compiling is most of the time of these tests; the numbers do not depend on it.
-jax.config.update("jax_disable_most_optimizations", True)
+# Compiling is most of the time of these tests; the numbers do not depend on it. (A slow test of the contract checks
+# that: it runs itself with this variable set, on the programs that users run.)
+jax.config.update("jax_disable_most_optimizations", "TEST_OPTIMISED" not in os.environ)
 jax.config.update("jax_num_cpu_devices", 8)  # for the tests of sharding
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
@@ -26,8 +28,8 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def random_vit(shared):
     """(module, params, arrays): the small random ViT of the goldens and the reference's results on it."""
-    from tokentm_jax.architectures import build
-    from tokentm_jax.checkpoint import read_checkpoint
+    from tokentm_jax.models.architectures import build
+    from tokentm_jax.models.checkpoint import read_checkpoint
 
     module = build(json.loads((shared / "goldens/random_vit_a.json").read_text()))
     arrays = dict(np.load(shared / "goldens/random_vit_a.npz"))
@@ -44,10 +46,10 @@ def deit(shared):
 
 def tiny_vit(depth):
     """A loaded model that compiles fast, for images of 16 x 24 pixels and 5 classes."""
-    from tokentm_jax.architectures import build
-    from tokentm_jax.loading import LoadedViT
-    from tokentm_jax.preprocessing import HALF, Preprocessing
-    from tokentm_jax.vit import init_params
+    from tokentm_jax.data.preprocessing import HALF, Preprocessing
+    from tokentm_jax.models.architectures import build
+    from tokentm_jax.models.loading import LoadedViT
+    from tokentm_jax.models.vit import init_params
 
     module = build(dict(img_size=[16, 24], patch_size=8, embed_dim=16, depth=depth, num_heads=2, num_classes=5))
     params = jax.tree.map(lambda a: a * 8 if a.ndim > 2 else a, init_params(module, jax.random.key(0)))

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tokentm_jax.architectures import ARCHITECTURES, architecture, build, config_of
+from tokentm_jax.data.preprocessing import IMAGENET, Preprocessing
 from tokentm_jax.errors import InputError
-from tokentm_jax.preprocessing import IMAGENET, Preprocessing
+from tokentm_jax.models.architectures import ARCHITECTURES, architecture, build, config_of
 
 TIMM = json.loads((Path(__file__).parent / "goldens/architectures.json").read_text())
 

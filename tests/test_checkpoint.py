@@ -18,9 +18,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from tokentm_jax import checkpoint
-from tokentm_jax.architectures import build
-from tokentm_jax.checkpoint import (
+from tokentm_jax.data.preprocessing import HALF, Preprocessing
+from tokentm_jax.errors import InputError
+from tokentm_jax.models import checkpoint
+from tokentm_jax.models.architectures import build
+from tokentm_jax.models.checkpoint import (
     download,
     read_checkpoint,
     read_description,
@@ -30,9 +32,7 @@ from tokentm_jax.checkpoint import (
     to_timm,
     write_checkpoint,
 )
-from tokentm_jax.errors import InputError
-from tokentm_jax.preprocessing import HALF, Preprocessing
-from tokentm_jax.train import TrainConfig
+from tokentm_jax.runs.train import TrainConfig
 
 GOLDENS = Path(__file__).parent / "goldens"
 KINDS = json.loads((GOLDENS / "kinds.json").read_text())

@@ -12,12 +12,12 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from tokentm_jax.architectures import ARCHITECTURES, build
-from tokentm_jax.checkpoint import write_checkpoint
-from tokentm_jax.cli import main, parameter_count, parse_option
-from tokentm_jax.explaining import output_names
-from tokentm_jax.preprocessing import IMAGENET, Preprocessing
-from tokentm_jax.vit import init_params
+from tokentm_jax.cli.explain import output_names
+from tokentm_jax.cli.main import main, parameter_count, parse_option
+from tokentm_jax.data.preprocessing import IMAGENET, Preprocessing
+from tokentm_jax.models.architectures import ARCHITECTURES, build
+from tokentm_jax.models.checkpoint import write_checkpoint
+from tokentm_jax.models.vit import init_params
 
 TINY = dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=6)
 NAMES = ("ant", "[bee]", "cat $x$", "dog", "eel", "fox")
@@ -184,7 +184,7 @@ def test_long_names(tmp_path):
         (["--method", "tokentm,,"], "unknown method ''"),
         (["--option", "fnn=true"], "did you mean 'ffn'"),
         (["--option", "ffn"], "KEY=VALUE"),
-        (["--option", "ffn=3"], "must be a bool"),
+        (["--option", "ffn=3"], "must be a valid bool"),
         (["--target", "6"], "classes 0 to 5"),
         (["--target", "fos"], "did you mean 'fox'"),
         (["--model", "deit_tini_patch16_224"], "did you mean 'deit_tiny_patch16_224'"),
@@ -195,7 +195,7 @@ def test_long_names(tmp_path):
         (["--batch-size", "0"], "batch-size"),
         (["--method", ""], "unknown method ''"),
         (["--option", "ffn=true", "--option", "ffn=false"], "'ffn' is given twice"),
-        (["--option", "ffn=" + "x" * 10**5], "must be a bool"),
+        (["--option", "ffn=" + "x" * 10**5], "must be a valid bool"),
         (["--target", "9" * 5000], "classes 0 to 5"),
         (["--checkpoint", "/dev/zero"], "is no regular file"),
         (["--checkpoint", ""], "must be a name that a file can have"),
@@ -264,7 +264,7 @@ def test_convert_keeps_the_files_of_others(folder, checkpoint):
 
 
 RECIPE = f"""
-from tokentm_jax.train import TrainConfig
+from tokentm_jax.runs.train import TrainConfig
 config = TrainConfig(name="tiny", train_data="data", test_data="data", model={TINY | {"num_classes": 2}!r}, epochs=2,
                      warmup_epochs=0.5, batch_size=4)
 """
@@ -313,7 +313,7 @@ def test_an_interrupt_exits_with_130(folder, checkpoint, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tokentm_jax.loading.load", interrupt)
+    monkeypatch.setattr("tokentm_jax.models.loading.load", interrupt)
     run("explain", "photos/a.png", "--checkpoint", checkpoint, code=130)
 
 
@@ -330,7 +330,7 @@ def test_errors_of_the_machine(folder, checkpoint, monkeypatch, error, sentence)
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("tokentm_jax.loading.load", fail)
+    monkeypatch.setattr("tokentm_jax.models.loading.load", fail)
     result = run("explain", "photos/a.png", "--checkpoint", checkpoint, code=2)
     assert sentence in result.stderr and len(result.stderr.splitlines()) == 1
 

@@ -1,14 +1,19 @@
 """What every method owes on every kind of model. A new method adds one row to `METHODS` here."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import tiny_vit
 
 import tokentm_jax as tm
-from tokentm_jax.interface import explain_fn
-from tokentm_jax.methods import METHODS as TABLE
-from tokentm_jax.vit import ViT, init_params
+from tokentm_jax.methods.explain import explain_fn
+from tokentm_jax.methods.table import METHODS as TABLE
+from tokentm_jax.models.vit import ViT, init_params
 
 # method: options that keep it cheap here
 METHODS = {
@@ -32,6 +37,7 @@ METHODS = {
     "integrated_gradients": {"steps": 2},
     "combination": {"methods": "gae,grad_cam"},
 }
+QUICK = ("tokentm", "rollout", "partial_lrp", "input_gradient")  # one of each family, where all would take long
 BASE = {"img_size": (16, 24), "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
 KINDS = {  # all of them on images that are not square
     "class_token": {"pre_norm": True},
@@ -79,9 +85,27 @@ def test_contract(kind, method):
     assert (np.abs(other_classes - maps).max() > 0) == TABLE[method].class_specific
     assert compiled._cache_size() == 1
 
-    if name == "class_token":  # a batch of one, and not compiled as a whole
+    # What has no map is NaN as a whole, and nothing else in the batch sees it.
+    for bad in (np.nan, np.inf):
+        broken = images.copy()
+        broken[1, 3, 4, 2] = bad
+        marked = compiled(params, broken, jnp.array([0, 3, 5 if bad == np.inf else -1], jnp.int32))
+        np.testing.assert_array_equal(marked[0], maps[0])
+        assert np.isnan(marked[1:]).all()
+
+    # A batch of one, not compiled as a whole: where the head reads all tokens, and for a few where it reads one.
+    if name == "registers_average_pooled" or (name == "class_token" and method in QUICK):
         alone = explain_fn(module, method, **METHODS[method])(params, images[1:2], TARGET[1:2])
         np.testing.assert_allclose(alone[0], maps[1], rtol=1e-4, atol=1e-5 * float(jnp.abs(maps[1]).max()))
+
+
+@pytest.mark.slow
+def test_the_contract_holds_for_the_programs_that_users_run():
+    """All methods on all kinds once more, with XLA's optimisations on."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "test_contract[", __file__]
+    done = subprocess.run(command, env={**os.environ, "TEST_OPTIMISED": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert f"{len(KINDS) * len(METHODS)} passed" in done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +123,7 @@ def test_the_predicted_class_is_the_default(plain):
     np.testing.assert_array_equal(maps, function(params, images, details["logits"].argmax(-1))[0])
 
 
-# The derivative of a map is that of a gradient: long to compile, so a few of each family here and all with the slow.
-QUICK = ("tokentm", "rollout", "partial_lrp", "input_gradient")
-
-
+# The derivative of a map is that of a gradient: long to compile, so all are with the slow tests.
 @pytest.mark.parametrize("method", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
 def test_differentiable_or_said_not_to_be(plain, method):
     module, params, images = plain
@@ -140,20 +161,57 @@ def test_options_are_checked(plain):
     for method, options, message in (
         ("tokentn", {}, "did you mean 'tokentm'"),
         ("tokentm", {"fnn": False}, "did you mean 'ffn'"),
-        ("tokentm", {"ffn": "no"}, "'ffn' of the method 'tokentm' must be a bool"),
-        ("tokentm", {"direction": "up"}, "direction must be one of"),
-        ("tokentm", {"end_block": "2"}, "end_block must be a number"),
-        ("tokentm", {"first_block": 1, "end_block": 1}, "end_block must be a number past first_block"),
+        ("tokentm", {"ffn": "no"}, "'ffn' of the method 'tokentm' must be a valid boolean, got 'no'"),
+        ("tokentm", {"ffn": 1}, "'ffn' of the method 'tokentm' must be a valid boolean, got 1"),
+        ("tokentm", {"direction": "up"}, "'direction' of the method 'tokentm' must be 'necc', 'cosine' or 'none'"),
+        ("tokentm", {"first_block": True}, "'first_block' of the method 'tokentm' must be a valid integer, got True"),
+        ("tokentm", {"first_block": 1.0}, "'first_block' .* must be a valid integer"),
+        ("tokentm", {"first_block": -1}, "'first_block' .* must be greater than or equal to 0"),
+        ("tokentm", {"end_block": True}, "'end_block' of the method 'tokentm' must be a valid integer, got True"),
+        ("tokentm", {"end_block": "2"}, "'end_block' of the method 'tokentm' must be a valid integer, got '2'"),
+        ("tokentm", {"first_block": 1, "end_block": 1}, r"end_block must be past first_block \(1\), got 1"),
         ("tokentm", {"end_block": 3}, "'end_block' must be at most 2"),
-        ("raw_attention", {"first_block": 1}, "unknown raw_attention option 'first_block'"),
+        ("tokentm", {"memory": "disk"}, "'memory' of the method 'tokentm' must be 'recompute' or 'store'"),
+        ("gae", {"memory": "disk"}, "'memory' of the method 'gae' must be 'recompute' or 'store'"),
+        ("raw_attention", {"first_block": 1}, "unknown option of the method 'raw_attention' 'first_block'"),
         ("rollout", {"first_block": 2}, "'first_block' must be from 0 to 1"),
-        ("rollout", {"fusion": "sum"}, "mean, max or min"),
-        ("rollout", {"discard_ratio": 1.5}, r"in \[0, 1\)"),
-        ("lrp", {"stabiliser": "none"}, "'stabiliser' must be reference or signed"),
+        ("rollout", {"fusion": "sum"}, "'fusion' of the method 'rollout' must be 'mean', 'max' or 'min'"),
+        ("rollout", {"discard_ratio": 1.5}, "'discard_ratio' .* must be less than 1"),
+        ("rollout", {"discard_ratio": float("nan")}, "'discard_ratio' .* must be a finite number"),
+        ("lrp", {"stabiliser": "none"}, "'stabiliser' of the method 'lrp' must be 'signed' or 'reference'"),
+        ("conservative_lrp", {"activation": "relu"}, "must be 'identity' or 'gradient'"),
+        ("beyond_intuition", {"variant": "both"}, "must be 'head' or 'token'"),
+        ("beyond_intuition", {"steps": 0}, "'steps' .* must be greater than or equal to 1"),
+        ("smooth_grad", {"samples": 0}, "'samples' .* must be greater than or equal to 1"),
+        ("integrated_gradients", {"steps": 0}, "'steps' .* must be greater than or equal to 1"),
         ("combination", {"methods": "gae,gea"}, "did you mean 'gae'"),
+        ("combination", {"how": "sum"}, "'how' of the method 'combination' must be 'product' or 'mean'"),
     ):
         with pytest.raises(tm.InputError, match=message):
             explain_fn(module, method, **options)(params, images)
+
+
+def test_options_may_be_numpy_scalars():
+    for method, options in (
+        ("tokentm", {"first_block": np.int64(1), "end_block": np.int32(2), "ffn": np.bool_(False)}),
+        ("rollout", {"discard_ratio": np.float32(0.5)}),
+        ("rollout", {"discard_ratio": 0}),
+        ("smooth_grad", {"samples": np.uint8(2), "noise": np.float64(0.1)}),
+    ):
+        chosen = TABLE[method].check(method, options)
+        assert chosen == {key: pytest.approx(value) for key, value in options.items()}
+        assert {type(value) for value in chosen.values()} <= {int, float, bool}
+        explain_fn(tm.ViT(**BASE), method, **options)
+
+
+def test_equal_options_of_another_type_are_not_confused(plain):
+    """1 and True are equal keys of a cache of programs; only one is a block."""
+    vit = tiny_vit(2)
+    images = np.full((1, 16, 24, 3), 0.5, np.float32)
+    tm.explain(vit, images, "raw_attention")
+    tm.explain(vit, images, "rollout", first_block=1)
+    with pytest.raises(tm.InputError, match="valid integer, got True"):
+        tm.explain(vit, images, "rollout", first_block=True)
 
 
 def test_completeness_of_integrated_gradients(plain):
@@ -175,7 +233,7 @@ def test_a_module_that_sows_nothing_is_refused():
 
     images = np.ones((1, 4, 4, 3), np.float32)
     params = Silent().init(jax.random.key(0), images)["params"]
-    with pytest.raises(tm.InputError, match=r"(perturbs|sows) no 'tokens'"):
+    with pytest.raises(tm.InputError, match=r"(perturbs|sows) no 'attention'"):
         explain_fn(Silent(), "gae")(params, images)
     maps = explain_fn(Silent(), "input_gradient")(params, images)  # needs no attention
     assert maps.shape == (1, 4, 4)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokentm_jax.data import load_dataset
+from tokentm_jax.data.arrays import load_dataset
 from tokentm_jax.errors import InputError
 
 
@@ -53,8 +53,15 @@ def test_a_limit_takes_from_every_class(tmp_path):
     data = load_dataset(zipped(tmp_path / "a.zip", ENTRIES), limit=6)
     assert data.labels.tolist() == [0, 0, 1, 1, 2, 2]
     check(load_dataset(tmp_path / "a.zip", limit=99))
-    with pytest.raises(InputError, match="at least 1"):
+    with pytest.raises(InputError, match="greater than or equal to 1"):
         load_dataset(tmp_path / "a.zip", limit=0)
+
+
+def test_the_identity_tells_the_images(tmp_path):
+    data = load_dataset(zipped(tmp_path / "a.zip", ENTRIES))
+    again, part = load_dataset(tmp_path / "a.zip"), load_dataset(tmp_path / "a.zip", limit=6)
+    other = load_dataset(zipped(tmp_path / "b.zip", ENTRIES | {"dog/0.png": png(99)}))
+    assert data.identity == again.identity and len({data.identity, part.identity, other.identity}) == 3
 
 
 def test_names_of_a_zip_write_nothing(tmp_path):
@@ -98,9 +105,12 @@ def test_what_is_not_a_data_set(tmp_path):
     text.write_text("no zip")
     empty = zipped(tmp_path / "empty.zip", {"readme.txt": b"x"})
     sizes = zipped(tmp_path / "sizes.zip", {"a/1.png": png(1), "b/2.png": png(2, (5, 5))})
+    (tmp_path / "listed").mkdir()
+    (tmp_path / "listed/labels.csv").write_text("file,class_index\na.png,0\n")
     for spec, message in [
+        (tmp_path / "listed", "no names of classes"),
         (tmp_path / "missing", "does not exist"),
-        (text, "neither a folder nor a zip"),
+        (text, "no folder, zip of class folders"),
         (empty, "no images in class folders"),
         (sizes, r"differing size \(6 x 4 and 5 x 5 pixels\)"),
         ("tfds:cifar10", "tfds:NAME:SPLIT"),

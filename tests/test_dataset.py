@@ -2,7 +2,12 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +18,16 @@ from conftest import tiny_vit
 from PIL import Image
 
 import tokentm_jax as tm
-from tokentm_jax import dataset as job
-from tokentm_jax import evaluate as evaluation
-from tokentm_jax.checkpoint import write_checkpoint
-from tokentm_jax.cli import main
-from tokentm_jax.dataset import DatasetConfig, explain_dataset
+from tokentm_jax.cli.main import main
+from tokentm_jax.data.sources import batches, open_source
 from tokentm_jax.errors import InputError
-from tokentm_jax.sources import batches, open_source
-from tokentm_jax.store import decode, encode, open_maps, scaled
-from tokentm_jax.tasks import EvaluateConfig, rows
+from tokentm_jax.identity import describe_model
+from tokentm_jax.metrics.tasks import EvaluateConfig, rows
+from tokentm_jax.models.checkpoint import write_checkpoint
+from tokentm_jax.runs import dataset as job
+from tokentm_jax.runs import evaluate as evaluation
+from tokentm_jax.runs.dataset import DatasetConfig, explain_dataset
+from tokentm_jax.runs.store import Store, decode, encode, open_maps, scaled
 
 COUNT = 10  # with one that is damaged
 CONFIG = DatasetConfig(("gae", "input_gradient"), dtype="float32", batch_size=2, chunk_size=4)
@@ -84,7 +90,7 @@ def test_the_store_holds_what_the_library_computes(whole, vit, source, folder):
     assert found.status[:].tolist() == [1, 1, 1, 1, 1, 2, 1, 1, 1, 1]
     assert np.isnan(found.maps["gae"][5]).all() and np.isnan(found.logits[5]).all() and found.target[5] == -1
     made = found.provenance
-    assert made["data"]["identity"] == source.identity and made["model"]["identity"] == evaluation.model_identity(vit)
+    assert made["data"]["identity"] == source.identity and made["model"]["identity"] == describe_model(vit)["identity"]
     assert {"jax", "tokentm_jax"} <= set(made["versions"]) and "0x" not in json.dumps(made)
     assert "10 examples, 9 done, 1 skipped, complete" in repr(found)
     for file in whole.rglob("zarr.json"):  # what a reader of zarr v3 needs, and a checksum on every chunk
@@ -129,35 +135,266 @@ def test_an_interrupted_job_goes_on(whole, vit, source, tmp_path, processes):
         assert seen == [(4, 10, 0), (6, 10, 1), (8, 10, 1), (10, 10, 1)]
 
 
-def test_damage_is_found_and_computed_again(whole, vit, source, tmp_path):
+def flip(file):
+    content = file.read_bytes()
+    file.write_bytes(content[:-6] + bytes([content[-6] ^ 1]) + content[-5:])
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:9])
+
+
+def empty(file):
+    file.write_bytes(b"")
+
+
+def lose(file):
+    file.unlink()
+
+
+def swap(file):
+    """Chunk 0 takes the place of chunk 1: the file's own checksum is right."""
+    place = list(file.parts)
+    place[place.index("c") + 1] = "0"
+    shutil.copy(Path(*place), file)
+
+
+def wait_forever(file):
+    file.unlink()
+    os.mkfifo(file)
+
+
+def occupy(file):
+    file.unlink()
+    file.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("damage", "files"),
+    [
+        (flip, ["maps/gae/c/0/0/0"]),
+        (flip, ["logits/c/2/0"]),  # the last chunk is not full
+        (cut, ["key/c/2/0", "status/c/0"]),
+        (empty, ["label/c/1"]),
+        (lose, ["scale/gae/c/1", "reason/c/0/0"]),
+        (lose, ["maps/gae/c/0/0/0"]),
+        (lose, ["checksum/c/1/0"]),
+        (swap, ["maps/gae/c/1/0/0"]),
+        (swap, ["logits/c/1/0", "key/c/1/0"]),
+        (swap, ["checksum/c/1/0"]),
+        (swap, ["status/c/1"]),
+        (wait_forever, ["maps/gae/c/0/0/0", "target/c/2"]),
+    ],
+)
+def test_damage_is_told_where_it_is_read_and_computed_again(whole, vit, source, tmp_path, damage, files):
+    out, good = tmp_path / "maps", open_maps(whole)
+    shutil.copytree(whole, out)
+    before = times(out)
+    chunks = {int(file.split("/c/")[1].split("/")[0]) for file in files}
+    for file in files:
+        damage(out / file)
+    found = open_maps(out)
+    arrays = {"maps/gae": found.maps["gae"], "scale/gae": found.scale["gae"]}
+    arrays |= {name: getattr(found, name) for name in ("logits", "key", "label", "target", "reason", "status")}
+    for file in files:
+        name, chunk = file.split("/c/")[0], int(file.split("/c/")[1].split("/")[0])
+        row = min(4 * chunk + 1, COUNT - 1)
+        with pytest.raises(InputError) as caught:
+            arrays.get(name, found.prediction)[row]
+        where = name if name != "checksum" or damage is lose else "prediction"
+        assert f"{where} cannot be read (" in str(caught.value) and f"/c/{chunk}" in str(caught.value)
+        assert "run the same `tokentm dataset` command again, and it is computed anew" in str(caught.value)
+        if name.startswith(("maps", "scale")):
+            with pytest.raises(InputError, match="run the same"):
+                found.read("gae")
+    others = [i for i in range(COUNT) if i // 4 not in chunks]  # what is whole is read all the same
+    np.testing.assert_array_equal(found.read("gae", others), good.read("gae", others))
+    np.testing.assert_array_equal(found.logits[others], good.logits[others])
+    assert explain_dataset(CONFIG, vit, source, str(out)) == (3, len(chunks), sorted(chunks))
+    assert content(out) == content(whole)
+    kept = {n: t for n, t in before.items() if "/c/" not in n or int(n.split("/c/")[1].split("/")[0]) not in chunks}
+    assert times(out).items() >= kept.items()
+
+
+def test_what_is_not_done_has_fill_values(whole, tmp_path):
+    """A part of `status` that is lost says that nothing is done: nothing of it counts as data."""
     out = tmp_path / "maps"
+    shutil.copytree(whole, out)
+    (out / "status/c/1").unlink()
+    found, good = open_maps(out), open_maps(whole)
+    assert found.missing == 1 and "1 of 3 chunks missing" in repr(found)
+    assert found.keys == (*good.keys[:4], "", "", "", "", *good.keys[8:]) and found.skipped == {}
+    assert np.isnan(found.read("gae")[4:8]).all() and np.isnan(found.logits[6]).all() and found.target[7] == -1
+    np.testing.assert_array_equal(found.read("gae", [9, 5, 1])[[0, 2]], good.read("gae", [9, 1]))
+    assert found.find("gae", {}, [(good.keys[4], None), (good.keys[8], None)])[0] == [1]
+    for name in ("maps/gae", "scale/gae", "logits", "checksum"):  # no file of what is not done is looked for
+        shutil.rmtree(out / name / "c/1", ignore_errors=True)
+        (out / name / "c/1").unlink(missing_ok=True)
+    assert np.isnan(found.read("gae")[4:8]).all()
 
-    def flip(file):
-        content = file.read_bytes()
-        file.write_bytes(content[:-6] + bytes([content[-6] ^ 1]) + content[-5:])
 
-    for damage, files, chunks in (
-        (flip, ["maps/gae/c/0/0/0"], [0]),
-        (flip, ["logits/c/2/0"], [2]),  # the last chunk is not full
-        (lambda file: file.write_bytes(file.read_bytes()[:9]), ["key/c/2/0", "status/c/0"], [0, 2]),
-        (lambda file: file.write_bytes(b""), ["label/c/1"], [1]),
-        (lambda file: file.unlink(), ["scale/gae/c/1", "reason/c/0/0"], [0, 1]),
+def test_an_array_that_is_not_what_the_provenance_says_is_refused(whole, vit, source, tmp_path):
+    out = tmp_path / "maps"
+    shutil.copytree(whole, out)
+    big = [{"name": "bytes", "configuration": {"endian": "big"}}, {"name": "zstd"}, {"name": "crc32c"}]
+    grid = {"name": "regular", "configuration": {"chunk_shape": [2, 2, 3]}}
+    for name, change in (
+        ("maps/gae", {"data_type": "int32", "fill_value": 0}),
+        ("maps/gae", {"shape": [COUNT, 3, 2]}),
+        ("maps/gae", {"codecs": big}),
+        ("maps/gae", {"codecs": [{"name": "bytes", "configuration": {"endian": "little"}}]}),
+        ("maps/gae", {"chunk_grid": grid}),
+        ("maps/gae", {"chunk_key_encoding": {"name": "v2"}}),
+        ("label", {"fill_value": 0}),
+        ("status", {"shape": [COUNT + 1]}),
+        ("scale/gae", b""),
+        ("logits", b"{"),
+        ("logits", b"[" * 3_000_000),
+        ("key", None),
+        ("reason", wait_forever),
+        ("target", occupy),
     ):
-        shutil.copytree(whole, out)
-        before = times(out)
-        for name in files:
-            damage(out / name)
-        if "logits/c/2/0" in files:
-            with pytest.raises(InputError, match=r"logits cannot be read \(.*\): run the same `tokentm dataset`"):
-                open_maps(out).logits[9]
-            np.testing.assert_array_equal(open_maps(out).logits[:8], open_maps(whole).logits[:8])
-        assert explain_dataset(CONFIG, vit, source, str(out)) == (3, len(chunks), chunks)
+        file = out / name / "zarr.json"
+        before = file.read_bytes()
+        if isinstance(change, dict):
+            file.write_text(json.dumps({**json.loads(before), **change}))
+        elif isinstance(change, bytes):
+            file.write_bytes(change)
+        else:
+            (change or lose)(file)
+        with pytest.raises(InputError, match=f"{name}/zarr.json cannot be read .*run the same `tokentm dataset`"):
+            open_maps(out)
+        if change is not None:
+            with pytest.raises(InputError, match=f"{name}/zarr.json is damaged .*: remove that file, and the same"):
+                explain_dataset(CONFIG, vit, source, str(out))
+        file.rmdir() if file.is_dir() else file.unlink(missing_ok=True)
+        assert explain_dataset(CONFIG, vit, source, str(out)) == (3, 0, [])  # it is mended as the sentence says
         assert content(out) == content(whole)
-        kept = {
-            n: t for n, t in before.items() if "/c/" not in n or int(n.split("/c/")[1].split("/")[0]) not in chunks
-        }
-        assert times(out).items() >= kept.items()
-        shutil.rmtree(out)
+    shutil.copytree(out / "maps/gae", out / "maps/lrp")
+    with pytest.raises(InputError, match=r"maps/lrp/zarr\.json is no part of this store"):
+        explain_dataset(CONFIG, vit, source, str(out))
+    shutil.rmtree(out / "maps")
+    (out / "maps").touch()
+    with pytest.raises(InputError, match=r"maps/gae/zarr\.json cannot be read .*Not a directory"):
+        open_maps(out)
+
+
+def test_a_provenance_is_not_taken_on_trust(whole, tmp_path):
+    out = tmp_path / "maps"
+    shutil.copytree(whole, out)
+    root = json.loads((out / "zarr.json").read_text())
+    made = root["attributes"]["tokentm"]
+    shapes = made["shapes"]
+    for change, sentence in (
+        ({"format": None}, "has the layout 1, and this version of tokentm_jax has 2: make it anew"),
+        ({"format": 3}, "has the layout 3"),
+        ({"format": [[]]}, "has the layout of another kind"),
+        ({"chunk_size": 0}, "'chunk_size' must be greater than or equal to 1, got 0"),
+        ({"chunk_size": 320_000_000_000}, "'chunk_size' must be less than or equal to 65536"),
+        ({"batch_size": "2"}, "'batch_size' must be a valid integer"),
+        ({"examples": -1}, "'examples' must be greater"),
+        ({"examples": 10**15}, "'examples' must be less"),
+        ({"methods": ["../../x", "gae"]}, "'methods'.0. is wrong .*pattern"),
+        ({"methods": "gae"}, "'methods' must be a valid list"),
+        ({"methods": []}, "'methods' is wrong"),
+        ({"methods": ["gae", "gae"]}, "'shapes' must be those of"),
+        ({"dtype": "object"}, "'dtype' must be 'float16' or 'float32'"),
+        ({"options": {"a": [1]}}, "'options'.'a'"),
+        ({"model": []}, "'model.name' is missing"),
+        ({"model": {"name": 1, "identity": ""}}, "'model.name' must be a valid string"),
+        ({"versions": None}, "'versions' is missing"),
+        (
+            {"shapes": {**shapes, "maps/lrp": [2, 3]}},
+            "'shapes' must be those of maps/gae, maps/input_gradient, logits",
+        ),
+        ({"shapes": {**shapes, "maps/gae": [2]}}, "'shapes' must be those of"),
+        ({"shapes": {**shapes, "maps/gae": [2, 0]}}, "'shapes'"),
+        (
+            {"shapes": {**shapes, "maps/gae": [2**30, 2**30]}},
+            "a chunk of 4 examples takes .* MiB of memory.*store less",
+        ),
+        (
+            {"shapes": {**shapes, "maps/gae": [512, 512]}, "chunk_size": 1024},
+            "a chunk of 1024 examples takes 1026 MiB of memory, and 512 MiB is the limit; .* size of at most 511",
+        ),
+        ({"shapes": {**shapes, "maps/gae": [2, 4]}}, "maps/gae/zarr.json cannot be read .*shape"),
+        ({"examples": 9}, "cannot be read .*shape"),
+        ({"dtype": "float16"}, "cannot be read .*data_type"),
+        ({"methods": ["gae", "lrp"], "shapes": {**shapes, "maps/lrp": [2, 3]}}, "'shapes' must be those of"),
+    ):
+        changed = {name: value for name, value in {**made, **change}.items() if value is not None}
+        (out / "zarr.json").write_text(json.dumps({**root, "attributes": {"tokentm": changed}}))
+        with pytest.raises(InputError, match=sentence):
+            open_maps(out)
+    large = {**made, "shapes": {**shapes, "maps/gae": [512, 512]}}
+    stores = {size: Store(f"memory://{size}", {**large, "chunk_size": size}) for size in (4, 128, 500)}
+    assert [store.at_a_time * size for size, store in stores.items()] == [4 * 254, 128 * 6, 500]  # at most 1 GiB
+    deep = b'{"attributes": {"tokentm": ' + b"[" * 10**6
+    for bad, sentence in (
+        (b"", "holds no maps of `tokentm dataset`"),
+        (b"{", "zarr.json is not valid JSON"),
+        (b"null", "its zarr.json says something else"),
+        (b'{"attributes": {"tokentm": [1]}}', "its zarr.json says something else"),
+        (b"\xff\xfe", "zarr.json is not valid JSON"),
+        (deep, "zarr.json is not valid JSON .*recursion"),
+        (deep[:27] + b"[" * 900 + b"]" * 900 + b"}}", "says something else"),
+        (b" " * (2**24 + 1), "zarr.json is larger than 16 MiB"),
+    ):
+        (out / "zarr.json").write_bytes(bad)
+        with pytest.raises(InputError, match=sentence):
+            open_maps(out)
+    for change, sentence in ((wait_forever, "zarr.json is no regular file"), (occupy, "zarr.json is a folder")):
+        change(out / "zarr.json")
+        with pytest.raises(InputError, match=sentence):
+            open_maps(out)
+        (out / "zarr.json").rename(tmp_path / change.__name__)
+        (out / "zarr.json").touch()
+
+
+def test_where_a_store_can_be(whole, folder, tmp_path):
+    made = json.loads((whole / "zarr.json").read_text())["attributes"]["tokentm"]
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path, sentence in (
+        ("", "must be a folder or a URL, got an empty name"),
+        (
+            "http://localhost:1/maps",
+            "unsupported URL scheme: a store is a folder, or a URL of gs://, s3://, memory://",
+        ),
+        ("https://localhost:1/maps", "unsupported URL scheme"),
+        (f"file://{tmp_path}/a.zip|zip:", "unsupported URL scheme"),
+        ("gs://x", "cannot be opened: .*bucket name"),
+        ("memory://nothing", "holds no maps; `tokentm dataset` makes them"),
+        (tmp_path, "holds no maps"),
+        (tmp_path / "absent/maps", "holds no maps"),
+        (folder / "labels.csv", "labels.csv is a file"),
+        (folder / "labels.csv" / "maps", "cannot be opened: Not a directory"),
+        ("/dev/null", "is a file"),
+        (f"{tmp_path}/a\0b", "cannot be opened: embedded null"),
+        (f"{tmp_path}/{'n' * 300}", "cannot be opened: File name too long"),
+        (tmp_path / "loop", "cannot be opened: Too many levels of symbolic links"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            open_maps(path)
+        if "no maps" not in sentence:  # what can be made
+            with pytest.raises(InputError, match=sentence):
+                Store(path, made)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["loop"]
+
+
+def test_a_store_that_never_answers(tmp_path):
+    """A server that takes the connection and says nothing, in a process of its own: that must end, too."""
+    code = (
+        "from tokentm_jax import store; store.ANSWER = 1\n"
+        "try: store.open_maps('gs://some-bucket/maps')\n"
+        "except store.InputError as error: print(error)"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        where = f"127.0.0.1:{server.getsockname()[1]}"
+        servers = {"TENSORSTORE_GCS_HTTP_URL": f"http://{where}", "GCE_METADATA_ROOT": where, "HOME": str(tmp_path)}
+        job = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, **servers}, capture_output=True, text=True, timeout=60
+        )
+    assert job.returncode == 0 and job.stdout == "the store gs://some-bucket/maps cannot be read: no answer in 1 s\n"
 
 
 def test_leftovers_of_killed_writers_go(whole, vit, source, tmp_path):
@@ -173,22 +410,24 @@ def test_leftovers_of_killed_writers_go(whole, vit, source, tmp_path):
 def test_only_the_same_job_goes_on(whole, vit, source, folder, tmp_path):
     before = times(whole)
     other = dataclasses.replace(vit, params=jax.tree.map(lambda a: a * 1.5, vit.params))
+    changed = dataclasses.replace(source, identity="other")
     for what, model, data in (
-        ("the model tiny", other, source),
-        ("the data set", vit, dataclasses.replace(source, identity="other")),
-        (r"the examples 10 \(.*\), and this command has 4", vit, open_source(folder, limit=4)),
+        (r"model tiny \(.*\), and this command has tiny \(", other, source),
+        (r"data the folder .* \(.*\), and this command has .* \(other\)", vit, changed),
+        ("examples 10, and this command has 4", vit, open_source(folder, limit=4)),
+        ("keys .*, and this command has", vit, dataclasses.replace(source, keys=source.keys[::-1])),
     ):
-        with pytest.raises(InputError, match=f"holds maps of {what}.*choose another --out"):
+        with pytest.raises(InputError, match=f"was made with {what}.*choose another --out"):
             explain_dataset(CONFIG, model, data, str(whole))
     for what, change in (
-        ("the methods gae,input_gradient, and this command has gae;", {"methods": ["gae"]}),
-        ("the target predicted", {"target": "label"}),
-        ("the dtype float32", {"dtype": "float16"}),
-        ("the profile default", {"profile": "reference"}),
-        ("the batch size 2", {"batch_size": 4}),
-        ("the chunk size 4", {"chunk_size": 8}),
+        (r'methods \["gae", "input_gradient"\], and this command has \["gae"\];', {"methods": ["gae"]}),
+        ("target predicted", {"target": "label"}),
+        ("dtype float32", {"dtype": "float16"}),
+        ("profile default", {"profile": "reference"}),
+        ("batch_size 2", {"batch_size": 4}),
+        ("chunk_size 4", {"chunk_size": 8}),
     ):
-        with pytest.raises(InputError, match=f"holds maps of {what}.*choose another --out"):
+        with pytest.raises(InputError, match=f"was made with {what}.*choose another --out"):
             explain_dataset(dataclasses.replace(CONFIG, **change), vit, source, str(whole))
     assert times(whole) == before
     (tmp_path / "other").mkdir()
@@ -198,6 +437,7 @@ def test_only_the_same_job_goes_on(whole, vit, source, folder, tmp_path):
         (folder / "labels.csv", "is a file"),
         (tmp_path / "other", "holds no maps of `tokentm dataset`"),
         ("nonsense://maps", "unsupported URL scheme"),
+        (whole / "maps", "zarr.json says something else"),  # a group, but no root
     ):
         names = sorted(p.name for p in folder.iterdir())
         with pytest.raises(InputError, match=sentence):
@@ -215,6 +455,13 @@ def test_bad_settings_are_named_before_anything_is_written(vit, source, tmp_path
         ("unknown dtype 'float61'; did you mean 'float16'", {"dtype": "float61"}, source),
         ("unknown target", {"target": "x"}, source),
         ("a multiple of the batch size, got 5 and 2", {"chunk_size": 5}, source),
+        ("'chunk_size' must be less than or equal to 65536", {"chunk_size": 320_000_000_000}, source),
+        ("'chunk_size' must be greater", {"chunk_size": 0}, source),
+        ("'chunk_size' must be a valid integer, got 4.0", {"chunk_size": 4.0}, source),
+        ("'batch_size' must be less than or equal to 4096", {"batch_size": 5000, "chunk_size": 5000}, source),
+        ("'batch_size' must be greater than or equal to 1, got 0", {"batch_size": 0}, source),
+        ("'methods' ", {"methods": "gae"}, source),
+        ("'options' must be", {"options": ["fnf"]}, source),
         ("has no labels to explain", {"target": "label"}, unlabelled),
     ):
         with pytest.raises(InputError, match=sentence):
@@ -361,7 +608,7 @@ def test_the_commands(vit, folder, tmp_path, monkeypatch):
     (tmp_path / "maps/logits/c/1/0").unlink()
     assert "Damaged and computed again: chunk 1" in run(*command).stderr
     for more, sentence in (
-        (("--dtype", "float16"), "maps holds maps of the dtype float32"),
+        (("--dtype", "float16"), "maps was made with dtype float32"),
         (("--methods", "gea"), "did you mean 'gae'"),
         (("--process", 1), "go with --coordinator HOST:PORT"),
         (("--coordinator", "here:1", "--processes", 2, "--process", 2), "--process from 0 to N - 1"),
@@ -371,10 +618,15 @@ def test_the_commands(vit, folder, tmp_path, monkeypatch):
     assert "nothing does not exist" in run("dataset", "nothing", "--out", "maps", code=2).stderr
     recipe = tmp_path / "saco.py"
     recipe.write_text(
-        "from tokentm_jax.tasks import EvaluateConfig, rows\n"
+        "from tokentm_jax.metrics.tasks import EvaluateConfig, rows\n"
         f"config = EvaluateConfig('saco', 'saco', {str(folder)!r}, rows('gae'), checkpoint={str(checkpoint)!r},"
         " options={'groups': 3}, batch_size=2)"
     )
     run("evaluate", recipe, "--maps", "maps", "--out", "results")
+    lost = tmp_path / "maps/maps/gae/c/1/0/0"
+    lost.rename(tmp_path / "lost")
+    result = run("evaluate", recipe, "--maps", "maps", "--out", "none", code=2)
+    assert f"gae cannot be read ({lost} does not exist): run the same `tokentm dataset`" in result.stderr
+    (tmp_path / "lost").rename(lost)
     assert json.loads((tmp_path / "results/results.json").read_text())["run"]["maps"]["dtype"] == "float32"
     assert "holds no maps; `tokentm dataset` makes them" in run("evaluate", recipe, "--maps", "none", code=2).stderr

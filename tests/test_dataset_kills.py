@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokentm_jax.architectures import build
-from tokentm_jax.checkpoint import write_checkpoint
-from tokentm_jax.preprocessing import HALF, Preprocessing
-from tokentm_jax.store import open_maps
-from tokentm_jax.vit import init_params
+from tokentm_jax.data.preprocessing import HALF, Preprocessing
+from tokentm_jax.models.architectures import build
+from tokentm_jax.models.checkpoint import write_checkpoint
+from tokentm_jax.models.vit import init_params
+from tokentm_jax.runs.store import open_maps
 
 pytestmark = pytest.mark.slow
 
@@ -207,7 +207,17 @@ def test_a_full_disk(command, whole, tmp_path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_interrupted_by_hand(command, tmp_path):
+def test_two_that_do_not_know_of_each_other(command, whole, tmp_path):
+    """The same command started twice, after it was killed: both go on, and the bytes are the same."""
+    job = Job(command, tmp_path / "maps")
+    job.wait_for(tmp_path / "maps", 20)
+    job.kill()
+    for job in [Job(command, tmp_path / "maps") for _ in range(2)]:
+        job.end()
+    assert content(tmp_path / "maps") == whole[0]
+
+
+def test_interrupted_by_hand(command, whole, tmp_path):
     # A shell starts its background jobs with SIGINT ignored, and this test may be in one.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -219,3 +229,6 @@ def test_interrupted_by_hand(command, tmp_path):
     job.process.send_signal(signal.SIGINT)
     assert "Traceback" not in job.end(130)
     assert not list(Path(tmp_path / "maps").rglob("*.__lock"))
+    assert open_maps(tmp_path / "maps").missing > 0
+    Job(command, tmp_path / "maps").end()
+    assert content(tmp_path / "maps") == whole[0]

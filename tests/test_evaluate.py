@@ -3,7 +3,10 @@
 import dataclasses
 import errno
 import json
+import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +16,20 @@ from click.testing import CliRunner
 from conftest import tiny_vit
 from PIL import Image
 
-from tokentm_jax import evaluate as evaluation
-from tokentm_jax import metrics
-from tokentm_jax.checkpoint import write_checkpoint
-from tokentm_jax.cli import main
+from tokentm_jax.cli.main import main
+from tokentm_jax.data.sources import batches, open_source
 from tokentm_jax.errors import InputError
-from tokentm_jax.evaluate import evaluate
-from tokentm_jax.interface import explain_fn
-from tokentm_jax.maps import to_pixels
-from tokentm_jax.report import compare
-from tokentm_jax.sources import batches, open_source
-from tokentm_jax.tasks import EvaluateConfig, Row, check, rows, select
+from tokentm_jax.identity import claimed
+from tokentm_jax.maths.maps import to_pixels
+from tokentm_jax.methods.explain import explain_fn
+from tokentm_jax.metrics import metrics
+from tokentm_jax.metrics.tasks import PAPER_ROWS, EvaluateConfig, Row, check, rows, select
+from tokentm_jax.models.checkpoint import write_checkpoint
+from tokentm_jax.runs import evaluate as evaluation
+from tokentm_jax.runs import records as records_module
+from tokentm_jax.runs.evaluate import evaluate
+from tokentm_jax.runs.report import compare
+from tokentm_jax.validation import lists_of
 
 COUNT = 11
 
@@ -239,14 +245,20 @@ def test_what_does_not_go_together(config, vit, folder, whole, tmp_path):
         (changed(config, rows=[Row("a", "gae"), Row("a", "lrp")]), "names of their own"),
         (changed(config, rows=[Row("a", "tokentm", {"fnn": False})]), "did you mean 'ffn'"),
         (changed(config, options={"fill": "blur"}), "unknown option"),
-        (changed(config, task="insertion", options={"fill": "white"}), "black or blur"),
-        (changed(config, batch_size=0), "at least 1"),
+        (changed(config, task="insertion", options={"fill": "white"}), "must be 'black' or 'blur', got 'white'"),
+        (changed(config, task="insertion", options={"steps": 0}), "'steps' of the task .* or equal to 1"),
+        (changed(config, task="saco", options={"groups": 1}), "'groups' of the task .* or equal to 2"),
+        (changed(config, task="saco", options={"groups": 10**6}), "'groups' of the task .* or equal to 1000"),
+        (changed(config, task="saco", options={"groups": True}), "'groups' of the task .* valid integer"),
+        (changed(config, task="sanity", options={"original": 1}), "unknown option"),
+        (changed(config, batch_size=0), "'batch_size' must be greater than or equal to 1"),
         (changed(config, rows=[Row("a", "gae", {}, 3)]), "from 0 to 2"),
+        (changed(config, rows=[Row("a", "random", {"seed": 3})]), "unknown option of random"),
+        (changed(config, rows=[Row("random", "gae")]), "no other method 'random'"),
     ):
         with pytest.raises(InputError, match=message):
             evaluate(other, vit, source, tmp_path)
-    with pytest.raises(InputError, match="another model, data set, task or seed"):
-        evaluate(changed(config, seed=1), vit, source, whole[0])
+    assert not list(tmp_path.iterdir())
     with pytest.raises(InputError, match="has no labels"):
         evaluate(config, vit, changed(source, labelled=False), tmp_path)
     with pytest.raises(InputError, match="has 3 classes, tiny has 5"):
@@ -259,6 +271,80 @@ def test_what_does_not_go_together(config, vit, folder, whole, tmp_path):
     with pytest.raises(InputError, match="did you mean 'rollout'"):
         select(config, ["roll_out"])
     assert [row.name for row in select(config, ["gae", "lrp", "random"]).rows] == ["gae", "lrp", "random"]
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "expected"),
+    [
+        ("name", ["../x", "/tmp/x", "a\\b", ".", "", "a\0", "é" * 51], "must be a plain name"),
+        ("name", [None, 3, b"x", ["a"], Path("x")], "must be a valid string"),
+        ("task", [None, 3, ["saco"], {}], "must be a valid string"),
+        ("data", [None, Path("x")], "must be a valid string"),
+        ("rows", [(), []], "at least 1 item"),
+        ("rows", [None, 3, Row("a", "gae"), Row], "must be an instance of Sequence"),
+        ("rows", ["gae", ["gae"], [("a", "gae")], [Row], [None]], "must be an instance of Row|not allowed"),
+        ("rows", [[Row("a", ["gae"])], [Row("a", None)]], "[0]['method'] must be a valid string"),
+        ("rows", [[Row("a", "gae", None)], [Row("a", "gae", [1])]], "[0]['options']"),
+        ("rows", [[Row("a", "gae", {"first_block": [1]})]], "[0]['options']['first_block']"),
+        (
+            "rows",
+            [[Row("a", "gae", {}, 0.5)], [Row("a", "gae", {}, True)]],
+            "[0]['random_blocks'] must be a valid int",
+        ),
+        ("rows", [[Row("a", "gae", {}, -1)]], "[0]['random_blocks'] must be greater than or equal to 0"),
+        ("rows", [[Row("", "gae")], [Row("x" * 1001, "gae")]], "[0]['name'] is wrong"),
+        ("model", [3, ["a"], ""], "'model'"),
+        ("checkpoint", [3, Path("x")], "must be a valid string"),
+        ("profile", [None, 3], "must be a valid string"),
+        ("options", [None, 3, [1], "fill"], "must be a valid"),
+        ("paper", [None, [1], {"gae": 1.0}, {("gae", "aopc"): "1"}, {("gae",): 1.0}], "'paper'"),
+        ("paper", [{("gae", "aopc"): float("nan")}], "finite"),
+        ("batch_size", [1.5, True, "4", None], "must be a valid integer"),
+        ("batch_size", [5000], "less than or equal to 4096"),
+        ("limit", [0, -1], "greater than or equal to 1"),
+        ("limit", [2.5, True, "3"], "must be a valid integer"),
+        ("seed", [-1, 2**31], "than or equal to"),
+        ("seed", [None, "0", 0.5], "must be a valid integer"),
+    ],
+)
+def test_fields_of_a_recipe_are_checked(config, field, values, expected):
+    for value in values:
+        with pytest.raises(InputError, match=f"the evaluation: '{field}'") as error:
+            check(dataclasses.replace(config, **{field: value}))
+        assert any(part in str(error.value) for part in expected.split("|")), str(error.value)
+        assert len(str(error.value)) < 300
+    assert check(dataclasses.replace(config, seed=np.int64(3))).seed == 3
+
+
+def test_nobody_else_s_files_and_no_other_run(config, vit, folder, whole, tmp_path, monkeypatch):
+    """What is in the folder stays as it was, byte for byte."""
+    source = open_source(folder)
+    out = tmp_path / "out"
+    shutil.copytree(whole[0], out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    def refused(message, **changes):
+        with pytest.raises(InputError, match=message):
+            evaluate(dataclasses.replace(config, **changes), vit, source, out)
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+    refused("was made with seed 0, and this command has 1; choose another --out", seed=1)
+    refused("was made with task perturbation, and this command has saco", task="saco")
+    refused("was made with profile default", profile="reference")
+    with monkeypatch.context() as patch:
+        patch.setattr("tokentm_jax.identity.version_of", lambda package: "9.9")
+        refused("was made with versions .* has .*9.9")
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "local_devices", lambda: [SimpleNamespace(device_kind="abacus")])
+        refused("was made with device cpu, and this command has abacus")
+    with claimed(out, json.loads((out / "identity.json").read_text()), ()):
+        refused("is being written by another process")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "results.md").write_text("my own notes")
+    with pytest.raises(InputError, match=r"results.md is not a file of this program; choose another --out"):
+        evaluate(config, vit, source, foreign)
+    assert [path.name for path in foreign.iterdir()] == ["results.md"]
 
 
 def test_labels_go_by_name(vit, folder):
@@ -281,14 +367,155 @@ def test_comparison(whole, config, vit, folder, tmp_path):
     assert all(e["images"] in (5, 6) and abs(e["difference"]) < 1e-4 and e["high"] < 1e-3 for e in both)
     with pytest.raises(InputError, match="holds no finished evaluation"):
         compare([tmp_path / "nothing"])
+    # Beside a running evaluation: its unfinished line is not looked at, and left alone.
+    running = tmp_path / "running"
+    shutil.copytree(out, running)
+    for file in (running / "records").glob("*.jsonl"):
+        with file.open("a") as opened:
+            opened.write('{"keys": [["09.png", "pred')
+    before = {path: path.read_bytes() for path in running.rglob("*") if path.is_file()}
+    again = compare([running])
+    assert [{**entry, "run": str(out)} for entry in again] == entries
+    assert {path: path.read_bytes() for path in running.rglob("*") if path.is_file()} == before
+
+
+def _in_results(place, value):
+    """A change of one place of `results.json`."""
+
+    def change(out):
+        results = json.loads((out / "results.json").read_text())
+        inner = results
+        for part in place[:-1]:
+            inner = inner[part]
+        if value is KeyError:
+            del inner[place[-1]]
+        else:
+            inner[place[-1]] = value
+        (out / "results.json").write_text(json.dumps(results))
+
+    return "results.json", change
+
+
+def _in_records(change, name="gae-*"):
+    """A change of the first line of a file of records."""
+
+    def changed(out):
+        (path,) = (out / "records").glob(f"{name}.jsonl")
+        first, *rest = path.read_text().splitlines()
+        line = json.loads(first)
+        found = change(line)
+        path.write_text("\n".join([found if isinstance(found, str) else json.dumps(line), *rest, ""]))
+
+    return name.rstrip("*"), changed
+
+
+def _field(name, change, records="gae-*"):
+    def changed(line):
+        line["fields"][name] = change(line["fields"][name])
+
+    return _in_records(changed, records)
+
+
+CONFIG = ("run", "config")
+DAMAGE = {
+    "empty": ("results.json", lambda out: (out / "results.json").write_text("")),
+    "deep": ("results.json", lambda out: (out / "results.json").write_text("[" * 10_000 + "]" * 10_000)),
+    "binary": ("results.json", lambda out: (out / "results.json").write_bytes(b"\xff\xfe\x00")),
+    "a list": ("results.json", lambda out: (out / "results.json").write_text("[]")),
+    "a pipe": ("results.json", lambda out: ((out / "results.json").unlink(), os.mkfifo(out / "results.json"))),
+    "a folder": ("results.json", lambda out: ((out / "results.json").unlink(), (out / "results.json").mkdir())),
+    "no run": _in_results(["run"], KeyError),
+    "run": _in_results(["run"], [1]),
+    "no config": _in_results(CONFIG, KeyError),
+    "no data": _in_results(["run", "data"], KeyError),
+    "task": _in_results([*CONFIG, "task"], "perturbed"),
+    "task type": _in_results([*CONFIG, "task"], ["perturbation"]),
+    "rows": _in_results([*CONFIG, "rows"], {"gae": 1}),
+    "no rows": _in_results([*CONFIG, "rows"], []),
+    "row": _in_results([*CONFIG, "rows", 0], "gae"),
+    "method": _in_results([*CONFIG, "rows", 0, "method"], "gea"),
+    "row name": _in_results([*CONFIG, "rows", 0, "name"], None),
+    "row options": _in_results([*CONFIG, "rows", 0, "options"], [1]),
+    "row option": _in_results([*CONFIG, "rows", 0, "options"], {"first_block": [[[]]]}),
+    "random_blocks": _in_results([*CONFIG, "rows", 0, "random_blocks"], 0.5),
+    "duplicate rows": _in_results([*CONFIG, "rows", 1], {"name": "gae", "method": "gae"}),
+    "options": _in_results([*CONFIG, "options"], {"groups": 3}),
+    "seed": _in_results([*CONFIG, "seed"], -1),
+    "seed type": _in_results([*CONFIG, "seed"], "0"),
+    "huge seed": _in_results([*CONFIG, "seed"], 10**400),
+    "figure": _in_results(["rows", 0, "value"], "7"),
+    "NaN": _in_results(["rows", 0, "low"], float("nan")),
+    "path in a name": _in_results([*CONFIG, "name"], "../../x"),
+    "no JSON": _in_records(lambda line: "nonsense"),
+    "deep line": _in_records(lambda line: '{"keys": ' + "[" * 10_000 + "]" * 10_000 + "}"),
+    "many digits": _in_records(lambda line: '{"keys": ' + "9" * 10_000 + "}"),
+    "line is a list": _in_records(lambda line: "[]"),
+    "no keys": _in_records(lambda line: line.pop("keys") and None),
+    "empty keys": _in_records(lambda line: line.update(keys=[])),
+    "no pairs": _in_records(lambda line: line.update(keys=["ab"] * 4)),
+    "triples": _in_records(lambda line: line.update(keys=[["a", "b", "c"]] * 4)),
+    "numbers for keys": _in_records(lambda line: line.update(keys=[[1, 2]] * 4)),
+    "twice": _in_records(lambda line: line["keys"].__setitem__(1, line["keys"][0])),
+    "no fields": _in_records(lambda line: line.pop("fields") and None),
+    "fields": _in_records(lambda line: line.update(fields=[])),
+    "field missing": _in_records(lambda line: line["fields"].pop("hit") and None),
+    "field more": _in_records(lambda line: line["fields"].update(other=[1] * 4)),
+    "field a number": _field("hit", lambda values: 3),
+    "ragged": _field("hit", lambda values: [values[0], values[1][:1], *values[2:]]),
+    "fewer": _field("hit", lambda values: values[:-1]),
+    "other shape": _field("hit", lambda values: [[row[0], row[1] + [True]] for row in values]),
+    "other type": _field("hit", lambda values: [[[float(x) for x in r] for r in row] for row in values]),
+    "texts": _field("log_probability", lambda values: [[["x"] * 9] * 2 for _ in values]),
+    "NaN in a line": _field("log_probability", lambda values: [[[float("nan")] * 9] * 2 for _ in values]),
+    "huge": _field("log_probability", lambda values: [[[-1e300] * 9] * 2 for _ in values]),
+    "probability above 1": _field("log_probability", lambda values: [[[5.0] * 9] * 2 for _ in values]),
+    "null": _field("finite", lambda values: [None for _ in values]),
+    "negative class": _field("predicted", lambda values: [-1 for _ in values], "clean"),
+    "class": _field("label", lambda values: [0.5 for _ in values], "clean"),
+    "large class": _field("predicted", lambda values: [2**63 for _ in values], "clean"),
+    "explained": _in_records(lambda line: [pair.__setitem__(1, "cat") for pair in line["keys"]] and None, "clean"),
+    "none clean": ("clean.jsonl", lambda out: (out / "records/clean.jsonl").unlink()),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_run_is_one_sentence(whole, tmp_path, name):
+    """Whatever is wrong with the files of a run, `compare` names the file and writes nothing."""
+    out = tmp_path / "out"
+    shutil.copytree(whole[0], out)
+    where, damage = DAMAGE[name]
+    damage(out)
+    before = {path: path.stat().st_size for path in out.rglob("*")}
+    with pytest.raises(InputError) as error:
+        compare([out])
+    assert where in str(error.value) and str(out) in str(error.value) and len(str(error.value)) < 600
+    assert {path: path.stat().st_size for path in out.rglob("*")} == before
+
+
+def test_a_line_has_an_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(records_module, "LONGEST_LINE", 1000)
+    (tmp_path / "a.jsonl").write_text(" " * 2000)
+    with pytest.raises(InputError, match="line 1 is longer than"):
+        records_module.Records(tmp_path / "a.jsonl", {})
+
+
+def test_large_batches_are_several_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(records_module, "IMAGES", 2)
+    fields = {"x": lists_of(float)}
+    made = records_module.Records(tmp_path / "a.jsonl", fields)
+    made.append([(str(i), "clean") for i in range(5)], {"x": np.arange(5.0)})
+    assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 3
+    read = records_module.Records(tmp_path / "a.jsonl", fields)
+    assert read.take("x", [("3", "clean"), ("0", "clean")]).tolist() == [3, 0] and read.places == made.places
 
 
 def test_commands(vit, folder, tmp_path):
     checkpoint = write_checkpoint(tmp_path / "tiny.safetensors", vit.module, vit.params, vit.preprocessing)
-    recipe = tmp_path / "recipe.py"
+    recipe, nowhere = tmp_path / "recipe.py", tmp_path / "nowhere"
     recipe.write_text(
-        "from tokentm_jax.tasks import EvaluateConfig, rows\n"
-        f"config = EvaluateConfig('cli', 'saco', '/nowhere', rows('rollout', 'gae'), checkpoint={str(checkpoint)!r},\n"
+        "from tokentm_jax import EvaluateConfig, rows\n"
+        f"config = EvaluateConfig('cli', 'saco', '{nowhere}', rows('rollout', 'gae'),\n"
+        f"    checkpoint={str(checkpoint)!r},\n"
         "    paper={('rollout', 'saco'): 0.123}, batch_size=4)\n"
     )
     out = tmp_path / "out"
@@ -307,7 +534,7 @@ def test_commands(vit, folder, tmp_path):
     assert run("compare", out).exit_code == 0
     assert json.loads(run("compare", out, "--json").output)[0]["metric"] == "saco"
     for bad, message in (
-        (arguments, "the data set /nowhere does not exist"),
+        (arguments, f"the data set {nowhere} does not exist"),
         ([*arguments, "--data", "tfds:"], "tfds:NAME:SPLIT"),
         (["evaluate", tmp_path / "no.py"], "does not exist"),
         ([*arguments[:2], "--methods", "gaee", "--data", folder], "did you mean 'gae'"),
@@ -316,6 +543,44 @@ def test_commands(vit, folder, tmp_path):
         result = run(*bad)
         assert result.exit_code == 2 and message in result.output
         assert len(result.stderr.strip().splitlines()) == 1
+
+
+RECIPE = "from tokentm_jax import EvaluateConfig, rows\nconfig = EvaluateConfig('a', 'saco', 'nowhere', {})\n"
+GOOD = RECIPE.format("rows('gae')")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sentence"),
+    [
+        ("raise SystemExit(0)", "ends the program (SystemExit: 0)"),
+        ("import sys; sys.exit()", "ends the program"),
+        ("def f(): f()\nf()", "RecursionError"),
+        ("x = " + "(" * 3000 + ")" * 3000, "cannot be run"),
+        (GOOD + "x = '\0'", "cannot be run"),
+        (GOOD.encode() + b"# \xff", "is not UTF-8 text"),
+        (GOOD + "#" * 2**20, "is larger than 1 MiB"),
+        (GOOD + "config = EvaluateConfig", "must define `config` as a EvaluateConfig"),
+        (GOOD + "class Own(EvaluateConfig): pass\nconfig = Own(**vars(config))", "must define `config`"),
+        (GOOD + "print('hello')", "the data set nowhere does not exist"),
+        (RECIPE.format("()"), "recipe.py: 'rows'"),
+        (GOOD.replace("'a'", "'../../x'"), "recipe.py: 'name' must be a plain name"),
+        (os.mkfifo, "is no regular file"),
+        (Path.mkdir, "is a folder"),
+        (lambda path: path.symlink_to("/dev/zero"), "is no regular file"),
+        (lambda path: path.symlink_to(path), "cannot be read"),
+    ],
+)
+def test_strange_recipes(tmp_path, monkeypatch, recipe, sentence):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "recipe.py"
+    if callable(recipe):
+        recipe(path)
+    else:
+        path.write_bytes(recipe if isinstance(recipe, bytes) else recipe.encode())
+    result = CliRunner().invoke(main, ["evaluate", str(path)])
+    assert result.exit_code == 2 and sentence in result.stderr and not result.stdout
+    assert len(result.stderr.removeprefix("hello\n").splitlines()) == 1
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_the_configs_of_the_project():
@@ -333,10 +598,29 @@ def test_the_configs_of_the_project():
         assert {row for row, _ in config.paper} <= names
 
 
+def test_the_rows_of_the_paper_leave_out_the_first_block_where_the_published_evaluation_does():
+    left_out = {row.name for row in PAPER_ROWS if row.options.get("first_block") == 1}
+    assert left_out == {"transformer_attribution", "rollout"}
+
+
 def evaluation_config(file):
     import runpy
 
     return runpy.run_path(str(file)).get("config")
+
+
+def test_names_that_are_no_utf_8(config, vit, folder, tmp_path):
+    source = open_source(folder, limit=4)
+    own = {f"{key}\udcff": key for key in source.keys}
+    odd = dataclasses.replace(
+        source, name="the folder caf\udce9", keys=tuple(own), read=lambda key: source.read(own[key])._replace(key=key)
+    )
+    some = dataclasses.replace(config, rows=[Row("a | b", "random")])
+    for _ in range(2):
+        evaluate(some, vit, odd, tmp_path)
+    assert "on the folder caf?: 4 images" in (tmp_path / "results.md").read_text()
+    assert "| a \\| b |" in (tmp_path / "results.md").read_text()
+    assert compare([tmp_path])[0]["images"] == 4
 
 
 def test_the_random_row_is_the_same_everywhere(whole, vit):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokentm_jax.figure import blend, overlay_figure, shade, sheet, write_png
+from tokentm_jax.cli.figure import blend, overlay_figure, shade, sheet, write_png
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
 
@@ -21,7 +21,7 @@ def drawn(figure, path):
 
 
 def test_shading_is_to_pixels():
-    from tokentm_jax.maps import to_pixels
+    from tokentm_jax.maths.maps import to_pixels
 
     tokens = np.random.default_rng(1).random((6, 8)).astype(np.float32)
     values, signed = shade(tokens, (96, 128))

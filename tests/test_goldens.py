@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from tokentm_jax.interface import explain_fn
-from tokentm_jax.trace import capture
+from tokentm_jax.methods.explain import explain_fn
+from tokentm_jax.models.capture import capture
 
 # array of the goldens, method, options
 CASES = [
@@ -103,4 +103,4 @@ def test_the_signed_stabiliser_is_well_conditioned(deit, deit_arrays, method):
         inputs = deit_inputs(deit, deit_arrays, np.float64)
         double = jax.jit(explain_fn(deit.module, method))(cast(deit.params, np.float64), inputs, target)
         for a, b in zip(np.asarray(single), np.asarray(double), strict=True):
-            assert rank_correlation(a, b) > 0.98
+            assert rank_correlation(a, b) > 0.9997  # measured: 0.99988 for "lrp", 0.99999 for the others

@@ -2,18 +2,19 @@
 
 import csv
 import json
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tokentm_jax import loading
-from tokentm_jax.architectures import build
-from tokentm_jax.checkpoint import to_timm, write_checkpoint
+from tokentm_jax.data.preprocessing import CLIP, IMAGENET, Preprocessing
 from tokentm_jax.errors import InputError
-from tokentm_jax.loading import load
-from tokentm_jax.preprocessing import CLIP, IMAGENET, Preprocessing
+from tokentm_jax.models import loading
+from tokentm_jax.models.architectures import build
+from tokentm_jax.models.checkpoint import to_timm, write_checkpoint
+from tokentm_jax.models.loading import load
 
 OPTIONS = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 1, "num_heads": 2, "num_classes": 3}
 SMALL = Preprocessing((16, 16), 0.8, **CLIP)
@@ -92,10 +93,14 @@ def test_class_index(described):
     model = load(checkpoint=described)
     assert [model.class_index(c) for c in (1, "1", "dog", " Tabby Cat ", np.int64(2))] == [1, 1, 1, 0, 2]
     assert model.class_name(0) == "tabby cat"
+    assert [model.class_index("0" * count + "2") for count in (1, 30, 5000)] == [2, 2, 2]
     for wrong, words in [
         (3, "out of range: tiny_vit has classes 0 to 2"),
         (-1, "class -1 is out of range"),
         ("9" * 30, "out of range"),
+        ("9" * 5000, "out of range"),
+        ("1_0", "unknown class '1_0'"),
+        ("\u0661", "unknown class"),  # a digit, and no number
         ("crate", "did you mean 'crane'"),
     ]:
         with pytest.raises(InputError, match=words):
@@ -119,11 +124,17 @@ def test_names_are_needed_for_a_name(bare):
         ("names.json", '{"2": ["n2", "c"], "1": ["n1", "b"], "0": ["n0", "a"]}'),
         ("names.json", '{"wnid": ["n0", "n1", "n2"], "name": ["a", "b", "c"]}'),
         ("names.txt", "a\nb\n\nc\n"),
+        ("names.txt", "\ufeffa\nb\nc\n"),  # with a byte-order mark
+        ("names.json", '\ufeff[["n0", "a"], ["n1", "b"], ["n2", "c"]]'),
     ],
 )
 def test_class_names_files(file, content, bare, tmp_path):
     (tmp_path / file).write_text(content)
-    assert load(OPTIONS, bare, class_names=tmp_path / file).class_names == ("a", "b", "c")
+    model = load(OPTIONS, bare, class_names=tmp_path / file)
+    assert model.class_names == ("a", "b", "c")
+    assert model.wnids == (("n0", "n1", "n2") if "n0" in content else None)
+    if model.wnids:
+        assert model.class_index("n2") == model.class_index("c") == 2
 
 
 @pytest.mark.parametrize(
@@ -132,8 +143,8 @@ def test_class_names_files(file, content, bare, tmp_path):
         ("names.json", '["a"]', "has 1 class names; the model has 3 classes"),
         ("names.json", '{"0": "a", "5": "b"}', "expected a list of class names"),
         ("names.json", "[1, 2, 3]", "expected a list of class names"),
-        ("names.json", "{", "expected UTF-8 text or JSON"),
-        ("names.txt", b"\xff\xfe\x00", "expected UTF-8 text or JSON"),
+        ("names.json", "{", "is not valid JSON"),
+        ("names.txt", b"\xff\xfe\x00", "is not UTF-8 text"),
         ("names.txt", "", "has 0 class names"),
     ],
 )
@@ -145,8 +156,15 @@ def test_bad_class_names_files(file, content, words, bare, tmp_path):
 
 
 def test_missing_class_names_file(bare, tmp_path):
-    with pytest.raises(InputError, match=r"none\.txt cannot be read"):
-        load(OPTIONS, bare, class_names=tmp_path / "none.txt")
+    os.mkfifo(tmp_path / "pipe.txt")
+    for path, message in (
+        (tmp_path / "none.txt", "does not exist"),
+        (tmp_path / "pipe.txt", "is no regular file"),
+        ("/dev/zero", "is no regular file"),
+        (tmp_path, "is a folder"),
+    ):
+        with pytest.raises(InputError, match=f"{path} {message}"):
+            load(OPTIONS, bare, class_names=path)
 
 
 def test_imagenet_names_beside_the_checkpoint(bare):
@@ -220,7 +238,7 @@ def test_deit_tiny_accuracy(crop_pct, timm_hits, real, shared):
     """Photo file to prediction, on 500 photos, against the count of timm 1.0.31 on the same files (short side 256 and
     248, Pillow's bicubic): 78.4 % and 79.2 %. The README of the data says 79.6 % of 1000 photos; half are not here.
     """
-    from tokentm_jax.photos import read_photos
+    from tokentm_jax.data.photos import read_photos
 
     folder = shared / "data/imagenet_sample"
     rows = list(csv.reader((folder / "labels.csv").read_text().splitlines()))

@@ -7,8 +7,8 @@ import oracle
 import pytest
 
 import tokentm_jax as tm
-from tokentm_jax.interface import explain_fn
-from tokentm_jax.vit import ViT, init_params
+from tokentm_jax.methods.explain import explain_fn
+from tokentm_jax.models.vit import ViT, init_params
 
 TARGET = 2
 

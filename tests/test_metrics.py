@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from jax.scipy.special import logsumexp
 
-from tokentm_jax import metrics
-from tokentm_jax.maps import to_pixels
+import tokentm_jax as tm
+from tokentm_jax.maths.maps import to_pixels
+from tokentm_jax.metrics import metrics
 
 B, H, W = 3, 9, 8
 
@@ -160,6 +161,54 @@ def test_groups_are_the_slow_ones(maps, images):
             changed[i].reshape(-1, 3)[members] = images[i].mean((0, 1))
         drop = clean - np.exp(log_probability(changed, classes))
         np.testing.assert_allclose(found["drop"][:, k], drop, rtol=1e-4, atol=1e-6)
+
+
+def test_numbers_of_groups_and_steps_are_checked(maps, images):
+    classes = jnp.zeros(B, jnp.int32)
+    for groups in (0, 1, H * W + 1, 10**6, 2.5, True):
+        with pytest.raises(tm.InputError, match="groups must be"):
+            metrics.group_drops(linear, images, maps, classes, groups)
+    for steps in (0, -1, H * W + 1, 10**6):
+        with pytest.raises(tm.InputError, match="steps must be"):
+            metrics.insertion_deletion(linear, images, maps, classes, 0.0, steps)
+    many = jax.ShapeDtypeStruct((1, 224, 224), jnp.float32)
+    with pytest.raises(tm.InputError, match="groups must be less than or equal to 1000"):
+        jax.eval_shape(lambda m: metrics.group_drops(linear, images, m, classes, 1001), many)
+    for groups in (0, 1):
+        with pytest.raises(tm.InputError, match="two groups at least"):
+            metrics.saco(np.ones((3, groups)), np.ones((3, groups)))
+    with pytest.raises(tm.InputError, match=r"\[3, 2\] and \[3, 3\]"):
+        metrics.saco(np.ones((3, 2)), np.ones((3, 3)))
+
+
+def test_an_image_alone_has_the_results_it_has_in_a_batch(maps):
+    """Every metric of the device, on an average-pooled model, where all tokens are read."""
+    module = tm.ViT(
+        img_size=(9, 9), patch_size=3, embed_dim=8, depth=1, num_heads=2, num_classes=3, class_token=False,
+        global_pool="avg",
+    )  # fmt: skip
+    params = jax.tree.map(lambda a: a * 8 if a.ndim > 2 else a, tm.init_params(module, jax.random.key(0)))
+    random = np.random.default_rng(5)
+    images = random.random((B, 9, 9, 3)).astype(np.float32)
+    maps = np.asarray(to_pixels(jnp.asarray(maps), (9, 9)))
+    masks = random.random((B, 9, 9)) < 0.4
+    classes, labels = jnp.array([0, 1, 2], jnp.int32), jnp.array([2, 1, 0], jnp.int32)
+
+    @jax.jit
+    def everything(images, maps, masks, classes, labels):
+        predict = lambda images: module.apply({"params": params}, images)  # noqa: E731
+        return {
+            "perturbation": metrics.perturbation(predict, images, maps, classes, labels),
+            "insertion": metrics.insertion_deletion(predict, images, maps, classes, metrics.blur(images), 3),
+            "saco": metrics.group_drops(predict, images, maps, classes, 4),
+            "segmentation": metrics.segmentation(maps, masks),
+            "similarity": metrics.rank_correlation(maps, maps[:, ::-1]),
+        }
+
+    together = everything(images, maps, masks, classes, labels)
+    for i in range(B):
+        alone = everything(*(a[i : i + 1] for a in (images, maps, masks, classes, labels)))
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[0], b[i], rtol=1e-4, atol=1e-6), alone, together)
 
 
 def test_blur():

@@ -1,16 +1,22 @@
 """Untrusted photos, and the crop that a model sees."""
 
 import io
+import os
 import struct
+import threading
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tokentm_jax.data import photos
+from tokentm_jax.data.photos import decode, find_photos, fit, open_photo, read_photos, view
+from tokentm_jax.data.preprocessing import IMAGENET, Preprocessing
 from tokentm_jax.errors import InputError
-from tokentm_jax.photos import find_photos, fit, open_photo, read_photos, view
-from tokentm_jax.preprocessing import IMAGENET, Preprocessing
 
 SMALL = Preprocessing((8, 8), 1.0, "bilinear", **IMAGENET)
 
@@ -57,6 +63,32 @@ def test_wide_tiff(tmp_path, dtype, top):
     values = ramp(dtype, top)
     photo = open_photo(saved(tmp_path / "a.tiff", Image.fromarray(values)))
     np.testing.assert_allclose(np.asarray(photo)[..., 1], values / top * 255, atol=0.51)
+
+
+@pytest.mark.parametrize(("dtype", "top"), [(np.uint16, 65535), (np.float32, 1.0)])
+def test_tiff_whose_zero_is_white(tmp_path, dtype, top):
+    values, path = ramp(dtype, top), tmp_path / "a.tiff"
+    Image.fromarray(values).save(path, tiffinfo={262: 0})
+    with Image.open(path) as image:
+        assert image.tag_v2[262] == 0
+    np.testing.assert_allclose(np.asarray(open_photo(path))[..., 1], 255 - values / top * 255, atol=0.51)
+
+
+def test_conversion_in_strips_is_that_of_the_whole(tmp_path, monkeypatch):
+    random = np.random.default_rng(0)
+    pictures = {
+        "f.tif": Image.fromarray(random.normal(0.4, 0.5, (23, 17)).astype(np.float32)),
+        "i.png": Image.fromarray(random.integers(0, 65536, (23, 17), np.uint16)),
+        "a.png": Image.fromarray(random.integers(0, 256, (23, 17, 4), np.uint8)),
+    }
+    for name, picture in pictures.items():
+        picture.save(tmp_path / name)
+        whole = open_photo(tmp_path / name)
+        with monkeypatch.context() as patch:
+            patch.setattr(photos, "_STRIP", 40)
+            np.testing.assert_array_equal(open_photo(tmp_path / name), whole)
+    expected = Image.alpha_composite(Image.new("RGBA", (17, 23), "white"), pictures["a.png"]).convert("RGB")
+    np.testing.assert_array_equal(whole, expected)
 
 
 def test_transparency_is_put_on_white(tmp_path):
@@ -137,17 +169,60 @@ def test_what_is_not_a_photo(tmp_path, content, message):
 
 
 def test_missing_folder_and_pipe(tmp_path):
-    import os
-
     os.mkfifo(tmp_path / "pipe.png")
     for path, message in [
         (tmp_path / "missing.png", "does not exist"),
         (tmp_path, "is a folder"),
-        (tmp_path / "pipe.png", "not a regular file"),
+        (tmp_path / "pipe.png", "is no regular file"),
         ("nul\0.png", "cannot be read"),
     ]:
         with pytest.raises(InputError, match=message):
             open_photo(path)
+
+
+def test_limits_are_checked_before_anything_is_read(tmp_path, monkeypatch):
+    path = tmp_path / "huge.png"
+    with path.open("wb") as file:
+        file.write(png_header(8, 8))
+        file.truncate(photos.MAX_FILE + 1)  # takes no room on the disk
+    with pytest.raises(InputError, match=r"huge\.png is larger than 512 MiB"):
+        open_photo(path)
+    # A small photo in one enormous tile, of which a decoder would make room for all.
+    tags = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: 32_000, 323: 32_000, 324: 200, 325: 50}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    path.write_bytes((b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries).ljust(200, b"\0") + zlib.compress(b"x"))
+    with pytest.raises(InputError, match="tiles of more than 100,000,000"):
+        open_photo(path)
+    monkeypatch.setattr(photos, "MAX_PIXELS", 100)
+    for suffix, allowed in (("png", 100), ("webp", 75)):  # whose decoder takes more
+        Image.new("RGB", (19, 4)).save(tmp_path / f"a.{suffix}")
+        if allowed == 100:
+            assert open_photo(tmp_path / "a.png").size == (19, 4)
+        else:
+            with pytest.raises(InputError, match="more than 75 in all"):
+                open_photo(tmp_path / "a.webp")
+
+
+def test_threads_leave_the_warnings_alone(monkeypatch):
+    """The first to begin is the first to end: it must not set back what the other one found, nor the other its own."""
+    first, second = (io.BytesIO(jpeg_bytes()) for _ in range(2))
+    begun, both, ended, read = (*(threading.Event() for _ in range(3)), Image.open)
+
+    def slow(file, **options):
+        (begun if file is first else both).set()
+        assert (both if file is first else ended).wait(30)
+        return read(file, **options)
+
+    monkeypatch.setattr(Image, "open", slow)
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(decode, first, "a.jpg")
+        assert begun.wait(30)
+        other = pool.submit(decode, second, "b.jpg")
+        assert one.result().size == (64, 64)
+        ended.set()
+        assert other.result().size == (64, 64)
+    assert warnings.filters == before
 
 
 def test_every_truncation_is_an_input_error(tmp_path):
@@ -212,3 +287,43 @@ def test_find_photos(tmp_path):
             find_photos([nothing])
     with pytest.raises(InputError, match="no photos"):
         find_photos([])
+    with pytest.raises(InputError, match="is empty"):  # not the current folder
+        find_photos([""])
+
+
+def test_odd_names_among_photos(tmp_path):
+    """Each is kept, for `open_photo` to say what is wrong with it; the others are found."""
+    (tmp_path / "a.png").write_bytes(b"x")
+    (tmp_path / "self.png").symlink_to("self.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    odd = [tmp_path / "self.png", "nul\0.png", "x" * 300 + ".png", tmp_path / "pipe.png", "nul\0*.png"]
+    for name in odd[:4]:
+        assert find_photos([name]) == [Path(name)]
+        with pytest.raises(InputError):
+            open_photo(name)
+    assert find_photos([tmp_path]) == [tmp_path / "a.png"]
+    for name in (odd[4], "x" * 300 + "*.png"):
+        with pytest.raises(InputError):
+            find_photos([name])
+
+
+def test_patterns_end_at_loops_of_links(tmp_path, monkeypatch):
+    for name in ("a.png", "one/b.png", "one/two/c.png", ".hidden/d.png", "o[n]e/e.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    for place in ("loop", "one/loop", "one/two/loop"):
+        for i in range(3):  # a tree of 3 to the power of 40 folders
+            (tmp_path / f"{place}{i}").symlink_to(tmp_path, target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    everything = ["a.png", "o[n]e/e.png", "one/b.png", "one/two/c.png"]
+    for pattern, expected in (
+        ("**/*.png", everything),
+        ("**", everything),
+        ("./**/*.png", everything),
+        (f"{tmp_path}/**/*.png", [f"{tmp_path}/{name}" for name in everything]),
+        ("one/**/*.png", ["one/b.png", "one/two/c.png"]),
+        ("**/two/*.png", ["one/two/c.png"]),
+        ("o*/**/**/c.png", ["one/two/c.png"]),
+        ("loop0/*.png", ["loop0/a.png"]),  # a link that is named is followed
+    ):
+        assert [str(path) for path in find_photos([pattern])] == expected

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokentm_jax.process import GRACE
+from tokentm_jax.cli.process import GRACE
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKED = """
@@ -77,7 +77,7 @@ def started(arguments, **environment):
 )
 def test_a_signal_ends_the_process(code, number, twice, exit_code, seconds):
     script = f"""
-import tokentm_jax.process as process
+import tokentm_jax.cli.process as process
 process.GRACE = {60 if twice else 1}
 def command():
     print("started", flush=True)
@@ -97,7 +97,7 @@ process.run_process(command)
 
 
 def test_other_ends_are_pythons_own():
-    script = "from tokentm_jax.process import run_process; run_process(lambda: {})"
+    script = "from tokentm_jax.cli.process import run_process; run_process(lambda: {})"
     for command, exit_code, words in (("None", 0, ""), ("exit(3)", 3, ""), ("1 / 0", 1, "ZeroDivisionError")):
         process = started(["-c", script.format(command)])
         out, errors = process.communicate(timeout=20)

@@ -5,16 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tokentm_jax import primitives
-from tokentm_jax.interface import explain_fn
-from tokentm_jax.relevance import (
+from tokentm_jax.maths import primitives
+from tokentm_jax.maths.relevance import (
     REFERENCE_EPSILON,
     SIGNED_EPSILON,
     attn_lrp,
     conservative,
     lrp,
 )
-from tokentm_jax.vit import ViT, init_params
+from tokentm_jax.methods.explain import explain_fn
+from tokentm_jax.models.vit import ViT, init_params
 
 
 @pytest.fixture(autouse=True)
@@ -179,7 +179,7 @@ def test_attn_lrp_loses_only_what_softmax_absorbs(small):
     params = without_biases(params)
     inputs = jnp.asarray(normal(2, 16, 16, 3))
     ruled = module.clone(primitives=attn_lrp())
-    from tokentm_jax.trace import capture
+    from tokentm_jax.models.capture import capture
 
     trace = jax.jit(lambda p, x: capture(ruled, p, x))(params, inputs)
     _, details = jax.jit(explain_fn(module, "attn_lrp", details=True))(params, inputs)

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import tokentm_jax as tm
-from tokentm_jax.methods import METHODS
+from tokentm_jax.methods.table import METHODS
 
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 OPTIONS = {"smooth_grad": {"samples": 2}, "integrated_gradients": {"steps": 2}, "beyond_intuition": {"steps": 2}}

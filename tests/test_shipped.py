@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import tokentm_jax as tm
-from tokentm_jax.checkpoint import read_description
-from tokentm_jax.data import load_dataset
+from tokentm_jax.data.arrays import load_dataset
+from tokentm_jax.models.checkpoint import read_description
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "cifar10_vit.safetensors"

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tokentm_jax.interface import explain_fn
-from tokentm_jax.maps import token_map
-from tokentm_jax.metrics import rank_correlation
-from tokentm_jax.sources import batches, open_source
-from tokentm_jax.tokentm import TokenTM, contributions
-from tokentm_jax.trace import capture
-from tokentm_jax.vit import ViT, init_params
+from tokentm_jax.data.sources import batches, open_source
+from tokentm_jax.maths.maps import token_map
+from tokentm_jax.maths.tokentm import TokenTM, contributions
+from tokentm_jax.methods.explain import explain_fn
+from tokentm_jax.metrics.metrics import rank_correlation
+from tokentm_jax.models.capture import capture
+from tokentm_jax.models.vit import ViT, init_params
 
 BASE = {"img_size": (16, 24), "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 5}
 KINDS = {
@@ -24,7 +24,7 @@ OFF = {"length": False, "direction": "none", "initialise": False, "ffn": False}
 CASES = (
     ("distilled", {}),
     ("registers", {"first_block": 1, "end_block": 2}),
-    ("distilled", {"original": "normalised", "direction": "cosine", **OFF}),
+    ("distilled", {**OFF, "original": "normalised", "direction": "cosine"}),
     ("registers", {"attention": "plain"}),
 )
 

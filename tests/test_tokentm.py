@@ -7,8 +7,7 @@ import numpy as np
 import oracle
 import pytest
 
-from tokentm_jax.interface import explain_fn
-from tokentm_jax.tokentm import (
+from tokentm_jax.maths.tokentm import (
     Blocks,
     TokenTM,
     contributions,
@@ -17,7 +16,8 @@ from tokentm_jax.tokentm import (
     token_length,
     transformation_weights,
 )
-from tokentm_jax.trace import capture
+from tokentm_jax.methods.explain import explain_fn
+from tokentm_jax.models.capture import capture
 
 L, H, N, D = 3, 2, 5, 4
 
@@ -32,6 +32,7 @@ OPTIONS = [
     {"original": "normalised"},
     {"first_block": 1},
     {"first_block": 1, "end_block": 2},
+    {"length": False, "direction": "none"},
     {"length": False, "direction": "none", "initialise": False, "ffn": False},
 ]
 
@@ -55,11 +56,14 @@ def random_blocks(seed=0, batch=()):
 def test_full_map_and_row_equal_the_slow_loop(options):
     arrays, embedded = random_blocks()
     expected = oracle.full_map(arrays, embedded, **options)
-    blocks = Blocks(**jax.tree.map(jnp.asarray, arrays))
-    full = contributions(blocks, jnp.asarray(embedded), jnp.eye(N), TokenTM(**options))
+    choices = TokenTM(**options)
+    # What the choices do not use need not be there.
+    blocks = Blocks(**{name: jnp.asarray(a) if name in choices.uses() else None for name, a in arrays.items()})
+    embedded = embedded if choices.initialise else None
+    full = contributions(blocks, embedded, jnp.eye(N), choices)
     np.testing.assert_allclose(full, expected, rtol=2e-5, atol=2e-6)
     row = np.random.default_rng(1).dirichlet(np.ones(N)).astype(np.float32)
-    got = contributions(blocks, jnp.asarray(embedded), jnp.asarray(row), TokenTM(**options))
+    got = contributions(blocks, embedded, jnp.asarray(row), choices)
     np.testing.assert_allclose(got, row @ expected, rtol=2e-5, atol=2e-6)
 
 

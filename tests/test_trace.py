@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import tokentm_jax as tm
-from tokentm_jax.interface import explain_fn
-from tokentm_jax.trace import capture
-from tokentm_jax.vit import ViT, init_params
+from tokentm_jax.methods.explain import explain_fn
+from tokentm_jax.models.capture import capture
+from tokentm_jax.models.vit import ViT, init_params
 
 FIELDS: dict[str, Any] = {"img_size": (8, 12), "patch_size": 4, "embed_dim": 8, "num_heads": 2, "num_classes": 3}
 IMAGES = np.random.default_rng(0).normal(size=(2, 8, 12, 3)).astype(np.float32)
@@ -110,13 +110,99 @@ def test_a_users_own_module_is_read():
     got = jax.jit(explain_fn(Unrolled(scanned), "tokentm"))(own, IMAGES)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6 * float(expected.max()))
 
-    silent = Unrolled(scanned, perturbs=False)
+    silent = Unrolled(scanned, perturbs=False)  # what no method but LRP looks at may be missing
+    assert explain_fn(silent, "rollout")(own, IMAGES).shape == (2, 2, 3)
     with pytest.raises(tm.InputError, match="perturbs no 'final_tokens'"):
-        explain_fn(silent, "gae")(own, IMAGES)
-    assert explain_fn(silent, "rollout")(own, IMAGES).shape == (2, 2, 3)  # needs no gradient
-    for method, message in (("legrad", "'block' and 'classify'"), ("lrp", "field 'primitives'")):
+        capture(silent, own, IMAGES)
+    for method, message in (("legrad", "forward pass of tm.ViT; Unrolled has its own"), ("lrp", "field 'primitives'")):
         with pytest.raises(tm.InputError, match=message):
             explain_fn(Unrolled(scanned), method)(own, IMAGES)
+
+
+class Minimal(nn.Module):
+    """A module that shows what the table in `tokentm_jax.models.capture` lists for a few methods, and nothing else.
+
+    Two blocks of one head each on six patches, average pooled, each a Dense layer per projection.
+    """
+
+    shown: tuple[str, ...] = ()  # sown
+    perturbed: tuple[str, ...] = ()
+    grid = (2, 3)
+    prefix = 0
+    readout = (1 / 6,) * 6
+
+    def show(self, name, value):
+        if name in self.perturbed:
+            value = self.perturb(name, value)
+        if name in self.shown:
+            self.sow("intermediates", name, value)
+        return value
+
+    @nn.compact
+    def __call__(self, images):
+        b, d = len(images), 4
+        patches = images.reshape(b, 2, 4, 3, 4, 3).transpose(0, 1, 3, 2, 4, 5).reshape(b, 6, 48)
+        x = nn.Dense(d)(patches)
+        for block in range(2):
+            x = MinimalBlock(self.shown, self.perturbed, name=f"block_{block}")(x)
+        return nn.Dense(3)(x.mean(1))
+
+
+class MinimalBlock(Minimal):
+    @nn.compact
+    def __call__(self, x):
+        d = x.shape[-1]
+        x = self.show("tokens", x)
+        normalised = self.show("normalised", nn.LayerNorm()(x))
+        query, key, value = (nn.Dense(d, name=name)(normalised) for name in ("query", "key", "v"))
+        attention = self.show("attention", nn.softmax(jnp.einsum("bqd,bkd->bqk", query, key))[:, None])
+        out = nn.Dense(d, use_bias=False, name="out")
+        self.show("transformed_value", out(value))
+        branch = self.show("attention_branch", out(jnp.einsum("bhqk,bkd->bqd", attention, value)))
+        x = x + branch
+        return x + self.show("ffn_branch", nn.Dense(d, name="ffn")(nn.tanh(x)))
+
+
+CONTRACT = {  # method: (what it needs to be sown, what perturbed)
+    "rollout": (("attention",), ()),
+    "gae": (("attention",), ("attention",)),
+    "grad_cam": (("attention",), ("attention",)),
+    "beyond_intuition": (("attention",), ("attention",)),
+    "attcat": (("attention", "tokens"), ("tokens",)),
+    "grad_cam_tokens": (("normalised",), ("normalised",)),
+    "tokentm": (("attention", "tokens", "transformed_value", "attention_branch", "ffn_branch"), ("attention",)),
+}
+
+
+@pytest.fixture(scope="module")
+def full():
+    everything = tuple({name for shown, _ in CONTRACT.values() for name in shown})
+    module = Minimal(everything, ("attention", "tokens", "normalised"))
+    return module, module.init(jax.random.key(0), IMAGES)["params"]
+
+
+@pytest.mark.parametrize("method", CONTRACT)
+def test_a_module_that_follows_the_contract_and_no_more(full, method):
+    module, params = full
+    shown, perturbed = CONTRACT[method]
+    explain = explain_fn_of(method, params)
+    exact = Minimal(shown, perturbed)
+    maps, expected = jax.jit(lambda: (explain(exact), explain(module)))()
+    np.testing.assert_allclose(maps, expected, rtol=1e-5, atol=1e-7)
+    assert maps.shape == (2, 2, 3) and np.isfinite(maps).all() and maps.min() < maps.max()
+    for name in shown:
+        less = Minimal(tuple(n for n in shown if n != name), perturbed)
+        with pytest.raises(tm.InputError, match=f"sows no '{name}', which"):
+            explain(less)
+    if perturbed:
+        other = Minimal(shown, ("tokens",) if perturbed == ("attention",) else ("attention",))
+        with pytest.raises(tm.InputError, match=f"perturbs no '{perturbed[0]}', which"):
+            explain(other)
+
+
+def explain_fn_of(method, params):
+    options = {"steps": 2} if method == "beyond_intuition" else {}
+    return lambda module: explain_fn(module, method, **options)(params, IMAGES)
 
 
 def test_pure_functions_vmap(vit):

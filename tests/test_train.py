@@ -1,8 +1,12 @@
 """Training: it learns, it resumes exactly, and it fine-tunes."""
 
 import dataclasses
+import errno
 import json
+import os
 import runpy
+import shutil
+import signal
 from pathlib import Path
 
 import jax
@@ -11,9 +15,10 @@ import numpy as np
 import pytest
 
 import tokentm_jax as tm
-from tokentm_jax.data import Data
-from tokentm_jax.train import TrainConfig, augment, batches, cutmix, initial_params, train
-from tokentm_jax.vit import ViT, init_params
+from tokentm_jax.data.arrays import Data
+from tokentm_jax.models.vit import ViT, init_params
+from tokentm_jax.runs import train as training
+from tokentm_jax.runs.train import TrainConfig, accuracy, augment, batches, cutmix, initial_params, train
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 MODEL = {"img_size": (8, 8), "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 2}
@@ -55,8 +60,9 @@ def data():
 def whole(data, tmp_path_factory):
     """(folder, lines, accuracy) of an uninterrupted run."""
     folder, lines = tmp_path_factory.mktemp("whole"), []
+    test = data._replace(labels=1 - data.labels, class_names=data.class_names[::-1])  # classes go by name
     with jax.numpy_dtype_promotion("standard"):
-        return folder, lines, train(CONFIG, ViT(**MODEL), data, data, folder, lines.append)
+        return folder, lines, train(CONFIG, ViT(**MODEL), data, test, folder, lines.append)
 
 
 def test_learns_and_ships_a_file_that_loads(data, whole):
@@ -71,24 +77,114 @@ def test_learns_and_ships_a_file_that_loads(data, whole):
     assert (np.asarray(predicted) == data.labels).mean() == top_1
 
 
-def test_a_stopped_run_resumes_to_the_same_numbers(data, whole, tmp_path):
-    class Stop(Exception):
-        pass
+def test_a_stopped_run_resumes_to_the_same_numbers(data, whole, tmp_path, monkeypatch):
+    """Ctrl-C, then the same to the end; in between, everything that must not go on there."""
+    module, out, lines = ViT(**MODEL), tmp_path / "out", []
 
-    def stop_after_two(line):
+    def interrupt_after_two(line):
+        if line.startswith("epoch 1"):
+            with pytest.raises(tm.InputError, match="being written by another process"):
+                train(CONFIG, module, data, data, out, lines.append)
         if line.startswith("epoch 2"):
-            raise Stop
+            signal.raise_signal(signal.SIGINT)
 
-    module = ViT(**MODEL)
-    with pytest.raises(Stop):
-        train(CONFIG, module, data, data, tmp_path, stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        train(CONFIG, module, data, data, out, interrupt_after_two)
+
+    def refused(message, config=CONFIG, train_data=data, test_data=data):
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        with pytest.raises(tm.InputError, match=message):
+            train(config, module, train_data, test_data, out, lines.append)
+        assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} and not lines
+
+    refused("was made with seed 0, and this command has 1; choose another", dataclasses.replace(CONFIG, seed=1))
+    other = data.images.copy()
+    other[-1, 0, 0, 0] ^= 1
+    refused("was made with test_data toy, 80 images", test_data=data._replace(images=other))
+    fewer = data._replace(images=data.images[:40], labels=data.labels[:40])
+    refused("was made with train_data toy, 80 images .* this command has toy, 40 images", train_data=fewer)
+    with monkeypatch.context() as patch:
+        patch.setattr("tokentm_jax.identity.version_of", lambda package: f"another {package}")
+        refused("was made with versions")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("orbax.checkpoint.CheckpointManager.save", full)
+        with pytest.raises(tm.InputError, match="checkpoints/15 cannot be written: No space left on device; the same"):
+            train(CONFIG, module, data, data, out, lines.append)
+    assert lines == ["resumed at step 10 of 20"]
+
     lines = []
-    train(CONFIG, module, data, data, tmp_path, lines.append)
+    with (out / "log.jsonl").open("a") as file:
+        file.write('{"step": 15}\n')  # of a run that ended before its checkpoint was whole
+    train(CONFIG, module, data, data, out, lines.append)
     assert lines[0] == "resumed at step 10 of 20"
-    uninterrupted, resumed = (tm.load(checkpoint=folder / "toy.safetensors") for folder in (whole[0], tmp_path))
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in log] == [5, 10, 15, 20]
+    uninterrupted, resumed = (tm.load(checkpoint=folder / "toy.safetensors") for folder in (whole[0], out))
     jax.tree.map(np.testing.assert_array_equal, uninterrupted.params, resumed.params)
-    with pytest.raises(tm.InputError, match="another recipe"):
-        train(dataclasses.replace(CONFIG, seed=1), module, data, data, tmp_path, lines.append)
+
+
+def test_a_damaged_run_is_refused(data, whole, tmp_path):
+    folder, _, _ = whole
+    lines = []
+    cases = (
+        (lambda out: (out / "log.jsonl").write_text("[1]\n"), "log.jsonl is damaged"),
+        (lambda out: (out / "identity.json").write_text("[" * 100_000), "identity.json is not valid JSON"),
+        (lambda out: (out / "identity.json").write_text("{}"), "does not say its name"),
+        (lambda out: (out / "identity.json").unlink(), "is not a file of this program"),
+        (
+            lambda out: [os.truncate(p, 0) for p in (out / "checkpoints/20").rglob("*") if p.is_file()],
+            "checkpoints/20 is damaged",
+        ),
+        (lambda out: (out / "checkpoints/20").rename(out / "checkpoints/21"), "checkpoints/21 is of step 20 of 20"),
+    )
+    for number, (damage, message) in enumerate(cases):
+        out = tmp_path / str(number)
+        shutil.copytree(folder, out)
+        damage(out)
+        with pytest.raises(tm.InputError, match=message):
+            train(CONFIG, ViT(**MODEL), data, data, out, lines.append)
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "expected"),
+    [
+        ("name", ["../x", "a/b", "..", "", "a\0b", "x" * 101, "a\nb"], "must be a plain name"),
+        ("name", [3, None, ["a"]], "must be a valid string"),
+        ("epochs", [0, -1.5], "must be greater than 0"),
+        ("epochs", ["3", None, True, [3]], "must be a valid number"),
+        ("epochs", [float("nan"), float("inf")], "must be a finite number"),
+        ("epochs", [1e-9, 1e300], "must make 1 to 2147483647 steps"),
+        ("batch_size", [0, -1], "must be greater than or equal to 1"),
+        ("batch_size", [2.5, True, "16"], "must be a valid integer"),
+        ("cutmix", [-0.1], "must be greater than or equal to 0"),
+        ("label_smoothing", [1.1], "must be less than or equal to 1"),
+        ("patch_drop", [1.0], "must be less than 1"),
+        ("flip", [1, "yes"], "must be a valid boolean"),
+        ("std", [(0.1, 0.0, 0.1), [0.1, -1, 0.1]], r"\[1\] must be greater than 0"),
+        ("std", [0.1, "abc"], "must be a valid tuple"),
+        ("fine_tune", [("a",)], r"is wrong|lacks 1"),
+        ("model", [3, "deit"], "must be a valid"),
+        ("seed", [-1, 2**31], "than or equal to"),
+    ],
+)
+def test_fields_of_a_recipe_are_checked(data, tmp_path, field, values, expected):
+    for value in values:
+        config = dataclasses.replace(CONFIG, **{field: value})
+        with pytest.raises(tm.InputError, match=f"the recipe: '{field}'.*({expected})"):
+            train(config, ViT(**MODEL), data, data, tmp_path, lambda _: None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_accuracy_is_compiled_once(data):
+    params = init_params(ViT(**MODEL), jax.random.key(0))
+    found = accuracy(CONFIG, ViT(**MODEL), params, data)
+    before = training._hits._cache_size()
+    assert accuracy(dataclasses.replace(CONFIG, seed=1), ViT(**MODEL), params, data) == found
+    assert training._hits._cache_size() == before
 
 
 def test_fine_tuning_starts_from_a_checkpoint_with_a_fresh_head(data, tmp_path):

@@ -7,55 +7,73 @@ __version__ = "0.1.0"
 
 # Where each public name lives. They are imported on first use, so that `tokentm --help` does not wait for JAX.
 _HOMES = {
-    "load": "loading",
-    "LoadedViT": "loading",
-    "explain": "interface",
-    "explain_fn": "interface",
-    "open_maps": "store",
-    "over_devices": "sharding",
-    "over_width": "sharding",
-    "METHODS": "methods",
-    "combine": "maps",
-    "to_pixels": "maps",
-    "capture": "trace",
-    "Trace": "trace",
-    "TokenTM": "tokentm",
-    "contributions": "tokentm",
-    "ViT": "vit",
-    "init_params": "vit",
-    "ARCHITECTURES": "architectures",
-    "build": "architectures",
-    "Preprocessing": "preprocessing",
-    "read_checkpoint": "checkpoint",
-    "write_checkpoint": "checkpoint",
+    "load": "models.loading",
+    "LoadedViT": "models.loading",
+    "explain": "methods.explain",
+    "explain_fn": "methods.explain",
+    "open_maps": "runs.store",
+    "over_devices": "models.sharding",
+    "over_width": "models.sharding",
+    "METHODS": "methods.table",
+    "combine": "maths.maps",
+    "to_pixels": "maths.maps",
+    "capture": "models.capture",
+    "Trace": "models.capture",
+    "TokenTM": "maths.tokentm",
+    "contributions": "maths.tokentm",
+    "ViT": "models.vit",
+    "init_params": "models.vit",
+    "ARCHITECTURES": "models.architectures",
+    "build": "models.architectures",
+    "Preprocessing": "data.preprocessing",
+    "read_checkpoint": "models.checkpoint",
+    "write_checkpoint": "models.checkpoint",
     "InputError": "errors",
+    "EvaluateConfig": "metrics.tasks",
+    "Row": "metrics.tasks",
+    "rows": "metrics.tasks",
+    "PAPER_ROWS": "metrics.tasks",
+    "COMPONENT_ROWS": "metrics.tasks",
+    "CHOICE_ROWS": "metrics.tasks",
+    "depth_rows": "metrics.tasks",
+    "sanity_rows": "metrics.tasks",
+    "TrainConfig": "runs.train",
 }
 
 __all__ = [*_HOMES, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
-    from tokentm_jax.architectures import ARCHITECTURES as ARCHITECTURES
-    from tokentm_jax.architectures import build as build
-    from tokentm_jax.checkpoint import read_checkpoint as read_checkpoint
-    from tokentm_jax.checkpoint import write_checkpoint as write_checkpoint
+    from tokentm_jax.data.preprocessing import Preprocessing as Preprocessing
     from tokentm_jax.errors import InputError as InputError
-    from tokentm_jax.interface import explain as explain
-    from tokentm_jax.interface import explain_fn as explain_fn
-    from tokentm_jax.loading import LoadedViT as LoadedViT
-    from tokentm_jax.loading import load as load
-    from tokentm_jax.maps import combine as combine
-    from tokentm_jax.maps import to_pixels as to_pixels
-    from tokentm_jax.methods import METHODS as METHODS
-    from tokentm_jax.preprocessing import Preprocessing as Preprocessing
-    from tokentm_jax.sharding import over_devices as over_devices
-    from tokentm_jax.sharding import over_width as over_width
-    from tokentm_jax.store import open_maps as open_maps
-    from tokentm_jax.tokentm import TokenTM as TokenTM
-    from tokentm_jax.tokentm import contributions as contributions
-    from tokentm_jax.trace import Trace as Trace
-    from tokentm_jax.trace import capture as capture
-    from tokentm_jax.vit import ViT as ViT
-    from tokentm_jax.vit import init_params as init_params
+    from tokentm_jax.maths.maps import combine as combine
+    from tokentm_jax.maths.maps import to_pixels as to_pixels
+    from tokentm_jax.maths.tokentm import TokenTM as TokenTM
+    from tokentm_jax.maths.tokentm import contributions as contributions
+    from tokentm_jax.methods.explain import explain as explain
+    from tokentm_jax.methods.explain import explain_fn as explain_fn
+    from tokentm_jax.methods.table import METHODS as METHODS
+    from tokentm_jax.metrics.tasks import CHOICE_ROWS as CHOICE_ROWS
+    from tokentm_jax.metrics.tasks import COMPONENT_ROWS as COMPONENT_ROWS
+    from tokentm_jax.metrics.tasks import PAPER_ROWS as PAPER_ROWS
+    from tokentm_jax.metrics.tasks import EvaluateConfig as EvaluateConfig
+    from tokentm_jax.metrics.tasks import Row as Row
+    from tokentm_jax.metrics.tasks import depth_rows as depth_rows
+    from tokentm_jax.metrics.tasks import rows as rows
+    from tokentm_jax.metrics.tasks import sanity_rows as sanity_rows
+    from tokentm_jax.models.architectures import ARCHITECTURES as ARCHITECTURES
+    from tokentm_jax.models.architectures import build as build
+    from tokentm_jax.models.capture import Trace as Trace
+    from tokentm_jax.models.capture import capture as capture
+    from tokentm_jax.models.checkpoint import read_checkpoint as read_checkpoint
+    from tokentm_jax.models.checkpoint import write_checkpoint as write_checkpoint
+    from tokentm_jax.models.loading import LoadedViT as LoadedViT
+    from tokentm_jax.models.loading import load as load
+    from tokentm_jax.models.sharding import over_devices as over_devices
+    from tokentm_jax.models.sharding import over_width as over_width
+    from tokentm_jax.models.vit import ViT as ViT
+    from tokentm_jax.models.vit import init_params as init_params
+    from tokentm_jax.runs.store import open_maps as open_maps
+    from tokentm_jax.runs.train import TrainConfig as TrainConfig
 
 
 def __getattr__(name: str) -> Any:

@@ -1,11 +1,11 @@
 """The program `tokentm`, also `python -m tokentm_jax`."""
 
-from tokentm_jax.process import run_process
+from tokentm_jax.cli.process import run_process
 
 
 def run() -> None:
     def command() -> None:
-        from tokentm_jax.cli import main  # only now: Ctrl-C may come while it is imported
+        from tokentm_jax.cli.main import main  # only now: Ctrl-C may come while it is imported
 
         main(prog_name="tokentm")
 

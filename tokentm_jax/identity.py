@@ -20,7 +20,7 @@ from tokentm_jax.errors import InputError
 from tokentm_jax.files import opened, read_json, reason, write_json
 
 if TYPE_CHECKING:
-    from tokentm_jax.loading import LoadedViT
+    from tokentm_jax.models.loading import LoadedViT
 
 Terms = Mapping[str, Any]
 PACKAGES = ("tokentm_jax", "jax", "jaxlib", "flax", "numpy", "pillow")  # that numbers depend on

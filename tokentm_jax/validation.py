@@ -1,26 +1,61 @@
-"""Values from outside against the type annotations they must meet: options, recipes, configs.
+"""Values from outside against the type annotations they must meet: options, recipes, configs, what is read from JSON.
 
 The annotation is the one place that says what a value may be: `Literal["mean", "max"]`, `int`,
-`Annotated[int, Ge(1)]` (of `annotated_types`). pydantic does the checking, strictly: a bool is no number, a text is
-no list; a whole number is accepted for a float, and NumPy's scalars count as Python's.
+`Annotated[int, Ge(1)]` (of `annotated_types`), a TypedDict. pydantic does the checking, strictly: a bool is no
+number, a text is no list; a whole number is accepted for a float, and NumPy's scalars count as Python's.
 """
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any, get_type_hints
+import inspect
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, get_type_hints
 
 import numpy as np
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from annotated_types import Len
+from pydantic import AfterValidator, ConfigDict, FailFast, TypeAdapter, ValidationError, with_config
+from pydantic_core import PydanticCustomError
+from typing_extensions import is_typeddict
 
-from tokentm_jax.errors import InputError
+from tokentm_jax.errors import InputError, suggest
 
 _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False, revalidate_instances="always")
 _SHOWN = 80  # characters of a wrong value
+_LONGEST_NAME = 100  # bytes
+
+
+def _plain_name(name: str) -> str:
+    bad = name in ("", ".", "..") or any(c in "/\\:" or not c.isprintable() for c in name)
+    if bad or len(name.encode(errors="replace")) > _LONGEST_NAME:
+        expected = "Input should be a plain name (of at most {most} bytes, without / \\ : and such)"
+        raise PydanticCustomError("name", expected, {"most": _LONGEST_NAME})
+    return name
+
+
+Name = Annotated[str, AfterValidator(_plain_name)]  # what a file or folder is called: never a path
+
+
+class _FailFast(FailFast):
+    """Ends a list at its first fault; hashable, which pydantic's own is not."""
+
+    __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]
+
+
+_FIRST_FAULT = _FailFast()
+
+
+def lists_of(kind: Any, *lengths: int) -> Any:
+    """The annotation of an array [n, *lengths] as lists in lists."""
+    for length in reversed(lengths):
+        kind = Annotated[list[kind], Len(length, length), _FIRST_FAULT]
+    return Annotated[list[kind], _FIRST_FAULT]
 
 
 @functools.lru_cache(maxsize=512)
 def _adapter(annotation: Any) -> TypeAdapter[Any]:
+    if is_typeddict(annotation):  # takes no config from outside
+        return TypeAdapter(with_config(_STRICT)(annotation))
     return TypeAdapter(annotation, config=_STRICT)
 
 
@@ -30,11 +65,7 @@ def checked(where: str, annotation: Any, value: Any) -> Any:
     try:
         return _adapter(annotation).validate_python(value)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        inside = "".join(f"[{part!r}]" for part in first["loc"] if isinstance(part, int) or isinstance(value, Mapping))
-        start, _, expected = first["msg"].partition("Input should be ")
-        fault = f"is wrong ({start})" if start else f"must be {expected}"
-        raise InputError(f"{where}{inside} {fault}, got {_shown(value)}") from None
+        raise InputError(f"{where}{_fault(error, value)}") from None
     except RecursionError:
         raise InputError(f"{where} is nested too deeply") from None
 
@@ -49,13 +80,60 @@ def check_fields(config: Any, where: str) -> Any:
     return dataclasses.replace(config, **fields)
 
 
+def check_options(where: str, kind: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a function (its keyword-only arguments) or of a dataclass, each of which meets its annotation.
+
+    InputError "unknown option of {where} ..." or "option 'name' of {where} must be ..., got ...".
+    """
+    hints, every = get_type_hints(kind, include_extras=True), dataclasses.is_dataclass(kind)
+    parameters = inspect.signature(kind).parameters.values()
+    known = [p.name for p in parameters if every or p.kind is p.KEYWORD_ONLY]
+    for name in options:
+        if name not in known:
+            raise suggest(f"option of {where}", name, known)
+    return {name: checked(f"option {name!r} of {where}", hints[name], value) for name, value in options.items()}
+
+
 def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
+def _fault(error: ValidationError, value: Any) -> str:
+    """The place inside the value, what was expected there and what was found."""
+    errors = error.errors(include_url=False, include_input=False)
+    inside, wrong, rest = _find(value, errors[0]["loc"])
+    if errors[0]["type"] == "missing":
+        return f"{inside} lacks {rest[0]!r}"
+    # The branches of a union fail each for itself, at the same place.
+    messages = [e["msg"] for e in errors if _find(value, e["loc"])[0] == inside]
+    expected = [message.removeprefix("Input should be ") for message in dict.fromkeys(messages)]
+    fault = f"must be {' or '.join(expected)}" if messages[0] != expected[0] else f"is wrong ({expected[0]})"
+    return f"{inside} {fault}, got {_shown(wrong)}"
+
+
+def _find(value: Any, place: Sequence[Any]) -> tuple[str, Any, Sequence[Any]]:
+    """Follow a place: how it is written, what is there, and what does not lead on, such as the branch of a union."""
+    inside = ""
+    for number, part in enumerate(place):
+        if dataclasses.is_dataclass(value) and hasattr(value, str(part)):
+            value = getattr(value, str(part))
+        elif isinstance(value, Mapping | list | tuple):
+            try:
+                value = value[part]
+            except (LookupError, TypeError):
+                return inside, value, place[number:]
+        else:
+            return inside, value, place[number:]
+        inside += f"[{part!r}]"
+    return inside, value, ()
+
+
 def _shown(value: Any) -> str:
+    """At most `_SHOWN` characters of a value of any size, depth and kind."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = _SHOWN
     try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # a number of over 4,300 digits; lists in lists
-        text = f"a very long {type(value).__name__}"
+        text = short.repr(value)
+    except Exception:  # a number of too many digits, an object whose own text fails
+        text = type(value).__name__
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

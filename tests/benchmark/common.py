@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokentm_jax.architectures import architecture, build
-from tokentm_jax.vit import ViT, init_params
+from tokentm_jax.models.architectures import architecture, build
+from tokentm_jax.models.vit import ViT, init_params
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 

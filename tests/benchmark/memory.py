@@ -15,8 +15,8 @@ from common import named_vit, names, numbers, parser, publish, table
 from ratios import forward, forward_backward
 
 import tokentm_jax as tm
-from tokentm_jax.primitives import wide
-from tokentm_jax.vit import ViT, init_params
+from tokentm_jax.maths.primitives import wide
+from tokentm_jax.models.vit import ViT, init_params
 
 STORE, RECOMPUTE = {"memory": "store"}, {"memory": "recompute"}
 # The rows: (method, options).

@@ -15,7 +15,7 @@ from common import alternate, milliseconds, names, parser, publish, random_image
 from jax import Array
 
 import tokentm_jax as tm
-from tokentm_jax.vit import ViT
+from tokentm_jax.models.vit import ViT
 
 # method: (at most so many forward passes, at most so many forward and backward passes)
 TARGETS = {"tokentm": (2.6, 1.10), "gae": (2.6, 1.10), "rollout": (1.15, None), "raw_attention": (1.15, None)}

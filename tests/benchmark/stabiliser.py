@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 import tokentm_jax as tm
-from tokentm_jax import relevance
-from tokentm_jax.interface import explain_fn
+from tokentm_jax.maths import relevance
+from tokentm_jax.methods.explain import explain_fn
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:

@@ -16,9 +16,9 @@ from pathlib import Path
 import jax
 from common import parser, publish, table
 
-from tokentm_jax.architectures import architecture, build
-from tokentm_jax.checkpoint import write_checkpoint
-from tokentm_jax.vit import init_params
+from tokentm_jax.models.architectures import architecture, build
+from tokentm_jax.models.checkpoint import write_checkpoint
+from tokentm_jax.models.vit import init_params
 
 ROOT = Path(__file__).resolve().parents[2]
 PHOTO = ROOT / "notebooks" / "chelsea.png"

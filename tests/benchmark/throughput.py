@@ -24,9 +24,9 @@ import numpy as np
 from common import SHARED, alternate, named_vit, names, numbers, parser, publish, random_images, spread, table
 
 import tokentm_jax as tm
-from tokentm_jax import metrics
-from tokentm_jax.checkpoint import read_tensors, to_params, to_timm
-from tokentm_jax.vit import ViT, init_params
+from tokentm_jax.metrics import metrics
+from tokentm_jax.models.checkpoint import read_tensors, to_params, to_timm
+from tokentm_jax.models.vit import ViT, init_params
 
 try:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # or PyTorch's idle threads take the cores while JAX is timed

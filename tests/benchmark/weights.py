@@ -10,8 +10,8 @@ import numpy as np
 from common import SHARED, parser, publish, table
 
 import tokentm_jax as tm
-from tokentm_jax.sources import batches, open_source
-from tokentm_jax.tokentm import TokenTM, block_weights
+from tokentm_jax.data.sources import batches, open_source
+from tokentm_jax.maths.tokentm import TokenTM, block_weights
 
 CASES = (
     ("deit_tiny_patch16_224", SHARED / "data/deit_tiny_patch16_224.safetensors", SHARED / "data/imagenet_sample"),
@@ -27,7 +27,7 @@ def measure(model: str | None, checkpoint: str | None, data: str) -> list[list[s
     vit = tm.load(model, checkpoint)
     images = next(batches(open_source(data, limit=32), vit.preprocessing, 32)).images.astype(np.float32) / 255
     inputs = vit.preprocessing.normalise(images)
-    blocks = jax.jit(lambda p, x: tm.capture(vit.module, p, x, gradients=False).blocks())(vit.params, inputs)
+    blocks = jax.jit(lambda p, x: tm.capture(vit.module, p, x).blocks())(vit.params, inputs)
     rows = []
     for reading, options in READINGS.items():
         weights = jax.vmap(jax.vmap(lambda block, options=options: block_weights(block, options)))(blocks)

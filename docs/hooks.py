@@ -1,0 +1,48 @@
+"""What MkDocs does beside its plugins: equations become MathML, the help of the commands becomes a page, and
+pictures of the notebooks are files of the site, too.
+
+MathML is made when the site is built, so that a page needs neither JavaScript nor another server to show it.
+"""
+
+import html
+import re
+from pathlib import Path
+
+import click
+from latex2mathml.converter import convert
+from mkdocs.structure.files import File
+
+from tokentm_jax.cli.main import main
+
+ROOT = Path(__file__).resolve().parent.parent
+PICTURES = ("cat.jpg", "espresso.jpg", "methods.jpg")  # of notebooks/, where the README shows them, too
+# What pymdownx.arithmatex makes of $...$ and of $$...$$.
+EQUATION = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+
+
+def on_files(files, config):
+    for name in PICTURES:
+        files.append(File.generated(config, f"images/{name}", abs_src_path=str(ROOT / "notebooks" / name)))
+    return files
+
+
+def on_page_markdown(markdown, **_):
+    return re.sub(r"^::: commands$", lambda _: "\n\n".join(_helps()), markdown, flags=re.MULTILINE)
+
+
+def on_page_content(content, **_):
+    return EQUATION.sub(_mathml, content)
+
+
+def _helps():
+    """A section of Markdown for each command: what `--help` prints. (mkdocs-click loses <names> and examples.)"""
+    for name, command in main.commands.items():
+        context = click.Context(command, info_name=f"tokentm {name}", max_content_width=88, terminal_width=88)
+        context.help_option_names = ["-h", "--help"]
+        yield f"## tokentm {name}\n\n```text\n{command.get_help(context)}\n```"
+
+
+def _mathml(found):
+    tag, latex = found[1], html.unescape(found[2]).strip()
+    shown = convert(latex, display="block" if tag == "div" else "inline")
+    return f'<{tag} class="equation">{shown}</{tag}>'

@@ -1,0 +1,172 @@
+"""What the README, the documentation and the docstrings show and say.
+
+Python examples are run, page by page, in a folder with a photo `cat.jpg` and labelled `photos`. Commands are parsed,
+and those of `RUN` are run. Tables that list what the code has are compared with it.
+"""
+
+import dataclasses
+import inspect
+import re
+import shlex
+import shutil
+from pathlib import Path
+from unittest.mock import patch
+
+import click
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+from sybil import Sybil
+from sybil.document import PythonDocStringDocument
+from sybil.parsers.doctest import DocTestParser
+from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
+
+import tokentm_jax as tm
+from tokentm_jax.cli.main import main
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SOURCES = [path for path in sorted((ROOT / "tokentm_jax").rglob("*.py")) if ">>> " in path.read_text()]
+RUN = {  # commands whose results their pages go on with; the others are parsed
+    "tokentm explain cat.jpg --target cat",
+    "tokentm dataset photos/ --out maps --methods tokentm,gae",
+}
+OTHER_PROGRAMS = {"make", "pip", "pytest", "python", "tfds"}
+INLINE = re.compile(r"`((?:tokentm|make|pytest|python) [^`]+)`")
+FOLDERS = ("configs/", "docs/", "models/", "notebooks/", "tests/")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The working directory of the examples."""
+    shutil.copy(ROOT / "notebooks" / "chelsea.png", tmp_path / "cat.jpg")
+    photo = Image.open(tmp_path / "cat.jpg").resize((48, 40))
+    for number, label in enumerate(("cat", "cat", "dog", "frog")):
+        (tmp_path / "photos" / label).mkdir(parents=True, exist_ok=True)
+        photo.rotate(20 * number).save(tmp_path / "photos" / label / f"{number}.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def commands(text):
+    """The commands of a shell example, a list of words each."""
+    lines = text.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def check_command(words):
+    """The command exists with these options, and so do the files of the repository that it names."""
+    for word in words:
+        path = word.partition("::")[0]
+        if path.startswith(FOLDERS) and "*" not in path:
+            assert (ROOT / path).exists(), f"{path} does not exist"
+    if words[0] == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert set(words[1:2]) <= {*targets, "..."}, f"no such target: {words}"
+    elif words[0] != "tokentm":
+        assert words[0].rpartition("/")[2] in OTHER_PROGRAMS, f"unknown program: {words}"
+    elif words[1:] != ["--help"]:
+        command = main.commands[words[1]]
+        command.make_context(f"tokentm {words[1]}", words[2:], help_option_names=["-h", "--help"])
+
+
+def run_shell(example):
+    for words in commands(example.parsed):
+        try:
+            check_command(words)
+        except (AssertionError, KeyError, click.UsageError) as error:
+            raise AssertionError(f"{example.path}, line {example.line}: {shlex.join(words)}: {error}") from None
+        if shlex.join(words) in RUN:
+            result = CliRunner().invoke(main, words[1:], catch_exceptions=False)
+            assert result.exit_code == 0, result.output
+
+
+def parameter(page):
+    slow = page.name == "devices.md"  # compiles for eight devices
+    return pytest.param(page, id=str(page.relative_to(ROOT)), marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize("page", [parameter(page) for page in PAGES])
+def test_examples_of_a_page(page, folder):
+    from tokentm_jax.metrics.tasks import TASKS
+
+    parsers = [PythonCodeBlockParser(), CodeBlockParser("sh", run_shell), SkipParser()]
+    with patch.dict(tm.METHODS), patch.dict(TASKS):  # examples may add rows
+        for example in Sybil(parsers).parse(page).examples():
+            example.evaluate()
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_examples_of_docstrings(source, folder):
+    for example in Sybil([DocTestParser()], document_types={".py": PythonDocStringDocument}).parse(source).examples():
+        example.evaluate()
+
+
+def test_commands_within_sentences():
+    found = [(page, command) for page in PAGES for command in INLINE.findall(page.read_text())]
+    assert len(found) > 20
+    for page, command in found:
+        words = [word for word in commands(command)[0] if word not in ("...", "PHOTO...")]
+        try:
+            check_command([word for word in words if not word.endswith("=")])
+        except click.MissingParameter:
+            pass  # a sentence may name the command alone
+        except (AssertionError, KeyError, click.UsageError) as error:
+            raise AssertionError(f"{page}: {command}: {error}") from None
+
+
+def test_links_of_the_readme():
+    """Those of the pages are checked when the site is built."""
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            assert link.startswith("https://") or (page.parent / link).exists(), f"{page.name}: {link}"
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def cells(page, header):
+    """The rows of the table that begins with `header`, without the backticks of their cells."""
+    text = (ROOT / "docs" / page).read_text()
+    table = text[text.index(header) :].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip().replace("`", "") for cell in row.strip("|").split("|")] for row in table]
+
+
+def test_the_table_of_methods_is_that_of_the_code():
+    rows = {name: rest for name, *rest in cells("reference/methods.md", "| name | source |")}
+    assert list(rows) == list(tm.METHODS)
+    for name, (source, specific, output, passes) in rows.items():
+        method = tm.METHODS[name]
+        assert (specific, output, passes) == ("yes" if method.class_specific else "no", method.output, method.passes)
+        assert method.paper.partition(",")[0] in source
+    named = set(re.findall(r"`(\w+)`", (ROOT / "README.md").read_text().split("## What was measured")[0]))
+    assert set(tm.METHODS) <= named
+
+
+def test_every_option_is_documented():
+    documented = set()
+    methods: list[str] = []
+    for names, option, *_ in cells("reference/methods.md", "| method | option |"):
+        methods = [name.strip() for name in names.split(",")] if names else methods
+        documented |= {(method, option) for method in methods}
+    expected = set()
+    for name, method in tm.METHODS.items():
+        parameters = inspect.signature(method.options or method.function).parameters.values()
+        expected |= {(name, p.name) for p in parameters if method.options or p.kind is p.KEYWORD_ONLY}
+    assert documented == expected
+
+
+def test_every_field_and_name_is_documented():
+    from tokentm_jax.metrics.tasks import TASKS, EvaluateConfig
+    from tokentm_jax.runs.train import TrainConfig
+
+    page = lambda name: (ROOT / "docs" / "reference" / name).read_text()  # noqa: E731
+    configs, api = page("configs.md"), page("api.md")
+    fields = [field.name for kind in (EvaluateConfig, TrainConfig) for field in dataclasses.fields(kind)]
+    files = [path.name for path in (ROOT / "configs").glob("*.py")]
+    missing = [name for name in (*fields, *files) if f"`{name}`" not in configs]
+    missing += [name for name in TASKS if f'"{name}"' not in configs]
+    missing += [name for name in tm.__all__ if name != "__version__" and f"::: tokentm_jax.{name}\n" not in api]
+    flax = {"parent", "name"}  # fields of every Linen module
+    missing += [f.name for f in dataclasses.fields(tm.ViT) if f.name not in flax and f"`{f.name}`" not in api]
+    missing += [name for name in tm.Trace._fields if f"`{name}`" not in page("capture.md")]
+    assert not missing

@@ -1,0 +1,107 @@
+"""What the entry points refuse, and what they mark where nothing can be refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import tiny_vit
+
+import tokentm_jax as tm
+from tokentm_jax.methods.explain import explain_fn
+
+
+@pytest.fixture(scope="module")
+def vit():
+    return tiny_vit(1)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).random((2, 16, 24, 3)).astype(np.float32)
+
+
+def changed(images, value):
+    out = images.copy()
+    out[1, 2, 3, 1] = value
+    return out
+
+
+def test_images_that_are_none_are_refused(vit, images):
+    for wrong, message in (
+        (images * 255, r"images must be in \[0, 1\], got values from .* to 25.*: divide pixels in 0 ... 255 by 255"),
+        ((images - 0.45) / 0.22, r"got values from -2\.\d* to 2\.\d*: leave out the normalisation"),
+        (changed(images, np.nan), "got NaN or infinite values"),
+        (changed(images, -np.inf), "got NaN or infinite values"),
+        (jnp.asarray(changed(images, np.nan)), "got NaN or infinite values"),
+        (images.tolist(), r"images must be an array \[B, H, W, 3\], got a list; numpy.stack makes one"),
+        (None, "got a NoneType"),
+        (images[:0], "one image at least, got an empty batch"),
+        (images[0], r"images must be \[B, 16, 24, 3\], got \[16, 24, 3\]"),
+        ((images * 255).astype(np.uint8), "floating-point numbers in .*, got uint8"),
+        (images.astype(object), "got object"),
+    ):
+        with pytest.raises(tm.InputError, match=message):
+            vit.preprocessing.checked(wrong)
+        with pytest.raises(tm.InputError, match=message):
+            tm.explain(vit, wrong, "raw_attention")
+
+
+def test_images_that_are_right_in_another_form(vit, images):
+    expected = tm.explain(vit, images, "raw_attention")
+    for same in (images.astype(np.float64), jnp.asarray(images), np.asfortranarray(images)):
+        np.testing.assert_array_equal(tm.explain(vit, same, "raw_attention"), expected)
+    assert vit.preprocessing.checked(images.astype(np.float64)).dtype == jnp.float32
+    with jax.enable_x64(True):
+        assert vit.preprocessing.checked(images.astype(np.float64)).dtype == jnp.float64
+    overshot = np.clip(images * 1.4 - 0.2, -0.2, 1.2)  # as bicubic resizing leaves it
+    assert np.isfinite(tm.explain(vit, overshot, "raw_attention")).all()
+    # Inside a compiled function the values are not known yet.
+    inside = jax.jit(lambda x: tm.explain(vit, x, "raw_attention"))(images)
+    np.testing.assert_allclose(inside, expected, rtol=1e-6)
+
+
+def test_a_sample_without_a_map_leaves_the_others_their_derivatives(vit, images):
+    """NaN in one sample's pixels reaches neither the other's gradient nor that of the parameters."""
+    inputs = np.asarray(vit.preprocessing.normalise(images))
+    explain = explain_fn(vit.module, "tokentm", details=True)
+
+    @jax.jit
+    def run(inputs, target):
+        def total(params, inputs):
+            maps, details = explain(params, inputs, target)
+            return (maps[0] * jnp.arange(6.0).reshape(2, 3)).sum(), (maps, details)
+
+        (_, found), gradients = jax.value_and_grad(total, (0, 1), has_aux=True)(vit.params, inputs)
+        return found, gradients
+
+    good = jnp.array([1, 2], jnp.int32)
+    (maps, details), gradients = run(inputs, good)
+    for broken, target in ((changed(inputs, np.nan), good), (inputs, jnp.array([1, 5])), (inputs, jnp.array([1, -2]))):
+        (again, more), same = run(broken, target)
+        np.testing.assert_array_equal(again[0], maps[0])
+        assert np.isnan(again[1]).all()
+        jax.tree.map(np.testing.assert_array_equal, (same[0], same[1][0]), (gradients[0], gradients[1][0]))
+        if broken is inputs:  # the image is right: its logits are known
+            np.testing.assert_array_equal(more["logits"], details["logits"])
+        else:
+            assert np.isnan(more["logits"][1]).all() and np.isfinite(more["logits"][0]).all()
+
+
+def test_logits_that_are_not_finite_give_no_map(vit, images):
+    params = {**vit.params, "head": {**vit.params["head"], "bias": jnp.array([0, 0, jnp.nan, 0, 0])}}
+    assert np.isnan(jax.jit(explain_fn(vit.module, "rollout"))(params, images)).all()
+
+
+def test_pixels_of_a_map_that_is_none():
+    maps = np.random.default_rng(0).normal(size=(4, 3, 4)).astype(np.float32)
+    expected = np.asarray(tm.to_pixels(jnp.asarray(maps), (9, 8)))
+    assert not expected.min() and expected.max() == pytest.approx(1)
+    maps[1] = np.nan
+    maps[2, 1, 1] = np.inf
+    maps[3] = 7
+    for size in ((9, 8), (3, 4)):
+        pixels = np.asarray(tm.to_pixels(jnp.asarray(maps), size))
+        assert np.isnan(pixels[1:3]).all()
+        assert not pixels[3].any()
+        assert pixels[0].max() == pytest.approx(1)
+    np.testing.assert_array_equal(np.asarray(tm.to_pixels(jnp.asarray(maps), (9, 8)))[0], expected[0])

@@ -1,0 +1,183 @@
+"""Which class of the model a data set's class is: never by its place among the others."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from conftest import tiny_vit
+from PIL import Image
+
+from tokentm_jax.cli import main
+from tokentm_jax.data import labels
+from tokentm_jax.data.labels import read_label_map, translation
+from tokentm_jax.data.sources import Source, open_source
+from tokentm_jax.errors import InputError
+from tokentm_jax.metrics.tasks import EvaluateConfig
+from tokentm_jax.models.checkpoint import write_checkpoint
+from tokentm_jax.runs.dataset import DatasetConfig, explain_dataset
+from tokentm_jax.runs.evaluate import evaluate
+from tokentm_jax.runs.store import open_maps
+
+NAMES = ("airplane", "crane", "polar bear", "crane", "truck")
+WNIDS = ("n02691156", "n02012849", "n02134084", "n03126707", "n04490091")
+
+
+@pytest.fixture(scope="module")
+def vit():
+    return dataclasses.replace(tiny_vit(1), class_names=NAMES, wnids=WNIDS)
+
+
+def source(*names, **changes):
+    return dataclasses.replace(Source("the set", lambda: "", ("a",), lambda _: None, names), **changes)
+
+
+@pytest.mark.parametrize(
+    ("names", "label_map", "expected"),
+    [
+        (("truck", "airplane"), None, [4, 0]),
+        (("Polar_Bear", "TRUCK"), None, [2, 4]),  # one name that differs in case and underscores alone
+        (("n03126707", "n02012849", "truck"), None, [3, 1, 4]),
+        (("lorry", "airplane"), {"lorry": "truck"}, [4, 0]),
+        (("a", "b", "c"), {"a": 3, "b": "n02012849", "c": "4"}, [3, 1, 4]),
+        (("a", "truck"), {"a": "truck"}, [4, 4]),  # a map may put two classes together
+        (NAMES, None, None),
+    ],
+)
+def test_classes_go_by_name_and_wnid_and_map(vit, names, label_map, expected):
+    found = translation(vit, source(*names), label_map)
+    assert found is None if expected is None else found.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "label_map", "message"),
+    [
+        # As many classes as the model has, which were once taken in their order.
+        (("airplane", "bat", "camel", "deer", "trucks"), None, r"4 of its 5 classes: .*'trucks' \(nearest: 'truck'\)"),
+        (("crane", "truck"), None, "the classes 1, 3 of the name 'crane'"),
+        (("Crane",), None, "the classes 1, 3 of the name 'Crane'"),
+        (("Truck", "truck"), None, "'Truck' and 'truck' are both class 4"),
+        (tuple(f"x{i}" for i in range(4000)), None, "'x4' .*, and 3995 more; give a label map"),
+        (("0", "1"), None, "does not know 2 of its 2 classes"),  # the model has names: these are others
+        (("a", "truck"), {"b": "truck"}, "the label map has 'b', which is no class of the set"),
+        (("a", "truck"), {"a": "trick"}, "the label map gives 'a' .* did you mean 'truck'"),
+        (("a", "truck"), {"a": 5}, "the label map gives 'a' .* out of range"),
+        (("a", "truck"), {"a": True}, "label_map"),
+    ],
+)
+def test_what_is_not_said_is_refused(vit, names, label_map, message):
+    with pytest.raises(InputError, match=message):
+        translation(vit, source(*names), label_map)
+
+
+def test_models_without_names(vit):
+    """Numbers are numbers, in any order and with zeros before them; names are no numbers."""
+    nameless = dataclasses.replace(vit, class_names=None, wnids=None)
+    assert translation(nameless, source("004", "1", "2")).tolist() == [4, 1, 2]
+    assert translation(nameless, source("cat", "1"), {"cat": 3}).tolist() == [3, 1]
+    assert translation(nameless, source("0", "1", named=False)) is None
+    assert translation(nameless, source("0", class_names=None)) is None
+    for names, message in (
+        (tuple("abcde"), "5 classes, tiny has 5, whose names are unknown; give a label map"),
+        (("1", "٢"), "names are unknown"),
+        (("1_0", "2"), "names are unknown"),
+        (("1", "5"), "'5' is out of range"),
+        (("1", "01"), "two classes of the same number"),
+    ):
+        with pytest.raises(InputError, match=message):
+            translation(nameless, source(*names))
+    with pytest.raises(InputError, match="by number"):
+        translation(nameless, source("0", class_names=None), {"0": 1})
+
+
+def test_files_of_label_maps(tmp_path):
+    for name, content in (
+        ("map.json", '{"a": 3, "b": "truck"}'),
+        ("map.csv", '\ufeffa,3\n\n"b", truck\n'),
+    ):
+        (tmp_path / name).write_text(content)
+        found = read_label_map(str(tmp_path / name))
+        assert {name: labels.number(str(value)) or value for name, value in found.items()} == {"a": 3, "b": "truck"}
+    assert read_label_map(None) is None
+    for name, content, message in (
+        ("map.json", "[1]", "label map .*map.json must be"),
+        ("map.json", '{"a": 1.5}', "label map .*map.json"),
+        ("map.json", "{", "is not valid JSON"),
+        ("map.csv", "a,1\na,2\n", "line 2 gives another class for 'a'"),
+        ("map.csv", "a\n", "line 1 must have two columns"),
+        ("map.csv", 'a,"1\n', "is no CSV file"),
+        ("map.csv", "a," + "1" * 200_000, "is no CSV file: line 1: field larger than"),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(InputError, match=message):
+            read_label_map(tmp_path / name)
+    with pytest.raises(InputError, match=r"the label map .* does not exist"):
+        read_label_map("none.csv")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Class folders of which two are called otherwise than by the model."""
+    path = tmp_path_factory.mktemp("classes")
+    for k, name in enumerate(("Polar bear", "lorry")):
+        (path / name).mkdir()
+        for i in range(2):
+            noise = np.random.default_rng(10 * k + i).integers(0, 256, (16, 24, 3), np.uint8)
+            Image.fromarray(noise).save(path / name / f"{i}.png")
+    return path
+
+
+def test_evaluations_and_stores_use_and_record_the_map(vit, folder, tmp_path):
+    data, labelled = open_source(folder), [2, 2, 4, 4]
+    config = EvaluateConfig("x", "saco", "", (), options={"groups": 2}, batch_size=4)
+    stored = DatasetConfig(("rollout",), target="label", batch_size=4, chunk_size=4)
+    with pytest.raises(InputError, match="does not know 1 of its 2 classes: 'lorry'"):
+        evaluate(config, vit, data, tmp_path / "out")
+    with pytest.raises(InputError, match="does not know 1 of its 2 classes: 'lorry'"):
+        explain_dataset(stored, vit, data, "memory://labels-refused")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "map.csv").write_text("lorry,truck\n")
+    for label_map in ({"lorry": "truck"}, str(tmp_path / "map.csv")):
+        results = evaluate(dataclasses.replace(config, label_map=label_map), vit, data, tmp_path / "out")
+        assert results["run"]["config"]["label_map"] == {"lorry": "truck"}  # what it says, not where it was
+        (line,) = (tmp_path / "out/records/clean.jsonl").read_text().splitlines()
+        assert json.loads(line)["fields"]["label"] == labelled
+        explain_dataset(dataclasses.replace(stored, label_map=label_map), vit, data, "memory://labels-mapped")
+        maps = open_maps("memory://labels-mapped")
+        assert maps.provenance["label_map"] == {"lorry": "truck"} and maps.label[:].tolist() == labelled
+    wrong = dataclasses.replace(stored, label_map={"lorry": "lorry"}, target="predicted")
+    with pytest.raises(InputError, match="the label map gives 'lorry' a class that the model lacks"):
+        explain_dataset(wrong, vit, data, "memory://labels-wrong")
+
+
+def test_the_option_of_the_commands(vit, folder, tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "m.safetensors", vit.module, vit.params, vit.preprocessing, NAMES)
+    (tmp_path / "map.json").write_text('{"lorry": 4}')
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(
+        "from tokentm_jax.metrics.tasks import EvaluateConfig\n"
+        f"config = EvaluateConfig('x', 'saco', {str(folder)!r}, (), checkpoint={str(checkpoint)!r},\n"
+        "    options={'groups': 2}, batch_size=4)\n"
+    )
+    commands = (
+        ["evaluate", recipe, "--out", tmp_path / "out"],
+        ["dataset", folder, "--checkpoint", checkpoint, "--out", tmp_path / "maps", "--target", "label"],
+    )
+    for command in commands:
+        result = CliRunner().invoke(main, [str(a) for a in command])
+        assert result.exit_code == 2 and "'lorry'" in result.stderr and "--label-map" in result.stderr
+        result = CliRunner().invoke(main, [str(a) for a in (*command, "--label-map", tmp_path / "map.json")])
+        assert result.exit_code == 0, result.output
+    assert sorted(open_maps(str(tmp_path / "maps")).label[:].tolist()) == [2, 2, 4, 4]
+
+
+def test_the_sample_of_imagenet(deit, shared):
+    """The real names: two cranes, two maillots, a cardigan that is a dog, and a folder for every wnid."""
+    assert deit.wnids[134] == "n02012849" and deit.class_index("n02012849") == 134
+    described = json.loads((shared / "data/imagenet_classes.json").read_text())
+    assert translation(deit, source(*sorted(described["wnid"]))).tolist() == list(range(1000))
+    assert translation(deit, source("Cardigan", "cardigan")).tolist() == [264, 474]
+    for name, several in (("crane", "134, 517"), ("maillot", "638, 639")):
+        with pytest.raises(InputError, match=f"classes {several} of the name '{name}'"):
+            translation(deit, source("tench", name))

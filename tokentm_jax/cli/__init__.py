@@ -1,0 +1,1 @@
+"""The command line, a file per command. JAX is imported inside the commands, so that `--help` answers at once."""

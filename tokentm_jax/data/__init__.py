@@ -1,0 +1,1 @@
+"""Photos and labelled examples: read from files that nobody has checked, and cut to what a model sees."""

@@ -1,0 +1,69 @@
+"""Labelled images for training, in memory."""
+
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from tokentm_jax.data.sources import open_source
+from tokentm_jax.errors import InputError
+from tokentm_jax.identity import digest
+
+MAX_MEMORY = 16 * 2**30  # bytes of all decoded images
+
+
+class Data(NamedTuple):
+    """A data set that fits in memory: images uint8 [n, H, W, 3], labels int32 [n], one name per class.
+
+    `identity` tells these images and their order from others.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    identity: str = ""
+
+
+def load_dataset(spec: str | Path, limit: int | None = None) -> Data:
+    """Read a data set of equally large images.
+
+    Args:
+      spec: a data set with names of classes, see `tokentm_jax.data.sources.open_source`.
+      limit: take so many images, spread evenly over the whole set.
+
+    Returns:
+      The images, their labels and the class names. Images that cannot be read are left out with a warning that
+      counts and names them.
+
+    Raises:
+      InputError: what `open_source` raises, no names of classes, no readable image, images of differing size, more
+        than `MAX_MEMORY` bytes of them.
+    """
+    source = open_source(spec, limit=limit)
+    if source.class_names is None:
+        raise InputError(f"{source.name} has no names of classes, which training needs: take class folders")
+    images, first, labels, bad = np.empty((0, 1, 1, 3), np.uint8), "", [], []
+    for index in range(len(source)):
+        try:
+            example = source[index]
+        except InputError as error:
+            bad.append(str(error))
+            continue
+        image, size = np.asarray(example.image), f"{example.image.width} x {example.image.height}"
+        if not labels:
+            if len(source) * image.nbytes > MAX_MEMORY:
+                size = f"{len(source)} images of {size} pixels"
+                raise InputError(f"{source.name} has {size}, too many for the memory; use a limit or smaller images")
+            images, first = np.empty((len(source), *image.shape), np.uint8), size
+        if size != first:
+            raise InputError(f"{source.name} has images of differing size ({first} and {size} pixels)")
+        images[len(labels)] = image
+        labels.append(example.label)
+    if bad:
+        shown = "; ".join(bad[:5]) + ("; ..." if len(bad) > 5 else "")
+        warnings.warn(f"{len(bad)} images of {source.name} were skipped: {shown}", stacklevel=2)
+    if not labels:
+        raise InputError(f"{source.name} has no image that can be read")
+    identity = digest(source.identity, source.keys)
+    return Data(images[: len(labels)], np.array(labels, np.int32), source.class_names, identity)

@@ -1,0 +1,153 @@
+"""Which of the model's classes a data set's classes are. Names say it, never the order they come in."""
+
+import csv
+import difflib
+import io
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tokentm_jax.errors import InputError
+from tokentm_jax.files import read_json, read_text, reason
+from tokentm_jax.validation import checked
+
+if TYPE_CHECKING:
+    from tokentm_jax.data.sources import Source
+    from tokentm_jax.models.loading import LoadedViT
+
+LabelMap = Mapping[str, str | int]
+SHOWN = 5  # classes that an error names
+_ADVICE = "give a label map (--label-map FILE), or class names to the model"
+
+
+def number(text: str) -> int | None:
+    """The whole number that plain digits are, None for any other text. Beyond 20 digits it is just very large."""
+    if re.fullmatch("-?[0-9]+", text) is None:
+        return None
+    sign = "-" if text.startswith("-") else ""
+    return int(sign + (text.lstrip("-").lstrip("0") or "0")[:20])
+
+
+def alike(name: str) -> str:
+    """What names have in common that differ in case, underscores and spaces alone."""
+    return " ".join(name.casefold().replace("_", " ").split())
+
+
+def csv_rows(text: str, where: str) -> Iterator[tuple[int, list[str]]]:
+    """(line, fields) of every row that is not empty. Raises InputError for what is not CSV."""
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for row in reader:
+            if row:
+                yield reader.line_num, row
+    except csv.Error as error:
+        raise InputError(f"{where} is no CSV file: line {reader.line_num}: {reason(error)}") from None
+
+
+def read_label_map(given: LabelMap | str | os.PathLike[str] | None) -> dict[str, str | int] | None:
+    """A label map as it is used, from one or from its file: None for None.
+
+    The file is a JSON object, or else CSV of two columns without a header: the data set's name of a class, and the
+    model's name, wnid or number of it. Raises InputError.
+    """
+    if given is None:
+        return None
+    if not isinstance(given, str | os.PathLike):
+        return dict(checked("label_map", Mapping[str, str | int], given))
+    where = f"the label map {os.fspath(given)}"
+    if Path(given).suffix.lower() == ".json":
+        return dict(checked(where, Mapping[str, str | int], read_json(given, what="the label map")))
+    found: dict[str, str | int] = {}
+    for line, row in csv_rows(read_text(given, what="the label map"), where):
+        if len(row) != 2:
+            raise InputError(f"{where}: line {line} must have two columns, the data set's class and the model's")
+        name, value = (field.strip() for field in row)
+        if found.setdefault(name, value) != value:
+            raise InputError(f"{where}: line {line} gives another class for {name!r}")
+    return found
+
+
+def translation(vit: "LoadedViT", source: "Source", label_map: LabelMap | str | None = None) -> np.ndarray | None:
+    """The model's class of each of the source's classes [classes]; None where the source's numbers are the model's.
+
+    A class goes by the label map, else by its exact name, its wnid, or the one name that differs in case, underscores
+    and spaces alone. Where the model's names are unknown, classes that are called by numbers ("7", "007") are these.
+
+    Raises InputError for classes that the model does not have, each with the nearest name that it has, for names that
+    two of the model's classes share, two classes that would be the same, and a label map that does not fit.
+    """
+    names, mapped = source.class_names, read_label_map(label_map) or {}
+    if names is None or not source.named:
+        if mapped:
+            raise InputError(f"{source.name} gives its classes by number: a label map has no names to map")
+        return None
+    if not mapped and names == vit.class_names:
+        return None
+    for name in mapped:
+        if name not in names:
+            raise InputError(f"the label map has {name!r}, which is no class of {source.name}{_nearest(name, names)}")
+    found: dict[str, int] = {}
+    for name, value in mapped.items():
+        try:
+            found[name] = vit.class_index(value)
+        except InputError as error:
+            raise InputError(f"the label map gives {name!r} a class that the model lacks: {error}") from None
+    rest = [name for name in names if name not in found]
+    found |= _by_name(vit, source, rest) if vit.class_names is not None else _by_number(vit, source, rest)
+    return np.array([found[name] for name in names], np.int32)
+
+
+def _by_name(vit: "LoadedViT", source: "Source", names: list[str]) -> dict[str, int]:
+    known: tuple[dict[str, list[int]], ...] = ({}, {}, {})  # the exact names, the wnids, the names alike
+    assert vit.class_names is not None
+    for i, name in enumerate(vit.class_names):
+        known[0].setdefault(name, []).append(i)
+        known[2].setdefault(alike(name), []).append(i)
+    for i, wnid in enumerate(vit.wnids or ()):
+        known[1].setdefault(wnid, []).append(i)
+    found: dict[str, int] = {}
+    owner: dict[int, str] = {}
+    unknown = []
+    for name in names:
+        classes = known[0].get(name) or known[1].get(name) or known[2].get(alike(name), [])
+        if not classes:
+            unknown.append(name)
+            continue
+        if len(classes) > 1:
+            several = ", ".join(map(str, classes))
+            raise InputError(f"{source.name}: {vit.name} has the classes {several} of the name {name!r}; {_ADVICE}")
+        other = owner.setdefault(classes[0], name)
+        if other != name:
+            raise InputError(f"{source.name}: {other!r} and {name!r} are both class {classes[0]} of {vit.name}")
+        found[name] = classes[0]
+    if unknown:
+        shown = ", ".join(f"{name[:60]!r}{_nearest(name, vit.class_names)}" for name in unknown[:SHOWN])
+        more = f", and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
+        count = f"{len(unknown)} of its {len(names)} classes"
+        raise InputError(f"{source.name}: {vit.name} does not know {count}: {shown}{more}; {_ADVICE}")
+    return found
+
+
+def _by_number(vit: "LoadedViT", source: "Source", names: list[str]) -> dict[str, int]:
+    numbers = {name: number(name) for name in names}
+    found = {name: n for name, n in numbers.items() if n is not None}
+    classes = vit.module.num_classes
+    if len(found) < len(names):
+        counts = f"has {len(source.class_names or ())} classes, {vit.name} has {classes}, whose names are unknown"
+        raise InputError(f"{source.name} {counts}; {_ADVICE}")
+    for name, n in found.items():
+        if not 0 <= n < classes:
+            raise InputError(f"{source.name}: its class {name!r} is out of range: {vit.name} has 0 to {classes - 1}")
+    if len(set(found.values())) < len(found):
+        raise InputError(f"{source.name} has two classes of the same number: {', '.join(sorted(found)[:SHOWN])}, ...")
+    return found
+
+
+def _nearest(name: str, known: tuple[str, ...]) -> str:
+    names = {alike(other): other for other in known}
+    close = difflib.get_close_matches(alike(name)[:100], names, n=1, cutoff=0.0)
+    return f" (nearest: {names[close[0]][:60]!r})" if close else ""

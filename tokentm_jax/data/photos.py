@@ -1,0 +1,309 @@
+"""Reading photos from files that nobody has checked, and cutting them to what a model sees."""
+
+import contextlib
+import ctypes
+import glob
+import math
+import os
+import threading
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from tokentm_jax.errors import InputError
+from tokentm_jax.files import opened, reason, size_of
+
+if TYPE_CHECKING:
+    from tokentm_jax.data.preprocessing import Preprocessing
+
+# Raster formats whose decoders run no program: EPS would start Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"}
+MAX_FILE = 512 * 2**20  # bytes of one photo's file
+MAX_PIXELS = 100_000_000
+MAX_ASPECT = 200  # resizing the short side of a narrower strip would make its long side a memory bomb
+MEMORY = 2**30  # bytes that decoding takes at a time, in all threads together
+PIXEL = 12  # bytes that decoding takes for a pixel, at most: an image of 4, and a decoder's own or the RGB image
+_LARGE = MEMORY // 8  # bytes, of which several threads must not keep as many each
+_WEBP_PIXEL = 16  # its decoder keeps two canvases
+_PHOTOMETRIC, _TILE_WIDTH, _TILE_LENGTH = 262, 322, 323  # tags of TIFF
+_STRIP = 2**20  # pixels of a strip that is converted at a time
+
+
+class _Memory:
+    """What threads take of a common memory. Who needs more than is free waits; one alone may take more than there is,
+    since the largest photo that is read at all takes little more."""
+
+    def __init__(self) -> None:
+        self._taken, self._changed, self._own = 0, threading.Condition(), threading.local()
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """What this thread takes within is given back at the end of its outermost turn."""
+        outermost = not hasattr(self._own, "taken")
+        if outermost:
+            self._own.taken = 0
+        try:
+            yield
+        finally:
+            if outermost:
+                if self._own.taken > _LARGE:
+                    _return_free_memory()
+                with self._changed:
+                    self._taken -= self._own.taken
+                    self._changed.notify_all()
+                del self._own.taken
+
+    def take(self, amount: int) -> None:
+        """Wait for so many bytes, in a turn. Who has some does not wait: two of them could wait for each other."""
+        with self._changed:
+            if not self._own.taken:
+                self._changed.wait_for(lambda: not self._taken or self._taken + amount <= MEMORY)
+            self._taken += amount
+            self._own.taken += amount
+        if amount > _LARGE:
+            _return_free_memory()
+
+
+def _return_free_memory() -> None:
+    """Give the system what the C library holds for later: each thread would keep the size of its largest photo."""
+    with contextlib.suppress(Exception):  # glibc alone has this
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+decoding = _Memory()  # the one place that says what a batch of decoding may take
+
+
+class _Quiet:
+    """No warnings while any thread is within. The filters belong to the process: threads that each set them back, as
+    `warnings.catch_warnings` does, can leave those of another thread."""
+
+    def __init__(self) -> None:
+        self._threads, self._lock, self._filters = 0, threading.Lock(), warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._threads:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.simplefilter("ignore")
+            self._threads += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._threads -= 1
+            if not self._threads:
+                self._filters.__exit__(None, None, None)
+
+
+_quiet = _Quiet()
+
+
+def open_photo(path: str | Path) -> Image.Image:
+    """A photo as an upright RGB image, whatever its file holds.
+
+    EXIF orientation is applied, transparency is put on white, 16-bit values are scaled to 8 bits, and of an
+    animation the first frame is taken.
+
+    Raises:
+      InputError: the file is missing, not a file, unreadable, empty, larger than `MAX_FILE`, not an image of
+        `FORMATS`, damaged, of more than `MAX_PIXELS` pixels (checked in the header, before anything is decoded), or
+        a strip narrower than 1 : `MAX_ASPECT`.
+    """
+    with opened(path) as file:
+        if size_of(file) > MAX_FILE:
+            raise InputError(f"{path} is larger than {MAX_FILE / 2**20:g} MiB")
+        return decode(file, str(path))
+
+
+def check_size(width: int, height: int, name: str, pixel: int = PIXEL) -> None:
+    """Raises InputError for a photo that is empty, too large or too narrow; `pixel`: bytes that decoding one takes."""
+    largest = MAX_PIXELS * PIXEL // max(pixel, PIXEL)
+    if not width or not height:
+        raise InputError(f"{name} is {width} x {height} pixels, an empty image")
+    if width * height > largest:
+        raise InputError(f"{name} is {width} x {height} pixels, more than {largest:,} in all")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise InputError(f"{name} is {width} x {height} pixels, too narrow for a photo")
+
+
+def decode(file: BinaryIO, name: str) -> Image.Image:
+    """As `open_photo`, from an open binary file; `name` is what errors call it."""
+    if not file.read(1):
+        raise InputError(f"{name} is empty")
+    file.seek(0)
+    with _quiet, decoding.turn():  # no warnings of a damaged tag, or of a size that is still below our limit
+        try:
+            image = Image.open(file, formats=FORMATS)
+            tags = getattr(image, "tag_v2", {})
+            tile = tags.get(_TILE_WIDTH, 1) * tags.get(_TILE_LENGTH, 1)  # decoded whole, however small the photo
+            white_is_zero = tags.get(_PHOTOMETRIC) == 0
+        except UnidentifiedImageError:
+            raise InputError(
+                f"{name} is not an image in a known format (JPEG, PNG, WebP, BMP, GIF, TIFF, PPM)"
+            ) from None
+        except Image.DecompressionBombError:
+            raise InputError(f"{name} has more than {MAX_PIXELS:,} pixels") from None
+        except Exception:
+            raise InputError(f"{name} is a damaged image") from None
+        width, height = image.size
+        pixel = _WEBP_PIXEL if image.format == "WEBP" else PIXEL
+        check_size(width, height, name, pixel)
+        if tile > MAX_PIXELS:
+            raise InputError(f"{name} has tiles of more than {MAX_PIXELS:,} pixels")
+        decoding.take(pixel * max(width * height, tile))
+        try:
+            image.load()
+        except Exception:
+            raise InputError(f"{name} is damaged or truncated") from None
+        with contextlib.suppress(Exception):  # broken metadata does not make a photo unreadable
+            image = ImageOps.exif_transpose(image)
+        try:
+            return _to_rgb(image, white_is_zero)
+        except Exception:
+            raise InputError(f"{name} has colours that cannot be turned into RGB (mode {image.mode})") from None
+
+
+def _to_rgb(image: Image.Image, white_is_zero: bool) -> Image.Image:
+    wide = image.mode in ("F", "I") or image.mode.startswith("I;16")
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image.copy()  # free of its file
+    if not wide and not image.has_transparency_data:
+        return image.convert("RGB")
+    # In strips, since the images and arrays between would take many times the memory of the photo.
+    rows = max(1, _STRIP // image.width)
+    boxes = [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
+    if wide:
+        # Pillow's own conversion clips at 255. Integers beyond 16 bits and floats have no fixed white.
+        white = max(1.0 if image.mode == "F" else 65535.0, *(_values(image, box).max() for box in boxes))
+    photo = Image.new("RGB", image.size)
+    for box in boxes:
+        if wide:
+            grey = _values(image, box) * (255 / white)
+            grey = 255 - grey if white_is_zero else grey  # Pillow turns only narrower TIFFs around
+            part = Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
+        else:
+            part = image.crop(box).convert("RGBA")
+            part = Image.alpha_composite(Image.new("RGBA", part.size, "white"), part).convert("RGB")
+        photo.paste(part, box)
+    return photo
+
+
+def _values(image: Image.Image, box: tuple[int, int, int, int]) -> np.ndarray:
+    """Numbers from 0 on, in a part of a grey image."""
+    values = np.asarray(image.crop(box)).astype(np.float64)
+    return np.nan_to_num(values, posinf=0, neginf=0).clip(0)
+
+
+def fit(image: Image.Image, preprocessing: "Preprocessing") -> np.ndarray:
+    """The photo as the model sees it: uint8 [H, W, 3] of `preprocessing.size`.
+
+    The photo is resized so that it covers `size / crop_pct`, keeping its proportions, and its centre is cut out,
+    with the rounding of timm's evaluation transform (its resize to a target that is not square is always bilinear;
+    here it is the preprocessing's own).
+    """
+    height, width = preprocessing.size
+    scaled = _scaled(image, preprocessing)
+    left, top = _corner(scaled, preprocessing)
+    resample = Image.Resampling[preprocessing.interpolation.upper()]
+    return np.asarray(image.resize(scaled, resample).crop((left, top, left + width, top + height)))
+
+
+def view(image: Image.Image, preprocessing: "Preprocessing", side: int = 448) -> np.ndarray:
+    """The same part of the photo as `fit`, from the original pixels and for display: uint8 [h, w, 3], long side
+    `side` pixels, so that a model of 32 pixels is shown on a sharp photo."""
+    height, width = preprocessing.size
+    scaled = _scaled(image, preprocessing)
+    left, top = _corner(scaled, preprocessing)
+    x, y = image.width / scaled[0], image.height / scaled[1]
+    box = (left * x, top * y, min((left + width) * x, image.width), min((top + height) * y, image.height))
+    scale = side / max(width, height)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return np.asarray(image.resize(size, Image.Resampling.BICUBIC, box))
+
+
+def _scaled(image: Image.Image, preprocessing: "Preprocessing") -> tuple[int, int]:
+    """(width, height) of the whole photo after the resize."""
+    height, width = (math.floor(side / preprocessing.crop_pct) for side in preprocessing.size)
+    if height == width:
+        short, long = sorted(image.size)
+        long = int(width * long / short)
+        scaled = (width, long) if image.width <= image.height else (long, width)
+    else:
+        ratio = min(image.width / width, image.height / height)
+        scaled = round(image.width / ratio), round(image.height / ratio)
+    if scaled[0] * scaled[1] > MAX_PIXELS:
+        raise InputError(
+            f"a photo of {image.width} x {image.height} pixels is too narrow for a model of {width} pixels"
+        )
+    return scaled
+
+
+def _corner(scaled: tuple[int, int], preprocessing: "Preprocessing") -> tuple[int, int]:
+    """(left, top) of the centre crop in the resized photo."""
+    height, width = preprocessing.size
+    return round((scaled[0] - width) / 2), round((scaled[1] - height) / 2)
+
+
+def read_photos(paths: Iterable[str | Path], preprocessing: "Preprocessing") -> np.ndarray:
+    """Photos as the model sees them: float32 [B, H, W, 3] in [0, 1], not normalised. Raises InputError."""
+    pixels = [fit(open_photo(path), preprocessing) for path in paths]
+    if not pixels:
+        raise InputError("no photos were given")
+    return np.stack(pixels).astype(np.float32) / 255
+
+
+def find_photos(arguments: Iterable[str | Path]) -> list[Path]:
+    """The photos that command-line arguments name, each once: files, folders (their image files, sorted) and glob
+    patterns, in which `**` does not follow links to folders. A missing file is kept, for `open_photo` to complain
+    about. Raises InputError for an empty name, and for a folder or a pattern without photos."""
+    found: dict[Path, None] = {}
+    for argument in arguments:
+        if not os.fspath(argument):
+            raise InputError("the name of a photo is empty")
+        try:
+            # os.path's questions answer no for a name that no file can have, where pathlib's raise an error.
+            if os.path.isdir(argument):
+                inside = [path for path in Path(argument).iterdir() if _is_photo(path)]
+            elif not os.path.lexists(argument) and glob.has_magic(str(argument)):
+                inside = [path for path in map(Path, _matches(str(argument))) if _is_photo(path)]
+            else:
+                inside = [Path(argument)]
+        except (OSError, ValueError) as error:
+            raise InputError(f"{argument} cannot be read: {reason(error)}") from None
+        if not inside:
+            raise InputError(f"no photos were found in {argument}")
+        found |= dict.fromkeys(sorted(inside))
+    if not found:
+        raise InputError("no photos were given")
+    return list(found)
+
+
+def _is_photo(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and os.path.isfile(path)
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    """As `glob.iglob`; but links to folders, of which a loop has no end, are not followed by `**`."""
+    head, stars, tail = _at_double_star(pattern)
+    if not stars:
+        yield from glob.iglob(pattern)
+        return
+    for start in glob.iglob(os.path.join(head, "")) if head else ("",):
+        for folder, inside, _ in os.walk(start or os.curdir):
+            inside[:] = sorted(name for name in inside if not name.startswith("."))
+            yield from _matches(os.path.join(glob.escape(folder), tail or "*"))
+
+
+def _at_double_star(pattern: str) -> tuple[str, str, str]:
+    """What is before the first part `**` of a pattern, "**" or "" if it has none, and what is after it."""
+    before, parts = [], pattern.split(os.sep)
+    for i, part in enumerate(parts):
+        if part == "**":
+            return os.sep.join(before) or (os.sep if i else ""), part, os.sep.join(parts[i + 1 :])
+        before.append(part)
+    return pattern, "", ""

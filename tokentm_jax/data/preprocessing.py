@@ -1,0 +1,135 @@
+"""How photos become the input of a model."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from tokentm_jax.errors import InputError, suggest
+
+Channels = tuple[float, float, float]
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+LARGEST_SIDE = 8192
+LOWEST, HIGHEST = -0.5, 1.5  # what the overshoot of resizing may reach; normalised images and 0 ... 255 go beyond
+
+
+class Statistics(TypedDict):
+    """Per-channel mean and standard deviation of images in [0, 1]."""
+
+    mean: Channels
+    std: Channels
+
+
+HALF: Statistics = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+IMAGENET: Statistics = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+CLIP: Statistics = {
+    "mean": (0.48145466, 0.4578275, 0.40821073),
+    "std": (0.26862954, 0.26130258, 0.27577711),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """Resize the short side to `size / crop_pct`, crop the centre, scale to [0, 1], subtract mean, divide by std.
+
+    `size` is (height, width) in pixels. `mean` and `std` have no default: a model fed with another model's
+    statistics gives plausible and wrong results. Raises InputError naming the field that is out of range.
+    """
+
+    size: tuple[int, int]
+    crop_pct: float = 0.9
+    interpolation: str = "bicubic"
+    mean: Channels = dataclasses.field(kw_only=True)
+    std: Channels = dataclasses.field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        def check(holds: bool, field: str, expected: str) -> None:
+            if not holds:
+                raise InputError(f"preprocessing: {field!r} must be {expected}, got {getattr(self, field)!r}")
+
+        def numbers(values: object) -> bool:
+            return isinstance(values, tuple) and len(values) == 3 and all(_is_finite(v) for v in values)
+
+        sides = self.size if isinstance(self.size, tuple) else ()
+        whole = [isinstance(s, int) and not isinstance(s, bool) and 0 < s <= LARGEST_SIDE for s in sides]
+        check(whole == [True, True], "size", f"two whole numbers from 1 to {LARGEST_SIDE}")
+        check(_is_finite(self.crop_pct) and 0 < self.crop_pct <= 1, "crop_pct", "a number above 0 and at most 1")
+        if self.interpolation not in INTERPOLATIONS:
+            raise suggest("interpolation", self.interpolation, INTERPOLATIONS)
+        check(numbers(self.mean), "mean", "three numbers")
+        check(numbers(self.std) and min(self.std) > 0, "std", "three numbers above 0")
+
+    def checked(self, images: Any) -> Array:
+        """Photos from a caller as an array [B, H, W, 3] in [0, 1], or the reason why they are none.
+
+        Args:
+          images: a NumPy or JAX array (or what turns into one) of floating-point numbers in [0, 1]. What resizing
+            leaves beyond is accepted: bicubic and Lanczos filters overshoot at edges. float64 becomes float32, unless
+            `jax_enable_x64` is set. Values inside a `jit` are not known yet, and only shape and type are checked.
+
+        Raises:
+          InputError: no array, another shape, no image, another type, NaN or infinite values, or values that are
+            pixels in 0 ... 255 or already normalised.
+        """
+        if not hasattr(images, "__array__"):
+            raise InputError(
+                f"images must be an array [B, H, W, 3], got a {type(images).__name__}; numpy.stack makes one of a list"
+            )
+        array = images if isinstance(images, jax.Array) else np.asarray(images)
+        self._check_type(array)
+        if not len(array):
+            raise InputError("images must hold one image at least, got an empty batch")
+        if not isinstance(array, jax.core.Tracer):
+            low, high = float(array.min()), float(array.max())  # NaN where any value is
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise InputError("images must be finite numbers in [0, 1], got NaN or infinite values")
+            if low < LOWEST or high > HIGHEST:
+                hint = "divide pixels in 0 ... 255 by 255" if high > 10 else "leave out the normalisation"
+                raise InputError(f"images must be in [0, 1], got values from {low:.4g} to {high:.4g}: {hint}")
+        return jnp.asarray(array)
+
+    def _check_type(self, images: Any) -> None:
+        height, width = self.size
+        if images.ndim != 4 or images.shape[1:] != (height, width, 3):
+            raise InputError(f"images must be [B, {height}, {width}, 3], got {list(images.shape)}")
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise InputError(f"images must be floating-point numbers in [0, 1], got {images.dtype}")
+
+    def normalise(self, images: Array) -> Array:
+        """Images [B, H, W, 3] in [0, 1] -> the model's input of the same shape and floating type.
+
+        Raises InputError for another shape or for integers, which are most likely pixels in 0 ... 255. Values are not
+        looked at, so that it can be part of a compiled function; see `checked`.
+        """
+        self._check_type(images)
+        mean, std = (jnp.asarray(s, images.dtype).reshape(1, 1, 1, 3) for s in (self.mean, self.std))
+        return (images - mean) / std
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON types."""
+        fields = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "Preprocessing":
+        """From untrusted JSON values; raises InputError naming what is missing, unknown or out of range."""
+        if not isinstance(values, Mapping):
+            raise InputError(f"preprocessing must be a mapping of field names, got {type(values).__name__}")
+        known = {field.name for field in dataclasses.fields(cls)}
+        for name in values:
+            if name not in known:
+                raise suggest("preprocessing field", name, known)
+        for name in ("size", "mean", "std"):
+            if name not in values:
+                raise InputError(f"preprocessing: {name!r} is missing")
+        fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**fields)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,448 @@
+"""Where examples come from: data sets of any size, read in one way, decoded one by one and ahead of the device."""
+
+import dataclasses
+import functools
+import math
+import os
+import threading
+import zipfile
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+from annotated_types import Ge
+from PIL import Image
+
+from tokentm_jax.data import photos
+from tokentm_jax.data.labels import csv_rows, number
+from tokentm_jax.data.photos import PIXEL, SUFFIXES, check_size, decode, decoding, fit, open_photo
+from tokentm_jax.data.preprocessing import Preprocessing
+from tokentm_jax.errors import InputError, suggest
+from tokentm_jax.files import opened, read_text, reason
+from tokentm_jax.identity import digest, digest_files
+from tokentm_jax.validation import checked
+
+PROFILES = ("default", "reference")
+WORKERS = 4  # threads that decode; the decoders leave Python's lock
+AHEAD = 2  # batches decoded before they are asked for
+MAX_ENTRY = 64 * 2**20  # bytes of one image inside a zip or another file
+MAX_RECORDS = 10**7  # of a .mat file
+LARGEST_LABEL = 2**31 - 1
+
+
+class Example(NamedTuple):
+    """One image with what is known of it; `mask` [H, W] is true in the foreground and as large as the image."""
+
+    key: str
+    image: Image.Image
+    label: int | None = None
+    mask: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+    """Examples in a fixed order. `source[i]` reads and decodes one; InputError when it cannot be read.
+
+    `keys` are unique names. `identify` is what computes `identity`, and is kept when a part is chosen. `named` is
+    false where `class_names` are no more than the numbers of the classes.
+    """
+
+    name: str
+    identify: Callable[[], str]
+    keys: tuple[str, ...]
+    read: Callable[[str], Example]
+    class_names: tuple[str, ...] | None = None
+    labelled: bool = True
+    masked: bool = False
+    named: bool = True
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """A hash of the content of the whole data set, whatever part of it is chosen. It takes time: all is read."""
+        return self.identify()
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.read(self.keys[index])
+
+
+def open_source(spec: str | Path, *, limit: int | None = None, seed: int | None = None) -> Source:
+    """Open a data set without reading its images.
+
+    Args:
+      spec: a folder or zip of class folders (`cat/1.jpg` or `train/cat/1.jpg`; classes in the order of their names;
+        links to folders are not followed), a folder with `labels.csv` (columns `file` and `class_index`), a `.mat`
+        file laid out as ImageNet-Segmentation's `gtsegs_ijcv.mat`, or "tfds:NAME:SPLIT" for a prepared TensorFlow
+        data set. A zip is never extracted: its entries are read in memory, so their names can do no harm.
+      limit: take so many examples.
+      seed: choose them at random, so that a larger limit only adds examples; None: spread evenly over the set.
+
+    Raises:
+      InputError: nothing there, another layout, no examples, tfds or h5py missing, a data set that is not prepared.
+    """
+    checked("the limit", Annotated[int | None, Ge(1)], limit)
+    checked("the seed", Annotated[int | None, Ge(0)], seed)
+    path = Path(spec)
+    if not str(spec):
+        raise InputError("the name of the data set is empty")
+    if str(spec).startswith("tfds:"):
+        source = _tfds(str(spec))
+    elif os.path.isdir(path):
+        source = _listed(path) if os.path.lexists(path / "labels.csv") else _folder(path)
+    else:
+        with opened(path, "the data set"):  # tells what is missing or no regular file
+            source = _segmentation(path) if path.suffix.lower() == ".mat" else _zip(path)
+    if not source.keys:
+        raise InputError(f"{source.name} holds no examples")
+    keys = source.keys
+    if seed is not None:
+        keys = [keys[i] for i in np.random.default_rng(seed).permutation(len(keys))[:limit]]
+    return dataclasses.replace(source, keys=tuple(spread(keys, limit)))
+
+
+def spread(items: Sequence[str], limit: int | None) -> Sequence[str]:
+    """`limit` of the items, evenly spaced, or all."""
+    if limit is None or limit >= len(items):
+        return items
+    return [items[i * len(items) // limit] for i in range(limit)]
+
+
+def _in_classes(
+    name: str, names: Sequence[str], identify: Callable[[list[str]], str], read: Callable[[str], Image.Image]
+) -> Source:
+    """A source whose images are named "…/class/image". `identify` is given the names of the images."""
+    labels = {n: PurePosixPath(n).parent.name for n in sorted(names) if _is_image(n)}
+    labels = {n: label for n, label in labels.items() if label not in ("", "..")}
+    if not labels:
+        raise InputError(f"{name} holds no images in class folders")
+    classes = tuple(sorted(set(labels.values())))
+    index = {label: i for i, label in enumerate(classes)}
+    keys = tuple(labels)
+    return Source(
+        name,
+        functools.cache(lambda: identify(list(keys))),
+        keys,
+        lambda key: Example(key, read(key), index[labels[key]]),
+        classes,
+    )
+
+
+def _is_image(name: str) -> bool:
+    path = PurePosixPath(name)
+    hidden = any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in path.parts)
+    return path.suffix.lower() in SUFFIXES and not hidden
+
+
+def _folder(path: Path) -> Source:
+    def refuse(error: OSError) -> None:  # images of a folder that is left out would be missed silently
+        raise InputError(f"{error.filename} cannot be read: {reason(error)}")
+
+    names = [
+        (Path(folder) / file).relative_to(path).as_posix()
+        for folder, _, files in os.walk(path, onerror=refuse)
+        for file in files
+    ]
+
+    def identify(names: list[str]) -> str:
+        return digest(names, digest_files([path / name for name in names]))
+
+    return _in_classes(f"the folder {path}", names, identify, lambda key: open_photo(path / key))
+
+
+def _zip(path: Path) -> Source:
+    try:
+        archive = zipfile.ZipFile(path)
+    except (NotImplementedError, UnicodeDecodeError) as error:  # of a newer version; a name that is not UTF-8
+        raise InputError(f"the zip file {path} cannot be read: {reason(error)}") from None
+    except Exception:  # what zipfile raises for a damaged file has no common type
+        raise InputError(f"{path} is no folder, zip of class folders, .mat file or tfds:NAME:SPLIT") from None
+    entries = [info for info in archive.infolist() if not info.is_dir()]
+
+    def identify(_: list[str]) -> str:  # zipfile compares the checksum of all that it reads
+        return digest(sorted((info.filename, info.file_size, info.CRC) for info in entries))
+
+    names = [info.filename for info in entries]
+    return _in_classes(f"the zip file {path}", names, identify, lambda key: _read_entry(archive, key))
+
+
+def _read_entry(archive: zipfile.ZipFile, name: str) -> Image.Image:
+    """One image of a zip; the size that the zip's directory states is not trusted."""
+    try:
+        info = archive.getinfo(name)
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile does not bound the others
+            raise InputError(f"{name} of the zip file is neither stored nor deflated")
+        with archive.open(info) as entry:
+            content = entry.read(MAX_ENTRY + 1)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{name} cannot be read from the zip file: {reason(error)}") from None
+    return _decode_entry(content, name)
+
+
+def _decode_entry(content: bytes, name: str) -> Image.Image:
+    if len(content) > MAX_ENTRY:
+        raise InputError(f"{name} is larger than {MAX_ENTRY >> 20} MiB")
+    return decode(BytesIO(content), name)
+
+
+def _listed(path: Path) -> Source:
+    """A folder whose `labels.csv` names the files."""
+    table = path / "labels.csv"
+    rows = csv_rows(read_text(table), str(table))
+    wanted = f"{table} must be a CSV file with the columns 'file' and 'class_index' (a number)"
+    _, header = next(rows, (0, []))
+    if not {"file", "class_index"} <= set(header):
+        raise InputError(f"{wanted}, it has {', '.join(header)[:200] or 'nothing'}")
+    labels: dict[str, int] = {}
+    known: dict[PurePosixPath, int] = {}
+    for line, row in rows:
+        fields = dict(zip(header, row, strict=False))
+        label = number(fields.get("class_index", "").strip())
+        if len(row) != len(header) or label is None or not 0 <= label <= LARGEST_LABEL:
+            raise InputError(f"{wanted}: line {line} has {','.join(row)[:200]!r}")
+        name = PurePosixPath(fields["file"])
+        if name.is_absolute() or ".." in name.parts:
+            raise InputError(f"{table}: line {line}: {fields['file']!r} leaves the folder")
+        if known.setdefault(name, label) != label:
+            raise InputError(f"{table}: line {line} gives {fields['file']!r} the class {label}, it was {known[name]}")
+        labels[fields["file"]] = label
+
+    def identify() -> str:
+        names = sorted(labels)
+        return digest([(name, labels[name]) for name in names], digest_files([path / name for name in names]))
+
+    read = lambda key: Example(key, open_photo(path / key), labels[key])  # noqa: E731
+    return Source(f"the folder {path}", functools.cache(identify), tuple(labels), read)
+
+
+def _segmentation(path: Path) -> Source:
+    """`value/img` and `value/gt` of an HDF5 file: references to images [3, W, H] and, twice, masks [W, H]."""
+    try:
+        import h5py
+    except ImportError:
+        raise InputError(f"{path} needs the optional packages: pip install 'tokentm_jax[data]'") from None
+
+    def is_reference(dataset: Any) -> bool:
+        return h5py.check_ref_dtype(dataset.dtype) is h5py.Reference
+
+    def inside(parent: Any, name: str) -> Any:
+        if not isinstance(parent.get(name, getlink=True), h5py.HardLink):  # others can lead to any file
+            raise InputError(f"{name} is a link")
+        return parent[name]
+
+    def values(dataset: Any, most: int) -> Any:
+        """The dataset, if its values are in this file, and no more than `most`; none has been read."""
+        if not isinstance(dataset, h5py.Dataset) or dataset.shape is None or not math.prod(dataset.shape):
+            raise InputError("it has no values")
+        if dataset.is_virtual or dataset.external:
+            raise InputError("its values are in another file")
+        if max(math.prod(dataset.shape), math.prod(dataset.chunks or (1,))) > most:
+            raise InputError(f"it has more than {most:,} values")
+        return dataset
+
+    try:
+        file: Any = h5py.File(path, "r")
+        tables = [values(inside(inside(file, "value"), name), MAX_RECORDS) for name in ("img", "gt")]
+        if not all(is_reference(table) for table in tables):
+            raise InputError("value/img and value/gt must be object references")
+        images, masks = (np.asarray(table).ravel() for table in tables)
+        if len(images) != len(masks):
+            raise InputError(f"{len(images)} images and {len(masks)} masks")
+    except Exception as error:  # what h5py raises for a damaged file has no common type
+        layout = "is not laid out like gtsegs_ijcv.mat (HDF5 with references in value/img, value/gt)"
+        raise InputError(f"{path} {layout}: {reason(error)}") from None
+    lock = threading.Lock()
+
+    def read_mask(record: int) -> np.ndarray:
+        mask = values(file[masks[record]], photos.MAX_PIXELS)
+        for _ in range(2):  # a cell holds the mask, or a cell that does; one that holds itself does not end
+            if is_reference(mask):
+                mask = values(file[mask[(0,) * mask.ndim]], photos.MAX_PIXELS)
+        if mask.dtype.kind not in "buif" or mask.dtype.itemsize > 8 or mask.ndim != 2:
+            raise InputError(f"its mask {list(mask.shape)} of type {mask.dtype} is not one [W, H] of numbers")
+        decoding.take(PIXEL * mask.size)
+        found = mask[()]
+        if not np.isfinite(found).all():
+            raise InputError("its mask holds numbers that are not finite")
+        return np.ascontiguousarray(found.T > 0)
+
+    def read_pixels(record: int, mask: np.ndarray) -> Image.Image:
+        pixels = values(file[images[record]], 3 * photos.MAX_PIXELS)
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[0] != 3:
+            raise InputError("it has no image [3, W, H] of type uint8")
+        if mask.T.shape != pixels.shape[1:]:
+            raise InputError(f"image {pixels.shape[1:]} and mask {mask.T.shape} differ in size")
+        check_size(pixels.shape[1], pixels.shape[2], "its image")
+        return Image.fromarray(np.ascontiguousarray(pixels[()].transpose(2, 1, 0)))
+
+    def read(key: str) -> Example:
+        try:
+            with decoding.turn(), lock:
+                mask = read_mask(int(key))
+                return Example(key, read_pixels(int(key), mask), None, mask)
+        except Exception as error:
+            raise InputError(f"record {key} of {path} cannot be read: {reason(error)}") from None
+
+    keys = tuple(f"{i:05d}" for i in range(len(images)))
+    identify = functools.cache(lambda: digest(digest_files([path])))
+    return Source(str(path), identify, keys, read, labelled=False, masked=True)
+
+
+def _tfds(spec: str) -> Source:
+    """ "tfds:NAME:SPLIT", without TensorFlow."""
+    name, _, split = spec.removeprefix("tfds:").partition(":")
+    if not name or not split:
+        raise InputError(f"a TensorFlow data set is given as tfds:NAME:SPLIT, got {spec!r}")
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError:
+        raise InputError(f"{spec} needs the optional packages: pip install 'tokentm_jax[data]'") from None
+    command = f"tfds build {name} --file_format=array_record"
+    unprepared = InputError(f"{spec} is not prepared; run `{command}` once (it needs tensorflow)")
+    try:
+        builder: Any = tfds.builder(name, file_format="array_record")
+        if not builder.is_prepared():
+            raise unprepared
+        features, more = builder.info.features, {}
+        if isinstance(dict(features or {}).get("image"), tfds.features.Image):
+            # The encoded image: tfds would decode it whatever its size.
+            more["decoders"] = {"image": tfds.decode.SkipDecoding()}
+        records = builder.as_data_source(split, **more)
+    except tfds.core.DatasetNotFoundError:
+        raise InputError(f"TensorFlow Datasets knows no data set {name!r}") from None
+    except NotImplementedError:  # prepared in a format that has no random access
+        raise unprepared from None
+    except InputError:
+        raise
+    except (ValueError, KeyError, OSError) as error:  # such as an unknown split
+        raise InputError(f"{spec} cannot be read: {reason(error)}") from None
+    if not {"image", "label"} <= set(features or ()):
+        raise InputError(f"the data set {name!r} has no features 'image' and 'label'")
+
+    def read(key: str) -> Example:
+        where = f"record {key} of {spec}"
+        try:
+            record = records[int(key)]
+            image, label = record["image"], int(record["label"])
+            if not -LARGEST_LABEL <= label <= LARGEST_LABEL:
+                raise InputError(f"its label is {label}")
+            if isinstance(image, bytes):
+                return Example(key, _decode_entry(image, where), label)
+            image = np.asarray(image)
+            check_size(image.shape[1], image.shape[0], "its image")
+            rgb = np.broadcast_to(image, (*image.shape[:2], 3))
+            return Example(key, Image.fromarray(np.ascontiguousarray(rgb)), label)
+        except Exception as error:  # what the readers of damaged files raise has no common type
+            raise InputError(f"{where} cannot be read: {reason(error)}") from None
+
+    def identify() -> str:
+        try:
+            files = sorted({str(part.filename) for part in builder.info.splits[split].file_instructions})
+        except Exception:  # a builder that does not tell
+            files = []
+        return digest(spec, str(builder.info.version), len(records), digest_files([Path(file) for file in files]))
+
+    classes = tuple(features["label"].names)
+    named = classes != tuple(map(str, range(len(classes))))  # tfds calls classes without names so
+    keys = tuple(f"{i:07d}" for i in range(len(records)))
+    return Source(spec, functools.cache(identify), keys, read, classes, named=named)
+
+
+# ---- batches --------------------------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """Arrays of `size` examples, of which the first `len(keys)` count; the rest repeats the last."""
+
+    keys: tuple[str, ...]
+    images: np.ndarray  # uint8 [size, H, W, 3]
+    labels: np.ndarray  # int32 [size], -1 where unknown
+    masks: np.ndarray | None  # bool [size, H, W]
+
+
+def prepare(example: Example, preprocessing: Preprocessing, profile: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """Image uint8 [H, W, 3] and mask bool [H, W] as the model sees them, cut alike.
+
+    Profile "default": the model's own preprocessing. Profile "reference": squashed to the model's size, bilinear.
+    The mask is always resized by nearest neighbour. Raises InputError for a mask of another size than the image.
+    """
+    image, mask = example.image, None
+    if example.mask is not None:
+        if example.mask.shape != (image.height, image.width):
+            raise InputError(f"{example.key}: image and mask differ in size")
+        mask = Image.fromarray(example.mask.astype(np.uint8))
+    if profile == "reference":
+        size = preprocessing.size[::-1]
+        pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR))
+        cut = None if mask is None else np.asarray(mask.resize(size, Image.Resampling.NEAREST))
+    else:
+        nearest = dataclasses.replace(preprocessing, interpolation="nearest")
+        pixels, cut = fit(image, preprocessing), None if mask is None else fit(mask, nearest)
+    return pixels, None if cut is None else cut > 0
+
+
+def batches(
+    source: Source,
+    preprocessing: Preprocessing,
+    batch_size: int,
+    profile: str = "default",
+    *,
+    indices: Sequence[int] | None = None,
+    skipped: dict[str, str] | None = None,
+) -> Iterator[Batch]:
+    """Ready arrays of `batch_size` examples each, decoded ahead in threads.
+
+    Every batch is made of `batch_size` consecutive `indices` (default: all in order; the last may have fewer), less
+    those that cannot be read: `skipped` gets their keys and the reasons.
+    """
+    if profile not in PROFILES:
+        raise suggest("profile", profile, PROFILES)
+    checked("the batch size", Annotated[int, Ge(1)], batch_size)
+    chosen = range(len(source)) if indices is None else indices
+    groups = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
+    skipped = {} if skipped is None else skipped
+
+    def ready(index: int) -> tuple[str, Any]:
+        example = source[index]
+        return example.key, (*prepare(example, preprocessing, profile), example.label)
+
+    def one(index: int) -> tuple[str, Any]:
+        try:
+            with decoding.turn():  # until the photo is gone, and what the model sees of it is left
+                return ready(index)
+        except InputError as error:
+            return source.keys[index], str(error)
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        waiting: deque[list[Future[tuple[str, Any]]]] = deque()
+        try:
+            for i in range(len(groups) + AHEAD):
+                if i < len(groups):
+                    waiting.append([pool.submit(one, index) for index in groups[i]])
+                if i >= AHEAD:
+                    results = [future.result() for future in waiting.popleft()]
+                    skipped |= {key: result for key, result in results if isinstance(result, str)}
+                    yield _batch([(k, r) for k, r in results if not isinstance(r, str)], batch_size, preprocessing)
+        finally:
+            for group in waiting:
+                for future in group:
+                    future.cancel()
+
+
+def _batch(results: list[tuple[str, Any]], size: int, preprocessing: Preprocessing) -> Batch:
+    keys = tuple(key for key, _ in results)
+    if not keys:
+        return Batch((), np.zeros((size, *preprocessing.size, 3), np.uint8), np.full(size, -1, np.int32), None)
+    images, masks, labels = zip(*(result for _, result in results), strict=True)
+    fill = [len(keys) - 1] * (size - len(keys))
+    rows = [*range(len(keys)), *fill]
+    known = [-1 if labels[i] is None else labels[i] for i in rows]
+    stacked = None if masks[0] is None else np.stack([masks[i] for i in rows])
+    return Batch(keys, np.stack([images[i] for i in rows]), np.array(known, np.int32), stacked)

@@ -1,0 +1,7 @@
+"""Equations on arrays, one sample at a time, with jax alone: TokenTM, the rules of relevance, maps.
+
+Axes, for the whole project:
+
+    B batch    L blocks    H heads    N tokens    D width    Q, K query and key tokens
+    gh, gw patch grid (n = gh * gw patches, N = prefix + n)
+"""

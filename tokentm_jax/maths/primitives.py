@@ -1,0 +1,145 @@
+"""The primitives a ViT block is made of.
+
+The model calls every arithmetic step that an explanation method may want to treat in its own way through a
+`Primitives` tuple. `PLAIN` is ordinary arithmetic with ordinary derivatives. A relevance-propagation method is
+another tuple with the same forward results and another backward pass; the model itself is never written twice.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def wide(x: Array) -> Array:
+    """`x` in float32 at least: bfloat16 becomes float32, float64 stays."""
+    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+
+
+def linear(x: Array, kernel: Array, bias: Array | None) -> Array:
+    """Affine map `x @ kernel + bias`: x [..., I], kernel [I, O], bias [O] or None -> [..., O]."""
+    rows = x.reshape(-1, x.shape[-1])  # one large matrix product is faster on CPU than a batched one
+    y = rows @ kernel.astype(x.dtype)
+    if bias is not None:
+        y = y + bias.astype(x.dtype)
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def product(equation: str, a: Array, b: Array) -> Array:
+    """Product of two activations, written as an einsum: query with key, attention with value."""
+    return jnp.einsum(equation, a, b)
+
+
+def add(a: Array, b: Array) -> Array:
+    """Residual sum; also the sum of tokens and position embeddings."""
+    return a + b
+
+
+def fork(x: Array) -> tuple[Array, Array]:
+    """One value used twice: by the residual stream and by a branch."""
+    return x, x
+
+
+# The three steps below have derivatives of their own, written as tangents: forward mode and higher derivatives work,
+# and reverse mode transposes the same lines. It keeps one array of the model's own type for each (the softmax's
+# result, the norm's input, GELU's slope), where automatic differentiation keeps several, in float32, and reads them
+# again. Measured on DeiT-tiny, CPU: as fast and as small as `custom_vjp`, which refuses forward mode; `jax.checkpoint`
+# around the plain steps takes 7 % longer for the backward pass and 20 % for training.
+_checkpoint = partial(jax.checkpoint, prevent_cse=False)
+
+
+def _standardised(x: Array, eps: float) -> tuple[Array, Array]:
+    """x over the last axis with mean 0 and variance 1, in float32 at least, and its inverse deviation."""
+    centred = wide(x) - wide(x).mean(-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
+    return centred * inverse, inverse
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
+    """LayerNorm over the last axis, computed in float32 at least."""
+    y, _ = _standardised(x, eps)
+    return (y * scale.astype(y.dtype) + bias.astype(y.dtype)).astype(x.dtype)
+
+
+@norm.defjvp
+def _norm_tangent(eps: float, values: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+    """With y the standardised x: `dy = (dx - mean dx - y mean(y dx)) / deviation`."""
+
+    @_checkpoint
+    def tangent(x: Array, scale: Array, *changes: Array) -> Array:
+        y, inverse = _standardised(x, eps)
+        dx, dscale, dbias = (change.astype(y.dtype) for change in changes)
+        dy = inverse * (dx - dx.mean(-1, keepdims=True) - y * (y * dx).mean(-1, keepdims=True))
+        return (dy * scale.astype(y.dtype) + y * dscale + dbias).astype(x.dtype)
+
+    x, scale, bias = values
+    return norm(x, scale, bias, eps), tangent(x, scale, *tangents)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def softmax(scores: Array, scale: float) -> Array:
+    """Softmax over keys of the scaled scores [..., Q, K], computed in float32 at least."""
+    return jax.nn.softmax(wide(scores) * scale, axis=-1).astype(scores.dtype)
+
+
+@softmax.defjvp
+def _softmax_tangent(scale: float, values: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    """`dA = scale A (ds - sum_k A ds)`: of the softmax its result alone is kept."""
+    attention = softmax(values[0], scale)
+
+    @_checkpoint
+    def tangent(attention: Array, ds: Array) -> Array:
+        a, ds = wide(attention), wide(ds)
+        return (a * (ds - (a * ds).sum(-1, keepdims=True)) * scale).astype(attention.dtype)
+
+    return attention, tangent(attention, tangents[0])
+
+
+@jax.custom_jvp
+def gelu(x: Array) -> Array:
+    """Exact GELU (error function), as in timm: `x Phi(x)`."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+@gelu.defjvp
+def _gelu_tangent(values: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    """`d/dx x Phi(x) = Phi(x) + x phi(x)`, for the normal distribution's Phi and its density phi."""
+    (x,) = values
+    cumulative = 0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5)
+    density = jnp.exp(-0.5 * jnp.square(x)) * (2 * math.pi) ** -0.5
+    return gelu(x), (cumulative + x * density) * tangents[0]
+
+
+@jax.checkpoint
+def quick_gelu(x: Array) -> Array:
+    """Sigmoid approximation of GELU that OpenAI's CLIP models were trained with."""
+    return x * jax.nn.sigmoid(x * 1.702)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"gelu": gelu, "quick_gelu": quick_gelu}
+
+
+def activation(x: Array, function: str) -> Array:
+    """Elementwise non-linearity of the FFN, one of `ACTIVATIONS`."""
+    return ACTIVATIONS[function](x)
+
+
+class Primitives(NamedTuple):
+    """How a model computes, and differentiates, each kind of step."""
+
+    embed: Callable[[Array, Array, Array | None], Array] = linear
+    linear: Callable[[Array, Array, Array | None], Array] = linear
+    product: Callable[[str, Array, Array], Array] = product
+    add: Callable[[Array, Array], Array] = add
+    fork: Callable[[Array], tuple[Array, Array]] = fork
+    norm: Callable[[Array, Array, Array, float], Array] = norm
+    softmax: Callable[[Array, float], Array] = softmax
+    activation: Callable[[Array, str], Array] = activation
+
+
+PLAIN = Primitives()

@@ -1,0 +1,1 @@
+"""Explanation methods, one file per family, their table, and the two ways to call them."""

@@ -1,0 +1,268 @@
+"""Methods that read attention, alone or with its gradient. Most carry a row through the blocks by one rule.
+
+Each function is `(module, params, inputs, target, **options) -> (maps, details)`; see `tokentm_jax.methods.table`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from annotated_types import Ge, Lt
+from jax import Array
+
+from tokentm_jax.errors import InputError
+from tokentm_jax.maths.maps import token_map
+from tokentm_jax.maths.primitives import wide
+from tokentm_jax.maths.tokentm import (
+    Blocks,
+    TokenTM,
+    Weights,
+    attention_update,
+    block_update,
+    block_weights,
+    contributions,
+    initial_contributions,
+    mean_attention,
+    propagate,
+    token_length,
+)
+from tokentm_jax.methods.stream import backward, forward, streams
+from tokentm_jax.models.capture import Trace, capture, class_logits, zero_perturbations
+
+Details = dict[str, Array]
+Explanation = tuple[Array, Details]
+Block = Annotated[int, Ge(0)]  # a block, counted from 0
+
+
+def from_trace(module: Any, trace: Trace, rule: Callable[[Blocks, Array], Array]) -> Explanation:
+    """Token maps of a batch by a rule for one sample, `rule(blocks, read-out [N]) -> row [N]`.
+
+    The rule computes in float32 at least, whatever the model computes in.
+    """
+
+    def one(blocks: Blocks) -> Array:
+        blocks = jax.tree.map(wide, blocks)
+        return rule(blocks, jnp.asarray(module.readout, wide(trace.logits).dtype))
+
+    rows = jax.vmap(one, in_axes=1)(trace.blocks())
+    return token_map(module, rows), trace.details()
+
+
+def check_blocks(depth: int, first_block: int, end_block: int | None = None) -> None:
+    if not 0 <= first_block < depth:
+        raise InputError(f"option 'first_block' must be from 0 to {depth - 1} for this model, got {first_block}")
+    if end_block is not None and end_block > depth:
+        raise InputError(f"option 'end_block' must be at most {depth} for this model, got {end_block}")
+
+
+def tokentm(module: nn.Module, params: Any, inputs: Array, target: Array | None, *, options: TokenTM) -> Explanation:
+    """TokenTM; see `tokentm_jax.maths.tokentm`."""
+    chosen = (options.first_block, options.end_block)
+    if not streams(module):
+        trace = capture(module, params, inputs, target, options.uses())
+        check_blocks(len(trace.attention), *chosen)
+
+        def rule(blocks: Blocks, row: Array) -> Array:
+            return contributions(blocks, blocks.tokens[0] if options.initialise else None, row, options)
+
+        return from_trace(module, trace, rule)
+    check_blocks(module.depth, *chosen)
+
+    def with_gradient(row: Array, weighted: Array, weights: Weights) -> Array:
+        return block_update(row, mean_attention(weighted), weights)
+
+    def plain(block: Blocks) -> tuple[Array, Weights]:
+        return mean_attention(block.attention), block_weights(block, options)
+
+    model = (module, params, inputs, target)
+    if options.attention == "gradient":
+        weights = partial(block_weights, options=options)
+        rows, embedded, details = backward(*model, weights, with_gradient, *chosen, options.memory)
+    else:
+        rows, embedded, details = forward(*model, plain, lambda row, known: block_update(row, *known), *chosen)
+    rows = jax.vmap(partial(initial_contributions, options=options))(rows, wide(embedded))
+    return token_map(module, rows), details
+
+
+def _from_attention(
+    module: Any,
+    params: Any,
+    inputs: Array,
+    target: Array | None,
+    fuse: Callable[[Array], Array],
+    update: Callable[[Array, Array], Array],
+    first_block: int | None,
+) -> Explanation:
+    """Maps by a rule that knows of each block only `fuse(attention [H, N, N])`; `first_block` None: the last alone."""
+    trace = None if streams(module) else capture(module, params, inputs, target, ["attention"])
+    depth = module.depth if trace is None else len(trace.attention)
+    start = depth - 1 if first_block is None else first_block
+    check_blocks(depth, start)
+    if trace is not None:
+        of_block = lambda row, block: update(row, fuse(block.attention))  # noqa: E731
+        return from_trace(module, trace, lambda blocks, row: propagate(of_block, blocks, row, start))
+    rows, _, details = forward(module, params, inputs, target, lambda b: fuse(b.attention), update, start)
+    return token_map(module, rows), details
+
+
+def raw_attention(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
+    """Mean attention of the last block, read as the head reads."""
+    model = (module, params, inputs, target)
+    return _from_attention(*model, lambda attention: attention.mean(0), lambda row, fused: row @ fused, None)
+
+
+def rollout(
+    module: nn.Module,
+    params: Any,
+    inputs: Array,
+    target: Array | None,
+    *,
+    fusion: Literal["mean", "max", "min"] = "mean",
+    discard_ratio: Annotated[float, Ge(0), Lt(1)] = 0.0,
+    normalise: bool = True,
+    first_block: Block = 0,
+) -> Explanation:
+    """Attention rollout (Abnar & Zuidema, ACL 2020): the product of `rownorm(fuse_h(A) + I)` over blocks.
+
+    `discard_ratio` in [0, 1) sets that share of each block's lowest fused attentions to zero first.
+    """
+    reduce = {"mean": jnp.mean, "max": jnp.max, "min": jnp.min}[fusion]
+
+    def fuse(attention: Array) -> Array:
+        fused = reduce(attention, axis=0)
+        if discard_ratio:
+            rank = fused.ravel().argsort(stable=True).argsort(stable=True).reshape(fused.shape)
+            fused = jnp.where(rank < int(discard_ratio * fused.size), 0, fused)
+        return fused
+
+    def update(row: Array, fused: Array) -> Array:
+        # A row of (A + I) / s: dividing the relevance of each query by its row sum s.
+        return attention_update(row / (fused.sum(-1) + 1) if normalise else row, fused)
+
+    return _from_attention(module, params, inputs, target, fuse, update, first_block)
+
+
+def gae(
+    module: nn.Module,
+    params: Any,
+    inputs: Array,
+    target: Array | None,
+    *,
+    first_block: Block = 0,
+    memory: Literal["recompute", "store"] = "store",
+) -> Explanation:
+    """Generic attention explainability (Chefer et al., ICCV 2021): `R <- R + mean_h relu(G * A_h) R` from R = I.
+
+    It is TokenTM with every component off.
+    """
+    off = TokenTM(length=False, direction="none", initialise=False, ffn=False, first_block=first_block, memory=memory)
+    return tokentm(module, params, inputs, target, options=off)
+
+
+def grad_cam(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
+    """Grad-CAM on the last block's attention: heads weighted by their mean gradient in the read-out row."""
+    trace = capture(module, params, inputs, target, ["attention", "attention_grad"])
+
+    def rule(blocks: Blocks, row: Array) -> Array:
+        attention, gradient = row @ blocks.attention[-1], row @ blocks.attention_grad[-1]  # [H, N]
+        weights = gradient[:, module.prefix :].mean(-1)
+        return jax.nn.relu((weights[:, None] * attention).mean(0))
+
+    return from_trace(module, trace, rule)
+
+
+def grad_cam_tokens(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
+    """Grad-CAM on the patch tokens after the last block's first LayerNorm, as users of CAM libraries do."""
+    trace = capture(module, params, inputs, target, ["normalised", "normalised_grads"])
+
+    def one(features: Array, gradient: Array) -> Array:
+        features, gradient = wide(features), wide(gradient)
+        return jax.nn.relu((features * gradient[module.prefix :].mean(0)).sum(-1))
+
+    rows = jax.vmap(one)(trace.normalised[-1], trace.normalised_grads[-1])
+    return token_map(module, rows), trace.details()
+
+
+def attcat(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
+    """AttCAT (Qiang et al., NeurIPS 2022): token * gradient at each block's input, times the attention it gets."""
+    trace = capture(module, params, inputs, target, ["attention", "tokens", "token_grads"])
+    effect = (wide(trace.tokens) * wide(trace.token_grads)).sum(-1)  # [L, B, N]
+    received = wide(trace.attention).mean((2, 3))
+    return token_map(module, (received * effect).sum(0)), trace.details()
+
+
+def legrad(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
+    """LeGrad (Bousselham et al., 2024): `sum_l mean_{h,q} relu(d s_l / d A_l)`, s_l read from block l's output."""
+    if not streams(module):
+        raise InputError(
+            f"the method 'legrad' reads every block's tokens through the head, so it needs a module with the forward "
+            f"pass of tm.ViT; {type(module).__name__} has its own"
+        )
+    trace = capture(module, params, inputs, target, ["tokens"])
+    block = module.block()
+
+    def through_block(total: Array, layer: tuple[Any, Array]) -> tuple[Array, None]:
+        weights, tokens = layer
+        zeros = zero_perturbations(block, weights, tokens)["perturbations"]
+
+        def class_score(change: Array) -> Array:
+            variables = {"params": weights, "perturbations": {**zeros, "attn": {"attention": change}}}
+            after, _ = block.apply(variables, tokens)
+            logits = module.apply({"params": params}, after, method="classify")
+            return class_logits(logits, trace.target)[0].sum()
+
+        gradient = jax.grad(class_score)(zeros["attn"]["attention"])
+        return total + jax.nn.relu(gradient.astype(total.dtype)).mean((1, 2)), None
+
+    start = jnp.zeros_like(wide(trace.tokens[0, ..., 0]))
+    rows, _ = jax.lax.scan(through_block, start, (params["blocks"], trace.tokens))
+    return token_map(module, rows), trace.details()
+
+
+def beyond_intuition(
+    module: nn.Module,
+    params: Any,
+    inputs: Array,
+    target: Array | None,
+    *,
+    variant: Literal["head", "token"] = "head",
+    steps: Annotated[int, Ge(1)] = 20,
+    first_block: Block = 0,
+) -> Explanation:
+    """Beyond Intuition (Chen et al., TMLR 2023): attention perception P, times the reasoning feedback F.
+
+    `P <- P + A P` with `A = sum_h I_h A_h`, `I_h` proportional to `mean |A_h^T G_h|` (variant "head"), or with
+    `A = mean_h A_h diag(||V_j W_O|| / ||x_j||)` (variant "token"); `F = mean_h relu(mean_k G_L(k x / steps))`.
+    """
+    weighted = ["tokens", "transformed_value"] if variant == "token" else []
+    trace = capture(module, params, inputs, target, ["attention", "attention_grad", *weighted])
+    check_blocks(len(trace.attention), first_block)
+
+    def gradient_at(share: Array) -> Array:
+        point = inputs * share.astype(inputs.dtype)
+        return wide(capture(module, params, point, trace.target, ["attention_grad"]).attention_grad[-1])
+
+    shares = jnp.arange(1, steps + 1, dtype=jnp.float32) / steps
+    start = jnp.zeros_like(wide(trace.attention_grad[-1]))
+    total, _ = jax.lax.scan(lambda total, share: (total + gradient_at(share), None), start, shares)
+    feedback = jax.nn.relu(total / steps).mean(1)  # [B, N, N]
+
+    def update(rows: Array, block: Blocks) -> Array:
+        if variant == "token":
+            weights = token_length(block.transformed_value) / jnp.maximum(token_length(block.tokens), 1e-12)
+            return attention_update(rows, block.attention.mean(0), weights)
+        influence = jnp.abs(jnp.einsum("hqk,hqj->hkj", block.attention, block.attention_grad)).mean((1, 2))
+        influence = influence / jnp.maximum(influence.sum(), 1e-30)
+        return attention_update(rows, jnp.einsum("h,hqk->qk", influence, block.attention))
+
+    def one(blocks: Blocks, feedback: Array) -> Array:
+        row = jnp.asarray(module.readout, feedback.dtype)
+        # Where the head reads several tokens, F and P multiply before they are read, so P is needed for each.
+        identity = jnp.eye(len(row), dtype=row.dtype)
+        return row @ (feedback * propagate(update, jax.tree.map(wide, blocks), identity, first_block))
+
+    rows = jax.vmap(one, in_axes=(1, 0))(trace.blocks(), feedback)
+    return token_map(module, rows), trace.details()

@@ -1,0 +1,99 @@
+"""Methods that differentiate the logit with respect to the input and need nothing of a Transformer.
+
+Each function is `(module, params, inputs, target, **options) -> (pixel maps [B, H, W], details)`.
+"""
+
+from typing import Annotated, Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from annotated_types import Ge, Lt
+from jax import Array
+
+from tokentm_jax.maths.primitives import wide
+from tokentm_jax.models.capture import class_logits
+
+Explanation = tuple[Array, dict[str, Array]]
+
+
+def _gradient(
+    module: nn.Module, params: Any, inputs: Array, target: Array | None
+) -> tuple[Array, Array, dict[str, Array]]:
+    """Gradient of each sample's own logit at its input [B, H, W, 3], that logit [B], and the details."""
+
+    def score(inputs: Array) -> tuple[Array, tuple[Array, dict[str, Array]]]:
+        logits = module.apply({"params": params}, inputs)
+        own, chosen = class_logits(logits, target)
+        return own.sum(), (own, {"logits": logits, "target": chosen})
+
+    gradient, (own, details) = jax.grad(score, has_aux=True)(inputs)
+    return wide(gradient), own, details
+
+
+def input_gradient(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
+    """Largest absolute gradient over the channels (Simonyan et al., 2013)."""
+    gradient, _, details = _gradient(module, params, inputs, target)
+    return jnp.abs(gradient).max(-1), details
+
+
+def gradient_x_input(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
+    """Gradient times normalised input, summed over the channels (Shrikumar et al., 2016); signed."""
+    gradient, _, details = _gradient(module, params, inputs, target)
+    return (gradient * inputs.astype(gradient.dtype)).sum(-1), details
+
+
+def smooth_grad(
+    module: nn.Module,
+    params: Any,
+    inputs: Array,
+    target: Array | None,
+    *,
+    samples: Annotated[int, Ge(1)] = 25,
+    noise: Annotated[float, Ge(0)] = 0.15,
+    seed: Annotated[int, Ge(0), Lt(2**31)] = 0,
+) -> Explanation:
+    """SmoothGrad (Smilkov et al., 2017): the mean gradient over noisy inputs, largest absolute value over channels.
+
+    The standard deviation is `noise` times each image's own range. All images get the same noise, so that a map does
+    not depend on the batch.
+    """
+    _, _, details = _gradient(module, params, inputs, target)
+    deviation = noise * (inputs.max((1, 2, 3), keepdims=True) - inputs.min((1, 2, 3), keepdims=True))
+
+    def noisy(total: Array, key: Array) -> tuple[Array, None]:
+        change = deviation * jax.random.normal(key, (1, *inputs.shape[1:]), inputs.dtype)
+        return total + _gradient(module, params, inputs + change, details["target"])[0], None
+
+    start = jnp.zeros_like(wide(inputs))
+    total, _ = jax.lax.scan(noisy, start, jax.random.split(jax.random.key(seed), samples))
+    return jnp.abs(total / samples).max(-1), details
+
+
+def integrated_gradients(
+    module: nn.Module,
+    params: Any,
+    inputs: Array,
+    target: Array | None,
+    *,
+    steps: Annotated[int, Ge(1)] = 32,
+    baseline: float = 0.0,
+) -> Explanation:
+    """Integrated Gradients (Sundararajan et al., ICML 2017), midpoint rule, summed over channels; signed.
+
+    `baseline` is the value of every pixel of the normalised baseline image (0 is the data's mean colour).
+    `details["completeness_gap"]` [B] is the sum of the map minus the change of the logit: zero for enough steps.
+    """
+    _, own, details = _gradient(module, params, inputs, target)
+    base = jnp.full_like(inputs, baseline)
+
+    def at(total: Array, share: Array) -> tuple[Array, None]:
+        point = base + share.astype(inputs.dtype) * (inputs - base)
+        return total + _gradient(module, params, point, details["target"])[0], None
+
+    shares = (jnp.arange(steps, dtype=jnp.float32) + 0.5) / steps
+    start = jnp.zeros_like(wide(inputs))
+    total, _ = jax.lax.scan(at, start, shares)
+    maps = ((inputs - base).astype(total.dtype) * total / steps).sum(-1)
+    at_base = class_logits(module.apply({"params": params}, base), details["target"])[0]
+    return maps, {**details, "completeness_gap": maps.sum((1, 2)) - (own - at_base)}

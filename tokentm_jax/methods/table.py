@@ -1,0 +1,105 @@
+"""The table of explanation methods.
+
+A method is a function `(module, params, inputs, target, **options) -> (maps, details)`: inputs are normalised images
+[B, H, W, 3], target is a class per sample [B] or None for the predicted one, maps are [B, gh, gw] (token maps) or
+[B, H, W] (pixel maps), details is a dict of arrays with `logits` [B, classes] and `target` [B] at least. It treats
+the samples of a batch independently. Adding one: a function and a row here, and a row in `tests/test_contract.py`.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal
+
+import flax.linen as nn
+from jax import Array
+
+from tokentm_jax.errors import InputError, suggest
+from tokentm_jax.maths.maps import combine
+from tokentm_jax.maths.tokentm import TokenTM
+from tokentm_jax.methods import attention, gradient
+from tokentm_jax.methods import lrp as relevance
+from tokentm_jax.methods.attention import Explanation
+from tokentm_jax.validation import check_options
+
+TOKENS, PIXELS = "token map", "pixel map"
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One row of the table. `passes` is the cost: forward (F) and backward (B) passes of the model."""
+
+    function: Callable[..., Explanation]
+    paper: str
+    year: int
+    passes: str = "1 F + 1 B"
+    class_specific: bool = True
+    output: str = TOKENS
+    differentiable: bool = True  # whether a map's own derivative is true (not where a rule holds values constant)
+    options: type | None = None  # a frozen dataclass of options, where the function takes one
+
+    @property
+    def summary(self) -> str:
+        """What the method is, in one line: the first of its function's docstring."""
+        return (inspect.getdoc(self.function) or "").splitlines()[0]
+
+    def check(self, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options as plain Python values that meet the annotations of the function, or of its dataclass.
+
+        Raises InputError for an unknown option, or one that is not what its annotation says.
+        """
+        return check_options(f"the method {name!r}", self.options or self.function, options)
+
+    def bind(self, name: str, options: Mapping[str, Any]) -> Callable[..., Explanation]:
+        """The function with its options checked and bound. Raises InputError as `check`, and for choices at odds."""
+        values = self.check(name, options)
+        if self.options is None:
+            return partial(self.function, **values)
+        try:
+            return partial(self.function, options=self.options(**values))
+        except ValueError as error:
+            raise InputError(f"method '{name}': {error}") from None
+
+
+def combination(
+    module: nn.Module,
+    params: Any,
+    inputs: Array,
+    target: Array | None,
+    *,
+    methods: str = "tokentm,grad_cam",
+    how: Literal["product", "mean"] = "product",
+) -> Explanation:
+    """Product or mean ("how") of the normalised maps of several methods, named with commas between."""
+    names = [name.strip() for name in methods.split(",")]
+    for name in names:
+        if name not in METHODS or name == "combination":
+            raise suggest("method", name, [m for m in METHODS if m != "combination"])
+    results = [METHODS[name].bind(name, {})(module, params, inputs, target) for name in names]
+    return combine([maps for maps, _ in results], how), results[0][1]
+
+
+METHODS: dict[str, Method] = {
+    "tokentm": Method(attention.tokentm, "Wu et al., CVPR", 2024, options=TokenTM),
+    "gae": Method(attention.gae, "Chefer et al., ICCV", 2021),
+    "transformer_attribution": Method(relevance.transformer_attribution, "Chefer et al., CVPR", 2021, "2 F + 2 B"),
+    "attcat": Method(attention.attcat, "Qiang et al., NeurIPS", 2022),
+    "conservative_lrp": Method(relevance.conservative_lrp, "Ali et al., ICML", 2022, differentiable=False),
+    "lrp": Method(relevance.full_lrp, "Bach et al., PLOS ONE", 2015, output=PIXELS),
+    "partial_lrp": Method(relevance.partial_lrp, "Voita et al., ACL", 2019),
+    "rollout": Method(attention.rollout, "Abnar & Zuidema, ACL", 2020, "1 F", class_specific=False),
+    "raw_attention": Method(attention.raw_attention, "Vaswani et al., NeurIPS", 2017, "1 F", class_specific=False),
+    "grad_cam": Method(attention.grad_cam, "Selvaraju et al., ICCV", 2017),
+    "grad_cam_tokens": Method(attention.grad_cam_tokens, "Selvaraju et al., ICCV", 2017),
+    "attn_lrp": Method(relevance.attention_lrp, "Achtibat et al., ICML", 2024, differentiable=False),
+    "beyond_intuition": Method(attention.beyond_intuition, "Chen et al., TMLR", 2023, "21 F + 21 B"),
+    "legrad": Method(attention.legrad, "Bousselham et al., ICCV", 2025, "2 F + 1 B"),
+    "input_gradient": Method(gradient.input_gradient, "Simonyan et al., ICLR", 2014, output=PIXELS),
+    "gradient_x_input": Method(gradient.gradient_x_input, "Shrikumar et al., arXiv", 2016, output=PIXELS),
+    "smooth_grad": Method(gradient.smooth_grad, "Smilkov et al., arXiv", 2017, "26 F + 26 B", output=PIXELS),
+    "integrated_gradients": Method(
+        gradient.integrated_gradients, "Sundararajan et al., ICML", 2017, "34 F + 33 B", output=PIXELS
+    ),
+    "combination": Method(combination, "named as future work by Wu et al.", 2024, "those of its methods"),
+}

@@ -1,0 +1,1 @@
+"""Vision Transformers, their weights, and what they show of a forward and a backward pass."""

@@ -1,0 +1,326 @@
+"""Architectures by their timm name, and the module built from timm's keyword arguments.
+
+config, preprocessing = architecture("vit_base_patch16_224.augreg_in21k_ft_in1k")
+module = build(config, num_classes=10)
+"""
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import jax.numpy as jnp
+from annotated_types import Ge, Le
+
+from tokentm_jax.data.preprocessing import CLIP, HALF, IMAGENET, Preprocessing, Statistics
+from tokentm_jax.errors import InputError, suggest
+from tokentm_jax.maths.primitives import ACTIVATIONS
+from tokentm_jax.models.vit import ViT
+from tokentm_jax.validation import checked
+
+Config = dict[str, Any]  # keyword arguments of timm's VisionTransformer, JSON types only
+
+SIZES: dict[str, Config] = {
+    "xsmall": {"embed_dim": 256, "depth": 10, "num_heads": 4},
+    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "medium": {"embed_dim": 512, "depth": 12, "num_heads": 8},
+    "betwixt": {"embed_dim": 640, "depth": 12, "num_heads": 10},
+    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "base_plus": {"embed_dim": 896, "depth": 12, "num_heads": 14},
+    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+    "huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
+    "giant": {"embed_dim": 1408, "depth": 40, "num_heads": 16, "mlp_ratio": 48 / 11},
+    "gigantic": {"embed_dim": 1664, "depth": 48, "num_heads": 16, "mlp_ratio": 64 / 13},
+    "wee": {"embed_dim": 256, "depth": 14, "num_heads": 4, "mlp_ratio": 5.0},
+    "little": {"embed_dim": 320, "depth": 14, "num_heads": 5, "mlp_ratio": 5.6},
+    "mediumd": {"embed_dim": 512, "depth": 20, "num_heads": 8},
+    "so150m": {"embed_dim": 896, "depth": 18, "num_heads": 14, "mlp_ratio": 2.572},
+    "so150m2": {"embed_dim": 832, "depth": 21, "num_heads": 13, "mlp_ratio": 34 / 13, "qkv_bias": False},
+    "so400m": {"embed_dim": 1152, "depth": 27, "num_heads": 16, "mlp_ratio": 3.7362},
+}
+
+DEIT3: Config = {"no_embed_class": True, "init_values": 1e-6}
+LAYER_SCALE: Config = {"init_values": 1e-5}
+REGISTERS: Config = {"reg_tokens": 4, "no_embed_class": True}
+# Norm before pooling.
+POOLED: Config = {"class_token": False, "global_pool": "avg", "fc_norm": False}
+POOLED_BARE: Config = {**POOLED, "qkv_bias": False, "init_values": 1e-6}
+# Norm after pooling, which is the default for "avg".
+POOLED_1: Config = {"class_token": False, "no_embed_class": True, "reg_tokens": 1, "global_pool": "avg"}
+POOLED_CLASSIC: Config = {**POOLED_1, "no_embed_class": False, "init_values": 1e-5}
+POOLED_4: Config = POOLED_1 | {"reg_tokens": 4}
+PRE_NORM: Config = {"pre_norm": True, "norm_eps": 1e-5}
+QUICK: Config = PRE_NORM | {"activation": "quick_gelu"}
+
+
+def _row(
+    size: str, patch_size: int, img_size: int, crop_pct: float, statistics: Statistics, *options: Config
+) -> tuple[Config, Preprocessing]:
+    config = {"img_size": img_size, "patch_size": patch_size} | SIZES[size]
+    for option in options:
+        config |= option
+    return config, Preprocessing((img_size, img_size), crop_pct, **statistics)
+
+
+# fmt: off
+ARCHITECTURES: dict[str, tuple[Config, Preprocessing]] = {
+    # name: size, patch size, image size, crop_pct, mean and std, options
+    "vit_tiny_patch16_224": _row("tiny", 16, 224, 0.9, HALF),
+    "vit_tiny_patch16_384": _row("tiny", 16, 384, 1.0, HALF),
+    "vit_small_patch8_224": _row("small", 8, 224, 0.9, IMAGENET),
+    "vit_small_patch16_224": _row("small", 16, 224, 0.9, HALF),
+    "vit_small_patch16_384": _row("small", 16, 384, 1.0, HALF),
+    "vit_small_patch16_36x1_224": _row("small", 16, 224, 0.9, HALF, {"depth": 36, "init_values": 1e-5}),
+    "vit_small_patch32_224": _row("small", 32, 224, 0.9, HALF),
+    "vit_small_patch32_384": _row("small", 32, 384, 1.0, HALF),
+    "vit_base_patch8_224": _row("base", 8, 224, 0.9, HALF),
+    "vit_base_patch16_224": _row("base", 16, 224, 0.9, HALF),
+    "vit_base_patch16_384": _row("base", 16, 384, 1.0, HALF),
+    "vit_base_patch16_plus_240": _row("base_plus", 16, 240, 0.95, HALF, LAYER_SCALE),
+    "vit_base_patch32_224": _row("base", 32, 224, 0.9, HALF),
+    "vit_base_patch32_384": _row("base", 32, 384, 1.0, HALF),
+    "vit_base_patch32_plus_256": _row("base_plus", 32, 256, 0.95, HALF, LAYER_SCALE),
+    "vit_large_patch14_224": _row("large", 14, 224, 0.9, HALF),
+    "vit_large_patch16_224": _row("large", 16, 224, 0.9, HALF),
+    "vit_large_patch16_384": _row("large", 16, 384, 1.0, HALF),
+    "vit_large_patch32_224": _row("large", 32, 224, 0.9, HALF),
+    "vit_large_patch32_384": _row("large", 32, 384, 1.0, HALF),
+    "vit_huge_patch14_224": _row("huge", 14, 224, 0.9, HALF),
+    "vit_giant_patch14_224": _row("giant", 14, 224, 0.9, HALF),
+    "vit_gigantic_patch14_224": _row("gigantic", 14, 224, 0.9, HALF),
+
+    "deit_tiny_patch16_224": _row("tiny", 16, 224, 0.9, IMAGENET),
+    "deit_small_patch16_224": _row("small", 16, 224, 0.9, IMAGENET),
+    "deit_base_patch16_224": _row("base", 16, 224, 0.9, IMAGENET),
+    "deit_base_patch16_384": _row("base", 16, 384, 1.0, IMAGENET),
+    "deit_tiny_distilled_patch16_224": _row("tiny", 16, 224, 0.9, IMAGENET, {"distilled": True}),
+    "deit_small_distilled_patch16_224": _row("small", 16, 224, 0.9, IMAGENET, {"distilled": True}),
+    "deit_base_distilled_patch16_224": _row("base", 16, 224, 0.9, IMAGENET, {"distilled": True}),
+    "deit_base_distilled_patch16_384": _row("base", 16, 384, 1.0, IMAGENET, {"distilled": True}),
+    "deit3_small_patch16_224": _row("small", 16, 224, 0.9, IMAGENET, DEIT3),
+    "deit3_small_patch16_384": _row("small", 16, 384, 1.0, IMAGENET, DEIT3),
+    "deit3_medium_patch16_224": _row("medium", 16, 224, 0.9, IMAGENET, DEIT3),
+    "deit3_base_patch16_224": _row("base", 16, 224, 0.9, IMAGENET, DEIT3),
+    "deit3_base_patch16_384": _row("base", 16, 384, 1.0, IMAGENET, DEIT3),
+    "deit3_large_patch16_224": _row("large", 16, 224, 0.9, IMAGENET, DEIT3),
+    "deit3_large_patch16_384": _row("large", 16, 384, 1.0, IMAGENET, DEIT3),
+    "deit3_huge_patch14_224": _row("huge", 14, 224, 0.9, IMAGENET, DEIT3),
+
+    "vit_small_patch14_dinov2": _row("small", 14, 518, 1.0, IMAGENET, LAYER_SCALE),
+    "vit_base_patch14_dinov2": _row("base", 14, 518, 1.0, IMAGENET, LAYER_SCALE),
+    "vit_large_patch14_dinov2": _row("large", 14, 518, 1.0, IMAGENET, LAYER_SCALE),
+    "vit_small_patch14_reg4_dinov2": _row("small", 14, 518, 1.0, IMAGENET, LAYER_SCALE, REGISTERS),
+    "vit_base_patch14_reg4_dinov2": _row("base", 14, 518, 1.0, IMAGENET, LAYER_SCALE, REGISTERS),
+    "vit_large_patch14_reg4_dinov2": _row("large", 14, 518, 1.0, IMAGENET, LAYER_SCALE, REGISTERS),
+
+    "vit_medium_patch16_gap_240": _row("medium", 16, 240, 0.95, HALF, POOLED_BARE),
+    "vit_medium_patch16_gap_256": _row("medium", 16, 256, 0.95, HALF, POOLED_BARE),
+    "vit_medium_patch16_gap_384": _row("medium", 16, 384, 0.95, HALF, POOLED_BARE),
+    "vit_betwixt_patch16_gap_256": _row("betwixt", 16, 256, 0.95, HALF, POOLED_BARE),
+    "vit_base_patch16_gap_224": _row("base", 16, 224, 0.9, HALF, POOLED, {"num_heads": 16}),
+    "vit_huge_patch14_gap_224": _row("huge", 14, 224, 0.9, IMAGENET, POOLED),
+    "vit_huge_patch16_gap_448": _row("huge", 16, 448, 1.0, IMAGENET, POOLED),
+    "vit_giant_patch16_gap_224": _row("giant", 16, 224, 0.9, IMAGENET, POOLED),
+    "vit_wee_patch16_reg1_gap_256": _row("wee", 16, 256, 0.95, HALF, POOLED_1, LAYER_SCALE),
+    "vit_little_patch16_reg1_gap_256": _row("little", 16, 256, 0.95, HALF, POOLED_1, LAYER_SCALE),
+    "vit_little_patch16_reg4_gap_256": _row("little", 16, 256, 0.95, HALF, POOLED_4, LAYER_SCALE),
+    "vit_medium_patch16_reg1_gap_256": _row("medium", 16, 256, 0.95, HALF, POOLED_1, LAYER_SCALE),
+    "vit_medium_patch16_reg4_gap_256": _row("medium", 16, 256, 0.95, HALF, POOLED_4, LAYER_SCALE),
+    "vit_mediumd_patch16_reg4_gap_256": _row("mediumd", 16, 256, 0.95, HALF, POOLED_4, LAYER_SCALE),
+    "vit_mediumd_patch16_reg4_gap_384": _row("mediumd", 16, 384, 1.0, HALF, POOLED_4, LAYER_SCALE),
+    "vit_betwixt_patch16_reg1_gap_256": _row("betwixt", 16, 256, 0.95, HALF, POOLED_1, LAYER_SCALE),
+    "vit_betwixt_patch16_reg4_gap_256": _row("betwixt", 16, 256, 0.95, HALF, POOLED_4, LAYER_SCALE),
+    "vit_betwixt_patch16_reg4_gap_384": _row("betwixt", 16, 384, 1.0, HALF, POOLED_4, LAYER_SCALE),
+    "vit_base_patch16_reg4_gap_256": _row("base", 16, 256, 0.9, HALF, POOLED_4),
+    "vit_so150m_patch16_reg4_gap_256": _row("so150m", 16, 256, 0.95, HALF, POOLED, {"reg_tokens": 4}),
+    "vit_so150m_patch16_reg4_gap_384": _row("so150m", 16, 384, 1.0, HALF, POOLED, {"reg_tokens": 4}),
+    "vit_so150m2_patch16_reg1_gap_256": _row("so150m2", 16, 256, 1.0, HALF, POOLED_CLASSIC),
+    "vit_so150m2_patch16_reg1_gap_384": _row("so150m2", 16, 384, 1.0, HALF, POOLED_CLASSIC),
+    "vit_so150m2_patch16_reg1_gap_448": _row("so150m2", 16, 448, 1.0, HALF, POOLED_CLASSIC),
+    "vit_so400m_patch14_siglip_gap_378": _row("so400m", 14, 378, 1.0, HALF, POOLED),
+    "eva_large_patch14_196": _row("large", 14, 196, 1.0, CLIP, {"global_pool": "avg"}),
+    "eva_large_patch14_336": _row("large", 14, 336, 1.0, CLIP, {"global_pool": "avg"}),
+
+    "vit_xsmall_patch16_clip_224": _row("xsmall", 16, 224, 0.9, CLIP, PRE_NORM),
+    "vit_medium_patch16_clip_224": _row("medium", 16, 224, 0.9, CLIP, PRE_NORM),
+    "vit_medium_patch32_clip_224": _row("medium", 32, 224, 0.9, CLIP, PRE_NORM),
+    "vit_betwixt_patch32_clip_224": _row("betwixt", 32, 224, 0.9, CLIP, PRE_NORM),
+    "vit_base_patch16_clip_224": _row("base", 16, 224, 0.95, CLIP, PRE_NORM),
+    "vit_base_patch16_clip_384": _row("base", 16, 384, 1.0, CLIP, PRE_NORM),
+    "vit_base_patch16_plus_clip_240": _row("base_plus", 16, 240, 1.0, CLIP, PRE_NORM),
+    "vit_base_patch32_clip_224": _row("base", 32, 224, 0.9, CLIP, PRE_NORM),
+    "vit_base_patch32_clip_256": _row("base", 32, 256, 1.0, CLIP, PRE_NORM),
+    "vit_base_patch32_clip_384": _row("base", 32, 384, 1.0, CLIP, PRE_NORM),
+    "vit_base_patch32_clip_448": _row("base", 32, 448, 1.0, CLIP, PRE_NORM),
+    "vit_large_patch14_clip_224": _row("large", 14, 224, 1.0, CLIP, PRE_NORM),
+    "vit_large_patch14_clip_336": _row("large", 14, 336, 1.0, CLIP, PRE_NORM),
+    "vit_huge_patch14_clip_224": _row("huge", 14, 224, 1.0, CLIP, PRE_NORM),
+    "vit_huge_patch14_clip_336": _row("huge", 14, 336, 1.0, CLIP, PRE_NORM),
+    "vit_huge_patch14_clip_378": _row("huge", 14, 378, 1.0, CLIP, PRE_NORM),
+    "vit_base_patch16_clip_quickgelu_224": _row("base", 16, 224, 1.0, CLIP, QUICK),
+    "vit_base_patch32_clip_quickgelu_224": _row("base", 32, 224, 0.9, CLIP, QUICK),
+    "vit_large_patch14_clip_quickgelu_224": _row("large", 14, 224, 1.0, CLIP, QUICK),
+    "vit_large_patch14_clip_quickgelu_336": _row("large", 14, 336, 1.0, CLIP, QUICK),
+    "vit_huge_patch14_clip_quickgelu_224": _row("huge", 14, 224, 1.0, CLIP, QUICK),
+    "vit_huge_patch14_clip_quickgelu_378": _row("huge", 14, 378, 1.0, CLIP, QUICK),
+}
+
+# Weights whose preprocessing is not that of their architecture's row: pattern of "name.tag" -> fields; the last
+# that matches wins.
+TAGS: dict[str, dict[str, Any]] = {
+    "vit_*.dino": {**IMAGENET},
+    "vit_*.mae": {**IMAGENET},
+    "vit_base_patch16_224.bamboo": {**CLIP, "crop_pct": 1.0},
+    "vit_huge_patch14_gap_224.untrained": {**HALF},
+    "deit3_*_224.fb_in22k_ft_in1k": {"crop_pct": 1.0},
+    "vit_large_patch14_clip_*.laion2b*": {**HALF},
+    "vit_so400m_patch14_siglip_gap_378.v2_webli": {"crop_pct": 0.9},
+    "vit_base_patch16_clip_224.*": {"crop_pct": 1.0},
+    "vit_base_patch16_clip*_224.openai*": {"crop_pct": 0.9},
+    "vit_base_patch16_clip_224.*_ft_in12k": {"crop_pct": 0.9},
+    "vit_base_patch16_clip_224.*_ft_in12k_in1k": {"crop_pct": 0.95},
+    "vit_base_patch*_clip_384.openai_ft_in12k_in1k": {"crop_pct": 0.95},
+    "vit_base_patch32_clip*_224.datacompxl": {"crop_pct": 1.0},
+    "vit_base_patch32_clip*_224.metaclip_*": {"crop_pct": 1.0},
+}
+# fmt: on
+LARGEST = {
+    "img_size": 4096,
+    "patch_size": 256,
+    "embed_dim": 8192,
+    "depth": 200,
+    "num_heads": 256,
+    "num_classes": 1_000_000,
+    "reg_tokens": 256,
+}  # fmt: skip
+LARGEST_TOKENS = 65_536  # of 4096 pixels in patches of 16
+
+
+def _whole(option: str, lowest: int = 1) -> Any:
+    return Annotated[int, Ge(lowest), Le(LARGEST[option])]
+
+
+def _number(largest: float) -> Any:
+    return Annotated[float, Ge(0), Le(largest)]
+
+
+OPTIONS: dict[str, Any] = {  # what each option of a model may be
+    "img_size": tuple[_whole("img_size"), _whole("img_size")],
+    **{name: _whole(name) for name in ("patch_size", "embed_dim", "depth", "num_heads", "num_classes")},
+    "reg_tokens": _whole("reg_tokens", 0),
+    **dict.fromkeys(("qkv_bias", "proj_bias", "class_token", "distilled", "no_embed_class", "pre_norm"), bool),
+    "fc_norm": bool | None,
+    "mlp_ratio": _number(64),
+    "norm_eps": _number(0.1),
+    "init_values": _number(1e4) | None,
+    "global_pool": Literal["token", "avg"],
+    "activation": Literal[tuple(ACTIVATIONS)],
+}
+
+
+def architecture(name: str, **overrides: Any) -> tuple[Config, Preprocessing]:
+    """Configuration and preprocessing of a timm name, with or without tag ("vit_base_patch16_224.dino").
+
+    `overrides` replace entries of the configuration; the preprocessing follows `img_size`.
+    Raises InputError, with the nearest known name, when the table lacks `name`.
+    """
+    base, _, tag = str(name).partition(".")
+    if base not in ARCHITECTURES:
+        raise suggest("model", base, ARCHITECTURES)
+    config, preprocessing = ARCHITECTURES[base]
+    for pattern, fields in TAGS.items():
+        if tag and fnmatch.fnmatchcase(f"{base}.{tag}", pattern):
+            preprocessing = dataclasses.replace(preprocessing, **fields)
+    config = config | overrides
+    if "img_size" in overrides:
+        preprocessing = dataclasses.replace(preprocessing, size=_checked("img_size", config["img_size"]))
+    return config, preprocessing
+
+
+def build(
+    config: Mapping[str, Any] | str,
+    img_size: int | tuple[int, int] | None = None,
+    num_classes: int | None = None,
+    dtype: Any = None,
+) -> ViT:
+    """The module of a configuration (keys of timm's VisionTransformer) or of a name of the table.
+
+    Args:
+        config: besides timm's keys, `distilled`, `activation` ("gelu", "quick_gelu") and `norm_eps`.
+        img_size: side or (height, width) in pixels, in place of the configuration's.
+        num_classes: in place of the configuration's.
+        dtype: type of the activations, such as "bfloat16"; None: that of the images.
+
+    Raises:
+        InputError: an unknown key, a wrong type, or a value that the model does not support; names the key.
+    """
+    if isinstance(config, str):
+        config = architecture(config)[0]
+    if not isinstance(config, Mapping):
+        raise InputError(f"a model is a name or a mapping of options, got {type(config).__name__}")
+    given = {"img_size": img_size, "num_classes": num_classes}
+    options = {**config, **{key: value for key, value in given.items() if value is not None}}
+    for key, only in (("in_chans", 3), ("qk_norm", False), ("final_norm", True), ("pos_embed", "learn")):
+        if options.pop(key, only) != only:
+            raise InputError(f"model option {key!r} must be {only!r}: nothing else is supported")
+    for key, value in options.items():
+        if key not in OPTIONS:
+            raise suggest("model option", key, OPTIONS)
+        options[key] = _checked(key, value)
+    module = ViT(**options, dtype=_dtype(dtype))
+    _check_together(module)
+    return module
+
+
+def config_of(module: ViT) -> Config:
+    """The configuration from which `build` makes this module, in JSON types."""
+    return {name: getattr(module, name) for name in OPTIONS} | {"img_size": list(module.img_size)}
+
+
+def _checked(key: str, value: Any) -> Any:
+    """`value` in the type of the option, or InputError."""
+    if key == "img_size":
+        value = _pair(value)
+    if key == "patch_size" and isinstance(value, list | tuple) and len(value) == 2 and value[0] == value[1]:
+        value = value[0]
+    return checked(f"model option {key!r}", OPTIONS[key], value)
+
+
+def _pair(value: Any) -> Any:
+    """A side as (height, width), and a list of JSON as a tuple."""
+    return tuple(value) if isinstance(value, list | tuple) else (value, value)
+
+
+def _dtype(dtype: Any) -> Any:
+    if dtype is None:
+        return None
+    try:
+        kind = jnp.dtype(dtype)
+    except TypeError:
+        kind = None
+    if kind is None or not jnp.issubdtype(kind, jnp.floating):
+        raise InputError(f"dtype must be a floating-point type such as 'float32' or 'bfloat16', got {dtype!r}")
+    return kind
+
+
+def _check_together(module: ViT) -> None:
+    """Refuse combinations of options that make no model."""
+    tokens = module.grid[0] * module.grid[1] + module.prefix
+    if tokens > LARGEST_TOKENS:
+        raise InputError(f"model option 'patch_size': {tokens} tokens are more than {LARGEST_TOKENS}")
+    for side in module.img_size:
+        if side % module.patch_size:
+            raise InputError(
+                f"model option 'img_size': {side} is not a multiple of the patch size {module.patch_size}"
+            )
+    if module.embed_dim % module.num_heads:
+        raise InputError(
+            f"model option 'num_heads': {module.num_heads} heads do not divide the width {module.embed_dim}"
+        )
+    if int(module.embed_dim * module.mlp_ratio) < 1:
+        raise InputError(f"model option 'mlp_ratio': {module.mlp_ratio} leaves the FFN without hidden units")
+    if module.global_pool == "token" and not module.class_token:
+        raise InputError("model option 'global_pool': 'token' needs a class token; use 'avg'")
+    if module.distilled and not (module.class_token and module.global_pool == "token"):
+        raise InputError("model option 'distilled' needs a class token and global_pool='token'")

@@ -1,0 +1,155 @@
+"""From (module, params, inputs, target) to arrays: everything the methods need to know about a forward pass.
+
+Flax stays in this file and in `vit.py`. Any Linen module can be explained that has the attributes `grid`, `prefix` and
+`readout` of `ViT` and shows its blocks: `self.sow("intermediates", name, value)` where a method reads a value, and
+`value = self.perturb(name, value)` before the value is used where a method reads its gradient. The names may stand
+under any scope, once for every block (blocks in the natural order of their names, or stacked by `nn.scan`), and
+`final_tokens` once. A method asks for what it uses, and no more:
+
+    name               of one block    sown for                         perturbed for
+    attention          [B, H, N, N]    all but the gradients of inputs  gae, tokentm, grad_cam, beyond_intuition, LRP
+    tokens             [B, N, D]       tokentm, attcat, LRP             attcat, LRP
+    normalised         [B, N, D]       grad_cam_tokens                  grad_cam_tokens
+    transformed_value  [B, N, D]       tokentm
+    attention_branch   [B, N, D]       tokentm
+    ffn_branch         [B, N, D]       tokentm
+    final_tokens       [B, N, D]       LRP                              LRP
+    value              [B, H, N, D/H]  `capture` of all fields
+
+`Blocks` and `Trace` say what each is. LRP stands for the methods of `relevance_methods`, which need the field
+`primitives`, too; legrad needs a `ViT`. An option may need another row (`original="normalised"` of tokentm,
+`variant="token"` of beyond_intuition); the error names what is missing.
+"""
+
+import re
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from tokentm_jax.errors import InputError
+from tokentm_jax.maths.tokentm import Blocks
+
+
+class Trace(NamedTuple):
+    """One forward and backward pass of a batch. Axes: L blocks, B batch, H heads, N tokens, D width.
+
+    What was not asked for is None.
+    """
+
+    tokens: Any  # [L+1, B, N, D] input of every block, and the output of the last (where `final_tokens` is asked for)
+    token_grads: Any  # [L+1, B, N, D] gradient of the explained logit there
+    input_grads: Any  # [B, H, W, 3] gradient at the normalised images
+    attention: Any  # [L, B, H, N, N] after softmax
+    attention_grad: Any  # [L, B, H, N, N]
+    normalised: Any  # [L, B, N, D] LN1 of the block's input
+    normalised_grads: Any  # [L, B, N, D]
+    value: Any  # [L, B, H, N, D/H]
+    transformed_value: Any  # [L, B, N, D]
+    attention_branch: Any  # [L, B, N, D]
+    ffn_branch: Any  # [L, B, N, D]
+    logits: Array  # [B, classes]
+    target: Array  # [B] the class explained
+
+    def details(self) -> dict[str, Array]:
+        """What every method reports: logits [B, classes] and the class explained [B]."""
+        return {"logits": self.logits, "target": self.target}
+
+    def blocks(self) -> Blocks:
+        """The arrays of all blocks, `attention` among them, with the batch axis second: [L, B, ...]."""
+        found = {name: getattr(self, name) for name in Blocks._fields}
+        if self.tokens is not None:
+            found["tokens"] = self.tokens[: len(self.attention)]
+        return Blocks(**found)
+
+
+# Field of `Trace` -> the perturbed point whose gradient it is.
+GRADIENTS = {"attention_grad": "attention", "token_grads": "tokens", "normalised_grads": "normalised"}
+SOWN = ("tokens", "attention", "normalised", "value", "transformed_value", "attention_branch", "ffn_branch")
+ALL = ("final_tokens", "input_grads", *SOWN, *GRADIENTS)
+RANKS = {"attention": 4, "value": 4}  # of one block's array; all others are [B, N, D]
+
+
+def _stacked(tree: Any, name: str, kind: str) -> Array:
+    """All arrays called `name` in a tree of one collection, stacked over blocks in natural order: [L, ...]."""
+
+    def natural(path: tuple) -> list:
+        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", jax.tree_util.keystr(path))]
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    # `sow` keeps a tuple; its first element, at index 0, is the value.
+    first = jax.tree_util.SequenceKey(0)
+    found = [(p, a) for p, a in leaves if (p[:-1] if p[-1] == first else p)[-1:] == (jax.tree_util.DictKey(name),)]
+    if not found:
+        raise InputError(f"the module {kind} no '{name}', which this explanation needs (see `tokentm_jax.capture`)")
+    rank = RANKS.get(name, 3)
+    return jnp.concatenate(
+        [a if a.ndim == rank + 1 else a[None] for _, a in sorted(found, key=lambda item: natural(item[0]))]
+    )
+
+
+def class_logits(logits: Array, target: Array | None) -> tuple[Array, Array]:
+    """Each sample's own logit [B], and its class [B]: `target` (an int or [B]), or the predicted one for None."""
+    chosen = logits.argmax(-1) if target is None else jnp.broadcast_to(jnp.asarray(target), logits.shape[:1])
+    return jnp.take_along_axis(logits, chosen[:, None], 1)[:, 0], chosen
+
+
+def capture(
+    module: nn.Module, params: Any, inputs: Array, target: Array | None = None, fields: Collection[str] = ALL
+) -> Trace:
+    """Run the model forward, and backward where gradients are asked for, and keep what the blocks did.
+
+    Args:
+      module: a Linen module that sows and perturbs, such as `ViT` (see the top of this file).
+      params: its parameters.
+      inputs: normalised images [B, H, W, 3].
+      target: class of each sample [B] or one class for all; None for the predicted ones.
+      fields: of `Trace`, which are wanted, and "final_tokens", which appends the output of the last block to `tokens`
+        and `token_grads`. Logits and target are always there, and the backward pass is run for gradients alone.
+
+    Returns:
+      A `Trace`; gradients are those of each sample's own logit.
+
+    Raises:
+      InputError: the module sows or perturbs nothing of what is wanted.
+    """
+
+    def score(perturbations: Any, inputs: Array) -> tuple[Array, tuple[Array, Any, Array]]:
+        variables = {"params": params, **perturbations}
+        logits, state = module.apply(variables, inputs, mutable=["intermediates"])
+        own, chosen = class_logits(logits, target)
+        # Samples do not touch each other, so the gradient of the sum is every sample's own.
+        return own.sum(), (logits, state.get("intermediates", {}), chosen)
+
+    def read(tree: Any, name: str, verb: str) -> Array:
+        found = _stacked(tree, name, verb)
+        if name == "tokens" and "final_tokens" in fields:
+            found = jnp.concatenate([found, _stacked(tree, "final_tokens", verb)])
+        return found
+
+    grads = input_grads = None
+    if "input_grads" in fields or any(name in fields for name in GRADIENTS):
+        zeros = zero_perturbations(module, params, inputs)
+        # With respect to the inputs in any case: a relevance rule that no derivative passes here would stand in for
+        # the true derivative of its step when the map is differentiated.
+        (grads, input_grads), (logits, sown, chosen) = jax.grad(score, (0, 1), has_aux=True)(zeros, inputs)
+    else:
+        _, (logits, sown, chosen) = score({}, inputs)
+    gradients = {field: read(grads, point, "perturbs") for field, point in GRADIENTS.items() if field in fields}
+    values = {name: read(sown, name, "sows") for name in SOWN if name in fields}
+    known = {**gradients, **values, "logits": logits, "target": chosen}
+    if "input_grads" in fields:
+        known["input_grads"] = input_grads
+    return Trace(**{name: known.get(name) for name in Trace._fields})
+
+
+def zero_perturbations(module: nn.Module, params: Any, x: Array) -> dict[str, Any]:
+    """The variables that perturb nothing: zeros of the shape and type of every perturbation point of `module`.
+
+    (Those that `init` makes are float32 always, and of the batch that `init` saw.)
+    """
+    shapes = jax.eval_shape(lambda p, x: module.apply({"params": p}, x, mutable=["perturbations"])[1], params, x)
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), {**shapes})

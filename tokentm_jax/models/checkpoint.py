@@ -1,0 +1,579 @@
+"""Weights on disk: read in the layouts that people have, written under timm's names with a description.
+
+Every layout is first brought to timm's names (`read_tensors`), then to the module's tree (`to_params`), so each
+check exists once. Files are untrusted: nothing in them is executed, and every fault is one InputError.
+"""
+
+import functools
+import json
+import logging
+import math
+import os
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import traverse_util
+
+from tokentm_jax.data.preprocessing import Preprocessing
+from tokentm_jax.errors import InputError
+from tokentm_jax.files import MARK, opened, read_json, read_text, reason, replace, require_ours, size_of
+from tokentm_jax.models.architectures import LARGEST, Config, architecture, build, config_of
+from tokentm_jax.models.vit import ViT
+
+Tensors = dict[str, np.ndarray]  # by timm name
+HUB = "hf-hub:"
+HEADS = ("head.", "head_dist.")
+LARGEST_DESCRIPTION = 10_000_000  # bytes
+LARGEST_FACTOR = 50  # weights hardly compress: a file that becomes so many times its size would fill the memory
+
+
+# ---- our tree <-> timm's names ------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=8)
+def _shapes(module: ViT) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Path -> shape of every parameter of `module`; those of `blocks` have the axis L in front."""
+    images = jax.ShapeDtypeStruct((1, *module.img_size, 3), jnp.float32)
+    variables: Any = jax.eval_shape(module.init, jax.random.key(0), images)
+    flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(variables["params"])
+    return {path: leaf.shape for path, leaf in flat.items()}
+
+
+def _timm_name(path: tuple[str, ...], block: int = 0) -> str:
+    """("blocks", "attn", "qkv", "kernel"), 3 -> "blocks.3.attn.qkv.weight"."""
+    *modules, leaf = path
+    if modules[:1] == ["blocks"]:
+        modules.insert(1, str(block))
+    if modules == ["patch_embed"]:
+        modules.append("proj")
+    return ".".join([*modules, {"kernel": "weight", "scale": "weight"}.get(leaf, leaf)])
+
+
+def _timm_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of one timm tensor, from that of our parameter without the axis L."""
+    if path == ("patch_embed", "kernel"):
+        side = int((shape[0] / 3) ** 0.5 + 0.5)
+        return (shape[1], 3, side, side)
+    return shape[::-1] if path[-1] == "kernel" else shape
+
+
+def _from_timm(path: tuple[str, ...], tensor: np.ndarray) -> np.ndarray:
+    if path == ("patch_embed", "kernel"):  # convolution [D, 3, p, p] -> [p * p * 3, D]
+        return tensor.transpose(2, 3, 1, 0).reshape(-1, tensor.shape[0])
+    return tensor.T if path[-1] == "kernel" else tensor
+
+
+def _to_timm(path: tuple[str, ...], value: np.ndarray) -> np.ndarray:
+    if path == ("patch_embed", "kernel"):
+        d, channels, p, _ = _timm_shape(path, value.shape)
+        return value.reshape(p, p, channels, d).transpose(3, 2, 0, 1)
+    return value.T if path[-1] == "kernel" else value
+
+
+def to_timm(params: Mapping[str, Any]) -> Tensors:
+    """The tree of `ViT` parameters -> timm's names and layouts, float32."""
+    tensors: Tensors = {}
+    for path, leaf in traverse_util.flatten_dict(params).items():
+        value = np.asarray(leaf, np.float32)
+        if path[0] == "blocks":
+            tensors |= {_timm_name(path, i): _to_timm(path, block) for i, block in enumerate(value)}
+        else:
+            tensors[_timm_name(path)] = _to_timm(path, value)
+    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+
+
+def to_params(
+    module: ViT,
+    tensors: Tensors,
+    source: str,
+    reset_head: bool = False,
+    old_grid: tuple[int, int] | None = None,
+) -> dict[str, Any]:
+    """timm's names -> the tree of `module`, float32; position embeddings of another grid are resampled.
+
+    `source` names the file in errors. With `reset_head` the classifier is ignored and left out of the result.
+    `old_grid` is the patch grid of the file; None: the module's if the count agrees and is no square, else a square.
+    Raises InputError listing every missing, unexpected and wrongly shaped parameter.
+    """
+    tensors = {name: t for name, t in tensors.items() if not (reset_head and name.startswith(HEADS))}
+    missing, wrong, params = [], [], {}
+    grid = None  # of the position embeddings, where it is another
+    for path, shape in _shapes(module).items():  # pyright: ignore[reportArgumentType] - modules are hashable
+        stacked = path[0] == "blocks"
+        names = [_timm_name(path, i) for i in range(module.depth if stacked else 1)]
+        if reset_head and names[0].startswith(HEADS):
+            continue
+        expected = _timm_shape(path, shape[stacked:])
+        missing += [name for name in names if name not in tensors]
+        found = {name: tensors.pop(name) for name in names if name in tensors}
+        for name, tensor in found.items():
+            if name == "pos_embed":
+                grid = _other_grid(module, tensor, old_grid)
+            if tensor.shape != expected and not (name == "pos_embed" and grid):
+                wrong.append(f"{name} {list(tensor.shape)} in place of {list(expected)}")
+            elif not jnp.issubdtype(tensor.dtype, jnp.floating):
+                wrong.append(f"{name} {tensor.dtype} in place of floating-point numbers")
+        if not missing and not wrong:
+            with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused below
+                values = [_from_timm(path, np.asarray(tensor, np.float32)) for tensor in found.values()]
+            params[path] = np.stack(values) if stacked else values[0]
+    faults = [(label, names) for label, names in (("missing", missing), ("wrong shape", wrong)) if names]
+    if tensors:
+        faults.append(("unexpected", sorted(tensors)))
+    if faults:
+        hint = ""
+        if any(n.startswith("fc_norm.") for n in missing) and any(n.startswith("norm.") for n in tensors):
+            hint = "; the file normalises before pooling: set fc_norm=False"
+        listed = "; ".join(f"{label}: {', '.join(_shorten(names))}" for label, names in faults)
+        raise InputError(f"{source} does not fit the model ({listed}){hint}")
+    for path, value in params.items():
+        if not np.isfinite(value).all():
+            raise InputError(f"{source}: parameter {_timm_name(path)!r} holds values that are not finite numbers")
+    if grid:  # last: a small file that is otherwise wrong takes no memory for positions
+        params[("pos_embed",)] = _resample(module, params[("pos_embed",)], grid)
+    return traverse_util.unflatten_dict(params)
+
+
+def _shorten(names: list[str]) -> list[str]:
+    """The same parameter of many blocks as one entry: blocks.0.ls1.gamma ... -> blocks.*.ls1.gamma (12 times)."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(re.sub(r"^blocks\.\d+\.", "blocks.*.", name), []).append(name)
+    return [group[0] if len(group) == 1 else f"{key} ({len(group)} times)" for key, group in groups.items()]
+
+
+def _other_grid(module: ViT, positions: np.ndarray, stated: tuple[int, int] | None) -> tuple[int, int] | None:
+    """Patch grid of position embeddings [1, N, D] that must be resampled for the module. None: they are of its grid,
+    or nothing is known of theirs, and a wrong shape is then reported with all the others."""
+    if positions.ndim != 3 or positions.shape[0] != 1 or positions.shape[2] != module.embed_dim:
+        return None
+    count = positions.shape[1] - (0 if module.no_embed_class else module.prefix)
+    side = int(max(count, 0) ** 0.5 + 0.5)
+    grid = stated if stated is not None and stated[0] * stated[1] == count else (side, side)
+    return None if count < 1 or grid[0] * grid[1] != count or grid == module.grid else grid
+
+
+def _resample(module: ViT, positions: np.ndarray, old_grid: tuple[int, int]) -> np.ndarray:
+    """Bicubic resampling of position embeddings [1, N, D] to the module's grid; prefix tokens are kept."""
+    prefix = 0 if module.no_embed_class else module.prefix
+    gh, gw = module.grid
+    grid = positions[0, prefix:].reshape(*old_grid, -1)
+    grid = jax.image.resize(grid, (gh, gw, grid.shape[-1]), "cubic", antialias=True)
+    return np.concatenate([positions[:, :prefix], np.asarray(grid).reshape(1, gh * gw, -1)], 1)
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+def read_checkpoint(module: ViT, path: str | os.PathLike[str], reset_head: bool = False) -> dict[str, Any]:
+    """Parameters for `module.apply({"params": params}, images)` from a file or an Orbax folder.
+
+    Read: `.safetensors` and `.pth` with timm's names, `.npz` of Google's ViT and AugReg releases, and folders
+    that `write_checkpoint` wrote. The content decides, not the suffix.
+
+    Args:
+        module: the model that the weights must fit.
+        path: the file or folder.
+        reset_head: ignore the classifier in the file and leave it out (fine-tuning with other classes).
+
+    Returns:
+        The nested dictionary of float32 arrays.
+
+    Raises:
+        InputError: no such file, damaged, of an unknown kind, or not this model's.
+    """
+    return to_params(module, read_tensors(path), str(path), reset_head, described_grid(read_description(path)))
+
+
+def read_tensors(path: str | os.PathLike[str]) -> Tensors:
+    """All tensors of a checkpoint under timm's names, whatever its layout. Raises InputError."""
+    path = Path(path)
+    kind = _kind(path)
+    readers = {"safetensors": _read_safetensors, "torch": _read_torch, "npz": _read_npz, "orbax": _read_orbax}
+    return _current_names(readers[kind](path))
+
+
+def _kind(path: Path) -> str:
+    """What a path holds, from its content; InputError if it is no checkpoint."""
+    if os.path.isdir(path):
+        if (path / "description.json").is_file() and (path / "params").is_dir():
+            return "orbax"
+        raise InputError(f"{path} is a folder without description.json and params: not a checkpoint of this project")
+    with opened(path, "checkpoint") as file:
+        start, stored = file.read(16), size_of(file)
+        if not start:
+            raise InputError(f"checkpoint {path} is empty")
+        if start.startswith(b"PK\x03\x04"):
+            try:
+                with zipfile.ZipFile(file) as archive:
+                    entries = archive.infolist()
+            except Exception as error:  # zipfile raises a dozen kinds for damaged archives
+                raise _damaged(path, error) from None
+            _require_room(path, sum(entry.file_size for entry in entries), stored)
+            if all(entry.filename.endswith(".npy") for entry in entries):
+                return "npz"
+            if any(entry.filename.endswith("data.pkl") for entry in entries):
+                return "torch"
+        # Asked before the pickle: the length of a safetensors header may begin with any byte, 0x80 too.
+        elif path.suffix == ".safetensors" or start[8:9] == b"{":
+            return "safetensors"
+        elif start[:1] == b"\x80":
+            return "torch"  # a pickle: the format of torch before 1.6
+    raise InputError(f"{path} is not a checkpoint: expected .safetensors, .pth, .npz or a folder of this project")
+
+
+def _damaged(path: Path, error: BaseException) -> InputError:
+    return InputError(f"checkpoint {path} is damaged or incomplete ({reason(error)})")
+
+
+def _require_room(path: Path, unpacked: int, stored: int) -> None:
+    """InputError for more bytes than a file of `stored` bytes can hold by right, or than the memory."""
+    if unpacked > LARGEST_FACTOR * stored:
+        raise InputError(f"checkpoint {path} unpacks to {unpacked / 1e9:.1f} GB and is refused as unsafe")
+    if hasattr(os, "sysconf") and unpacked > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        raise InputError(f"checkpoint {path} holds {unpacked / 1e9:.1f} GB of numbers, more than the memory")
+
+
+def _read_safetensors(path: Path) -> Tensors:
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            names = file.keys()
+            _require_room(path, sum(4 * math.prod(file.get_slice(n).get_shape()) for n in names), path.stat().st_size)
+            return {name: file.get_tensor(name) for name in names}
+    except InputError:
+        raise
+    # AttributeError: a type that numpy lacks, such as float8
+    except (safetensors.SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
+        raise _damaged(path, error) from None
+
+
+def _read_npz(path: Path) -> Tensors:
+    try:
+        with opened(path, "checkpoint") as file, zipfile.ZipFile(file) as archive:
+            unpacked = sum(_declared_size(archive, entry, path) for entry in archive.infolist())
+            _require_room(path, unpacked, size_of(file))
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as arrays:
+                return _from_google({name: arrays[name] for name in arrays.files}, path)
+    except InputError:
+        raise
+    except Exception as error:  # numpy and zipfile raise a dozen kinds for damaged archives
+        raise _damaged(path, error) from None
+
+
+def _declared_size(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> int:
+    """Bytes of an array as float32, from its header, which is not to declare more than the archive holds of it."""
+    with archive.open(entry) as member:
+        version = np.lib.format.read_magic(member)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"version {version} of an array")
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(member)
+        if dtype.hasobject:
+            raise InputError(f"checkpoint {path} holds Python objects; only arrays are read")
+        if math.prod(shape) * dtype.itemsize > entry.file_size:
+            raise ValueError(f"{entry.filename} is shorter than it says")
+        return 4 * math.prod(shape)
+
+
+def _read_torch(path: Path) -> Tensors:
+    try:
+        import torch  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise InputError(f"reading {path} needs PyTorch: pip install 'tokentm_jax[torch]'") from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old pickle protocols: what is refused is said below
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds; weights_only executes nothing
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            raise InputError(f"checkpoint {path} holds more than plain tensors and is refused as unsafe") from None
+        raise _damaged(path, error) from None
+    for key in ("model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not any(isinstance(v, torch.Tensor) for v in content.values()):
+        raise InputError(f"{path} is not a checkpoint: expected a dictionary of tensors")
+    tensors = {str(name): t for name, t in content.items() if isinstance(t, torch.Tensor)}
+    # A tensor may repeat one number of the file without end.
+    _require_room(path, sum(4 * t.numel() for t in tensors.values() if not t.is_nested), path.stat().st_size)
+    read: Tensors = {}
+    for name, t in tensors.items():
+        if t.layout is not torch.strided or t.is_nested or t.is_quantized or t.is_meta:
+            raise InputError(f"checkpoint {path}: {name!r} is not a plain tensor")
+        t = t.detach().resolve_conj().resolve_neg()
+        read[name.removeprefix("module.")] = (t.float() if t.is_floating_point() else t).numpy()
+    return read
+
+
+@contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Orbax logs, with a traceback, every error that it also raises."""
+    logger = logging.getLogger("absl")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _read_orbax(path: Path) -> Tensors:
+    import orbax.checkpoint as ocp
+
+    stored = 0
+    for file in (path / "params").rglob("*"):
+        if not file.is_file() and not file.is_dir():  # a pipe: Orbax would wait for ever
+            raise InputError(f"checkpoint {path}: {file} is no regular file")
+        stored += file.stat().st_size
+    try:
+        with _quiet_orbax(), ocp.PyTreeCheckpointer() as reader:
+            folder = (path / "params").resolve()
+            found = reader.metadata(folder).item_metadata
+            if found is None:
+                raise ValueError("Orbax finds no parameters in it")
+            tree = found.tree
+            unpacked = 0
+            for names, leaf in traverse_util.flatten_dict(tree).items():
+                shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
+                block = names[0] != "blocks" or (shape and 0 < shape[0] <= LARGEST["depth"])
+                if shape is None or not block or not jnp.issubdtype(dtype, jnp.floating):
+                    raise InputError(f"checkpoint {path}: {'.'.join(map(str, names))!r} is no parameter of a ViT")
+                unpacked += 4 * math.prod(shape)
+            _require_room(path, unpacked, stored)
+            kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+            return to_timm(reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=kinds)))
+    except InputError:
+        raise
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+        raise _damaged(path, error) from None
+
+
+def _current_names(tensors: Tensors) -> Tensors:
+    """Names of older releases -> today's: layer scale of DeiT-3, registers of DINOv2, the dropped pre_logits."""
+    tensors = {re.sub(r"\bgamma_(\d)$", r"ls\1.gamma", name): t for name, t in tensors.items()}
+    tensors = {name: t for name, t in tensors.items() if name != "mask_token" and "pre_logits" not in name}
+    first = tensors["pos_embed"][:, :1] if "pos_embed" in tensors and tensors["pos_embed"].ndim == 3 else None
+    if "register_tokens" in tensors and first is not None and tensors.get("cls_token", first[:0]).shape == first.shape:
+        # DINOv2 adds a position to the class token and none to its registers; timm keeps positions of patches only.
+        tensors["reg_token"] = tensors.pop("register_tokens")
+        tensors["cls_token"] = tensors["cls_token"] + first
+        tensors["pos_embed"] = tensors["pos_embed"][:, 1:]
+    return tensors
+
+
+GOOGLE = (
+    (r"^(opt/target/|params/)", ""),
+    (r"^embedding/", "patch_embed/proj/"),
+    (r"^cls$", "cls_token"),
+    (r"^(Transformer/posembed_input/)?pos_embedding$", "pos_embed"),
+    (r"^Transformer/encoder_norm/", "norm/"),
+    (r"^Transformer/encoderblock_(\d+)/", r"blocks/\1/"),
+    (r"/LayerNorm_0/", "/norm1/"),
+    (r"/LayerNorm_[12]/", "/norm2/"),
+    (r"/MultiHeadDotProductAttention_\d/out/", "/attn/proj/"),
+    (r"/MultiHeadDotProductAttention_\d/", "/attn/"),
+    (r"/MlpBlock_\d/Dense_([01])/", lambda m: f"/mlp/fc{int(m[1]) + 1}/"),
+    (r"/(kernel|scale)$", "/weight"),
+)
+
+
+def _from_google(arrays: Tensors, path: Path) -> Tensors:
+    """Names and layouts of Google's ViT releases -> timm's."""
+    tensors: Tensors = {}
+    for name, array in arrays.items():
+        for pattern, replacement in GOOGLE:
+            name = re.sub(pattern, replacement, name)
+        tensors[name.replace("/", ".")] = array
+    if "patch_embed.proj.weight" not in tensors:
+        raise InputError(f"{path} is not a checkpoint: it lacks 'embedding/kernel' of Google's ViT releases")
+    for name, tensor in tensors.items():
+        d = tensor.shape[-1:]
+        if name == "patch_embed.proj.weight" and tensor.ndim == 4:
+            tensors[name] = tensor.transpose(3, 2, 0, 1)
+        elif name.endswith(".weight") and ".attn." in name:  # [D, H, D/H], or [H, D/H, D] for the output
+            d = tensor.shape[-1] if ".proj." in name else tensor.shape[0]
+            tensors[name] = (tensor.reshape(-1, d) if ".proj." in name else tensor.reshape(d, -1)).T
+        elif name.endswith(".bias") and ".attn." in name:
+            tensors[name] = tensor.reshape(-1)
+        elif name.endswith(".weight") and tensor.ndim == 2:
+            tensors[name] = tensor.T
+    for name in [n for n in tensors if ".attn.query." in n]:
+        parts = [name.replace("query", part) for part in ("query", "key", "value")]
+        if all(part in tensors for part in parts):
+            tensors[name.replace("query", "qkv")] = np.concatenate([tensors.pop(part) for part in parts])
+    return tensors
+
+
+# ---- self-describing files ------------------------------------------------------------------------------------------
+
+
+def write_checkpoint(
+    path: str | os.PathLike[str],
+    module: ViT,
+    params: Mapping[str, Any],
+    preprocessing: Preprocessing,
+    class_names: list[str] | tuple[str, ...] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write weights with everything needed to use them again.
+
+    Args:
+        path: `NAME.safetensors` (timm's names, readable by timm) or a path without suffix (an Orbax folder).
+        module, params: the model; its parameters in any floating type (stored as float32).
+        preprocessing: what the model expects of photos.
+        class_names: one per class.
+        extra: more JSON values for the description, such as the accuracy.
+
+    Returns:
+        The path written. It appears whole or not at all, and replaces a checkpoint that was written here before.
+
+    Raises:
+        InputError: another suffix, a place where something else stands or that cannot be written, parameters of
+            another model or not finite, or class names that do not match.
+    """
+    path = Path(path)
+    description = {
+        **(extra or {}),
+        "architecture": config_of(module),
+        "preprocessing": preprocessing.to_dict(),
+        "class_names": None if class_names is None else list(class_names),
+    }
+    description = _checked_description(description, path)
+    text = json.dumps(description)
+    if path.suffix not in ("", ".safetensors"):
+        raise InputError(f"{path}: a checkpoint is written as NAME.safetensors or as a folder without suffix")
+    tensors = to_timm(params)
+    to_params(module, tensors, "params")  # what could not be read again is not written
+    require_ours(path)
+
+    def write(part: Path) -> None:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix:
+            # Not save_file: it would make a file that nobody else may read.
+            part.write_bytes(safetensors.numpy.save(tensors, {MARK: text, "format": "pt"}))
+        else:
+            _write_orbax(part, params, text)
+
+    replace(path, write)
+    return path
+
+
+def _write_orbax(folder: Path, params: Mapping[str, Any], description: str) -> None:
+    import orbax.checkpoint as ocp
+
+    folder.mkdir()
+    (folder / "description.json").write_text(description, encoding="utf-8")
+    tree = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), dict(params))
+    try:
+        with _quiet_orbax(), ocp.PyTreeCheckpointer() as writer:
+            writer.save((folder / "params").resolve(), tree)
+    except (ValueError, RuntimeError) as error:  # TensorStore's, for a full disk
+        cause = re.search(r"([^:]+) \[os_error_code", str(error))
+        raise OSError(cause[1].strip() if cause else reason(error)) from None
+
+
+def read_description(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What `write_checkpoint` noted: "architecture", "preprocessing", "class_names" and the extra entries.
+
+    None for a checkpoint that does not describe itself. Raises InputError when a description is there and invalid.
+    """
+    path = Path(path)
+    kind = _kind(path)
+    text: str | None = None
+    try:
+        if kind == "safetensors":
+            with safetensors.safe_open(path, "np") as file:
+                text = (file.metadata() or {}).get(MARK)
+        elif kind == "orbax":
+            return _checked_description(read_json(path / "description.json", LARGEST_DESCRIPTION), path)
+        if text is None:
+            return None
+        description = json.loads(text) if len(text) <= LARGEST_DESCRIPTION else None
+    except InputError:
+        raise
+    except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise _damaged(path, error) from None
+    return _checked_description(description, path)
+
+
+def _checked_description(description: Any, path: Path) -> dict[str, Any]:
+    """The description if it is valid, or InputError."""
+    if not isinstance(description, dict) or not {"architecture", "preprocessing"} <= description.keys():
+        raise InputError(f"{path}: the description must hold 'architecture' and 'preprocessing'")
+    try:
+        module = build(description["architecture"])
+        Preprocessing.from_dict(description["preprocessing"])
+    except InputError as error:
+        raise InputError(f"{path}: in the description, {error}") from None
+    names = description.setdefault("class_names", None)
+    if names is not None:
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise InputError(f"{path}: 'class_names' in the description must be a list of names")
+        if len(names) != module.num_classes:
+            raise InputError(f"{path}: {len(names)} class names for {module.num_classes} classes")
+    return description
+
+
+def described_grid(description: Mapping[str, Any] | None) -> tuple[int, int] | None:
+    """Patch grid (gh, gw) that a description states."""
+    return None if description is None else build(description["architecture"]).grid
+
+
+def save_trained(
+    config: Any, module: ViT, params: Mapping[str, Any], class_names: tuple[str, ...], top_1: float, out: Path
+) -> Path:
+    """Write the result of a training run (`train.TrainConfig`) as `out/<name>.safetensors`."""
+    preprocessing = Preprocessing(module.img_size, 1.0, mean=tuple(config.mean), std=tuple(config.std))
+    extra = {"name": config.name, "top_1": top_1, "epochs": config.epochs, "test_data": Path(config.test_data).name}
+    return write_checkpoint(out / f"{config.name}.safetensors", module, params, preprocessing, class_names, extra)
+
+
+# ---- Hugging Face hub -----------------------------------------------------------------------------------------------
+
+
+def download(name: str) -> tuple[Path, Config, Preprocessing, list[str] | None]:
+    """Weights, configuration, preprocessing and class names of "hf-hub:OWNER/NAME", through the hub's cache.
+
+    Only `config.json` and `model.safetensors` are fetched. Raises InputError when the hub cannot be reached, has no
+    such model, or the model is not a plain ViT.
+    """
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise InputError(f"{name} needs the hub's client: pip install 'tokentm_jax[hub]'") from None
+    repository, _, revision = name.removeprefix(HUB).partition("@")
+    paths = []
+    for file in ("config.json", "model.safetensors"):
+        try:
+            paths.append(Path(huggingface_hub.hf_hub_download(repository, file, revision=revision or None)))
+        except Exception as error:  # the client lets errors of several network libraries through
+            raise InputError(f"{file} of {name} could not be downloaded ({reason(error)})") from None
+    try:
+        card = json.loads(read_text(paths[0]))
+        base, pretrained = card["architecture"], card["pretrained_cfg"]
+        overrides = dict(card.get("model_args") or {})
+        if "num_classes" in card:
+            overrides["num_classes"] = card["num_classes"]
+        tag = pretrained.get("tag") or ""
+        config, preprocessing = architecture(f"{base}.{tag}", **overrides)
+        if "img_size" not in overrides and "input_size" in pretrained:
+            config["img_size"] = list(pretrained["input_size"][1:])
+        fields = {key: pretrained[key] for key in ("crop_pct", "interpolation", "mean", "std") if key in pretrained}
+        size = build(config).img_size
+        preprocessing = Preprocessing.from_dict({**preprocessing.to_dict(), **fields, "size": list(size)})
+    except InputError as error:
+        raise InputError(f"config.json of {name}: {error}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"config.json of {name} is not a timm model's ({type(error).__name__}: {error})") from None
+    labels = card.get("label_names")
+    return paths[1], config, preprocessing, list(map(str, labels)) if isinstance(labels, list) else None

@@ -1,0 +1,224 @@
+"""From a name or a file to a model that is ready to use: `load`."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from tokentm_jax.data.labels import number
+from tokentm_jax.data.preprocessing import IMAGENET, Preprocessing
+from tokentm_jax.errors import InputError, suggest
+from tokentm_jax.files import read_json, read_text
+from tokentm_jax.models.architectures import ARCHITECTURES, Config, architecture, build
+from tokentm_jax.models.checkpoint import HUB, described_grid, download, read_description, read_tensors, to_params
+from tokentm_jax.models.vit import ViT
+
+DEFAULT_MODEL = "cifar10_vit"
+_PACKAGE = Path(__file__).parent.parent
+SHIPPED = (_PACKAGE / "_models", _PACKAGE.parent / "models")  # in an installed wheel; in a clone
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoadedViT:
+    """A model with its weights, its preprocessing, and the names and wnids of its classes (None: unknown)."""
+
+    module: ViT
+    params: Any
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] | None
+    name: str
+    wnids: tuple[str, ...] | None = None
+
+    def read(self, paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> np.ndarray:
+        """Photos, resized and cropped for this model: [B, H, W, 3] float32 in [0, 1]."""
+        from tokentm_jax.data.photos import read_photos
+
+        several = [paths] if isinstance(paths, str | os.PathLike) else paths
+        return read_photos([Path(path) for path in several], self.preprocessing)
+
+    def logits(self, images: Array | np.ndarray) -> Array:
+        """Images [B, H, W, 3] in [0, 1] -> logits [B, classes] in float32; normalisation included.
+
+        Raises InputError when the shape is another or the images are not floating-point numbers.
+        """
+        return _logits(self.module, self.preprocessing, self.params, jnp.asarray(images))
+
+    def class_name(self, index: int) -> str:
+        """Name of a class, or "class 281" where names are unknown. Raises InputError when out of range."""
+        index = self.class_index(index)
+        return f"class {index}" if self.class_names is None else self.class_names[index]
+
+    def class_index(self, name_or_number: str | int) -> int:
+        """Index of a class given by name (any case), by number, also as text ("281"), or by wnid ("n02123045").
+
+        Raises InputError for a number out of range, an unknown name (with the nearest one), or an ambiguous name.
+        """
+        classes = self.module.num_classes
+        text = str(name_or_number).strip()
+        index = number(text)
+        if index is not None and not (self.class_names and text in self.class_names):
+            if 0 <= index < classes:
+                return index
+            raise InputError(f"class {text[:20]} is out of range: {self.name} has classes 0 to {classes - 1}")
+        if self.class_names is None:
+            raise InputError(f"class {text[:100]!r}: the class names of {self.name} are unknown; give a number")
+        lowered = [name.lower() for name in self.class_names]
+        found = [i for i, name in enumerate(lowered) if name == text.lower()]
+        found = found or [i for i, wnid in enumerate(self.wnids or ()) if wnid == text]
+        if not found:
+            raise suggest("class", text, lowered)
+        if len(found) > 1:
+            several = ", ".join(map(str, found))
+            raise InputError(f"class {text[:100]!r} is ambiguous: give one of the numbers {several}")
+        return found[0]
+
+
+def predict(module: ViT, preprocessing: Preprocessing, params: Any, images: Array) -> Array:
+    """Images [B, H, W, 3] in [0, 1] -> logits [B, classes], as a function to compile into a larger one."""
+    logits = module.apply({"params": params}, preprocessing.normalise(images))
+    assert isinstance(logits, jax.Array)  # nothing is mutable
+    return logits
+
+
+_logits = jax.jit(predict, static_argnums=(0, 1))
+
+
+def load(
+    model: str | Mapping[str, Any] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    *,
+    img_size: int | tuple[int, int] | None = None,
+    num_classes: int | None = None,
+    class_names: Sequence[str] | str | os.PathLike[str] | None = None,
+    dtype: Any = None,
+) -> LoadedViT:
+    """A model ready to use.
+
+    Args:
+        model: a timm name ("deit_tiny_patch16_224"), options of timm's VisionTransformer, the name of a shipped
+            model, or "hf-hub:timm/NAME". None: what the checkpoint describes, or the shipped default.
+        checkpoint: weights; needed with a timm name or options. A file's own preprocessing goes before the
+            model's; for options without either it is ImageNet's statistics (`dataclasses.replace` changes it).
+        img_size: other resolution, side or (height, width); position embeddings are resampled.
+        num_classes: checked against the checkpoint's classifier, whose size is the default.
+        class_names: one per class, or a file: `.json` (a list, or index -> name) or `.txt` (one per line). A name may
+            be [wnid, name]. None: those in the checkpoint, else of `imagenet_classes.json` beside it if the counts
+            agree.
+        dtype: type of the activations, such as "bfloat16".
+
+    Raises:
+        InputError: one sentence that names what is wrong.
+
+    Examples:
+        >>> import tokentm_jax as tm
+        >>> vit = tm.load()  # the shipped model; tm.load("deit_tiny_patch16_224", "deit_tiny.safetensors") is another
+        >>> vit.logits(vit.read(["cat.jpg"])).shape
+        (1, 10)
+    """
+    names: Sequence[str] | None = None
+    wnids: Sequence[str] | None = None
+    if isinstance(model, str) and model.startswith(HUB):
+        if checkpoint is not None:
+            raise InputError(f"{model} brings its own weights: leave out the checkpoint {checkpoint}")
+        path, config, preprocessing, names = download(model)
+        name, grid = model.removeprefix(HUB), build(config).grid
+    else:
+        path = _shipped(model) if checkpoint is None else Path(checkpoint)
+        description = read_description(path)
+        if checkpoint is None:
+            model = None  # a shipped file describes itself
+        config, preprocessing, name = _described(model, description, path)
+        grid = described_grid(description)
+        if description is not None:
+            names = description["class_names"]
+    tensors = read_tensors(path)
+    if "head.weight" not in tensors:
+        raise InputError(f"checkpoint {path} has no classifier ('head.weight'): nothing to explain")
+    if num_classes is None:
+        num_classes = tensors["head.weight"].shape[0] if tensors["head.weight"].ndim else 0
+    module = build(config, img_size, num_classes, dtype)
+    params = to_params(module, tensors, str(path), old_grid=grid)
+    preprocessing = dataclasses.replace(preprocessing, size=module.img_size)
+    if class_names is not None:
+        names, wnids = _class_names(class_names, module.num_classes)
+    elif names is None and (path.parent / "imagenet_classes.json").is_file():
+        names, wnids = _read_names(path.parent / "imagenet_classes.json")
+    if names is not None and len(names) != module.num_classes:  # the model was given another number of classes
+        names = wnids = None
+    params = jax.tree.map(jnp.asarray, params)
+    names, wnids = (None if n is None else tuple(n) for n in (names, wnids))
+    return LoadedViT(module, params, preprocessing, names, name, wnids)
+
+
+def _described(
+    model: str | Mapping[str, Any] | None, description: Mapping[str, Any] | None, path: Path
+) -> tuple[Config, Preprocessing, str]:
+    """Configuration, preprocessing and name, from what the caller says first and from the file second."""
+    stored = None if description is None else Preprocessing.from_dict(description["preprocessing"])
+    if isinstance(model, str):
+        config, preprocessing = architecture(model)
+        return config, stored or preprocessing, model
+    if model is not None:
+        return dict(model), stored or Preprocessing((224, 224), **IMAGENET), path.stem
+    if description is None or stored is None:
+        raise InputError(f"checkpoint {path} does not say which architecture it is for: name the model")
+    return description["architecture"], stored, path.stem
+
+
+def _shipped(model: str | Mapping[str, Any] | None) -> Path:
+    """File of a shipped model (None: the default)."""
+    if model is not None and not isinstance(model, str):
+        raise InputError("a model given by its options needs a checkpoint")
+    name = DEFAULT_MODEL if model is None else model
+    files = {path.stem: path for folder in reversed(SHIPPED) for path in sorted(folder.glob("*.safetensors"))}
+    if name in files:
+        return files[name]
+    if name.partition(".")[0] in ARCHITECTURES:
+        raise InputError(f"model {name!r} needs a checkpoint, or {HUB}timm/{name} to download one")
+    if not files:
+        raise InputError(f"model {name!r} is not shipped with this installation: give a checkpoint")
+    raise suggest("model", name, {**files, **ARCHITECTURES})
+
+
+Names = tuple[list[str], list[str] | None]  # of classes, and their wnids if these are known
+
+
+def _class_names(names: Sequence[Any] | str | os.PathLike[str], count: int) -> Names:
+    source = str(names) if isinstance(names, str | os.PathLike) else "class_names"
+    found = _read_names(Path(names)) if isinstance(names, str | os.PathLike) else _listed(names, source)
+    if len(found[0]) != count:
+        raise InputError(f"{source} has {len(found[0])} class names; the model has {count} classes")
+    return found
+
+
+def _read_names(path: Path) -> Names:
+    """Class names of a `.json` or `.txt` file."""
+    if path.suffix == ".json":
+        return _listed(read_json(path, what="class names"), str(path))
+    lines = read_text(path, what="class names").splitlines()
+    return [line.strip() for line in lines if line.strip()], None
+
+
+def _listed(names: Any, source: str) -> Names:
+    """[name, ...], {"0": name, ...}, {"wnid": [wnid, ...], "name": [name, ...]}; a name may be [wnid, name]."""
+    if isinstance(names, Mapping):
+        if isinstance(names.get("name"), list):
+            wnids = names.get("wnid")
+            names = names["name"]
+            if isinstance(wnids, list) and len(wnids) == len(names):
+                names = list(zip(wnids, names, strict=True))
+        elif all(str(i) in names for i in range(len(names))):
+            names = [names[str(i)] for i in range(len(names))]
+    if isinstance(names, list | tuple):
+        pairs = [n if isinstance(n, list | tuple) and n else [None, n] for n in names]
+        names, wnids = [pair[-1] for pair in pairs], [pair[0] for pair in pairs]
+        if names and all(isinstance(n, str) for n in names):
+            known = all(isinstance(w, str) for w in wnids) and len(set(wnids)) == len(wnids)
+            return names, wnids if known else None
+    raise InputError(f"{source}: expected a list of class names or a mapping from index to name")

@@ -1,0 +1,322 @@
+"""Vision Transformer in Flax Linen that exposes its tokens and its attention.
+
+Axes, for the whole project:
+
+    B batch    L blocks    H heads    N tokens    D width    Q, K query and key tokens
+    gh, gw patch grid (n = gh * gw patches, N = prefix + n)
+
+The module is a frozen dataclass: it is its own configuration, hashable, and can be a static argument of `jit`.
+Field names and their meaning are those of timm's `VisionTransformer`.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from tokentm_jax.maths.primitives import PLAIN, Primitives, wide
+
+trunc_normal = nn.initializers.truncated_normal(0.02)
+
+
+class Affine(nn.Module):
+    """Parameters of a linear map; `Primitives.linear` does the arithmetic."""
+
+    features: int
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, inputs: int) -> tuple[Array, Array | None]:
+        kernel = self.param("kernel", trunc_normal, (inputs, self.features))
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,)) if self.use_bias else None
+        return kernel, bias
+
+
+class Norm(nn.Module):
+    """LayerNorm with learned scale and bias."""
+
+    eps: float
+    primitives: Primitives = PLAIN
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],))
+        return self.primitives.norm(x, scale, bias, self.eps)
+
+
+class LayerScale(nn.Module):
+    """Per-channel gain of a branch. It is folded into the linear map before it, which gives the same numbers and
+    leaves nothing between a branch and its residual sum."""
+
+    init: float
+
+    @nn.compact
+    def __call__(self, kernel: Array, bias: Array | None) -> tuple[Array, Array | None]:
+        gamma = self.param("gamma", nn.initializers.constant(self.init), (kernel.shape[-1],))
+        return kernel * gamma, None if bias is None else bias * gamma
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention on normalised tokens.
+
+    Sows `attention` [B, H, Q, K] (after softmax), `value` [B, H, N, D/H] and `transformed_value` [B, N, D], the
+    value projection carried through the output projection without its bias: `x~_j = sum_h V_j^h W_O^h`.
+    """
+
+    num_heads: int
+    qkv_bias: bool
+    proj_bias: bool
+    primitives: Primitives
+
+    @nn.compact
+    def __call__(self, x: Array, scale_branch: LayerScale | None) -> Array:
+        b, n, d = x.shape
+        h = self.num_heads
+        rule = self.primitives
+        kernel, bias = Affine(3 * d, self.qkv_bias, name="qkv")(d)
+        query, key, value = jnp.moveaxis(rule.linear(x, kernel, bias).reshape(b, n, 3, h, d // h), (2, 3), (0, 2))
+        scores = rule.product("bhqd,bhkd->bhqk", query, key)
+        attention = self.perturb("attention", rule.softmax(scores, (d // h) ** -0.5))
+        kernel, bias = Affine(d, self.proj_bias, name="proj")(d)
+        if scale_branch is not None:
+            kernel, bias = scale_branch(kernel, bias)
+        if self.is_mutable_collection("intermediates"):
+            self.sow("intermediates", "attention", attention)
+            self.sow("intermediates", "value", value)
+            heads_joined = jnp.moveaxis(value, 1, 2).reshape(b, n, d)
+            self.sow("intermediates", "transformed_value", heads_joined @ kernel.astype(x.dtype))
+        mixed = rule.product("bhqk,bhkd->bqhd", attention, value).reshape(b, n, d)
+        return rule.linear(mixed, kernel, bias)
+
+
+class FeedForward(nn.Module):
+    """Two linear maps with a non-linearity between them."""
+
+    hidden: int
+    activation: str
+    primitives: Primitives
+
+    @nn.compact
+    def __call__(self, x: Array, scale_branch: LayerScale | None) -> Array:
+        d = x.shape[-1]
+        rule = self.primitives
+        x = rule.activation(rule.linear(x, *Affine(self.hidden, name="fc1")(d)), self.activation)
+        kernel, bias = Affine(d, name="fc2")(self.hidden)
+        if scale_branch is not None:
+            kernel, bias = scale_branch(kernel, bias)
+        return rule.linear(x, kernel, bias)
+
+
+class Block(nn.Module):
+    """Pre-norm block: `x' = x + MHSA(LN1(x))`, `x+ = x' + FFN(LN2(x'))`.
+
+    Sows `tokens` (its input), `normalised` (LN1 of it), `attention_branch` and `ffn_branch`, each [B, N, D].
+    """
+
+    num_heads: int
+    mlp_hidden: int
+    qkv_bias: bool
+    proj_bias: bool
+    init_values: float | None
+    activation: str
+    norm_eps: float
+    primitives: Primitives
+
+    def setup(self) -> None:
+        rule = self.primitives
+        self.norm1, self.norm2 = Norm(self.norm_eps, rule), Norm(self.norm_eps, rule)
+        self.attn = Attention(self.num_heads, self.qkv_bias, self.proj_bias, rule)
+        self.mlp = FeedForward(self.mlp_hidden, self.activation, rule)
+        if self.init_values is not None:
+            self.ls1, self.ls2 = LayerScale(self.init_values), LayerScale(self.init_values)
+
+    def __call__(self, x: Array, _: None = None) -> tuple[Array, None]:
+        return self.feed(self.attend(x)), None
+
+    def attend(self, x: Array) -> Array:
+        """The attention layer: x [B, N, D] -> x' [B, N, D]."""
+        x = self.perturb("tokens", x)
+        stream, branch = self.primitives.fork(x)
+        normalised = self.perturb("normalised", self.norm1(branch))
+        attention_branch = self.attn(normalised, None if self.init_values is None else self.ls1)
+        self.sow("intermediates", "tokens", x)
+        self.sow("intermediates", "normalised", normalised)
+        self.sow("intermediates", "attention_branch", attention_branch)
+        return self.primitives.add(stream, attention_branch)
+
+    def feed(self, x: Array) -> Array:
+        """The FFN layer: x' [B, N, D] -> x+ [B, N, D]."""
+        stream, branch = self.primitives.fork(x)
+        ffn_branch = self.mlp(self.norm2(branch), None if self.init_values is None else self.ls2)
+        self.sow("intermediates", "ffn_branch", ffn_branch)
+        return self.primitives.add(stream, ffn_branch)
+
+
+class ViT(nn.Module):
+    """Vision Transformer classifier: normalised images [B, H, W, 3] -> logits [B, classes].
+
+    `dtype` is the type of the activations (None: that of the images); norms and softmax are computed in float32 at
+    least. `primitives` chooses the backward rules. With the collection `intermediates` mutable the blocks sow what
+    the methods need, stacked over blocks; without it nothing is stored.
+    """
+
+    img_size: tuple[int, int] = (224, 224)
+    patch_size: int = 16
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    num_classes: int = 1000
+    qkv_bias: bool = True
+    proj_bias: bool = True
+    init_values: float | None = None  # layer scale; None: no layer scale
+    class_token: bool = True
+    distilled: bool = False
+    reg_tokens: int = 0
+    no_embed_class: bool = False  # position embeddings for patches only
+    pre_norm: bool = False  # a norm before the first block, and no patch-embedding bias
+    global_pool: str = "token"  # "token" or "avg"
+    fc_norm: bool | None = None  # norm after pooling in place of before; None: when pooling is "avg"
+    activation: str = "gelu"
+    norm_eps: float = 1e-6
+    patch_drop: float = 0.0  # share of patch tokens left out in training (with the rng "patch_drop")
+    dtype: Any = None
+    primitives: Primitives = PLAIN
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patch grid (gh, gw)."""
+        return self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size
+
+    @property
+    def prefix(self) -> int:
+        """Number of tokens before the patch tokens: class, distillation, registers."""
+        return int(self.class_token) + int(self.distilled) + self.reg_tokens
+
+    @property
+    def readout(self) -> tuple[float, ...]:
+        """r0 [N]: the distribution with which the head reads tokens."""
+        patches = self.grid[0] * self.grid[1]
+        if self.global_pool == "avg":
+            return (0.0,) * self.prefix + (1 / patches,) * patches
+        heads = 1 + int(self.distilled)
+        return (1 / heads,) * heads + (0.0,) * (self.prefix - heads + patches)
+
+    def setup(self) -> None:
+        d, rule = self.embed_dim, self.primitives
+        gh, gw = self.grid
+        self.patch_embed = Affine(d, not self.pre_norm)
+        if self.class_token:
+            self.cls_token = self.param("cls_token", trunc_normal, (1, 1, d))
+        if self.distilled:
+            self.dist_token = self.param("dist_token", trunc_normal, (1, 1, d))
+        if self.reg_tokens:
+            self.reg_token = self.param("reg_token", trunc_normal, (1, self.reg_tokens, d))
+        positions = gh * gw + (0 if self.no_embed_class else self.prefix)
+        self.pos_embed = self.param("pos_embed", trunc_normal, (1, positions, d))
+        if self.pre_norm:
+            self.norm_pre = Norm(self.norm_eps, rule)
+        scan = nn.scan(
+            Block,
+            variable_axes={"params": 0, "intermediates": 0, "perturbations": 0},
+            split_rngs={"params": True},
+            length=self.depth,
+        )
+        self.blocks = scan(**self._block_fields)
+        if self._norms_after_pooling:
+            self.fc_norm_layer = Norm(self.norm_eps, rule, name="fc_norm")
+        else:
+            self.norm = Norm(self.norm_eps, rule)
+        self.head = Affine(self.num_classes)
+        if self.distilled:
+            self.head_dist = Affine(self.num_classes)
+
+    @property
+    def _norms_after_pooling(self) -> bool:
+        return self.global_pool == "avg" if self.fc_norm is None else self.fc_norm
+
+    @property
+    def _block_fields(self) -> dict[str, Any]:
+        return {
+            "num_heads": self.num_heads,
+            "mlp_hidden": int(self.embed_dim * self.mlp_ratio),
+            "qkv_bias": self.qkv_bias,
+            "proj_bias": self.proj_bias,
+            "init_values": self.init_values,
+            "activation": self.activation,
+            "norm_eps": self.norm_eps,
+            "primitives": self.primitives,
+        }
+
+    def block(self) -> Block:
+        """One block on its own, to apply to a slice of `params["blocks"]`."""
+        return Block(**self._block_fields, parent=None)
+
+    def __call__(self, images: Array) -> Array:
+        tokens, _ = self.blocks(self.embed(images), None)
+        tokens = self.perturb("final_tokens", tokens)
+        self.sow("intermediates", "final_tokens", tokens)
+        return self.classify(tokens)
+
+    def embed(self, images: Array) -> Array:
+        """Normalised images [B, H, W, 3] -> tokens [B, N, D] that enter the first block."""
+        b, height, width, channels = images.shape
+        if (height, width) != self.img_size or channels != 3:
+            raise ValueError(
+                f"images must be [B, {self.img_size[0]}, {self.img_size[1]}, 3] for this model, got {images.shape}"
+            )
+        rule, p, (gh, gw) = self.primitives, self.patch_size, self.grid
+        x = images.astype(self.dtype or images.dtype)
+        patches = x.reshape(b, gh, p, gw, p, 3).transpose(0, 1, 3, 2, 4, 5).reshape(b, gh * gw, p * p * 3)
+        x = rule.embed(patches, *self.patch_embed(p * p * 3))
+        names = (
+            ["cls_token"] * self.class_token + ["dist_token"] * self.distilled + ["reg_token"] * bool(self.reg_tokens)
+        )
+        # Adding zeros of the batch's shape broadcasts under sharding without a collective.
+        prefix = [getattr(self, name).astype(x.dtype) + jnp.zeros_like(x[:, :1]) for name in names]
+        positions = self.pos_embed.astype(x.dtype)
+        if self.no_embed_class:
+            x = jnp.concatenate([*prefix, rule.add(x, positions)], axis=1)
+        else:
+            x = rule.add(jnp.concatenate([*prefix, x], axis=1), positions)
+        if self.patch_drop and self.has_rng("patch_drop"):
+            x = self._drop_patches(x)
+        return self.norm_pre(x) if self.pre_norm else x
+
+    def classify(self, tokens: Array) -> Array:
+        """Tokens [B, N, D] that leave a block -> logits [B, classes] in float32 at least, read by the head."""
+        rule, d = self.primitives, self.embed_dim
+        x = tokens if self._norms_after_pooling else self.norm(tokens)
+        if self.global_pool == "avg":
+            # The mean is a linear map over tokens, so that the rules of a linear map hold for it.
+            patches = jnp.swapaxes(x[:, self.prefix :], 1, 2)
+            weights = jnp.full((patches.shape[-1], 1), 1 / patches.shape[-1], x.dtype)
+            pooled = rule.linear(patches, weights, None)[..., 0]
+        else:
+            pooled = x[:, 0]
+        if self._norms_after_pooling:
+            pooled = self.fc_norm_layer(pooled)
+        if self.distilled:
+            # The mean of two heads, with the halves in the weights: what is left is a residual sum.
+            first, second = (jax.tree.map(lambda a: a / 2, head(d)) for head in (self.head, self.head_dist))
+            logits = rule.add(rule.linear(pooled, *first), rule.linear(x[:, 1], *second))
+        else:
+            logits = rule.linear(pooled, *self.head(d))
+        return wide(logits)
+
+    def _drop_patches(self, x: Array) -> Array:
+        """Keep a random subset of each sample's patch tokens (PatchDropout, Liu et al., WACV 2023)."""
+        patches = x[:, self.prefix :]
+        kept = round(patches.shape[1] * (1 - self.patch_drop))
+        order = jax.random.uniform(self.make_rng("patch_drop"), patches.shape[:2]).argsort(-1)[:, :kept]
+        select = jax.nn.one_hot(order, patches.shape[1], dtype=x.dtype)
+        return jnp.concatenate([x[:, : self.prefix], select @ patches], axis=1)
+
+
+def init_params(module: ViT, key: Array) -> dict[str, Any]:
+    """Random parameters of `module` in float32, and nothing else that `init` returns."""
+    images = jax.ShapeDtypeStruct((1, *module.img_size, 3), jnp.float32)
+    return jax.jit(lambda k: module.init(k, jnp.zeros(images.shape, images.dtype))["params"])(key)

@@ -1,0 +1,362 @@
+"""Evaluations: methods x examples -> results per image -> numbers with intervals, resumable at every batch."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from tokentm_jax.metrics import metrics
+from tokentm_jax.errors import InputError
+from tokentm_jax.data.labels import read_label_map, translation
+from tokentm_jax.files import reason, replace, write_json, write_text
+from tokentm_jax.identity import claimed, describe_model, environment
+from tokentm_jax.methods.explain import explain_fn
+from tokentm_jax.models.loading import LoadedViT, predict
+from tokentm_jax.maths.maps import to_pixels, unit
+from tokentm_jax.data.preprocessing import Preprocessing
+from tokentm_jax.runs.records import KEPT, Records, record_file
+from tokentm_jax.runs.report import draw, markdown, summarise
+from tokentm_jax.models.sharding import over_batch
+from tokentm_jax.data.sources import Source, batches
+from tokentm_jax.runs.store import Maps
+from tokentm_jax.metrics.tasks import (
+    CLEAN,
+    CLEAN_FIELDS,
+    PREDICTED,
+    RANDOM,
+    TARGET,
+    TASKS,
+    EvaluateConfig,
+    Inputs,
+    Row,
+    check,
+)
+from tokentm_jax.models.vit import init_params
+
+
+@lru_cache(maxsize=16)
+def _clean_program(module: Any, preprocessing: Preprocessing) -> Callable[..., dict[str, Array]]:
+    """(params, pixels, labels) -> what the model says of whole images."""
+
+    def program(params: Any, pixels: Array, labels: Array) -> dict[str, Array]:
+        logits = predict(module, preprocessing, params, unit(pixels))
+        predicted = logits.argmax(-1).astype(jnp.int32)
+        return {"predicted": predicted, "label": labels, **metrics.scores(logits, predicted, labels)}
+
+    return jax.jit(program)
+
+
+@lru_cache(maxsize=128)
+def _explain_program(
+    module: Any, preprocessing: Preprocessing, method: str, options: tuple[tuple[str, Any], ...]
+) -> Callable[..., Array]:
+    """(params, pixels, classes) -> maps, as a compiled function; pixels are uint8 [B, H, W, 3]."""
+    explain = explain_fn(module, method, **dict(options))
+    return jax.jit(lambda params, pixels, classes: explain(params, preprocessing.normalise(unit(pixels)), classes))
+
+
+@lru_cache(maxsize=16)
+def _score_program(
+    module: Any, preprocessing: Preprocessing, task: str, options: tuple[tuple[str, Any], ...]
+) -> Callable[..., dict[str, Array]]:
+    """(params, pixels, classes, labels, masks, maps, original) -> results per image: everything from map to score.
+
+    `original` is the sanity check's other map, and None elsewhere.
+    """
+
+    def program(
+        params: Any, pixels: Array, classes: Array, labels: Array, masks: Any, maps: Array, original: Any
+    ) -> dict[str, Array]:
+        finite = jnp.isfinite(maps).all((1, 2))
+        more = dict(options)
+        if original is None:
+            maps = to_pixels(jnp.nan_to_num(maps), preprocessing.size)
+        else:
+            more["original"] = original
+        inputs = Inputs(unit(pixels), classes, labels, masks)
+        model = partial(predict, module, preprocessing, params)
+        return {"finite": finite, **TASKS[task].compute(model, inputs, maps, **more)}
+
+    return jax.jit(program)
+
+
+class Programs:
+    """The compiled programs of one evaluation, and where their arrays go. `pixels` are uint8 [B, H, W, 3]."""
+
+    def __init__(self, config: EvaluateConfig, vit: LoadedViT) -> None:
+        self.config, self.vit = config, vit
+        self._model = (vit.module, vit.preprocessing)
+        self.clean = _clean_program(*self._model)
+        self.score = _score_program(*self._model, config.task, tuple(sorted(config.options.items())))
+        self._fresh: Any = None  # random parameters
+        devices, batch = jax.devices(), config.batch_size
+        self._sharding = None
+        if len(devices) > 1 and batch % len(devices) == 0:
+            self._sharding = over_batch(devices)
+
+    def place(self, array: Any) -> Array:
+        """An array with a leading batch axis, on all devices if they divide the batch."""
+        return jax.device_put(array, self._sharding)
+
+    def maps(self, row: Row, keys: Sequence[str], pixels: Array, classes: Array) -> tuple[Array, Array | None]:
+        """The row's maps of a batch and, for the sanity check, those that they are compared with."""
+        seed, sanity = self.config.seed, self.config.task == "sanity"
+        if row.method == RANDOM:
+            grid = self.vit.module.grid
+            noise = [np.stack([metrics.random_map(key, grid, s) for key in keys]) for s in (seed, seed + 1)]
+            return self.place(noise[0]), self.place(noise[1]) if sanity else None
+        explain = _explain_program(*self._model, row.method, tuple(sorted(row.options.items())))
+        params = self.vit.params
+        if row.random_blocks is not None:
+            if self._fresh is None:
+                self._fresh = init_params(self.vit.module, jax.random.key(seed))
+            params = randomised(params, self._fresh, row.random_blocks)  # made anew: all of them may not fit
+        maps = explain(params, pixels, classes)
+        return maps, explain(self.vit.params, pixels, classes) if sanity else None
+
+
+class Job(NamedTuple):
+    """An example with a class to explain."""
+
+    key: str
+    explained: str
+    index: int
+    label: int
+    explained_class: int
+
+
+Report = Callable[[int, int, Callable[[], list[dict[str, Any]]]], None]
+
+
+RESULTS = ("results.json", "results.md", "curves.png")
+
+
+def evaluate(
+    config: EvaluateConfig,
+    vit: LoadedViT,
+    source: Source,
+    out: Path,
+    report: Report | None = None,
+    maps: Maps | None = None,
+) -> dict[str, Any]:
+    """Run an evaluation to its end, or from where `out` stopped on; returns the content of `results.json`.
+
+    Args:
+      config: what to compute on `vit` and `source`, which stand for its `model`, `checkpoint`, `data` and `limit`.
+      out: a folder, for the results and, in `records`, the results per image of every finished batch.
+      report: called after every batch with (done, total, a function that gives the rows so far).
+      maps: where maps of this model and data set are taken from; those that it does not have are computed.
+
+    Raises:
+      InputError: a config, data set, model and maps that do not go together, a full disk, or an `out` that holds
+        another evaluation, one by other versions or on another device, files of others, or a run that is going on.
+    """
+    config = check(config)
+    config = dataclasses.replace(config, label_map=read_label_map(config.label_map))
+    if RANDOM not in [row.method for row in config.rows]:
+        config = dataclasses.replace(config, rows=(*config.rows, Row(RANDOM, RANDOM)))
+    task = TASKS[config.task]
+    if task.needs and not {"labels": source.labelled, "masks": source.masked}[task.needs]:
+        raise InputError(f"{source.name} has no {task.needs}, which the task {config.task!r} needs")
+    for row in config.rows:
+        if row.random_blocks is not None and not 0 <= row.random_blocks <= vit.module.depth:
+            raise InputError(f"random_blocks of {row.name!r} must be from 0 to {vit.module.depth} for {vit.name}")
+    translate = translation(vit, source, config.label_map)
+    run = describe(config, vit, source)
+    if maps is not None:
+        run["maps"] = _check_maps(maps, run)
+    with claimed(out, _terms(run), (*RESULTS, "records")):
+        return _evaluate(config, vit, source, out, translate, run, report, maps)
+
+
+def _terms(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be equal for a run to go on. Not the rows, which have files of their own; nor the limit and the batch
+    size, for an image's results do not depend on the others, and a lack of memory is mended by smaller batches."""
+    config, made = run["config"], {name: run[name] for name in ("data", "model", "versions", "device")}
+    same = {name: config[name] for name in ("task", "profile", "options", "seed", "label_map") if name in config}
+    rounded = run.get("maps", {}).get("dtype") == "float16"  # these are not mixed with exact maps
+    return {**same, "maps": "float16" if rounded else "exact", **made}
+
+
+def _evaluate(
+    config: EvaluateConfig,
+    vit: LoadedViT,
+    source: Source,
+    out: Path,
+    translate: np.ndarray | None,
+    run: dict[str, Any],
+    report: Report | None,
+    maps: Maps | None,
+) -> dict[str, Any]:
+    """`evaluate` in a folder that is held."""
+    task = TASKS[config.task]
+    try:
+        (out / "records").mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out / 'records'} cannot be written: {reason(error)}") from None
+    programs, skipped = Programs(config, vit), {}
+    clean = _predictions(programs, source, translate, out, skipped)
+    jobs = _jobs(config, source, clean)
+    if not jobs:
+        raise InputError(f"{source.name} has no image that can be read: {next(iter(skipped.values()), 'it is empty')}")
+    keys = [job.key for job in jobs if job.explained == PREDICTED]
+    fields = task.fields(**config.options)
+    records = {row.name: Records(record_file(out, row), fields) for row in config.rows}
+
+    # Groups do not depend on what is done already, so an interrupted run computes the very same batches.
+    size = config.batch_size
+    groups = [jobs[i : i + size] for i in range(0, len(jobs), size)]
+    groups = [group for group in groups if any(_open(row, records[row.name], group) for row in config.rows)]
+    indices = [job.index for group in groups for job in group]
+    stream = batches(source, vit.preprocessing, size, config.profile, indices=indices, skipped=skipped)
+    for number, (group, batch) in enumerate(zip(groups, stream, strict=True)):
+        group = [job for job in group if job.key in batch.keys]  # a file may have gone in the meantime
+        if not group:
+            continue
+        full = group + group[-1:] * (size - len(group))
+        pixels, masks = programs.place(batch.images), None
+        if task.needs == "masks":
+            masks = programs.place(batch.masks)
+        classes = programs.place(np.array([job.explained_class for job in full], np.int32))
+        labels = programs.place(np.array([job.label for job in full], np.int32))
+        for row in config.rows:
+            places = _open(row, records[row.name], group)
+            if places:
+                taken, stored = _stored(maps, config, row, group, places)
+                if len(taken) < len(places):
+                    heatmaps, original = programs.maps(row, [job.key for job in full], pixels, classes)
+                else:
+                    heatmaps, original = np.zeros((size, *stored.shape[1:]), np.float32), None
+                if taken:
+                    heatmaps = np.array(heatmaps)
+                    heatmaps[taken] = stored
+                    heatmaps = programs.place(heatmaps)
+                found = programs.score(vit.params, pixels, classes, labels, masks, heatmaps, original)
+                found = {name: np.asarray(array)[places] for name, array in found.items()}
+                _require_finite(found, [group[i].key for i in places], f"{vit.name} on changed images ({row.name})")
+                records[row.name].append([(group[i].key, group[i].explained) for i in places], found)
+        if report is not None:
+            report(number + 1, len(groups), lambda: summarise(config, clean, records, keys, final=False))
+
+    run["skipped"] = {"count": len(skipped), "examples": dict(sorted(skipped.items())[:20])}
+    results = {"rows": summarise(config, clean, records, keys), "run": run}
+    write_json(out / "results.json", results, KEPT)
+    write_text(out / "results.md", markdown(results), KEPT)
+    replace(out / "curves.png", lambda path: draw(config, clean, records, keys, path), KEPT)
+    return results
+
+
+def _require_finite(found: Mapping[str, np.ndarray], keys: Sequence[str], what: str) -> None:
+    """Raises InputError that names the first example for which a number is not finite."""
+    for array in found.values():
+        finite = np.isfinite(array.astype(np.float64)).reshape(len(keys), -1).all(1)
+        if not finite.all():
+            raise InputError(f"{what} gives no finite numbers for {keys[int(finite.argmin())]}")
+
+
+def _predictions(
+    programs: Programs, source: Source, translate: np.ndarray | None, out: Path, skipped: dict[str, str]
+) -> Records:
+    """The model's own predictions: they say which classes there are to explain."""
+    vit, config = programs.vit, programs.config
+    clean = Records(out / "records" / "clean.jsonl", CLEAN_FIELDS, (CLEAN,))
+    indices = [i for i, key in enumerate(source.keys) if (key, CLEAN) not in clean.places]
+    stream = batches(source, vit.preprocessing, config.batch_size, config.profile, indices=indices, skipped=skipped)
+    for batch in stream:
+        count = len(batch.keys)
+        if not count:
+            continue
+        labels = batch.labels if translate is None else translate[batch.labels]
+        for key, label in zip(batch.keys, labels, strict=False):
+            if label >= vit.module.num_classes or (label < 0 and source.labelled):
+                classes = f"{vit.name} has classes 0 to {vit.module.num_classes - 1}"
+                raise InputError(f"{source.name}: {key} has the label {label}, and {classes}")
+        found = programs.clean(vit.params, programs.place(batch.images), programs.place(labels))
+        fields = {name: np.asarray(array)[:count] for name, array in found.items()}
+        _require_finite(fields, batch.keys, vit.name)
+        clean.append([(key, CLEAN) for key in batch.keys], fields)
+    return clean
+
+
+def _jobs(config: EvaluateConfig, source: Source, clean: Records) -> list[Job]:
+    """All predicted classes, then, if wanted, the targets that are other classes."""
+    good = [i for i, key in enumerate(source.keys) if (key, CLEAN) in clean.places]
+    if not good:
+        return []
+    own = [(source.keys[i], CLEAN) for i in good]
+    predicted, labels = clean.take("predicted", own).tolist(), clean.take("label", own).tolist()
+    examples = list(zip(good, predicted, labels, strict=True))
+    jobs = [Job(source.keys[i], PREDICTED, i, y, c) for i, c, y in examples]
+    if TARGET in TASKS[config.task].explained and any(row.class_specific for row in config.rows):
+        jobs += [Job(source.keys[i], TARGET, i, y, y) for i, c, y in examples if c != y]
+    return jobs
+
+
+def _open(row: Row, records: Records, group: Sequence[Job]) -> list[int]:
+    """Places of the jobs that the row still has to do."""
+    return [
+        i
+        for i, job in enumerate(group)
+        if (job.key, job.explained) not in records.places and (job.explained == PREDICTED or row.class_specific)
+    ]
+
+
+def _check_maps(maps: Maps, run: Mapping[str, Any]) -> dict[str, Any]:
+    """What the results say of stored maps. InputError for those of another model, data set or profile."""
+    made = maps.provenance
+    for what in ("model", "data"):
+        if made[what]["identity"] != run[what]["identity"]:
+            raise InputError(
+                f"{maps.path} holds maps of {made[what]['name']}, not of {run[what]['name']} as it is here"
+            )
+    if made["profile"] != run["config"]["profile"]:
+        raise InputError(
+            f"{maps.path} was made with the profile {made['profile']!r}, not {run['config']['profile']!r}"
+        )
+    return {"store": maps.path, **{name: made[name] for name in ("methods", "options", "target", "dtype", "versions")}}
+
+
+def _stored(
+    maps: Maps | None, config: EvaluateConfig, row: Row, group: Sequence[Job], places: Sequence[int]
+) -> tuple[list[int], np.ndarray]:
+    """Those places of the group whose maps are stored, and these maps [k, h, w]."""
+    if maps is None or row.random_blocks is not None or config.task == "sanity":
+        return [], np.empty((0, 1, 1), np.float32)
+    jobs = [group[i] for i in places]
+    wanted = [(job.key, job.explained_class if row.class_specific else None) for job in jobs]
+    found, stored = maps.find(row.method, row.options, wanted)
+    return [places[i] for i in found], stored
+
+
+@jax.jit
+def randomised(params: Any, fresh: Any, blocks: Array | int) -> Any:
+    """Parameters with the head, and the last `blocks` blocks, taken from `fresh`."""
+    heads = {name: value for name, value in fresh.items() if name.startswith("head")}
+
+    def mix(old: Array, new: Array) -> Array:
+        depth = len(old)
+        last = jnp.arange(depth) >= depth - blocks
+        return jnp.where(last.reshape(depth, *[1] * (old.ndim - 1)), new.astype(old.dtype), old)
+
+    return {**params, **heads, "blocks": jax.tree.map(mix, params["blocks"], fresh["blocks"])}
+
+
+def describe(config: EvaluateConfig, vit: LoadedViT, source: Source) -> dict[str, Any]:
+    """The `run` object of the results. It has no times, so that equal runs give equal files."""
+    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    settings["rows"] = [dataclasses.asdict(row) for row in config.rows]
+    settings["paper"] = [[row, metric, value] for (row, metric), value in config.paper.items()]
+    settings["options"] = dict(config.options)
+    return {
+        **environment(),
+        "seed": config.seed,
+        "config": settings,
+        "data": {"name": source.name, "identity": source.identity, "examples": len(source)},
+        "model": describe_model(vit),
+    }

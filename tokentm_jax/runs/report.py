@@ -1,0 +1,267 @@
+"""From results per image to numbers with intervals, tables, curves and comparisons."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, NotRequired
+
+import numpy as np
+from annotated_types import Ge, Le
+from typing_extensions import TypedDict
+
+from tokentm_jax.metrics import metrics
+from tokentm_jax.errors import InputError
+from tokentm_jax.files import read_json
+from tokentm_jax.metrics.metrics import Measures
+from tokentm_jax.runs.records import Records, record_file, table_of
+from tokentm_jax.metrics.tasks import CLEAN, CLEAN_FIELDS, LARGEST_SEED, PREDICTED, RANDOM, TASKS, EvaluateConfig, Row, check
+from tokentm_jax.validation import checked
+
+
+def summarise(
+    config: EvaluateConfig, clean: Records, records: Mapping[str, Records], keys: Sequence[str], final: bool = True
+) -> list[dict[str, Any]]:
+    """The rows of `results.json`. Before the end: values without intervals, and without the targets, of which only
+    the images with another prediction come last."""
+    task = TASKS[config.task]
+    rows: list[dict[str, Any]] = []
+
+    def add(row: str, metric: str, per_image: np.ndarray, statistic: metrics.Statistic) -> None:
+        value, low, high = metrics.bootstrap(per_image, statistic, config.seed, 1000 if final else 1)
+        entry = {"method": row, "metric": metric, "value": value, "low": low, "high": high, "images": len(per_image)}
+        if (row, metric) in config.paper:
+            entry["paper"] = config.paper[row, metric]
+        rows.append(entry)
+
+    own = sorted((key, CLEAN) for key in keys)
+    if (clean.take("label", own) >= 0).all():
+        add(CLEAN, "accuracy", 100.0 * clean.take("hit", own), metrics.mean)
+    for row in config.rows:
+        explained = task.explained if final else (PREDICTED,)
+        done, table = table_of(row, explained, clean, records[row.name], keys)
+        for metric, (per_image, statistic) in (task.measure(table) if done else {}).items():
+            add(row.name, metric, per_image, statistic)
+        if done and not table["predicted_finite"].all():
+            add(row.name, "finite_maps", 100.0 * table["predicted_finite"], metrics.mean)
+    return rows
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """`results.md`: a line per method, with intervals; published figures in columns of their own."""
+    run, rows = results["run"], results["rows"]
+    config = run["config"]
+    clean = [row for row in rows if row["method"] == CLEAN]
+    others = [row for row in rows if row["method"] != CLEAN]
+    columns = list(dict.fromkeys(row["metric"] for row in others))
+    cells = {(row["method"], row["metric"]): _cell(row) for row in others}
+    heads = {c: c.replace("_", " ") for c in columns}
+    for row in others:
+        if "paper" in row:
+            heads[f"paper: {row['metric']}"] = f"paper: {row['metric']}".replace("_", " ")
+            cells[row["method"], f"paper: {row['metric']}"] = f"{row['paper']:g}"
+    lines = [
+        f"# {config['name']}",
+        "",
+        f"{run['model']['name']} on {run['data']['name']}: {run['data']['examples']} images, profile "
+        f"{config['profile']}, seed {run['seed']}, {run['skipped']['count']} skipped. "
+        "In brackets: 95 % intervals over images.",
+        *(f"Clean accuracy: {_cell(row)} %." for row in clean),
+        "",
+        f"| method | {' | '.join(heads.values())} |",
+        f"| --- |{' ---: |' * len(heads)}",
+    ]
+    for name in dict.fromkeys(row["method"] for row in others):
+        shown = " ".join(name.split()).replace("|", "\\|")
+        lines.append(f"| {shown} | {' | '.join(cells.get((name, c), '') for c in heads)} |")
+    text = "\n".join(lines) + "\n"
+    return text.encode("utf-8", "replace").decode()  # the data set's path may be no UTF-8
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    digits = 3 if row["metric"] in ("aopc", "lodds", "saco", "similarity") else 2
+    return f"{row['value']:.{digits}f} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
+
+
+def draw(
+    config: EvaluateConfig, clean: Records, records: Mapping[str, Records], keys: Sequence[str], path: Path
+) -> None:
+    """Write `curves.png`: what the task's numbers summarise, one line per row."""
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
+    axes_names = {"perturbation": ("pixels removed [%]", "accuracy [%]"), "segmentation": ("recall", "precision")}
+    axes_names["insertion"] = ("pixels changed [%]", "probability")
+    for row in config.rows:
+        done, table = table_of(row, (PREDICTED,), clean, records[row.name], keys)
+        if not done:
+            continue
+        if config.task == "perturbation":
+            for d, name in enumerate(("positive (lower is better)", "negative (higher is better)")):
+                curve = np.concatenate([table["clean_hit"][:, None], table["predicted_hit"][:, d]], 1).mean(0)
+                panels.setdefault(name, {})[row.name] = (10 * np.arange(len(curve)), 100 * curve)
+        elif config.task == "segmentation":
+            precision, recall = metrics.precision_recall(table["predicted_histogram"])
+            panels.setdefault("foreground, pooled pixels", {})[row.name] = (recall, precision)
+        elif config.task == "insertion":
+            for d, name in enumerate(("insertion (higher is better)", "deletion (lower is better)")):
+                curve = np.exp(table["predicted_log_probability"][:, d]).mean(0)
+                panels.setdefault(name, {})[row.name] = (np.linspace(0, 100, len(curve)), curve)
+        else:
+            (metric, (per_image, statistic)) = next(iter(TASKS[config.task].measure(table).items()))
+            values = np.array(metrics.bootstrap(per_image, statistic, config.seed))
+            panels.setdefault(metric, {})[row.name] = (values, values)
+
+    bars = config.task not in axes_names
+    height = max(4.0, 0.25 * len(config.rows) + 1)
+    figure = Figure((5.5 * len(panels) + 3, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    colours = colormaps["viridis" if len(config.rows) > 12 else "tab10"]
+    for k, (title, curves) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), k + 1)
+        axes.set_title(title)
+        for i, (name, (x, y)) in enumerate(curves.items()):
+            if bars:
+                value, low, high = x
+                axes.errorbar(value, name, xerr=[[value - low], [high - value]], fmt="o", color="black")
+                continue
+            colour = colours(i / max(len(curves) - 1, 1)) if len(config.rows) > 12 else colours(i % 10)
+            style = {"color": "grey", "linestyle": "--"} if name == RANDOM else {"color": colour}
+            axes.plot(x, y, label=name, **style)
+        if bars:
+            axes.invert_yaxis()
+        else:
+            x_name, y_name = axes_names[config.task]
+            axes.set(xlabel=x_name, ylabel=y_name, ylim=(0, None))
+        axes.grid(alpha=0.3)
+        if not bars and k + 1 == len(panels):
+            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    figure.savefig(path, format="png", dpi=120)
+
+
+class Figure(TypedDict):
+    """One number of `results.json`."""
+
+    method: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    images: int
+    paper: NotRequired[float]
+
+
+class RowSettings(TypedDict):
+    """A `Row` as JSON."""
+
+    name: str
+    method: str
+    options: NotRequired[dict[str, Any]]
+    random_blocks: NotRequired[int | None]
+
+
+class Settings(TypedDict):
+    """What is needed here of an `EvaluateConfig` as JSON."""
+
+    name: str
+    task: str
+    data: str
+    rows: list[RowSettings]
+    options: dict[str, Any]
+    seed: Annotated[int, Ge(0), Le(LARGEST_SEED)]
+
+
+class DataSet(TypedDict):
+    name: str
+    identity: str
+
+
+class Made(TypedDict):
+    config: Settings
+    data: DataSet
+
+
+class Results(TypedDict):
+    """The content of `results.json`, as far as it is read again."""
+
+    rows: list[Figure]
+    run: Made
+
+
+class Finished(NamedTuple):
+    """A finished evaluation: its folder, config, data set, and what the model said of the whole images."""
+
+    out: Path
+    config: EvaluateConfig
+    data: DataSet
+    clean: Records
+
+    @property
+    def keys(self) -> list[str]:
+        return [key for key, _ in self.clean.places]
+
+    def measured(self, row: Row) -> tuple[list[str], Measures]:
+        """The finished examples of a row and its results per image."""
+        task = TASKS[self.config.task]
+        records = Records(record_file(self.out, row), task.fields(**self.config.options))
+        done, table = table_of(row, task.explained, self.clean, records, self.keys)
+        return done, task.measure(table) if done else {}
+
+
+def open_finished(out: Path) -> Finished:
+    """Read the folder of a finished evaluation; nothing in it is trusted, and nothing is written.
+
+    Raises InputError for a folder without one, and for anything in it that is not as `evaluate` wrote it.
+    """
+    path = out / "results.json"
+    if not os.path.lexists(path):
+        raise InputError(f"{out} holds no finished evaluation (results.json)")
+    run: Made = checked(str(path), Results, read_json(path))["run"]
+    given = run["config"]
+    try:
+        rows = [Row(**row) for row in given["rows"]]
+        config = check(EvaluateConfig(**{**given, "rows": rows}))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    finished = Finished(out, config, run["data"], Records(out / "records" / "clean.jsonl", CLEAN_FIELDS, (CLEAN,)))
+    if not finished.keys:
+        raise InputError(f"{finished.clean.path} holds no results")
+    return finished
+
+
+def compare(outs: Sequence[Path]) -> list[dict[str, Any]]:
+    """Differences with 95 % intervals over the images that both have.
+
+    Of one run: every method less the run's first. Of several: every method less the same in the first run.
+    Entries have `run`, `method`, `metric`, `value`, `baseline` (what it is compared with), `difference`, `low`,
+    `high`, `images`. Raises InputError for a folder without results, or runs of different tasks or data sets.
+    """
+    runs = [open_finished(out) for out in outs]
+    first = runs[0]
+    for run in runs[1:]:
+        if (run.config.task, dict(run.config.options)) != (first.config.task, dict(first.config.options)):
+            raise InputError("the runs are of different tasks, or of other options of the task")
+        if run.data["identity"] != first.data["identity"]:
+            raise InputError(f"the runs are of different data: {first.data['name']} and {run.data['name']}")
+    seed = first.config.seed
+    baselines = {row.name: first.measured(row) for row in first.config.rows}
+    entries = []
+    for number, run in enumerate(runs):
+        for row in run.config.rows:
+            done, measures = baselines[row.name] if number == 0 else run.measured(row)
+            against = first.config.rows[0].name if len(runs) == 1 else row.name
+            other_done, others = baselines.get(against, ([], {}))
+            places, other_places = ({key: i for i, key in enumerate(d)} for d in (done, other_done))
+            both = [key for key in done if key in other_places]
+            for metric, (per_image, statistic) in measures.items():
+                entry = {"run": str(run.out), "method": row.name, "metric": metric, "baseline": None}
+                entry |= {"value": metrics.bootstrap(per_image, statistic, seed, 1)[0], "images": len(done)}
+                if both and metric in others and (number or len(runs) == 1) and (number, row.name) != (0, against):
+                    a = per_image[[places[key] for key in both]]
+                    b = others[metric][0][[other_places[key] for key in both]]
+                    difference, low, high = metrics.paired(a, b, statistic, seed)
+                    entry |= {"baseline": against if len(runs) == 1 else str(first.out), "difference": difference}
+                    entry |= {"low": low, "high": high, "images": len(both)}
+                entries.append(entry)
+    return entries
