@@ -45,26 +45,33 @@ class Method:
         """What the method is, in one line: the first of its function's docstring."""
         return (inspect.getdoc(self.function) or "").splitlines()[0]
 
+    def known(self) -> dict[str, Any]:
+        """Annotation of every option: the function's keyword-only arguments, and the fields of its dataclass."""
+        hints = get_type_hints(self.function, include_extras=True)
+        parameters = inspect.signature(self.function).parameters.values()
+        own = {p.name: hints[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "options"}
+        return {**(get_type_hints(self.options, include_extras=True) if self.options else {}), **own}
+
     def check(self, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The options as plain Python values that meet the annotations of the function, or of its dataclass.
+        """The options as plain Python values that meet their annotations.
 
         Raises InputError for an unknown option, or one that is not what its annotation says.
         """
-        parameters = inspect.signature(self.options or self.function).parameters.values()
-        known = [p.name for p in parameters if self.options or p.kind is p.KEYWORD_ONLY]
-        hints = get_type_hints(self.options or self.function, include_extras=True)
+        known = self.known()
         for key in options:
             if key not in known:
                 raise suggest(f"{name} option", key, known)
-        return {key: checked(f"option '{key}' of the method '{name}'", hints[key], options[key]) for key in options}
+        return {key: checked(f"option '{key}' of the method '{name}'", known[key], options[key]) for key in options}
 
     def bind(self, name: str, options: Mapping[str, Any]) -> Callable[..., Explanation]:
         """The function with its options checked and bound. Raises InputError as `check`, and for choices at odds."""
         values = self.check(name, options)
         if self.options is None:
             return partial(self.function, **values)
+        fields = {field.name for field in dataclasses.fields(self.options)}
+        choices = {key: values.pop(key) for key in fields & values.keys()}
         try:
-            return partial(self.function, options=self.options(**values))
+            return partial(self.function, options=self.options(**choices), **values)
         except ValueError as error:
             raise InputError(f"method '{name}': {error}") from None
 
