@@ -14,7 +14,7 @@ from typing import Literal
 from tokentm_jax import PAPER_ROWS, EvaluateConfig, sanity_rows
 
 
-def get_config(task: Literal["insertion", "saco", "sanity"] = "insertion") -> EvaluateConfig:
+def get_config(*, task: Literal["insertion", "saco", "sanity"] = "insertion") -> EvaluateConfig:
     return EvaluateConfig(
         name=f"{task}_photos",
         task=task,

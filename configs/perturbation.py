@@ -42,6 +42,7 @@ PAPER = {"imagenet": 58.1, "cifar10": 74.9, "cifar100": 54.8}
 
 
 def get_config(
+    *,
     data: Literal["photos", "cifar10_sample", "imagenet", "cifar10", "cifar100"] = "photos",
     model: Literal["deit_tiny", "cifar10_vit", "vit_base", "vit_large", "own"] | None = None,
     rows: Literal["paper", "components", "choices", "depth"] = "paper",

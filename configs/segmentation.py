@@ -30,6 +30,7 @@ ROWS = {"paper": PAPER_ROWS, "components": COMPONENT_ROWS, "choices": CHOICE_ROW
 
 
 def get_config(
+    *,
     data: Literal["sample", "imagenet"] = "sample",
     rows: Literal["paper", "components", "choices", "depth"] = "paper",
 ) -> EvaluateConfig:

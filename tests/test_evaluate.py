@@ -19,9 +19,9 @@ import pytest
 from click.testing import CliRunner
 from conftest import tiny_vit
 from PIL import Image
+from tokentm_jax.cli.main.recipes import read_recipe
 
 from tokentm_jax.cli.main import main
-from tokentm_jax.cli.recipes import read_recipe
 from tokentm_jax.data.sources import batches, open_source
 from tokentm_jax.errors import InputError
 from tokentm_jax.identity import claimed

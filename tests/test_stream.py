@@ -83,3 +83,20 @@ def test_bfloat16_on_photos(deit, shared, method):
     assert maps[1].dtype == jnp.float32
     correlation = np.asarray(rank_correlation(*maps))
     assert correlation.mean() > 0.98
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"memory": "recompute", "first_block": 1, "end_block": 2}])
+def test_the_maps_own_derivative_in_both_modes(options):
+    """The weights get no cotangent in the pass that makes the map, and yet are differentiated with it."""
+    module = ViT(**BASE)
+    with jax.enable_x64(True):
+        params = init_params(module, jax.random.key(0))
+        params = jax.tree.map(lambda a: jnp.asarray(a * 8 if a.ndim > 2 else a, jnp.float64), params)
+        x, v = (jnp.asarray(np.random.default_rng(seed).normal(size=(1, 16, 24, 3))) for seed in (0, 1))
+        explain, weights = explain_fn(module, **options), jnp.asarray(np.random.default_rng(2).normal(size=(1, 2, 3)))
+        total = lambda x: (explain(params, x, jnp.array([3])) * weights).sum()  # noqa: E731
+        run = jax.jit(lambda x: (total(x), jax.jvp(total, (x,), (v,))[1], (jax.grad(total)(x) * v).sum()))
+        _, forward, reverse = run(x)
+        slope = (run(x + 1e-6 * v)[0] - run(x - 1e-6 * v)[0]) / 2e-6
+        np.testing.assert_allclose([forward, reverse], slope, rtol=1e-5)

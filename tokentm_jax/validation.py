@@ -80,18 +80,22 @@ def check_fields(config: Any, where: str) -> Any:
     return dataclasses.replace(config, **fields)
 
 
-def check_options(where: str, kind: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a function (its keyword-only arguments) or of a dataclass, each of which meets its annotation.
+def options_of(kind: Callable[..., Any]) -> dict[str, Any]:
+    """The annotation of every option: a function's keyword-only arguments, or a dataclass's fields."""
+    hints, every = get_type_hints(kind, include_extras=True), dataclasses.is_dataclass(kind)
+    parameters = inspect.signature(kind).parameters.values()
+    return {p.name: hints[p.name] for p in parameters if every or p.kind is p.KEYWORD_ONLY}
+
+
+def check_options(where: str, known: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options, each of which meets its annotation in `known` (of `options_of`).
 
     InputError "unknown option of {where} ..." or "option 'name' of {where} must be ..., got ...".
     """
-    hints, every = get_type_hints(kind, include_extras=True), dataclasses.is_dataclass(kind)
-    parameters = inspect.signature(kind).parameters.values()
-    known = [p.name for p in parameters if every or p.kind is p.KEYWORD_ONLY]
     for name in options:
         if name not in known:
             raise suggest(f"option of {where}", name, known)
-    return {name: checked(f"option {name!r} of {where}", hints[name], value) for name, value in options.items()}
+    return {name: checked(f"option {name!r} of {where}", known[name], value) for name, value in options.items()}
 
 
 def _plain(value: Any) -> Any:

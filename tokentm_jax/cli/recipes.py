@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tokentm_jax.cli.options import parse_options
+from tokentm_jax.cli.main.options import parse_options
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import read_text
 
@@ -24,7 +24,7 @@ def read_recipe(recipe: Path, kind: type) -> Any:
     Raises:
       InputError: no such file, an error in it, an option that it does not have, a config of another type.
     """
-    from tokentm_jax.validation import check_fields, check_options
+    from tokentm_jax.validation import check_fields, check_options, options_of
 
     name, colon, rest = str(recipe).rpartition(".py:")
     path = Path(f"{name}.py") if colon else recipe
@@ -39,17 +39,24 @@ def read_recipe(recipe: Path, kind: type) -> Any:
             found = runpy.run_path(str(path))
             make = found.get("get_config")
             if callable(make):
-                config = make(**check_options(f"the recipe {path}", make, options))
+                config = make(**check_options(f"the recipe {path}", options_of(make), options))
             elif options:
                 refuse("has no options: it defines no function `get_config`")
             else:
                 config = found.get("config")
     except SystemExit as error:
         refuse(f"ends the program (SystemExit: {error.code})")
-    except InputError:
+    except (InputError, KeyboardInterrupt):
         raise
-    except Exception as error:
-        refuse(f"cannot be run: {type(error).__name__}: {error}")
+    except BaseException as error:  # a recipe may raise what it likes
+        refuse(f"cannot be run: {type(error).__name__}{_said(error)}")
     if type(config) is not kind:
         refuse(f"must define `config` as a {kind.__name__}, or a function `get_config` that gives one")
     return check_fields(config, f"the recipe {path}")
+
+
+def _said(error: BaseException) -> str:
+    try:
+        return f": {error}"
+    except Exception:  # the text of a recipe's own exception may fail itself
+        return ""

@@ -13,11 +13,15 @@ output token (or to the mixture of output tokens that the head reads). A matrix 
 
 Every update multiplies from the left, so a row of the final C is found from the last block down to the first with
 no product of two [N, N] maps: `r <- r * (1 + w_ffn)`, `r <- r + (r A) * w_attn`, and at the end `r * L(x0)`.
+
+That is the order of the backward pass, too, which is where the gradient in `A = mean_h relu(G * A_h)` comes from. So a
+stream u [N] of zeros goes through the blocks beside the tokens, by `attention_layer` and `ffn_layer`. It changes
+nothing and stays zero. Its cotangent is the row: it enters the backward pass as the head's read-out and leaves it as
+the heatmap's row, and no attention and no gradient of it is held for two blocks at once.
 """
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import chex
@@ -52,8 +56,6 @@ class TokenTM:
       original: what the attention layer's `x_j` is: the "residual" stream x or the "normalised" LN1(x).
       first_block: first block that is aggregated, from 0.
       end_block: one past the last block that is aggregated; None for all.
-      memory: not a choice of the method but of how `explain` runs it, with equal results: "store" what the linear
-        maps of each block gave until the backward pass, for speed, or "recompute" it, for memory.
     """
 
     length: bool = True
@@ -64,7 +66,6 @@ class TokenTM:
     original: Literal["residual", "normalised"] = "residual"
     first_block: Annotated[int, Ge(0)] = 0
     end_block: Annotated[int, Ge(1)] | None = None
-    memory: Literal["recompute", "store"] = "store"
 
     def __post_init__(self) -> None:
         """Raises ValueError for a choice that is none, so that no map is ever computed by a misspelt one."""
@@ -148,21 +149,60 @@ class Weights(NamedTuple):
     ffn: Array
 
 
+def attention_weights(tokens: Array, normalised: Array, transformed_value: Array, options: TokenTM) -> Array:
+    """Diagonal [N] of W_attn from a layer's input, LN1 of it and what values and output projection make of it."""
+    original = tokens if options.original == "residual" else normalised
+    return transformation_weights(original, transformed_value, length=options.length, direction=options.direction)
+
+
+def ffn_weights(tokens: Array, ffn_branch: Array, options: TokenTM) -> Array:
+    """Diagonal [N] of W_ffn from a layer's input and its output before the residual sum; zeros without `ffn`."""
+    weights = transformation_weights(tokens, ffn_branch, length=options.length, direction=options.direction)
+    return weights if options.ffn else jnp.zeros_like(weights)
+
+
 def block_weights(block: Blocks, options: TokenTM) -> Weights:
     """Transformation weights of one block (arrays of `block` without the L axis). They need no gradient."""
     ones = jnp.ones(block.attention.shape[-1:], block.attention.dtype)
     if not options.weighs:
         return Weights(ones, ones if options.ffn else jnp.zeros_like(ones))
-    weigh = partial(transformation_weights, length=options.length, direction=options.direction)
-    original = block.tokens if options.original == "residual" else block.normalised
-    attention = weigh(original, block.transformed_value)
-    ffn = weigh(block.tokens + block.attention_branch, block.ffn_branch) if options.ffn else jnp.zeros_like(ones)
+    attention = attention_weights(block.tokens, block.normalised, block.transformed_value, options)
+    middle = block.tokens + block.attention_branch if options.ffn else None
+    ffn = ffn_weights(middle, block.ffn_branch, options) if options.ffn else jnp.zeros_like(ones)
     return Weights(attention, ffn)
 
 
 def block_update(rows: Array, attention: Array, weights: Weights) -> Array:
     """Rows [..., N] from the output of one block back to its input, for its head-averaged attention [N, N]."""
     return attention_update(ffn_update(rows, weights.ffn), attention, weights.attention)
+
+
+@jax.custom_vjp
+def attention_layer(attention: Array, u: Array, weights: Array) -> tuple[Array, Array]:
+    """Attention [H, N, N] and the stream u [N] through an attention layer: both unchanged.
+
+    Backward, the cotangent of the attention is its gradient G, and that of u is a row r, which becomes
+    `r + (r A) * w` with `A = mean_h relu(G * A_h)`. The weights w [N] get none, for u is zero.
+    """
+    return attention, u
+
+
+def _attention_layer_backward(saved: tuple[Array, Array], cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
+    (attention, weights), (gradient, row) = saved, cotangents
+    weighted = gradient.astype(row.dtype) * attention.astype(row.dtype)
+    return gradient, attention_update(row, mean_attention(weighted), weights), None
+
+
+attention_layer.defvjp(lambda attention, u, weights: ((attention, u), (attention, weights)), _attention_layer_backward)
+
+
+@jax.custom_vjp
+def ffn_layer(u: Array, weights: Array) -> Array:
+    """The stream u [N] through an FFN layer, unchanged. Backward, its cotangent, a row r, becomes `r * (1 + w)`."""
+    return u
+
+
+ffn_layer.defvjp(lambda u, weights: (u, weights), lambda weights, row: (ffn_update(row, weights), None))
 
 
 def propagate(

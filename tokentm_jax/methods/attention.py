@@ -29,7 +29,7 @@ from tokentm_jax.maths.tokentm import (
     propagate,
     token_length,
 )
-from tokentm_jax.methods.stream import backward, forward, streams
+from tokentm_jax.methods.stream import Memory, backward, forward, streams
 from tokentm_jax.models.capture import Trace, capture, class_logits, zero_perturbations
 
 Details = dict[str, Array]
@@ -58,8 +58,20 @@ def check_blocks(depth: int, first_block: int, end_block: int | None = None) -> 
         raise InputError(f"option 'end_block' must be at most {depth} for this model, got {end_block}")
 
 
-def tokentm(module: nn.Module, params: Any, inputs: Array, target: Array | None, *, options: TokenTM) -> Explanation:
-    """TokenTM; see `tokentm_jax.maths.tokentm`."""
+def tokentm(
+    module: nn.Module,
+    params: Any,
+    inputs: Array,
+    target: Array | None,
+    *,
+    options: TokenTM,
+    memory: Memory = "store",
+) -> Explanation:
+    """TokenTM; see `tokentm_jax.maths.tokentm`.
+
+    `memory` is how to run it, with equal results: "store" what the linear maps of each block gave until the backward
+    pass, for speed, or "recompute" it, for memory.
+    """
     chosen = (options.first_block, options.end_block)
     if not streams(module):
         trace = capture(module, params, inputs, target, options.uses())
@@ -71,16 +83,12 @@ def tokentm(module: nn.Module, params: Any, inputs: Array, target: Array | None,
         return from_trace(module, trace, rule)
     check_blocks(module.depth, *chosen)
 
-    def with_gradient(row: Array, weighted: Array, weights: Weights) -> Array:
-        return block_update(row, mean_attention(weighted), weights)
-
     def plain(block: Blocks) -> tuple[Array, Weights]:
         return mean_attention(block.attention), block_weights(block, options)
 
     model = (module, params, inputs, target)
     if options.attention == "gradient":
-        weights = partial(block_weights, options=options)
-        rows, embedded, details = backward(*model, weights, with_gradient, *chosen, options.memory)
+        rows, embedded, details = backward(*model, options, memory)
     else:
         rows, embedded, details = forward(*model, plain, lambda row, known: block_update(row, *known), *chosen)
     rows = jax.vmap(partial(initial_contributions, options=options))(rows, wide(embedded))
@@ -152,14 +160,14 @@ def gae(
     target: Array | None,
     *,
     first_block: Block = 0,
-    memory: Literal["recompute", "store"] = "store",
+    memory: Memory = "store",
 ) -> Explanation:
     """Generic attention explainability (Chefer et al., ICCV 2021): `R <- R + mean_h relu(G * A_h) R` from R = I.
 
     It is TokenTM with every component off.
     """
-    off = TokenTM(length=False, direction="none", initialise=False, ffn=False, first_block=first_block, memory=memory)
-    return tokentm(module, params, inputs, target, options=off)
+    off = TokenTM(length=False, direction="none", initialise=False, ffn=False, first_block=first_block)
+    return tokentm(module, params, inputs, target, options=off, memory=memory)
 
 
 def grad_cam(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:

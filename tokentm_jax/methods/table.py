@@ -21,7 +21,7 @@ from tokentm_jax.maths.tokentm import TokenTM
 from tokentm_jax.methods import attention, gradient
 from tokentm_jax.methods import lrp as relevance
 from tokentm_jax.methods.attention import Explanation
-from tokentm_jax.validation import check_options
+from tokentm_jax.validation import check_options, options_of
 
 TOKENS, PIXELS = "token map", "pixel map"
 
@@ -44,20 +44,27 @@ class Method:
         """What the method is, in one line: the first of its function's docstring."""
         return (inspect.getdoc(self.function) or "").splitlines()[0]
 
+    def known(self) -> dict[str, Any]:
+        """Annotation of every option: the function's keyword-only arguments, and the fields of its dataclass."""
+        own = {name: kind for name, kind in options_of(self.function).items() if name != "options"}
+        return {**(options_of(self.options) if self.options else {}), **own}
+
     def check(self, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The options as plain Python values that meet the annotations of the function, or of its dataclass.
+        """The options as plain Python values that meet their annotations.
 
         Raises InputError for an unknown option, or one that is not what its annotation says.
         """
-        return check_options(f"the method {name!r}", self.options or self.function, options)
+        return check_options(f"the method {name!r}", self.known(), options)
 
     def bind(self, name: str, options: Mapping[str, Any]) -> Callable[..., Explanation]:
         """The function with its options checked and bound. Raises InputError as `check`, and for choices at odds."""
         values = self.check(name, options)
         if self.options is None:
             return partial(self.function, **values)
+        fields = {field.name for field in dataclasses.fields(self.options)}
+        choices = {key: values.pop(key) for key in fields & values.keys()}
         try:
-            return partial(self.function, options=self.options(**values))
+            return partial(self.function, options=self.options(**choices), **values)
         except ValueError as error:
             raise InputError(f"method '{name}': {error}") from None
 

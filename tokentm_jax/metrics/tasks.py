@@ -13,7 +13,7 @@ from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.methods.table import METHODS
 from tokentm_jax.metrics import metrics
 from tokentm_jax.metrics.metrics import Measures
-from tokentm_jax.validation import Name, check_fields, check_options, lists_of
+from tokentm_jax.validation import Name, check_fields, check_options, lists_of, options_of
 
 PREDICTED, TARGET = "predicted", "target"
 RANDOM, CLEAN = "random", "clean"  # the rows that every table has
@@ -125,7 +125,7 @@ def check(config: EvaluateConfig) -> EvaluateConfig:
         raise suggest("task", config.task, TASKS)
     if config.profile not in PROFILES:
         raise suggest("profile", config.profile, PROFILES)
-    check_options(f"the task {config.task!r}", TASKS[config.task].compute, config.options)
+    check_options(f"the task {config.task!r}", options_of(TASKS[config.task].compute), config.options)
     for row in config.rows:
         if row.method == RANDOM and row.options:
             raise suggest(f"option of {RANDOM}", next(iter(row.options)), [])

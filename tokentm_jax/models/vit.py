@@ -83,11 +83,13 @@ class Attention(nn.Module):
         kernel, bias = Affine(d, self.proj_bias, name="proj")(d)
         if scale_branch is not None:
             kernel, bias = scale_branch(kernel, bias)
+        transformed_value = None
         if self.is_mutable_collection("intermediates"):
+            transformed_value = jnp.moveaxis(value, 1, 2).reshape(b, n, d) @ kernel.astype(x.dtype)
             self.sow("intermediates", "attention", attention)
             self.sow("intermediates", "value", value)
-            heads_joined = jnp.moveaxis(value, 1, 2).reshape(b, n, d)
-            self.sow("intermediates", "transformed_value", heads_joined @ kernel.astype(x.dtype))
+            self.sow("intermediates", "transformed_value", transformed_value)
+        attention = rule.attended(attention, x, transformed_value)
         mixed = rule.product("bhqk,bhkd->bqhd", attention, value).reshape(b, n, d)
         return rule.linear(mixed, kernel, bias)
 
