@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
-from tokentm_jax.cli.main.heatmaps import output_names
-from tokentm_jax.cli.main.options import parse_option
 
+from tokentm_jax.cli.heatmaps import output_names
 from tokentm_jax.cli.main import main
+from tokentm_jax.cli.options import parse_option
 from tokentm_jax.data.preprocessing import IMAGENET, Preprocessing
 from tokentm_jax.models.architectures import ARCHITECTURES, build, parameter_count
 from tokentm_jax.models.checkpoint import write_checkpoint

@@ -19,15 +19,15 @@ import pytest
 from click.testing import CliRunner
 from conftest import tiny_vit
 from PIL import Image
-from tokentm_jax.cli.main.recipes import read_recipe
 
+from tokentm_jax import metrics
 from tokentm_jax.cli.main import main
+from tokentm_jax.cli.recipes import read_recipe
 from tokentm_jax.data.sources import batches, open_source
 from tokentm_jax.errors import InputError
 from tokentm_jax.identity import claimed
 from tokentm_jax.maths.maps import to_pixels
 from tokentm_jax.methods.explain import explain_fn
-from tokentm_jax.metrics import metrics
 from tokentm_jax.metrics.tasks import PAPER_ROWS, EvaluateConfig, Row, check, rows, select
 from tokentm_jax.models.checkpoint import write_checkpoint
 from tokentm_jax.runs import evaluate as evaluation
@@ -508,10 +508,10 @@ def test_large_batches_are_several_lines(tmp_path, monkeypatch):
     monkeypatch.setattr(records_module, "IMAGES", 2)
     fields = {"x": lists_of(float)}
     made = records_module.Records(tmp_path / "a.jsonl", fields)
-    made.append([(str(i), "clean") for i in range(5)], {"x": np.arange(5.0)})
+    made.append([(str(i), "predicted") for i in range(5)], {"x": np.arange(5.0)})
     assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 3
     read = records_module.Records(tmp_path / "a.jsonl", fields)
-    assert read.take("x", [("3", "clean"), ("0", "clean")]).tolist() == [3, 0] and read.places == made.places
+    assert read.take("x", [("3", "predicted"), ("0", "predicted")]).tolist() == [3, 0] and read.places == made.places
 
 
 def test_commands(vit, folder, tmp_path):

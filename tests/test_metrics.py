@@ -7,8 +7,8 @@ import pytest
 from jax.scipy.special import logsumexp
 
 import tokentm_jax as tm
+from tokentm_jax import metrics
 from tokentm_jax.maths.maps import to_pixels
-from tokentm_jax.metrics import metrics
 
 B, H, W = 3, 9, 8
 

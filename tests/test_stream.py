@@ -11,7 +11,7 @@ from tokentm_jax.data.sources import batches, open_source
 from tokentm_jax.maths.maps import token_map
 from tokentm_jax.maths.tokentm import TokenTM, contributions
 from tokentm_jax.methods.explain import explain_fn
-from tokentm_jax.metrics.metrics import rank_correlation
+from tokentm_jax.metrics import rank_correlation
 from tokentm_jax.models.capture import capture
 from tokentm_jax.models.vit import ViT, init_params
 

@@ -14,8 +14,8 @@ import numpy as np
 from common import SHARED, names, parser, publish, table
 
 import tokentm_jax as tm
+from tokentm_jax import metrics
 from tokentm_jax.data.sources import batches, open_source
-from tokentm_jax.metrics import metrics
 
 MODEL = "deit_tiny_patch16_224"
 

@@ -14,7 +14,7 @@ import numpy as np
 from common import alternate, milliseconds, parser, publish, random_vit, spread, table
 
 import tokentm_jax as tm
-from tokentm_jax.metrics import metrics
+from tokentm_jax import metrics
 from tokentm_jax.models.architectures import architecture
 from tokentm_jax.models.loading import predict
 from tokentm_jax.runs.evaluate import _score_program

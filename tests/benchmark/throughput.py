@@ -24,7 +24,7 @@ import numpy as np
 from common import SHARED, alternate, named_vit, names, numbers, parser, publish, random_images, spread, table
 
 import tokentm_jax as tm
-from tokentm_jax.metrics import metrics
+from tokentm_jax import metrics
 from tokentm_jax.models.checkpoint import read_tensors, to_params, to_timm
 from tokentm_jax.models.vit import ViT, init_params
 

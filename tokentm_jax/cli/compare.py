@@ -7,7 +7,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from tokentm_jax.cli.main.options import PATH
+from tokentm_jax.cli.options import PATH
 from tokentm_jax.cli.terminal import console
 from tokentm_jax.errors import printable
 

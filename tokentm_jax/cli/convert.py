@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from tokentm_jax.cli.main.options import MODELS_HELP, PATH, start_jax
+from tokentm_jax.cli.options import MODELS_HELP, PATH, start_jax
 from tokentm_jax.errors import printable
 from tokentm_jax.files import require_ours
 

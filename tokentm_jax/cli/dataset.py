@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from tokentm_jax.cli.main.options import MODELS_HELP, PATH, TEXT, parse_options, start_jax
+from tokentm_jax.cli.options import MODELS_HELP, PATH, TEXT, parse_options, start_jax
 from tokentm_jax.cli.terminal import complain, running_images
 from tokentm_jax.errors import InputError
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import click
 
-from tokentm_jax.cli.main.options import MODELS_HELP, PATH, TEXT, make_folder, start_jax
-from tokentm_jax.cli.main.recipes import read_recipe
+from tokentm_jax.cli.options import MODELS_HELP, PATH, TEXT, make_folder, start_jax
+from tokentm_jax.cli.recipes import read_recipe
 from tokentm_jax.cli.terminal import complain, running_table
 from tokentm_jax.errors import printable
 

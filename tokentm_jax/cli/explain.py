@@ -7,8 +7,8 @@ from typing import Any
 import click
 from rich.console import Console
 
-from tokentm_jax.cli.main.heatmaps import Run, fail, output_names, print_result, sheet_names
-from tokentm_jax.cli.main.options import MODELS_HELP, PATH, make_folder, parse_options, start_jax
+from tokentm_jax.cli.heatmaps import Run, fail, output_names, print_result, sheet_names
+from tokentm_jax.cli.options import MODELS_HELP, PATH, make_folder, parse_options, start_jax
 from tokentm_jax.errors import InputError, suggest
 
 

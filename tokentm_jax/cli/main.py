@@ -6,14 +6,14 @@ from typing import Any
 import click
 
 from tokentm_jax import __version__
+from tokentm_jax.cli.compare import compare
+from tokentm_jax.cli.convert import convert
+from tokentm_jax.cli.dataset import dataset
+from tokentm_jax.cli.evaluate import evaluate
 from tokentm_jax.cli.explain import explain
-from tokentm_jax.cli.main.compare import compare
-from tokentm_jax.cli.main.convert import convert
-from tokentm_jax.cli.main.dataset import dataset
-from tokentm_jax.cli.main.evaluate import evaluate
-from tokentm_jax.cli.main.tables import methods, models
-from tokentm_jax.cli.main.train import train
+from tokentm_jax.cli.tables import methods, models
 from tokentm_jax.cli.terminal import complain, memory_errors
+from tokentm_jax.cli.train import train
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import reason
 

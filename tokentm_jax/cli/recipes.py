@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tokentm_jax.cli.main.options import parse_options
+from tokentm_jax.cli.options import parse_options
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import read_text
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from tokentm_jax.cli.main.options import PATH, TEXT, make_folder, start_jax
-from tokentm_jax.cli.main.recipes import read_recipe
+from tokentm_jax.cli.options import PATH, TEXT, make_folder, start_jax
+from tokentm_jax.cli.recipes import read_recipe
 from tokentm_jax.errors import InputError, printable
 
 

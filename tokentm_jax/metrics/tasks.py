@@ -8,11 +8,11 @@ import numpy as np
 from annotated_types import Ge, Le, Len
 from jax import Array
 
+from tokentm_jax import metrics
 from tokentm_jax.data.sources import PROFILES
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.methods.table import METHODS
-from tokentm_jax.metrics import metrics
-from tokentm_jax.metrics.metrics import Measures
+from tokentm_jax.metrics import Measures
 from tokentm_jax.validation import Name, check_fields, check_options, lists_of, options_of
 
 PREDICTED, TARGET = "predicted", "target"

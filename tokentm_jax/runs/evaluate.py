@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tokentm_jax.metrics import metrics
+from tokentm_jax import metrics
 from tokentm_jax.errors import InputError
 from tokentm_jax.data.labels import read_label_map, translation
 from tokentm_jax.files import reason, replace, write_json, write_text

@@ -9,10 +9,10 @@ import numpy as np
 from annotated_types import Ge, Le
 from typing_extensions import TypedDict
 
-from tokentm_jax.metrics import metrics
+from tokentm_jax import metrics
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import read_json
-from tokentm_jax.metrics.metrics import Measures
+from tokentm_jax.metrics import Measures
 from tokentm_jax.runs.records import Records, record_file, table_of
 from tokentm_jax.metrics.tasks import CLEAN, CLEAN_FIELDS, LARGEST_SEED, PREDICTED, RANDOM, TASKS, EvaluateConfig, Row, check
 from tokentm_jax.validation import checked

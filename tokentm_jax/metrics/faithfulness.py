@@ -1,13 +1,12 @@
-"""How faithful heatmaps are: the definitions, as functions of arrays.
+"""Is it faithful? What the model says when pixels go, the most relevant first or last.
 
-Functions for the device take a batch and give results per image: maps are pixel maps [B, H, W] in [0, 1], images
-[B, H, W, 3] are in [0, 1], and `predict` gives logits [B, classes] for such images. Functions for the data set
-(NumPy) take results per image [n, ...]; every number is a `statistic` of their mean, which makes bootstrap cheap.
+Functions take a batch and give results per image: maps are pixel maps [B, H, W] in [0, 1], images [B, H, W, 3] are in
+[0, 1], and `predict` gives logits [B, classes] for such images.
 """
 
 import hashlib
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import chex
 import jax
@@ -20,15 +19,9 @@ from tokentm_jax.errors import InputError
 from tokentm_jax.validation import checked
 
 Predict = Callable[[Array], Array]
-Statistic = Callable[[np.ndarray], np.ndarray]  # mean over images [..., k] -> value [...]
-
 STEPS = 9  # 10 %, 20 % ... 90 % of the pixels
-THRESHOLDS = 50  # of the precision-recall curve
 GROUPS = 10  # of pixels, for SaCo
 MOST = 1000  # groups, or steps of insertion: each is a forward pass
-
-
-# ---- removing pixels ------------------------------------------------------------------------------------------------
 
 
 def rank_pixels(maps: Array) -> Array:
@@ -163,144 +156,7 @@ def saco(salience: np.ndarray, drop: np.ndarray) -> np.ndarray:
     return np.divide(signed, total, out=np.zeros(len(total)), where=total > 0)
 
 
-# ---- localisation ---------------------------------------------------------------------------------------------------
-
-
-def average_precision(values: Array, positive: Array) -> Array:
-    """Area under the precision-recall steps of values [B, M] for positives [B, M] -> [B]; equal values are one step.
-
-    AP = sum_t (recall_t - recall_(t-1)) precision_t,   t over the distinct values; 0 without positives
-    """
-    order = jnp.argsort(values, axis=1, descending=True, stable=True)
-    sorted_values = jnp.take_along_axis(values, order, 1)
-    found = jnp.cumsum(jnp.take_along_axis(positive, order, 1).astype(jnp.int32), axis=1)
-    last = jnp.pad(sorted_values[:, 1:] != sorted_values[:, :-1], ((0, 0), (0, 1)), constant_values=True)
-    at_steps = jax.lax.cummax(jnp.where(last, found, 0), axis=1)
-    new = found - jnp.pad(at_steps[:, :-1], ((0, 0), (1, 0)))
-    precision = found.astype(jnp.float32) / jnp.arange(1, values.shape[1] + 1, dtype=jnp.float32)
-    area = jnp.where(last, new.astype(jnp.float32) * precision, 0).sum(1)
-    return area / jnp.maximum(found[:, -1], 1).astype(jnp.float32)
-
-
-def segmentation(maps: Array, masks: Array) -> dict[str, Array]:
-    """How well maps [B, H, W] find the foreground of masks [B, H, W] (bool), per image.
-
-    Returns:
-      counts [B, 4]: pixels that are true foreground, false foreground, false background, true background, with
-      foreground = above the map's own mean (ties are background); average_precision [B] of the foreground;
-      map_two_channel [B]: the same of the channels [1 - M, M] against the one-hot mask; histogram [B, 2, 50]: pixels
-      of foreground and background per interval of the map's values; pointing [B]: whether the maximum (the first) is
-      in the mask.
-    """
-    chex.assert_equal_shape((maps, masks))
-    found = maps > maps.mean((1, 2), keepdims=True)
-    pairs = (found & masks, found & ~masks, ~found & masks, ~found & ~masks)
-    values, truth = maps.reshape(len(maps), -1), masks.reshape(len(maps), -1)
-    bins = jnp.clip((values * THRESHOLDS).astype(jnp.int32), 0, THRESHOLDS - 1)
-    count = jax.vmap(lambda b, t: jnp.zeros((2, THRESHOLDS), jnp.int32).at[1 - t.astype(jnp.int32), b].add(1))
-    best = values.argmax(1)
-    return {
-        "counts": jnp.stack([pair.sum((1, 2), dtype=jnp.int32) for pair in pairs], 1),
-        "average_precision": average_precision(values, truth),
-        "map_two_channel": average_precision(
-            jnp.concatenate([1 - values, values], 1), jnp.concatenate([~truth, truth], 1)
-        ),
-        "histogram": count(bins, truth),
-        "pointing": jnp.take_along_axis(truth, best[:, None], 1)[:, 0],
-    }
-
-
-def rank_correlation(a: Array, b: Array) -> Array:
-    """Spearman's correlation of maps [B, ...] -> [B], equal values sharing their mean rank; 0 for a constant map."""
-
-    def ranks(values: Array) -> Array:
-        ordered = jnp.sort(values)
-        low, high = (jnp.searchsorted(ordered, values, side=side) for side in ("left", "right"))
-        return (low + high).astype(jnp.float32) / 2
-
-    def one(x: Array, y: Array) -> Array:
-        x, y = (r - r.mean() for r in (ranks(x.ravel()), ranks(y.ravel())))
-        norm = jnp.sqrt(jnp.square(x).sum() * jnp.square(y).sum())
-        return jnp.where(norm > 0, (x * y).sum() / jnp.where(norm > 0, norm, 1), 0)
-
-    return jax.vmap(one)(a, b)
-
-
 def random_map(key: str, shape: tuple[int, int], seed: int = 0) -> np.ndarray:
     """The baseline: noise [h, w] in [0, 1) that depends on the example's name only, float32."""
     digest = hashlib.sha256(f"{seed}/{key}".encode("utf-8", "surrogatepass")).digest()
     return np.random.default_rng(int.from_bytes(digest[:16])).random(shape, np.float32)
-
-
-# ---- from results per image to numbers ------------------------------------------------------------------------------
-
-
-def mean(average: np.ndarray) -> np.ndarray:
-    """Mean of all features."""
-    return average.mean(-1)
-
-
-def area(average: np.ndarray) -> np.ndarray:
-    """Trapezoid over x = 0, 0.1 ... 0.9, times 100: AUC in percent, at most 90, of accuracies [..., 10]."""
-    return 10 * (average.sum(-1) - (average[..., 0] + average[..., -1]) / 2)
-
-
-def unit_area(average: np.ndarray) -> np.ndarray:
-    """Trapezoid over equal steps from 0 to 1 of curves [..., k]."""
-    steps = average.shape[-1] - 1
-    return (average.sum(-1) - (average[..., 0] + average[..., -1]) / 2) / steps
-
-
-def pixel_accuracy(average: np.ndarray) -> np.ndarray:
-    """Share of pixels that are right, pooled over the data set, from `counts` [..., 4], in percent."""
-    return 100 * (average[..., 0] + average[..., 3]) / average.sum(-1)
-
-
-def mean_iou(average: np.ndarray) -> np.ndarray:
-    """Mean of the pooled intersection over union of foreground and background, from `counts` [..., 4], in percent."""
-    right, wrong = average[..., [0, 3]], average[..., [1, 2]].sum(-1, keepdims=True)
-    return 100 * (right / np.maximum(right + wrong, 1e-12)).mean(-1)
-
-
-def f1(counts: np.ndarray) -> np.ndarray:
-    """F1 of the foreground per image, from `counts` [n, 4] -> [n]; 0 where nothing is found and nothing is there."""
-    wrong = counts[:, 1] + counts[:, 2]
-    return 2 * counts[:, 0] / np.maximum(2 * counts[:, 0] + wrong, 1)
-
-
-def precision_recall(histogram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Precision and recall [50] at every lower edge of the intervals, pooled, from `histogram` [n, 2, 50]."""
-    above = histogram.sum(0, dtype=np.float64)[:, ::-1].cumsum(1)[:, ::-1]
-    return above[0] / np.maximum(above.sum(0), 1), above[0] / np.maximum(above[0, :1], 1)
-
-
-def bootstrap(
-    per_image: np.ndarray, statistic: Statistic = mean, seed: int = 0, resamples: int = 1000
-) -> tuple[float, float, float]:
-    """Value of a statistic with its 95 % interval over images.
-
-    Args:
-      per_image: results [n] or [n, k] in an order that does not depend on how they were computed.
-      statistic: from the mean over images [..., k] to the value [...].
-    """
-    per_image = np.asarray(per_image, np.float64)
-    per_image = per_image.reshape(len(per_image), -1)
-    n = len(per_image)
-    random = np.random.default_rng(seed)
-    draws = (np.bincount(random.integers(n, size=n), minlength=n) @ per_image / n for _ in range(resamples))
-    values = statistic(np.stack(list(draws)))
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(statistic(per_image.mean(0))), float(low), float(high)
-
-
-def paired(
-    a: np.ndarray, b: np.ndarray, statistic: Statistic = mean, seed: int = 0, resamples: int = 1000
-) -> tuple[float, float, float]:
-    """Difference `statistic(a) - statistic(b)` with its 95 % interval, for results of the same images [n, k]."""
-    chex.assert_equal_shape((a, b))
-    k = a.reshape(len(a), -1).shape[1]
-    both = np.concatenate([a.reshape(-1, k), b.reshape(-1, k)], 1)
-    return bootstrap(both, lambda m: statistic(m[..., :k]) - statistic(m[..., k:]), seed, resamples)
-
-
-Measures = dict[str, tuple[Any, Statistic]]  # metric: (results per image, statistic)

@@ -1,0 +1,76 @@
+"""Does it lie on the object? Pixel maps [B, H, W] in [0, 1] against masks, and the figures of these."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+THRESHOLDS = 50  # of the precision-recall curve
+
+
+def average_precision(values: Array, positive: Array) -> Array:
+    """Area under the precision-recall steps of values [B, M] for positives [B, M] -> [B]; equal values are one step.
+
+    AP = sum_t (recall_t - recall_(t-1)) precision_t,   t over the distinct values; 0 without positives
+    """
+    order = jnp.argsort(values, axis=1, descending=True, stable=True)
+    sorted_values = jnp.take_along_axis(values, order, 1)
+    found = jnp.cumsum(jnp.take_along_axis(positive, order, 1).astype(jnp.int32), axis=1)
+    last = jnp.pad(sorted_values[:, 1:] != sorted_values[:, :-1], ((0, 0), (0, 1)), constant_values=True)
+    at_steps = jax.lax.cummax(jnp.where(last, found, 0), axis=1)
+    new = found - jnp.pad(at_steps[:, :-1], ((0, 0), (1, 0)))
+    precision = found.astype(jnp.float32) / jnp.arange(1, values.shape[1] + 1, dtype=jnp.float32)
+    area = jnp.where(last, new.astype(jnp.float32) * precision, 0).sum(1)
+    return area / jnp.maximum(found[:, -1], 1).astype(jnp.float32)
+
+
+def segmentation(maps: Array, masks: Array) -> dict[str, Array]:
+    """How well maps [B, H, W] find the foreground of masks [B, H, W] (bool), per image.
+
+    Returns:
+      counts [B, 4]: pixels that are true foreground, false foreground, false background, true background, with
+      foreground = above the map's own mean (ties are background); average_precision [B] of the foreground;
+      map_two_channel [B]: the same of the channels [1 - M, M] against the one-hot mask; histogram [B, 2, 50]: pixels
+      of foreground and background per interval of the map's values; pointing [B]: whether the maximum (the first) is
+      in the mask.
+    """
+    chex.assert_equal_shape((maps, masks))
+    found = maps > maps.mean((1, 2), keepdims=True)
+    pairs = (found & masks, found & ~masks, ~found & masks, ~found & ~masks)
+    values, truth = maps.reshape(len(maps), -1), masks.reshape(len(maps), -1)
+    bins = jnp.clip((values * THRESHOLDS).astype(jnp.int32), 0, THRESHOLDS - 1)
+    count = jax.vmap(lambda b, t: jnp.zeros((2, THRESHOLDS), jnp.int32).at[1 - t.astype(jnp.int32), b].add(1))
+    best = values.argmax(1)
+    return {
+        "counts": jnp.stack([pair.sum((1, 2), dtype=jnp.int32) for pair in pairs], 1),
+        "average_precision": average_precision(values, truth),
+        "map_two_channel": average_precision(
+            jnp.concatenate([1 - values, values], 1), jnp.concatenate([~truth, truth], 1)
+        ),
+        "histogram": count(bins, truth),
+        "pointing": jnp.take_along_axis(truth, best[:, None], 1)[:, 0],
+    }
+
+
+def pixel_accuracy(average: np.ndarray) -> np.ndarray:
+    """Share of pixels that are right, pooled over the data set, from `counts` [..., 4], in percent."""
+    return 100 * (average[..., 0] + average[..., 3]) / average.sum(-1)
+
+
+def mean_iou(average: np.ndarray) -> np.ndarray:
+    """Mean of the pooled intersection over union of foreground and background, from `counts` [..., 4], in percent."""
+    right, wrong = average[..., [0, 3]], average[..., [1, 2]].sum(-1, keepdims=True)
+    return 100 * (right / np.maximum(right + wrong, 1e-12)).mean(-1)
+
+
+def f1(counts: np.ndarray) -> np.ndarray:
+    """F1 of the foreground per image, from `counts` [n, 4] -> [n]; 0 where nothing is found and nothing is there."""
+    wrong = counts[:, 1] + counts[:, 2]
+    return 2 * counts[:, 0] / np.maximum(2 * counts[:, 0] + wrong, 1)
+
+
+def precision_recall(histogram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Precision and recall [50] at every lower edge of the intervals, pooled, from `histogram` [n, 2, 50]."""
+    above = histogram.sum(0, dtype=np.float64)[:, ::-1].cumsum(1)[:, ::-1]
+    return above[0] / np.maximum(above.sum(0), 1), above[0] / np.maximum(above[0, :1], 1)
