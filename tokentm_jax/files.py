@@ -33,6 +33,15 @@ def reason(error: BaseException) -> str:
     return text[:200] or type(error).__name__
 
 
+def as_path(value: Any, what: str) -> Path:
+    """A path from a caller. InputError "{what} must be a path, got ..." for anything else, and for no name at all."""
+    if not isinstance(value, str | os.PathLike) or not isinstance(text := os.fspath(value), str):
+        raise InputError(f"{what} must be a path, got {value!r:.80}")
+    if not text or "\0" in text:
+        raise InputError(f"{what} must be a name that a file can have, got {text!r:.80}")
+    return Path(text)
+
+
 @contextmanager
 def opened(path: str | os.PathLike[str], what: str = "") -> Iterator[BufferedReader]:
     """A regular file, open for reading. InputError "{what} {path} ..." for a missing file, a folder, a pipe or device,

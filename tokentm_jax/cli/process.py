@@ -117,6 +117,8 @@ def _settle_environment() -> None:
     except RuntimeError:  # a user id without an entry, as in containers
         os.environ["HOME"] = os.devnull  # no folder can be made in it
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it has a place of its own where it cannot write
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # Orbax's tasks, beside the one whose error we report
+    os.environ["MPLBACKEND"] = "agg"  # pictures go to files, and an unknown backend ends Matplotlib's import
+    for name in ("asyncio", "absl"):  # Orbax says through them what it also raises
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.formatwarning = lambda message, *_, **__: f"Warning: {printable(message)}\n"
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")

@@ -82,6 +82,8 @@ class Preprocessing:
             )
         array = images if isinstance(images, jax.Array) else np.asarray(images)
         self._check_type(array)
+        if isinstance(array, np.ndarray) and not array.dtype.isnative:
+            array = array.astype(array.dtype.newbyteorder("="))
         if not len(array):
             raise InputError("images must hold one image at least, got an empty batch")
         if not isinstance(array, jax.core.Tracer):

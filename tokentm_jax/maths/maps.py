@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from tokentm_jax.errors import InputError
 from tokentm_jax.maths.primitives import wide
+
+LARGEST_SIDE = 32768  # pixels of a map
 
 
 def unit(pixels: Array) -> Array:
@@ -31,14 +32,25 @@ def min_max(maps: Array) -> Array:
     return jnp.where(jnp.isfinite(low) & jnp.isfinite(high), scaled, jnp.nan)
 
 
+def _check_maps(maps: Any) -> None:
+    if getattr(maps, "ndim", None) != 3 or 0 in maps.shape or not jnp.issubdtype(maps.dtype, jnp.number):
+        found = f"{maps.dtype} {list(maps.shape)}" if hasattr(maps, "shape") else type(maps).__name__
+        raise InputError(f"maps must be an array of numbers [B, height, width] that is not empty, got {found}")
+
+
 def to_pixels(maps: Array, size: tuple[int, int]) -> Array:
     """Token maps [B, gh, gw] -> pixel maps [B, H, W] in [0, 1].
 
     Bilinear with half-pixel centres and no antialiasing (`align_corners=False`), then min-max per image. Pixel maps
     of the same size are only rescaled. A constant map becomes zeros; one with a value that is not finite becomes NaN,
     and the others of its batch stay what they are.
+
+    Raises InputError for maps or a size of another form.
     """
-    chex.assert_rank(maps, 3)
+    _check_maps(maps)
+    whole = isinstance(size, tuple | list) and len(size) == 2 and all(hasattr(s, "__index__") for s in size)
+    if not whole or not all(1 <= s <= LARGEST_SIDE for s in size):
+        raise InputError(f"the size must be (height, width), each from 1 to {LARGEST_SIDE} pixels, got {size!r:.80}")
     return min_max(jax.image.resize(wide(maps), (maps.shape[0], *size), "bilinear", antialias=False))
 
 
@@ -47,8 +59,13 @@ def combine(maps: Sequence[Array], how: Literal["product", "mean"] = "product") 
 
     Maps [B, h, w] of different grids are brought to the largest one. Raises InputError for no maps or another `how`.
     """
-    if not maps or how not in ("product", "mean"):
-        raise InputError(f"combine needs one map at least and how='product' or 'mean', got {len(maps)} and {how!r}")
+    if not isinstance(maps, Sequence) or isinstance(maps, str) or not maps:
+        raise InputError(f"combine needs a list of one array of maps at least, got {type(maps).__name__}")
+    for each in maps:
+        _check_maps(each)
+    if how not in ("product", "mean") or len({len(each) for each in maps}) > 1:
+        counts = ", ".join(str(len(each)) for each in maps)
+        raise InputError(f"combine needs how='product' or 'mean' and maps of one batch, got {how!r} and {counts} maps")
     size = (max(m.shape[1] for m in maps), max(m.shape[2] for m in maps))
     stacked = jnp.stack([to_pixels(m, size) for m in maps])
     return stacked.prod(0) if how == "product" else stacked.mean(0)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from annotated_types import Ge, Lt
+from annotated_types import Ge, Le, Lt
 from jax import Array
 
 from tokentm_jax.errors import InputError
@@ -237,7 +237,7 @@ def beyond_intuition(
     target: Array | None,
     *,
     variant: Literal["head", "token"] = "head",
-    steps: Annotated[int, Ge(1)] = 20,
+    steps: Annotated[int, Ge(1), Le(100_000)] = 20,
     first_block: Block = 0,
 ) -> Explanation:
     """Beyond Intuition (Chen et al., TMLR 2023): attention perception P, times the reasoning feedback F.

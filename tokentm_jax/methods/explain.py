@@ -38,7 +38,7 @@ def explain_fn(module: Any, method: str = "tokentm", *, details: bool = False, *
     Raises:
       InputError: no such method or option.
     """
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise suggest("method", method, METHODS)
     bound = METHODS[method].bind(method, options)
 
@@ -103,7 +103,7 @@ def explain(
       InputError: images that `Preprocessing.checked` refuses, a class that the model does not have, no such method
         or option.
     """
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise suggest("method", method, METHODS)
     chosen = METHODS[method].check(method, options)
     inputs = vit.preprocessing.normalise(vit.preprocessing.checked(images))

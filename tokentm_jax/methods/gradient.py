@@ -8,11 +8,13 @@ from typing import Annotated, Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from annotated_types import Ge, Lt
+from annotated_types import Ge, Le, Lt
 from jax import Array
 
 from tokentm_jax.maths.primitives import wide
 from tokentm_jax.models.capture import class_logits
+
+MOST = 100_000  # passes
 
 Explanation = tuple[Array, dict[str, Array]]
 
@@ -49,7 +51,7 @@ def smooth_grad(
     inputs: Array,
     target: Array | None,
     *,
-    samples: Annotated[int, Ge(1)] = 25,
+    samples: Annotated[int, Ge(1), Le(MOST)] = 25,
     noise: Annotated[float, Ge(0)] = 0.15,
     seed: Annotated[int, Ge(0), Lt(2**31)] = 0,
 ) -> Explanation:
@@ -76,7 +78,7 @@ def integrated_gradients(
     inputs: Array,
     target: Array | None,
     *,
-    steps: Annotated[int, Ge(1)] = 32,
+    steps: Annotated[int, Ge(1), Le(MOST)] = 32,
     baseline: float = 0.0,
 ) -> Explanation:
     """Integrated Gradients (Sundararajan et al., ICML 2017), midpoint rule, summed over channels; signed.

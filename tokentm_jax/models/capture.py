@@ -22,7 +22,7 @@ under any scope, once for every block (blocks in the natural order of their name
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -98,7 +98,13 @@ def class_logits(logits: Array, target: Array | None) -> tuple[Array, Array]:
 
 
 def capture(
-    module: nn.Module, params: Any, inputs: Array, target: Array | None = None, fields: Collection[str] = ALL
+    module: nn.Module,
+    params: Any,
+    inputs: Array,
+    target: Array | None = None,
+    fields: Collection[str] = ALL,
+    *,
+    gradients: bool = True,
 ) -> Trace:
     """Run the model forward, and backward where gradients are asked for, and keep what the blocks did.
 
@@ -109,6 +115,7 @@ def capture(
       target: class of each sample [B] or one class for all; None for the predicted ones.
       fields: of `Trace`, which are wanted, and "final_tokens", which appends the output of the last block to `tokens`
         and `token_grads`. Logits and target are always there, and the backward pass is run for gradients alone.
+      gradients: False leaves out those fields that are gradients.
 
     Returns:
       A `Trace`; gradients are those of each sample's own logit.
@@ -116,6 +123,13 @@ def capture(
     Raises:
       InputError: the module sows or perturbs nothing of what is wanted.
     """
+    if getattr(inputs, "ndim", 0) < 2 or 0 in inputs.shape or not jnp.issubdtype(inputs.dtype, jnp.floating):
+        found = f"{inputs.dtype} {list(inputs.shape)}" if hasattr(inputs, "shape") else type(inputs).__name__
+        raise InputError(f"inputs must be an array of floating-point numbers [B, H, W, 3], got {found}")
+    if not isinstance(params, Mapping) or not params:
+        raise InputError("params must be the nested dictionary of the module's parameters")
+    if not gradients:
+        fields = [name for name in fields if name not in (*GRADIENTS, "input_grads")]
 
     def score(perturbations: Any, inputs: Array) -> tuple[Array, tuple[Array, Any, Array]]:
         variables = {"params": params, **perturbations}
@@ -138,9 +152,9 @@ def capture(
         (grads, input_grads), (logits, sown, chosen) = jax.grad(score, (0, 1), has_aux=True)(zeros, inputs)
     else:
         _, (logits, sown, chosen) = score({}, inputs)
-    gradients = {field: read(grads, point, "perturbs") for field, point in GRADIENTS.items() if field in fields}
+    found_gradients = {field: read(grads, point, "perturbs") for field, point in GRADIENTS.items() if field in fields}
     values = {name: read(sown, name, "sows") for name in SOWN if name in fields}
-    known = {**gradients, **values, "logits": logits, "target": chosen}
+    known = {**found_gradients, **values, "logits": logits, "target": chosen}
     if "input_grads" in fields:
         known["input_grads"] = input_grads
     return Trace(**{name: known.get(name) for name in Trace._fields})

@@ -23,12 +23,14 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from flax import traverse_util
+from pydantic import JsonValue
 
 from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.errors import InputError
-from tokentm_jax.files import MARK, opened, read_json, read_text, reason, replace, require_ours, size_of
+from tokentm_jax.files import MARK, as_path, opened, read_json, read_text, reason, replace, require_ours, size_of
 from tokentm_jax.models.architectures import LARGEST, Config, architecture, build, config_of
 from tokentm_jax.models.vit import ViT
+from tokentm_jax.validation import checked
 
 Tensors = dict[str, np.ndarray]  # by timm name
 HUB = "hf-hub:"
@@ -441,17 +443,21 @@ def write_checkpoint(
         InputError: another suffix, a place where something else stands or that cannot be written, parameters of
             another model or not finite, or class names that do not match.
     """
-    path = Path(path)
+    path = as_path(path, "the checkpoint")
+    where = f"{path}: of what is written,"
+    names = checked(f"{where} 'class_names'", list[str] | tuple[str, ...] | None, class_names)
     description = {
-        **(extra or {}),
+        **checked(f"{where} 'extra'", Mapping[str, JsonValue], extra or {}),
         "architecture": config_of(module),
         "preprocessing": preprocessing.to_dict(),
-        "class_names": None if class_names is None else list(class_names),
+        "class_names": None if names is None else list(names),
     }
     description = _checked_description(description, path)
     text = json.dumps(description)
     if path.suffix not in ("", ".safetensors"):
         raise InputError(f"{path}: a checkpoint is written as NAME.safetensors or as a folder without suffix")
+    if not isinstance(params, Mapping) or not all(_is_real(leaf) for leaf in jax.tree.leaves(params)):
+        raise InputError(f"{where} 'params' must be a nested dictionary of arrays of real numbers")
     tensors = to_timm(params)
     to_params(module, tensors, "params")  # what could not be read again is not written
     require_ours(path)
@@ -466,6 +472,11 @@ def write_checkpoint(
 
     replace(path, write)
     return path
+
+
+def _is_real(leaf: Any) -> bool:
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer))
 
 
 def _write_orbax(folder: Path, params: Mapping[str, Any], description: str) -> None:

@@ -14,7 +14,7 @@ from jax import Array
 from tokentm_jax.data.labels import number
 from tokentm_jax.data.preprocessing import IMAGENET, Preprocessing
 from tokentm_jax.errors import InputError, suggest
-from tokentm_jax.files import read_json, read_text
+from tokentm_jax.files import as_path, read_json, read_text
 from tokentm_jax.models.architectures import ARCHITECTURES, Config, architecture, build
 from tokentm_jax.models.checkpoint import HUB, described_grid, download, read_description, read_tensors, to_params
 from tokentm_jax.models.vit import ViT
@@ -36,18 +36,18 @@ class LoadedViT:
     wnids: tuple[str, ...] | None = None
 
     def read(self, paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> np.ndarray:
-        """Photos, resized and cropped for this model: [B, H, W, 3] float32 in [0, 1]."""
+        """Photos, resized and cropped for this model: [B, H, W, 3] float32 in [0, 1]. Raises InputError."""
         from tokentm_jax.data.photos import read_photos
 
-        several = [paths] if isinstance(paths, str | os.PathLike) else paths
-        return read_photos([Path(path) for path in several], self.preprocessing)
+        several = paths if isinstance(paths, Sequence) and not isinstance(paths, str | bytes) else [paths]
+        return read_photos([as_path(path, "a photo") for path in several], self.preprocessing)
 
     def logits(self, images: Array | np.ndarray) -> Array:
         """Images [B, H, W, 3] in [0, 1] -> logits [B, classes] in float32; normalisation included.
 
-        Raises InputError when the shape is another or the images are not floating-point numbers.
+        Raises InputError for images that `Preprocessing.checked` refuses.
         """
-        return _logits(self.module, self.preprocessing, self.params, jnp.asarray(images))
+        return _logits(self.module, self.preprocessing, self.params, self.preprocessing.checked(images))
 
     def class_name(self, index: int) -> str:
         """Name of a class, or "class 281" where names are unknown. Raises InputError when out of range."""
@@ -123,13 +123,15 @@ def load(
     """
     names: Sequence[str] | None = None
     wnids: Sequence[str] | None = None
+    if not isinstance(model, str | Mapping | None):
+        raise InputError(f"the model must be a name or options of timm's VisionTransformer, got {model!r:.80}")
     if isinstance(model, str) and model.startswith(HUB):
         if checkpoint is not None:
             raise InputError(f"{model} brings its own weights: leave out the checkpoint {checkpoint}")
         path, config, preprocessing, names = download(model)
         name, grid = model.removeprefix(HUB), build(config).grid
     else:
-        path = _shipped(model) if checkpoint is None else Path(checkpoint)
+        path = _shipped(model) if checkpoint is None else as_path(checkpoint, "the checkpoint")
         description = read_description(path)
         if checkpoint is None:
             model = None  # a shipped file describes itself

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from tokentm_jax.errors import InputError
 from tokentm_jax.maths.primitives import PLAIN, Primitives, wide
 
 trunc_normal = nn.initializers.truncated_normal(0.02)
@@ -267,7 +268,7 @@ class ViT(nn.Module):
         """Normalised images [B, H, W, 3] -> tokens [B, N, D] that enter the first block."""
         b, height, width, channels = images.shape
         if (height, width) != self.img_size or channels != 3:
-            raise ValueError(
+            raise InputError(
                 f"images must be [B, {self.img_size[0]}, {self.img_size[1]}, 3] for this model, got {images.shape}"
             )
         rule, p, (gh, gw) = self.primitives, self.patch_size, self.grid

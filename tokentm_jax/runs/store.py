@@ -37,7 +37,7 @@ from annotated_types import Interval, MaxLen, MinLen
 from pydantic import StringConstraints
 
 from tokentm_jax.errors import InputError
-from tokentm_jax.files import opened, read_bytes, reason
+from tokentm_jax.files import opened, read_bytes, reason, size_of
 from tokentm_jax.identity import require_same
 from tokentm_jax.validation import checked
 
@@ -201,10 +201,10 @@ def _reason(error: Exception) -> str:
 
 def _kvstore(path: str) -> dict[str, Any]:
     """TensorStore's description of a folder or URL. InputError for what is neither, or has none of the `SCHEMES`."""
-    scheme, url, _ = path.partition("://")
+    scheme, separator, _ = path.partition("://")
     if not path:
         raise InputError("a store must be a folder or a URL, got an empty name")
-    if not url:
+    if not separator:
         return {"driver": "file", "path": f"{os.path.abspath(path)}/"}
     try:
         spec = ts.KvStore.Spec(f"{path}/").to_json() if scheme in SCHEMES else {}
@@ -367,10 +367,16 @@ class _Arrays:
                 if name == "status" and not os.path.lexists(file):
                     continue
                 try:
-                    with opened(file):
-                        pass
+                    with opened(file) as chunk_file:
+                        if size_of(chunk_file) > self._largest(name):
+                            raise InputError(f"{file} is larger than a chunk can be")
                 except InputError as error:
                     self._refuse(name, str(error))
+
+    def _largest(self, name: str) -> int:
+        """Bytes that the file of a chunk may have: zstd adds little to what it cannot compress."""
+        shape, dtype = self.shapes[name]
+        return self.chunk_size * math.prod(shape) * np.dtype(dtype).itemsize * 102 // 100 + 65536
 
     def _refuse(self, name: str, cause: str) -> NoReturn:
         where = f"{self.place.path}/{name}"

@@ -47,7 +47,7 @@ class TrainConfig:
     train_data: Text  # zip of class folders, or "tfds:NAME:SPLIT"
     test_data: Text
     model: Mapping[str, Any]  # keyword arguments of timm's VisionTransformer
-    epochs: Positive
+    epochs: Annotated[float, Gt(0), Le(1_000_000)]
     warmup_epochs: NotNegative = 2.0
     batch_size: Annotated[int, Ge(1), Le(2**20)] = 128
     learning_rate: Positive = 1e-3
