@@ -2,11 +2,15 @@
 
 import dataclasses
 import errno
+import itertools
 import json
 import os
+import re
+import runpy
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +21,7 @@ from conftest import tiny_vit
 from PIL import Image
 
 from tokentm_jax.cli.main import main
+from tokentm_jax.cli.recipes import read_recipe
 from tokentm_jax.data.sources import batches, open_source
 from tokentm_jax.errors import InputError
 from tokentm_jax.identity import claimed
@@ -583,30 +588,50 @@ def test_strange_recipes(tmp_path, monkeypatch, recipe, sentence):
     assert list(tmp_path.iterdir()) == [path]
 
 
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
 def test_the_configs_of_the_project():
-    """Each can be read, names existing methods and options, and says how it is run."""
-    files = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
-    found = {file: evaluation_config(file) for file in files}
-    found = {file: c for file, c in found.items() if isinstance(c, EvaluateConfig)}
-    assert len(found) > 10
-    for file, config in found.items():
-        check(config)
-        assert config.name == file.stem
+    """Every combination of a config's options names existing methods, options and classes, and a folder of its own;
+    and the commands in its docstring are among them."""
+    names = []
+    for file in sorted(CONFIGS.glob("*.py")):
+        make = runpy.run_path(str(file)).get("get_config")
+        if make is None:
+            continue
+        choices = {name: get_args(hint) for name, hint in get_type_hints(make).items() if name != "return"}
+        choices = {n: get_args(c[0]) if get_origin(c[0]) is Literal else c for n, c in choices.items()}
+        for values in itertools.product(*choices.values()):
+            options = ",".join(f"{name}={value}" for name, value in zip(choices, values, strict=True))
+            config = read_recipe(Path(f"{file}:{options}"), EvaluateConfig)
+            check(config)
+            names.append(config.name)
+            assert {row for row, _ in config.paper} <= {row.name for row in config.rows}
         text = file.read_text()
-        assert f"tokentm evaluate configs/{file.name}" in text and "Data:" in text and "Run time:" in text
-        names = {row.name for row in config.rows}
-        assert {row for row, _ in config.paper} <= names
+        assert "Data:" in text and "Run time:" in text
+        commands = re.findall(r"tokentm evaluate configs/(\S+)", text)
+        assert commands[0] == file.name
+        for command in commands:
+            read_recipe(CONFIGS / command, EvaluateConfig)
+    assert len(names) == len(set(names)) > 50
+
+
+def test_options_of_a_recipe():
+    for options, sentence in (
+        ("dta=photos", "unknown option of the recipe .*perturbation.py 'dta'; did you mean 'data'"),
+        ("data=photo", "option 'data' of the recipe .*perturbation.py must be 'photos', .* got 'photo'"),
+        ("data", "KEY=VALUE"),
+        ("data=photos,data=imagenet", "given twice"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            read_recipe(Path(f"{CONFIGS}/perturbation.py:{options}"), EvaluateConfig)
+    with pytest.raises(InputError, match="has no options"):
+        read_recipe(Path(f"{CONFIGS}/cifar10_vit.py:data=photos"), EvaluateConfig)
 
 
 def test_the_rows_of_the_paper_leave_out_the_first_block_where_the_published_evaluation_does():
     left_out = {row.name for row in PAPER_ROWS if row.options.get("first_block") == 1}
     assert left_out == {"transformer_attribution", "rollout"}
-
-
-def evaluation_config(file):
-    import runpy
-
-    return runpy.run_path(str(file)).get("config")
 
 
 def test_names_that_are_no_utf_8(config, vit, folder, tmp_path):

@@ -434,6 +434,7 @@ def test_hostile_zips(tmp_path):
         source, skipped = open_source(made("entry.zip", change)), {}
         (batch,) = batches(source, MODEL, 2, skipped=skipped)
         assert batch.keys == ("ant/é.png",) and re.search(message, skipped["ant/0.png"]), skipped
+    assert open_source(made("nameless.zip", lambda c: c.replace(b"ant/0.png", b"\0" * 9))).keys == ("ant/é.png",)
     # Of two entries of a name the last counts, as for every program that unpacks.
     with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(tmp_path / "two.zip", "w") as stream:
         for value in (1, 2):

@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 from tokentm_jax.errors import printable
@@ -27,9 +28,11 @@ def run_process(command: Callable[[], Any]) -> NoReturn:
     received: list[int] = []
     ending: list[int] = []  # the exit code, once the command has ended
 
-    def interrupt(number: int, _: object) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        if ending:
+        while frame and not frame.f_code.co_filename.startswith("<frozen importlib"):
+            frame = frame.f_back
+        if ending or frame:  # an exception while a module of C++ is imported may crash it
             os._exit(128 + number)
         raise KeyboardInterrupt
 

@@ -162,7 +162,7 @@ def _zip(path: Path) -> Source:
         raise InputError(f"the zip file {path} cannot be read: {reason(error)}") from None
     except Exception:  # what zipfile raises for a damaged file has no common type
         raise InputError(f"{path} is no folder, zip of class folders, .mat file or tfds:NAME:SPLIT") from None
-    entries = [info for info in archive.infolist() if not info.is_dir()]
+    entries = [info for info in archive.infolist() if info.filename and not info.is_dir()]
 
     def identify(_: list[str]) -> str:  # zipfile compares the checksum of all that it reads
         return digest(sorted((info.filename, info.file_size, info.CRC) for info in entries))

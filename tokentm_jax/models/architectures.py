@@ -324,3 +324,17 @@ def _check_together(module: ViT) -> None:
         raise InputError("model option 'global_pool': 'token' needs a class token; use 'avg'")
     if module.distilled and not (module.class_token and module.global_pool == "token"):
         raise InputError("model option 'distilled' needs a class token and global_pool='token'")
+
+
+def parameter_count(module: ViT) -> int:
+    """Number of parameters, by arithmetic: tracing all architectures would take many seconds."""
+    d, hidden = module.embed_dim, int(module.embed_dim * module.mlp_ratio)
+    attention = 3 * d * (d + module.qkv_bias) + d * (d + module.proj_bias)
+    feed_forward = hidden * (d + 1) + d * (hidden + 1)
+    scales = 0 if module.init_values is None else 2 * d
+    block = attention + feed_forward + 4 * d + scales
+    positions = module.grid[0] * module.grid[1] + (0 if module.no_embed_class else module.prefix)
+    embedding = d * (3 * module.patch_size**2 + (not module.pre_norm) + module.prefix + positions)
+    norms = 2 * d * (1 + module.pre_norm)
+    heads = (d + 1) * module.num_classes * (1 + module.distilled)
+    return embedding + module.depth * block + norms + heads

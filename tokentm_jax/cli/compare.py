@@ -1,0 +1,45 @@
+"""`tokentm compare`: runs side by side."""
+
+import json
+from pathlib import Path
+
+import click
+from rich.table import Table
+from rich.text import Text
+
+from tokentm_jax.cli.options import PATH
+from tokentm_jax.cli.terminal import console
+from tokentm_jax.errors import printable
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, type=PATH, metavar="RUN...")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document in place of a table.")
+def compare(runs: tuple[Path, ...], as_json: bool) -> None:
+    """Put finished evaluations side by side, with paired differences and their 95 % intervals.
+
+    RUN is an output folder of `tokentm evaluate`. Of one run, every method is compared with the first; of several,
+    every method with the same method of the first run, over the images that both have.
+
+    \b
+    Example:
+      tokentm compare runs/perturbation_photos
+    """
+    from tokentm_jax.runs.report import compare as compare_runs
+
+    entries = compare_runs(list(dict.fromkeys(runs)))
+    if as_json:
+        click.echo(json.dumps(entries, indent=1))
+        return
+    table = Table(box=None)
+    for column in ("Metric", "Method", "Run", "Value", "Difference", "95 % interval", "To", "Images"):
+        table.add_column(column, justify="right" if column in ("Value", "Difference", "Images") else "left")
+    for entry in sorted(entries, key=lambda e: e["metric"]):  # stable: methods and runs keep their order
+        compared = ("", "", "")
+        if entry["baseline"] is not None:
+            interval = f"[{entry['low']:+.3f}, {entry['high']:+.3f}]"
+            compared = (f"{entry['difference']:+.3f}", interval, entry["baseline"])
+        names = [Text(printable(entry[field])) for field in ("metric", "method", "run")]
+        row = (*names, f"{entry['value']:.3f}", *compared[:2], Text(printable(compared[2])))
+        table.add_row(*row, str(entry["images"]))
+    console().print(table)

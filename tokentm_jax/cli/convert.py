@@ -1,0 +1,36 @@
+"""`tokentm convert`: a checkpoint with its description."""
+
+from pathlib import Path
+
+import click
+
+from tokentm_jax.cli.options import MODELS_HELP, PATH, start_jax
+from tokentm_jax.errors import printable
+from tokentm_jax.files import require_ours
+
+
+@click.command()
+@click.argument("checkpoint", type=PATH)
+@click.argument("out", type=PATH)
+@click.option("--model", help=MODELS_HELP)
+@click.option("--img-size", type=click.IntRange(1), help="Another resolution; position embeddings are resampled.")
+@click.option("--classes", type=PATH, help="Class names: .json, or .txt with one per line.")
+def convert(checkpoint: Path, out: Path, model: str | None, img_size: int | None, classes: Path | None) -> None:
+    """Write CHECKPOINT to OUT with its architecture, preprocessing and class names.
+
+    OUT is NAME.safetensors, or a name without suffix for an Orbax folder. It then loads without --model.
+
+    \b
+    Example:
+      tokentm convert deit_tiny.pth deit_tiny.safetensors --model deit_tiny_patch16_224
+    """
+    from tokentm_jax.models.architectures import parameter_count
+    from tokentm_jax.models.checkpoint import write_checkpoint
+    from tokentm_jax.models.loading import load
+
+    require_ours(out)  # before minutes of reading
+    start_jax()
+    vit = load(model, checkpoint, img_size=img_size, class_names=classes)
+    written = write_checkpoint(out, vit.module, vit.params, vit.preprocessing, vit.class_names, {"name": vit.name})
+    millions = parameter_count(vit.module) / 1e6
+    click.echo(f"{printable(written)}: {vit.name}, {millions:.1f} M parameters, {vit.module.num_classes} classes")

@@ -1,0 +1,77 @@
+"""`tokentm evaluate`: methods by a recipe."""
+
+import dataclasses
+from pathlib import Path
+
+import click
+
+from tokentm_jax.cli.options import MODELS_HELP, PATH, TEXT, make_folder, start_jax
+from tokentm_jax.cli.recipes import read_recipe
+from tokentm_jax.cli.terminal import complain, running_table
+from tokentm_jax.errors import printable
+
+
+@click.command()
+@click.argument("recipe", type=PATH, metavar="CONFIG.py")
+@click.option("--model", help=MODELS_HELP)
+@click.option("--checkpoint", type=PATH, help="Weights, in place of the recipe's.")
+@click.option("--data", type=TEXT, help="Folder, zip, .mat file or tfds:NAME:SPLIT, in place of the recipe's.")
+@click.option("--methods", help="Rows of the recipe or other methods, as a,b,c.")
+@click.option("--limit", type=click.IntRange(1), help="So many images, drawn by the recipe's seed.")
+@click.option("--batch-size", type=click.IntRange(1, 4096), help="In place of the recipe's.")
+@click.option("--label-map", type=TEXT, metavar="FILE", help="JSON or CSV: the data set's class name, the model's.")
+@click.option("--maps", type=TEXT, help="Store of `tokentm dataset` to take maps from; others are computed.")
+@click.option("--out", type=PATH, help="Folder; default: runs/<name of the recipe>.")
+def evaluate(
+    recipe: Path,
+    model: str | None,
+    checkpoint: Path | None,
+    data: str | None,
+    methods: str | None,
+    limit: int | None,
+    batch_size: int | None,
+    label_map: str | None,
+    maps: str | None,
+    out: Path | None,
+) -> None:
+    """Measure explanation methods by a recipe; started again with the same folder, it goes on where it stopped.
+
+    CONFIG.py is a Python file that is run, and whose `config` is an EvaluateConfig. The results are results.json,
+    results.md and curves.png.
+
+    \b
+    Example:
+      tokentm evaluate configs/perturbation.py --methods tokentm,gae --limit 100
+    """
+    from tokentm_jax.data.sources import open_source
+    from tokentm_jax.metrics.tasks import EvaluateConfig, check, select
+    from tokentm_jax.models.loading import load
+    from tokentm_jax.runs.evaluate import evaluate
+    from tokentm_jax.runs.store import open_maps
+
+    config = read_recipe(recipe, EvaluateConfig)
+    if model is not None or checkpoint is not None:  # another model's checkpoint would not fit
+        config = dataclasses.replace(
+            config, model=model or config.model, checkpoint=None if checkpoint is None else str(checkpoint)
+        )
+    given = {"data": data, "limit": limit, "batch_size": batch_size, "label_map": label_map}
+    config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
+    if methods is not None:
+        config = select(config, [name.strip() for name in methods.split(",")])
+    check(config)
+    start_jax()
+    stored = None if maps is None else open_maps(maps)
+    source = open_source(config.data, limit=config.limit, seed=None if config.limit is None else config.seed)
+    vit = load(config.model, config.checkpoint)
+    folder = out or Path("runs") / config.name
+    make_folder(folder)
+    with running_table() as report:
+        results = evaluate(config, vit, source, folder, report, stored)
+    skipped = results["run"]["skipped"]
+    for sentence in skipped["examples"].values():
+        complain(f"skipped: {sentence}")
+    if skipped["count"]:
+        click.echo(f"{skipped['count']} images were skipped", err=True)
+    for line in (folder / "results.md").read_text(encoding="utf-8").splitlines():
+        click.echo(printable(line))
+    click.echo(f"The results are in {printable(folder)}")

@@ -1,0 +1,88 @@
+"""What the commands share: kinds of arguments, options as KEY=VALUE, the output folder, the start of JAX."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tokentm_jax.errors import InputError
+from tokentm_jax.files import reason
+
+MODELS_HELP = "Timm name, shipped model or hf-hub:timm/NAME (see `tokentm models`); default: the checkpoint's own."
+
+
+class Given(click.ParamType):
+    """A text, or the path that it names, that is not empty: an empty path would be the current folder."""
+
+    def __init__(self, kind: type[str] | type[Path]) -> None:
+        self.kind = kind
+        self.name = "path" if kind is Path else "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | Path:
+        if not str(value).strip() or "\0" in str(value):
+            self.fail("must be a name that a file can have.", param, ctx)
+        return self.kind(value)
+
+
+PATH, TEXT = Given(Path), Given(str)
+
+
+def parse_options(texts: Sequence[str]) -> dict[str, bool | int | float | str | None]:
+    """The options by name, from KEY=VALUE each. Raises InputError for a text of another form and for a second one of
+    a name."""
+    options: dict[str, bool | int | float | str | None] = {}
+    for key, value in map(parse_option, texts):
+        if key in options:
+            raise InputError(f"the option {key!r} is given twice")
+        options[key] = value
+    return options
+
+
+def parse_option(text: str) -> tuple[str, bool | int | float | str | None]:
+    """ "KEY=VALUE" -> key and the value as bool, int, float, None or else text."""
+    key, equals, value = (part.strip() for part in text.partition("="))
+    if not equals or not key:
+        raise InputError(f"an option is given as KEY=VALUE, got {text!r}")
+    words = {"true": True, "false": False, "none": None}
+    if value.lower() in words:
+        return key, words[value.lower()]
+    if re.fullmatch(r"[+-]?[0-9]{1,18}", value):
+        return key, int(value)
+    if re.fullmatch(r"[+-]?([0-9]{1,18}\.?[0-9]{0,30}|\.[0-9]{1,30})(e[+-]?[0-9]{1,2})?", value, re.IGNORECASE):
+        return key, float(value)
+    return key, value
+
+
+def make_folder(out: Path) -> None:
+    probe = out / f".{os.getpid()}.part"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"the output folder {out} cannot be written: {reason(error)}") from None
+
+
+def start_jax() -> None:
+    """Keep compiled programs between runs where that is possible, and raise InputError where JAX finds no device."""
+    import jax
+
+    try:
+        chosen = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+        cache = chosen or str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokentm_jax")
+        if "://" not in cache:
+            os.makedirs(cache, exist_ok=True, mode=0o700)
+            os.listdir(cache)
+        if not chosen:
+            jax.config.update("jax_compilation_cache_dir", cache)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    except (OSError, RuntimeError):  # a file, a folder of somebody else, no home
+        jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        jax.local_devices()
+    except (RuntimeError, AssertionError) as error:  # that of a known platform that is not installed
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        raise InputError(f"JAX finds no device with JAX_PLATFORMS={platforms!r} ({reason(error)})") from None
