@@ -331,17 +331,11 @@ COMPARE = """
 from pathlib import Path
 from tokentm_jax.errors import InputError
 from tokentm_jax.runs.report import compare
-from tokentm_jax.runs.records import Records
 for _ in range(200):
     try:
         compare([Path("o")])
     except InputError:
         pass
-    for file in Path("o/records").glob("*.jsonl"):
-        try:
-            Records(file)
-        except InputError:
-            pass
 """
 
 

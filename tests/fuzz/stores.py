@@ -192,7 +192,7 @@ def cases(rng: random.Random) -> Iterator[Case]:
         yield Case(f"--maps {path[:20]!a}", ("evaluate", "r.py", "--maps", path, "--out", "o"), files=files)
         if not path.startswith("memory"):
             yield Case(f"--out {path[:20]!a}", ("dataset", "data", "--checkpoint", CHECKPOINT, "--batch-size", "2",
-                "--out", path), files=files, expect=BAD if path not in ("nowhere", "~", "") else EITHER)
+                "--out", path), files=files, expect=BAD if path not in ("nowhere", "~", "", "://") else EITHER)
     for note, content in (("a run", base("run")), ("an Orbax folder", base("orbax")), ("photos", base("data")),
             ("FIFO", fifo), ("a file", "x"), ("self-symlink", link("store")), ("dangling", link("nowhere"))):
         yield Case(f"{note} as --out", AGAIN, files={"store": content, "data": base("data")}, expect=EITHER

@@ -33,7 +33,7 @@ def each(note: str, content: Any, expect: str = BAD, **more: Any) -> Iterator[Ca
     yield Case(f"evaluate: {note}", command, files=files, expect=expect, names=names, **more)
     if expect != GOOD:
         command = ("train", "t.py", "--train", "a.zip", "--test", "a.zip", "--out", "o")
-        yield Case(f"train: {note}", command, files=files, expect=expect, names=names, **more)
+        yield Case(f"train: {note}", command, files=files, expect=expect, names=names, **{"seconds": 30, **more})
 
 
 PHOTOS = {f"{name}/{i}.png": png(i) for i, name in enumerate(NAMES)}
