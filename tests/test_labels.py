@@ -9,12 +9,12 @@ from click.testing import CliRunner
 from conftest import tiny_vit
 from PIL import Image
 
-from tokentm_jax.cli import main
+from tokentm_jax.cli.main import main
 from tokentm_jax.data import labels
 from tokentm_jax.data.labels import read_label_map, translation
 from tokentm_jax.data.sources import Source, open_source
 from tokentm_jax.errors import InputError
-from tokentm_jax.metrics.tasks import EvaluateConfig
+from tokentm_jax.metrics.tasks import EvaluateConfig, rows
 from tokentm_jax.models.checkpoint import write_checkpoint
 from tokentm_jax.runs.dataset import DatasetConfig, explain_dataset
 from tokentm_jax.runs.evaluate import evaluate
@@ -130,7 +130,7 @@ def folder(tmp_path_factory):
 
 def test_evaluations_and_stores_use_and_record_the_map(vit, folder, tmp_path):
     data, labelled = open_source(folder), [2, 2, 4, 4]
-    config = EvaluateConfig("x", "saco", "", (), options={"groups": 2}, batch_size=4)
+    config = EvaluateConfig("x", "saco", "", rows("random"), options={"groups": 2}, batch_size=4)
     stored = DatasetConfig(("rollout",), target="label", batch_size=4, chunk_size=4)
     with pytest.raises(InputError, match="does not know 1 of its 2 classes: 'lorry'"):
         evaluate(config, vit, data, tmp_path / "out")
@@ -156,8 +156,8 @@ def test_the_option_of_the_commands(vit, folder, tmp_path):
     (tmp_path / "map.json").write_text('{"lorry": 4}')
     recipe = tmp_path / "recipe.py"
     recipe.write_text(
-        "from tokentm_jax.metrics.tasks import EvaluateConfig\n"
-        f"config = EvaluateConfig('x', 'saco', {str(folder)!r}, (), checkpoint={str(checkpoint)!r},\n"
+        "from tokentm_jax import EvaluateConfig, rows\n"
+        f"config = EvaluateConfig('x', 'saco', {str(folder)!r}, rows('random'), checkpoint={str(checkpoint)!r},\n"
         "    options={'groups': 2}, batch_size=4)\n"
     )
     commands = (

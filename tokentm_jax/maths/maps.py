@@ -60,7 +60,7 @@ def combine(maps: Sequence[Array], how: Literal["product", "mean"] = "product") 
     Maps [B, h, w] of different grids are brought to the largest one. Raises InputError for no maps or another `how`.
     """
     if not isinstance(maps, Sequence) or isinstance(maps, str) or not maps:
-        raise InputError(f"combine needs a list of one array of maps at least, got {type(maps).__name__}")
+        raise InputError(f"combine needs a list of one map at least, got a {type(maps).__name__}")
     for each in maps:
         _check_maps(each)
     if how not in ("product", "mean") or len({len(each) for each in maps}) > 1:
