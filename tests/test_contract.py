@@ -173,7 +173,7 @@ def test_options_are_checked(plain):
         ("tokentm", {"end_block": 3}, "'end_block' must be at most 2"),
         ("tokentm", {"memory": "disk"}, "'memory' of the method 'tokentm' must be 'recompute' or 'store'"),
         ("gae", {"memory": "disk"}, "'memory' of the method 'gae' must be 'recompute' or 'store'"),
-        ("raw_attention", {"first_block": 1}, "unknown option of the method 'raw_attention' 'first_block'"),
+        ("raw_attention", {"first_block": 1}, "unknown option 'first_block' of the method 'raw_attention'"),
         ("rollout", {"first_block": 2}, "'first_block' must be from 0 to 1"),
         ("rollout", {"fusion": "sum"}, "'fusion' of the method 'rollout' must be 'mean', 'max' or 'min'"),
         ("rollout", {"discard_ratio": 1.5}, "'discard_ratio' .* must be less than 1"),

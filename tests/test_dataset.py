@@ -384,7 +384,7 @@ def test_where_a_store_can_be(whole, folder, tmp_path):
 def test_a_store_that_never_answers(tmp_path):
     """A server that takes the connection and says nothing, in a process of its own: that must end, too."""
     code = (
-        "from tokentm_jax import store; store.ANSWER = 1\n"
+        "from tokentm_jax.runs import store; store.ANSWER = 1\n"
         "try: store.open_maps('gs://some-bucket/maps')\n"
         "except store.InputError as error: print(error)"
     )
@@ -410,7 +410,7 @@ def test_leftovers_of_killed_writers_go(whole, vit, source, tmp_path):
 def test_only_the_same_job_goes_on(whole, vit, source, folder, tmp_path):
     before = times(whole)
     other = dataclasses.replace(vit, params=jax.tree.map(lambda a: a * 1.5, vit.params))
-    changed = dataclasses.replace(source, identity="other")
+    changed = dataclasses.replace(source, identify=lambda: "other")
     for what, model, data in (
         (r"model tiny \(.*\), and this command has tiny \(", other, source),
         (r"data the folder .* \(.*\), and this command has .* \(other\)", vit, changed),
@@ -451,7 +451,7 @@ def test_bad_settings_are_named_before_anything_is_written(vit, source, tmp_path
         ("unknown method 'gea'; did you mean 'gae'", {"methods": ["gea"]}, source),
         ("must be different ones, got gae,gae", {"methods": ["gae", "gae"]}, source),
         ("must be different ones, got none", {"methods": []}, source),
-        ("unknown gae option 'fnf'", {"methods": ["gae"], "options": {"fnf": 1}}, source),
+        ("unknown option 'fnf' of the method 'gae'", {"methods": ["gae"], "options": {"fnf": 1}}, source),
         ("unknown dtype 'float61'; did you mean 'float16'", {"dtype": "float61"}, source),
         ("unknown target", {"target": "x"}, source),
         ("a multiple of the batch size, got 5 and 2", {"chunk_size": 5}, source),

@@ -258,7 +258,7 @@ def test_what_does_not_go_together(config, vit, folder, whole, tmp_path):
         (changed(config, task="sanity", options={"original": 1}), "unknown option"),
         (changed(config, batch_size=0), "'batch_size' must be greater than or equal to 1"),
         (changed(config, rows=[Row("a", "gae", {}, 3)]), "from 0 to 2"),
-        (changed(config, rows=[Row("a", "random", {"seed": 3})]), "unknown option of random"),
+        (changed(config, rows=[Row("a", "random", {"seed": 3})]), "unknown option 'seed' of random"),
         (changed(config, rows=[Row("random", "gae")]), "no other method 'random'"),
     ):
         with pytest.raises(InputError, match=message):
@@ -618,7 +618,7 @@ def test_the_configs_of_the_project():
 
 def test_options_of_a_recipe():
     for options, sentence in (
-        ("dta=photos", "unknown option of the recipe .*perturbation.py 'dta'; did you mean 'data'"),
+        ("dta=photos", "unknown option 'dta' of the recipe .*perturbation.py; did you mean 'data'"),
         ("data=photo", "option 'data' of the recipe .*perturbation.py must be 'photos', .* got 'photo'"),
         ("data", "KEY=VALUE"),
         ("data=photos,data=imagenet", "given twice"),

@@ -27,12 +27,12 @@ class InputError(ValueError):
         super().__init__(text)
 
 
-def suggest(kind: str, name: object, known: Iterable[str]) -> InputError:
-    """Error for a name that is not among `known`: "unknown model 'x'; did you mean 'y'?"."""
-    names, given = sorted(known), str(name)[:100]
-    close = difflib.get_close_matches(given.lower(), names, n=1, cutoff=0.6)
+def suggest(kind: str, name: object, known: Iterable[str], of: str = "") -> InputError:
+    """Error for a name that is not among `known`: "unknown option 'x' of gae; did you mean 'y'?"."""
+    names, given = sorted(known), repr(str(name)[:100]) + (f" of {of}" if of else "")
+    close = difflib.get_close_matches(str(name)[:100].lower(), names, n=1, cutoff=0.6)
     if close:
-        return InputError(f"unknown {kind} {given!r}; did you mean {close[0]!r}?")
+        return InputError(f"unknown {kind} {given}; did you mean {close[0]!r}?")
     if len(names) > 12:
         names = [*names[:12], f"... ({len(names)} in all)"]
-    return InputError(f"unknown {kind} {given!r}; known: {', '.join(names) or 'none'}")
+    return InputError(f"unknown {kind} {given}; known: {', '.join(names) or 'none'}")

@@ -90,11 +90,11 @@ def options_of(kind: Callable[..., Any]) -> dict[str, Any]:
 def check_options(where: str, known: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Options, each of which meets its annotation in `known` (of `options_of`).
 
-    InputError "unknown option of {where} ..." or "option 'name' of {where} must be ..., got ...".
+    InputError "unknown option 'name' of {where}; ..." or "option 'name' of {where} must be ..., got ...".
     """
     for name in options:
         if name not in known:
-            raise suggest(f"option of {where}", name, known)
+            raise suggest("option", name, known, of=where)
     return {name: checked(f"option {name!r} of {where}", known[name], value) for name, value in options.items()}
 
 
