@@ -384,7 +384,7 @@ def test_where_a_store_can_be(whole, folder, tmp_path):
 def test_a_store_that_never_answers(tmp_path):
     """A server that takes the connection and says nothing, in a process of its own: that must end, too."""
     code = (
-        "from tokentm_jax import store; store.ANSWER = 1\n"
+        "from tokentm_jax.runs import store; store.ANSWER = 1\n"
         "try: store.open_maps('gs://some-bucket/maps')\n"
         "except store.InputError as error: print(error)"
     )
