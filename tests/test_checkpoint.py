@@ -27,12 +27,10 @@ from tokentm_jax.models.checkpoint import (
     read_checkpoint,
     read_description,
     read_tensors,
-    save_trained,
     to_params,
     to_timm,
     write_checkpoint,
 )
-from tokentm_jax.runs.train import TrainConfig
 
 GOLDENS = Path(__file__).parent / "goldens"
 KINDS = json.loads((GOLDENS / "kinds.json").read_text())
@@ -148,18 +146,6 @@ def test_write_refuses(plain, tmp_path):
     with pytest.raises(InputError, match="was not written by this program"):
         write_checkpoint(tmp_path / "photos", *plain, SMALL)
     assert (tmp_path / "photos/cat.jpg").exists()
-
-
-def test_save_trained(plain, tmp_path):
-    module, params = plain
-    config = TrainConfig("tiny", "train.zip", "data/test.zip", KINDS["plain"], epochs=1)
-    path = save_trained(config, module, params, tuple("abcde"), 0.25, tmp_path)
-    description = read_description(path)
-    assert description is not None
-    assert path.name == "tiny.safetensors"
-    assert (description["top_1"], description["test_data"], description["name"]) == (0.25, "test.zip", "tiny")
-    assert description["preprocessing"]["mean"] == list(config.mean)
-    assert description["preprocessing"]["crop_pct"] == 1.0
 
 
 def test_other_checkpoints_have_no_description():

@@ -1,5 +1,6 @@
 """What every method owes on every kind of model. A new method adds one row to `METHODS` here."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -82,7 +83,7 @@ def test_contract(kind, method):
     changed = compiled(params, images, jnp.array([0, 1, 4], jnp.int32))
     np.testing.assert_array_equal(changed[::2], maps[::2])
     other_classes = compiled(params, images, jnp.array([1, 0, 2], jnp.int32))
-    assert (np.abs(other_classes - maps).max() > 0) == TABLE[method].class_specific
+    assert (np.abs(other_classes - maps).max() > 0) == TABLE[method].looks_at_class(METHODS[method])
     assert compiled._cache_size() == 1
 
     # What has no map is NaN as a whole, and nothing else in the batch sees it.
@@ -146,6 +147,31 @@ def test_differentiable_or_said_not_to_be(plain, method):
         step = 1e-6
         slope = (both(image + step * direction)[0] - both(image - step * direction)[0]) / (2 * step)
         np.testing.assert_allclose((gradient * direction).sum(), slope, rtol=1e-4, atol=1e-7 * abs(float(value)))
+
+
+def test_options_with_which_the_class_does_not_matter(plain):
+    module, params, images = plain
+    for method, options in (
+        ("tokentm", {"attention": "plain"}),
+        ("combination", {"methods": "rollout, raw_attention"}),
+    ):
+        assert TABLE[method].class_specific and not TABLE[method].looks_at_class(options)
+        compiled = jax.jit(explain_fn(module, method, **options))
+        np.testing.assert_array_equal(compiled(params, images, TARGET), compiled(params, images, TARGET[::-1]))
+
+
+def test_another_function_under_the_same_name_is_another_program(monkeypatch):
+    vit, images = tiny_vit(2), np.full((1, 16, 24, 3), 0.5, np.float32)
+    monkeypatch.setitem(TABLE, "mine", TABLE["raw_attention"])
+    first = tm.explain(vit, images, "mine")
+    np.testing.assert_array_equal(first, tm.explain(vit, images, "raw_attention"))
+
+    def twice(module, params, inputs, target):
+        maps, details = TABLE["raw_attention"].function(module, params, inputs, target)
+        return 2 * maps, details
+
+    monkeypatch.setitem(TABLE, "mine", dataclasses.replace(TABLE["mine"], function=twice))
+    np.testing.assert_array_equal(tm.explain(vit, images, "mine"), 2 * first)
 
 
 def test_constant_images_and_zero_weights_stay_finite(plain):

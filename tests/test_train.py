@@ -16,6 +16,7 @@ import pytest
 
 import tokentm_jax as tm
 from tokentm_jax.data.arrays import Data
+from tokentm_jax.models.checkpoint import read_description
 from tokentm_jax.models.vit import ViT, init_params
 from tokentm_jax.runs import train as training
 from tokentm_jax.runs.train import TrainConfig, accuracy, augment, batches, cutmix, initial_params, train
@@ -75,6 +76,11 @@ def test_learns_and_ships_a_file_that_loads(data, whole):
     assert vit.class_names == ("dark", "bright")
     predicted = vit.logits(jnp.asarray(data.images, jnp.float32) / 255).argmax(-1)
     assert (np.asarray(predicted) == data.labels).mean() == top_1
+    assert vit.preprocessing == tm.Preprocessing((8, 8), 1.0, mean=CONFIG.mean, std=CONFIG.std)
+    description = read_description(folder / "toy.safetensors")
+    assert description is not None
+    found = {name: description[name] for name in ("name", "top_1", "epochs", "test_data")}
+    assert found == {"name": "toy", "top_1": top_1, "epochs": 4, "test_data": "toy"}
 
 
 def test_a_stopped_run_resumes_to_the_same_numbers(data, whole, tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
-"""The two entry points: `explain` for photos and a loaded model, `explain_fn` for pipelines."""
+"""The entry points: `explain` for photos and a loaded model, `explain_fn` for pipelines, `compiled` for runs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +10,11 @@ import numpy as np
 from jax import Array
 from jax.sharding import AxisType, PartitionSpec
 
+from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.errors import InputError, suggest
-from tokentm_jax.methods.table import METHODS
+from tokentm_jax.maths.maps import unit
+from tokentm_jax.methods.attention import Explanation
+from tokentm_jax.methods.table import METHODS, Method
 
 if TYPE_CHECKING:
     from tokentm_jax.models.loading import LoadedViT
@@ -27,8 +30,8 @@ def explain_fn(module: Any, method: str = "tokentm", *, details: bool = False, *
       **options: the method's options.
 
     Returns:
-      A function of parameters, normalised images [B, H, W, 3] and an optional class per sample [B] (default: the
-      predicted class), giving token maps [B, gh, gw], or pixel maps [B, H, W] for the methods that say so.
+      A function of parameters, normalised images [B, H, W, 3] and an optional class per sample [B] (the predicted
+      class where None), giving token maps [B, gh, gw], or pixel maps [B, H, W] for the methods that say so.
 
       A compiled function can refuse nothing, so a sample without a true map has NaN in all of it, and the others are
       as without it: where a pixel is NaN or infinite, where the logits are, or where the class is one that the model
@@ -38,9 +41,18 @@ def explain_fn(module: Any, method: str = "tokentm", *, details: bool = False, *
     Raises:
       InputError: no such method or option.
     """
-    if not isinstance(method, str) or method not in METHODS:
-        raise suggest("method", method, METHODS)
-    bound = METHODS[method].bind(method, options)
+    return _explainer(module, _method(method).bind(method, options), details)
+
+
+def _method(name: Any) -> Method:
+    """A row of the table. Raises InputError for a name that is none."""
+    if not isinstance(name, str) or name not in METHODS:
+        raise suggest("method", name, METHODS)
+    return METHODS[name]
+
+
+def _explainer(module: Any, bound: Callable[..., Explanation], details: bool) -> Callable[..., Any]:
+    """What `explain_fn` returns, of a method with its options."""
 
     def explain_inputs(params: Any, inputs: Array, target: Array | None = None) -> Any:
         readable = jnp.isfinite(inputs).all((1, 2, 3))
@@ -72,9 +84,53 @@ def _nan_unless(true: Array, array: Array) -> Array:
     return jnp.where(true.reshape(-1, *(1,) * (array.ndim - 1)), array, jnp.nan)
 
 
+def compiled(
+    module: Any,
+    methods: Mapping[str, Mapping[str, Any]],
+    *,
+    details: Sequence[str] | None = (),
+    preprocessing: Preprocessing | None = None,
+) -> Callable[..., tuple[dict[str, Array], dict[str, Array]]]:
+    """The one compiled program that explains by these methods, from a cache that all of the package shares.
+
+    Args:
+      module: as for `explain_fn`.
+      methods: names of `METHODS`, and the options of each.
+      details: names of the details that are wanted, of the first method; None for all that it reports.
+      preprocessing: where given, the program takes pixels uint8 [B, H, W, 3] and makes the model's input of them.
+
+    Returns:
+      A function `(params, inputs, target)` that gives each method's maps, by name, and the details. Without a target,
+      every method explains the class that the first one found to be predicted.
+
+    Raises:
+      InputError: no such method or option.
+    """
+    rows = ((name, _method(name), options) for name, options in methods.items())
+    checked = tuple((name, row, tuple(sorted(row.check(name, options).items()))) for name, row, options in rows)
+    return _compiled(module, checked, None if details is None else tuple(details), preprocessing)
+
+
 @lru_cache(maxsize=128)
-def _compiled(module: Any, method: str, details: bool, options: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
-    return jax.jit(explain_fn(module, method, details=details, **dict(options)))
+def _compiled(
+    module: Any,
+    methods: tuple[tuple[str, Method, tuple[tuple[str, Any], ...]], ...],
+    details: tuple[str, ...] | None,
+    preprocessing: Preprocessing | None,
+) -> Callable[..., tuple[dict[str, Array], dict[str, Array]]]:
+    explainers = {name: _explainer(module, row.bind(name, dict(options)), True) for name, row, options in methods}
+
+    def program(params: Any, inputs: Array, target: Array | None) -> tuple[dict[str, Array], dict[str, Array]]:
+        if preprocessing is not None:
+            inputs = preprocessing.normalise(unit(inputs))
+        maps: dict[str, Array] = {}
+        reported: dict[str, Array] = {}
+        for name, explainer in explainers.items():
+            maps[name], found = explainer(params, inputs, target)
+            reported, target = reported or found, found["target"]
+        return maps, reported if details is None else {name: reported[name] for name in details}
+
+    return jax.jit(program)
 
 
 def explain(
@@ -103,9 +159,7 @@ def explain(
       InputError: images that `Preprocessing.checked` refuses, a class that the model does not have, no such method
         or option.
     """
-    if not isinstance(method, str) or method not in METHODS:
-        raise suggest("method", method, METHODS)
-    chosen = METHODS[method].check(method, options)
+    program = compiled(vit.module, {method: options}, details=None if details else ())
     inputs = vit.preprocessing.normalise(vit.preprocessing.checked(images))
     if target is not None:
         target = np.asarray(target)
@@ -115,4 +169,5 @@ def explain(
         if target.size and not (target.min() >= 0 and target.max() < classes):
             raise InputError(f"target must be a class from 0 to {classes - 1}, got {target.tolist()}")
         target = np.broadcast_to(target, inputs.shape[:1])
-    return _compiled(vit.module, method, details, tuple(sorted(chosen.items())))(vit.params, inputs, target)
+    maps, found = program(vit.params, inputs, target)
+    return (maps[method], found) if details else maps[method]

@@ -34,15 +34,20 @@ class Method:
     paper: str
     year: int
     passes: str = "1 F + 1 B"
-    class_specific: bool = True
+    class_specific: bool = True  # with the default options; see `looks_at_class`
     output: str = TOKENS
     differentiable: bool = True  # whether a map's own derivative is true (not where a rule holds values constant)
     options: type | None = None  # a frozen dataclass of options, where the function takes one
+    classless: Callable[[Mapping[str, Any]], bool] | None = None  # the options with which the class does not matter
 
     @property
     def summary(self) -> str:
         """What the method is, in one line: the first of its function's docstring."""
         return (inspect.getdoc(self.function) or "").splitlines()[0]
+
+    def looks_at_class(self, options: Mapping[str, Any]) -> bool:
+        """Whether a map with these options depends on the class that is explained."""
+        return self.class_specific and not (self.classless is not None and self.classless(options))
 
     def known(self) -> dict[str, Any]:
         """Annotation of every option: the function's keyword-only arguments, and the fields of its dataclass."""
@@ -79,7 +84,7 @@ def combination(
     how: Literal["product", "mean"] = "product",
 ) -> Explanation:
     """Product or mean ("how") of the normalised maps of several methods, named with commas between."""
-    names = [name.strip() for name in methods.split(",")]
+    names = _members(methods)
     for name in names:
         if name not in METHODS or name == "combination":
             raise suggest("method", name, [m for m in METHODS if m != "combination"])
@@ -87,8 +92,23 @@ def combination(
     return combine([maps for maps, _ in results], how), results[0][1]
 
 
+def _members(methods: str) -> list[str]:
+    return [name.strip() for name in methods.split(",")]
+
+
+def _classless(options: Mapping[str, Any]) -> bool:
+    """Whether no member of a combination looks at the class."""
+    return not any(METHODS[name].looks_at_class({}) for name in _members(options.get("methods", "tokentm")))
+
+
 METHODS: dict[str, Method] = {
-    "tokentm": Method(attention.tokentm, "Wu et al., CVPR", 2024, options=TokenTM),
+    "tokentm": Method(
+        attention.tokentm,
+        "Wu et al., CVPR",
+        2024,
+        options=TokenTM,
+        classless=lambda options: options.get("attention") == "plain",
+    ),
     "gae": Method(attention.gae, "Chefer et al., ICCV", 2021),
     "transformer_attribution": Method(relevance.transformer_attribution, "Chefer et al., CVPR", 2021, "2 F + 2 B"),
     "attcat": Method(attention.attcat, "Qiang et al., NeurIPS", 2022),
@@ -108,5 +128,7 @@ METHODS: dict[str, Method] = {
     "integrated_gradients": Method(
         gradient.integrated_gradients, "Sundararajan et al., ICML", 2017, "34 F + 33 B", output=PIXELS
     ),
-    "combination": Method(combination, "named as future work by Wu et al.", 2024, "those of its methods"),
+    "combination": Method(
+        combination, "named as future work by Wu et al.", 2024, "those of its methods", classless=_classless
+    ),
 }

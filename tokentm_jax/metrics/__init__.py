@@ -22,7 +22,6 @@ from tokentm_jax.metrics.localisation import pixel_accuracy as pixel_accuracy
 from tokentm_jax.metrics.localisation import precision_recall as precision_recall
 from tokentm_jax.metrics.localisation import segmentation as segmentation
 from tokentm_jax.metrics.randomisation import rank_correlation as rank_correlation
-from tokentm_jax.metrics.statistics import Measures as Measures
 from tokentm_jax.metrics.statistics import Statistic as Statistic
 from tokentm_jax.metrics.statistics import area as area
 from tokentm_jax.metrics.statistics import bootstrap as bootstrap

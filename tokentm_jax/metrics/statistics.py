@@ -5,7 +5,6 @@ bootstrap cheap.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import chex
 import numpy as np
@@ -56,6 +55,3 @@ def paired(
     k = a.reshape(len(a), -1).shape[1]
     both = np.concatenate([a.reshape(-1, k), b.reshape(-1, k)], 1)
     return bootstrap(both, lambda m: statistic(m[..., :k]) - statistic(m[..., k:]), seed, resamples)
-
-
-Measures = dict[str, tuple[Any, Statistic]]  # metric: (results per image, statistic)

@@ -12,7 +12,6 @@ from tokentm_jax import metrics
 from tokentm_jax.data.sources import PROFILES
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.methods.table import METHODS
-from tokentm_jax.metrics import Measures
 from tokentm_jax.validation import Name, check_fields, check_options, lists_of, options_of
 
 PREDICTED, TARGET = "predicted", "target"
@@ -33,8 +32,8 @@ class Row:
 
     @property
     def class_specific(self) -> bool:
-        plain = self.options.get("attention") == "plain"  # TokenTM without gradients
-        return self.method != RANDOM and METHODS[self.method].class_specific and not plain
+        """Whether its maps depend on the class that is explained."""
+        return self.method != RANDOM and METHODS[self.method].looks_at_class(self.options)
 
 
 def rows(*methods: str) -> tuple[Row, ...]:
@@ -152,44 +151,131 @@ def select(config: EvaluateConfig, methods: Iterable[str]) -> EvaluateConfig:
     return dataclasses.replace(config, rows=chosen)
 
 
+# ---- what a task is ------------------------------------------------------------------------------------------------
+
+
 class Inputs(NamedTuple):
-    """A batch on the device: images in [0, 1], the explained class and the label of each, perhaps masks."""
+    """A batch on the device: images in [0, 1], the explained class and the label of each, and what a task asks for."""
 
     images: Array  # [B, H, W, 3]
     classes: Array  # [B]
     labels: Array  # [B]
-    masks: Array | None  # [B, H, W]
+    masks: Array | None = None  # [B, H, W], where the task needs them
+    original: Array | None = None  # maps [B, gh, gw] without `Row.random_blocks`, for a task `against_original`
 
 
+Table = Mapping[str, np.ndarray]  # results per image [n, ...]: "clean_...", "predicted_..." and "target_..."
 Fields = Mapping[str, Any]  # annotations of the arrays of a file of records, as lists; see `lists_of`
 
 
-class Task(NamedTuple):
-    """A kind of table: what is computed per image on the device, and what is said about all images."""
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """One figure of a table: a statistic of the mean over images of what `values` makes of the results per image.
 
-    compute: Callable[..., dict[str, Array]]  # (predict, inputs, pixel maps, *, options) -> arrays [B, ...]
-    measure: Callable[[Mapping[str, np.ndarray]], Measures]
-    fields: Callable[..., Fields]  # (**options) -> what stands in the records
-    explained: tuple[str, ...] = (PREDICTED,)
-    needs: str = ""  # "labels" or "masks"
+    Args:
+      values: table -> results per image, [n] or [n, ...].
+      statistic: mean over images [..., k] -> figure [...].
+      better: which figure is the better one, None where neither is.
+      digits: after the decimal point, where the figure is shown.
+      explained: of the explanations of which class it is.
+    """
+
+    values: Callable[[Table], np.ndarray]
+    statistic: metrics.Statistic = metrics.mean
+    better: Literal["higher", "lower"] | None = None
+    digits: int = 2
+    explained: str = PREDICTED
+
+
+FINITE_MAPS = Column(lambda table: 100.0 * table["predicted_finite"], better="higher")  # of every task
+
+
+class Plot(NamedTuple):
+    """What is drawn of a task: for every row one curve in each panel."""
+
+    x_label: str
+    y_label: str
+    curves: Callable[[Table], dict[str, tuple[np.ndarray, np.ndarray]]]  # title of a panel: x and y of the curve
+
+
+class Task(NamedTuple):
+    """A kind of table: what is computed per image on the device, and what is said about all images.
+
+    `compute(predict, inputs, maps, *, options)` gives arrays [B, ...]; `predict` gives logits for images in [0, 1],
+    and `maps` are pixel maps [B, H, W] in [0, 1]. Its keyword-only arguments are the options of the task.
+    """
+
+    compute: Callable[..., dict[str, Array]]
+    columns: Mapping[str, Column]
+    fields: Callable[..., Fields]  # (**options) -> the annotations of what `compute` gives
+    plot: Plot | None = None  # None: the first column with its interval
+    needs: Literal["", "labels", "masks"] = ""
+    against_original: bool = (
+        False  # `maps` are as the method gives them, and `inputs.original` those without `random_blocks`
+    )
+
+    @property
+    def explained(self) -> tuple[str, ...]:
+        """The classes whose explanations are wanted: "predicted", perhaps "target" too."""
+        return tuple(dict.fromkeys(column.explained for column in self.columns.values()))
+
+    def records(self, options: Mapping[str, Any]) -> Fields:
+        """What stands in the files of records: what `compute` gives, and whether the map was finite."""
+        return {**self.fields(**options), "finite": lists_of(bool)}
+
+    def measure(self, table: Table) -> dict[str, np.ndarray]:
+        """Results per image of every column whose explanations the table has."""
+        there = {name.partition("_")[0] for name in table}
+        return {name: column.values(table) for name, column in self.columns.items() if column.explained in there}
+
+
+# ---- the results per image: their shapes, as they stand in the records ---------------------------------------------
+
+LARGEST = 3.5e38  # of float32
+Number = Annotated[float, Ge(-LARGEST), Le(LARGEST)]
+LogProbability = Annotated[float, Ge(-LARGEST), Le(1e-3)]
+Count = Annotated[int, Ge(0), Le(2**31 - 1)]
+CLEAN_FIELDS: Fields = {
+    "predicted": lists_of(Count),
+    "label": lists_of(Annotated[int, Ge(-1), Le(2**31 - 1)]),
+    "log_probability": lists_of(LogProbability),
+    "hit": lists_of(bool),
+}
+
+
+# ---- perturbation --------------------------------------------------------------------------------------------------
+# Accuracies start at the clean one; probabilities are those of the predicted class, the most relevant pixels removed
+# first.
+
+POSITIVE, NEGATIVE = 0, 1  # the most relevant pixels go first, or last
 
 
 def _perturbation(predict: metrics.Predict, inputs: Inputs, maps: Array) -> dict[str, Array]:
     return metrics.perturbation(predict, inputs.images, maps, inputs.classes, inputs.labels)
 
 
-def _perturbation_measures(table: Mapping[str, np.ndarray]) -> Measures:
-    """Accuracies start at the clean one; probabilities are those of the predicted class, the most relevant pixels
-    removed first."""
-    measures: Measures = {}
-    for explained in [e for e in (PREDICTED, TARGET) if f"{e}_hit" in table]:
-        for d, direction in enumerate(("positive", "negative")):
-            curve = np.concatenate([table["clean_hit"][:, None], table[f"{explained}_hit"][:, d]], 1)
-            measures[f"{direction}_auc_{explained}"] = (curve, metrics.area)
-    clean, removed = table["clean_log_probability"][:, None], table["predicted_log_probability"][:, 0]
-    measures["aopc"] = (np.exp(clean) - np.exp(removed), metrics.mean)
-    measures["lodds"] = (removed - clean, metrics.mean)
-    return measures
+def _hits(direction: int, explained: str = PREDICTED) -> Callable[[Table], np.ndarray]:
+    return lambda table: np.concatenate(
+        [table["clean_hit"][:, None], table[f"{explained}_hit"][:, direction]], 1
+    )  # [n, 10]
+
+
+def _aopc(table: Table) -> np.ndarray:
+    removed = table["predicted_log_probability"][:, POSITIVE]
+    return np.exp(table["clean_log_probability"][:, None]) - np.exp(removed)
+
+
+def _lodds(table: Table) -> np.ndarray:
+    return table["predicted_log_probability"][:, POSITIVE] - table["clean_log_probability"][:, None]
+
+
+def _perturbation_curves(table: Table) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    titles = {"positive (lower is better)": POSITIVE, "negative (higher is better)": NEGATIVE}
+    accuracies = {title: 100 * _hits(direction)(table).mean(0) for title, direction in titles.items()}
+    return {title: (10 * np.arange(len(accuracy)), accuracy) for title, accuracy in accuracies.items()}
+
+
+# ---- segmentation --------------------------------------------------------------------------------------------------
 
 
 def _segmentation(predict: metrics.Predict, inputs: Inputs, maps: Array) -> dict[str, Array]:
@@ -197,22 +283,20 @@ def _segmentation(predict: metrics.Predict, inputs: Inputs, maps: Array) -> dict
     return metrics.segmentation(maps, inputs.masks)
 
 
-def _segmentation_measures(table: Mapping[str, np.ndarray]) -> Measures:
-    counts = table["predicted_counts"]
-    return {
-        "pixel_accuracy": (counts, metrics.pixel_accuracy),
-        "mean_iou": (counts, metrics.mean_iou),
-        "map_two_channel": (100 * table["predicted_map_two_channel"], metrics.mean),
-        "map": (100 * table["predicted_average_precision"], metrics.mean),
-        "mean_f1": (100 * metrics.f1(counts), metrics.mean),
-        "pointing_game": (100 * table["predicted_pointing"], metrics.mean),
-    }
+def _counts(table: Table) -> np.ndarray:
+    return table["predicted_counts"]
 
+
+def _segmentation_curves(table: Table) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    precision, recall = metrics.precision_recall(table["predicted_histogram"])
+    return {"foreground, pooled pixels": (recall, precision)}
+
+
+# ---- insertion and deletion ----------------------------------------------------------------------------------------
 
 Fill = Literal["black", "blur"]
 STEPS = 20
 Steps = Annotated[int, Ge(1), Le(1000)]  # each is a forward pass
-Groups = Annotated[int, Ge(2), Le(1000)]
 
 
 def _insertion(
@@ -222,12 +306,19 @@ def _insertion(
     return metrics.insertion_deletion(predict, inputs.images, maps, inputs.classes, background, steps)
 
 
-def _insertion_measures(table: Mapping[str, np.ndarray]) -> Measures:
-    curves = 100 * np.exp(table["predicted_log_probability"])
-    return {
-        "insertion_auc": (curves[:, 0], metrics.unit_area),
-        "deletion_auc": (curves[:, 1], metrics.unit_area),
-    }
+def _insertion_fields(fill: str = "black", steps: int = STEPS) -> Fields:
+    return {"log_probability": lists_of(LogProbability, 2, steps + 1)}
+
+
+def _insertion_curves(table: Table) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    inserted, deleted = np.exp(table["predicted_log_probability"]).mean(0)
+    x = np.linspace(0, 100, len(inserted))
+    return {"insertion (higher is better)": (x, inserted), "deletion (lower is better)": (x, deleted)}
+
+
+# ---- SaCo ----------------------------------------------------------------------------------------------------------
+
+Groups = Annotated[int, Ge(2), Le(1000)]
 
 
 def _saco(
@@ -236,67 +327,86 @@ def _saco(
     return metrics.group_drops(predict, inputs.images, maps, inputs.classes, groups)
 
 
-def _saco_measures(table: Mapping[str, np.ndarray]) -> Measures:
-    return {"saco": (metrics.saco(table["predicted_salience"], table["predicted_drop"]), metrics.mean)}
-
-
-def _sanity(predict: metrics.Predict, inputs: Inputs, maps: Array, original: Array) -> dict[str, Array]:
-    return {"similarity": metrics.rank_correlation(maps, original)}
-
-
-def _sanity_measures(table: Mapping[str, np.ndarray]) -> Measures:
-    return {"similarity": (table["predicted_similarity"], metrics.mean)}
-
-
-# ---- the tasks, and the shapes of their results per image ----------------------------------------------------------
-
-LARGEST = 3.5e38  # of float32
-Number = Annotated[float, Ge(-LARGEST), Le(LARGEST)]
-LogProbability = Annotated[float, Ge(-LARGEST), Le(1e-3)]
-Count = Annotated[int, Ge(0), Le(2**31 - 1)]
-FINITE: Fields = {"finite": lists_of(bool)}  # whether the map was
-CLEAN_FIELDS: Fields = {
-    "predicted": lists_of(Count),
-    "label": lists_of(Annotated[int, Ge(-1), Le(2**31 - 1)]),
-    "log_probability": lists_of(LogProbability),
-    "hit": lists_of(bool),
-}
-
-
 def _saco_fields(groups: int = metrics.GROUPS) -> Fields:
-    return {"salience": lists_of(Number, groups), "drop": lists_of(Number, groups), **FINITE}
+    return {"salience": lists_of(Number, groups), "drop": lists_of(Number, groups)}
 
 
-def _insertion_fields(fill: str = "black", steps: int = STEPS) -> Fields:
-    return {"log_probability": lists_of(LogProbability, 2, steps + 1), **FINITE}
+# ---- the sanity check ----------------------------------------------------------------------------------------------
 
+
+def _sanity(predict: metrics.Predict, inputs: Inputs, maps: Array) -> dict[str, Array]:
+    assert inputs.original is not None
+    return {"similarity": metrics.rank_correlation(maps, inputs.original)}
+
+
+# ---- the table of tasks --------------------------------------------------------------------------------------------
 
 TASKS: dict[str, Task] = {
     "perturbation": Task(
         _perturbation,
-        _perturbation_measures,
+        {
+            "positive_auc_predicted": Column(_hits(POSITIVE), metrics.area, "lower"),
+            "negative_auc_predicted": Column(_hits(NEGATIVE), metrics.area, "higher"),
+            "positive_auc_target": Column(_hits(POSITIVE, TARGET), metrics.area, "lower", explained=TARGET),
+            "negative_auc_target": Column(_hits(NEGATIVE, TARGET), metrics.area, "higher", explained=TARGET),
+            "aopc": Column(_aopc, better="higher", digits=3),
+            "lodds": Column(_lodds, better="lower", digits=3),
+        },
         lambda: {
             "log_probability": lists_of(LogProbability, 2, metrics.STEPS),
             "hit": lists_of(bool, 2, metrics.STEPS),
-            **FINITE,
         },
-        (PREDICTED, TARGET),
+        Plot("pixels removed [%]", "accuracy [%]", _perturbation_curves),
         needs="labels",
     ),
     "segmentation": Task(
         _segmentation,
-        _segmentation_measures,
+        {
+            "pixel_accuracy": Column(_counts, metrics.pixel_accuracy, "higher"),
+            "mean_iou": Column(_counts, metrics.mean_iou, "higher"),
+            "map_two_channel": Column(lambda table: 100 * table["predicted_map_two_channel"], better="higher"),
+            "map": Column(lambda table: 100 * table["predicted_average_precision"], better="higher"),
+            "mean_f1": Column(lambda table: 100 * metrics.f1(_counts(table)), better="higher"),
+            "pointing_game": Column(lambda table: 100 * table["predicted_pointing"], better="higher"),
+        },
         lambda: {
             "counts": lists_of(Count, 4),
             "average_precision": lists_of(Number),
             "map_two_channel": lists_of(Number),
             "histogram": lists_of(Count, 2, metrics.THRESHOLDS),
             "pointing": lists_of(bool),
-            **FINITE,
         },
+        Plot("recall", "precision", _segmentation_curves),
         needs="masks",
     ),
-    "insertion": Task(_insertion, _insertion_measures, _insertion_fields),
-    "saco": Task(_saco, _saco_measures, _saco_fields),
-    "sanity": Task(_sanity, _sanity_measures, lambda: {"similarity": lists_of(Number), **FINITE}),
+    "insertion": Task(
+        _insertion,
+        {
+            "insertion_auc": Column(
+                lambda table: 100 * np.exp(table["predicted_log_probability"][:, 0]), metrics.unit_area, "higher"
+            ),
+            "deletion_auc": Column(
+                lambda table: 100 * np.exp(table["predicted_log_probability"][:, 1]), metrics.unit_area, "lower"
+            ),
+        },
+        _insertion_fields,
+        Plot("pixels changed [%]", "probability", _insertion_curves),
+    ),
+    "saco": Task(
+        _saco,
+        {
+            "saco": Column(
+                lambda table: metrics.saco(table["predicted_salience"], table["predicted_drop"]),
+                better="higher",
+                digits=3,
+            )
+        },
+        _saco_fields,
+    ),
+    "sanity": Task(
+        _sanity,
+        {"similarity": Column(lambda table: table["predicted_similarity"], better="lower", digits=3)},
+        lambda: {"similarity": lists_of(Number)},
+        against_original=True,
+    ),
 }

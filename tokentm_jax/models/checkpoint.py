@@ -540,15 +540,6 @@ def described_grid(description: Mapping[str, Any] | None) -> tuple[int, int] | N
     return None if description is None else build(description["architecture"]).grid
 
 
-def save_trained(
-    config: Any, module: ViT, params: Mapping[str, Any], class_names: tuple[str, ...], top_1: float, out: Path
-) -> Path:
-    """Write the result of a training run (`train.TrainConfig`) as `out/<name>.safetensors`."""
-    preprocessing = Preprocessing(module.img_size, 1.0, mean=tuple(config.mean), std=tuple(config.std))
-    extra = {"name": config.name, "top_1": top_1, "epochs": config.epochs, "test_data": Path(config.test_data).name}
-    return write_checkpoint(out / f"{config.name}.safetensors", module, params, preprocessing, class_names, extra)
-
-
 # ---- Hugging Face hub -----------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -19,10 +18,8 @@ from jax import Array
 
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.data.labels import read_label_map, translation
-from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.data.sources import PROFILES, Batch, Source, batches
-from tokentm_jax.maths.maps import unit
-from tokentm_jax.methods.explain import explain_fn
+from tokentm_jax.methods.explain import compiled
 from tokentm_jax.methods.table import METHODS
 from tokentm_jax.models.loading import LoadedViT
 from tokentm_jax.identity import describe_model, digest, environment
@@ -177,10 +174,9 @@ def shapes(config: DatasetConfig, vit: LoadedViT, source: Source) -> dict[str, l
     Compiles nothing. Raises InputError for a method that cannot explain this model.
     """
     pixels = jax.ShapeDtypeStruct((1, *vit.preprocessing.size, 3), jnp.uint8)
-    classes = jax.ShapeDtypeStruct((1,), jnp.int32)
-    found = jax.eval_shape(_program_of(config, vit), vit.params, pixels, classes)
+    found, _ = jax.eval_shape(_program(config, vit), vit.params, pixels, None)
     width = max(len(key.encode("utf-8", "surrogateescape")) for key in source.keys)
-    maps = {f"maps/{method}": list(found[f"maps/{method}"].shape[1:]) for method in config.methods}
+    maps = {f"maps/{method}": list(found[method].shape[1:]) for method in config.methods}
     return {**maps, "logits": [vit.module.num_classes], "key": [max(1, width)]}
 
 
@@ -220,39 +216,10 @@ def _translation(config: DatasetConfig, vit: LoadedViT, source: Source) -> Calla
 # ---- computing ------------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=16)
-def _program(
-    module: Any,
-    preprocessing: Preprocessing,
-    methods: tuple[str, ...],
-    options: tuple[tuple[str, Any], ...],
-    target: str,
-) -> Callable[..., dict[str, Array]]:
-    """(params, pixels, labels) -> what is stored of a batch; the logits are those of the first method's own pass."""
-    explainers = {name: explain_fn(module, name, details=True, **dict(options)) for name in methods}
-
-    def program(params: Any, pixels: Array, labels: Array) -> dict[str, Array]:
-        inputs = preprocessing.normalise(unit(pixels))
-        chosen = jnp.maximum(labels, 0) if target == "label" else None  # unknown labels are skipped afterwards
-        maps, details = {}, {}
-        for name, explain in explainers.items():
-            maps[f"maps/{name}"], more = explain(params, inputs, chosen)
-            details = details or more
-            chosen = details["target"]
-        logits = details["logits"].astype(jnp.float32)
-        return {
-            **maps,
-            "logits": logits,
-            "prediction": logits.argmax(-1).astype(jnp.int32),
-            "target": details["target"].astype(jnp.int32),
-        }
-
-    return jax.jit(program)
-
-
-def _program_of(config: DatasetConfig, vit: LoadedViT) -> Callable[..., dict[str, Array]]:
-    options = tuple(sorted(config.options.items()))
-    return _program(vit.module, vit.preprocessing, tuple(config.methods), options, config.target)
+def _program(config: DatasetConfig, vit: LoadedViT) -> Callable[..., tuple[dict[str, Array], dict[str, Array]]]:
+    """(params, pixels, target) -> maps, and logits and target; the logits are those of the first method's own pass."""
+    methods = {name: config.options for name in config.methods}
+    return compiled(vit.module, methods, details=("logits", "target"), preprocessing=vit.preprocessing)
 
 
 Found = dict[str, np.ndarray]
@@ -268,14 +235,16 @@ def _results(
     """
     devices = jax.local_devices()
     params = [jax.device_put(vit.params, device) for device in devices]
-    program = _program_of(config, vit)
+    program = _program(config, vit)
     waiting: deque[tuple[Batch, dict[str, Any]]] = deque()
     for number, batch in enumerate(stream):
         turn = number % len(devices)
         found: dict[str, Any] = {}
         if batch.keys:
             labels = translate(batch.labels)
-            found = program(params[turn], *jax.device_put((batch.images, labels), devices[turn]))
+            target = np.maximum(labels, 0) if config.target == "label" else None  # unknown labels are skipped later
+            maps, details = program(params[turn], *jax.device_put((batch.images, target), devices[turn]))
+            found = {**{f"maps/{name}": array for name, array in maps.items()}, **details}
             for array in found.values():
                 array.copy_to_host_async()
             found["label"] = labels
@@ -287,7 +256,12 @@ def _results(
 
 
 def _fetched(batch: Batch, found: Mapping[str, Any]) -> tuple[Batch, Found]:
-    return batch, {name: np.asarray(array) for name, array in found.items()}
+    """The results on the host; with them the class that is predicted."""
+    arrays = {name: np.asarray(array) for name, array in found.items()}
+    if arrays:
+        arrays["logits"] = arrays["logits"].astype(np.float32)
+        arrays["prediction"] = arrays["logits"].argmax(-1)
+    return batch, arrays
 
 
 def _fill(

@@ -16,7 +16,7 @@ from tokentm_jax.errors import InputError
 from tokentm_jax.data.labels import read_label_map, translation
 from tokentm_jax.files import reason, replace, write_json, write_text
 from tokentm_jax.identity import claimed, describe_model, environment
-from tokentm_jax.methods.explain import explain_fn
+from tokentm_jax.methods.explain import compiled
 from tokentm_jax.models.loading import LoadedViT, predict
 from tokentm_jax.maths.maps import to_pixels, unit
 from tokentm_jax.data.preprocessing import Preprocessing
@@ -52,36 +52,24 @@ def _clean_program(module: Any, preprocessing: Preprocessing) -> Callable[..., d
     return jax.jit(program)
 
 
-@lru_cache(maxsize=128)
-def _explain_program(
-    module: Any, preprocessing: Preprocessing, method: str, options: tuple[tuple[str, Any], ...]
-) -> Callable[..., Array]:
-    """(params, pixels, classes) -> maps, as a compiled function; pixels are uint8 [B, H, W, 3]."""
-    explain = explain_fn(module, method, **dict(options))
-    return jax.jit(lambda params, pixels, classes: explain(params, preprocessing.normalise(unit(pixels)), classes))
-
-
 @lru_cache(maxsize=16)
 def _score_program(
     module: Any, preprocessing: Preprocessing, task: str, options: tuple[tuple[str, Any], ...]
 ) -> Callable[..., dict[str, Array]]:
     """(params, pixels, classes, labels, masks, maps, original) -> results per image: everything from map to score.
 
-    `original` is the sanity check's other map, and None elsewhere.
+    Masks and `original` are None where the task has no use for them.
     """
 
     def program(
         params: Any, pixels: Array, classes: Array, labels: Array, masks: Any, maps: Array, original: Any
     ) -> dict[str, Array]:
         finite = jnp.isfinite(maps).all((1, 2))
-        more = dict(options)
-        if original is None:
+        if not TASKS[task].against_original:
             maps = to_pixels(jnp.nan_to_num(maps), preprocessing.size)
-        else:
-            more["original"] = original
-        inputs = Inputs(unit(pixels), classes, labels, masks)
+        inputs = Inputs(unit(pixels), classes, labels, masks, original)
         model = partial(predict, module, preprocessing, params)
-        return {"finite": finite, **TASKS[task].compute(model, inputs, maps, **more)}
+        return {"finite": finite, **TASKS[task].compute(model, inputs, maps, **dict(options))}
 
     return jax.jit(program)
 
@@ -105,20 +93,20 @@ class Programs:
         return jax.device_put(array, self._sharding)
 
     def maps(self, row: Row, keys: Sequence[str], pixels: Array, classes: Array) -> tuple[Array, Array | None]:
-        """The row's maps of a batch and, for the sanity check, those that they are compared with."""
-        seed, sanity = self.config.seed, self.config.task == "sanity"
+        """The row's maps of a batch and, for a task that compares them, those without random blocks."""
+        seed, compares = self.config.seed, TASKS[self.config.task].against_original
         if row.method == RANDOM:
             grid = self.vit.module.grid
             noise = [np.stack([metrics.random_map(key, grid, s) for key in keys]) for s in (seed, seed + 1)]
-            return self.place(noise[0]), self.place(noise[1]) if sanity else None
-        explain = _explain_program(*self._model, row.method, tuple(sorted(row.options.items())))
+            return self.place(noise[0]), self.place(noise[1]) if compares else None
         params = self.vit.params
+        program = compiled(self.vit.module, {row.method: row.options}, preprocessing=self.vit.preprocessing)
         if row.random_blocks is not None:
             if self._fresh is None:
                 self._fresh = init_params(self.vit.module, jax.random.key(seed))
             params = randomised(params, self._fresh, row.random_blocks)  # made anew: all of them may not fit
-        maps = explain(params, pixels, classes)
-        return maps, explain(self.vit.params, pixels, classes) if sanity else None
+        maps = program(params, pixels, classes)[0][row.method]
+        return maps, program(self.vit.params, pixels, classes)[0][row.method] if compares else None
 
 
 class Job(NamedTuple):
@@ -206,7 +194,7 @@ def _evaluate(
     if not jobs:
         raise InputError(f"{source.name} has no image that can be read: {next(iter(skipped.values()), 'it is empty')}")
     keys = [job.key for job in jobs if job.explained == PREDICTED]
-    fields = task.fields(**config.options)
+    fields = task.records(config.options)
     records = {row.name: Records(record_file(out, row), fields) for row in config.rows}
 
     # Groups do not depend on what is done already, so an interrupted run computes the very same batches.
@@ -326,7 +314,7 @@ def _stored(
     maps: Maps | None, config: EvaluateConfig, row: Row, group: Sequence[Job], places: Sequence[int]
 ) -> tuple[list[int], np.ndarray]:
     """Those places of the group whose maps are stored, and these maps [k, h, w]."""
-    if maps is None or row.random_blocks is not None or config.task == "sanity":
+    if maps is None or row.random_blocks is not None or TASKS[config.task].against_original:
         return [], np.empty((0, 1, 1), np.float32)
     jobs = [group[i] for i in places]
     wanted = [(job.key, job.explained_class if row.class_specific else None) for job in jobs]

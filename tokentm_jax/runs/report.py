@@ -12,9 +12,21 @@ from typing_extensions import TypedDict
 from tokentm_jax import metrics
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import read_json
-from tokentm_jax.metrics import Measures
 from tokentm_jax.runs.records import Records, record_file, table_of
-from tokentm_jax.metrics.tasks import CLEAN, CLEAN_FIELDS, LARGEST_SEED, PREDICTED, RANDOM, TASKS, EvaluateConfig, Row, check
+from tokentm_jax.metrics.tasks import (
+    CLEAN,
+    CLEAN_FIELDS,
+    FINITE_MAPS,
+    LARGEST_SEED,
+    PREDICTED,
+    RANDOM,
+    TASKS,
+    Column,
+    EvaluateConfig,
+    Plot,
+    Row,
+    check,
+)
 from tokentm_jax.validation import checked
 
 
@@ -39,10 +51,10 @@ def summarise(
     for row in config.rows:
         explained = task.explained if final else (PREDICTED,)
         done, table = table_of(row, explained, clean, records[row.name], keys)
-        for metric, (per_image, statistic) in (task.measure(table) if done else {}).items():
-            add(row.name, metric, per_image, statistic)
+        for metric, per_image in (task.measure(table) if done else {}).items():
+            add(row.name, metric, per_image, task.columns[metric].statistic)
         if done and not table["predicted_finite"].all():
-            add(row.name, "finite_maps", 100.0 * table["predicted_finite"], metrics.mean)
+            add(row.name, "finite_maps", FINITE_MAPS.values(table), FINITE_MAPS.statistic)
     return rows
 
 
@@ -52,8 +64,9 @@ def markdown(results: Mapping[str, Any]) -> str:
     config = run["config"]
     clean = [row for row in rows if row["method"] == CLEAN]
     others = [row for row in rows if row["method"] != CLEAN]
+    known = TASKS[config["task"]].columns
     columns = list(dict.fromkeys(row["metric"] for row in others))
-    cells = {(row["method"], row["metric"]): _cell(row) for row in others}
+    cells = {(r["method"], r["metric"]): _cell(r, known.get(r["metric"], FINITE_MAPS).digits) for r in others}
     heads = {c: c.replace("_", " ") for c in columns}
     for row in others:
         if "paper" in row:
@@ -77,66 +90,54 @@ def markdown(results: Mapping[str, Any]) -> str:
     return text.encode("utf-8", "replace").decode()  # the data set's path may be no UTF-8
 
 
-def _cell(row: Mapping[str, Any]) -> str:
-    digits = 3 if row["metric"] in ("aopc", "lodds", "saco", "similarity") else 2
+def _cell(row: Mapping[str, Any], digits: int = 2) -> str:
     return f"{row['value']:.{digits}f} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
 
 
 def draw(
     config: EvaluateConfig, clean: Records, records: Mapping[str, Records], keys: Sequence[str], path: Path
 ) -> None:
-    """Write `curves.png`: what the task's numbers summarise, one line per row."""
+    """Write `curves.png`: the task's plot with a curve per row, or its first column with an interval per row."""
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
-    axes_names = {"perturbation": ("pixels removed [%]", "accuracy [%]"), "segmentation": ("recall", "precision")}
-    axes_names["insertion"] = ("pixels changed [%]", "probability")
-    for row in config.rows:
-        done, table = table_of(row, (PREDICTED,), clean, records[row.name], keys)
-        if not done:
-            continue
-        if config.task == "perturbation":
-            for d, name in enumerate(("positive (lower is better)", "negative (higher is better)")):
-                curve = np.concatenate([table["clean_hit"][:, None], table["predicted_hit"][:, d]], 1).mean(0)
-                panels.setdefault(name, {})[row.name] = (10 * np.arange(len(curve)), 100 * curve)
-        elif config.task == "segmentation":
-            precision, recall = metrics.precision_recall(table["predicted_histogram"])
-            panels.setdefault("foreground, pooled pixels", {})[row.name] = (recall, precision)
-        elif config.task == "insertion":
-            for d, name in enumerate(("insertion (higher is better)", "deletion (lower is better)")):
-                curve = np.exp(table["predicted_log_probability"][:, d]).mean(0)
-                panels.setdefault(name, {})[row.name] = (np.linspace(0, 100, len(curve)), curve)
-        else:
-            (metric, (per_image, statistic)) = next(iter(TASKS[config.task].measure(table).items()))
-            values = np.array(metrics.bootstrap(per_image, statistic, config.seed))
-            panels.setdefault(metric, {})[row.name] = (values, values)
-
-    bars = config.task not in axes_names
-    height = max(4.0, 0.25 * len(config.rows) + 1)
-    figure = Figure((5.5 * len(panels) + 3, height), layout="constrained")
+    task = TASKS[config.task]
+    tables = {row.name: table_of(row, (PREDICTED,), clean, records[row.name], keys)[1] for row in config.rows}
+    tables = {name: table for name, table in tables.items() if table}
+    many = len(config.rows) > 12
+    colours = colormaps["viridis" if many else "tab10"]
+    figure = Figure(layout="constrained")
     FigureCanvasAgg(figure)
-    colours = colormaps["viridis" if len(config.rows) > 12 else "tab10"]
-    for k, (title, curves) in enumerate(panels.items()):
-        axes = figure.add_subplot(1, len(panels), k + 1)
-        axes.set_title(title)
-        for i, (name, (x, y)) in enumerate(curves.items()):
-            if bars:
-                value, low, high = x
-                axes.errorbar(value, name, xerr=[[value - low], [high - value]], fmt="o", color="black")
-                continue
-            colour = colours(i / max(len(curves) - 1, 1)) if len(config.rows) > 12 else colours(i % 10)
-            style = {"color": "grey", "linestyle": "--"} if name == RANDOM else {"color": colour}
-            axes.plot(x, y, label=name, **style)
-        if bars:
-            axes.invert_yaxis()
-        else:
-            x_name, y_name = axes_names[config.task]
-            axes.set(xlabel=x_name, ylabel=y_name, ylim=(0, None))
-        axes.grid(alpha=0.3)
-        if not bars and k + 1 == len(panels):
+
+    def draw_curves(plot: Plot) -> None:
+        curves = {name: plot.curves(table) for name, table in tables.items()}
+        titles = list(dict.fromkeys(title for panels in curves.values() for title in panels))
+        for k, title in enumerate(titles):
+            axes = figure.add_subplot(1, len(titles), k + 1)
+            for i, (name, panels) in enumerate(curves.items()):
+                colour = colours(i / max(len(curves) - 1, 1)) if many else colours(i % 10)
+                style = {"color": "grey", "linestyle": "--"} if name == RANDOM else {"color": colour}
+                axes.plot(*panels[title], label=name, **style)
+            axes.set(title=title, xlabel=plot.x_label, ylabel=plot.y_label, ylim=(0, None))
+        for axes in figure.axes[-1:]:
             axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+
+    def draw_intervals(title: str, column: Column) -> None:
+        axes = figure.add_subplot()
+        for name, table in tables.items():
+            value, low, high = metrics.bootstrap(column.values(table), column.statistic, config.seed)
+            axes.errorbar(value, name, xerr=[[value - low], [high - value]], fmt="o", color="black")
+        axes.invert_yaxis()
+        axes.set_title(title)
+
+    if task.plot is not None:
+        draw_curves(task.plot)
+    else:
+        draw_intervals(*next(iter(task.columns.items())))
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+    figure.set_size_inches(5.5 * len(figure.axes) + 3, max(4.0, 0.25 * len(config.rows) + 1))
     figure.savefig(path, format="png", dpi=120)
 
 
@@ -201,10 +202,10 @@ class Finished(NamedTuple):
     def keys(self) -> list[str]:
         return [key for key, _ in self.clean.places]
 
-    def measured(self, row: Row) -> tuple[list[str], Measures]:
+    def measured(self, row: Row) -> tuple[list[str], dict[str, np.ndarray]]:
         """The finished examples of a row and its results per image."""
         task = TASKS[self.config.task]
-        records = Records(record_file(self.out, row), task.fields(**self.config.options))
+        records = Records(record_file(self.out, row), task.records(self.config.options))
         done, table = table_of(row, task.explained, self.clean, records, self.keys)
         return done, task.measure(table) if done else {}
 
@@ -244,7 +245,7 @@ def compare(outs: Sequence[Path]) -> list[dict[str, Any]]:
             raise InputError("the runs are of different tasks, or of other options of the task")
         if run.data["identity"] != first.data["identity"]:
             raise InputError(f"the runs are of different data: {first.data['name']} and {run.data['name']}")
-    seed = first.config.seed
+    seed, columns = first.config.seed, TASKS[first.config.task].columns
     baselines = {row.name: first.measured(row) for row in first.config.rows}
     entries = []
     for number, run in enumerate(runs):
@@ -254,12 +255,13 @@ def compare(outs: Sequence[Path]) -> list[dict[str, Any]]:
             other_done, others = baselines.get(against, ([], {}))
             places, other_places = ({key: i for i, key in enumerate(d)} for d in (done, other_done))
             both = [key for key in done if key in other_places]
-            for metric, (per_image, statistic) in measures.items():
+            for metric, per_image in measures.items():
+                statistic = columns[metric].statistic
                 entry = {"run": str(run.out), "method": row.name, "metric": metric, "baseline": None}
                 entry |= {"value": metrics.bootstrap(per_image, statistic, seed, 1)[0], "images": len(done)}
                 if both and metric in others and (number or len(runs) == 1) and (number, row.name) != (0, against):
                     a = per_image[[places[key] for key in both]]
-                    b = others[metric][0][[other_places[key] for key in both]]
+                    b = others[metric][[other_places[key] for key in both]]
                     difference, low, high = metrics.paired(a, b, statistic, seed)
                     entry |= {"baseline": against if len(runs) == 1 else str(first.out), "difference": difference}
                     entry |= {"low": low, "high": high, "images": len(both)}

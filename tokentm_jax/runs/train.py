@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -27,6 +27,7 @@ from tokentm_jax.files import read_text, reason, write_text
 from tokentm_jax.identity import claimed, digest, digest_files, environment
 from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.validation import Name, check_fields
+from tokentm_jax.models.checkpoint import read_checkpoint, write_checkpoint
 from tokentm_jax.models.vit import ViT, init_params
 
 LARGEST_STEP = 2**31 - 1  # steps are counted in int32
@@ -249,8 +250,6 @@ def initial_params(config: TrainConfig, module: ViT) -> dict[str, Any]:
     key = jax.random.key(config.seed)
     params = init_params(module, key)
     if config.fine_tune is not None:
-        from tokentm_jax.models.checkpoint import read_checkpoint
-
         head = {"head", "head_dist"} & params.keys()
         body = read_checkpoint(module, Path(config.fine_tune[1]), reset_head=True)
         return {**body, **{name: params[name] for name in head}}
@@ -274,8 +273,6 @@ def train(config: TrainConfig, module: ViT, data: Data, test: Data, out: Path, l
     """
     import orbax.checkpoint as ocp
 
-    from tokentm_jax.models.checkpoint import save_trained
-
     config = check_fields(config, "the recipe")
     steps, per_epoch, test = _fit(config, module, data, test)
     out = out.absolute()  # as Orbax wants it
@@ -286,8 +283,16 @@ def train(config: TrainConfig, module: ViT, data: Data, test: Data, out: Path, l
         with ocp.CheckpointManager(out / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2)) as saved:
             state = _restore(saved, state, steps, log)
             state, top_1 = _run(config, module, data, test, out, log, saved, step_fn, state, steps)
-        save_trained(config, module, jax.device_get(state.average), data.class_names, top_1, out)
+        _write_model(config, module, state.average, data.class_names, top_1, out / f"{config.name}.safetensors")
     return top_1
+
+
+def _write_model(
+    config: TrainConfig, module: ViT, params: Any, class_names: Sequence[str], top_1: float, path: Path
+) -> None:
+    """The trained model as a checkpoint that describes itself and says how well it does."""
+    how = {"name": config.name, "top_1": top_1, "epochs": config.epochs, "test_data": Path(config.test_data).name}
+    write_checkpoint(path, module, jax.device_get(params), _preprocessing(config, module), tuple(class_names), how)
 
 
 def _fit(config: TrainConfig, module: ViT, data: Data, test: Data) -> tuple[int, int, Data]:
