@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, NotRequired
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NotRequired
 
 import numpy as np
 from annotated_types import Ge, Le
@@ -16,6 +16,9 @@ from tokentm_jax.metrics import Measures
 from tokentm_jax.runs.records import Records, record_file, table_of
 from tokentm_jax.metrics.tasks import CLEAN, CLEAN_FIELDS, LARGEST_SEED, PREDICTED, RANDOM, TASKS, EvaluateConfig, Row, check
 from tokentm_jax.validation import checked
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as MatplotlibFigure
 
 
 def summarise(
@@ -83,11 +86,10 @@ def _cell(row: Mapping[str, Any]) -> str:
 
 
 def draw(
-    config: EvaluateConfig, clean: Records, records: Mapping[str, Records], keys: Sequence[str], path: Path
-) -> None:
-    """Write `curves.png`: what the task's numbers summarise, one line per row."""
+    config: EvaluateConfig, clean: Records, records: Mapping[str, Records], keys: Sequence[str]
+) -> "MatplotlibFigure":
+    """The picture `curves.png`: what the task's numbers summarise, one line per row."""
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     panels: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
@@ -115,8 +117,7 @@ def draw(
 
     bars = config.task not in axes_names
     height = max(4.0, 0.25 * len(config.rows) + 1)
-    figure = Figure((5.5 * len(panels) + 3, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Figure((5.5 * len(panels) + 3, height), layout="constrained", dpi=120)
     colours = colormaps["viridis" if len(config.rows) > 12 else "tab10"]
     for k, (title, curves) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), k + 1)
@@ -137,7 +138,7 @@ def draw(
         axes.grid(alpha=0.3)
         if not bars and k + 1 == len(panels):
             axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    figure.savefig(path, format="png", dpi=120)
+    return figure
 
 
 class Figure(TypedDict):
