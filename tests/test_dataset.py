@@ -466,7 +466,7 @@ def test_bad_settings_are_named_before_anything_is_written(vit, source, tmp_path
         ("unknown method 'gea'; did you mean 'gae'", {"methods": ["gea"]}, source),
         ("must be different ones, got gae,gae", {"methods": ["gae", "gae"]}, source),
         ("must be different ones, got none", {"methods": []}, source),
-        ("unknown gae option 'fnf'", {"methods": ["gae"], "options": {"fnf": 1}}, source),
+        ("unknown option of the method 'gae' 'fnf'", {"methods": ["gae"], "options": {"fnf": 1}}, source),
         ("unknown dtype 'float61'; did you mean 'float16'", {"dtype": "float61"}, source),
         ("unknown target", {"target": "x"}, source),
         ("a multiple of the batch size, got 5 and 2", {"chunk_size": 5}, source),

@@ -54,7 +54,7 @@ def segmentation(maps: Array, masks: Array) -> dict[str, Array]:
 
 
 def pixel_accuracy(average: np.ndarray) -> np.ndarray:
-    """Share of pixels that are right, pooled over the data set, from `counts` [..., 4], in percent; NaN of no pixel."""
+    """Share of pixels that are right, pooled over the data set, from `counts` [..., 4], in percent; NaN of none."""
     total = average.sum(-1)
     return 100 * (average[..., 0] + average[..., 3]) / np.where(total > 0, total, np.nan)
 
