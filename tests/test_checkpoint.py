@@ -20,6 +20,7 @@ import safetensors.numpy
 
 from tokentm_jax.data.preprocessing import HALF, Preprocessing
 from tokentm_jax.errors import InputError
+from tokentm_jax.files import stored_size
 from tokentm_jax.models import checkpoint
 from tokentm_jax.models.architectures import build
 from tokentm_jax.models.checkpoint import (
@@ -348,6 +349,19 @@ def test_values_beyond_float32(plain, tmp_path):
     tensors = to_timm(plain[1]) | {"head.bias": np.full(5, 1e300)}
     with pytest.raises(InputError, match=r"'head\.bias' holds values that are not finite"):
         read_checkpoint(plain[0], save(tmp_path / "model.safetensors", tensors))
+
+
+def test_a_file_that_is_mostly_a_hole(plain, tmp_path):
+    """Of 10 GB that take no room on the disk, nothing is read: a limit of memory would else end the process."""
+    path, name = tmp_path / "model.safetensors", "blocks.0.mlp.fc1.weight"
+    header = json.dumps({name: {"dtype": "F32", "shape": [2500, 10**6], "data_offsets": [0, 10**10]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    os.truncate(path, 8 + len(header) + 10**10)
+    with open(path, "rb") as file:
+        if stored_size(file) > 10**9:
+            pytest.skip("this file system has no holes, or does not tell")
+    with pytest.raises(InputError, match=r"model\.safetensors unpacks to 10\.0 GB and is refused as unsafe"):
+        read_checkpoint(plain[0], path)
 
 
 def test_more_than_the_memory(plain, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from tokentm_jax.data.preprocessing import IMAGENET, Preprocessing
 from tokentm_jax.models.architectures import ARCHITECTURES, build, parameter_count
 from tokentm_jax.models.checkpoint import write_checkpoint
 from tokentm_jax.models.vit import init_params
+from tokentm_jax.runs.store import open_maps
 
 TINY = dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=6)
 NAMES = ("ant", "[bee]", "cat $x$", "dog", "eel", "fox")
@@ -262,6 +263,30 @@ def test_convert_keeps_the_files_of_others(folder, checkpoint):
         assert "was not written by this program" in run("convert", checkpoint, name, code=2).stderr
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert (folder / "link.safetensors").is_symlink()
+
+
+def test_class_names_that_are_given(folder, checkpoint):
+    """For labels as for `explain`: the folders are called as the user's names say, not as the checkpoint's."""
+    (folder / "photos/Two").mkdir()
+    (folder / "photos/a.png").rename(folder / "photos/Two/a.png")
+    (folder / "names.txt").write_text("one\ntwo\nu\nv\nw\nx")
+    (folder / "recipe.py").write_text(
+        "from tokentm_jax import EvaluateConfig, rows\n"
+        "config = EvaluateConfig('x', 'saco', 'photos', rows('random'), options={'groups': 2}, batch_size=1)"
+    )
+    dataset = ("dataset", "photos", "--checkpoint", checkpoint, "--methods", "rollout", "--target", "label")
+    dataset = (*dataset, "--batch-size", 1, "--chunk-size", 1, "--out", "store")
+    evaluate = ("evaluate", "recipe.py", "--checkpoint", checkpoint, "--out", "run")
+    for command in (dataset, evaluate):
+        assert "Two" in run(*command, code=2).stderr
+        run(*command, "--classes", "names.txt")
+    assert open_maps("store").label[:].tolist() == [1]
+    record = json.loads((folder / "run/records/clean.jsonl").read_text())
+    assert record["fields"]["label"] == [1]
+    # What a name stands for is part of what a folder holds.
+    (folder / "names.txt").write_text("two\none\nu\nv\nw\nx")
+    for command in (dataset, evaluate):
+        assert "was made with classes" in run(*command, "--classes", "names.txt", code=2).stderr
 
 
 RECIPE = f"""

@@ -27,7 +27,7 @@ from tokentm_jax.models.checkpoint import write_checkpoint
 from tokentm_jax.runs import dataset as job
 from tokentm_jax.runs import evaluate as evaluation
 from tokentm_jax.runs.dataset import DatasetConfig, explain_dataset
-from tokentm_jax.runs.store import Store, decode, encode, open_maps, scaled
+from tokentm_jax.runs.store import ANSWER, Store, decode, encode, open_maps, scaled
 
 COUNT = 10  # with one that is damaged
 CONFIG = DatasetConfig(("gae", "input_gradient"), dtype="float32", batch_size=2, chunk_size=4)
@@ -384,17 +384,32 @@ def test_where_a_store_can_be(whole, folder, tmp_path):
 def test_a_store_that_never_answers(tmp_path):
     """A server that takes the connection and says nothing, in a process of its own: that must end, too."""
     code = (
-        "from tokentm_jax.runs import store; store.ANSWER = 1\n"
-        "try: store.open_maps('gs://some-bucket/maps')\n"
-        "except store.InputError as error: print(error)"
+        "import tokentm_jax as tm\n"
+        "try: tm.open_maps('gs://some-bucket/maps')\n"
+        "except tm.InputError as error: print(error)"
     )
     with socket.create_server(("127.0.0.1", 0)) as server:
         where = f"127.0.0.1:{server.getsockname()[1]}"
         servers = {"TENSORSTORE_GCS_HTTP_URL": f"http://{where}", "GCE_METADATA_ROOT": where, "HOME": str(tmp_path)}
+        servers["TOKENTM_STORE_WAIT"] = "1"
         job = subprocess.run(
             [sys.executable, "-c", code], env={**os.environ, **servers}, capture_output=True, text=True, timeout=60
         )
-    assert job.returncode == 0 and job.stdout == "the store gs://some-bucket/maps cannot be read: no answer in 1 s\n"
+    said = (
+        "the store gs://some-bucket/maps cannot be read: no answer in 1 s; the environment variable TOKENTM_STORE_WAIT"
+    )
+    assert job.returncode == 0 and job.stdout.startswith(said) and job.stdout.count("\n") == 1
+
+
+def test_how_long_a_store_may_take_to_answer(whole, monkeypatch):
+    assert ANSWER < 10
+    for given in ("soon", "0", "-1", "nan", "1e9"):
+        monkeypatch.setenv("TOKENTM_STORE_WAIT", given)
+        with pytest.raises(InputError, match=f"TOKENTM_STORE_WAIT must be a number of seconds .*, got '{given}'"):
+            open_maps(whole)
+    for given in ("", "30"):
+        monkeypatch.setenv("TOKENTM_STORE_WAIT", given)
+        assert len(open_maps(whole)) == 10
 
 
 def test_leftovers_of_killed_writers_go(whole, vit, source, tmp_path):
@@ -581,6 +596,10 @@ def test_an_evaluation_takes_maps_from_a_store(whole, vit, source, folder, tmp_p
     few.__dict__["_places"] = {k: v for k, v in stored._places.items() if k != key}
     partly = evaluation.evaluate(config, vit, source, tmp_path / "partly", maps=few)
     assert partly["rows"] == plain["rows"] and computed.count("gae") == 1
+    finer = {**stored.provenance, "shapes": {**stored.provenance["shapes"], "maps/gae": [4, 6]}}
+    Store(tmp_path / "finer", finer)
+    with pytest.raises(InputError, match=r"finer holds maps \[4, 6\] of 'gae', expected \[2, 3\] for tiny"):
+        evaluation.evaluate(config, vit, source, tmp_path / "other", maps=open_maps(tmp_path / "finer"))
     with pytest.raises(InputError, match="with the profile 'default', not 'reference'"):
         changed = dataclasses.replace(config, profile="reference")
         evaluation.evaluate(changed, vit, source, tmp_path / "other", maps=stored)

@@ -25,6 +25,7 @@ from tokentm_jax.cli.main import main
 from tokentm_jax.cli.recipes import read_recipe
 from tokentm_jax.data.sources import batches, open_source
 from tokentm_jax.errors import InputError
+from tokentm_jax.files import ours
 from tokentm_jax.identity import claimed
 from tokentm_jax.maths.maps import to_pixels
 from tokentm_jax.methods.explain import explain_fn
@@ -113,6 +114,7 @@ def test_the_numbers_are_those_of_a_slow_evaluation(whole, vit, folder):
     assert "0x" not in json.dumps(run)  # an address would make the identity another in every process
     assert run["data"]["identity"] == source.identity and run["config"]["task"] == "perturbation"
     assert "| gae |" in (out / "results.md").read_text() and "Clean accuracy" in (out / "results.md").read_text()
+    assert ours(out / "curves.png")
     with Image.open(out / "curves.png") as picture:
         assert picture.width > 1000
 
@@ -344,6 +346,10 @@ def test_nobody_else_s_files_and_no_other_run(config, vit, folder, whole, tmp_pa
         refused("was made with device cpu, and this command has abacus")
     with claimed(out, json.loads((out / "identity.json").read_text()), ()):
         refused("is being written by another process")
+    ours_there = (out / "curves.png").read_bytes()
+    Image.new("RGB", (3, 3)).save(out / "curves.png")
+    refused("curves.png is there and was not written by this program")
+    (out / "curves.png").write_bytes(ours_there)
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "results.md").write_text("my own notes")

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokentm_jax.cli.figure import blend, overlay_figure, shade, sheet, write_png
+from tokentm_jax.cli.figure import blend, overlay_figure, shade, sheet
+from tokentm_jax.identity import write_png
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
 

@@ -338,6 +338,14 @@ def test_bootstrap():
     assert metrics.bootstrap(counts, metrics.pixel_accuracy)[0] == 25
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("figure", [metrics.pixel_accuracy, metrics.mean_iou])
+def test_figures_of_no_pixel_at_all_are_no_number(figure):
+    right = np.array([3, 0, 0, 5])
+    assert np.isnan(figure(np.zeros(4))) and figure(right) == 100
+    np.testing.assert_array_equal(figure(np.stack([right, 0 * right])), [100, np.nan])
+
+
 def test_paired_differences_are_tighter_than_two_intervals():
     random = np.random.default_rng(0)
     images = random.normal(0, 5, (200, 1))

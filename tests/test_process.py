@@ -8,11 +8,16 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from tokentm_jax.cli.process import GRACE
+from tokentm_jax.data.preprocessing import HALF, Preprocessing
+from tokentm_jax.models.architectures import build
+from tokentm_jax.models.checkpoint import write_checkpoint
+from tokentm_jax.models.vit import init_params
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKED = """
@@ -182,3 +187,58 @@ def test_signals_at_random_moments(number, tmp_path, shared):
             process.kill()
             process.communicate()
     assert ended > 10
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with a tiny model, photos for many seconds of work, and the recipes of two commands."""
+    path, rng = tmp_path_factory.mktemp("work"), np.random.default_rng(0)
+    options = dict(img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=2)
+    module = build(options)
+    params = init_params(module, jax.random.key(0))
+    write_checkpoint(path / "tiny.safetensors", module, params, Preprocessing((16, 16), **HALF), ["a", "b"])
+    for i in range(1000):
+        file = path / "photos" / "ab"[i % 2] / f"{i:03}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(file)
+    photos, checkpoint = str(path / "photos"), str(path / "tiny.safetensors")
+    (path / "evaluate.py").write_text(
+        "from tokentm_jax import EvaluateConfig, rows\n"
+        f"config = EvaluateConfig('x', 'saco', {photos!r}, rows('rollout'), checkpoint={checkpoint!r}, batch_size=1)"
+    )
+    (path / "train.py").write_text(
+        "from tokentm_jax import TrainConfig\n"
+        f"config = TrainConfig('x', {photos!r}, {photos!r}, {options!r}, 1000, batch_size=500)"
+    )
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("command", "arguments", "first"),
+    [
+        ("dataset", "photos --checkpoint tiny.safetensors --batch-size 1 --chunk-size 1", "status/c/*"),
+        ("evaluate", "evaluate.py", "records/rollout*.jsonl"),
+        ("train", "train.py", "checkpoints/*"),
+    ],
+)
+def test_signals_while_results_are_written(work, tmp_path, monkeypatch, command, arguments, first, number):
+    """From the first file of the results on; where the moments fall in a loop of writing is left to chance."""
+    monkeypatch.chdir(work)
+    out, cache = tmp_path / "out", {"JAX_COMPILATION_CACHE_DIR": str(work / "cache")}
+    for moment in range(3):
+        process = started(["-m", "tokentm_jax", command, *arguments.split(), "--out", out], **cache)
+        known = set(out.glob(first))
+        while set(out.glob(first)) == known and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(0.1 * moment)
+        began = time.monotonic()
+        process.send_signal(number)
+        said = "".join(process.communicate(timeout=60))
+        assert process.returncode == 128 + number, said
+        assert time.monotonic() - began < GRACE + 5
+        assert "Traceback" not in said and "Exception" not in said and "Error" not in said
+        unfinished = (".part", ".old", ".__lock", ".orbax-checkpoint-tmp")
+        assert not [path for path in out.rglob("*") if path.name.endswith(unfinished)]
+        assert all(path.read_text().endswith("\n") for path in out.rglob("*.jsonl"))

@@ -123,12 +123,15 @@ def test_a_stopped_run_resumes_to_the_same_numbers(data, whole, tmp_path, monkey
     assert lines == ["resumed at step 10 of 20"]
 
     lines = []
+    assert sorted(p.name for p in (out / "checkpoints").iterdir() if p.is_dir()) == ["10", "5"]
+    shutil.copytree(out / "checkpoints/10", out / "checkpoints/15.orbax-checkpoint-tmp")  # of a run that was killed
     with (out / "log.jsonl").open("a") as file:
         file.write('{"step": 15}\n')  # of a run that ended before its checkpoint was whole
     train(CONFIG, module, data, data, out, lines.append)
     assert lines[0] == "resumed at step 10 of 20"
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in log] == [5, 10, 15, 20]
+    assert not list(out.rglob("*orbax-checkpoint-tmp*"))
     uninterrupted, resumed = (tm.load(checkpoint=folder / "toy.safetensors") for folder in (whole[0], out))
     jax.tree.map(np.testing.assert_array_equal, uninterrupted.params, resumed.params)
 

@@ -5,12 +5,14 @@ each fault into one InputError that names the file. Everything that is written g
 meet a file of the user, `ours` tells whether this program wrote what stands there.
 """
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
 import stat
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -72,6 +74,21 @@ def size_of(file: BufferedReader) -> int:
     return os.fstat(file.fileno()).st_size
 
 
+def stored_size(file: BufferedReader) -> int:
+    """Bytes of an open file without its holes, which read as zeros and take no room on the disk."""
+    number, size, stored, place = file.fileno(), size_of(file), 0, 0
+    if not hasattr(os, "SEEK_HOLE"):
+        return size
+    while place < size:
+        try:
+            start = os.lseek(number, place, os.SEEK_DATA)
+            place = os.lseek(number, start, os.SEEK_HOLE)
+        except OSError as error:
+            return stored if error.errno == errno.ENXIO else size  # no more data; a file system that cannot tell
+        stored += place - start
+    return stored
+
+
 def read_bytes(path: str | os.PathLike[str], largest: int = LARGEST_TEXT, what: str = "") -> bytes:
     """The whole file. InputError as for `opened`, and for more than `largest` bytes, before they are read."""
     with opened(path, what) as file:
@@ -118,10 +135,22 @@ def replace(path: str | os.PathLike[str], write: Callable[[Path], Any], hint: st
         if old.exists() and not path.exists():
             os.replace(old, path)
         for left in (part, old):
-            if left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
-            with suppress(OSError):
-                left.unlink()
+            remove(left)
+
+
+def remove(path: Path) -> None:
+    """Remove an unfinished file or folder, if it is there, as far as that is possible.
+
+    Threads of a library whose writing failed or was interrupted may write on for a moment and make the folder anew:
+    a folder is gone when it has not come back.
+    """
+    with suppress(OSError):
+        path.unlink()
+    for _ in range(20):
+        if not path.is_dir():
+            return
+        shutil.rmtree(path, ignore_errors=True)
+        time.sleep(0.1)
 
 
 def write_text(path: str | os.PathLike[str], text: str, hint: str = "") -> None:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,9 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokentm_jax.errors import InputError
-from tokentm_jax.files import opened, read_json, reason, write_json
+from tokentm_jax.files import MARK, opened, read_json, reason, replace, write_json
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from tokentm_jax.models.loading import LoadedViT
 
 Terms = Mapping[str, Any]
@@ -41,6 +44,17 @@ def environment() -> dict[str, Any]:
 
     versions = {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}}
     return {"device": jax.local_devices()[0].device_kind, "versions": versions}
+
+
+def write_png(figure: "Figure", path: Path, hint: str = "") -> None:
+    """Write a figure whole or not at all, with the mark and version by which `files.ours` knows it.
+
+    Raises InputError "{path} cannot be written: ...{hint}".
+    """
+    software = f"{MARK} {version_of('tokentm_jax')}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of letters that the font lacks
+        replace(path, lambda part: figure.savefig(part, format="png", metadata={"Software": software}), hint)
 
 
 def digest(*parts: Any) -> str:

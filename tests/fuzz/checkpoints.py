@@ -256,6 +256,9 @@ def other_tree(path: Path, tree: Any) -> None:
         writer.save((path / "params").resolve(), tree)
 
 
+HOLE = b'{"head.weight": {"dtype": "F32", "shape": [2500, 1000000], "data_offsets": [0, 10000000000]}}'
+
+
 def cases(rng: random.Random) -> Iterator[Case]:
     for name in ("tiny.safetensors", "orbax"):
         yield convert(f"as it is: {name}", base(name), GOOD, "w.safetensors" if "." in name else "w")
@@ -268,6 +271,7 @@ def cases(rng: random.Random) -> Iterator[Case]:
                           ("store", base("store")), ("run", base("run")), ("noise", rng.randbytes(999)),
                           ("10 GB of zeros", sparse(b"", 10**10)),
                           ("10 GB of safetensors", sparse(struct.pack("<Q", 2) + b"{}", 10**10)),
+                          ("10 GB of one tensor", sparse(struct.pack("<Q", len(HOLE)) + HOLE, 8 + len(HOLE) + 10**10)),
                           ("/dev/random", link("/dev/random"))):
         yield convert(note, content)
         if callable(content) or len(content) > 6:

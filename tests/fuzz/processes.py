@@ -228,6 +228,9 @@ def environments() -> Iterator[Case]:
         for command in (EXPLAIN, EVALUATE):
             yield case(f"{command[0]}: {note}", odd(command, (2,), env["JAX_PLATFORMS"], env=env))
 
+    for flags in ("--xla_nonsense=1", "nonsense"):  # XLA ends the process itself, with one line
+        yield case(f"XLA_FLAGS={flags}", odd(EXPLAIN, (1,), "XLA_FLAGS", env={"XLA_FLAGS": flags}))
+
     def damage_cache(cwd: Path) -> None:
         shutil.copytree(base_cache(), cwd / "cache")
         for file in (cwd / "cache").iterdir():

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from tokentm_jax.cli.options import MODELS_HELP, PATH, start_jax
+from tokentm_jax.cli.options import MODELS_HELP, PATH, class_names, start_jax
 from tokentm_jax.errors import printable
 from tokentm_jax.files import require_ours
 
@@ -14,7 +14,7 @@ from tokentm_jax.files import require_ours
 @click.argument("out", type=PATH)
 @click.option("--model", help=MODELS_HELP)
 @click.option("--img-size", type=click.IntRange(1), help="Another resolution; position embeddings are resampled.")
-@click.option("--classes", type=PATH, help="Class names: .json, or .txt with one per line.")
+@class_names
 def convert(checkpoint: Path, out: Path, model: str | None, img_size: int | None, classes: Path | None) -> None:
     """Write CHECKPOINT to OUT with its architecture, preprocessing and class names.
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from tokentm_jax.cli.options import MODELS_HELP, PATH, TEXT, parse_options, start_jax
+from tokentm_jax.cli.options import MODELS_HELP, PATH, TEXT, class_names, parse_options, start_jax
 from tokentm_jax.cli.terminal import complain, running_images
 from tokentm_jax.errors import InputError
 
@@ -27,6 +27,7 @@ from tokentm_jax.errors import InputError
 @click.option("--batch-size", type=click.IntRange(1, 4096), default=32, show_default=True, help="Per device.")
 @click.option("--chunk-size", type=click.IntRange(1), help="Images written together; default: 256 or a little more.")
 @click.option("--label-map", metavar="FILE", help="JSON or CSV: the data set's name of a class, the model's class.")
+@class_names
 @click.option("--retry-skipped", is_flag=True, help="Compute chunks again that have skipped images.")
 @click.option("--coordinator", metavar="HOST:PORT", help="Of several processes; 'auto' under Slurm, MPI or on a TPU.")
 @click.option("--processes", type=click.IntRange(1), help="How many there are, with --coordinator HOST:PORT.")
@@ -40,6 +41,7 @@ def dataset(
     methods: str,
     options: tuple[str, ...],
     limit: int | None,
+    classes: Path | None,
     retry_skipped: bool,
     coordinator: str | None,
     processes: int | None,
@@ -72,7 +74,7 @@ def dataset(
     check(config, source)
     number, count = _join(coordinator, processes, process)
     start_jax()
-    vit = load(model, checkpoint, img_size=img_size)
+    vit = load(model, checkpoint, img_size=img_size, class_names=classes)
     with running_images() as report:
         outcome = explain_dataset(
             config, vit, source, out, report, process=number, processes=count, retry_skipped=retry_skipped

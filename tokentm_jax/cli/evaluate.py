@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from tokentm_jax.cli.options import MODELS_HELP, PATH, TEXT, make_folder, start_jax
+from tokentm_jax.cli.options import MODELS_HELP, PATH, TEXT, class_names, make_folder, start_jax
 from tokentm_jax.cli.recipes import read_recipe
 from tokentm_jax.cli.terminal import complain, running_table
 from tokentm_jax.errors import printable
@@ -20,6 +20,7 @@ from tokentm_jax.errors import printable
 @click.option("--limit", type=click.IntRange(1), help="So many images, drawn by the recipe's seed.")
 @click.option("--batch-size", type=click.IntRange(1, 4096), help="In place of the recipe's.")
 @click.option("--label-map", type=TEXT, metavar="FILE", help="JSON or CSV: the data set's class name, the model's.")
+@class_names
 @click.option("--maps", type=TEXT, help="Store of `tokentm dataset` to take maps from; others are computed.")
 @click.option("--out", type=PATH, help="Folder; default: runs/<name of the recipe>.")
 def evaluate(
@@ -31,6 +32,7 @@ def evaluate(
     limit: int | None,
     batch_size: int | None,
     label_map: str | None,
+    classes: Path | None,
     maps: str | None,
     out: Path | None,
 ) -> None:
@@ -62,7 +64,7 @@ def evaluate(
     start_jax()
     stored = None if maps is None else open_maps(maps)
     source = open_source(config.data, limit=config.limit, seed=None if config.limit is None else config.seed)
-    vit = load(config.model, config.checkpoint)
+    vit = load(config.model, config.checkpoint, class_names=classes)
     folder = out or Path("runs") / config.name
     make_folder(folder)
     with running_table() as report:

@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 
 from tokentm_jax.cli.heatmaps import Run, fail, output_names, print_result, sheet_names
-from tokentm_jax.cli.options import MODELS_HELP, PATH, make_folder, parse_options, start_jax
+from tokentm_jax.cli.options import MODELS_HELP, PATH, class_names, make_folder, parse_options, start_jax
 from tokentm_jax.errors import InputError, suggest
 
 
@@ -21,7 +21,7 @@ from tokentm_jax.errors import InputError, suggest
 @click.option("--out", type=PATH, default="explanations", show_default=True, help="Folder.")
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Option of the method; repeatable.")
 @click.option("--batch-size", type=click.IntRange(1, 1024), default=8, show_default=True)
-@click.option("--classes", type=PATH, help="Class names: .json, or .txt with one per line.")
+@class_names
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document in place of tables.")
 def explain(
     photos: tuple[str, ...],

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,8 +13,6 @@ from matplotlib.textpath import text_to_path
 from PIL import Image
 
 from tokentm_jax.errors import printable
-from tokentm_jax.files import MARK, replace
-from tokentm_jax.identity import version_of
 
 DPI = 130
 INK, GREY = "#1c1c1c", "#666666"
@@ -139,14 +136,6 @@ def sheet(
         axes = figure.add_axes(((margin + 2.6 * i) / total, 0.32 / tall, 2.0 / total, 0.1 / tall))
         _bar(axes, signed, "horizontal")
     return figure
-
-
-def write_png(figure: Figure, path: Path) -> None:
-    """Write the figure whole or not at all, with the mark by which `files.ours` knows it. Raises InputError."""
-    software = f"{MARK} {version_of('tokentm_jax')}"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of letters that the font lacks
-        replace(path, lambda part: figure.savefig(part, format="png", metadata={"Software": software}))
 
 
 def _picture(figure: Figure, picture: np.ndarray, x: float, y: float, width: float, height: float) -> Axes:

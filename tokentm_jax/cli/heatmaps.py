@@ -114,7 +114,8 @@ class Run:
         views: list["np.ndarray"],
         maps: dict[str, "np.ndarray"],
     ) -> None:
-        from tokentm_jax.cli.figure import overlay_figure, sheet, write_png
+        from tokentm_jax.cli.figure import overlay_figure, sheet
+        from tokentm_jax.identity import write_png
 
         titles = [f"{r['target']['name']} {r['target']['probability']:.1%}" for r in results]
         if len(self.methods) > 1:

@@ -28,6 +28,7 @@ class Given(click.ParamType):
 
 
 PATH, TEXT = Given(Path), Given(str)
+class_names = click.option("--classes", type=PATH, help="Class names: .json, or .txt with one per line.")
 
 
 def parse_options(texts: Sequence[str]) -> dict[str, bool | int | float | str | None]:

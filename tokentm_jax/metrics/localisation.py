@@ -54,14 +54,19 @@ def segmentation(maps: Array, masks: Array) -> dict[str, Array]:
 
 
 def pixel_accuracy(average: np.ndarray) -> np.ndarray:
-    """Share of pixels that are right, pooled over the data set, from `counts` [..., 4], in percent."""
-    return 100 * (average[..., 0] + average[..., 3]) / average.sum(-1)
+    """Share of pixels that are right, pooled over the data set, from `counts` [..., 4], in percent; NaN of none."""
+    total = average.sum(-1)
+    return 100 * (average[..., 0] + average[..., 3]) / np.where(total > 0, total, np.nan)
 
 
 def mean_iou(average: np.ndarray) -> np.ndarray:
-    """Mean of the pooled intersection over union of foreground and background, from `counts` [..., 4], in percent."""
+    """Mean of the pooled intersection over union of foreground and background, from `counts` [..., 4], in percent.
+
+    A class that is neither there nor found has the IoU 0; of no pixel at all it is NaN.
+    """
     right, wrong = average[..., [0, 3]], average[..., [1, 2]].sum(-1, keepdims=True)
-    return 100 * (right / np.maximum(right + wrong, 1e-12)).mean(-1)
+    found = 100 * (right / np.maximum(right + wrong, 1e-12)).mean(-1)
+    return np.where(average.sum(-1) > 0, found, np.nan)
 
 
 def f1(counts: np.ndarray) -> np.ndarray:

@@ -27,7 +27,7 @@ from pydantic import JsonValue
 
 from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.errors import InputError
-from tokentm_jax.files import MARK, as_path, opened, read_json, read_text, reason, replace, require_ours, size_of
+from tokentm_jax.files import MARK, as_path, opened, read_json, read_text, reason, replace, require_ours, stored_size
 from tokentm_jax.models.architectures import LARGEST, Config, architecture, build, config_of
 from tokentm_jax.models.vit import ViT
 from tokentm_jax.validation import checked
@@ -212,7 +212,7 @@ def _kind(path: Path) -> str:
             return "orbax"
         raise InputError(f"{path} is a folder without description.json and params: not a checkpoint of this project")
     with opened(path, "checkpoint") as file:
-        start, stored = file.read(16), size_of(file)
+        start = file.read(16)
         if not start:
             raise InputError(f"checkpoint {path} is empty")
         if start.startswith(b"PK\x03\x04"):
@@ -221,7 +221,7 @@ def _kind(path: Path) -> str:
                     entries = archive.infolist()
             except Exception as error:  # zipfile raises a dozen kinds for damaged archives
                 raise _damaged(path, error) from None
-            _require_room(path, sum(entry.file_size for entry in entries), stored)
+            _require_room(path, sum(entry.file_size for entry in entries))
             if all(entry.filename.endswith(".npy") for entry in entries):
                 return "npz"
             if any(entry.filename.endswith("data.pkl") for entry in entries):
@@ -238,8 +238,13 @@ def _damaged(path: Path, error: BaseException) -> InputError:
     return InputError(f"checkpoint {path} is damaged or incomplete ({reason(error)})")
 
 
-def _require_room(path: Path, unpacked: int, stored: int) -> None:
-    """InputError for more bytes than a file of `stored` bytes can hold by right, or than the memory."""
+def _require_room(path: Path, unpacked: int) -> None:
+    """InputError for more bytes than what is stored there can hold by right, or than the memory."""
+    stored = 0
+    for part in path.rglob("*") if path.is_dir() else [path]:
+        if not part.is_dir():
+            with opened(part, "checkpoint") as file:
+                stored += stored_size(file)
     if unpacked > LARGEST_FACTOR * stored:
         raise InputError(f"checkpoint {path} unpacks to {unpacked / 1e9:.1f} GB and is refused as unsafe")
     if hasattr(os, "sysconf") and unpacked > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
@@ -250,7 +255,7 @@ def _read_safetensors(path: Path) -> Tensors:
     try:
         with safetensors.safe_open(path, "np") as file:
             names = file.keys()
-            _require_room(path, sum(4 * math.prod(file.get_slice(n).get_shape()) for n in names), path.stat().st_size)
+            _require_room(path, sum(4 * math.prod(file.get_slice(n).get_shape()) for n in names))
             return {name: file.get_tensor(name) for name in names}
     except InputError:
         raise
@@ -263,7 +268,7 @@ def _read_npz(path: Path) -> Tensors:
     try:
         with opened(path, "checkpoint") as file, zipfile.ZipFile(file) as archive:
             unpacked = sum(_declared_size(archive, entry, path) for entry in archive.infolist())
-            _require_room(path, unpacked, size_of(file))
+            _require_room(path, unpacked)
             file.seek(0)
             with np.load(file, allow_pickle=False) as arrays:
                 return _from_google({name: arrays[name] for name in arrays.files}, path)
@@ -308,7 +313,7 @@ def _read_torch(path: Path) -> Tensors:
         raise InputError(f"{path} is not a checkpoint: expected a dictionary of tensors")
     tensors = {str(name): t for name, t in content.items() if isinstance(t, torch.Tensor)}
     # A tensor may repeat one number of the file without end.
-    _require_room(path, sum(4 * t.numel() for t in tensors.values() if not t.is_nested), path.stat().st_size)
+    _require_room(path, sum(4 * t.numel() for t in tensors.values() if not t.is_nested))
     read: Tensors = {}
     for name, t in tensors.items():
         if t.layout is not torch.strided or t.is_nested or t.is_quantized or t.is_meta:
@@ -332,11 +337,9 @@ def _quiet_orbax() -> Iterator[None]:
 def _read_orbax(path: Path) -> Tensors:
     import orbax.checkpoint as ocp
 
-    stored = 0
     for file in (path / "params").rglob("*"):
         if not file.is_file() and not file.is_dir():  # a pipe: Orbax would wait for ever
             raise InputError(f"checkpoint {path}: {file} is no regular file")
-        stored += file.stat().st_size
     try:
         with _quiet_orbax(), ocp.PyTreeCheckpointer() as reader:
             folder = (path / "params").resolve()
@@ -351,7 +354,7 @@ def _read_orbax(path: Path) -> Tensors:
                 if shape is None or not block or not jnp.issubdtype(dtype, jnp.floating):
                     raise InputError(f"checkpoint {path}: {'.'.join(map(str, names))!r} is no parameter of a ViT")
                 unpacked += 4 * math.prod(shape)
-            _require_room(path, unpacked, stored)
+            _require_room(path, unpacked)
             kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
             return to_timm(reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=kinds)))
     except InputError:

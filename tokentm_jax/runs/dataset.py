@@ -188,6 +188,7 @@ def provenance(config: DatasetConfig, vit: LoadedViT, source: Source) -> dict[st
         "data": {"name": source.name, "identity": source.identity},
         "examples": len(source),
         "keys": digest(*source.keys),
+        "classes": digest(vit.class_names, vit.wnids),
         **dataclasses.asdict(config),
         "methods": list(config.methods),
         "options": dict(config.options),

@@ -14,8 +14,8 @@ from jax import Array
 from tokentm_jax import metrics
 from tokentm_jax.errors import InputError
 from tokentm_jax.data.labels import read_label_map, translation
-from tokentm_jax.files import reason, replace, write_json, write_text
-from tokentm_jax.identity import claimed, describe_model, environment
+from tokentm_jax.files import reason, require_ours, write_json, write_text
+from tokentm_jax.identity import claimed, describe_model, digest, environment, write_png
 from tokentm_jax.methods.explain import compiled
 from tokentm_jax.models.loading import LoadedViT, predict
 from tokentm_jax.maths.maps import to_pixels, unit
@@ -158,7 +158,7 @@ def evaluate(
     translate = translation(vit, source, config.label_map)
     run = describe(config, vit, source)
     if maps is not None:
-        run["maps"] = _check_maps(maps, run)
+        run["maps"] = _check_maps(maps, run, config, vit)
     with claimed(out, _terms(run), (*RESULTS, "records")):
         return _evaluate(config, vit, source, out, translate, run, report, maps)
 
@@ -166,7 +166,7 @@ def evaluate(
 def _terms(run: Mapping[str, Any]) -> dict[str, Any]:
     """What must be equal for a run to go on. Not the rows, which have files of their own; nor the limit and the batch
     size, for an image's results do not depend on the others, and a lack of memory is mended by smaller batches."""
-    config, made = run["config"], {name: run[name] for name in ("data", "model", "versions", "device")}
+    config, made = run["config"], {name: run[name] for name in ("data", "model", "classes", "versions", "device")}
     same = {name: config[name] for name in ("task", "profile", "options", "seed", "label_map") if name in config}
     rounded = run.get("maps", {}).get("dtype") == "float16"  # these are not mixed with exact maps
     return {**same, "maps": "float16" if rounded else "exact", **made}
@@ -184,6 +184,7 @@ def _evaluate(
 ) -> dict[str, Any]:
     """`evaluate` in a folder that is held."""
     task = TASKS[config.task]
+    require_ours(out / "curves.png")
     try:
         (out / "records").mkdir(exist_ok=True)
     except OSError as error:
@@ -236,7 +237,7 @@ def _evaluate(
     results = {"rows": summarise(config, clean, records, keys), "run": run}
     write_json(out / "results.json", results, KEPT)
     write_text(out / "results.md", markdown(results), KEPT)
-    replace(out / "curves.png", lambda path: draw(config, clean, records, keys, path), KEPT)
+    write_png(draw(config, clean, records, keys), out / "curves.png", KEPT)
     return results
 
 
@@ -295,8 +296,8 @@ def _open(row: Row, records: Records, group: Sequence[Job]) -> list[int]:
     ]
 
 
-def _check_maps(maps: Maps, run: Mapping[str, Any]) -> dict[str, Any]:
-    """What the results say of stored maps. InputError for those of another model, data set or profile."""
+def _check_maps(maps: Maps, run: Mapping[str, Any], config: EvaluateConfig, vit: LoadedViT) -> dict[str, Any]:
+    """What the results say of stored maps. InputError for those of another model, data set, profile or shape."""
     made = maps.provenance
     for what in ("model", "data"):
         if made[what]["identity"] != run[what]["identity"]:
@@ -307,6 +308,15 @@ def _check_maps(maps: Maps, run: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError(
             f"{maps.path} was made with the profile {made['profile']!r}, not {run['config']['profile']!r}"
         )
+    images = jax.ShapeDtypeStruct((1, *vit.preprocessing.size, 3), jnp.float32)
+    classes = jax.ShapeDtypeStruct((1,), jnp.int32)
+    for row in config.rows:
+        if maps.has(row.method, row.options):
+            program = compiled(vit.module, {row.method: row.options})
+            shape = jax.eval_shape(program, vit.params, images, classes)[0][row.method].shape
+            if maps.maps[row.method].shape[1:] != shape[1:]:
+                found = f"holds maps {list(maps.maps[row.method].shape[1:])} of {row.method!r}"
+                raise InputError(f"{maps.path} {found}, expected {list(shape[1:])} for {vit.name}")
     return {"store": maps.path, **{name: made[name] for name in ("methods", "options", "target", "dtype", "versions")}}
 
 
@@ -347,4 +357,5 @@ def describe(config: EvaluateConfig, vit: LoadedViT, source: Source) -> dict[str
         "config": settings,
         "data": {"name": source.name, "identity": source.identity, "examples": len(source)},
         "model": describe_model(vit),
+        "classes": digest(vit.class_names, vit.wnids),
     }

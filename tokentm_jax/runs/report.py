@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, NotRequired
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NotRequired
 
 import numpy as np
 from annotated_types import Ge, Le
@@ -28,6 +28,9 @@ from tokentm_jax.metrics.tasks import (
     check,
 )
 from tokentm_jax.validation import checked
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as MatplotlibFigure
 
 
 def summarise(
@@ -95,11 +98,10 @@ def _cell(row: Mapping[str, Any], digits: int = 2) -> str:
 
 
 def draw(
-    config: EvaluateConfig, clean: Records, records: Mapping[str, Records], keys: Sequence[str], path: Path
-) -> None:
-    """Write `curves.png`: the task's plot with a curve per row, or its first column with an interval per row."""
+    config: EvaluateConfig, clean: Records, records: Mapping[str, Records], keys: Sequence[str]
+) -> "MatplotlibFigure":
+    """The picture `curves.png`: the task's plot with a curve per row, or its first column with an interval per row."""
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     task = TASKS[config.task]
@@ -107,8 +109,7 @@ def draw(
     tables = {name: table for name, table in tables.items() if table}
     many = len(config.rows) > 12
     colours = colormaps["viridis" if many else "tab10"]
-    figure = Figure(layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Figure(layout="constrained", dpi=120)
 
     def draw_curves(plot: Plot) -> None:
         curves = {name: plot.curves(table) for name, table in tables.items()}
@@ -138,7 +139,7 @@ def draw(
     for axes in figure.axes:
         axes.grid(alpha=0.3)
     figure.set_size_inches(5.5 * len(figure.axes) + 3, max(4.0, 0.25 * len(config.rows) + 1))
-    figure.savefig(path, format="png", dpi=120)
+    return figure
 
 
 class Figure(TypedDict):

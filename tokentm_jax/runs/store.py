@@ -51,7 +51,8 @@ REASON_BYTES = 200
 FILL: dict[str, Any] = {"float16": np.nan, "float32": np.nan, "int32": -1, "uint32": 0, "uint8": 0}
 LARGEST_CHUNK = 2**29  # bytes of a chunk, all arrays together
 SCHEMES = ("gs", "s3", "memory", "file")
-ANSWER = 60  # seconds that a store may take to answer when it is opened
+ANSWER = 8.0  # seconds that a store may take to answer when it is opened; the variable WAIT says another number
+WAIT = "TOKENTM_STORE_WAIT"
 _IN_MEMORY = 2**30  # bytes of the chunks that are filled, written or checked at a time
 _GROUPS = ("maps", "scale")
 _READERS = 8  # chunks checked at a time
@@ -191,12 +192,24 @@ def _terms(provenance: Mapping[str, Any]) -> dict[str, Any]:
 def _reason(error: Exception) -> str:
     """The cause alone, of an error of TensorStore, whose text also has specs and transforms."""
     if isinstance(error, TimeoutError):
-        return f"no answer in {ANSWER} s"
+        return f"no answer in {_patience():g} s; the environment variable {WAIT} says how many seconds to wait"
     if isinstance(error, OSError):
         return reason(error)
     number = re.search(r"os_error_code='(\d+)'", str(error))
     text = str(error).split(" [")[0].rsplit('"zarr3" driver: ')[-1]
     return os.strerror(int(number[1])) if number else " ".join(text.split())[:400] or type(error).__name__
+
+
+def _patience() -> float:
+    """Seconds that a store may take to answer when it is opened."""
+    given = os.environ.get(WAIT, "").strip()
+    try:
+        seconds = float(given) if given else ANSWER
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= 86400:
+        raise InputError(f"the environment variable {WAIT} must be a number of seconds up to 86400, got {given!r:.80}")
+    return seconds
 
 
 def _kvstore(path: str) -> dict[str, Any]:
@@ -235,14 +248,16 @@ class _Place:
         except (OSError, ValueError) as error:
             raise InputError(f"the store {self.path} cannot be opened: {reason(error)}") from None
         try:
-            self.files = ts.KvStore.open(self.kvstore, context=_CONTEXT).result(timeout=ANSWER)
+            self.files = ts.KvStore.open(self.kvstore, context=_CONTEXT).result(timeout=_patience())
+        except InputError:
+            raise
         except Exception as error:  # TensorStore's errors have no common type
             raise InputError(f"the store {self.path} cannot be opened: {_reason(error)}") from None
 
     def description(self, name: str) -> bytes | None:
         """A zarr.json, None where there is none. InputError for one that cannot be read, is too large or no JSON."""
         if self.folder is None:
-            found = self.files.read(name).result(timeout=ANSWER)
+            found = self.files.read(name).result(timeout=_patience())
             content = None if found.state == "missing" else found.value
         else:
             try:
@@ -261,7 +276,7 @@ class _Place:
     def is_empty(self) -> bool:
         """Whether nothing is there; a half-written first file, of a process at work or killed, is nothing."""
         if self.folder is None:
-            return not self.files.list().result()
+            return not self.files.list().result(timeout=_patience())
         return not self.folder.exists() or set(os.listdir(self.folder)) <= {"zarr.json.__lock"}
 
 
@@ -302,7 +317,7 @@ class _Arrays:
             if found is None and not create:
                 raise InputError("it does not exist")
             mode = {"create": True} if create else {"read": True}
-            return ts.open(spec, open=True, **mode, context=_CONTEXT).result(timeout=ANSWER)
+            return ts.open(spec, open=True, **mode, context=_CONTEXT).result(timeout=_patience())
         except Exception as error:
             if found is None and not isinstance(error, InputError):
                 raise
@@ -423,7 +438,7 @@ class Store:
         content = place.description("zarr.json")
         if content is None:
             empty = place.is_empty()
-            root = place.files.read("zarr.json").result(timeout=ANSWER)
+            root = place.files.read("zarr.json").result(timeout=_patience())
             if root.state == "missing" and not empty:
                 raise InputError(f"{self.path} is not empty and holds no maps; choose another --out")
             if root.state == "missing":  # of several processes that start, one writes it
@@ -595,12 +610,16 @@ class Maps:
         rows = np.flatnonzero(self.status[:] == OPEN)
         return len(np.unique(rows // self.provenance["chunk_size"]))
 
+    def has(self, method: str, options: Mapping[str, Any]) -> bool:
+        """Whether the store is of that method with these options."""
+        made = json.dumps(self.provenance["options"], sort_keys=True)
+        return method in self.maps and json.dumps(dict(options), sort_keys=True) == made
+
     def find(
         self, method: str, options: Mapping[str, Any], wanted: Iterable[tuple[str, int | None]]
     ) -> tuple[list[int], np.ndarray]:
         """Which of (key, explained class or None for any) are stored, and the method's own maps of those [k, ...]."""
-        made = self.provenance["options"]
-        if method not in self.maps or json.dumps(dict(options), sort_keys=True) != json.dumps(made, sort_keys=True):
+        if not self.has(method, options):
             return [], np.empty((0, 1, 1), np.float32)
         rows: dict[int, int] = {}
         for i, (key, explained) in enumerate(wanted):

@@ -23,7 +23,7 @@ from pydantic import Strict
 
 from tokentm_jax.data.arrays import Data
 from tokentm_jax.errors import InputError
-from tokentm_jax.files import read_text, reason, write_text
+from tokentm_jax.files import read_text, reason, remove, write_text
 from tokentm_jax.identity import claimed, digest, digest_files, environment
 from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.validation import Name, check_fields
@@ -280,9 +280,15 @@ def train(config: TrainConfig, module: ViT, data: Data, test: Data, out: Path, l
     with claimed(out, _terms(config, data, test), ("checkpoints", "log.jsonl", f"{config.name}.safetensors")):
         step_fn, optimiser = make_step(config, module, per_epoch)
         state = State(jnp.zeros((), jnp.int32), params, optimiser.init(params), jax.tree.map(jnp.copy, params))
-        with ocp.CheckpointManager(out / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2)) as saved:
-            state = _restore(saved, state, steps, log)
-            state, top_1 = _run(config, module, data, test, out, log, saved, step_fn, state, steps)
+        # Nothing is saved in the background, where an error or a signal would find nobody to take it.
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        _drop_unfinished(out / "checkpoints")  # of a run that was killed
+        try:
+            with ocp.CheckpointManager(out / "checkpoints", options=options) as saved:
+                state = _restore(saved, state, steps, log)
+                state, top_1 = _run(config, module, data, test, out, log, saved, step_fn, state, steps)
+        finally:
+            _drop_unfinished(out / "checkpoints")
         _write_model(config, module, state.average, data.class_names, top_1, out / f"{config.name}.safetensors")
     return top_1
 
@@ -389,12 +395,17 @@ def _run(
     return state, top_1
 
 
+def _drop_unfinished(folder: Path) -> None:
+    """Remove what Orbax calls so until a checkpoint is whole."""
+    for left in folder.glob("*.orbax-checkpoint-tmp*"):
+        remove(left)
+
+
 def _save(saved: Any, step: int, state: State) -> None:
     import orbax.checkpoint as ocp
 
     try:
         saved.save(step, args=ocp.args.StandardSave(state))
-        saved.wait_until_finished()  # an error in the background would come at any later call
     except Exception as error:
         again = "; the same command goes on from the checkpoint before"
         raise InputError(f"{saved.directory / str(step)} cannot be written: {reason(error)}{again}") from None
