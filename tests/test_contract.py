@@ -1,6 +1,7 @@
 """What every method owes on every kind of model. A new method adds one row to `METHODS` here."""
 
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -49,22 +50,31 @@ KINDS = {  # all of them on images that are not square
 TARGET = jnp.array([0, 3, 4], jnp.int32)
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def kind(request):
-    module = ViT(**BASE, **KINDS[request.param])
+# By default all methods on one kind, and one of each family on the others.
+CASES = [
+    pytest.param(kind, name, marks=[] if kind == "registers_average_pooled" or name in QUICK else pytest.mark.slow)
+    for kind in KINDS
+    for name in METHODS
+]
+
+
+@functools.cache
+def model_of(kind):
+    module = ViT(**BASE, **KINDS[kind])
     params = jax.tree.map(lambda a: a * 8 if a.ndim > 2 else a, init_params(module, jax.random.key(0)))
     images = np.random.default_rng(0).normal(size=(3, 16, 24, 3)).astype(np.float32)
-    return request.param, module, params, images
+    return module, params, images
 
 
 def test_the_table_and_this_file_agree():
     assert set(METHODS) == set(TABLE)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("kind", "method"), CASES)
 def test_contract(kind, method):
-    name, module, params, images = kind
-    compiled = jax.jit(explain_fn(module, method, **METHODS[method]))
+    module, params, images = model_of(kind)
+    explain = explain_fn(module, method, **METHODS[method])
+    compiled = jax.jit(explain)
     maps = compiled(params, images, TARGET)
     assert maps.dtype == jnp.float32
     assert maps.shape == (3, *((16, 24) if TABLE[method].output == "pixel map" else module.grid))
@@ -76,7 +86,7 @@ def test_contract(kind, method):
     others = np.stack([images[0], 5 * images[2], -3 * images[1]])
     again = compiled(params, others, jnp.array([0, 1, 2], jnp.int32))
     # bfloat16 products may be blocked in another way, with another rounding.
-    tolerance = {"rtol": 5e-2, "atol": 2e-2 * float(jnp.abs(maps[0]).max())} if name == "bfloat16" else {"rtol": 1e-4}
+    tolerance = {"rtol": 5e-2, "atol": 2e-2 * float(jnp.abs(maps[0]).max())} if kind == "bfloat16" else {"rtol": 1e-4}
     np.testing.assert_allclose(again[0], maps[0], **{"atol": 1e-6 * float(jnp.abs(maps[0]).max()), **tolerance})
     # A class per sample: another class for sample 1 leaves the others, and other classes change the maps of a method
     # that looks at the class (not each: a rectified map may be zero for both).
@@ -94,16 +104,16 @@ def test_contract(kind, method):
         np.testing.assert_array_equal(marked[0], maps[0])
         assert np.isnan(marked[1:]).all()
 
-    # A batch of one, not compiled as a whole: where the head reads all tokens, and for a few where it reads one.
-    if name == "registers_average_pooled" or (name == "class_token" and method in QUICK):
-        alone = explain_fn(module, method, **METHODS[method])(params, images[1:2], TARGET[1:2])
+    # A batch of one, for a few not compiled as a whole.
+    if kind == "registers_average_pooled":
+        alone = (explain if method in QUICK else compiled)(params, images[1:2], TARGET[1:2])
         np.testing.assert_allclose(alone[0], maps[1], rtol=1e-4, atol=1e-5 * float(jnp.abs(maps[1]).max()))
 
 
 @pytest.mark.slow
 def test_the_contract_holds_for_the_programs_that_users_run():
     """All methods on all kinds once more, with XLA's optimisations on."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "test_contract[", __file__]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "", "-k", "test_contract[", __file__]
     done = subprocess.run(command, env={**os.environ, "TEST_OPTIMISED": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     assert f"{len(KINDS) * len(METHODS)} passed" in done.stdout
@@ -125,7 +135,7 @@ def test_the_predicted_class_is_the_default(plain):
 
 
 # The derivative of a map is that of a gradient: long to compile, so all are with the slow tests.
-@pytest.mark.parametrize("method", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
+@pytest.mark.parametrize("method", [m if m == "tokentm" else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
 def test_differentiable_or_said_not_to_be(plain, method):
     module, params, images = plain
     if not TABLE[method].differentiable:

@@ -348,6 +348,7 @@ def test_nobody_else_s_files_and_no_other_run(config, vit, folder, whole, tmp_pa
         refused("is being written by another process")
     ours_there = (out / "curves.png").read_bytes()
     Image.new("RGB", (3, 3)).save(out / "curves.png")
+    before[out / "curves.png"] = (out / "curves.png").read_bytes()
     refused("curves.png is there and was not written by this program")
     (out / "curves.png").write_bytes(ours_there)
     foreign = tmp_path / "foreign"

@@ -48,6 +48,21 @@ def promotion():
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_program():
+    """Runs of the same recipe share the compiled step, which is most of their time here."""
+    steps, make = {}, training.make_step
+
+    def shared(*recipe):
+        if repr(recipe) not in steps:
+            steps[repr(recipe)] = make(*recipe)
+        return steps[repr(recipe)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "make_step", shared)
+        yield
+
+
 @pytest.fixture(scope="module")
 def data():
     """Bright against dark images under noise."""

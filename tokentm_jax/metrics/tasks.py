@@ -127,7 +127,7 @@ def check(config: EvaluateConfig) -> EvaluateConfig:
     check_options(f"the task {config.task!r}", options_of(TASKS[config.task].compute), config.options)
     for row in config.rows:
         if row.method == RANDOM and row.options:
-            raise suggest(f"option of {RANDOM}", next(iter(row.options)), [])
+            raise suggest("option", next(iter(row.options)), [], of=RANDOM)
         if row.method != RANDOM:
             if row.method not in METHODS:
                 raise suggest("method", row.method, [*METHODS, RANDOM])
