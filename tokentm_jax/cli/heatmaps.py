@@ -38,7 +38,7 @@ class Writer:
     rows: int  # every batch is filled up to so many photos: another shape would be compiled again
 
     def write(self, paths: Sequence[Path], results: dict[str, dict[str, Any]], skip_unfit: bool) -> None:
-        """Explain photos and write their files; `results` gets an entry for each: its classes and files, or its error."""
+        """Explain photos and write their files; `results` gets an entry for each: classes and files, or an error."""
         import numpy as np
 
         from tokentm_jax.data.photos import fit, open_photo, view
