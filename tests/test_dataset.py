@@ -504,10 +504,9 @@ def test_no_map_is_damaged_without_a_word(vit, source, monkeypatch):
     factors = jnp.array([[1e9], [3e-12], [0.0], [jnp.nan]])
 
     def program(maps_of):
-        def fake(params, pixels, labels):
-            classes = jnp.zeros(len(pixels), jnp.int32)
+        def fake(params, pixels, target):
             logits = jnp.ones((len(pixels), vit.module.num_classes))
-            return {"maps/gae": maps_of(pixels), "logits": logits, "prediction": classes, "target": classes}
+            return {"gae": maps_of(pixels)}, {"logits": logits, "target": jnp.zeros(len(pixels), jnp.int32)}
 
         return lambda config, vit: jax.jit(fake)
 
@@ -515,7 +514,7 @@ def test_no_map_is_damaged_without_a_word(vit, source, monkeypatch):
         values = pixels.reshape(len(pixels), -1)[:, :6].astype(jnp.float32) + 1
         return (values * factors[: len(pixels)]).reshape(-1, 2, 3)
 
-    monkeypatch.setattr(job, "_program_of", program(times_factors))
+    monkeypatch.setattr(job, "_program", program(times_factors))
     config = DatasetConfig(("gae",), batch_size=4, chunk_size=4)
     four = dataclasses.replace(source, keys=source.keys[:4])
     explain_dataset(config, vit, four, "memory://range")
@@ -528,7 +527,7 @@ def test_no_map_is_damaged_without_a_word(vit, source, monkeypatch):
     np.testing.assert_allclose(maps[1], exact[1] * 3e-12, rtol=2**-11)
     assert (maps[2] == 0).all() and np.isnan(maps[3]).all()
     assert found.skipped == {"03-é.png": "gae gives no finite map"}
-    monkeypatch.setattr(job, "_program_of", program(lambda pixels: jnp.ones((len(pixels), 2, 3))))
+    monkeypatch.setattr(job, "_program", program(lambda pixels: jnp.ones((len(pixels), 2, 3))))
     assert explain_dataset(config, vit, four, "memory://range") == (1, 0, [])
     assert explain_dataset(config, vit, four, "memory://range", retry_skipped=True) == (1, 1, [])
     again = open_maps("memory://range")

@@ -244,7 +244,7 @@ def test_every_epoch_is_a_permutation_that_depends_on_the_step_alone(data):
 
 def test_augmentation_keeps_the_range_and_cutmix_mixes_by_area():
     images = jnp.asarray(np.random.default_rng(0).uniform(size=(4, 8, 8, 3)), jnp.float32)
-    changed = augment(dataclasses.replace(CONFIG, rand_augment=0.3), jax.random.key(0), images)
+    changed = augment(dataclasses.replace(CONFIG, affine_colour=0.3), jax.random.key(0), images)
     assert changed.shape == images.shape and changed.min() >= 0 and changed.max() <= 1
     plain = dataclasses.replace(CONFIG, crop_padding=0, flip=False)
     np.testing.assert_array_equal(augment(plain, jax.random.key(0), images), images)

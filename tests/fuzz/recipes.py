@@ -26,7 +26,7 @@ ROW = {"name": "'r'", "method": "'rollout'", "options": "{}", "random_blocks": "
 TRAIN = {"name": "'t'", "train_data": "'data'", "test_data": "'data'", "model": repr(OPTIONS), "epochs": "1",
     "warmup_epochs": "0.5", "batch_size": "5"}
 MORE = ("learning_rate", "weight_decay", "beta_2", "clip_norm", "label_smoothing", "ema_decay", "crop_padding", "flip",
-    "rand_augment", "cutmix", "patch_drop", "patch_drop_epochs", "mimetic_init", "fine_tune", "mean",
+    "affine_colour", "cutmix", "patch_drop", "patch_drop_epochs", "mimetic_init", "fine_tune", "mean",
         "std", "seed", "checkpoint_epochs")
 # Values that a field takes as they are.
 FINE = {
@@ -111,7 +111,7 @@ def surely_wrong() -> Iterator[Case]:
         ("seed", ("-1", "1.5", "10**30")),
         ("label_smoothing", ("2", "-1", "float('nan')")), ("warmup_epochs", ("-1", "float('nan')")),
         ("flip", ("1", "None")), ("beta_2", ("2", "-1")), ("clip_norm", ("-1", "float('nan')")),
-        ("weight_decay", ("-1", "float('inf')")), ("rand_augment", ("-1", "2", "'x'")),
+        ("weight_decay", ("-1", "float('inf')")), ("affine_colour", ("-1", "2", "'x'")),
     ):
         for value in values:
             after = () if field == "name" else ("--out", "o")

@@ -7,7 +7,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from tokentm_jax.cli.heatmaps import Run, fail, output_names, print_result, sheet_names
+from tokentm_jax.cli.heatmaps import Writer, fail, output_names, print_result, sheet_names
 from tokentm_jax.cli.options import MODELS_HELP, PATH, class_names, make_folder, parse_options, start_jax
 from tokentm_jax.errors import InputError, suggest
 
@@ -79,8 +79,8 @@ def explain(
     with Progress(console=Console(stderr=True), transient=True, disable=not Console(stderr=True).is_terminal) as bar:
         task = bar.add_task("Explaining", total=len(paths))
         for sheet, batch in zip(sheets, batches, strict=True):
-            run = Run(vit, chosen, settings, class_index, out, names, sheet, min(batch_size, len(paths)))
-            run.explain(batch, results, skip_unfit=method == "all")
+            writer = Writer(vit, chosen, settings, class_index, out, names, sheet, min(batch_size, len(paths)))
+            writer.write(batch, results, skip_unfit=method == "all")
             bar.advance(task, len(batch))
 
     failed = sum("error" in result for result in results.values())

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """One batch's way from photos to files."""
+class Writer:
+    """Makes the files of a batch of photos."""
 
     vit: "LoadedViT"
     methods: list[str]
@@ -37,12 +37,12 @@ class Run:
     sheet: str
     rows: int  # every batch is filled up to so many photos: another shape would be compiled again
 
-    def explain(self, paths: Sequence[Path], results: dict[str, dict[str, Any]], skip_unfit: bool) -> None:
-        """Explain the photos; `results` gets an entry for each, with its classes and files or its error."""
+    def write(self, paths: Sequence[Path], results: dict[str, dict[str, Any]], skip_unfit: bool) -> None:
+        """Explain photos and write their files; `results` gets an entry for each: classes and files, or an error."""
         import numpy as np
 
         from tokentm_jax.data.photos import fit, open_photo, view
-        from tokentm_jax.methods.explain import explain as explain_batch
+        from tokentm_jax.methods.explain import explain
 
         good, inputs, views = [], [], []
         for path in paths:
@@ -62,7 +62,7 @@ class Run:
         for method in self.methods:
             try:
                 with memory_errors():
-                    found = explain_batch(self.vit, images, method, targets.astype(np.int32), **self.options)
+                    found = explain(self.vit, images, method, targets.astype(np.int32), **self.options)
                 maps[method] = np.asarray(found, np.float32)
             except InputError as error:
                 if not skip_unfit:

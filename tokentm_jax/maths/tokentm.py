@@ -35,7 +35,7 @@ class Blocks(NamedTuple):
     """What one sample's blocks did. Each array has a leading L axis where all blocks are meant; None is not known."""
 
     attention: Any  # [L, H, N, N] after softmax
-    attention_grad: Any  # [L, H, N, N] gradient (or relevance) of the logit at the attention
+    attention_grad: Any  # [L, H, N, N] gradient of the logit at the attention
     tokens: Any  # [L, N, D] input tokens x
     normalised: Any  # [L, N, D] LN1(x)
     transformed_value: Any  # [L, N, D] x~ of the attention layer: value and output projection, without mixing

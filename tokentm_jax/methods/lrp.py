@@ -6,24 +6,23 @@ the relevance that enters every block and, last, leaves the last one: what a con
 The README says what LRP's patent means for commercial use.
 """
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from tokentm_jax.errors import InputError
 from tokentm_jax.maths.maps import token_map
 from tokentm_jax.maths.primitives import Primitives, wide
 from tokentm_jax.maths.relevance import Stabiliser, attn_lrp, conservative, lrp
-from tokentm_jax.maths.tokentm import Blocks, attention_update, mean_attention, propagate
-from tokentm_jax.methods.attention import Block, Explanation, check_blocks, from_trace
+from tokentm_jax.maths.tokentm import attention_update, mean_attention, propagate
+from tokentm_jax.methods.attention import Block, Details, Explanation, check_blocks
 from tokentm_jax.methods.stream import FORWARD, replaced
 from tokentm_jax.models.capture import Trace, capture
 from tokentm_jax.models.vit import ViT
-
-# What LRP reads of a trace: the relevance of attention, and of the tokens before and after every block.
-_FIELDS = ("attention", "attention_grad", "tokens", "token_grads", "final_tokens")
 
 
 def _ruled(module: nn.Module, rules: Primitives) -> nn.Module:
@@ -39,26 +38,53 @@ def _ruled(module: nn.Module, rules: Primitives) -> nn.Module:
     return module.clone(primitives=rules)
 
 
-def _details(trace: Trace, token_relevance: Array) -> dict[str, Array]:
+class Relevance(NamedTuple):
+    """What a rule whose cotangent is the relevance has carried to every value; what was not asked for is None."""
+
+    attention: Any  # [L, B, H, N, N] of the attention of every block
+    tokens: Any  # [L+1, B, N, D] of the tokens before every block and after the last
+    inputs: Any  # [B, H, W, 3] of the normalised images
+
+
+def _carry(
+    module: nn.Module, rules: Primitives, params: Any, inputs: Array, target: Array | None, *more: str
+) -> tuple[Relevance, Details]:
+    """A forward pass, and a backward pass by the rules; `more` are fields of `Trace` beside those of the tokens."""
+    fields = ("tokens", "token_grads", "final_tokens", *more)
+    trace = capture(_ruled(module, rules), params, inputs, target, fields)
+    relevance = Relevance(trace.attention_grad, trace.token_grads, trace.input_grads)
+    return relevance, _details(trace, relevance.tokens)
+
+
+def _details(trace: Trace, token_relevance: Array) -> Details:
     return {**trace.details(), "relevance": token_relevance.sum((2, 3)).T}
+
+
+def _maps(module: Any, arrays: Any, rule: Callable[[Any, Array], Array]) -> Array:
+    """Token maps of a batch by a rule for one sample, `rule(arrays [L, ...], read-out [N]) -> row [N]`, from arrays
+    [L, B, ...]; it computes in float32 at least."""
+
+    def one(arrays: Any) -> Array:
+        arrays = jax.tree.map(wide, arrays)
+        return rule(arrays, jnp.asarray(module.readout, jax.tree.leaves(arrays)[0].dtype))
+
+    return token_map(module, jax.vmap(one, in_axes=1)(arrays))
 
 
 def full_lrp(
     module: nn.Module, params: Any, inputs: Array, target: Array | None, *, stabiliser: Stabiliser = "signed"
 ) -> Explanation:
     """Layer-wise relevance propagation down to the pixels, summed over channels: signed maps [B, H, W]."""
-    fields = ("input_grads", "tokens", "token_grads", "final_tokens")
-    trace = capture(_ruled(module, lrp("lrp", stabiliser)), params, inputs, target, fields)
-    return trace.input_grads.sum(-1), _details(trace, trace.token_grads)
+    relevance, details = _carry(module, lrp("lrp", stabiliser), params, inputs, target, "input_grads")
+    return relevance.inputs.sum(-1), details
 
 
 def partial_lrp(
     module: nn.Module, params: Any, inputs: Array, target: Array | None, *, stabiliser: Stabiliser = "signed"
 ) -> Explanation:
     """Positive relevance of the last block's attention (Voita et al., ACL 2019), mean over heads."""
-    trace = capture(_ruled(module, lrp("lrp", stabiliser)), params, inputs, target, _FIELDS)
-    maps, _ = from_trace(module, trace, lambda blocks, row: row @ jax.nn.relu(blocks.attention_grad[-1]).mean(0))
-    return maps, _details(trace, trace.token_grads)
+    relevance, details = _carry(module, lrp("lrp", stabiliser), params, inputs, target, "attention_grad")
+    return _maps(module, relevance.attention, lambda carried, row: row @ jax.nn.relu(carried[-1]).mean(0)), details
 
 
 def transformer_attribution(
@@ -71,17 +97,18 @@ def transformer_attribution(
     stabiliser: Stabiliser = "signed",
 ) -> Explanation:
     """Transformer Attribution (Chefer et al., CVPR 2021): the product of `I + mean_h relu(G * R_A)` over blocks."""
-    ruled_module = _ruled(module, lrp("ours", stabiliser))
-    trace = capture(module, params, inputs, target, ["attention", "attention_grad"])
-    check_blocks(len(trace.attention), first_block)
-    ruled = capture(ruled_module, params, inputs, trace.target, _FIELDS)
-    mixed = trace._replace(attention=ruled.attention_grad)
+    trace = capture(module, params, inputs, target, ["attention_grad"])
+    check_blocks(len(trace.attention_grad), first_block)
+    rules = lrp("ours", stabiliser)
+    relevance, details = _carry(module, rules, params, inputs, trace.target, "attention_grad")
 
-    def update(row: Array, block: Blocks) -> Array:
-        return attention_update(row, mean_attention(block.attention * block.attention_grad))
+    def update(row: Array, block: tuple[Array, Array]) -> Array:
+        gradient, carried = block
+        return attention_update(row, mean_attention(carried * gradient))
 
-    maps, _ = from_trace(module, mixed, lambda blocks, row: propagate(update, blocks, row, first_block))
-    return maps, _details(trace, ruled.token_grads)
+    arrays = (trace.attention_grad, relevance.attention)
+    maps = _maps(module, arrays, lambda blocks, row: propagate(update, blocks, row, first_block))
+    return maps, {**details, **trace.details()}
 
 
 def _token_times_gradient(

@@ -16,7 +16,7 @@ under any scope, once for every block (blocks in the natural order of their name
     final_tokens       [B, N, D]       LRP                              LRP
     value              [B, H, N, D/H]  `capture` of all fields
 
-`Blocks` and `Trace` say what each is. LRP stands for the methods of `relevance_methods`, which need the field
+`Blocks` and `Trace` say what each is. LRP stands for the methods of `methods.lrp`, which need the field
 `primitives`, too; legrad needs a `ViT`. An option may need another row (`original="normalised"` of tokentm,
 `variant="token"` of beyond_intuition); the error names what is missing.
 """

@@ -59,7 +59,7 @@ class TrainConfig:
     ema_decay: NotAll = 0.999
     crop_padding: Annotated[int, Ge(0), Le(1024)] = 4
     flip: bool = True
-    rand_augment: Share = 0.0  # strength of random affine and colour changes
+    affine_colour: Share = 0.0  # strength of random affine and colour changes
     cutmix: Share = 0.0  # probability that a batch is mixed by CutMix
     patch_drop: NotAll = 0.0  # share of patches left out ...
     patch_drop_epochs: NotNegative = 0.0  # ... in the first so many epochs
@@ -121,9 +121,9 @@ def augment(config: TrainConfig, key: Array, images: Array) -> Array:
         images = jax.vmap(lambda i, c: jax.lax.dynamic_slice(i, (c[0], c[1], 0), (h, w, 3)))(padded, corner)
     if config.flip:
         images = jnp.where(jax.random.bernoulli(k_flip, 0.5, (b, 1, 1, 1)), images[:, :, ::-1], images)
-    if config.rand_augment:
-        images = jax.vmap(partial(_affine, config.rand_augment))(jax.random.split(k_affine, b), images)
-        images = jax.vmap(partial(_colour, config.rand_augment))(jax.random.split(k_colour, b), images)
+    if config.affine_colour:
+        images = jax.vmap(partial(_affine, config.affine_colour))(jax.random.split(k_affine, b), images)
+        images = jax.vmap(partial(_colour, config.affine_colour))(jax.random.split(k_colour, b), images)
     return images
 
 

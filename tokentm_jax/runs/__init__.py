@@ -1,0 +1,1 @@
+"""What computes for long, keeps what is done, and goes on where it stopped."""
