@@ -425,7 +425,7 @@ def test_leftovers_of_killed_writers_go(whole, vit, source, tmp_path):
 def test_only_the_same_job_goes_on(whole, vit, source, folder, tmp_path):
     before = times(whole)
     other = dataclasses.replace(vit, params=jax.tree.map(lambda a: a * 1.5, vit.params))
-    changed = dataclasses.replace(source, identity="other")
+    changed = dataclasses.replace(source, identify=lambda: "other")
     for what, model, data in (
         (r"model tiny \(.*\), and this command has tiny \(", other, source),
         (r"data the folder .* \(.*\), and this command has .* \(other\)", vit, changed),

@@ -324,7 +324,8 @@ def _check_maps(maps: Maps, run: Mapping[str, Any], config: EvaluateConfig, vit:
     classes = jax.ShapeDtypeStruct((1,), jnp.int32)
     for row in config.rows:
         if maps.has(row.method, row.options):
-            shape = jax.eval_shape(explain_fn(vit.module, row.method, **row.options), vit.params, images, classes).shape
+            options: dict[str, Any] = dict(row.options)
+            shape = jax.eval_shape(explain_fn(vit.module, row.method, **options), vit.params, images, classes).shape
             if maps.maps[row.method].shape[1:] != shape[1:]:
                 found = f"holds maps {list(maps.maps[row.method].shape[1:])} of {row.method!r}"
                 raise InputError(f"{maps.path} {found}, expected {list(shape[1:])} for {vit.name}")
