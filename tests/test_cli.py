@@ -213,6 +213,14 @@ def test_wrong_arguments(folder, checkpoint, arguments, sentence):
     assert not (folder / "explanations/a.png").exists()
 
 
+@pytest.mark.parametrize(
+    "arguments", [("explain", "a.png", "--batch-size", "9" * 5000), ("explain", "--" + "x" * 5000), ("x" * 5000,)]
+)
+def test_wrong_arguments_are_not_repeated_without_end(arguments):
+    (error,) = [line for line in run(*arguments, code=2).stderr.splitlines() if line.startswith("Error: ")]
+    assert len(error) < 1000 and " ... " in error
+
+
 def test_options_are_parsed():
     parsed = [parse_option(text) for text in ("a=true", "a=FALSE", "a=3", "a=-1.5e3", "a=none", "a=x=y", " a = b ")]
     assert [value for _, value in parsed] == [True, False, 3, -1500.0, None, "x=y", "b"]

@@ -33,7 +33,7 @@ FILES = {name: base(name) for name in ("photo.png", "tiny.safetensors", "data", 
 
 def command(note: str, *arguments: str, expect: str = EITHER, names: str = "") -> Case:
     more = {"run": base("run")} if arguments[:1] == ("compare",) else {}
-    return Case(note, arguments, files={**FILES, **more}, expect=expect, names=names, own=("cwd/run/*",), seconds=20)
+    return Case(note, arguments, files={**FILES, **more}, expect=expect, names=names, own=("cwd/run/*",))
 
 
 def surely() -> Iterator[Case]:

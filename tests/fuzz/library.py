@@ -36,7 +36,7 @@ def right(method: str, count: int = 2) -> np.ndarray:
 
 
 def case(note: str, call: Callable[[], object], expect: str = EITHER, of: Any = None, **more: Any) -> Case:
-    return Case(note, call=call, expect=expect, documented=of, seconds=20, **more)
+    return Case(note, call=call, expect=expect, documented=of, **more)
 
 
 def explains(note: str, make: Callable[[np.ndarray], Any], expect: str, method: str = "tokentm",

@@ -89,9 +89,9 @@ def name_of(area: str, index: int) -> str:
 
 
 def environment() -> dict[str, str]:
-    """Of the workers: this clone, the CPU, a compile cache of our own."""
+    """Of the workers: this clone before what is on the path, the CPU, a compile cache of our own."""
     code = os.environ.get("FUZZ_CODE", str(REPOSITORY))
-    path = os.pathsep.join([code, str(REPOSITORY / "tests")])
+    path = os.pathsep.join([code, str(REPOSITORY / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
     more = {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(BASE.parent / "cache")}
     more |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
     return {**os.environ, **more, "FUZZ_SEED": str(SEED), "FUZZ_BASE": str(BASE), "FUZZ_CASES": str(CASES)}

@@ -31,7 +31,7 @@ def again(note: str, content: Any, expect: str = EITHER, **more: Any) -> Case:
 def train(note: str, content: Any, expect: str = EITHER, **more: Any) -> Case:
     files = {"run": content, "r.py": base("train.py"), "data": base("data"), **more.pop("files", {})}
     return Case(f"train: {note}", ("train", "r.py", "--out", "run"), files=files, expect=expect,
-        own=more.pop("own", MINE), seconds=20, **more)
+        own=more.pop("own", MINE), **more)
 
 
 def text(name: str, make: Callable[[str], str | bytes]) -> Any:
@@ -154,8 +154,7 @@ def foreign() -> Iterator[Case]:
                 files={**files, "r.py": base("evaluate.py"), "data": base("data")}, expect=EITHER,
                 own=("cwd/run/.lock",))
             yield Case(f"train into a folder with the user's {name}", ("train", "r.py", "--out", "run"),
-                files={**files, "r.py": base("train.py"), "data": base("data")}, expect=EITHER, own=("cwd/run/.lock",),
-                seconds=20)
+                files={**files, "r.py": base("train.py"), "data": base("data")}, expect=EITHER, own=("cwd/run/.lock",))
     inside = changed("run", lambda path: (path / "notes.txt").write_text("mine"))
     yield again("a run with a file of the user's", inside, GOOD, own=("cwd/run/[!n]*",))
 

@@ -1,6 +1,8 @@
 """The program: the group of all commands, which turns bad input into one sentence and exit code 2."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -20,6 +22,16 @@ from tokentm_jax.files import reason
 INTERRUPTED = 130  # exit code, as shells have it
 
 
+@contextmanager
+def _short_errors() -> Iterator[None]:
+    """Click's own errors, which repeat what was given, are as short and printable as an InputError."""
+    try:
+        yield
+    except click.ClickException as error:
+        error.message = str(InputError(error.message))
+        raise
+
+
 class Commands(click.Group):
     """The group whose commands turn bad input into one sentence and exit code 2."""
 
@@ -36,9 +48,14 @@ class Commands(click.Group):
             complain("something that was given is nested too deeply")
         sys.exit(2)
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _short_errors():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _short_errors():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             ctx.exit(INTERRUPTED)
 

@@ -319,7 +319,7 @@ class ViT(nn.Module):
         return jnp.concatenate([x[:, : self.prefix], select @ patches], axis=1)
 
 
+@partial(jax.jit, static_argnums=0)
 def init_params(module: ViT, key: Array) -> dict[str, Any]:
     """Random parameters of `module` in float32, and nothing else that `init` returns."""
-    images = jax.ShapeDtypeStruct((1, *module.img_size, 3), jnp.float32)
-    return jax.jit(lambda k: module.init(k, jnp.zeros(images.shape, images.dtype))["params"])(key)
+    return module.init(key, jnp.zeros((1, *module.img_size, 3), jnp.float32))["params"]
