@@ -9,6 +9,7 @@ The module is a frozen dataclass: it is its own configuration, hashable, and can
 Field names and their meaning are those of timm's `VisionTransformer`.
 """
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn

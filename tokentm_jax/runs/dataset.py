@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.data.labels import read_label_map, translation
 from tokentm_jax.data.sources import PROFILES, Batch, Source, batches
+from tokentm_jax.errors import InputError, suggest
+from tokentm_jax.identity import describe_model, digest, environment
 from tokentm_jax.methods.explain import compiled
 from tokentm_jax.methods.table import METHODS
 from tokentm_jax.models.loading import LoadedViT
-from tokentm_jax.identity import describe_model, digest, environment
 from tokentm_jax.runs.store import (
     DONE,
     DTYPES,

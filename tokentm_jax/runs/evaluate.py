@@ -12,19 +12,14 @@ import numpy as np
 from jax import Array
 
 from tokentm_jax import metrics
-from tokentm_jax.errors import InputError
 from tokentm_jax.data.labels import read_label_map, translation
+from tokentm_jax.data.preprocessing import Preprocessing
+from tokentm_jax.data.sources import Source, batches
+from tokentm_jax.errors import InputError
 from tokentm_jax.files import reason, require_ours, write_json, write_text
 from tokentm_jax.identity import claimed, describe_model, digest, environment, write_png
-from tokentm_jax.methods.explain import compiled
-from tokentm_jax.models.loading import LoadedViT, predict
 from tokentm_jax.maths.maps import to_pixels, unit
-from tokentm_jax.data.preprocessing import Preprocessing
-from tokentm_jax.runs.records import KEPT, Records, record_file
-from tokentm_jax.runs.report import draw, markdown, summarise
-from tokentm_jax.models.sharding import over_batch
-from tokentm_jax.data.sources import Source, batches
-from tokentm_jax.runs.store import Maps
+from tokentm_jax.methods.explain import compiled
 from tokentm_jax.metrics.tasks import (
     CLEAN,
     CLEAN_FIELDS,
@@ -37,7 +32,12 @@ from tokentm_jax.metrics.tasks import (
     Row,
     check,
 )
+from tokentm_jax.models.loading import LoadedViT, predict
+from tokentm_jax.models.sharding import over_batch
 from tokentm_jax.models.vit import init_params
+from tokentm_jax.runs.records import KEPT, Records, record_file
+from tokentm_jax.runs.report import draw, markdown, summarise
+from tokentm_jax.runs.store import Maps
 
 
 @lru_cache(maxsize=16)

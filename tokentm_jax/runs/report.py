@@ -12,7 +12,6 @@ from typing_extensions import TypedDict
 from tokentm_jax import metrics
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import read_json
-from tokentm_jax.runs.records import Records, record_file, table_of
 from tokentm_jax.metrics.tasks import (
     CLEAN,
     CLEAN_FIELDS,
@@ -27,6 +26,7 @@ from tokentm_jax.metrics.tasks import (
     Row,
     check,
 )
+from tokentm_jax.runs.records import Records, record_file, table_of
 from tokentm_jax.validation import checked
 
 if TYPE_CHECKING:

@@ -22,13 +22,13 @@ from jax import Array
 from pydantic import Strict
 
 from tokentm_jax.data.arrays import Data
+from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import read_text, reason, remove, write_text
 from tokentm_jax.identity import claimed, digest, digest_files, environment
-from tokentm_jax.data.preprocessing import Preprocessing
-from tokentm_jax.validation import Name, check_fields
 from tokentm_jax.models.checkpoint import read_checkpoint, write_checkpoint
 from tokentm_jax.models.vit import ViT, init_params
+from tokentm_jax.validation import Name, check_fields
 
 LARGEST_STEP = 2**31 - 1  # steps are counted in int32
 
