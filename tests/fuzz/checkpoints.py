@@ -11,6 +11,7 @@ import os
 import pickle
 import random
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -178,7 +179,13 @@ def pickles() -> Iterator[Case]:
         yield from with_torch()
 
 
-def with_torch() -> Iterator[Case]:
+def with_torch() -> list[Case]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's, of kinds of tensors that it will drop
+        return list(pth_files())
+
+
+def pth_files() -> Iterator[Case]:
     """Real .pth files, where PyTorch is there."""
     import torch
     from safetensors.numpy import load
