@@ -16,7 +16,7 @@ demo: .venv/ready  ## explain a photo of a cat with the shipped model: why cat?
 	$(BIN)/tokentm explain notebooks/chelsea.png --target cat --out out/demo
 
 test: .venv/ready  ## the default tests: CPU only, a few minutes
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 test-slow: .venv/ready  ## minutes more: DeiT-tiny in float64, accuracy on 500 photos
 	$(BIN)/pytest -m slow

@@ -82,7 +82,7 @@ def run_shell(example):
 
 
 def parameter(page):
-    slow = page.name == "devices.md"  # compiles for eight devices
+    slow = "```python" in page.read_text() and page.name not in ("README.md", "getting-started.md")
     return pytest.param(page, id=str(page.relative_to(ROOT)), marks=[pytest.mark.slow] if slow else [])
 
 

@@ -48,6 +48,7 @@ def test_random_vit_in_float64(random_vit, key, method, options):
         assert relative_error(got, arrays[key]) < LOOSE.get(key, 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("key", "method", "options"), WELL_CONDITIONED, ids=[c[0] for c in WELL_CONDITIONED])
 def test_random_vit_in_float32(random_vit, key, method, options):
     module, params, arrays = random_vit

@@ -46,7 +46,7 @@ def test_a_sharded_batch_needs_no_collective(model, method, kind):
     assert error(maps, expected) < 1e-5
 
 
-@pytest.mark.parametrize("size", [5, 11])
+@pytest.mark.parametrize("size", [pytest.param(5, marks=pytest.mark.slow), 11])
 def test_any_batch_size_over_all_devices(model, size):
     vit, params, inputs, target = model
     inputs, target = jnp.concatenate([inputs, inputs])[:size], jnp.concatenate([target, target])[:size]

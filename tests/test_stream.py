@@ -24,7 +24,7 @@ OFF = {"length": False, "direction": "none", "initialise": False, "ffn": False}
 CASES = (
     ("distilled", {}),
     ("registers", {"first_block": 1, "end_block": 2}),
-    ("distilled", {**OFF, "original": "normalised", "direction": "cosine"}),
+    pytest.param("distilled", {**OFF, "original": "normalised", "direction": "cosine"}, marks=pytest.mark.slow),
     ("registers", {"attention": "plain"}),
 )
 
@@ -53,6 +53,7 @@ def test_inside_the_passes_equals_over_a_trace(kind, options):
         assert (details["target"] == target).all()
 
 
+@pytest.mark.slow
 def test_memory_per_image():
     """At least four times less than where all is kept, from the compiled programs."""
     module = ViT(img_size=(112, 112), patch_size=8, embed_dim=64, depth=12, num_heads=4, num_classes=5)
