@@ -15,11 +15,14 @@ BIN := .venv/bin
 demo: .venv/ready  ## explain a photo of a cat with the shipped model: why cat?
 	$(BIN)/tokentm explain notebooks/chelsea.png --target cat --out out/demo
 
-test: .venv/ready  ## the default tests: CPU only, a few minutes
-	$(BIN)/pytest -n 2 --dist worksteal
+# Two processes; each goes on where its tests share what they set up.
+TOGETHER := -n 2 --dist worksteal
 
-test-slow: .venv/ready  ## minutes more: DeiT-tiny in float64, accuracy on 500 photos
-	$(BIN)/pytest -m slow
+test: .venv/ready  ## the default tests: CPU only, a few minutes
+	$(BIN)/pytest $(TOGETHER)
+
+test-slow: .venv/ready  ## many minutes more: every method on every kind, DeiT-tiny in float64, every page's examples
+	$(BIN)/pytest $(TOGETHER) -m slow --ignore tests/fuzz --ignore tests/test_dataset_kills.py
 
 test-kills: .venv/ready  ## jobs of `tokentm dataset` killed at random moments, in two processes, on a full disk
 	$(BIN)/pytest -m slow -s tests/test_dataset_kills.py
