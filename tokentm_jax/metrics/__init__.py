@@ -1,10 +1,10 @@
 """How faithful heatmaps are: one file per question, and the table of tasks that ask it."""
 
+from tokentm_jax.maths.perturbation import blur as blur
 from tokentm_jax.metrics.faithfulness import GROUPS as GROUPS
 from tokentm_jax.metrics.faithfulness import MOST as MOST
 from tokentm_jax.metrics.faithfulness import STEPS as STEPS
 from tokentm_jax.metrics.faithfulness import Predict as Predict
-from tokentm_jax.metrics.faithfulness import blur as blur
 from tokentm_jax.metrics.faithfulness import group_drops as group_drops
 from tokentm_jax.metrics.faithfulness import insertion_deletion as insertion_deletion
 from tokentm_jax.metrics.faithfulness import perturb as perturb

@@ -98,20 +98,6 @@ def insertion_deletion(
     return {"log_probability": found["log_probability"].reshape(-1, 2, steps + 1)}
 
 
-def blur(images: Array, sigma: float = 5.0) -> Array:
-    """Gaussian blur of images [B, H, W, C], `sigma` in pixels, with the border pixels repeated outside."""
-    radius = round(3 * sigma)
-    taps = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
-    kernel = jnp.asarray(taps / taps.sum(), images.dtype)
-    for axis in (1, 2):
-        padding = [(radius, radius) if a == axis else (0, 0) for a in range(4)]
-        padded = jnp.moveaxis(jnp.pad(images, padding, mode="edge"), axis, -1)
-        rows = padded.reshape(-1, 1, padded.shape[-1])
-        smooth = jax.lax.conv_general_dilated(rows, kernel[None, None], (1,), "VALID")
-        images = jnp.moveaxis(smooth.reshape(*padded.shape[:-1], -1), -1, axis)
-    return images
-
-
 def group_drops(
     predict: Predict, images: Array, maps: Array, classes: Array, groups: int = GROUPS
 ) -> dict[str, Array]:
