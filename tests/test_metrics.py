@@ -191,12 +191,16 @@ def test_road_fills_what_is_removed_from_its_neighbours(maps, images):
     removed[0, 0] = removed[1, 1] = True
     found = linear_imputation(jnp.arange(9.0).reshape(3, 3, 1), jnp.asarray(removed), 1e-7)[..., 0]
     np.testing.assert_allclose(found, [[144 / 59, 1, 2], [3, 248 / 59, 5], [6, 7, 8]], rtol=1e-5)
-    for share, i in ((0.3, 0), (0.9, 1)):
-        removed = maps[i] <= np.quantile(maps[i], share)
-        found = linear_imputation(jnp.asarray(images[i]), jnp.asarray(removed), 1e-6)
-        np.testing.assert_allclose(found, slow_imputation(images[i], removed), rtol=1e-4, atol=1e-5)
-        np.testing.assert_array_equal(np.asarray(found)[~removed], images[i][~removed])
-    assert np.isfinite(linear_imputation(jnp.asarray(images[0]), jnp.ones((H, W), bool))).all()
+    shares = np.array([0.3, 0.9, 1.0])[:, None]
+    removed = np.array(maps <= np.quantile(maps.reshape(B, -1), shares.ravel(), axis=1).diagonal()[:, None, None])
+    compiled = jax.jit(jax.vmap(lambda image, removed: linear_imputation(image, removed, 1e-6)))
+    found = np.asarray(compiled(images, removed))
+    for i in range(2):
+        np.testing.assert_allclose(found[i], slow_imputation(images[i], removed[i]), rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(found[i][~removed[i]], images[i][~removed[i]])
+    assert removed[2].all() and np.isfinite(found[2]).all()  # nothing is left
+    # An image elsewhere in the batch, with other companions.
+    np.testing.assert_array_equal(compiled(images[[1, 1, 0]], removed[[1, 2, 1]])[0], found[1])
     # The noise is that of the seed, on what was removed alone, and the same in all images.
     removed = jnp.asarray(maps > 0.5)
     noisy = [metrics.noisy_linear(jnp.asarray(images), removed, noise, 3) for noise in (0.0, 0.5)]
@@ -366,7 +370,6 @@ def test_an_image_alone_has_the_results_it_has_in_a_batch(maps):
             "saco": metrics.group_drops(predict, images, maps, classes, 4),
             "segmentation": metrics.segmentation(maps, masks),
             "similarity": metrics.rank_correlation(maps, maps[:, ::-1]),
-            "road": metrics.perturbation(linear, images, maps, classes, labels, metrics.noisy_linear),
             "srg": metrics.patch_removal(linear, images, metrics.by_patch(maps, (3, 3)), classes, 0.5, 3),
             "infidelity": metrics.random_removals(
                 linear, images, metrics.by_patch(maps, (3, 3)), classes, 0.5, 4, 0.3
