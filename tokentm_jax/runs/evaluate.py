@@ -151,9 +151,7 @@ class Programs:
 
     def _reference(self) -> Callable[..., Any]:
         methods = {self.task.reference: self._options["reference"]}
-        return compiled(
-            self.vit.module, methods, details=("standard_error",), preprocessing=self.vit.preprocessing
-        )
+        return compiled(self.vit.module, methods, details=("standard_error",), preprocessing=self.vit.preprocessing)
 
     def reference_fields(self) -> Fields:
         """What stands in the records of the maps of the task's `reference`."""
