@@ -1,27 +1,47 @@
-"""Beyond the paper: insertion and deletion, SaCo, and the randomisation of parameters, DeiT-tiny on 500 photos.
+"""Beyond the paper: insertion and deletion, SaCo, further yardsticks, randomised parameters; DeiT-tiny on 500 photos.
 
     tokentm evaluate configs/beyond.py                       insertion and deletion by blurring
     tokentm evaluate configs/beyond.py:task=saco             the salience-guided faithfulness coefficient
     tokentm evaluate configs/beyond.py:task=sanity           how much a map still resembles the model's, on 50 photos,
                                                              when its parameters become random from the head down
+    tokentm evaluate configs/beyond.py:task=srg              symmetric relevance gain
+    tokentm evaluate configs/beyond.py:task=road             accuracy with removed pixels imputed from their neighbours
+    tokentm evaluate configs/beyond.py:task=sensitivity      change of maps under noise, on 50 photos
+    tokentm evaluate configs/beyond.py:task=infidelity       whether relevance predicts what random removal costs
+    tokentm evaluate configs/beyond.py:task=complexity       sparseness and entropy of maps
+    tokentm evaluate configs/beyond.py:task=shapley          agreement with Shapley values of 7 x 7 squares, 50 photos
 
 Data: ../shared/data/imagenet_sample and ../shared/data/deit_tiny_patch16_224.safetensors.
 Run time: not measured.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
-from tokentm_jax import PAPER_ROWS, EvaluateConfig, sanity_rows
+from tokentm_jax import PAPER_ROWS, EvaluateConfig, Row, sanity_rows
+
+SHAPLEY: dict[str, Any] = {"patch": 32, "value": "probability", "pairs": 16}
+OPTIONS: dict[str, dict[str, Any]] = {"insertion": {"fill": "blur"}, "shapley": SHAPLEY}
+FEW = ("sanity", "sensitivity", "shapley")  # which take long
 
 
-def get_config(*, task: Literal["insertion", "saco", "sanity"] = "insertion") -> EvaluateConfig:
+def get_config(
+    *,
+    task: Literal[
+        "insertion", "saco", "sanity", "srg", "road", "sensitivity", "infidelity", "complexity", "shapley"
+    ] = "insertion",
+) -> EvaluateConfig:
+    rows = PAPER_ROWS
+    if task == "sanity":
+        rows = sanity_rows(12, "tokentm", "gae", "transformer_attribution")
+    if task == "shapley":
+        rows = (*PAPER_ROWS, Row("shapley, other orders", "shapley", {**SHAPLEY, "seed": 1}))
     return EvaluateConfig(
         name=f"{task}_photos",
         task=task,
         data="../shared/data/imagenet_sample",
         model="deit_tiny_patch16_224",
         checkpoint="../shared/data/deit_tiny_patch16_224.safetensors",
-        rows=sanity_rows(12, "tokentm", "gae", "transformer_attribution") if task == "sanity" else PAPER_ROWS,
-        options={"fill": "blur"} if task == "insertion" else {},
-        limit=50 if task == "sanity" else None,
+        rows=rows,
+        options=OPTIONS.get(task, {}),
+        limit=50 if task in FEW else None,
     )

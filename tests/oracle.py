@@ -65,11 +65,12 @@ def erf(x):
     return np.vectorize(one)(x)
 
 
-def vit(module, params, image, change=None, read_block=None):
+def vit(module, params, image, change=None, read_block=None, patches_left=None):
     """Logits [classes] of one normalised image [H, W, 3] by a plain class-token ViT, in float64.
 
     `change` maps (name, block) to what is added to "tokens", "normalised" or "attention" there; `read_block` reads
-    the head after that block already. Also returns all values by (name, block).
+    the head after that block already; `patches_left` are the patches whose tokens enter the first. Also returns all
+    values by (name, block).
     """
     change, seen = change or {}, {}
 
@@ -83,6 +84,8 @@ def vit(module, params, image, change=None, read_block=None):
     patches = [image[i * p : (i + 1) * p, j * p : (j + 1) * p].reshape(-1) for i in range(gh) for j in range(gw)]
     tokens = np.stack(patches) @ params["patch_embed"]["kernel"] + params["patch_embed"]["bias"]
     x = np.concatenate([params["cls_token"][0], tokens]) + params["pos_embed"][0]
+    if patches_left is not None:
+        x = np.stack([x[0], *(x[1 + j] for j in patches_left)])
     d = x.shape[1]
     width = d // module.num_heads
     for l in range(module.depth):

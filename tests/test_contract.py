@@ -37,8 +37,14 @@ METHODS = {
     "gradient_x_input": {},
     "smooth_grad": {"samples": 2},
     "integrated_gradients": {"steps": 2},
+    "occlusion": {"window": 2, "chunk": 4},
+    "token_dropping": {"window": 2},
+    "rise": {"samples": 6, "chunk": 4},
+    "shapley": {"pairs": 2, "chunk": 20},
+    "kernel_shap": {"pairs": 13},
     "combination": {"methods": "gae,grad_cam"},
 }
+SLOW = ("rise", "shapley", "kernel_shap")  # play the game of occlusion with other coalitions: see test_perturbation.py
 QUICK = ("tokentm", "rollout", "partial_lrp", "input_gradient")  # one of each family, where all would take long
 BASE = {"img_size": (16, 24), "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
 KINDS = {  # all of them on images that are not square
@@ -51,8 +57,9 @@ TARGET = jnp.array([0, 3, 4], jnp.int32)
 
 
 # By default all methods on one kind, and one of each family on the others.
+ONE = ("registers_average_pooled", *(name for name in METHODS if name not in SLOW))
 CASES = [
-    pytest.param(kind, name, marks=[] if kind == "registers_average_pooled" or name in QUICK else pytest.mark.slow)
+    pytest.param(kind, name, marks=[] if {kind, name} <= set(ONE) or name in QUICK else pytest.mark.slow)
     for kind in KINDS
     for name in METHODS
 ]

@@ -213,6 +213,65 @@ def test_other_tasks(config, vit, folder, tmp_path):
     assert similarity["all"] < 0.99 and abs(similarity["random"]) < 0.9
 
 
+@pytest.mark.parametrize(
+    ("task", "options", "expected"),
+    [
+        ("srg", {"steps": 3}, {"srg"}),
+        ("complexity", {}, {"gini", "entropy"}),
+        pytest.param("road", {}, {"road_positive_auc", "road_negative_auc"}, marks=pytest.mark.slow),
+        pytest.param("infidelity", {"samples": 3, "fill": "blur"}, {"infidelity"}, marks=pytest.mark.slow),
+    ],
+)
+def test_yardsticks_are_tasks(config, vit, folder, tmp_path, task, options, expected):
+    """Each for images alone as for a batch."""
+    source = open_source(folder, limit=3)
+    some = dataclasses.replace(config, task=task, options=options, rows=rows("raw_attention"))
+    results = evaluate(some, vit, source, tmp_path / "together")
+    assert {row["metric"] for row in results["rows"]} == expected | {"accuracy"}
+    alone = evaluate(dataclasses.replace(some, batch_size=1), vit, source, tmp_path / "alone")
+    for row, other in zip(results["rows"], alone["rows"], strict=True):
+        assert row["value"] == pytest.approx(other["value"], rel=1e-3, abs=1e-5) and np.isfinite(row["value"])
+
+
+def test_max_sensitivity_explains_again(config, vit, folder, tmp_path):
+    source, some = open_source(folder, limit=3), [Row("rollout", "rollout", {"first_block": 1})]
+    task = dataclasses.replace(config, task="sensitivity", options={"samples": 2, "radius": 0.1, "seed": 4}, rows=some)
+    results = evaluate(task, vit, source, tmp_path)
+    found = {row["method"]: row["value"] for row in results["rows"] if row["metric"] == "max_sensitivity"}
+    (batch,) = batches(source, vit.preprocessing, 3)
+    images = batch.images.astype(np.float32) / 255
+    explain = jax.jit(explain_fn(vit.module, "rollout", first_block=1))
+    normalise = vit.preprocessing.normalise
+    maps, largest = explain(vit.params, normalise(images)), 0
+    for key in jax.random.split(jax.random.key(4), 2):
+        near = explain(
+            vit.params, normalise(images + jax.random.uniform(key, images.shape[1:], minval=-0.1, maxval=0.1))
+        )
+        largest = np.maximum(largest, np.linalg.norm(near - maps, axis=(1, 2)) / np.linalg.norm(maps, axis=(1, 2)))
+    assert found == {"rollout": pytest.approx(largest.mean(), rel=1e-3), "random": 0}
+
+
+def test_shapley_values_are_computed_once_and_kept(config, vit, folder, tmp_path, monkeypatch):
+    """The second row of a resumed run takes them from the first; as a row of their own they agree with themselves."""
+    source, options = open_source(folder, limit=4), {"pairs": 2, "value": "probability", "seed": 3}
+    task = dataclasses.replace(config, task="shapley", options=options, rows=[Row("itself", "shapley", options)])
+    first = evaluate(task, vit, source, tmp_path)
+    monkeypatch.setattr(evaluation.Programs, "reference", lambda *_: pytest.fail("computed again"))
+    more = dataclasses.replace(task, rows=[*task.rows, *rows("input_gradient")])
+    results = evaluate(more, vit, source, tmp_path)
+    found = {row["method"]: row["value"] for row in results["rows"] if row["metric"] == "shapley_agreement"}
+    assert found["itself"] == pytest.approx(1, abs=1e-5)
+    assert set(found) == {"itself", "input_gradient", "random"} and abs(found["random"]) < 1
+    assert [row for row in results["rows"] if row["method"] == "itself"] == first["rows"][1:2]
+    (line,) = map(json.loads, (tmp_path / "records" / "reference.jsonl").read_text().splitlines())
+    kept, errors = (np.asarray(line["fields"][name]) for name in ("map", "standard_error"))
+    assert kept.shape == errors.shape == (4, 2, 3) and (errors > 0).all()
+    with pytest.raises(InputError, match="'pairs' of the task 'shapley' must be greater than or equal to 2"):
+        check(dataclasses.replace(task, options={"pairs": 1}))
+    with pytest.raises(InputError, match="unknown option 'pair' of the task 'shapley'; did you mean 'pairs'"):
+        check(dataclasses.replace(task, options={"pair": 1}))
+
+
 def test_segmentation(vit, tmp_path):
     from test_sources import mat
 

@@ -9,6 +9,7 @@ from jax.scipy.special import logsumexp
 import tokentm_jax as tm
 from tokentm_jax import metrics
 from tokentm_jax.maths.maps import to_pixels
+from tokentm_jax.maths.perturbation import linear_imputation
 
 B, H, W = 3, 9, 8
 
@@ -119,9 +120,10 @@ def test_an_oracle_is_best_and_its_inverse_worst(images):
     lit = np.broadcast_to(np.where(signal > 0, 1, 0.1)[..., None], images.shape).astype(np.float32)
     classes = jnp.ones(B, jnp.int32)
     random = np.random.default_rng(2).random((B, H, W)).astype(np.float32)
-    positive, negative, insertion, deletion, coefficient = [], [], [], [], []
+    positive, negative, insertion, deletion, coefficient, gain = [], [], [], [], [], []
     perturbation = jax.jit(lambda m: metrics.perturbation(model, jnp.asarray(lit), m, classes, classes))
     insertion_deletion = jax.jit(lambda m: metrics.insertion_deletion(model, jnp.asarray(lit), m, classes))
+    patch_removal = jax.jit(lambda m: metrics.patch_removal(model, jnp.asarray(lit), m, classes, 0.0))
     group_drops = jax.jit(lambda m: metrics.group_drops(model, jnp.asarray(lit), m, classes))
     for map_ in (signal, random, 1.002 - signal):
         found = perturbation(map_)
@@ -131,14 +133,179 @@ def test_an_oracle_is_best_and_its_inverse_worst(images):
         curves = insertion_deletion(map_)["log_probability"]
         insertion.append(metrics.unit_area(np.exp(curves[:, 0]).mean(0)))
         deletion.append(metrics.unit_area(np.exp(curves[:, 1]).mean(0)))
+        gain.append(metrics.srg(np.asarray(patch_removal(map_)["log_probability"])).mean())
         groups = group_drops(map_)
         coefficient.append(metrics.saco(*(np.asarray(groups[name]) for name in ("salience", "drop"))).mean())
     assert positive[0] < positive[1] < positive[2] <= 90
     assert negative[0] == 90 > negative[1] > negative[2]
     assert insertion[0] > insertion[1] > insertion[2]
     assert deletion[0] < deletion[1] < deletion[2]
+    assert gain[0] > 0.3 > gain[1] > -0.3 > gain[2]
     assert coefficient[0] > 0.9 > coefficient[1] > coefficient[2]
     assert positive[0] == negative[2] == 5  # the first step removes more than half of the signal
+
+
+# ---- patches, and what stands in for what is removed ----------------------------------------------------------------
+
+
+def test_means_by_patch():
+    map_ = jnp.arange(8.0).reshape(1, 2, 4)
+    np.testing.assert_array_equal(metrics.by_patch(map_, (1, 2))[0], [[2.5, 4.5]])
+    np.testing.assert_array_equal(metrics.by_patch(map_, (2, 4)), map_)
+    finer = metrics.by_patch(map_, (4, 8))[0]
+    np.testing.assert_array_equal(finer[:2], [[0, 0, 1, 1, 2, 2, 3, 3]] * 2)
+    # Sides of which neither divides the other: 4 values on 3 patches share the middle ones.
+    np.testing.assert_allclose(metrics.by_patch(map_, (1, 3))[0, 0], [2.25, 3.5, 4.75])
+
+
+def test_patches_go_as_a_whole():
+    ranks = metrics.rank_pixels(jnp.array([[[0.1, 0.9]]]))
+    for positive, left in ((True, [[1, 1, 0, 0]] * 2), (False, [[0, 0, 1, 1]] * 2)):
+        np.testing.assert_array_equal(metrics.perturb(jnp.ones((1, 2, 4, 1)), ranks, 1, positive)[0, ..., 0], left)
+
+
+def slow_imputation(image, removed):
+    """The linear system pixel by pixel, solved directly."""
+    h, w, _ = image.shape
+    places = list(zip(*np.nonzero(removed), strict=True))
+    system, right = np.zeros((len(places), len(places))), np.zeros((len(places), image.shape[2]))
+    for row, (y, x) in enumerate(places):
+        for dy, dx in [(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1) if (a, b) != (0, 0)]:
+            near = (y + dy, x + dx)
+            if 0 <= near[0] < h and 0 <= near[1] < w:
+                weight = 1 / 12 if dy and dx else 1 / 6
+                system[row, row] += weight
+                if removed[near]:
+                    system[row, places.index(near)] -= weight
+                else:
+                    right[row] += weight * image[near]
+    filled = image.astype(np.float64)
+    for place, value in zip(places, np.linalg.solve(system, right), strict=True):
+        filled[place] = value
+    return filled
+
+
+def test_road_fills_what_is_removed_from_its_neighbours(maps, images):
+    # By hand: centre c = 4 + k / 12 and corner k, which has three neighbours, 5 k = 8 + c.
+    removed = np.zeros((3, 3), bool)
+    removed[0, 0] = removed[1, 1] = True
+    found = linear_imputation(jnp.arange(9.0).reshape(3, 3, 1), jnp.asarray(removed), 1e-7)[..., 0]
+    np.testing.assert_allclose(found, [[144 / 59, 1, 2], [3, 248 / 59, 5], [6, 7, 8]], rtol=1e-5)
+    shares = np.array([0.3, 0.9, 1.0])[:, None]
+    removed = np.array(maps <= np.quantile(maps.reshape(B, -1), shares.ravel(), axis=1).diagonal()[:, None, None])
+    compiled = jax.jit(jax.vmap(lambda image, removed: linear_imputation(image, removed, 1e-6)))
+    found = np.asarray(compiled(images, removed))
+    for i in range(2):
+        np.testing.assert_allclose(found[i], slow_imputation(images[i], removed[i]), rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(found[i][~removed[i]], images[i][~removed[i]])
+    assert removed[2].all() and np.isfinite(found[2]).all()  # nothing is left
+    # An image elsewhere in the batch, with other companions.
+    np.testing.assert_array_equal(compiled(images[[1, 1, 0]], removed[[1, 2, 1]])[0], found[1])
+    # The noise is that of the seed, on what was removed alone, and the same in all images.
+    removed = jnp.asarray(maps > 0.5)
+    noisy = [metrics.noisy_linear(jnp.asarray(images), removed, noise, 3) for noise in (0.0, 0.5)]
+    noise = np.asarray(noisy[1] - noisy[0])
+    grain = 0.5 * np.asarray(jax.random.normal(jax.random.key(3), (H, W, 3)))
+    np.testing.assert_allclose(noise, np.where(removed[..., None], grain, 0), atol=1e-6)
+
+
+def test_road_is_the_perturbation_test_with_that_fill(maps, images):
+    classes = jnp.array([0, 1, 2], jnp.int32)
+    fill = lambda images, removed: metrics.noisy_linear(images, removed, noise=0.0)  # noqa: E731
+    found = jax.jit(lambda *a: metrics.perturbation(linear, *a, fill))(images, maps, classes, classes)
+    for s in (2, 7):
+        count = (H * W * s) // 10
+        for d in range(2):
+            changed = []
+            for i in range(B):
+                order = slow_order(maps[i])
+                removed = np.zeros(H * W, bool)
+                removed[order[:count] if d == 0 else order[H * W - count :]] = True
+                changed.append(slow_imputation(images[i], removed.reshape(H, W)))
+            expected = log_probability(np.array(changed, np.float32), classes)
+            np.testing.assert_allclose(found["log_probability"][:, d, s - 1], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_symmetric_relevance_gain(images):
+    """Patch by patch from both ends, slowly, and by hand."""
+    grid = np.random.default_rng(6).normal(size=(B, 3, 4)).astype(np.float32)
+    classes = jnp.array([0, 1, 2], jnp.int32)
+    fill = jnp.array([0.2, 0.4, 0.6])
+    compiled = jax.jit(lambda maps: metrics.patch_removal(linear, images, maps, classes, fill, 5)["log_probability"])
+    found = np.asarray(compiled(grid))
+    for s in range(6):
+        count = 12 * s // 5
+        for d in range(2):
+            changed = images.copy()
+            for i in range(B):
+                order = slow_order(grid[i])
+                for patch in order[:count] if d == 0 else order[12 - count :]:
+                    y, x = 3 * (patch // 4), 2 * (patch % 4)
+                    changed[i, y : y + 3, x : x + 2] = fill
+            np.testing.assert_allclose(found[:, d, s], log_probability(changed, classes), rtol=1e-5, atol=1e-5)
+    by_hand = np.log([[[0.8, 0.2, 0.1], [0.8, 0.6, 0.1]]])
+    np.testing.assert_allclose(metrics.srg(by_hand), [0.525 - 0.325])
+    gain, opposite = metrics.srg(found), metrics.srg(np.asarray(compiled(-grid)))
+    np.testing.assert_allclose(gain, -opposite, rtol=1e-4, atol=1e-6)
+    for steps in (0, 13):
+        with pytest.raises(tm.InputError, match="steps must be"):
+            metrics.patch_removal(linear, images, grid, classes, 0.0, steps)
+
+
+# ---- robustness and complexity --------------------------------------------------------------------------------------
+
+
+def test_max_sensitivity(images):
+    """Of the map that is the image's first channel, the change is the noise itself."""
+    maps = jnp.asarray(images[..., 0])
+    found = metrics.max_sensitivity(lambda images: images[..., 0], jnp.asarray(images), maps, 0.1, 4, 2)
+    steps = [
+        jax.random.uniform(key, (H, W, 3), jnp.float32, -0.1, 0.1) for key in jax.random.split(jax.random.key(2), 4)
+    ]
+    assert max(np.abs(step).max() for step in steps) < 0.1
+    largest = max(np.linalg.norm(step[..., 0]) for step in steps)
+    np.testing.assert_allclose(found, [largest / np.linalg.norm(map_) for map_ in maps], rtol=1e-4)
+    zero = jnp.zeros_like(maps)
+    np.testing.assert_array_equal(metrics.max_sensitivity(lambda _: zero, jnp.asarray(images), zero, 0.1, 2), 0)
+
+
+def test_infidelity_by_hand():
+    drop = np.array([[1.0, 2.0, 3.0]] * 4)
+    relevance = np.array([[2.0, 4.0, 6.0], [1.0, 2.0, 0.0], [0.0, 0.0, 0.0], [-1.0, -2.0, -3.0]])
+    # The best scale of the second is (1 + 4) / (1 + 4), and what is left is 3 of the last.
+    np.testing.assert_allclose(metrics.infidelity(relevance, drop), [0, 3, 14 / 3, 0], atol=1e-12)
+
+
+def test_random_removals_are_the_slow_ones(images):
+    grid = np.random.default_rng(7).normal(size=(B, 3, 4)).astype(np.float32)
+    classes = jnp.array([0, 1, 2], jnp.int32)
+    found = metrics.random_removals(linear, jnp.asarray(images), jnp.asarray(grid), classes, 0.5, 4, 0.25, 1)
+    clean = np.exp(log_probability(images, classes))
+    for s, key in enumerate(jax.random.split(jax.random.key(1), 4)):
+        chosen = [patch for patch, place in enumerate(jax.random.permutation(key, jnp.arange(12))) if place < 3]
+        changed = images.copy()
+        for patch in chosen:
+            y, x = 3 * (patch // 4), 2 * (patch % 4)
+            changed[:, y : y + 3, x : x + 2] = 0.5
+        np.testing.assert_allclose(
+            found["relevance"][:, s], grid.reshape(B, -1)[:, chosen].sum(1), rtol=1e-5, atol=1e-6
+        )
+        drop = clean - np.exp(log_probability(changed, classes))
+        np.testing.assert_allclose(found["drop"][:, s], drop, rtol=1e-4, atol=1e-6)
+
+
+def test_sparseness_and_entropy_by_hand():
+    maps = jnp.array([[[1.0, 1], [1, 1]], [[0.0, -5], [0, 0]], [[1.0, -3], [0, 0]], [[0.0, 0], [0, 0]]])
+    # Shares 0, 0, 1/4, 3/4: 1 - 2 (1/4 * 1.5/4 + 3/4 * 0.5/4); all pairs' mean difference says the same.
+    np.testing.assert_allclose(metrics.gini(maps), [0, 0.75, 1 - 2 * (0.375 / 4 + 0.375 / 4), 0], atol=1e-6)
+    values = np.array([0.0, 0, 1, 3])
+    by_differences = np.abs(values[:, None] - values).mean() / 2 / values.mean()
+    np.testing.assert_allclose(metrics.gini(maps)[2], by_differences, rtol=1e-6)
+    of_third = -(0.25 * np.log(0.25) + 0.75 * np.log(0.75))
+    np.testing.assert_allclose(metrics.entropy(maps), [np.log(4), 0, of_third, np.log(4)], atol=1e-6)
+
+
+# ---- SaCo -----------------------------------------------------------------------------------------------------------
 
 
 def test_saco_by_hand():
@@ -203,6 +370,12 @@ def test_an_image_alone_has_the_results_it_has_in_a_batch(maps):
             "saco": metrics.group_drops(predict, images, maps, classes, 4),
             "segmentation": metrics.segmentation(maps, masks),
             "similarity": metrics.rank_correlation(maps, maps[:, ::-1]),
+            "srg": metrics.patch_removal(linear, images, metrics.by_patch(maps, (3, 3)), classes, 0.5, 3),
+            "infidelity": metrics.random_removals(
+                linear, images, metrics.by_patch(maps, (3, 3)), classes, 0.5, 4, 0.3
+            ),
+            "sensitivity": metrics.max_sensitivity(lambda images: images.mean(-1), images, maps, 0.02, 3),
+            "complexity": (metrics.gini(maps), metrics.entropy(maps)),
         }
 
     together = everything(images, maps, masks, classes, labels)

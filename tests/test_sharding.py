@@ -10,7 +10,13 @@ import tokentm_jax as tm
 from tokentm_jax.methods.table import METHODS
 
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
-OPTIONS = {"smooth_grad": {"samples": 2}, "integrated_gradients": {"steps": 2}, "beyond_intuition": {"steps": 2}}
+OPTIONS = {
+    "smooth_grad": {"samples": 2},
+    "integrated_gradients": {"steps": 2},
+    "beyond_intuition": {"steps": 2},
+    "rise": {"samples": 6},
+    "shapley": {"pairs": 2},
+}
 QUICK = ("tokentm", "rollout")
 CASES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in METHODS]
 

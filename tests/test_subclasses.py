@@ -15,6 +15,8 @@ OPTIONS = {
     "smooth_grad": {"samples": 2},
     "integrated_gradients": {"steps": 2},
     "beyond_intuition": {"steps": 2},
+    "rise": {"samples": 6},
+    "shapley": {"pairs": 2},
     "combination": {"methods": "gae,grad_cam"},
 }
 RULED = {"lrp", "partial_lrp", "transformer_attribution", "conservative_lrp", "attn_lrp"}
@@ -71,7 +73,7 @@ def test_a_subclass_is_explained_or_refused(models, method):
     params, images, same = models
     target = jnp.array([0, 2], jnp.int32)
     explain = lambda kind: explain_fn(kind(**FIELDS), method, **OPTIONS.get(method, {}))  # noqa: E731
-    refused = {OwnParts: method in RULED, OwnPass: method in RULED or method == "legrad"}
+    refused = {OwnParts: method in RULED, OwnPass: method in RULED or method in ("legrad", "token_dropping")}
     for kind, refuses in refused.items():
         if refuses:
             with pytest.raises(tm.InputError, match=f"{kind.__name__} has its own"):

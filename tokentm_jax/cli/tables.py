@@ -78,4 +78,4 @@ def methods(as_json: bool) -> None:
         table.add_row(name, method.paper, str(method.year), specific, method.output, method.passes)
     out = console()
     out.print(table)
-    out.print("Passes: forward (F) and backward (B) passes of the model per batch.", style="dim")
+    out.print("Passes: forward (F) and backward (B) passes of the model per batch; n patches.", style="dim")

@@ -106,7 +106,9 @@ def compiled(
     Raises:
       InputError: no such method or option.
     """
-    rows = ((name, _method(name), options) for name, options in methods.items())
+    rows = [(name, _method(name), options) for name, options in methods.items()]
+    if preprocessing is not None:
+        rows = [(name, row, row.suited(options, preprocessing)) for name, row, options in rows]
     checked = tuple((name, row, tuple(sorted(row.check(name, options).items()))) for name, row, options in rows)
     return _compiled(module, checked, None if details is None else tuple(details), preprocessing)
 
@@ -159,7 +161,8 @@ def explain(
       InputError: images that `Preprocessing.checked` refuses, a class that the model does not have, no such method
         or option.
     """
-    program = compiled(vit.module, {method: options}, details=None if details else ())
+    suited = _method(method).suited(options, vit.preprocessing)
+    program = compiled(vit.module, {method: suited}, details=None if details else ())
     inputs = vit.preprocessing.normalise(vit.preprocessing.checked(images))
     if target is not None:
         target = np.asarray(target)

@@ -15,12 +15,14 @@ from typing import Any, Literal
 import flax.linen as nn
 from jax import Array
 
+from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.maths.maps import combine
 from tokentm_jax.maths.tokentm import TokenTM
-from tokentm_jax.methods import attention, gradient
+from tokentm_jax.methods import attention, gradient, perturbation
 from tokentm_jax.methods import lrp as relevance
 from tokentm_jax.methods.attention import Explanation
+from tokentm_jax.methods.perturbation import Removal
 from tokentm_jax.validation import check_options, options_of
 
 TOKENS, PIXELS = "token map", "pixel map"
@@ -28,7 +30,7 @@ TOKENS, PIXELS = "token map", "pixel map"
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One row of the table. `passes` is the cost: forward (F) and backward (B) passes of the model."""
+    """One row of the table. `passes` is the cost: forward (F) and backward (B) passes of the model, n the patches."""
 
     function: Callable[..., Explanation]
     paper: str
@@ -60,6 +62,13 @@ class Method:
         Raises InputError for an unknown option, or one that is not what its annotation says.
         """
         return check_options(f"the method {name!r}", self.known(), options)
+
+    def suited(self, options: Mapping[str, Any], preprocessing: Preprocessing) -> dict[str, Any]:
+        """The options, with the colour that black has after this normalisation where the method asks for it."""
+        if options.get("fill") != "black" or "black" in options:
+            return dict(options)
+        black = tuple(-mean / std for mean, std in zip(preprocessing.mean, preprocessing.std, strict=True))
+        return {**options, "black": black}
 
     def bind(self, name: str, options: Mapping[str, Any]) -> Callable[..., Explanation]:
         """The function with its options checked and bound. Raises InputError as `check`, and for choices at odds."""
@@ -128,6 +137,11 @@ METHODS: dict[str, Method] = {
     "integrated_gradients": Method(
         gradient.integrated_gradients, "Sundararajan et al., ICML", 2017, "34 F + 33 B", output=PIXELS
     ),
+    "occlusion": Method(perturbation.occlusion, "Zeiler & Fergus, ECCV", 2014, "n + 1 F", options=Removal),
+    "token_dropping": Method(perturbation.token_dropping, "Jain et al., ICLR", 2022, "n + 1 F"),
+    "rise": Method(perturbation.rise, "Petsiuk et al., BMVC", 2018, "1001 F", options=Removal),
+    "shapley": Method(perturbation.shapley, "Castro et al., COR", 2009, "16 (n - 1) + 2 F", options=Removal),
+    "kernel_shap": Method(perturbation.shapley_by_kernel, "Lundberg & Lee, NeurIPS", 2017, "2002 F", options=Removal),
     "combination": Method(
         combination, "named as future work by Wu et al.", 2024, "those of its methods", classless=_classless
     ),

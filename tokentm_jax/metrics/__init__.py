@@ -1,12 +1,17 @@
 """How faithful heatmaps are: one file per question, and the table of tasks that ask it."""
 
+from tokentm_jax.maths.perturbation import blur as blur
+from tokentm_jax.metrics.complexity import entropy as entropy
+from tokentm_jax.metrics.complexity import gini as gini
 from tokentm_jax.metrics.faithfulness import GROUPS as GROUPS
 from tokentm_jax.metrics.faithfulness import MOST as MOST
 from tokentm_jax.metrics.faithfulness import STEPS as STEPS
 from tokentm_jax.metrics.faithfulness import Predict as Predict
-from tokentm_jax.metrics.faithfulness import blur as blur
+from tokentm_jax.metrics.faithfulness import by_patch as by_patch
 from tokentm_jax.metrics.faithfulness import group_drops as group_drops
 from tokentm_jax.metrics.faithfulness import insertion_deletion as insertion_deletion
+from tokentm_jax.metrics.faithfulness import noisy_linear as noisy_linear
+from tokentm_jax.metrics.faithfulness import patch_removal as patch_removal
 from tokentm_jax.metrics.faithfulness import perturb as perturb
 from tokentm_jax.metrics.faithfulness import perturbation as perturbation
 from tokentm_jax.metrics.faithfulness import random_map as random_map
@@ -14,6 +19,7 @@ from tokentm_jax.metrics.faithfulness import rank_pixels as rank_pixels
 from tokentm_jax.metrics.faithfulness import removal as removal
 from tokentm_jax.metrics.faithfulness import saco as saco
 from tokentm_jax.metrics.faithfulness import scores as scores
+from tokentm_jax.metrics.faithfulness import srg as srg
 from tokentm_jax.metrics.localisation import THRESHOLDS as THRESHOLDS
 from tokentm_jax.metrics.localisation import average_precision as average_precision
 from tokentm_jax.metrics.localisation import f1 as f1
@@ -22,6 +28,9 @@ from tokentm_jax.metrics.localisation import pixel_accuracy as pixel_accuracy
 from tokentm_jax.metrics.localisation import precision_recall as precision_recall
 from tokentm_jax.metrics.localisation import segmentation as segmentation
 from tokentm_jax.metrics.randomisation import rank_correlation as rank_correlation
+from tokentm_jax.metrics.robustness import infidelity as infidelity
+from tokentm_jax.metrics.robustness import max_sensitivity as max_sensitivity
+from tokentm_jax.metrics.robustness import random_removals as random_removals
 from tokentm_jax.metrics.statistics import Statistic as Statistic
 from tokentm_jax.metrics.statistics import area as area
 from tokentm_jax.metrics.statistics import bootstrap as bootstrap

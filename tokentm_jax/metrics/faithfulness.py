@@ -5,6 +5,7 @@ Functions take a batch and give results per image: maps are pixel maps [B, H, W]
 """
 
 import hashlib
+import math
 from collections.abc import Callable
 from typing import Annotated
 
@@ -16,9 +17,12 @@ from annotated_types import Ge, Le
 from jax import Array
 
 from tokentm_jax.errors import InputError
+from tokentm_jax.maths.perturbation import linear_imputation
+from tokentm_jax.metrics.statistics import unit_area
 from tokentm_jax.validation import checked
 
 Predict = Callable[[Array], Array]
+Fill = Array | float | Callable[[Array, Array], Array]  # what stands in for removed pixels, see `perturb`
 STEPS = 9  # 10 %, 20 % ... 90 % of the pixels
 GROUPS = 10  # of pixels, for SaCo
 MOST = 1000  # groups, or steps of insertion: each is a forward pass
@@ -34,12 +38,17 @@ def rank_pixels(maps: Array) -> Array:
     return put(order, places).reshape(maps.shape)
 
 
-def perturb(
-    images: Array, ranks: Array, count: Array | int, positive: Array | bool, fill: Array | float = 0.0
-) -> Array:
-    """Images [B, H, W, C] with `count` pixels set to `fill`: the first by rank [B, H, W] (positive) or the last."""
-    pixels = ranks.shape[1] * ranks.shape[2]
-    removed = jnp.where(positive, ranks < count, ranks >= pixels - count)
+def perturb(images: Array, ranks: Array, count: Array | int, positive: Array | bool, fill: Fill = 0.0) -> Array:
+    """Images [B, H, W, C] with `count` pixels set to `fill`: the first by rank (positive) or the last.
+
+    `ranks` are those of pixels [B, H, W], or of patches [B, gh, gw] whose grid divides the image: then `count` patches
+    go. `fill` is a value, an array that fits the images, or a function `(images, removed [B, H, W]) -> images`.
+    """
+    _, gh, gw = ranks.shape
+    removed = jnp.where(positive, ranks < count, ranks >= gh * gw - count)
+    removed = removed.repeat(images.shape[1] // gh, 1).repeat(images.shape[2] // gw, 2)
+    if callable(fill):
+        return fill(images, removed)
     return jnp.where(removed[..., None], jnp.asarray(fill, images.dtype), images)
 
 
@@ -58,9 +67,9 @@ def removal(
     labels: Array,
     counts: Array,
     positive: Array,
-    fill: Array | float = 0.0,
+    fill: Fill = 0.0,
 ) -> dict[str, Array]:
-    """`scores` after removing `counts` [S] pixels in the given directions [S]: arrays [B, S].
+    """`scores` after removing `counts` [S] pixels, or patches, in the given directions [S] (`perturb`): arrays [B, S].
 
     One forward pass of the whole batch after the other, so that memory does not grow with S.
     """
@@ -72,17 +81,68 @@ def removal(
     return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), jax.lax.map(step, (counts, positive)))
 
 
-def perturbation(predict: Predict, images: Array, maps: Array, classes: Array, labels: Array) -> dict[str, Array]:
-    """Positive and negative perturbation test: `scores` [B, 2, 9] with floor(0.1 s H W) pixels black, s = 1 ... 9."""
+def perturbation(
+    predict: Predict, images: Array, maps: Array, classes: Array, labels: Array, fill: Fill = 0.0
+) -> dict[str, Array]:
+    """Positive and negative perturbation test: `scores` [B, 2, 9] with floor(0.1 s H W) pixels black, s = 1 ... 9.
+
+    With `noisy_linear` as the `fill` it is ROAD (Rong et al., ICML 2022).
+    """
     pixels = maps.shape[1] * maps.shape[2]
     counts = jnp.asarray([s * pixels // 10 for s in range(1, STEPS + 1)] * 2, jnp.int32)
     positive = jnp.arange(2 * STEPS) < STEPS
-    found = removal(predict, images, maps, classes, labels, counts, positive)
+    found = removal(predict, images, maps, classes, labels, counts, positive, fill)
     return jax.tree.map(lambda a: a.reshape(len(a), 2, STEPS), found)
 
 
+def noisy_linear(images: Array, removed: Array, noise: float = 0.01, seed: int = 0) -> Array:
+    """ROAD's imputation (Rong et al., ICML 2022) of the `removed` pixels [B, H, W] of images [B, H, W, C].
+
+    Each is the weighted mean of its neighbours (`linear_imputation`), plus Gaussian noise of that deviation, the same
+    for every image: neither the values nor sharp edges tell the model which pixels were removed.
+    """
+    key = jax.random.key(seed)
+    grain = noise * jax.random.normal(key, images.shape[1:], images.dtype)
+    return jax.vmap(linear_imputation)(images, removed) + jnp.where(removed[..., None], grain, 0)
+
+
+def by_patch(maps: Array, grid: tuple[int, int]) -> Array:
+    """Means of maps [B, h, w] over the patches of a grid: [B, gh, gw]; one value a patch stays as it is."""
+    for axis, (side, wanted) in enumerate(zip(maps.shape[1:], grid, strict=True), 1):
+        least = math.lcm(side, wanted)
+        fine = jnp.moveaxis(maps.repeat(least // side, axis), axis, -1)
+        maps = jnp.moveaxis(fine.reshape(*fine.shape[:-1], wanted, -1).mean(-1), -1, axis)
+    return maps
+
+
+def patch_removal(
+    predict: Predict, images: Array, maps: Array, classes: Array, fill: Fill, steps: int = 20
+) -> dict[str, Array]:
+    """What `srg` needs: log-probability [B, 2, steps + 1] while patches are removed, the most relevant ones first, and
+    the least relevant ones first, from none to all. Maps are [B, gh, gw], and their grid divides the image.
+
+    Raises InputError for `steps` that are not from 1 to the number of patches, and 1000 at most.
+    """
+    patches = maps.shape[1] * maps.shape[2]
+    steps = checked("steps", Annotated[int, Ge(1), Le(min(patches, MOST))], steps)
+    counts = jnp.asarray([s * patches // steps for s in range(steps + 1)] * 2, jnp.int32)
+    positive = jnp.arange(2 * steps + 2) <= steps
+    found = removal(predict, images, maps, classes, jnp.full_like(classes, -1), counts, positive, fill)
+    return {"log_probability": found["log_probability"].reshape(-1, 2, steps + 1)}
+
+
+def srg(log_probability: np.ndarray) -> np.ndarray:
+    """Symmetric relevance gain (Bluecher et al., TMLR 2024): area between the two curves of `patch_removal`.
+
+    From [n, 2, k] to [n], in [-1, 1]: the mean probability while the least relevant patches go first, less that while
+    the most relevant ones do. A map and its negative have opposite gains, but for ties.
+    """
+    most, least = unit_area(np.exp(log_probability)).T
+    return least - most
+
+
 def insertion_deletion(
-    predict: Predict, images: Array, maps: Array, classes: Array, fill: Array | float = 0.0, steps: int = 20
+    predict: Predict, images: Array, maps: Array, classes: Array, fill: Fill = 0.0, steps: int = 20
 ) -> dict[str, Array]:
     """Log-probability [B, 2, steps + 1] while the pixels, the most relevant first, are put on `fill` (insertion), and
     are replaced by it (deletion). Insertion of k pixels is removal of all but k from the other end.
@@ -96,20 +156,6 @@ def insertion_deletion(
     positive = jnp.arange(len(counts)) > steps
     found = removal(predict, images, maps, classes, jnp.full_like(classes, -1), counts, positive, fill)
     return {"log_probability": found["log_probability"].reshape(-1, 2, steps + 1)}
-
-
-def blur(images: Array, sigma: float = 5.0) -> Array:
-    """Gaussian blur of images [B, H, W, C], `sigma` in pixels, with the border pixels repeated outside."""
-    radius = round(3 * sigma)
-    taps = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
-    kernel = jnp.asarray(taps / taps.sum(), images.dtype)
-    for axis in (1, 2):
-        padding = [(radius, radius) if a == axis else (0, 0) for a in range(4)]
-        padded = jnp.moveaxis(jnp.pad(images, padding, mode="edge"), axis, -1)
-        rows = padded.reshape(-1, 1, padded.shape[-1])
-        smooth = jax.lax.conv_general_dilated(rows, kernel[None, None], (1,), "VALID")
-        images = jnp.moveaxis(smooth.reshape(*padded.shape[:-1], -1), -1, axis)
-    return images
 
 
 def group_drops(

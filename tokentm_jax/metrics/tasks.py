@@ -2,10 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
-from annotated_types import Ge, Le, Len
+from annotated_types import Ge, Gt, Le, Len, Lt
 from jax import Array
 
 from tokentm_jax import metrics
@@ -124,7 +126,7 @@ def check(config: EvaluateConfig) -> EvaluateConfig:
         raise suggest("task", config.task, TASKS)
     if config.profile not in PROFILES:
         raise suggest("profile", config.profile, PROFILES)
-    check_options(f"the task {config.task!r}", options_of(TASKS[config.task].compute), config.options)
+    TASKS[config.task].check(config.task, config.options)
     for row in config.rows:
         if row.method == RANDOM and row.options:
             raise suggest("option", next(iter(row.options)), [], of=RANDOM)
@@ -162,6 +164,10 @@ class Inputs(NamedTuple):
     labels: Array  # [B]
     masks: Array | None = None  # [B, H, W], where the task needs them
     original: Array | None = None  # maps [B, gh, gw] without `Row.random_blocks`, for a task `against_original`
+    reference: Array | None = None  # maps [B, h, w] of the task's `reference`
+    explain: Callable[[Array], Array] | None = None  # images -> maps by the row's method, for a task that `explains`
+    grid: tuple[int, int] = (1, 1)  # of the model's patches
+    mean: Sequence[float] = (0.5, 0.5, 0.5)  # the mean colour of the model's data
 
 
 Table = Mapping[str, np.ndarray]  # results per image [n, ...]: "clean_...", "predicted_..." and "target_..."
@@ -210,18 +216,33 @@ class Task(NamedTuple):
     fields: Callable[..., Fields]  # (**options) -> the annotations of what `compute` gives
     plot: Plot | None = None  # None: the first column with its interval
     needs: Literal["", "labels", "masks"] = ""
-    against_original: bool = (
-        False  # `maps` are as the method gives them, and `inputs.original` those without `random_blocks`
-    )
+    raw: bool = False  # `maps` are as the method gives them, [B, gh, gw] or [B, H, W], and not pixel maps in [0, 1]
+    against_original: bool = False  # `inputs.original` are the maps without `random_blocks`
+    reference: str = ""  # a method whose maps, made once for every image and kept in the run, are `inputs.reference`
+    explains: bool = False  # `inputs.explain` is there
 
     @property
     def explained(self) -> tuple[str, ...]:
         """The classes whose explanations are wanted: "predicted", perhaps "target" too."""
         return tuple(dict.fromkeys(column.explained for column in self.columns.values()))
 
+    def check(self, name: str, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """The options of `compute` and those of the reference, as plain values that meet their annotations.
+
+        Raises InputError for an unknown option, or one that is not what its annotation says.
+        """
+        own = options_of(self.compute)
+        known = {**own, **(METHODS[self.reference].known() if self.reference else {})}
+        values = check_options(f"the task {name!r}", known, options)
+        of_reference = {key: values.pop(key) for key in list(values) if key not in own}
+        if self.reference:
+            METHODS[self.reference].bind(self.reference, of_reference)
+        return {"compute": values, "reference": of_reference}
+
     def records(self, options: Mapping[str, Any]) -> Fields:
         """What stands in the files of records: what `compute` gives, and whether the map was finite."""
-        return {**self.fields(**options), "finite": lists_of(bool)}
+        own = {name: options[name] for name in options_of(self.compute) if name in options}
+        return {**self.fields(**own), "finite": lists_of(bool)}
 
     def measure(self, table: Table) -> dict[str, np.ndarray]:
         """Results per image of every column whose explanations the table has."""
@@ -248,6 +269,10 @@ CLEAN_FIELDS: Fields = {
 # first.
 
 POSITIVE, NEGATIVE = 0, 1  # the most relevant pixels go first, or last
+_CURVES: Fields = {
+    "log_probability": lists_of(LogProbability, 2, metrics.STEPS),
+    "hit": lists_of(bool, 2, metrics.STEPS),
+}
 
 
 def _perturbation(predict: metrics.Predict, inputs: Inputs, maps: Array) -> dict[str, Array]:
@@ -295,6 +320,7 @@ def _segmentation_curves(table: Table) -> dict[str, tuple[np.ndarray, np.ndarray
 # ---- insertion and deletion ----------------------------------------------------------------------------------------
 
 Fill = Literal["black", "blur"]
+AnyFill = Literal["mean", "black", "blur"]
 STEPS = 20
 Steps = Annotated[int, Ge(1), Le(1000)]  # each is a forward pass
 
@@ -319,6 +345,19 @@ def _insertion_curves(table: Table) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 # ---- SaCo ----------------------------------------------------------------------------------------------------------
 
 Groups = Annotated[int, Ge(2), Le(1000)]
+Samples = Annotated[int, Ge(1), Le(1000)]
+Seed = Annotated[int, Ge(0), Le(LARGEST_SEED)]
+Noise = Annotated[float, Ge(0), Le(10)]
+Radius = Annotated[float, Gt(0), Le(1)]
+Share = Annotated[float, Gt(0), Lt(1)]
+REMOVALS = 50
+
+
+def _background(inputs: Inputs, fill: AnyFill) -> Array:
+    """What stands in for removed pixels, [3] or [B, H, W, 3]."""
+    if fill == "blur":
+        return metrics.blur(inputs.images)
+    return jnp.asarray(inputs.mean if fill == "mean" else (0.0, 0.0, 0.0), inputs.images.dtype)
 
 
 def _saco(
@@ -339,6 +378,84 @@ def _sanity(predict: metrics.Predict, inputs: Inputs, maps: Array) -> dict[str, 
     return {"similarity": metrics.rank_correlation(maps, inputs.original)}
 
 
+# ---- symmetric relevance gain, and ROAD -----------------------------------------------------------------------------
+
+
+def _srg(
+    predict: metrics.Predict, inputs: Inputs, maps: Array, *, fill: AnyFill = "mean", steps: Steps = STEPS
+) -> dict[str, Array]:
+    maps = metrics.by_patch(maps, inputs.grid)
+    return metrics.patch_removal(predict, inputs.images, maps, inputs.classes, _background(inputs, fill), steps)
+
+
+def _srg_fields(fill: str = "mean", steps: int = STEPS) -> Fields:
+    return {"log_probability": lists_of(LogProbability, 2, steps + 1)}
+
+
+def _srg_curves(table: Table) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    most, least = np.exp(table["predicted_log_probability"]).mean(0)
+    x = np.linspace(0, 100, len(most))
+    return {"most relevant first (lower is better)": (x, most), "least relevant first (higher is better)": (x, least)}
+
+
+def _road(
+    predict: metrics.Predict, inputs: Inputs, maps: Array, *, noise: Noise = 0.01, seed: Seed = 0
+) -> dict[str, Array]:
+    fill = partial(metrics.noisy_linear, noise=noise, seed=seed)
+    return metrics.perturbation(predict, inputs.images, maps, inputs.classes, inputs.labels, fill)
+
+
+def _road_fields(noise: float = 0.01, seed: int = 0) -> Fields:
+    return _CURVES
+
+
+# ---- max-sensitivity, infidelity, complexity ------------------------------------------------------------------------
+
+
+def _sensitivity(
+    predict: metrics.Predict,
+    inputs: Inputs,
+    maps: Array,
+    *,
+    radius: Radius = 0.02,
+    samples: Samples = 10,
+    seed: Seed = 0,
+) -> dict[str, Array]:
+    assert inputs.explain is not None
+    return {"sensitivity": metrics.max_sensitivity(inputs.explain, inputs.images, maps, radius, samples, seed)}
+
+
+def _infidelity(
+    predict: metrics.Predict,
+    inputs: Inputs,
+    maps: Array,
+    *,
+    fill: AnyFill = "mean",
+    samples: Samples = REMOVALS,
+    share: Share = 0.1,
+    seed: Seed = 0,
+) -> dict[str, Array]:
+    maps, background = metrics.by_patch(maps, inputs.grid), _background(inputs, fill)
+    return metrics.random_removals(predict, inputs.images, maps, inputs.classes, background, samples, share, seed)
+
+
+def _infidelity_fields(fill: str = "mean", samples: int = REMOVALS, share: float = 0.1, seed: int = 0) -> Fields:
+    return {"relevance": lists_of(Number, samples), "drop": lists_of(Number, samples)}
+
+
+def _complexity(predict: metrics.Predict, inputs: Inputs, maps: Array) -> dict[str, Array]:
+    return {"gini": metrics.gini(maps), "entropy": metrics.entropy(maps)}
+
+
+# ---- agreement with the Shapley values of the patches ---------------------------------------------------------------
+
+
+def _agreement(predict: metrics.Predict, inputs: Inputs, maps: Array) -> dict[str, Array]:
+    assert inputs.reference is not None
+    _, gh, gw = inputs.reference.shape
+    return {"agreement": metrics.rank_correlation(metrics.by_patch(maps, (gh, gw)), inputs.reference)}
+
+
 # ---- the table of tasks --------------------------------------------------------------------------------------------
 
 TASKS: dict[str, Task] = {
@@ -352,10 +469,7 @@ TASKS: dict[str, Task] = {
             "aopc": Column(_aopc, better="higher", digits=3),
             "lodds": Column(_lodds, better="lower", digits=3),
         },
-        lambda: {
-            "log_probability": lists_of(LogProbability, 2, metrics.STEPS),
-            "hit": lists_of(bool, 2, metrics.STEPS),
-        },
+        lambda: _CURVES,
         Plot("pixels removed [%]", "accuracy [%]", _perturbation_curves),
         needs="labels",
     ),
@@ -407,6 +521,59 @@ TASKS: dict[str, Task] = {
         _sanity,
         {"similarity": Column(lambda table: table["predicted_similarity"], better="lower", digits=3)},
         lambda: {"similarity": lists_of(Number)},
+        raw=True,
         against_original=True,
+    ),
+    "srg": Task(
+        _srg,
+        {"srg": Column(lambda table: metrics.srg(table["predicted_log_probability"]), better="higher", digits=3)},
+        _srg_fields,
+        Plot("patches removed [%]", "probability", _srg_curves),
+        raw=True,
+    ),
+    "road": Task(
+        _road,
+        {
+            "road_positive_auc": Column(_hits(POSITIVE), metrics.area, "lower"),
+            "road_negative_auc": Column(_hits(NEGATIVE), metrics.area, "higher"),
+        },
+        _road_fields,
+        Plot("pixels imputed [%]", "accuracy [%]", _perturbation_curves),
+        needs="labels",
+    ),
+    "sensitivity": Task(
+        _sensitivity,
+        {"max_sensitivity": Column(lambda table: table["predicted_sensitivity"], better="lower", digits=3)},
+        lambda **_: {"sensitivity": lists_of(Number)},
+        raw=True,
+        explains=True,
+    ),
+    "infidelity": Task(
+        _infidelity,
+        {
+            "infidelity": Column(
+                lambda table: metrics.infidelity(table["predicted_relevance"], table["predicted_drop"]),
+                better="lower",
+                digits=4,
+            )
+        },
+        _infidelity_fields,
+        raw=True,
+    ),
+    "complexity": Task(
+        _complexity,
+        {
+            "gini": Column(lambda table: table["predicted_gini"], digits=3),
+            "entropy": Column(lambda table: table["predicted_entropy"], digits=3),
+        },
+        lambda: {"gini": lists_of(Number), "entropy": lists_of(Number)},
+        raw=True,
+    ),
+    "shapley": Task(
+        _agreement,
+        {"shapley_agreement": Column(lambda table: table["predicted_agreement"], better="higher", digits=3)},
+        lambda: {"agreement": lists_of(Number)},
+        raw=True,
+        reference="shapley",
     ),
 }

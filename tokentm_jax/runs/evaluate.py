@@ -20,6 +20,7 @@ from tokentm_jax.files import reason, require_ours, write_json, write_text
 from tokentm_jax.identity import claimed, describe_model, digest, environment, write_png
 from tokentm_jax.maths.maps import to_pixels, unit
 from tokentm_jax.methods.explain import compiled
+from tokentm_jax.methods.table import METHODS
 from tokentm_jax.metrics.tasks import (
     CLEAN,
     CLEAN_FIELDS,
@@ -28,7 +29,9 @@ from tokentm_jax.metrics.tasks import (
     TARGET,
     TASKS,
     EvaluateConfig,
+    Fields,
     Inputs,
+    Number,
     Row,
     check,
 )
@@ -38,6 +41,7 @@ from tokentm_jax.models.vit import init_params
 from tokentm_jax.runs.records import KEPT, Records, record_file
 from tokentm_jax.runs.report import draw, markdown, summarise
 from tokentm_jax.runs.store import Maps
+from tokentm_jax.validation import lists_of
 
 
 @lru_cache(maxsize=16)
@@ -52,24 +56,48 @@ def _clean_program(module: Any, preprocessing: Preprocessing) -> Callable[..., d
     return jax.jit(program)
 
 
-@lru_cache(maxsize=16)
-def _score_program(
-    module: Any, preprocessing: Preprocessing, task: str, options: tuple[tuple[str, Any], ...]
-) -> Callable[..., dict[str, Array]]:
-    """(params, pixels, classes, labels, masks, maps, original) -> results per image: everything from map to score.
+Options = tuple[tuple[str, Any], ...]
 
-    Masks and `original` are None where the task has no use for them.
+
+@lru_cache(maxsize=64)
+def _score_program(
+    module: Any, preprocessing: Preprocessing, task: str, options: Options, row: tuple[str, Options] | None
+) -> Callable[..., dict[str, Array]]:
+    """(params, pixels, classes, labels, masks, maps, original, reference, own) -> results per image: everything from
+    map to score.
+
+    Masks, `original` and `reference` are None where the task has no use for them. For a task that explains, `row` is
+    the method, or None for maps that no image changes, and `own` are its parameters.
     """
+    kind = TASKS[task]
+    explained = None if row is None else compiled(module, {row[0]: dict(row[1])}, preprocessing=None)
 
     def program(
-        params: Any, pixels: Array, classes: Array, labels: Array, masks: Any, maps: Array, original: Any
+        params: Any,
+        pixels: Array,
+        classes: Array,
+        labels: Array,
+        masks: Any,
+        maps: Array,
+        original: Any,
+        reference: Any,
+        own: Any,
     ) -> dict[str, Array]:
         finite = jnp.isfinite(maps).all((1, 2))
-        if not TASKS[task].against_original:
+        given = jnp.where(jnp.isfinite(maps), maps, 0)
+
+        def explain(images: Array) -> Array:
+            if explained is None or row is None:
+                return given
+            found = explained(own, preprocessing.normalise(images), classes)[0][row[0]]
+            return jnp.where(jnp.isfinite(found), found, 0)
+
+        inputs = Inputs(unit(pixels), classes, labels, masks, original, reference)
+        inputs = inputs._replace(grid=module.grid, mean=preprocessing.mean, explain=explain if kind.explains else None)
+        if not kind.raw:
             maps = to_pixels(jnp.nan_to_num(maps), preprocessing.size)
-        inputs = Inputs(unit(pixels), classes, labels, masks, original)
         model = partial(predict, module, preprocessing, params)
-        return {"finite": finite, **TASKS[task].compute(model, inputs, maps, **dict(options))}
+        return {"finite": finite, **kind.compute(model, inputs, given if kind.raw else maps, **dict(options))}
 
     return jax.jit(program)
 
@@ -81,7 +109,8 @@ class Programs:
         self.config, self.vit = config, vit
         self._model = (vit.module, vit.preprocessing)
         self.clean = _clean_program(*self._model)
-        self.score = _score_program(*self._model, config.task, tuple(sorted(config.options.items())))
+        self.task = TASKS[config.task]
+        self._options = self.task.check(config.task, config.options)
         self._fresh: Any = None  # random parameters
         devices, batch = jax.devices(), config.batch_size
         self._sharding = None
@@ -94,19 +123,48 @@ class Programs:
 
     def maps(self, row: Row, keys: Sequence[str], pixels: Array, classes: Array) -> tuple[Array, Array | None]:
         """The row's maps of a batch and, for a task that compares them, those without random blocks."""
-        seed, compares = self.config.seed, TASKS[self.config.task].against_original
+        seed, compares = self.config.seed, self.task.against_original
         if row.method == RANDOM:
             grid = self.vit.module.grid
             noise = [np.stack([metrics.random_map(key, grid, s) for key in keys]) for s in (seed, seed + 1)]
             return self.place(noise[0]), self.place(noise[1]) if compares else None
-        params = self.vit.params
         program = compiled(self.vit.module, {row.method: row.options}, preprocessing=self.vit.preprocessing)
-        if row.random_blocks is not None:
-            if self._fresh is None:
-                self._fresh = init_params(self.vit.module, jax.random.key(seed))
-            params = randomised(params, self._fresh, row.random_blocks)  # made anew: all of them may not fit
-        maps = program(params, pixels, classes)[0][row.method]
+        maps = program(self._params(row), pixels, classes)[0][row.method]
         return maps, program(self.vit.params, pixels, classes)[0][row.method] if compares else None
+
+    def _params(self, row: Row) -> Any:
+        if row.random_blocks is None:
+            return self.vit.params
+        if self._fresh is None:
+            self._fresh = init_params(self.vit.module, jax.random.key(self.config.seed))
+        return randomised(self.vit.params, self._fresh, row.random_blocks)  # made anew: all of them may not fit
+
+    def score(self, row: Row, pixels: Array, classes: Array, *others: Any) -> dict[str, Array]:
+        """Results per image of the row's maps; `others` are labels, masks, maps, original and reference."""
+        explained, own = None, None
+        if self.task.explains and row.method != RANDOM:
+            suited = METHODS[row.method].suited(row.options, self.vit.preprocessing)
+            explained, own = (row.method, tuple(sorted(suited.items()))), self._params(row)
+        options = tuple(sorted(self._options["compute"].items()))
+        program = _score_program(*self._model, self.config.task, options, explained)
+        return program(self.vit.params, pixels, classes, *others, own)
+
+    def _reference(self) -> Callable[..., Any]:
+        methods = {self.task.reference: self._options["reference"]}
+        return compiled(self.vit.module, methods, details=("standard_error",), preprocessing=self.vit.preprocessing)
+
+    def reference_fields(self) -> Fields:
+        """What stands in the records of the maps of the task's `reference`."""
+        pixels = jax.ShapeDtypeStruct((1, *self.vit.preprocessing.size, 3), jnp.uint8)
+        classes = jax.ShapeDtypeStruct((1,), jnp.int32)
+        maps, _ = jax.eval_shape(self._reference(), self.vit.params, pixels, classes)
+        kind = lists_of(Number, *maps[self.task.reference].shape[1:])
+        return {"map": kind, "standard_error": kind}
+
+    def reference(self, pixels: Array, classes: Array) -> dict[str, Array]:
+        """Maps of the task's `reference`, and their standard errors: each [B, h, w]."""
+        maps, errors = self._reference()(self.vit.params, pixels, classes)
+        return {"map": maps[self.task.reference], **errors}
 
 
 class Job(NamedTuple):
@@ -197,6 +255,9 @@ def _evaluate(
     keys = [job.key for job in jobs if job.explained == PREDICTED]
     fields = task.records(config.options)
     records = {row.name: Records(record_file(out, row), fields) for row in config.rows}
+    references = None
+    if task.reference:
+        references = Records(out / "records" / "reference.jsonl", programs.reference_fields())
 
     # Groups do not depend on what is done already, so an interrupted run computes the very same batches.
     size = config.batch_size
@@ -214,6 +275,9 @@ def _evaluate(
             masks = programs.place(batch.masks)
         classes = programs.place(np.array([job.explained_class for job in full], np.int32))
         labels = programs.place(np.array([job.label for job in full], np.int32))
+        reference = None
+        if references is not None:
+            reference = _kept_reference(programs, references, group, full, pixels, classes)
         for row in config.rows:
             places = _open(row, records[row.name], group)
             if places:
@@ -226,7 +290,7 @@ def _evaluate(
                     heatmaps = np.array(heatmaps)
                     heatmaps[taken] = stored
                     heatmaps = programs.place(heatmaps)
-                found = programs.score(vit.params, pixels, classes, labels, masks, heatmaps, original)
+                found = programs.score(row, pixels, classes, labels, masks, heatmaps, original, reference)
                 found = {name: np.asarray(array)[places] for name, array in found.items()}
                 _require_finite(found, [group[i].key for i in places], f"{vit.name} on changed images ({row.name})")
                 records[row.name].append([(group[i].key, group[i].explained) for i in places], found)
@@ -239,6 +303,19 @@ def _evaluate(
     write_text(out / "results.md", markdown(results), KEPT)
     write_png(draw(config, clean, records, keys), out / "curves.png", KEPT)
     return results
+
+
+def _kept_reference(
+    programs: Programs, kept: Records, group: Sequence[Job], full: Sequence[Job], pixels: Array, classes: Array
+) -> Array:
+    """The reference's maps of the jobs [B, h, w], from the records, where those that were missing are put first."""
+    missing = [i for i, job in enumerate(group) if (job.key, job.explained) not in kept.places]
+    if missing:
+        found = {name: np.asarray(array)[missing] for name, array in programs.reference(pixels, classes).items()}
+        _require_finite(found, [group[i].key for i in missing], f"{programs.vit.name} ({programs.task.reference})")
+        kept.append([(group[i].key, group[i].explained) for i in missing], found)
+    maps = kept.take("map", [(job.key, job.explained) for job in full])
+    return programs.place(maps.astype(np.float32))
 
 
 def _require_finite(found: Mapping[str, np.ndarray], keys: Sequence[str], what: str) -> None:

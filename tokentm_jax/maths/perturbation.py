@@ -1,0 +1,170 @@
+"""Perturbation: what stands in for removed pixels, which patches are shown, and what the answers say of each patch.
+
+A coalition is a mask [n] over the patches: 1 where a patch is shown, 0 where it is removed. The model's value of a
+coalition is a number, so an explanation is a list of coalitions [S, n] and an estimate from their values [S]. The
+estimates are written for one sample; the coalitions depend on no sample.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+Grid = tuple[int, int]
+EXACT = jax.lax.Precision.HIGHEST  # differences of values are small beside the values
+
+# ---- what stands in for removed pixels ------------------------------------------------------------------------------
+
+
+def blur(images: Array, sigma: float = 5.0) -> Array:
+    """Gaussian blur of images [B, H, W, C], `sigma` in pixels, with the border pixels repeated outside."""
+    radius = round(3 * sigma)
+    taps = [math.exp(-0.5 * (k / sigma) ** 2) for k in range(-radius, radius + 1)]
+    kernel = jnp.asarray([tap / sum(taps) for tap in taps], images.dtype)
+    for axis in (1, 2):
+        padding = [(radius, radius) if a == axis else (0, 0) for a in range(4)]
+        padded = jnp.moveaxis(jnp.pad(images, padding, mode="edge"), axis, -1)
+        rows = padded.reshape(-1, 1, padded.shape[-1])
+        smooth = jax.lax.conv_general_dilated(rows, kernel[None, None], (1,), "VALID")
+        images = jnp.moveaxis(smooth.reshape(*padded.shape[:-1], -1), -1, axis)
+    return images
+
+
+def _neighbours(x: Array) -> Array:
+    """Sum over the neighbours of every pixel of [H, W, C]: 1/6 of the four beside, 1/12 of the four diagonal ones."""
+
+    def along(x: Array, axis: int) -> Array:  # x + (before + after) / 2
+        padded = jnp.pad(x, [(1, 1) if a == axis else (0, 0) for a in range(3)])
+        before, after = (jax.lax.slice_in_dim(padded, s, s + x.shape[axis], axis=axis) for s in (0, 2))
+        return x + (before + after) / 2
+
+    return (along(along(x, 0), 1) - x) / 3
+
+
+def linear_imputation(image: Array, removed: Array, tolerance: float = 1e-4, iterations: int = 500) -> Array:
+    """Image [H, W, C] whose `removed` pixels [H, W] are each the weighted mean of their eight neighbours.
+
+        (sum_j w_ij) x_i = sum_j w_ij x_j,   w = 1/6 beside, 1/12 diagonally, j inside the image
+
+    for removed i, which is a sparse linear system, symmetric and positive definite while a pixel is left; conjugate
+    gradients solve it to `tolerance` (relative residual), or end after `iterations`. ROAD's imputation before its
+    noise (Rong et al., ICML 2022).
+    """
+    inside = removed[..., None].astype(image.dtype)
+    weights = _neighbours(jnp.ones_like(image))
+
+    def system(x: Array) -> Array:
+        return inside * (weights * x - _neighbours(inside * x))
+
+    known = (1 - inside) * image
+    seen = inside * _neighbours(known)
+    mean = known.sum((0, 1)) / jnp.maximum((1 - inside).sum((0, 1)), 1)
+    solved, _ = jax.scipy.sparse.linalg.cg(system, seen, inside * mean, tol=tolerance, maxiter=iterations)
+    return known + inside * solved
+
+
+# ---- coalitions -----------------------------------------------------------------------------------------------------
+
+
+def windows(grid: Grid, size: int, stride: int) -> Array:
+    """Square windows of `size` patches, `stride` patches apart, over the whole grid: bool [S, n], true inside.
+
+    The last window of a row or column ends at the border, so every patch is in one where `stride <= size`.
+    """
+
+    def along(length: int) -> Array:
+        last = length - size
+        first = jnp.asarray([*range(0, last, stride), last])[:, None]
+        place = jnp.arange(length)
+        return (first <= place) & (place < first + size)
+
+    rows, columns = along(grid[0]), along(grid[1])
+    return (rows[:, None, :, None] & columns[None, :, None, :]).reshape(-1, grid[0] * grid[1])
+
+
+def smooth_masks(key: Array, grid: Grid, samples: int, cells: int, keep: float) -> Array:
+    """Random smooth masks of RISE (Petsiuk et al., BMVC 2018) over the patches: [samples, n] in [0, 1].
+
+    `cells` x `cells` bits, each 1 with probability `keep`, are made bilinearly a little larger than the grid, and
+    cropped at random, at most by a cell. (As published, but a pixel there is a patch here.)
+    """
+    (gh, gw), (high, wide) = grid, (-(-side // cells) for side in grid)
+    bits, top, left = jax.random.split(key, 3)
+    low = jax.random.bernoulli(bits, keep, (samples, cells, cells)).astype(jnp.float32)
+    large = jax.image.resize(low, (samples, (cells + 1) * high, (cells + 1) * wide), "bilinear")
+    corner = (jax.random.randint(k, (samples,), 0, most) for k, most in ((top, high), (left, wide)))
+    return jax.vmap(lambda mask, y, x: jax.lax.dynamic_slice(mask, (y, x), (gh, gw)).ravel())(large, *corner)
+
+
+def path(rank: Array) -> Array:
+    """The coalitions of the first 1, 2 ... n - 1 patches by `rank` [n]: bool [n - 1, n]."""
+    return rank < jnp.arange(1, len(rank), dtype=rank.dtype)[:, None]
+
+
+def kernel_coalitions(key: Array, patches: int, samples: int) -> Array:
+    """Coalitions drawn by Shapley's kernel: bool [samples, n], of sizes s with probability ~ 1 / (s (n - s))."""
+    sizes = jnp.arange(1, patches)
+    frequency = 1 / (sizes * (patches - sizes)).astype(jnp.float32)
+    first, second = jax.random.split(key)
+    size = jax.random.choice(first, sizes, (samples, 1), p=frequency / frequency.sum())
+    return jax.random.uniform(second, (samples, patches)).argsort(-1) < size
+
+
+def half_of_coalitions(patches: int) -> tuple[Array, Array]:
+    """One of every coalition and its complement, the empty and the full one left out: bool [2^(n-1) - 1, n], and the
+    weight of each by Shapley's kernel, 1 / (C(n, s) s (n - s))."""
+    masks = (jnp.arange(1, 2 ** (patches - 1))[:, None] >> jnp.arange(patches)) & 1 == 1
+    by_size = [1 / (math.comb(patches, s) * s * (patches - s)) for s in range(1, patches)]
+    return masks, jnp.asarray(by_size, jnp.float32)[masks.sum(-1) - 1]
+
+
+# ---- estimates for one sample ---------------------------------------------------------------------------------------
+
+
+def mean_by_patch(masks: Array, values: Array) -> Array:
+    """Mean of the values [S] over the masks [S, n] that hold a patch: [n]; zero for a patch that none holds.
+
+    sum_s m_sj v_s / sum_s m_sj
+    """
+    masks = masks.astype(values.dtype)
+    total = masks.sum(0)
+    return jnp.dot(values, masks, precision=EXACT) / jnp.where(total > 0, total, 1)
+
+
+def marginals(values: Array, rank: Array) -> Array:
+    """What each patch adds when its turn comes: [n], from the values of the first 0 ... n patches [n + 1]."""
+    return (values[1:] - values[:-1])[rank]
+
+
+def kernel_shap(masks: Array, weights: Array, values: Array, empty: Array, full: Array) -> tuple[Array, Array]:
+    """KernelSHAP (Lundberg & Lee, NeurIPS 2017): Shapley values [n] as a constrained weighted least-squares fit.
+
+        min_phi sum_z w(z) (v(z) - v(0) - z . phi)^2   with   1 . phi = v(1) - v(0)
+
+    Coalitions come in pairs, each with its complement (Covert & Lee, AISTATS 2021), which halve the noise.
+
+    Args:
+      masks: one coalition of every pair [m, n], true where a patch is shown.
+      weights: of the pairs [m]: those of the kernel for all coalitions, or ones for coalitions drawn by it.
+      values: of the coalition and of its complement [m, 2].
+      empty, full: the values of no patch and of all.
+
+    Returns:
+      The values [n], which sum to `full - empty`, and their standard errors [n] over pairs that were drawn: with
+      A = E z zᵀ and the projection P = A⁻¹ - A⁻¹11ᵀA⁻¹ / (1ᵀA⁻¹1), those of the mean of P z (v(z) - v(0) - z . phi).
+    """
+    count, patches = masks.shape
+    both = jnp.stack([masks, ~masks], 1).astype(values.dtype)  # [m, 2, n]
+    share = (weights / weights.sum() / 2).astype(values.dtype)
+    gain = values - empty
+    moment = jnp.einsum("m,mki,mkj->ij", share, both, both, precision=EXACT)
+    inverse = jnp.linalg.inv(moment)
+    reach = inverse.sum(1) / inverse.sum()
+    projection = inverse - inverse.sum() * jnp.outer(reach, reach)
+    target = jnp.einsum("m,mki,mk->i", share, both, gain, precision=EXACT)
+    phi = jnp.dot(projection, target, precision=EXACT) + reach * (full - empty)
+    residual = gain - jnp.einsum("mki,i->mk", both, phi, precision=EXACT)
+    pulls = jnp.einsum("m,mki,mk,ij->mj", share, both, residual, projection, precision=EXACT)
+    freedom = count / max(count - patches + 1, 1)
+    return phi, jnp.sqrt(freedom * jnp.square(pulls).sum(0))

@@ -1,0 +1,307 @@
+"""Methods that take patches away and look at what the model says then: forward passes alone.
+
+Each function is `(module, params, inputs, target, **options) -> (maps [B, gh, gw], details)`. All but
+`token_dropping` need nothing of a Transformer: they work on any module that gives logits. All samples see the same
+coalitions of patches (`tokentm_jax.maths.perturbation`), so a map depends on its sample and on `seed`, and on nothing
+else of the batch.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from annotated_types import Ge, Gt, Le, Lt
+from jax import Array
+
+from tokentm_jax.data.preprocessing import IMAGENET
+from tokentm_jax.errors import InputError
+from tokentm_jax.maths.perturbation import (
+    blur,
+    half_of_coalitions,
+    kernel_coalitions,
+    kernel_shap,
+    marginals,
+    mean_by_patch,
+    path,
+    smooth_masks,
+    windows,
+)
+from tokentm_jax.maths.primitives import wide
+from tokentm_jax.methods.gradient import MOST, Explanation
+from tokentm_jax.methods.stream import streams
+from tokentm_jax.models.capture import class_logits
+
+Count = Annotated[int, Ge(1), Le(MOST)]
+Chunk = Annotated[int, Ge(1), Le(4096)]
+Seed = Annotated[int, Ge(0), Lt(2**31)]
+Value = Literal["logit", "probability"]
+BLACK = tuple(-mean / std for mean, std in zip(IMAGENET["mean"], IMAGENET["std"], strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Removal:
+    """How patches are removed, and what is read of the model then.
+
+    Args:
+      value: of a coalition: the logit of the class, or its probability.
+      fill: what stands where patches were: the data's mean colour (zero after normalisation), black, or the image
+        itself, blurred.
+      black: the colour that black has after normalisation; ImageNet's if it is not said.
+      patch: side of the squares that are removed, in pixels; None: the model's patches.
+      chunk: so many coalitions of every sample go through the model at a time, which bounds the memory.
+    """
+
+    value: Value = "logit"
+    fill: Literal["mean", "black", "blur"] = "mean"
+    black: tuple[float, ...] = BLACK
+    patch: Annotated[int, Ge(1)] | None = None
+    chunk: Chunk = 8
+
+
+class Game(NamedTuple):
+    """What a batch plays: `values` are those of coalitions [S, n] -> [B, S], and `full` [B] is that of all patches."""
+
+    values: Callable[[Array], Array]
+    full: Array
+    grid: tuple[int, int]
+    details: dict[str, Array]
+
+    @property
+    def patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def empty(self) -> Array:
+        """The value of no patch, [B]."""
+        return self.values(jnp.zeros((1, self.patches), bool))[:, 0]
+
+    def maps(self, rows: Array) -> Array:
+        """Rows over patches [B, n] -> [B, gh, gw]."""
+        return rows.reshape(-1, *self.grid)
+
+
+def in_chunks(function: Callable[[Array], Array], items: Array, chunk: int) -> Array:
+    """`function` of every item [S, ...] -> [S, ...], `chunk` of them at a time; the last chunk is filled up."""
+    size = min(chunk, len(items))
+    padding = jnp.broadcast_to(items[:1], (-len(items) % size, *items.shape[1:]))
+    chunks = jnp.concatenate([items, padding]).reshape(-1, size, *items.shape[1:])
+    found = jax.lax.map(jax.vmap(function), chunks)
+    return found.reshape(-1, *found.shape[2:])[: len(items)]
+
+
+def _valued(logits: Array, chosen: Array, value: Value) -> Array:
+    logits = wide(logits)
+    return class_logits(jax.nn.softmax(logits) if value == "probability" else logits, chosen)[0]
+
+
+def _grid(module: nn.Module, inputs: Array, patch: int | None) -> tuple[int, int]:
+    height, width = inputs.shape[1:3]
+    if patch is not None:
+        if height % patch or width % patch:
+            raise InputError(f"option 'patch' must divide the image of {height} x {width} pixels, got {patch}")
+        return height // patch, width // patch
+    grid = getattr(module, "grid", None)
+    if grid is None:
+        raise InputError(f"{type(module).__name__} has no 'grid' of patches: give the option 'patch', their side")
+    return grid
+
+
+def game(module: nn.Module, params: Any, inputs: Array, target: Array | None, options: Removal) -> Game:
+    """The game of the patches of normalised images [B, H, W, C]: removed ones are filled as `options` say."""
+    gh, gw = _grid(module, inputs, options.patch)
+    height, width = inputs.shape[1] // gh, inputs.shape[2] // gw
+    background = jnp.zeros((), inputs.dtype)
+    if options.fill == "black":
+        background = jnp.asarray(options.black, inputs.dtype)
+    elif options.fill == "blur":
+        background = blur(inputs)
+    logits = module.apply({"params": params}, inputs)
+    _, chosen = class_logits(logits, target)
+
+    def value(mask: Array) -> Array:
+        shown = mask.reshape(gh, gw).astype(inputs.dtype).repeat(height, 0).repeat(width, 1)[..., None]
+        changed = inputs * shown + background * (1 - shown)
+        return _valued(module.apply({"params": params}, changed), chosen, options.value)
+
+    def values(masks: Array) -> Array:
+        return in_chunks(value, masks, options.chunk).T
+
+    full = _valued(logits, chosen, options.value)
+    return Game(values, full, (gh, gw), {"logits": logits, "target": chosen})
+
+
+def _windows(grid: tuple[int, int], window: int, stride: int) -> Array:
+    if window > min(grid):
+        raise InputError(
+            f"option 'window' must be at most {min(grid)} for {grid[0]} x {grid[1]} patches, got {window}"
+        )
+    if stride > window:
+        raise InputError(f"option 'stride' must be at most the window ({window}), got {stride}")
+    return windows(grid, window, stride)
+
+
+def _losses(full: Array, values: Array, removed: Array) -> Array:
+    """Mean loss [B, n] by what was removed [S, n], from values [B] and [B, S]."""
+    return jax.vmap(mean_by_patch, (None, 0))(removed, full[:, None] - values)
+
+
+def occlusion(
+    module: nn.Module,
+    params: Any,
+    inputs: Array,
+    target: Array | None,
+    *,
+    options: Removal,
+    window: Count = 1,
+    stride: Count = 1,
+) -> Explanation:
+    """Occlusion (Zeiler & Fergus, ECCV 2014): what is lost when a window of patches is removed; signed.
+
+    Windows have `window` x `window` patches and begin `stride` patches apart; the last ones end at the border. A
+    patch has the mean loss of the windows that it is in.
+    """
+    played = game(module, params, inputs, target, options)
+    removed = _windows(played.grid, window, stride)
+    return played.maps(_losses(played.full, played.values(~removed), removed)), played.details
+
+
+def token_dropping(
+    module: nn.Module,
+    params: Any,
+    inputs: Array,
+    target: Array | None,
+    *,
+    window: Count = 1,
+    stride: Count = 1,
+    value: Value = "logit",
+    chunk: Chunk = 8,
+) -> Explanation:
+    """Occlusion whose patches leave the sequence (Jain et al., ICLR 2022), so nothing stands in for them; signed.
+
+    The other tokens keep their position embeddings. The embedding is computed once. Options are those of `occlusion`.
+    Raises InputError for a module whose forward pass is not that of `ViT`.
+    """
+    if not streams(module):
+        raise InputError(
+            f"the method 'token_dropping' takes tokens out of the sequence, so it needs a module with the forward "
+            f"pass of tm.ViT; {type(module).__name__} has its own"
+        )
+    removed = _windows(module.grid, window, stride)
+    left = removed.shape[1] - window * window
+    if not left:
+        raise InputError("the method 'token_dropping' must leave a patch: the window is the whole grid")
+    tokens = module.apply({"params": params}, inputs, method="embed")
+
+    def read(tokens: Array) -> Array:
+        return module.apply({"params": params}, tokens, method=lambda vit, x: vit.classify(vit.blocks(x, None)[0]))
+
+    logits = read(tokens)
+    _, chosen = class_logits(logits, target)
+
+    def remaining(mask: Array) -> Array:
+        kept = module.prefix + jnp.flatnonzero(~mask, size=left)
+        shown = jnp.concatenate([tokens[:, : module.prefix], tokens[:, kept]], 1)
+        return _valued(read(shown), chosen, value)
+
+    values = in_chunks(remaining, removed, chunk).T
+    rows = _losses(_valued(logits, chosen, value), values, removed)
+    return rows.reshape(-1, *module.grid), {"logits": logits, "target": chosen}
+
+
+def rise(
+    module: nn.Module,
+    params: Any,
+    inputs: Array,
+    target: Array | None,
+    *,
+    options: Removal,
+    samples: Count = 1000,
+    cells: Annotated[int, Ge(2), Le(1000)] = 7,
+    keep: Annotated[float, Gt(0), Lt(1)] = 0.5,
+    seed: Seed = 0,
+) -> Explanation:
+    """RISE (Petsiuk et al., BMVC 2018): a patch has the mean value of the random masks that show it.
+
+    `S_j = sum_i v(m_i) m_ij / sum_i m_ij`, whose denominator is the masks' own sum in place of its mean
+    `samples keep`, so a constant value gives a constant map. Masks are smooth, from `cells` x `cells` bits that are 1
+    with probability `keep`, and constant within a patch; between shown and removed, a patch is mixed with what stands
+    in for it.
+    """
+    played = game(module, params, inputs, target, options)
+    masks = smooth_masks(jax.random.key(seed), played.grid, samples, cells, keep)
+    return played.maps(jax.vmap(mean_by_patch, (None, 0))(masks, played.values(masks))), played.details
+
+
+def _with_errors(played: Game, empty: Array, rows: Array, errors: Array) -> Explanation:
+    found = {"standard_error": played.maps(errors), "full_value": played.full, "empty_value": empty}
+    return played.maps(rows), {**played.details, **found}
+
+
+def _check_players(played: Game) -> None:
+    if played.patches < 2:
+        raise InputError("Shapley values need two patches at least: the option 'patch' is the whole image")
+
+
+def shapley(
+    module: nn.Module,
+    params: Any,
+    inputs: Array,
+    target: Array | None,
+    *,
+    options: Removal,
+    pairs: Annotated[int, Ge(2), Le(MOST)] = 8,
+    seed: Seed = 0,
+) -> Explanation:
+    """Shapley values of the patches (Castro et al., 2009): what a patch adds, over random orders of arrival; signed.
+
+    Orders come in `pairs`, each with its reverse (antithetic; Mitchell et al., JMLR 2022). A map sums to
+    `details["full_value"]` less `details["empty_value"]` [B], for any number of pairs. `details["standard_error"]`
+    [B, gh, gw] is that of the mean over pairs.
+    """
+    played = game(module, params, inputs, target, options)
+    _check_players(played)
+    empty, n = played.empty(), played.patches
+
+    def pair(key: Array) -> Array:
+        ranks = jax.random.permutation(key, jnp.arange(n, dtype=jnp.int32))
+        both = jnp.stack([ranks, n - 1 - ranks])
+        found = played.values(jax.vmap(path)(both).reshape(-1, n)).reshape(-1, 2, n - 1)
+        first, last = (jnp.broadcast_to(end[:, None, None], (len(end), 2, 1)) for end in (empty, played.full))
+        values = jnp.concatenate([first, found, last], 2)  # [B, 2, n + 1]
+        return jax.vmap(jax.vmap(marginals), (0, None))(values, both).mean(1)
+
+    added = jax.lax.map(pair, jax.random.split(jax.random.key(seed), pairs))  # [pairs, B, n]
+    return _with_errors(played, empty, added.mean(0), added.std(0, ddof=1) / pairs**0.5)
+
+
+def shapley_by_kernel(
+    module: nn.Module,
+    params: Any,
+    inputs: Array,
+    target: Array | None,
+    *,
+    options: Removal,
+    pairs: Annotated[int, Ge(2), Le(MOST)] = 1000,
+    seed: Seed = 0,
+) -> Explanation:
+    """KernelSHAP (Lundberg & Lee, NeurIPS 2017): Shapley values of the patches as a least-squares fit; signed.
+
+    Coalitions are drawn in `pairs`, each with its complement; where there are no more pairs than that, all of them are
+    taken, and the values are exact. The details are those of `shapley`; standard errors of exact values are zero.
+    Raises InputError for fewer pairs than twice the patches, where the fit would have no sure solution.
+    """
+    played = game(module, params, inputs, target, options)
+    _check_players(played)
+    empty, n = played.empty(), played.patches
+    exact = 2 ** (n - 1) - 1 <= pairs
+    if exact:
+        masks, weights = half_of_coalitions(n)
+    elif pairs < 2 * n:
+        raise InputError(f"option 'pairs' must be at least {2 * n} for {n} patches, got {pairs}")
+    else:
+        masks, weights = kernel_coalitions(jax.random.key(seed), n, pairs), jnp.ones(pairs)
+    values = played.values(jnp.concatenate([masks, ~masks])).reshape(-1, 2, len(masks)).swapaxes(1, 2)
+    rows, errors = jax.vmap(kernel_shap, (None, None, 0, 0, 0))(masks, weights, values, empty, played.full)
+    return _with_errors(played, empty, rows, jnp.zeros_like(errors) if exact else errors)

@@ -1,0 +1,30 @@
+"""Is it simple to read? How few pixels or patches carry the relevance of maps [B, h, w]."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def _shares(maps: Array) -> Array:
+    """Absolute values as shares of their sum: [B, n]; equal ones for a map of zeros."""
+    size = jnp.abs(maps).reshape(len(maps), -1)
+    total = size.sum(1, keepdims=True)
+    return jnp.where(total > 0, size / jnp.where(total > 0, total, 1), 1 / size.shape[1])
+
+
+def gini(maps: Array) -> Array:
+    """Gini index of the absolute values (sparseness; Chalasani et al., ICML 2020) -> [B], from 0 for equal ones to
+    1 - 1/n for a single one.
+
+        1 - 2 sum_k share_(k) (n - k + 1/2) / n,   shares sorted from the least, k = 1 ... n
+    """
+    shares = jnp.sort(_shares(maps), axis=1)
+    n = shares.shape[1]
+    weights = (n - jnp.arange(1, n + 1, dtype=shares.dtype) + 0.5) / n
+    return 1 - 2 * (shares * weights).sum(1)
+
+
+def entropy(maps: Array) -> Array:
+    """Entropy in nats of the absolute values as a distribution (complexity; Bhatt et al., IJCAI 2020) -> [B], from 0
+    for a single one to ln n for equal ones."""
+    return jax.scipy.special.entr(_shares(maps)).sum(1)

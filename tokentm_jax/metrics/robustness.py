@@ -1,0 +1,78 @@
+"""Does it stay when little changes, and does it say what changes do? Max-sensitivity and infidelity.
+
+Functions take a batch and give results per image; images [B, H, W, 3] are in [0, 1].
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from tokentm_jax.metrics.faithfulness import Predict, scores
+
+
+def max_sensitivity(
+    explain: Callable[[Array], Array], images: Array, maps: Array, radius: float, samples: int, seed: int = 0
+) -> Array:
+    """Largest relative change of maps [B, h, w] over random images within `radius` of each pixel's value: [B].
+
+        max_s ||E(x + d_s) - E(x)|| / ||E(x)||,   d_s uniform in [-radius, radius], the same for every image
+
+    (Yeh et al., NeurIPS 2019; relative, so that maps of every scale compare.) `explain` gives maps of images, for the
+    class that was explained. A map of zeros that stays has 0.
+    """
+
+    def change(key: Array) -> Array:
+        step = jax.random.uniform(key, images.shape[1:], images.dtype, -radius, radius)
+        return jnp.sqrt(jnp.square(explain(images + step) - maps).sum((1, 2)))
+
+    largest = jax.lax.map(change, jax.random.split(jax.random.key(seed), samples)).max(0)
+    size = jnp.sqrt(jnp.square(maps).sum((1, 2)))
+    return largest / jnp.maximum(size, jnp.finfo(maps.dtype).tiny)
+
+
+def random_removals(
+    predict: Predict,
+    images: Array,
+    maps: Array,
+    classes: Array,
+    fill: Array | float,
+    samples: int,
+    share: float,
+    seed: int = 0,
+) -> dict[str, Array]:
+    """What `infidelity` needs: the relevance and the drop of the class's probability [B, samples] of random patches.
+
+    Each time `share` of the patches (one at least) are set to `fill`, the same ones in every image. Maps are
+    [B, gh, gw], and their grid divides the image.
+    """
+    _, gh, gw = maps.shape
+    count = max(1, round(share * gh * gw))
+    nobody = jnp.full_like(classes, -1)
+
+    def probability(images: Array) -> Array:
+        return jnp.exp(scores(predict(images), classes, nobody)["log_probability"])
+
+    def without(key: Array) -> tuple[Array, Array]:
+        removed = (jax.random.permutation(key, jnp.arange(gh * gw)) < count).reshape(gh, gw)
+        relevance = jnp.where(removed, maps, 0).sum((1, 2))
+        pixels = removed.repeat(images.shape[1] // gh, 0).repeat(images.shape[2] // gw, 1)[..., None]
+        return relevance, probability(jnp.where(pixels, jnp.asarray(fill, images.dtype), images))
+
+    relevance, left = jax.lax.map(without, jax.random.split(jax.random.key(seed), samples))
+    return {"relevance": relevance.T, "drop": (probability(images) - left).T}
+
+
+def infidelity(relevance: np.ndarray, drop: np.ndarray) -> np.ndarray:
+    """Infidelity (Yeh et al., NeurIPS 2019) with the best scale of each map, from arrays [n, samples] -> [n].
+
+        min_beta mean_s (beta relevance_s - drop_s)^2
+
+    Relevance is that of what was removed. The scale makes maps of all methods comparable, as in the paper's figures.
+    """
+    relevance, drop = relevance.astype(np.float64), drop.astype(np.float64)
+    size = np.square(relevance).sum(1)
+    scale = np.divide((relevance * drop).sum(1), size, out=np.zeros(len(size)), where=size > 0)
+    return np.square(scale[:, None] * relevance - drop).mean(1)
