@@ -19,8 +19,9 @@ def weights(original, transformed, length=True, direction="necc"):
             w[j] *= norm2(transformed[j]) / norm2(original[j]) if norm2(original[j]) > 0 else 0.0
         if direction == "cosine":
             w[j] *= cosines[j]
-        elif direction == "necc":
-            w[j] *= np.exp(cosines[j]) / (sum(np.exp(c) for c in cosines) / n)
+        elif direction in ("necc", "softmax"):
+            total = sum(np.exp(c) for c in cosines)
+            w[j] *= np.exp(cosines[j]) / (total if direction == "softmax" else total / n)
     return w
 
 
@@ -32,26 +33,40 @@ def full_map(
     initialise=True,
     ffn=True,
     attention="gradient",
+    heads="sum",
     original="residual",
+    transformed="value",
+    ffn_transformed="branch",
     first_block=0,
     end_block=None,
 ):
-    """C of TokenTM for one sample, by the recursion from the first block to the last with [N, N] products."""
+    """C of TokenTM for one sample, by the recursion from the first block to the last with [N, N] products.
+
+    What each head makes of each token is written out, [H, N, D]; `transformed_value` of the blocks is not looked at.
+    """
     get = {k: np.asarray(v, np.float64) for k, v in blocks.items()}
     embedded = np.asarray(embedded, np.float64)
-    depth, heads, n, _ = get["attention"].shape
+    depth, count, n, _ = get["attention"].shape
     c = np.diag([norm2(x) for x in embedded]) if initialise else np.eye(n)
     for l in range(depth)[first_block:end_block]:
-        mean = np.zeros((n, n))
-        for h in range(heads):
-            a = get["attention"][l, h]
-            mean += (np.maximum(get["attention_grad"][l, h] * a, 0) if attention == "gradient" else a) / heads
         x = get["tokens"][l] if original == "residual" else get["normalised"][l]
-        w = weights(x, get["transformed_value"][l], length, direction)
-        c = (np.eye(n) + mean @ np.diag(w)) @ c
+        middle = get["tokens"][l] + get["attention_branch"][l]
+        made = []  # of each token by each head, [N, D]
+        for h in range(count):
+            own = slice(h * get["value"].shape[-1], (h + 1) * get["value"].shape[-1])
+            value = get["value"][l, h] if transformed == "value" else x @ get["value_kernel"][l][:, own]
+            made.append(value @ get["output_kernel"][l][own])
+        together = middle if transformed == "stream" else sum(made)
+        by_head = np.zeros((3, n, n))  # mean over heads of: (G A)+ W, A W, G+
+        for h in range(count):
+            w = np.diag(weights(x, made[h] if heads == "each" else together, length, direction))
+            a, g = get["attention"][l, h], get["attention_grad"][l, h]
+            by_head += np.stack([np.maximum(g * a, 0) @ w, a @ w, np.maximum(g, 0)]) / count
+        mean = {"gradient": by_head[0], "plain": by_head[1], "means": by_head[2] * by_head[1]}[attention]
+        c = (np.eye(n) + mean) @ c
         if ffn:
-            middle = get["tokens"][l] + get["attention_branch"][l]
-            c = (np.eye(n) + np.diag(weights(middle, get["ffn_branch"][l], length, direction))) @ c
+            after = get["ffn_branch"][l] + (middle if ffn_transformed == "stream" else 0)
+            c = (np.eye(n) + np.diag(weights(middle, after, length, direction))) @ c
     return c
 
 
