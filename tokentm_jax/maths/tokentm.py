@@ -71,8 +71,8 @@ class TokenTM:
       heads: whether the attention layer's weights compare tokens with the "sum" over heads of what they become, or for
         "each" head alone: `mean_h relu(G * A_h) diag(w_h)`.
       original: what the attention layer's `x_j` is: the "residual" stream x or the "normalised" LN1(x).
-      transformed: what the attention layer's `x~_j` is: the "value" projection, of LN1(x) with bias, through the output
-        projection; that of `x_j` itself, without bias ("linear"); or the "stream" after the layer.
+      transformed: what the attention layer's `x~_j` is: the "value" projection of LN1(x), with bias, through the
+        output projection; that of `x_j` itself, without bias ("linear"); or the "stream" after the layer.
       ffn_transformed: what the FFN layer's `x~_j` is: its "branch", or the "stream" after the layer.
       first_block: first block that is aggregated, from 0.
       end_block: one past the last block that is aggregated; None for all.
