@@ -80,13 +80,23 @@ def erf(x):
     return np.vectorize(one)(x)
 
 
-def vit(module, params, image, change=None, read_block=None):
+def vit(module, params, image, change=None, read_block=None, held=None):
     """Logits [classes] of one normalised image [H, W, 3] by a plain class-token ViT, in float64.
 
-    `change` maps (name, block) to what is added to "tokens", "normalised" or "attention" there; `read_block` reads
-    the head after that block already. Also returns all values by (name, block).
+    `change` maps (name, block) to what is added to "tokens", "normalised", "attention" or the result of a linear map
+    or norm there; `read_block` reads the head after that block already. `held`, values of another run, are what the
+    softmax, the deviations of the norms and the gates of GELU give in place of their own. Also returns all values by
+    (name, block).
     """
     change, seen = change or {}, {}
+
+    def constant(name, l, value):
+        seen[name, l] = value
+        return value if held is None else held[name, l]
+
+    def norm(name, l, x, p):
+        deviation = constant(f"{name} deviation", l, np.sqrt(x.var(-1, keepdims=True) + module.norm_eps))
+        return (x - x.mean(-1, keepdims=True)) / deviation * p["scale"] + p["bias"]
 
     def point(name, l, value):
         value = value + change.get((name, l), 0)
@@ -104,24 +114,25 @@ def vit(module, params, image, change=None, read_block=None):
         b = {k: {m: {q: a[l] for q, a in v.items()} for m, v in params["blocks"][k].items()} for k in ("attn", "mlp")}
         norms = [{q: a[l] for q, a in params["blocks"][k].items()} for k in ("norm1", "norm2")]
         x = point("tokens", l, x)
-        y = point("normalised", l, layer_norm(x, norms[0], module.norm_eps))
-        qkv = y @ b["attn"]["qkv"]["kernel"] + b["attn"]["qkv"]["bias"]
+        y = point("normalised", l, norm("norm1", l, x, norms[0]))
+        qkv = point("qkv", l, y @ b["attn"]["qkv"]["kernel"] + b["attn"]["qkv"]["bias"])
         heads, attention = [], []
         for h in range(module.num_heads):
             query, key, value = (qkv[:, i * d + h * width : i * d + (h + 1) * width] for i in range(3))
             e = np.exp(query @ key.T / np.sqrt(width))
             attention.append(e / e.sum(-1, keepdims=True))
             heads.append(value)
-        attention = point("attention", l, np.stack(attention))
+        attention = point("attention", l, constant("softmax", l, np.stack(attention)))
         seen["value_projected", l] = np.concatenate(heads, -1) @ b["attn"]["proj"]["kernel"]
         mixed = np.concatenate([a @ v for a, v in zip(attention, heads, strict=True)], -1)
-        x = x + mixed @ b["attn"]["proj"]["kernel"] + b["attn"]["proj"]["bias"]
-        y = layer_norm(x, norms[1], module.norm_eps) @ b["mlp"]["fc1"]["kernel"] + b["mlp"]["fc1"]["bias"]
-        y = y * 0.5 * (1 + erf(y / np.sqrt(2)))
-        x = x + y @ b["mlp"]["fc2"]["kernel"] + b["mlp"]["fc2"]["bias"]
+        x = x + point("proj", l, mixed @ b["attn"]["proj"]["kernel"] + b["attn"]["proj"]["bias"])
+        y = point("norm2", l, norm("norm2", l, x, norms[1]))
+        y = point("fc1", l, y @ b["mlp"]["fc1"]["kernel"] + b["mlp"]["fc1"]["bias"])
+        y = y * constant("gate", l, 0.5 * (1 + erf(y / np.sqrt(2))))
+        x = x + point("fc2", l, y @ b["mlp"]["fc2"]["kernel"] + b["mlp"]["fc2"]["bias"])
         if read_block == l:
             break
-    x = layer_norm(x, params["norm"], module.norm_eps)
+    x = point("norm", None, norm("norm", None, x, params["norm"]))
     return x[0] @ params["head"]["kernel"] + params["head"]["bias"], seen
 
 

@@ -166,7 +166,7 @@ def evaluate(
 
 def _terms(run: Mapping[str, Any]) -> dict[str, Any]:
     """What must be equal for a run to go on. Not the rows, which have files of their own; nor the limit, the half and
-    the batch size: an image's results do not depend on the others, and a lack of memory is mended by smaller batches."""
+    the batch size: an image's results do not depend on the others, and smaller batches mend a lack of memory."""
     config, made = run["config"], {name: run[name] for name in ("data", "model", "classes", "versions", "device")}
     same = {name: config[name] for name in ("task", "profile", "options", "seed", "label_map") if name in config}
     rounded = run.get("maps", {}).get("dtype") == "float16"  # these are not mixed with exact maps
