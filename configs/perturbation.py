@@ -4,6 +4,8 @@
     tokentm evaluate configs/perturbation.py:rows=components                   ablation of the components (Table 6)
     tokentm evaluate configs/perturbation.py:rows=depth                        ablation of the depth
     tokentm evaluate configs/perturbation.py:rows=choices                      what the paper's text leaves open
+    tokentm evaluate configs/perturbation.py:rows=readings                     readings of TokenTM, and of public codes
+    tokentm evaluate configs/perturbation.py:rows=readings,half=even           on half of the photos alone
     tokentm evaluate configs/perturbation.py:data=cifar10_sample               5000 test images, the shipped model
 
     tokentm evaluate configs/perturbation.py:data=imagenet,model=vit_base      the paper's, also with rows=...
@@ -21,7 +23,7 @@ measured.
 
 from typing import Literal
 
-from tokentm_jax import CHOICE_ROWS, COMPONENT_ROWS, PAPER_ROWS, EvaluateConfig, depth_rows
+from tokentm_jax import CHOICE_ROWS, COMPONENT_ROWS, PAPER_ROWS, READING_ROWS, EvaluateConfig, depth_rows
 
 DATA = {  # where it is, and the model where none is named
     "photos": ("../shared/data/imagenet_sample", "deit_tiny"),
@@ -37,7 +39,13 @@ MODELS = {  # name, and checkpoint where it is not the name's own
     "vit_large": ("hf-hub:timm/vit_large_patch16_224.augreg_in21k_ft_in1k", None),
     "own": ("vit_base_patch16_224", None),
 }
-ROWS = {"paper": PAPER_ROWS, "components": COMPONENT_ROWS, "choices": CHOICE_ROWS, "depth": depth_rows(12)}
+ROWS = {
+    "paper": PAPER_ROWS,
+    "components": COMPONENT_ROWS,
+    "choices": CHOICE_ROWS,
+    "readings": READING_ROWS,
+    "depth": depth_rows(12),
+}
 PAPER = {"imagenet": 58.1, "cifar10": 74.9, "cifar100": 54.8}
 
 
@@ -45,18 +53,20 @@ def get_config(
     *,
     data: Literal["photos", "cifar10_sample", "imagenet", "cifar10", "cifar100"] = "photos",
     model: Literal["deit_tiny", "cifar10_vit", "vit_base", "vit_large", "own"] | None = None,
-    rows: Literal["paper", "components", "choices", "depth"] = "paper",
+    rows: Literal["paper", "components", "choices", "readings", "depth"] = "paper",
+    half: Literal["even", "odd"] | None = None,
 ) -> EvaluateConfig:
     where, default = DATA[data]
     name, checkpoint = MODELS[model or default]
     known = data in PAPER and rows == "paper" and model in (None, default)
     return EvaluateConfig(
-        name="_".join(["perturbation", data, *([model] if model else []), *([rows] if rows != "paper" else [])]),
+        name="_".join(["perturbation", data, *(part for part in (model, rows, half) if part not in (None, "paper"))]),
         task="perturbation",
         data=where,
         model=name,
         checkpoint=checkpoint,
         rows=ROWS[rows],
         paper={("tokentm", "negative_auc_predicted"): PAPER[data]} if known else {},
+        half=half,
         batch_size=100 if data == "cifar10_sample" else 16,
     )

@@ -4,6 +4,7 @@
     tokentm evaluate configs/segmentation.py:rows=components                   ablation of the components (Table 6)
     tokentm evaluate configs/segmentation.py:rows=depth                        ablation of the depth
     tokentm evaluate configs/segmentation.py:rows=choices                      what the paper's text leaves open
+    tokentm evaluate configs/segmentation.py:rows=readings                     readings of TokenTM, and of public codes
 
     tokentm evaluate configs/segmentation.py:data=imagenet                     the paper's, ViT-B; also with rows=...
 
@@ -16,7 +17,7 @@ Run time: about a minute for the sample on 2 cores; imagenet is not measured.
 
 from typing import Literal
 
-from tokentm_jax import CHOICE_ROWS, COMPONENT_ROWS, PAPER_ROWS, EvaluateConfig, depth_rows
+from tokentm_jax import CHOICE_ROWS, COMPONENT_ROWS, PAPER_ROWS, READING_ROWS, EvaluateConfig, depth_rows
 
 DATA = {  # where it is, and the model with its checkpoint where that is not the name's own
     "sample": (
@@ -26,13 +27,19 @@ DATA = {  # where it is, and the model with its checkpoint where that is not the
     ),
     "imagenet": ("gtsegs_ijcv.mat", "hf-hub:timm/vit_base_patch16_224.augreg_in21k_ft_in1k", None),
 }
-ROWS = {"paper": PAPER_ROWS, "components": COMPONENT_ROWS, "choices": CHOICE_ROWS, "depth": depth_rows(12)}
+ROWS = {
+    "paper": PAPER_ROWS,
+    "components": COMPONENT_ROWS,
+    "choices": CHOICE_ROWS,
+    "readings": READING_ROWS,
+    "depth": depth_rows(12),
+}
 
 
 def get_config(
     *,
     data: Literal["sample", "imagenet"] = "sample",
-    rows: Literal["paper", "components", "choices", "depth"] = "paper",
+    rows: Literal["paper", "components", "choices", "readings", "depth"] = "paper",
 ) -> EvaluateConfig:
     where, model, checkpoint = DATA[data]
     return EvaluateConfig(

@@ -19,8 +19,9 @@ def weights(original, transformed, length=True, direction="necc"):
             w[j] *= norm2(transformed[j]) / norm2(original[j]) if norm2(original[j]) > 0 else 0.0
         if direction == "cosine":
             w[j] *= cosines[j]
-        elif direction == "necc":
-            w[j] *= np.exp(cosines[j]) / (sum(np.exp(c) for c in cosines) / n)
+        elif direction in ("necc", "softmax"):
+            total = sum(np.exp(c) for c in cosines)
+            w[j] *= np.exp(cosines[j]) / (total if direction == "softmax" else total / n)
     return w
 
 
@@ -32,26 +33,40 @@ def full_map(
     initialise=True,
     ffn=True,
     attention="gradient",
+    heads="sum",
     original="residual",
+    transformed="value",
+    ffn_transformed="branch",
     first_block=0,
     end_block=None,
 ):
-    """C of TokenTM for one sample, by the recursion from the first block to the last with [N, N] products."""
+    """C of TokenTM for one sample, by the recursion from the first block to the last with [N, N] products.
+
+    What each head makes of each token is written out, [H, N, D]; `transformed_value` of the blocks is not looked at.
+    """
     get = {k: np.asarray(v, np.float64) for k, v in blocks.items()}
     embedded = np.asarray(embedded, np.float64)
-    depth, heads, n, _ = get["attention"].shape
+    depth, count, n, _ = get["attention"].shape
     c = np.diag([norm2(x) for x in embedded]) if initialise else np.eye(n)
     for l in range(depth)[first_block:end_block]:
-        mean = np.zeros((n, n))
-        for h in range(heads):
-            a = get["attention"][l, h]
-            mean += (np.maximum(get["attention_grad"][l, h] * a, 0) if attention == "gradient" else a) / heads
         x = get["tokens"][l] if original == "residual" else get["normalised"][l]
-        w = weights(x, get["transformed_value"][l], length, direction)
-        c = (np.eye(n) + mean @ np.diag(w)) @ c
+        middle = get["tokens"][l] + get["attention_branch"][l]
+        made = []  # of each token by each head, [N, D]
+        for h in range(count):
+            own = slice(h * get["value"].shape[-1], (h + 1) * get["value"].shape[-1])
+            value = get["value"][l, h] if transformed == "value" else x @ get["value_kernel"][l][:, own]
+            made.append(value @ get["output_kernel"][l][own])
+        together = middle if transformed == "stream" else sum(made)
+        by_head = np.zeros((3, n, n))  # mean over heads of: (G A)+ W, A W, G+
+        for h in range(count):
+            w = np.diag(weights(x, made[h] if heads == "each" else together, length, direction))
+            a, g = get["attention"][l, h], get["attention_grad"][l, h]
+            by_head += np.stack([np.maximum(g * a, 0) @ w, a @ w, np.maximum(g, 0)]) / count
+        mean = {"gradient": by_head[0], "plain": by_head[1], "means": by_head[2] * by_head[1]}[attention]
+        c = (np.eye(n) + mean) @ c
         if ffn:
-            middle = get["tokens"][l] + get["attention_branch"][l]
-            c = (np.eye(n) + np.diag(weights(middle, get["ffn_branch"][l], length, direction))) @ c
+            after = get["ffn_branch"][l] + (middle if ffn_transformed == "stream" else 0)
+            c = (np.eye(n) + np.diag(weights(middle, after, length, direction))) @ c
     return c
 
 
@@ -65,14 +80,23 @@ def erf(x):
     return np.vectorize(one)(x)
 
 
-def vit(module, params, image, change=None, read_block=None, patches_left=None):
+def vit(module, params, image, change=None, read_block=None, patches_left=None, held=None):
     """Logits [classes] of one normalised image [H, W, 3] by a plain class-token ViT, in float64.
 
-    `change` maps (name, block) to what is added to "tokens", "normalised" or "attention" there; `read_block` reads
-    the head after that block already; `patches_left` are the patches whose tokens enter the first. Also returns all
-    values by (name, block).
+    `change` maps (name, block) to what is added to "tokens", "normalised", "attention" or the result of a linear map
+    or norm there; `read_block` reads the head after that block already; `patches_left` are the patches whose tokens
+    enter the first. `held`, values of another run, are what the softmax, the deviations of the norms and the gates of
+    GELU give in place of their own. Also returns all values by (name, block).
     """
     change, seen = change or {}, {}
+
+    def constant(name, l, value):
+        seen[name, l] = value
+        return value if held is None else held[name, l]
+
+    def norm(name, l, x, p):
+        deviation = constant(f"{name} deviation", l, np.sqrt(x.var(-1, keepdims=True) + module.norm_eps))
+        return (x - x.mean(-1, keepdims=True)) / deviation * p["scale"] + p["bias"]
 
     def point(name, l, value):
         value = value + change.get((name, l), 0)
@@ -92,24 +116,25 @@ def vit(module, params, image, change=None, read_block=None, patches_left=None):
         b = {k: {m: {q: a[l] for q, a in v.items()} for m, v in params["blocks"][k].items()} for k in ("attn", "mlp")}
         norms = [{q: a[l] for q, a in params["blocks"][k].items()} for k in ("norm1", "norm2")]
         x = point("tokens", l, x)
-        y = point("normalised", l, layer_norm(x, norms[0], module.norm_eps))
-        qkv = y @ b["attn"]["qkv"]["kernel"] + b["attn"]["qkv"]["bias"]
+        y = point("normalised", l, norm("norm1", l, x, norms[0]))
+        qkv = point("qkv", l, y @ b["attn"]["qkv"]["kernel"] + b["attn"]["qkv"]["bias"])
         heads, attention = [], []
         for h in range(module.num_heads):
             query, key, value = (qkv[:, i * d + h * width : i * d + (h + 1) * width] for i in range(3))
             e = np.exp(query @ key.T / np.sqrt(width))
             attention.append(e / e.sum(-1, keepdims=True))
             heads.append(value)
-        attention = point("attention", l, np.stack(attention))
+        attention = point("attention", l, constant("softmax", l, np.stack(attention)))
         seen["value_projected", l] = np.concatenate(heads, -1) @ b["attn"]["proj"]["kernel"]
         mixed = np.concatenate([a @ v for a, v in zip(attention, heads, strict=True)], -1)
-        x = x + mixed @ b["attn"]["proj"]["kernel"] + b["attn"]["proj"]["bias"]
-        y = layer_norm(x, norms[1], module.norm_eps) @ b["mlp"]["fc1"]["kernel"] + b["mlp"]["fc1"]["bias"]
-        y = y * 0.5 * (1 + erf(y / np.sqrt(2)))
-        x = x + y @ b["mlp"]["fc2"]["kernel"] + b["mlp"]["fc2"]["bias"]
+        x = x + point("proj", l, mixed @ b["attn"]["proj"]["kernel"] + b["attn"]["proj"]["bias"])
+        y = point("norm2", l, norm("norm2", l, x, norms[1]))
+        y = point("fc1", l, y @ b["mlp"]["fc1"]["kernel"] + b["mlp"]["fc1"]["bias"])
+        y = y * constant("gate", l, 0.5 * (1 + erf(y / np.sqrt(2))))
+        x = x + point("fc2", l, y @ b["mlp"]["fc2"]["kernel"] + b["mlp"]["fc2"]["bias"])
         if read_block == l:
             break
-    x = layer_norm(x, params["norm"], module.norm_eps)
+    x = point("norm", None, norm("norm", None, x, params["norm"]))
     return x[0] @ params["head"]["kernel"] + params["head"]["bias"], seen
 
 

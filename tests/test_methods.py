@@ -113,6 +113,46 @@ def test_legrad(small):
     np.testing.assert_allclose(run(small, "legrad").ravel(), expected[1:], rtol=1e-6, atol=1e-9)
 
 
+def test_libra_full_grad(small):
+    """Every product of a token or bias with its gradient, one at a time; what is held makes the model linear."""
+    module, params, image = small
+    logits, seen = oracle.vit(module, params, image)
+
+    def along(name, l, token, direction):
+        delta = np.zeros(seen[name, l].shape)
+        delta[token] = direction
+        return oracle.vit(module, params, image, {(name, l): delta}, held=seen)[0][TARGET] - logits[TARGET]
+
+    expected = np.zeros(7)
+    for l in range(2):
+        p = jax.tree.map(lambda a, l=l: a[l], params["blocks"])
+        steps = {"normalised": p["norm1"], **p["attn"], "norm2": p["norm2"], **p["mlp"]}
+        for j in range(7):
+            expected[j] += along("tokens", l, j, seen["tokens", l][j]) / 2
+            # The biases of block l stand in the maps of the blocks 0 to l.
+            expected[j] += (l + 1) / 2 * sum(along(name, l, j, step["bias"]) for name, step in steps.items())
+    expected += [along("norm", None, j, params["norm"]["bias"]) for j in range(7)]
+    expected[0] += params["head"]["bias"][TARGET]
+    maps, details = run(small, "libra_full_grad", details=True)
+    np.testing.assert_allclose(maps.ravel(), expected[1:], rtol=1e-8, atol=1e-12)
+    np.testing.assert_allclose(expected.sum(), logits[TARGET], rtol=1e-10)  # complete
+    np.testing.assert_allclose(details["completeness_gap"], 0, atol=1e-10)
+
+
+def test_libra_forms_of_other_methods(small):
+    seen = oracle.vit(*small)[1]
+    attcat, r = np.zeros(7), np.eye(7)
+    for l in range(2):
+        effect = (seen["tokens", l] * slope(small, "tokens", l, held=seen)).sum(-1)
+        attcat += seen["attention", l].mean((0, 1)) * effect
+        gradient = slope(small, "attention", l, held=seen)
+        r = r + np.maximum(gradient * seen["attention", l], 0).mean(0) @ r
+    weights = gradient[:, 0, 1:].mean(-1)
+    cam = np.maximum(np.mean([w * a[0] for w, a in zip(weights, seen["attention", 1], strict=True)], 0), 0)
+    for method, expected in (("libra_attcat", attcat), ("libra_gae", r[0]), ("libra_grad_cam", cam)):
+        np.testing.assert_allclose(run(small, method).ravel(), expected[1:], rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("variant", ["head", "token"])
 def test_beyond_intuition(small, variant):
     module, params, image = small

@@ -12,6 +12,7 @@ from tokentm_jax.maths.relevance import (
     attn_lrp,
     conservative,
     lrp,
+    res_lrp,
 )
 from tokentm_jax.methods.explain import explain_fn
 from tokentm_jax.models.vit import ViT, init_params
@@ -150,6 +151,22 @@ def test_softmax_and_product_of_attn_lrp():
         np.testing.assert_allclose(total, relevance.sum((1, 2)) / 2, rtol=1e-9)
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.25, 1.0])
+def test_gamma_rule_at_residual_sums(gamma):
+    """In relevances, entry by entry; what goes in comes out, and cancelling summands blow nothing up."""
+    a, c, r = normal(1, 3, 4), normal(1, 3, 4, seed=1), normal(1, 3, 4, seed=2)
+    c[0, 0] = -a[0, 0] * (1 + 1e-9)
+    g_a, g_c = backward(res_lrp(gamma).add, a, c, r=r / (a + c))
+    for i in np.ndindex(*a.shape):
+        out = a[i] + c[i]
+        own_a = a[i] * (1 + gamma) if a[i] * out >= 0 else a[i]
+        own_c = c[i] * (1 + gamma) if c[i] * out >= 0 else c[i]
+        np.testing.assert_allclose(a[i] * g_a[i], own_a / (own_a + own_c) * r[i], rtol=1e-6)
+        np.testing.assert_allclose(a[i] * g_a[i] + c[i] * g_c[i], r[i], rtol=1e-6)
+        if gamma:
+            assert abs(a[i] * g_a[i]) + abs(c[i] * g_c[i]) <= (1 + 2 / gamma) * abs(r[i]) * (1 + 1e-6)
+
+
 def without_biases(params):
     return jax.tree_util.tree_map_with_path(
         lambda path, a: jnp.zeros(a.shape) if path[-1].key == "bias" else jnp.asarray(a, jnp.float64), params
@@ -173,16 +190,17 @@ def test_conservative_lrp_conserves_the_logit_without_biases(small):
     np.testing.assert_allclose(details["relevance"], np.broadcast_to(logit[:, None], (2, 3)), rtol=1e-6)
 
 
-def test_attn_lrp_loses_only_what_softmax_absorbs(small):
+@pytest.mark.parametrize(("method", "rules"), [("attn_lrp", attn_lrp()), ("res_lrp", res_lrp(1.0))])
+def test_only_what_softmax_absorbs_is_lost(small, method, rules):
     """Per block: relevance out minus relevance in is `sum (R_A - R_scores)`, found from queries and keys by hand."""
     module, params = small
     params = without_biases(params)
     inputs = jnp.asarray(normal(2, 16, 16, 3))
-    ruled = module.clone(primitives=attn_lrp())
+    ruled = module.clone(primitives=rules)
     from tokentm_jax.models.capture import capture
 
     trace = jax.jit(lambda p, x: capture(ruled, p, x))(params, inputs)
-    _, details = jax.jit(explain_fn(module, "attn_lrp", details=True))(params, inputs)
+    _, details = jax.jit(explain_fn(module, method, details=True))(params, inputs)
     flow = np.asarray(details["relevance"])
     logit = details["logits"][jnp.arange(2), details["target"]]
     np.testing.assert_allclose(flow[:, -1], logit, rtol=1e-6)  # the head conserves
@@ -207,3 +225,27 @@ def test_lrp_starts_with_one_and_reports_its_flow(small, method):
     # One unit enters the head; variant "lrp" counts it once over the positive and once over the negative products.
     expected = 1.0 if method == "transformer_attribution" else 2.0
     np.testing.assert_allclose(details["relevance"][:, -1], expected, rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    "options", [{"distilled": True, "init_values": 0.5}, {"global_pool": "avg", "reg_tokens": 1, "pre_norm": True}]
+)
+def test_libra_full_grad_sums_to_the_logit(options):
+    """On every way to read the tokens, with biases that are not zero."""
+    module = ViT(img_size=(16, 16), patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=5, **options)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape)), init_params(module, jax.random.key(0)))
+    run = jax.jit(explain_fn(module, "libra_full_grad", details=True))
+    _, details = run(params, jnp.asarray(normal(2, 16, 16, 3)))
+    logit = details["logits"][jnp.arange(2), details["target"]]
+    np.testing.assert_allclose(details["completeness_gap"], 0, atol=1e-9 * float(jnp.abs(logit).max()))
+
+
+def test_res_lrp_without_gamma_is_attn_lrp(small):
+    module, params = small
+    inputs = jnp.asarray(normal(2, 16, 16, 3))
+    plain, gamma = (
+        jax.jit(explain_fn(module, method, **options))(params, inputs)
+        for method, options in (("attn_lrp", {}), ("res_lrp", {"gamma": 0.0}))
+    )
+    np.testing.assert_allclose(gamma, plain, rtol=1e-6, atol=1e-9)

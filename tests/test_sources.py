@@ -74,6 +74,23 @@ def mat(path, images, masks):
     return path
 
 
+def test_the_halves_share_nothing_and_are_all(tmp_path):
+    """Whatever the limit, an image is in the same half."""
+    for name in "abcde":
+        (tmp_path / "x").mkdir(exist_ok=True)
+        photo(0).save(tmp_path / "x" / f"{name}.png")
+    everything = open_source(tmp_path).keys
+    even, odd = (open_source(tmp_path, half=half).keys for half in ("even", "odd"))
+    assert (even, odd) == (everything[::2], everything[1::2])
+    assert set(open_source(tmp_path, limit=2, seed=3, half="odd").keys) == set(odd)
+    for name in "bcde":
+        (tmp_path / "x" / f"{name}.png").unlink()
+    with pytest.raises(InputError, match="none at an odd place"):
+        open_source(tmp_path, half="odd")
+    with pytest.raises(InputError, match="the half must be 'even' or 'odd'"):
+        open_source(tmp_path, half="both")
+
+
 def test_class_folders_in_a_folder_and_a_zip(folder, archive):
     for source in (open_source(folder), open_source(str(archive))):
         assert source.keys == ("ant/0.png", "ant/1.png", "ant/2.png", "dog/0.png", "dog/1.png", "dog/2.png")

@@ -9,7 +9,7 @@ import pytest
 
 from tokentm_jax.data.sources import batches, open_source
 from tokentm_jax.maths.maps import token_map
-from tokentm_jax.maths.tokentm import TokenTM, contributions
+from tokentm_jax.maths.tokentm import READINGS, Blocks, TokenTM, contributions, sample_axes
 from tokentm_jax.methods.explain import explain_fn
 from tokentm_jax.metrics import rank_correlation
 from tokentm_jax.models.capture import capture
@@ -26,15 +26,19 @@ CASES = (
     ("registers", {"first_block": 1, "end_block": 2}),
     pytest.param("distilled", {**OFF, "original": "normalised", "direction": "cosine"}, marks=pytest.mark.slow),
     ("registers", {"attention": "plain"}),
+    ("distilled", {"heads": "each"}),
+    ("registers", {"heads": "each", "transformed": "linear", "original": "normalised", "attention": "plain"}),
+    ("distilled", READINGS["featuregradientgate"]),
+    ("registers", READINGS["decompv"]),
 )
 
 
 def over_a_trace(module, params, images, target, options):
     """The definition: the same rule over arrays of all blocks."""
-    trace = capture(module, params, images, target)
+    trace = capture(module, params, images, target, Blocks._fields)
     row = jnp.asarray(module.readout, jnp.float32)
     rule = partial(contributions, rows=row, options=options)
-    rows = jax.vmap(lambda blocks: rule(blocks, blocks.tokens[0]), in_axes=1)(trace.blocks())
+    rows = jax.vmap(lambda blocks: rule(blocks, blocks.tokens[0]), in_axes=(sample_axes(1),))(trace.blocks())
     return token_map(module, rows), trace.details()
 
 
@@ -45,7 +49,7 @@ def test_inside_the_passes_equals_over_a_trace(kind, options):
     images = np.random.default_rng(0).normal(size=(2, 16, 24, 3)).astype(np.float32)
     target = jnp.array([1, 4])
     expected, more = jax.jit(partial(over_a_trace, module, options=TokenTM(**options)))(params, images, target)
-    for memory in ("recompute", "store") if "attention" not in options else ("recompute",):
+    for memory in ("recompute", "store") if {"attention", "heads"}.isdisjoint(options) else ("recompute",):
         explain = jax.jit(explain_fn(module, details=True, memory=memory, **options))
         found, details = explain(params, images, target)
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())

@@ -1,5 +1,7 @@
 """The equations of TokenTM against a slow loop written from the definitions."""
 
+from functools import partial
+
 import jax
 import jax.extend.core
 import jax.numpy as jnp
@@ -8,11 +10,14 @@ import oracle
 import pytest
 
 from tokentm_jax.maths.tokentm import (
+    READINGS,
     Blocks,
     TokenTM,
+    change,
     contributions,
     cosine,
     necc,
+    sample_axes,
     token_length,
     transformation_weights,
 )
@@ -34,6 +39,15 @@ OPTIONS = [
     {"first_block": 1, "end_block": 2},
     {"length": False, "direction": "none"},
     {"length": False, "direction": "none", "initialise": False, "ffn": False},
+    {"length": False, "direction": "none", "heads": "each"},
+    {"direction": "softmax"},
+    {"heads": "each"},
+    {"heads": "each", "original": "normalised", "attention": "plain"},
+    {"heads": "each", "transformed": "linear", "direction": "cosine", "attention": "means"},
+    {"transformed": "linear", "original": "normalised"},
+    {"transformed": "stream"},
+    {"ffn_transformed": "stream"},
+    *READINGS.values(),
 ]
 
 
@@ -47,8 +61,12 @@ def random_blocks(seed=0, batch=()):
     blocks = {
         "attention": attention / attention.sum(-1, keepdims=True),
         "attention_grad": normal(H, N, N),
-        **{name: normal(N, D) for name in Blocks._fields[2:]},
+        **{name: normal(N, D) for name in ("tokens", "normalised", "attention_branch", "ffn_branch")},
+        "value": normal(H, N, D // H),
+        **{name: rng.normal(size=(L, D, D)).astype(np.float32) for name in ("value_kernel", "output_kernel")},
     }
+    together = np.moveaxis(blocks["value"], -3, -2).reshape(*batch, L, N, D)
+    blocks["transformed_value"] = together @ blocks["output_kernel"]
     return blocks, blocks["tokens"][..., 0, :, :]
 
 
@@ -71,20 +89,25 @@ def test_hand_computed_weights():
     x = jnp.array([[3.0, 4.0], [1.0, 0.0], [0.0, 0.0]])
     y = jnp.array([[6.0, 8.0], [0.0, 2.0], [1.0, 1.0]])
     np.testing.assert_allclose(token_length(x), [5, 1, 0])
-    np.testing.assert_allclose(cosine(x, y), [1, 0, 0], atol=1e-7)
+    tokens = change(x, y)
+    np.testing.assert_allclose(cosine(tokens), [1, 0, 0], atol=1e-7)
     mean = (np.e + 1 + 1) / 3
-    np.testing.assert_allclose(necc(x, y), [np.e / mean, 1 / mean, 1 / mean], rtol=1e-6)
-    np.testing.assert_allclose(transformation_weights(x, y), [2 * np.e / mean, 2 / mean, 0], rtol=1e-6)
+    np.testing.assert_allclose(necc(tokens), [np.e / mean, 1 / mean, 1 / mean], rtol=1e-6)
+    for direction, total in (("necc", mean), ("softmax", 3 * mean)):
+        weights = transformation_weights(tokens, TokenTM(direction=direction))
+        np.testing.assert_allclose(weights, [2 * np.e / total, 2 / total, 0], rtol=1e-6)
 
 
 def test_jit_and_vmap():
     arrays, embedded = random_blocks(batch=(2,))
     blocks, embedded = Blocks(**jax.tree.map(jnp.asarray, arrays)), jnp.asarray(embedded)
     row = jnp.full((N,), 1 / N)
-    batched = jax.jit(jax.vmap(contributions, in_axes=(0, 0, None)))(blocks, embedded, row)
+    run = partial(contributions, options=TokenTM(heads="each"))
+    batched = jax.jit(jax.vmap(run, in_axes=(sample_axes(0), 0, None)))(blocks, embedded, row)
     for b in range(2):
-        one = contributions(jax.tree.map(lambda a, b=b: a[b], blocks), embedded[b], row)
-        np.testing.assert_allclose(batched[b], one, rtol=1e-6)
+        sample = {k: a if k.endswith("_kernel") else a[b] for k, a in blocks._asdict().items()}
+        one = run(Blocks(**sample), embedded[b], row)
+        np.testing.assert_allclose(batched[b], one, rtol=1e-5)
 
 
 def test_gradient_agrees_with_finite_differences():
@@ -133,10 +156,15 @@ def test_the_row_form_builds_no_product_of_maps():
     assert shapes and all(shape == (N,) for shape in shapes)
 
 
-@pytest.mark.parametrize("bad", [{"direction": "up"}, {"attention": "none"}, {"original": "ln"}])
+@pytest.mark.parametrize("bad", [{"direction": "up"}, {"attention": "none"}, {"original": "ln"}, {"heads": "all"}])
 def test_unknown_choices_are_refused(bad):
     with pytest.raises(ValueError, match="must be one of"):
         TokenTM(**bad)
+
+
+def test_heads_have_no_stream_of_their_own():
+    with pytest.raises(ValueError, match="heads='each'"):
+        TokenTM(heads="each", transformed="stream")
 
 
 def test_deit_tiny_equals_the_slow_loop(deit, shared):
@@ -145,12 +173,16 @@ def test_deit_tiny_equals_the_slow_loop(deit, shared):
     inputs = deit.preprocessing.normalise(jnp.asarray(arrays["pixels"][:1], jnp.float32) / 255)
     target = jnp.asarray(arrays["target"][:1], jnp.int32)
 
+    readings = [{}, {"heads": "each"}, *READINGS.values()]
+
     @jax.jit
     def run(params):
-        trace = capture(deit.module, params, inputs, target)
-        return trace.blocks(), trace.tokens[0, 0], explain_fn(deit.module)(params, inputs, target)
+        trace = capture(deit.module, params, inputs, target, Blocks._fields)
+        maps = [explain_fn(deit.module, **options)(params, inputs, target) for options in readings]
+        return trace.blocks()._asdict(), trace.tokens[0, 0], maps
 
-    blocks, embedded, heatmap = run(deit.params)
-    sample = {name: np.asarray(a)[:, 0] for name, a in blocks._asdict().items()}
-    expected = oracle.full_map(sample, embedded)
-    np.testing.assert_allclose(heatmap[0].ravel(), expected[0, 1:], rtol=1e-4, atol=1e-6 * expected[0].max())
+    blocks, embedded, heatmaps = run(deit.params)
+    sample = {name: np.asarray(a) if name.endswith("_kernel") else np.asarray(a)[:, 0] for name, a in blocks.items()}
+    for options, heatmap in zip(readings, heatmaps, strict=True):
+        expected = oracle.full_map(sample, embedded, **options)
+        np.testing.assert_allclose(heatmap[0].ravel(), expected[0, 1:], rtol=1e-4, atol=1e-6 * expected[0].max())

@@ -20,6 +20,7 @@ _HOMES = {
     "capture": "models.capture",
     "Trace": "models.capture",
     "TokenTM": "maths.tokentm",
+    "READINGS": "maths.tokentm",
     "contributions": "maths.tokentm",
     "ViT": "models.vit",
     "init_params": "models.vit",
@@ -35,6 +36,7 @@ _HOMES = {
     "PAPER_ROWS": "metrics.tasks",
     "COMPONENT_ROWS": "metrics.tasks",
     "CHOICE_ROWS": "metrics.tasks",
+    "READING_ROWS": "metrics.tasks",
     "depth_rows": "metrics.tasks",
     "sanity_rows": "metrics.tasks",
     "TrainConfig": "runs.train",
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from tokentm_jax.errors import InputError as InputError
     from tokentm_jax.maths.maps import combine as combine
     from tokentm_jax.maths.maps import to_pixels as to_pixels
+    from tokentm_jax.maths.tokentm import READINGS as READINGS
     from tokentm_jax.maths.tokentm import TokenTM as TokenTM
     from tokentm_jax.maths.tokentm import contributions as contributions
     from tokentm_jax.methods.explain import explain as explain
@@ -55,6 +58,7 @@ if TYPE_CHECKING:
     from tokentm_jax.metrics.tasks import CHOICE_ROWS as CHOICE_ROWS
     from tokentm_jax.metrics.tasks import COMPONENT_ROWS as COMPONENT_ROWS
     from tokentm_jax.metrics.tasks import PAPER_ROWS as PAPER_ROWS
+    from tokentm_jax.metrics.tasks import READING_ROWS as READING_ROWS
     from tokentm_jax.metrics.tasks import EvaluateConfig as EvaluateConfig
     from tokentm_jax.metrics.tasks import Row as Row
     from tokentm_jax.metrics.tasks import depth_rows as depth_rows

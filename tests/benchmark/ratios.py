@@ -17,9 +17,17 @@ from jax import Array
 import tokentm_jax as tm
 from tokentm_jax.models.vit import ViT
 
-# method: (at most so many forward passes, at most so many forward and backward passes)
-TARGETS = {"tokentm": (2.6, 1.10), "gae": (2.6, 1.10), "rollout": (1.15, None), "raw_attention": (1.15, None)}
-RECOMPUTED = ("tokentm", "gae")  # also with memory="recompute"; the default is "store"
+# row: (method, options, at most so many forward passes, at most so many forward and backward passes)
+ROWS = {
+    "tokentm": ("tokentm", {}, 2.6, 1.10),
+    "tokentm, recompute": ("tokentm", {"memory": "recompute"}, None, None),
+    "tokentm, each head": ("tokentm", {"heads": "each"}, None, 1.15),
+    **{f"tokentm, {name}": ("tokentm", reading, None, 1.15) for name, reading in tm.READINGS.items()},
+    "gae": ("gae", {}, 2.6, 1.10),
+    "gae, recompute": ("gae", {"memory": "recompute"}, None, None),
+    "rollout": ("rollout", {}, 1.15, None),
+    "raw_attention": ("raw_attention", {}, 1.15, None),
+}
 
 
 def forward(module: ViT) -> Callable[[Any, Array], Array]:
@@ -47,11 +55,11 @@ def measure(model: str, batch: int, seconds: float, rounds: int) -> str:
     module, params = random_vit(model)
     images = random_images(batch, module)
     functions = {"forward": forward(module), "forward and backward": forward_backward(module)}
-    functions |= {method: jax.jit(tm.explain_fn(module, method)) for method in TARGETS}
-    for method in RECOMPUTED:
-        functions[f"{method}, recompute"] = jax.jit(tm.explain_fn(module, method, memory="recompute"))
+    functions |= {
+        name: jax.jit(tm.explain_fn(module, method, **options)) for name, (method, options, *_) in ROWS.items()
+    }
     times = alternate({name: partial(f, params, images) for name, f in functions.items()}, seconds, rounds)
-    bounds = dict.fromkeys(functions, (None, None)) | TARGETS
+    bounds = {name: ROWS[name][2:] if name in ROWS else (None, None) for name in functions}
 
     def cells(name: str, base: str, bound: float | None) -> list[str]:
         own = name == base or name == "forward"

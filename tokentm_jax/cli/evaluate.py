@@ -18,6 +18,7 @@ from tokentm_jax.errors import printable
 @click.option("--data", type=TEXT, help="Folder, zip, .mat file or tfds:NAME:SPLIT, in place of the recipe's.")
 @click.option("--methods", help="Rows of the recipe or other methods, as a,b,c.")
 @click.option("--limit", type=click.IntRange(1), help="So many images, drawn by the recipe's seed.")
+@click.option("--half", type=click.Choice(["even", "odd"]), help="The images at even or at odd places alone.")
 @click.option("--batch-size", type=click.IntRange(1, 4096), help="In place of the recipe's.")
 @click.option("--label-map", type=TEXT, metavar="FILE", help="JSON or CSV: the data set's class name, the model's.")
 @class_names
@@ -30,6 +31,7 @@ def evaluate(
     data: str | None,
     methods: str | None,
     limit: int | None,
+    half: str | None,
     batch_size: int | None,
     label_map: str | None,
     classes: Path | None,
@@ -56,14 +58,15 @@ def evaluate(
         config = dataclasses.replace(
             config, model=model or config.model, checkpoint=None if checkpoint is None else str(checkpoint)
         )
-    given = {"data": data, "limit": limit, "batch_size": batch_size, "label_map": label_map}
+    given = {"data": data, "limit": limit, "half": half, "batch_size": batch_size, "label_map": label_map}
     config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
     if methods is not None:
         config = select(config, [name.strip() for name in methods.split(",")])
     check(config)
     start_jax()
     stored = None if maps is None else open_maps(maps)
-    source = open_source(config.data, limit=config.limit, seed=None if config.limit is None else config.seed)
+    drawn = None if config.limit is None else config.seed
+    source = open_source(config.data, limit=config.limit, seed=drawn, half=config.half)
     vit = load(config.model, config.checkpoint, class_names=classes)
     folder = out or Path("runs") / config.name
     make_folder(folder)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from annotated_types import Ge
@@ -72,7 +72,12 @@ class Source:
         return self.read(self.keys[index])
 
 
-def open_source(spec: str | Path, *, limit: int | None = None, seed: int | None = None) -> Source:
+Half = Literal["even", "odd"]
+
+
+def open_source(
+    spec: str | Path, *, limit: int | None = None, seed: int | None = None, half: Half | None = None
+) -> Source:
     """Open a data set without reading its images.
 
     Args:
@@ -82,12 +87,15 @@ def open_source(spec: str | Path, *, limit: int | None = None, seed: int | None 
         data set. A zip is never extracted: its entries are read in memory, so their names can do no harm.
       limit: take so many examples.
       seed: choose them at random, so that a larger limit only adds examples; None: spread evenly over the set.
+      half: take the examples at even or at odd places alone, counted from 0 before the limit: to choose on one half,
+        and to check on the other.
 
     Raises:
       InputError: nothing there, another layout, no examples, tfds or h5py missing, a data set that is not prepared.
     """
     checked("the limit", Annotated[int | None, Ge(1)], limit)
     checked("the seed", Annotated[int | None, Ge(0)], seed)
+    checked("the half", Half | None, half)
     path = Path(spec)
     if not str(spec):
         raise InputError("the name of the data set is empty")
@@ -100,7 +108,9 @@ def open_source(spec: str | Path, *, limit: int | None = None, seed: int | None 
             source = _segmentation(path) if path.suffix.lower() == ".mat" else _zip(path)
     if not source.keys:
         raise InputError(f"{source.name} holds no examples")
-    keys = source.keys
+    keys = source.keys if half is None else source.keys[half == "odd" :: 2]
+    if not keys:
+        raise InputError(f"{source.name} holds one example, and none at an odd place")
     if seed is not None:
         keys = [keys[i] for i in np.random.default_rng(seed).permutation(len(keys))[:limit]]
     return dataclasses.replace(source, keys=tuple(spread(keys, limit)))

@@ -129,9 +129,8 @@ def activation(x: Array, function: str) -> Array:
     return ACTIVATIONS[function](x)
 
 
-def attended(attention: Array, normalised: Array, transformed_value: Array | None) -> Array:
-    """Attention [B, H, Q, K] on its way to the values; with the tokens it was made of [B, N, D], and with what they
-    are transformed to [B, N, D] where the collection "intermediates" is mutable. A rule may note what it sees."""
+def attended(attention: Array) -> Array:
+    """Attention [B, H, Q, K] on its way to the values."""
     return attention
 
 
@@ -146,7 +145,7 @@ class Primitives(NamedTuple):
     norm: Callable[[Array, Array, Array, float], Array] = norm
     softmax: Callable[[Array, float], Array] = softmax
     activation: Callable[[Array, str], Array] = activation
-    attended: Callable[[Array, Array, Array | None], Array] = attended
+    attended: Callable[[Array], Array] = attended
 
 
 PLAIN = Primitives()

@@ -5,7 +5,8 @@ there is no second copy of the model. Two kinds:
 
 * `lrp(variant, stabiliser)`: the cotangent IS the relevance R of the value (alpha = 1, beta = 0 rules). Products
   and sums share it out, all else passes it on. Biases get none.
-* `conservative(activation)` and `attn_lrp()`: the cotangent is a modified gradient g; value * g is the relevance.
+* `conservative(activation)`, `attn_lrp()` and `res_lrp(gamma)`: the cotangent is a modified gradient g; value * g is
+  the relevance. LibraGrad's pruned backward pass is `conservative("identity")`.
 
 All values have the batch as their leading axis, and nothing is summed over it.
 """
@@ -215,3 +216,48 @@ def attn_lrp() -> Primitives:
 
     product.defvjp(lambda equation, a, b: (primitives.product(equation, a, b), (a, b)), shared)
     return Primitives(product=product, norm=_norm_with_constant_deviation, activation=_activation_as_gain)
+
+
+@lru_cache
+def res_lrp(gamma: float) -> Primitives:
+    """ResLRP (2026): AttnLRP with the gamma rule at residual sums.
+
+    With R = out * g, out = a + b: each summand that agrees in sign with the sum counts 1 + gamma times, so that
+    `R_a = a' / (a' + b') R`, `a' = a (1 + gamma [a out >= 0])`. Where a and b nearly cancel, the plain rule makes the
+    shares of R as large as they like; here |R_a| + |R_b| is at most `1 + 2 / gamma` times |R|.
+    """
+
+    @jax.custom_vjp
+    def same_shape_add(a: Array, b: Array) -> Array:
+        return a + b
+
+    def backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+        a, b = saved
+        out = a + b
+        gain_a, gain_b = (1 + gamma * (x * out >= 0).astype(x.dtype) for x in saved)
+        share = g * _quotient(out, out, a * gain_a + b * gain_b)
+        return share * gain_a, share * gain_b
+
+    same_shape_add.defvjp(lambda a, b: (a + b, (a, b)), backward)
+    return attn_lrp()._replace(add=lambda a, b: same_shape_add(a, jnp.broadcast_to(b, a.shape)))
+
+
+def with_factor_on_biases(rules: Primitives, factor: Array, readout: Array) -> Primitives:
+    """The rules with every bias times a factor of its own for each sample and token, [B, N].
+
+    After the tokens were read, the factor is that of the tokens that were, by their read-out [N]. The derivative by
+    the factor is bias times gradient, summed over channels and steps.
+    """
+
+    def scaled(y: Array, bias: Array) -> Array:
+        own = factor if y.ndim == 3 else factor @ readout
+        return (wide(y) + wide(bias) * own[..., None]).astype(y.dtype)
+
+    def linear(x: Array, kernel: Array, bias: Array | None) -> Array:
+        y = rules.linear(x, kernel, None)
+        return y if bias is None else scaled(y, bias)
+
+    def norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
+        return scaled(rules.norm(x, scale, jnp.zeros_like(bias), eps), bias)
+
+    return rules._replace(linear=linear, norm=norm)

@@ -8,13 +8,13 @@ output token (or to the mixture of output tokens that the head reads). A matrix 
     NECC_j = exp cos(x_j, x~_j) / mean_k exp cos(x_k, x~_k)               direction
     w_j    = L(x~_j) / L(x_j) * NECC_j,   W = diag(w)                     transformation weight
     C0     = diag(L(x0_1) ... L(x0_N))                                    initial contribution
-    C      <- (I + A W_attn) C                                            attention layer
+    C      <- (I + mean_h relu(G * A_h) W_attn) C                         attention layer
     C      <- (I + W_ffn) C                                               FFN layer
 
 Every update multiplies from the left, so a row of the final C is found from the last block down to the first with
-no product of two [N, N] maps: `r <- r * (1 + w_ffn)`, `r <- r + (r A) * w_attn`, and at the end `r * L(x0)`.
+no product of two [N, N] maps: `r <- r * (1 + w_ffn)`, `r <- r + r A W_attn`, and at the end `r * L(x0)`.
 
-That is the order of the backward pass, too, which is where the gradient in `A = mean_h relu(G * A_h)` comes from. So a
+That is the order of the backward pass, too, which is where the gradient G of the logit at attention comes from. So a
 stream u [N] of zeros goes through the blocks beside the tokens, by `attention_layer` and `ffn_layer`. It changes
 nothing and stays zero. Its cotangent is the row: it enters the backward pass as the head's read-out and leaves it as
 the heatmap's row, and no attention and no gradient of it is held for two blocks at once.
@@ -22,6 +22,7 @@ the heatmap's row, and no attention and no gradient of it is held for two blocks
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import chex
@@ -32,7 +33,11 @@ from jax import Array
 
 
 class Blocks(NamedTuple):
-    """What one sample's blocks did. Each array has a leading L axis where all blocks are meant; None is not known."""
+    """What one sample's blocks did. Each array has a leading L axis where all blocks are meant; None is not known.
+
+    The two kernels are parameters, the same for all samples. Head h has the columns of W_V, and the rows of W_O, from
+    h D/H on.
+    """
 
     attention: Any  # [L, H, N, N] after softmax
     attention_grad: Any  # [L, H, N, N] gradient of the logit at the attention
@@ -41,6 +46,14 @@ class Blocks(NamedTuple):
     transformed_value: Any  # [L, N, D] x~ of the attention layer: value and output projection, without mixing
     attention_branch: Any  # [L, N, D] output of the attention layer before the residual sum
     ffn_branch: Any  # [L, N, D] x~ of the FFN layer: its output before the residual sum
+    value: Any = None  # [L, H, N, D/H] value projection of LN1(x)
+    value_kernel: Any = None  # [L, D, D] W_V of the value projection, without its bias
+    output_kernel: Any = None  # [L, D, D] W_O of the output projection, with the layer's scale
+
+
+def sample_axes(axis: int) -> Blocks:
+    """`in_axes` of `jax.vmap` for Blocks whose samples are along `axis`."""
+    return Blocks(**{name: None if name.endswith("_kernel") else axis for name in Blocks._fields})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,21 +62,31 @@ class TokenTM:
 
     Args:
       length: whether `w` has the ratio of lengths.
-      direction: "necc", "cosine" (`cos` in place of NECC) or "none".
+      direction: "necc"; "softmax", which is NECC with sum 1 in place of mean 1; "cosine" (`cos` in place of NECC) or
+        "none".
       initialise: whether `C0` has the lengths of the embedded tokens, in place of the identity.
       ffn: whether the FFN layers update the contributions.
-      attention: "gradient" for `A = mean_h relu(G * A_h)`, which is class-specific, or "plain" for `mean_h A_h`.
+      attention: "gradient" for `mean_h relu(G * A_h)`, which is class-specific; "means" for
+        `mean_h relu(G) * mean_h A_h`, which is, too; or "plain" for `mean_h A_h`.
+      heads: whether the attention layer's weights compare tokens with the "sum" over heads of what they become, or for
+        "each" head alone: `mean_h relu(G * A_h) diag(w_h)`.
       original: what the attention layer's `x_j` is: the "residual" stream x or the "normalised" LN1(x).
+      transformed: what the attention layer's `x~_j` is: the "value" projection of LN1(x), with bias, through the
+        output projection; that of `x_j` itself, without bias ("linear"); or the "stream" after the layer.
+      ffn_transformed: what the FFN layer's `x~_j` is: its "branch", or the "stream" after the layer.
       first_block: first block that is aggregated, from 0.
       end_block: one past the last block that is aggregated; None for all.
     """
 
     length: bool = True
-    direction: Literal["necc", "cosine", "none"] = "necc"
+    direction: Literal["necc", "softmax", "cosine", "none"] = "necc"
     initialise: bool = True
     ffn: bool = True
-    attention: Literal["gradient", "plain"] = "gradient"
+    attention: Literal["gradient", "means", "plain"] = "gradient"
+    heads: Literal["sum", "each"] = "sum"
     original: Literal["residual", "normalised"] = "residual"
+    transformed: Literal["value", "linear", "stream"] = "value"
+    ffn_transformed: Literal["branch", "stream"] = "branch"
     first_block: Annotated[int, Ge(0)] = 0
     end_block: Annotated[int, Ge(1)] | None = None
 
@@ -73,6 +96,8 @@ class TokenTM:
             choices, given = get_args(field.type), getattr(self, field.name)
             if get_origin(field.type) is Literal and given not in choices:
                 raise ValueError(f"{field.name} must be one of {', '.join(choices)}, got {given!r}")
+        if self.heads == "each" and self.transformed == "stream":
+            raise ValueError("heads='each' needs what each head makes of a token, and transformed='stream' has none")
         if self.end_block is not None and self.end_block <= self.first_block:
             raise ValueError(f"end_block must be past first_block ({self.first_block}), got {self.end_block}")
 
@@ -83,19 +108,42 @@ class TokenTM:
 
     def uses(self) -> set[str]:
         """The fields of `Blocks` that these choices read."""
-        names = {"attention"} | ({"attention_grad"} if self.attention == "gradient" else set())
+        names = {"attention"} | (set() if self.attention == "plain" else {"attention_grad"})
         if self.weighs:
-            names |= {"tokens" if self.original == "residual" else "normalised", "transformed_value"}
+            names |= {"tokens" if self.original == "residual" else "normalised"}
+            names |= {
+                ("value", "sum"): {"transformed_value"},
+                ("value", "each"): {"value", "output_kernel"},
+                ("linear", "sum"): {"value_kernel", "output_kernel"},
+                ("linear", "each"): {"value_kernel", "output_kernel"},
+                ("stream", "sum"): {"tokens", "attention_branch"},
+            }[self.transformed, self.heads]
         if self.weighs and self.ffn:
             names |= {"tokens", "attention_branch", "ffn_branch"}
         return names | ({"tokens"} if self.initialise else set())
 
 
-def token_length(x: Array) -> Array:
-    """Length `L(x) = ||x||_2` of each token [..., D] -> [...]; its gradient at a zero token is zero."""
-    squared = jnp.square(x).sum(-1)
+# What public re-implementations compute, as options of `TokenTM`.
+READINGS: dict[str, dict[str, str]] = {
+    "featuregradientgate": {"direction": "softmax", "heads": "each", "transformed": "linear"},
+    "decompv": {
+        "direction": "softmax",
+        "attention": "means",
+        "transformed": "stream",
+        "ffn_transformed": "stream",
+    },
+}
+
+
+def _root(squared: Array) -> Array:
+    """Square root; zero, with gradient zero, where `squared` is not positive."""
     positive = squared > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, 1)), 0)
+
+
+def token_length(x: Array) -> Array:
+    """Length `L(x) = ||x||_2` of each token [..., D] -> [...]; its gradient at a zero token is zero."""
+    return _root(jnp.square(x).sum(-1))
 
 
 def _ratio(a: Array, b: Array) -> Array:
@@ -103,62 +151,87 @@ def _ratio(a: Array, b: Array) -> Array:
     return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)
 
 
-def cosine(original: Array, transformed: Array) -> Array:
-    """`cos(x_j, x~_j)` of paired tokens [N, D] -> [N]; zero where either has no length."""
-    dot = (original * transformed).sum(-1)
-    return _ratio(_ratio(dot, token_length(original)), token_length(transformed))
+class Change(NamedTuple):
+    """Tokens x and what they become x~, as far as the weights look at them. Each [..., N]."""
+
+    before: Array  # L(x)
+    after: Array  # L(x~)
+    product: Array  # x . x~
 
 
-def necc(original: Array, transformed: Array) -> Array:
-    """Normalised exponential cosine correlation of paired tokens [N, D] -> [N], with mean 1 over the tokens."""
-    correlation = jnp.exp(cosine(original, transformed))
-    return correlation / correlation.mean()
+def change(original: Array, transformed: Array) -> Change:
+    """The change of paired tokens [N, D] -> [N]."""
+    return Change(token_length(original), token_length(transformed), (original * transformed).sum(-1))
 
 
-def transformation_weights(
-    original: Array, transformed: Array, *, length: bool = True, direction: str = "necc"
-) -> Array:
-    """`w_j = L(x~_j) / L(x_j) * NECC_j` of paired tokens [N, D] -> [N]."""
-    weights = jnp.ones(original.shape[:-1], original.dtype)
-    if length:
-        weights = weights * _ratio(token_length(transformed), token_length(original))
-    if direction != "none":
-        weights = weights * {"necc": necc, "cosine": cosine}[direction](original, transformed)
-    return weights
+def change_by_heads(original: Array, value: Array, output_kernel: Array) -> Change:
+    """The change of tokens [N, D] by each head, `x~_h = v_h W_h` -> [H, N], with no array [H, N, D].
+
+    For values v [H, N, D/H] and the rows W_h [D/H, D] of the output projection [D, D]: `||v W||^2 = v (W W^T) v^T` and
+    `x . v W = v . (W x)`.
+    """
+    kernel = output_kernel.reshape(*value.shape[::2], -1)
+    gram = jnp.einsum("hid,hjd->hij", kernel, kernel)
+    squared = (jnp.einsum("hni,hij->hnj", value, gram) * value).sum(-1)
+    product = (jnp.einsum("nd,hid->hni", original, kernel) * value).sum(-1)
+    return Change(jnp.broadcast_to(token_length(original), squared.shape), _root(squared), product)
 
 
-def mean_attention(weighted: Array) -> Array:
-    """`mean_h relu(.)` [H, N, N] -> [N, N], of gradient times attention `G * A` or of attention alone."""
-    return jax.nn.relu(weighted).mean(0)
+def cosine(tokens: Change) -> Array:
+    """`cos(x_j, x~_j)` [..., N]; zero where either has no length."""
+    return _ratio(_ratio(tokens.product, tokens.before), tokens.after)
 
 
-def attention_update(rows: Array, attention: Array, weights: Array | float = 1.0) -> Array:
-    """Rows [..., N] of `C` through `(I + A W)` for A [N, N] and w [N]: `r + (r A) * w`."""
-    return rows + (rows @ attention) * weights
+def necc(tokens: Change) -> Array:
+    """Normalised exponential cosine correlation [..., N], with mean 1 over the tokens."""
+    correlation = jnp.exp(cosine(tokens))
+    return correlation / correlation.mean(-1, keepdims=True)
 
 
-def ffn_update(rows: Array, weights: Array) -> Array:
-    """Rows [..., N] of `C` through `(I + W)` for w [N]: `r * (1 + w)`."""
-    return rows * (1 + weights)
+DIRECTIONS: dict[str, Callable[[Change], Array]] = {
+    "necc": necc,
+    "softmax": lambda tokens: jax.nn.softmax(cosine(tokens)),
+    "cosine": cosine,
+    "none": lambda tokens: jnp.ones_like(tokens.before),
+}
 
 
-class Weights(NamedTuple):
-    """The transformation weights of one block: the diagonals of W_attn and W_ffn, each [N]."""
+def transformation_weights(tokens: Change, options: TokenTM) -> Array:
+    """`w_j = L(x~_j) / L(x_j) * NECC_j` [..., N]."""
+    ratio = _ratio(tokens.after, tokens.before) if options.length else jnp.ones_like(tokens.before)
+    return ratio * DIRECTIONS[options.direction](tokens)
 
-    attention: Array
-    ffn: Array
 
-
-def attention_weights(tokens: Array, normalised: Array, transformed_value: Array, options: TokenTM) -> Array:
-    """Diagonal [N] of W_attn from a layer's input, LN1 of it and what values and output projection make of it."""
-    original = tokens if options.original == "residual" else normalised
-    return transformation_weights(original, transformed_value, length=options.length, direction=options.direction)
+def attention_weights(block: Blocks, options: TokenTM) -> Array:
+    """Diagonal of W_attn, [N], or [H, N] for each head, from the arrays of one block."""
+    x = block.tokens if options.original == "residual" else block.normalised
+    match options.transformed, options.heads:
+        case "value", "sum":
+            tokens = change(x, block.transformed_value)
+        case "value", _:
+            tokens = change_by_heads(x, block.value, block.output_kernel)
+        case "linear", "sum":
+            tokens = change(x, x @ block.value_kernel @ block.output_kernel)
+        case "linear", _:
+            value = (x @ block.value_kernel).reshape(len(x), len(block.attention), -1)
+            tokens = change_by_heads(x, jnp.swapaxes(value, 0, 1), block.output_kernel)
+        case _:
+            tokens = change(x, block.tokens + block.attention_branch)
+    return transformation_weights(tokens, options)
 
 
 def ffn_weights(tokens: Array, ffn_branch: Array, options: TokenTM) -> Array:
     """Diagonal [N] of W_ffn from a layer's input and its output before the residual sum; zeros without `ffn`."""
-    weights = transformation_weights(tokens, ffn_branch, length=options.length, direction=options.direction)
+    transformed = ffn_branch if options.ffn_transformed == "branch" else tokens + ffn_branch
+    weights = transformation_weights(change(tokens, transformed), options)
     return weights if options.ffn else jnp.zeros_like(weights)
+
+
+class Weights(NamedTuple):
+    """The transformation weights of one block: the diagonals of W_attn, [N] or [H, N], and W_ffn, [N]."""
+
+    attention: Array
+    ffn: Array
 
 
 def block_weights(block: Blocks, options: TokenTM) -> Weights:
@@ -166,34 +239,64 @@ def block_weights(block: Blocks, options: TokenTM) -> Weights:
     ones = jnp.ones(block.attention.shape[-1:], block.attention.dtype)
     if not options.weighs:
         return Weights(ones, ones if options.ffn else jnp.zeros_like(ones))
-    attention = attention_weights(block.tokens, block.normalised, block.transformed_value, options)
     middle = block.tokens + block.attention_branch if options.ffn else None
     ffn = ffn_weights(middle, block.ffn_branch, options) if options.ffn else jnp.zeros_like(ones)
-    return Weights(attention, ffn)
+    return Weights(attention_weights(block, options), ffn)
 
 
-def block_update(rows: Array, attention: Array, weights: Weights) -> Array:
-    """Rows [..., N] from the output of one block back to its input, for its head-averaged attention [N, N]."""
-    return attention_update(ffn_update(rows, weights.ffn), attention, weights.attention)
+def mean_attention(weighted: Array, weights: Array | None = None) -> Array:
+    """`mean_h relu(.) W_h` [H, N, N] -> [N, N], of gradient times attention `G * A` or of attention alone; the
+    diagonals w, 1 for None, are [N] for all heads or [H, N]."""
+    rectified = jax.nn.relu(weighted)
+    return (rectified if weights is None else rectified * weights[..., None, :]).mean(0)
 
 
-@jax.custom_vjp
-def attention_layer(attention: Array, u: Array, weights: Array) -> tuple[Array, Array]:
+def transformed_attention(attention: Array, gradient: Array | None, weights: Array, options: TokenTM) -> Array:
+    """`A W` [N, N] of an attention layer, from attention [H, N, N], its gradient, and the weights [N] or [H, N]."""
+    if options.attention == "plain":
+        return mean_attention(attention, weights)
+    assert gradient is not None
+    if options.attention == "means":
+        return mean_attention(gradient) * mean_attention(attention, weights)
+    return mean_attention(gradient * attention, weights)
+
+
+def attention_update(rows: Array, attention: Array) -> Array:
+    """Rows [..., N] of `C` through `(I + A)` for A [N, N]: `r + r A`."""
+    return rows + rows @ attention
+
+
+def ffn_update(rows: Array, weights: Array) -> Array:
+    """Rows [..., N] of `C` through `(I + W)` for w [N]: `r * (1 + w)`."""
+    return rows * (1 + weights)
+
+
+def block_update(rows: Array, attention: Array, ffn: Array) -> Array:
+    """Rows [..., N] from the output of one block to its input, for its `A W_attn` [N, N] and the weights w_ffn [N]."""
+    return attention_update(ffn_update(rows, ffn), attention)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attention_layer(options: TokenTM, attention: Array, u: Array, weights: Array) -> tuple[Array, Array]:
     """Attention [H, N, N] and the stream u [N] through an attention layer: both unchanged.
 
-    Backward, the cotangent of the attention is its gradient G, and that of u is a row r, which becomes
-    `r + (r A) * w` with `A = mean_h relu(G * A_h)`. The weights w [N] get none, for u is zero.
+    Backward, the cotangent of the attention is its gradient G, and that of u is a row r, which becomes `r + r A W`
+    with `A W = mean_h relu(G * A_h) W_h`. The weights get none, for u is zero.
     """
     return attention, u
 
 
-def _attention_layer_backward(saved: tuple[Array, Array], cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
+def _attention_layer_backward(
+    options: TokenTM, saved: tuple[Array, Array], cotangents: tuple[Array, Array]
+) -> tuple[Any, ...]:
     (attention, weights), (gradient, row) = saved, cotangents
-    weighted = gradient.astype(row.dtype) * attention.astype(row.dtype)
-    return gradient, attention_update(row, mean_attention(weighted), weights), None
+    known = attention.astype(row.dtype), gradient.astype(row.dtype)
+    return gradient, attention_update(row, transformed_attention(*known, weights, options)), None
 
 
-attention_layer.defvjp(lambda attention, u, weights: ((attention, u), (attention, weights)), _attention_layer_backward)
+attention_layer.defvjp(
+    lambda options, attention, u, weights: ((attention, u), (attention, weights)), _attention_layer_backward
+)
 
 
 @jax.custom_vjp
@@ -237,8 +340,9 @@ def contributions(blocks: Blocks, embedded: Array | None, rows: Array, options: 
     chex.assert_axis_dimension(rows, -1, blocks.attention.shape[-1])
 
     def update(rows: Array, block: Blocks) -> Array:
-        weighted = block.attention * (block.attention_grad if options.attention == "gradient" else 1)
-        return block_update(rows, mean_attention(weighted), block_weights(block, options))
+        weights = block_weights(block, options)
+        attention = transformed_attention(block.attention, block.attention_grad, weights.attention, options)
+        return block_update(rows, attention, weights.ffn)
 
     rows = propagate(update, blocks, rows, options.first_block, options.end_block)
     return initial_contributions(rows, embedded, options)

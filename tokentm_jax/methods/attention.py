@@ -19,15 +19,15 @@ from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.tokentm import (
     Blocks,
     TokenTM,
-    Weights,
     attention_update,
     block_update,
     block_weights,
     contributions,
     initial_contributions,
-    mean_attention,
     propagate,
+    sample_axes,
     token_length,
+    transformed_attention,
 )
 from tokentm_jax.methods.stream import Memory, backward, forward, streams
 from tokentm_jax.models.capture import Trace, capture, class_logits, zero_perturbations
@@ -47,7 +47,7 @@ def from_trace(module: Any, trace: Trace, rule: Callable[[Blocks, Array], Array]
         blocks = jax.tree.map(wide, blocks)
         return rule(blocks, jnp.asarray(module.readout, wide(trace.logits).dtype))
 
-    rows = jax.vmap(one, in_axes=1)(trace.blocks())
+    rows = jax.vmap(one, in_axes=(sample_axes(1),))(trace.blocks())
     return token_map(module, rows), trace.details()
 
 
@@ -83,11 +83,12 @@ def tokentm(
         return from_trace(module, trace, rule)
     check_blocks(module.depth, *chosen)
 
-    def plain(block: Blocks) -> tuple[Array, Weights]:
-        return mean_attention(block.attention), block_weights(block, options)
+    def plain(block: Blocks) -> tuple[Array, Array]:
+        weights = block_weights(block, options)
+        return transformed_attention(block.attention, None, weights.attention, options), weights.ffn
 
     model = (module, params, inputs, target)
-    if options.attention == "gradient":
+    if options.attention != "plain":
         rows, embedded, details = backward(*model, options, memory)
     else:
         rows, embedded, details = forward(*model, plain, lambda row, known: block_update(row, *known), *chosen)
@@ -261,7 +262,7 @@ def beyond_intuition(
     def update(rows: Array, block: Blocks) -> Array:
         if variant == "token":
             weights = token_length(block.transformed_value) / jnp.maximum(token_length(block.tokens), 1e-12)
-            return attention_update(rows, block.attention.mean(0), weights)
+            return attention_update(rows, block.attention.mean(0) * weights)
         influence = jnp.abs(jnp.einsum("hqk,hqj->hkj", block.attention, block.attention_grad)).mean((1, 2))
         influence = influence / jnp.maximum(influence.sum(), 1e-30)
         return attention_update(rows, jnp.einsum("h,hqk->qk", influence, block.attention))
@@ -272,5 +273,5 @@ def beyond_intuition(
         identity = jnp.eye(len(row), dtype=row.dtype)
         return row @ (feedback * propagate(update, jax.tree.map(wide, blocks), identity, first_block))
 
-    rows = jax.vmap(one, in_axes=(1, 0))(trace.blocks(), feedback)
+    rows = jax.vmap(one, in_axes=(sample_axes(1), 0))(trace.blocks(), feedback)
     return token_map(module, rows), trace.details()

@@ -7,17 +7,18 @@ The README says what LRP's patent means for commercial use.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from annotated_types import Ge
 from jax import Array
 
 from tokentm_jax.errors import InputError
 from tokentm_jax.maths.maps import token_map
 from tokentm_jax.maths.primitives import Primitives, wide
-from tokentm_jax.maths.relevance import Stabiliser, attn_lrp, conservative, lrp
+from tokentm_jax.maths.relevance import Stabiliser, attn_lrp, conservative, lrp, res_lrp
 from tokentm_jax.maths.tokentm import attention_update, mean_attention, propagate
 from tokentm_jax.methods.attention import Block, Details, Explanation, check_blocks
 from tokentm_jax.methods.stream import FORWARD, replaced
@@ -25,7 +26,7 @@ from tokentm_jax.models.capture import Trace, capture
 from tokentm_jax.models.vit import ViT
 
 
-def _ruled(module: nn.Module, rules: Primitives) -> nn.Module:
+def ruled(module: nn.Module, rules: Primitives) -> nn.Module:
     """The same model with other backward rules. Raises InputError where they would not govern every step of it."""
     if not hasattr(module, "primitives"):
         raise InputError("this method needs a module with the field 'primitives', as tm.ViT has, to carry relevance")
@@ -51,7 +52,7 @@ def _carry(
 ) -> tuple[Relevance, Details]:
     """A forward pass, and a backward pass by the rules; `more` are fields of `Trace` beside those of the tokens."""
     fields = ("tokens", "token_grads", "final_tokens", *more)
-    trace = capture(_ruled(module, rules), params, inputs, target, fields)
+    trace = capture(ruled(module, rules), params, inputs, target, fields)
     relevance = Relevance(trace.attention_grad, trace.token_grads, trace.input_grads)
     return relevance, _details(trace, relevance.tokens)
 
@@ -114,8 +115,9 @@ def transformer_attribution(
 def _token_times_gradient(
     module: nn.Module, rules: Primitives, params: Any, inputs: Array, target: Array | None, pixels: bool
 ) -> Explanation:
-    ruled = _ruled(module, rules)
-    trace = capture(ruled, params, inputs, target, ("input_grads", "tokens", "token_grads", "final_tokens"))
+    trace = capture(
+        ruled(module, rules), params, inputs, target, ("input_grads", "tokens", "token_grads", "final_tokens")
+    )
     relevance = wide(trace.tokens) * wide(trace.token_grads)
     at_pixels = (wide(inputs) * wide(trace.input_grads)).sum(-1)
     maps = at_pixels if pixels else token_map(module, relevance[0].sum(-1))
@@ -143,3 +145,19 @@ def attention_lrp(
 ) -> Explanation:
     """AttnLRP (Achtibat et al., ICML 2024) at the embedded tokens; `pixels` gives [B, H, W]."""
     return _token_times_gradient(module, attn_lrp(), params, inputs, target, pixels)
+
+
+def residual_lrp(
+    module: nn.Module,
+    params: Any,
+    inputs: Array,
+    target: Array | None,
+    *,
+    gamma: Annotated[float, Ge(0)] = 1.0,
+    pixels: bool = False,
+) -> Explanation:
+    """ResLRP (2026): AttnLRP with the gamma rule at residual sums; `pixels` gives [B, H, W].
+
+    `gamma` 0 is AttnLRP.
+    """
+    return _token_times_gradient(module, res_lrp(gamma), params, inputs, target, pixels)

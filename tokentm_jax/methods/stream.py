@@ -22,6 +22,7 @@ from tokentm_jax.maths.tokentm import (
     ffn_layer,
     ffn_weights,
     propagate,
+    sample_axes,
 )
 from tokentm_jax.models.capture import class_logits
 from tokentm_jax.models.vit import ViT
@@ -71,7 +72,7 @@ def forward(
 
     def through(x: Array, weights: Any) -> tuple[Array, Any]:
         (after, _), state = block.apply({"params": weights}, x, mutable=["intermediates"])
-        return after, jax.vmap(summary)(_read(state))
+        return after, jax.vmap(summary, in_axes=(sample_axes(0),))(_read(state))
 
     embedded = module.apply({"params": params}, inputs, method="embed")
     last, summaries = jax.lax.scan(through, embedded, params["blocks"])
@@ -92,7 +93,7 @@ def backward(
 
     Args:
       module, params, inputs, target: as in `trace.capture`.
-      options: with `attention="gradient"`.
+      options: with another `attention` than "plain".
       memory: a key of `POLICIES`.
 
     Returns:
@@ -103,31 +104,33 @@ def backward(
     end = module.depth if options.end_block is None else options.end_block
     keep = partial(jax.checkpoint, policy=POLICIES[memory], prevent_cse=False)
 
-    def weights_of(rule: Callable[..., Array], index: Array, *tokens: Array) -> Array:
-        weights = jax.vmap(partial(rule, options=options))(*(wide(x) for x in tokens))
+    def kept(index: Array, weights: Array) -> Array:
         return checkpoint_name(jnp.where(index < end, weights, 0), WEIGHTS)  # left out: a block that adds nothing
 
     @keep
     def attend(layer: Any, x: Array, u: Array) -> tuple[Array, Array]:
         index, params = layer
+        # The layer stands here twice, and the compiler computes it once: the stream enters at the attention, and its
+        # weights may look at what comes after that.
+        _, state = block.apply({"params": params}, x, method="attend", mutable=["intermediates"])
+        weights_of = jax.vmap(partial(attention_weights, options=options), in_axes=(sample_axes(0),))
+        weights = kept(index, weights_of(_read(state)))
         seen = []  # the stream, as it leaves the hook that it enters inside the layer
 
-        def attended(attention: Array, normalised: Array, transformed_value: Array | None) -> Array:
-            weights = weights_of(attention_weights, index, x, normalised, transformed_value)
-            attention, after = jax.vmap(attention_layer)(attention, u, weights)
+        def attended(attention: Array) -> Array:
+            attention, after = jax.vmap(partial(attention_layer, options))(attention, u, weights)
             seen.append(after)
             return attention
 
         ruled = block.clone(primitives=module.primitives._replace(attended=attended))
-        after, _ = ruled.apply({"params": params}, x, method="attend", mutable=["intermediates"])
-        return after, *seen
+        return ruled.apply({"params": params}, x, method="attend"), *seen
 
     @keep
     def feed(layer: Any, x: Array, u: Array) -> tuple[Array, Array]:
         index, params = layer
         after, state = block.apply({"params": params}, x, method="feed", mutable=["intermediates"])
-        weights = weights_of(ffn_weights, index, x, _read(state).ffn_branch)
-        return after, jax.vmap(ffn_layer)(u, weights)
+        weights = jax.vmap(partial(ffn_weights, options=options))(wide(x), _read(state).ffn_branch)
+        return after, jax.vmap(ffn_layer)(u, kept(index, weights))
 
     def from_first(x: Array, u: Array) -> tuple[tuple[Array, Array], Details]:
         (x, u), _ = jax.lax.scan(lambda carry, layer: (feed(layer, *attend(layer, *carry)), None), (x, u), layers)

@@ -19,7 +19,7 @@ from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.maths.maps import combine
 from tokentm_jax.maths.tokentm import TokenTM
-from tokentm_jax.methods import attention, gradient, perturbation
+from tokentm_jax.methods import attention, gradient, libra, perturbation
 from tokentm_jax.methods import lrp as relevance
 from tokentm_jax.methods.attention import Explanation
 from tokentm_jax.methods.perturbation import Removal
@@ -129,6 +129,11 @@ METHODS: dict[str, Method] = {
     "grad_cam": Method(attention.grad_cam, "Selvaraju et al., ICCV", 2017),
     "grad_cam_tokens": Method(attention.grad_cam_tokens, "Selvaraju et al., ICCV", 2017),
     "attn_lrp": Method(relevance.attention_lrp, "Achtibat et al., ICML", 2024, differentiable=False),
+    "res_lrp": Method(relevance.residual_lrp, "ResLRP, arXiv", 2026, differentiable=False),
+    "libra_full_grad": Method(libra.libra_full_grad, "Mehri et al., CVPR", 2025, differentiable=False),
+    "libra_attcat": Method(libra.libra_attcat, "Mehri et al., CVPR", 2025, differentiable=False),
+    "libra_gae": Method(libra.libra_gae, "Mehri et al., CVPR", 2025, differentiable=False),
+    "libra_grad_cam": Method(libra.libra_grad_cam, "Mehri et al., CVPR", 2025, differentiable=False),
     "beyond_intuition": Method(attention.beyond_intuition, "Chen et al., TMLR", 2023, "21 F + 21 B"),
     "legrad": Method(attention.legrad, "Bousselham et al., ICCV", 2025, "2 F + 1 B"),
     "input_gradient": Method(gradient.input_gradient, "Simonyan et al., ICLR", 2014, output=PIXELS),

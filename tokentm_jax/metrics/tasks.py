@@ -11,8 +11,9 @@ from annotated_types import Ge, Gt, Le, Len, Lt
 from jax import Array
 
 from tokentm_jax import metrics
-from tokentm_jax.data.sources import PROFILES
+from tokentm_jax.data.sources import PROFILES, Half
 from tokentm_jax.errors import InputError, suggest
+from tokentm_jax.maths.tokentm import READINGS
 from tokentm_jax.methods.table import METHODS
 from tokentm_jax.validation import Name, check_fields, check_options, lists_of, options_of
 
@@ -74,6 +75,24 @@ CHOICE_ROWS = (
 )
 
 
+_EACH = {"heads": "each"}
+READING_ROWS = (
+    Row("tokentm", "tokentm"),
+    Row("heads=each", "tokentm", _EACH),
+    Row("transformed=linear", "tokentm", {"transformed": "linear"}),
+    Row("heads=each, transformed=linear", "tokentm", {**_EACH, "transformed": "linear"}),
+    Row("direction=softmax", "tokentm", {"direction": "softmax"}),
+    Row("heads=each, direction=softmax", "tokentm", {**_EACH, "direction": "softmax"}),
+    Row("heads=each, direction=none", "tokentm", {**_EACH, "direction": "none"}),
+    Row("transformed=stream", "tokentm", {"transformed": "stream"}),
+    Row("ffn_transformed=stream", "tokentm", {"ffn_transformed": "stream"}),
+    Row("attention=means", "tokentm", {"attention": "means"}),
+    *(Row(name, "tokentm", reading) for name, reading in READINGS.items()),
+    Row("decompv, attention=gradient", "tokentm", {**READINGS["decompv"], "attention": "gradient"}),
+    Row("gae", "gae"),
+)
+
+
 def depth_rows(depth: int) -> tuple[Row, ...]:
     """TokenTM over the first 1, 2 ... `depth` blocks."""
     return tuple(Row(f"blocks 1-{end}", "tokentm", {"end_block": end}) for end in range(1, depth + 1))
@@ -99,6 +118,7 @@ class EvaluateConfig:
       options: of the task, such as `{"fill": "blur"}` for "insertion".
       paper: published figures by (row, metric), shown beside one's own.
       limit: so many examples, drawn by `seed`.
+      half: the examples at "even" or at "odd" places alone, see `tokentm_jax.data.sources.open_source`.
       label_map: the model's class (name, wnid or number) of classes that the data set names otherwise, or the file of
         such a map, see `tokentm_jax.data.labels.read_label_map`.
     """
@@ -114,6 +134,7 @@ class EvaluateConfig:
     paper: Mapping[tuple[str, str], float] = dataclasses.field(default_factory=dict)
     batch_size: Annotated[int, Ge(1), Le(4096)] = 16
     limit: Annotated[int, Ge(1)] | None = None
+    half: Half | None = None
     seed: Annotated[int, Ge(0), Le(LARGEST_SEED)] = 0
     label_map: Mapping[str, str | int] | str | None = None
 

@@ -14,7 +14,9 @@ under any scope, once for every block (blocks in the natural order of their name
     attention_branch   [B, N, D]       tokentm
     ffn_branch         [B, N, D]       tokentm
     final_tokens       [B, N, D]       LRP                              LRP
-    value              [B, H, N, D/H]  `capture` of all fields
+    value              [B, H, N, D/H]  `heads="each"` of tokentm
+    value_kernel       [D, D]          `transformed="linear"` of tokentm
+    output_kernel      [D, D]          both of these
 
 `Blocks` and `Trace` say what each is. LRP stands for the methods of `methods.lrp`, which need the field
 `primitives`, too; legrad needs a `ViT`. An option may need another row (`original="normalised"` of tokentm,
@@ -51,6 +53,8 @@ class Trace(NamedTuple):
     transformed_value: Any  # [L, B, N, D]
     attention_branch: Any  # [L, B, N, D]
     ffn_branch: Any  # [L, B, N, D]
+    value_kernel: Any  # [L, D, D] of the value projection, without its bias; kept only where it is asked for
+    output_kernel: Any  # [L, D, D] of the output projection, with the layer's scale; likewise
     logits: Array  # [B, classes]
     target: Array  # [B] the class explained
 
@@ -59,7 +63,7 @@ class Trace(NamedTuple):
         return {"logits": self.logits, "target": self.target}
 
     def blocks(self) -> Blocks:
-        """The arrays of all blocks, `attention` among them, with the batch axis second: [L, B, ...]."""
+        """The arrays of all blocks, `attention` among them, with the batch axis second, which kernels do not have."""
         found = {name: getattr(self, name) for name in Blocks._fields}
         if self.tokens is not None:
             found["tokens"] = self.tokens[: len(self.attention)]
@@ -69,8 +73,9 @@ class Trace(NamedTuple):
 # Field of `Trace` -> the perturbed point whose gradient it is.
 GRADIENTS = {"attention_grad": "attention", "token_grads": "tokens", "normalised_grads": "normalised"}
 SOWN = ("tokens", "attention", "normalised", "value", "transformed_value", "attention_branch", "ffn_branch")
-ALL = ("final_tokens", "input_grads", *SOWN, *GRADIENTS)
-RANKS = {"attention": 4, "value": 4}  # of one block's array; all others are [B, N, D]
+KERNELS = ("value_kernel", "output_kernel")
+ALL = ("final_tokens", "input_grads", *SOWN, *GRADIENTS)  # kernels are parameters: few modules sow them
+RANKS = {"attention": 4, "value": 4} | dict.fromkeys(KERNELS, 2)  # of one block's array; all others are [B, N, D]
 
 
 def _stacked(tree: Any, name: str, kind: str) -> Array:
@@ -153,7 +158,7 @@ def capture(
     else:
         _, (logits, sown, chosen) = score({}, inputs)
     found_gradients = {field: read(grads, point, "perturbs") for field, point in GRADIENTS.items() if field in fields}
-    values = {name: read(sown, name, "sows") for name in SOWN if name in fields}
+    values = {name: read(sown, name, "sows") for name in (*SOWN, *KERNELS) if name in fields}
     known = {**found_gradients, **values, "logits": logits, "target": chosen}
     if "input_grads" in fields:
         known["input_grads"] = input_grads

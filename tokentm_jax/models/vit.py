@@ -65,7 +65,8 @@ class Attention(nn.Module):
     """Multi-head self-attention on normalised tokens.
 
     Sows `attention` [B, H, Q, K] (after softmax), `value` [B, H, N, D/H] and `transformed_value` [B, N, D], the
-    value projection carried through the output projection without its bias: `x~_j = sum_h V_j^h W_O^h`.
+    value projection carried through the output projection without its bias: `x~_j = sum_h V_j^h W_O^h`. Also the
+    kernels of both, `value_kernel` and `output_kernel` [D, D].
     """
 
     num_heads: int
@@ -78,20 +79,21 @@ class Attention(nn.Module):
         b, n, d = x.shape
         h = self.num_heads
         rule = self.primitives
-        kernel, bias = Affine(3 * d, self.qkv_bias, name="qkv")(d)
-        query, key, value = jnp.moveaxis(rule.linear(x, kernel, bias).reshape(b, n, 3, h, d // h), (2, 3), (0, 2))
+        projections, bias = Affine(3 * d, self.qkv_bias, name="qkv")(d)
+        query, key, value = jnp.moveaxis(rule.linear(x, projections, bias).reshape(b, n, 3, h, d // h), (2, 3), (0, 2))
         scores = rule.product("bhqd,bhkd->bhqk", query, key)
         attention = self.perturb("attention", rule.softmax(scores, (d // h) ** -0.5))
         kernel, bias = Affine(d, self.proj_bias, name="proj")(d)
         if scale_branch is not None:
             kernel, bias = scale_branch(kernel, bias)
-        transformed_value = None
         if self.is_mutable_collection("intermediates"):
-            transformed_value = jnp.moveaxis(value, 1, 2).reshape(b, n, d) @ kernel.astype(x.dtype)
             self.sow("intermediates", "attention", attention)
             self.sow("intermediates", "value", value)
-            self.sow("intermediates", "transformed_value", transformed_value)
-        attention = rule.attended(attention, x, transformed_value)
+            together = jnp.moveaxis(value, 1, 2).reshape(b, n, d)
+            self.sow("intermediates", "transformed_value", together @ kernel.astype(x.dtype))
+            self.sow("intermediates", "value_kernel", projections[:, 2 * d :])
+            self.sow("intermediates", "output_kernel", kernel)
+        attention = rule.attended(attention)
         mixed = rule.product("bhqk,bhkd->bqhd", attention, value).reshape(b, n, d)
         return rule.linear(mixed, kernel, bias)
 

@@ -194,7 +194,8 @@ def evaluate(
     """Run an evaluation to its end, or from where `out` stopped on; returns the content of `results.json`.
 
     Args:
-      config: what to compute on `vit` and `source`, which stand for its `model`, `checkpoint`, `data` and `limit`.
+      config: what to compute on `vit` and `source`, which stand for its `model`, `checkpoint`, `data`, `limit` and
+        `half`.
       out: a folder, for the results and, in `records`, the results per image of every finished batch.
       report: called after every batch with (done, total, a function that gives the rows so far).
       maps: where maps of this model and data set are taken from; those that it does not have are computed.
@@ -222,8 +223,8 @@ def evaluate(
 
 
 def _terms(run: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be equal for a run to go on. Not the rows, which have files of their own; nor the limit and the batch
-    size, for an image's results do not depend on the others, and a lack of memory is mended by smaller batches."""
+    """What must be equal for a run to go on. Not the rows, which have files of their own; nor the limit, the half and
+    the batch size: an image's results do not depend on the others, and smaller batches mend a lack of memory."""
     config, made = run["config"], {name: run[name] for name in ("data", "model", "classes", "versions", "device")}
     same = {name: config[name] for name in ("task", "profile", "options", "seed", "label_map") if name in config}
     rounded = run.get("maps", {}).get("dtype") == "float16"  # these are not mixed with exact maps

@@ -1,0 +1,83 @@
+"""LibraGrad (Mehri et al., CVPR 2025): gradient methods on a backward pass with pruned paths.
+
+Gradients stop at the softmax's result, at GELU's gate f(x) / x, and at LayerNorm's deviation: these are the rules
+of Conservative LRP, so that `conservative_lrp` is LibraGrad's gradient x token at the embedded tokens. The logit is
+then a sum of tokens and biases times their gradients, exactly, at every block: what the authors call complete.
+
+Each function is `(module, params, inputs, target, **options) -> (maps, details)`.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from tokentm_jax.errors import InputError
+from tokentm_jax.maths.maps import token_map
+from tokentm_jax.maths.primitives import wide
+from tokentm_jax.maths.relevance import conservative, with_factor_on_biases
+from tokentm_jax.methods.attention import Block, Details, Explanation, attcat, gae, grad_cam
+from tokentm_jax.methods.lrp import ruled
+from tokentm_jax.methods.stream import Memory, streams
+from tokentm_jax.models.capture import class_logits
+
+RULES = conservative("identity")
+
+
+def libra_full_grad(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
+    """Libra FullGrad+: tokens and biases times their gradients, mean over blocks; the pruned backward pass.
+
+    Block l gives `sum_d x_l g_l`, and the same for every bias from there on: a map that sums to the logit, over all
+    tokens. Biases after the tokens were read go to the tokens that were. `details["completeness_gap"]` [B] is the sum
+    less the logit.
+    """
+    ruled(module, RULES)  # refuses a module whose steps have no rules
+    if not streams(module):
+        raise InputError("the method 'libra_full_grad' goes block by block, so it needs a tm.ViT")
+    block, depth = module.block(), module.depth
+    embedded = module.apply({"params": params}, inputs, method="embed")
+    readout = jnp.asarray(module.readout, wide(embedded).dtype)
+
+    def score(factor: Array) -> tuple[Array, tuple[Array, Details]]:
+        """Every token and bias has a factor 1 + share * u [B, N]: the derivative by u is the map."""
+
+        def through(x: Array, layer: tuple[Array, Any]) -> tuple[Array, None]:
+            index, weights = layer
+            share = (index + 1).astype(factor.dtype) / depth  # of the blocks that come before this one's biases
+            rules = with_factor_on_biases(RULES, 1 + share * factor, readout)
+            x = (wide(x) * (1 + factor / depth)[..., None]).astype(x.dtype)
+            return block.clone(primitives=rules).apply({"params": weights}, x)
+
+        last, _ = jax.lax.scan(through, embedded, (jnp.arange(depth), params["blocks"]))
+        head = module.clone(primitives=with_factor_on_biases(RULES, 1 + factor, readout))
+        logits = head.apply({"params": params}, last, method="classify")
+        own, chosen = class_logits(logits, target)
+        return own.sum(), (own, {"logits": logits, "target": chosen})  # samples do not touch each other
+
+    rows, (own, details) = jax.grad(score, has_aux=True)(jnp.zeros_like(wide(embedded)[..., 0]))
+    return token_map(module, rows), {**details, "completeness_gap": rows.sum(-1) - own}
+
+
+def libra_attcat(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
+    """AttCAT on LibraGrad's pruned backward pass."""
+    return attcat(ruled(module, RULES), params, inputs, target)
+
+
+def libra_gae(
+    module: nn.Module,
+    params: Any,
+    inputs: Array,
+    target: Array | None,
+    *,
+    first_block: Block = 0,
+    memory: Memory = "store",
+) -> Explanation:
+    """GAE on LibraGrad's pruned backward pass."""
+    return gae(ruled(module, RULES), params, inputs, target, first_block=first_block, memory=memory)
+
+
+def libra_grad_cam(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
+    """Grad-CAM on the last block's attention, on LibraGrad's pruned backward pass."""
+    return grad_cam(ruled(module, RULES), params, inputs, target)
