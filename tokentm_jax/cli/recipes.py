@@ -46,7 +46,11 @@ def read_recipe(recipe: Path, kind: type) -> Any:
                 config = found.get("config")
     except SystemExit as error:
         refuse(f"ends the program (SystemExit: {error.code})")
-    except (InputError, KeyboardInterrupt):
+    except InputError as error:
+        if str(path) in str(error):
+            raise
+        refuse(f"cannot be run: {error}")
+    except KeyboardInterrupt:
         raise
     except BaseException as error:  # a recipe may raise what it likes
         refuse(f"cannot be run: {type(error).__name__}{_said(error)}")
