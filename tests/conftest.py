@@ -2,16 +2,27 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import jax
+import jaxlib
 import numpy as np
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Compiling is most of the time of these tests; the numbers do not depend on it. (A slow test of the contract checks
 # that: it runs itself with this variable set, on the programs that users run.)
-jax.config.update("jax_disable_most_optimizations", "TEST_OPTIMISED" not in os.environ)
+if "TEST_OPTIMISED" not in os.environ:
+    jax.config.update("jax_disable_most_optimizations", True)
+    if tuple(map(int, jaxlib.__version__.split(".")[:2])) < (
+        0,
+        11,
+    ):  # an unknown flag ends the process, and later versions were not tried
+        flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background jobs of a shell; tests press Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_num_cpu_devices", 8)  # for the tests of sharding
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"

@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-pytestmark = pytest.mark.slow
+# Some cases set limits between fork and exec, where JAX's threads do no harm.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:os.fork")]
 
 AREAS = (
     *("photos", "checkpoints", "mat", "zips", "tables", "recipes", "runs", "stores", "arguments", "library"),
