@@ -4,7 +4,8 @@
     tokentm evaluate configs/perturbation.py:rows=components                   ablation of the components (Table 6)
     tokentm evaluate configs/perturbation.py:rows=depth                        ablation of the depth
     tokentm evaluate configs/perturbation.py:rows=choices                      what the paper's text leaves open
-    tokentm evaluate configs/perturbation.py:rows=readings                     readings of TokenTM, and of public codes
+    tokentm evaluate configs/perturbation.py:rows=readings                     readings of TokenTM, those of codes too
+    tokentm evaluate configs/perturbation.py:rows=mixes                        candidates of tokentm_mix
     tokentm evaluate configs/perturbation.py:rows=readings,half=even           on half of the photos alone
     tokentm evaluate configs/perturbation.py:data=cifar10_sample               5000 test images, the shipped model
 
@@ -23,7 +24,7 @@ measured.
 
 from typing import Literal
 
-from tokentm_jax import CHOICE_ROWS, COMPONENT_ROWS, PAPER_ROWS, READING_ROWS, EvaluateConfig, depth_rows
+from tokentm_jax import CHOICE_ROWS, COMPONENT_ROWS, MIX_ROWS, PAPER_ROWS, READING_ROWS, EvaluateConfig, depth_rows
 
 DATA = {  # where it is, and the model where none is named
     "photos": ("../shared/data/imagenet_sample", "deit_tiny"),
@@ -44,6 +45,7 @@ ROWS = {
     "components": COMPONENT_ROWS,
     "choices": CHOICE_ROWS,
     "readings": READING_ROWS,
+    "mixes": MIX_ROWS,
     "depth": depth_rows(12),
 }
 PAPER = {"imagenet": 58.1, "cifar10": 74.9, "cifar100": 54.8}
@@ -53,7 +55,7 @@ def get_config(
     *,
     data: Literal["photos", "cifar10_sample", "imagenet", "cifar10", "cifar100"] = "photos",
     model: Literal["deit_tiny", "cifar10_vit", "vit_base", "vit_large", "own"] | None = None,
-    rows: Literal["paper", "components", "choices", "readings", "depth"] = "paper",
+    rows: Literal["paper", "components", "choices", "readings", "mixes", "depth"] = "paper",
     half: Literal["even", "odd"] | None = None,
 ) -> EvaluateConfig:
     where, default = DATA[data]

@@ -4,7 +4,8 @@
     tokentm evaluate configs/segmentation.py:rows=components                   ablation of the components (Table 6)
     tokentm evaluate configs/segmentation.py:rows=depth                        ablation of the depth
     tokentm evaluate configs/segmentation.py:rows=choices                      what the paper's text leaves open
-    tokentm evaluate configs/segmentation.py:rows=readings                     readings of TokenTM, and of public codes
+    tokentm evaluate configs/segmentation.py:rows=readings                     readings of TokenTM, those of codes too
+    tokentm evaluate configs/segmentation.py:rows=mixes                        candidates of tokentm_mix
 
     tokentm evaluate configs/segmentation.py:data=imagenet                     the paper's, ViT-B; also with rows=...
 
@@ -17,7 +18,7 @@ Run time: about a minute for the sample on 2 cores; imagenet is not measured.
 
 from typing import Literal
 
-from tokentm_jax import CHOICE_ROWS, COMPONENT_ROWS, PAPER_ROWS, READING_ROWS, EvaluateConfig, depth_rows
+from tokentm_jax import CHOICE_ROWS, COMPONENT_ROWS, MIX_ROWS, PAPER_ROWS, READING_ROWS, EvaluateConfig, depth_rows
 
 DATA = {  # where it is, and the model with its checkpoint where that is not the name's own
     "sample": (
@@ -32,6 +33,7 @@ ROWS = {
     "components": COMPONENT_ROWS,
     "choices": CHOICE_ROWS,
     "readings": READING_ROWS,
+    "mixes": MIX_ROWS,
     "depth": depth_rows(12),
 }
 
@@ -39,7 +41,7 @@ ROWS = {
 def get_config(
     *,
     data: Literal["sample", "imagenet"] = "sample",
-    rows: Literal["paper", "components", "choices", "readings", "depth"] = "paper",
+    rows: Literal["paper", "components", "choices", "readings", "mixes", "depth"] = "paper",
 ) -> EvaluateConfig:
     where, model, checkpoint = DATA[data]
     return EvaluateConfig(

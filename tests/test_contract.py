@@ -47,6 +47,7 @@ METHODS = {
     "rise": {"samples": 6, "chunk": 4},
     "shapley": {"pairs": 2, "chunk": 20},
     "kernel_shap": {"pairs": 13},
+    "tokentm_mix": {},
     "combination": {"methods": "gae,grad_cam"},
 }
 SLOW = ("rise", "shapley", "kernel_shap")  # play the game of occlusion with other coalitions: see test_perturbation.py
@@ -234,6 +235,9 @@ def test_options_are_checked(plain):
         ("smooth_grad", {"samples": 0}, "'samples' .* must be greater than or equal to 1"),
         ("integrated_gradients", {"steps": 0}, "'steps' .* must be greater than or equal to 1"),
         ("combination", {"methods": "gae,gea"}, "did you mean 'gae'"),
+        ("tokentm_mix", {"methods": "gae,combination"}, "unknown method 'combination'"),
+        ("tokentm_mix", {"methods": "gae,gae"}, "named once"),
+        ("tokentm_mix", {"weights": "1,x,1,1"}, "must be numbers with commas between"),
         ("combination", {"how": "sum"}, "'how' of the method 'combination' must be 'product' or 'mean'"),
     ):
         with pytest.raises(tm.InputError, match=message):

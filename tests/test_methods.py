@@ -7,6 +7,8 @@ import oracle
 import pytest
 
 import tokentm_jax as tm
+from tokentm_jax.maths.primitives import PLAIN
+from tokentm_jax.maths.relevance import attn_lrp, conservative
 from tokentm_jax.methods.explain import explain_fn
 from tokentm_jax.models.vit import ViT, init_params
 
@@ -236,3 +238,49 @@ def test_combination_and_maps():
     np.testing.assert_allclose(tm.to_pixels(a, (4, 4))[0], weights @ (np.asarray(a[0]) / 4) @ weights.T, atol=1e-6)
     with pytest.raises(tm.InputError, match="one map at least"):
         tm.combine([])
+
+
+def test_normalisations_and_weights_of_a_combination():
+    a = jnp.array([[[0.0, 1.0], [1.0, -6.0]]])
+    b = jnp.zeros((1, 2, 2))
+    np.testing.assert_allclose(tm.combine([a], "mean", "rank")[0], [[0.375, 0.75], [0.75, 0.125]])
+    np.testing.assert_allclose(tm.combine([a], "mean", "sum")[0], [[0, 0.125], [0.125, -0.75]])
+    np.testing.assert_allclose(tm.combine([a, b], "mean", "sum", [3, 1])[0], 0.75 * np.asarray(a[0]) / 8)
+    for normalisation in ("min_max", "rank", "sum"):
+        constant = tm.combine([b], "mean", normalisation)
+        assert np.ptp(constant) == 0 and np.isfinite(constant).all()
+        assert np.isnan(tm.combine([a.at[0, 0, 0].set(jnp.nan)], "mean", normalisation)).any()
+    for weights in ([1], [1, -1], [0, 0], [1, float("nan")]):
+        with pytest.raises(tm.InputError, match="a weight of at least 0 for each of 2 maps"):
+            tm.combine([a, b], "mean", weights=weights)
+    with pytest.raises(tm.InputError, match="did you mean 'rank'"):
+        tm.combine([a], "mean", "ranks")
+
+
+@pytest.mark.parametrize(
+    ("methods", "gradient"),
+    [
+        ("tokentm,attn_lrp,conservative_lrp,legrad", "own"),
+        ("legrad,gae,tokentm", "own"),
+        ("tokentm,conservative_lrp,legrad,attn_lrp", "conservative_lrp"),
+        ("attn_lrp,gae", "attn_lrp"),
+    ],
+)
+def test_members_that_share_a_pass_have_the_maps_that_they_have_alone(small, methods, gradient):
+    module, params, image = small
+    rules = {"own": PLAIN, "conservative_lrp": conservative("identity"), "attn_lrp": attn_lrp()}
+    other = module.clone(primitives=rules[gradient])
+    images = jnp.asarray(np.stack([image, -image]), jnp.float32)
+
+    @jax.jit
+    def run(params, images, target):
+        mixed = explain_fn(module, "tokentm_mix", methods=methods, gradient=gradient, normalisation="sum")
+        alone = [
+            explain_fn(other if name in ("tokentm", "gae") else module, name)(params, images, target)
+            for name in methods.split(",")
+        ]
+        return mixed(params, images), mixed(params, images, target), tm.combine(alone, "mean", "sum")
+
+    predicted, given, expected = run(params, images, module.apply({"params": params}, images).argmax(-1))
+    np.testing.assert_allclose(given, expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(predicted, expected, rtol=1e-4, atol=1e-6)

@@ -20,7 +20,7 @@ OPTIONS = {
     "combination": {"methods": "gae,grad_cam"},
 }
 RULED = {"lrp", "partial_lrp", "transformer_attribution", "conservative_lrp", "attn_lrp", "res_lrp"}
-RULED |= {name for name in METHODS if name.startswith("libra_")}
+RULED |= {"tokentm_mix"} | {name for name in METHODS if name.startswith("libra_")}
 QUICK = ("tokentm", "rollout", "attcat", "legrad", "lrp", "conservative_lrp")
 CASES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in METHODS]
 

@@ -37,6 +37,7 @@ _HOMES = {
     "COMPONENT_ROWS": "metrics.tasks",
     "CHOICE_ROWS": "metrics.tasks",
     "READING_ROWS": "metrics.tasks",
+    "MIX_ROWS": "metrics.tasks",
     "depth_rows": "metrics.tasks",
     "sanity_rows": "metrics.tasks",
     "TrainConfig": "runs.train",
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from tokentm_jax.methods.table import METHODS as METHODS
     from tokentm_jax.metrics.tasks import CHOICE_ROWS as CHOICE_ROWS
     from tokentm_jax.metrics.tasks import COMPONENT_ROWS as COMPONENT_ROWS
+    from tokentm_jax.metrics.tasks import MIX_ROWS as MIX_ROWS
     from tokentm_jax.metrics.tasks import PAPER_ROWS as PAPER_ROWS
     from tokentm_jax.metrics.tasks import READING_ROWS as READING_ROWS
     from tokentm_jax.metrics.tasks import EvaluateConfig as EvaluateConfig

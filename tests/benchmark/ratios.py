@@ -27,6 +27,26 @@ ROWS = {
     "gae, recompute": ("gae", {"memory": "recompute"}, None, None),
     "rollout": ("rollout", {}, 1.15, None),
     "raw_attention": ("raw_attention", {}, 1.15, None),
+    "attn_lrp": ("attn_lrp", {}, None, None),
+    "conservative_lrp": ("conservative_lrp", {}, None, None),
+    "legrad": ("legrad", {}, None, None),
+    "libra_full_grad": ("libra_full_grad", {}, None, None),
+    **{
+        f"mix of {methods}, gradient {gradient}": (
+            "tokentm_mix",
+            {"methods": methods, "gradient": gradient},
+            None,
+            None,
+        )
+        for methods, gradient in (
+            ("tokentm,attn_lrp,conservative_lrp,legrad", "own"),
+            ("tokentm,attn_lrp,conservative_lrp,legrad", "conservative_lrp"),
+            ("tokentm,attn_lrp,legrad", "own"),
+            ("tokentm,attn_lrp,legrad", "attn_lrp"),
+            ("tokentm,conservative_lrp,legrad", "conservative_lrp"),
+            ("tokentm,attn_lrp", "attn_lrp"),
+        )
+    },
 }
 
 
@@ -51,12 +71,14 @@ def forward_backward(module: ViT) -> Callable[[Any, Array], Any]:
     return jax.jit(gradient)
 
 
-def measure(model: str, batch: int, seconds: float, rounds: int) -> str:
+def measure(model: str, batch: int, seconds: float, rounds: int, rows: list[str] | None = None) -> str:
     module, params = random_vit(model)
     images = random_images(batch, module)
     functions = {"forward": forward(module), "forward and backward": forward_backward(module)}
     functions |= {
-        name: jax.jit(tm.explain_fn(module, method, **options)) for name, (method, options, *_) in ROWS.items()
+        name: jax.jit(tm.explain_fn(module, method, **options))
+        for name, (method, options, *_) in ROWS.items()
+        if rows is None or name in rows or method in rows
     }
     times = alternate({name: partial(f, params, images) for name, f in functions.items()}, seconds, rounds)
     bounds = {name: ROWS[name][2:] if name in ROWS else (None, None) for name in functions}
@@ -65,7 +87,7 @@ def measure(model: str, batch: int, seconds: float, rounds: int) -> str:
         own = name == base or name == "forward"
         return ["" if own else spread(times[name] / times[base]), "" if bound is None else f"{bound:.2f}"]
 
-    rows = [
+    lines = [
         [
             name,
             milliseconds(found.min()),
@@ -77,7 +99,7 @@ def measure(model: str, batch: int, seconds: float, rounds: int) -> str:
     ]
     header = ["", "fastest, ms", "median, ms", "/ forward", "at most", "/ forward and backward", "at most"]
     title = f"**{model}**, float32, batch {batch}, {len(times['forward'])} rounds"
-    return f"{title}\n\n{table(header, rows)}"
+    return f"{title}\n\n{table(header, lines)}"
 
 
 if __name__ == "__main__":
@@ -85,8 +107,9 @@ if __name__ == "__main__":
     arguments.add_argument("--models", type=names, default=["deit_tiny_patch16_224", "vit_base_patch16_224"])
     arguments.add_argument("--batch", type=int, default=8)
     arguments.add_argument("--seconds", type=float, default=90, help="per model, at least")
+    arguments.add_argument("--rows", type=names, help="these rows, or those of these methods, alone")
     arguments.add_argument("--rounds", type=int, default=9, help="per model, at least")
     chosen = arguments.parse_args()
     note = "Ratios: median over the rounds, of times in the same round, with the middle half of the rounds."
-    tables = [measure(model, chosen.batch, chosen.seconds, chosen.rounds) for model in chosen.models]
+    tables = [measure(model, chosen.batch, chosen.seconds, chosen.rounds, chosen.rows) for model in chosen.models]
     publish(chosen.out, "# Cost of an explanation", *tables, note)

@@ -1,13 +1,13 @@
 """Images and maps: pixels to numbers; rows over tokens to token maps, to pixels, and several maps to one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from tokentm_jax.errors import InputError
+from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.maths.primitives import wide
 
 LARGEST_SIDE = 32768  # pixels of a map
@@ -51,13 +51,52 @@ def to_pixels(maps: Array, size: tuple[int, int]) -> Array:
     whole = isinstance(size, tuple | list) and len(size) == 2 and all(hasattr(s, "__index__") for s in size)
     if not whole or not all(1 <= s <= LARGEST_SIDE for s in size):
         raise InputError(f"the size must be (height, width), each from 1 to {LARGEST_SIDE} pixels, got {size!r:.80}")
-    return min_max(jax.image.resize(wide(maps), (maps.shape[0], *size), "bilinear", antialias=False))
+    return min_max(_resized(maps, size))
 
 
-def combine(maps: Sequence[Array], how: Literal["product", "mean"] = "product") -> Array:
-    """Product or mean of several methods' maps, each scaled to [0, 1] first.
+def _resized(maps: Array, size: tuple[int, int]) -> Array:
+    return jax.image.resize(wide(maps), (maps.shape[0], *size), "bilinear", antialias=False)
 
-    Maps [B, h, w] of different grids are brought to the largest one. Raises InputError for no maps or another `how`.
+
+def ranks(maps: Array) -> Array:
+    """The share of a map's values that are below each, equal ones counted half: [B, H, W], in (0, 1)."""
+    flat = maps.reshape(len(maps), -1)
+
+    def one(values: Array) -> Array:
+        order = jnp.sort(values)
+        below, up_to = (jnp.searchsorted(order, values, side) for side in ("left", "right"))
+        return (below + up_to).astype(values.dtype) / (2 * len(values))
+
+    found = jnp.where(jnp.isfinite(flat).all(-1, keepdims=True), jax.vmap(one)(flat), jnp.nan)
+    return found.reshape(maps.shape)
+
+
+def shares(maps: Array) -> Array:
+    """Each map of [B, H, W] over the sum of its absolute values; a map of zeros stays one."""
+    total = jnp.abs(maps).sum((1, 2), keepdims=True)
+    return maps / jnp.where(total == 0, 1, total)
+
+
+Normalisation = Literal["min_max", "rank", "sum"]
+NORMALISATIONS: dict[str, Callable[[Array], Array]] = {"min_max": min_max, "rank": ranks, "sum": shares}
+
+
+def combine(
+    maps: Sequence[Array],
+    how: Literal["product", "mean"] = "product",
+    normalisation: Normalisation = "min_max",
+    weights: Sequence[float] | None = None,
+) -> Array:
+    """Product or mean of several methods' maps, each normalised first.
+
+    Args:
+      maps: each [B, h, w]; those of different grids are brought to the largest one.
+      how: "product", or "mean".
+      normalisation: "min_max" scales each map to [0, 1]; "rank" takes ranks among the map's values, in (0, 1); "sum"
+        divides by the sum of absolute values.
+      weights: of the mean, one for each of `maps`; None for equal ones.
+
+    Raises InputError for no maps, or for another choice or number of weights.
     """
     if not isinstance(maps, Sequence) or isinstance(maps, str) or not maps:
         raise InputError(f"combine needs a list of one map at least, got a {type(maps).__name__}")
@@ -66,6 +105,16 @@ def combine(maps: Sequence[Array], how: Literal["product", "mean"] = "product") 
     if how not in ("product", "mean") or len({len(each) for each in maps}) > 1:
         counts = ", ".join(str(len(each)) for each in maps)
         raise InputError(f"combine needs how='product' or 'mean' and maps of one batch, got {how!r} and {counts} maps")
+    if normalisation not in NORMALISATIONS:
+        raise suggest("normalisation", normalisation, NORMALISATIONS)
+    weights = [1.0] * len(maps) if weights is None else weights
+    if len(weights) != len(maps) or not all(0 <= w < float("inf") for w in weights) or not sum(weights):
+        raise InputError(
+            f"combine needs a weight of at least 0 for each of {len(maps)} maps, not all 0, got {weights}"
+        )
     size = (max(m.shape[1] for m in maps), max(m.shape[2] for m in maps))
-    stacked = jnp.stack([to_pixels(m, size) for m in maps])
-    return stacked.prod(0) if how == "product" else stacked.mean(0)
+    normalise = NORMALISATIONS[normalisation]
+    stacked = jnp.stack([normalise(_resized(m, size)) for m in maps])
+    if how == "product":
+        return stacked.prod(0)
+    return jnp.tensordot(jnp.asarray(weights, stacked.dtype) / sum(weights), stacked, 1)

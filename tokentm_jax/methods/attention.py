@@ -3,6 +3,7 @@
 Each function is `(module, params, inputs, target, **options) -> (maps, details)`; see `tokentm_jax.methods.table`.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -29,8 +30,10 @@ from tokentm_jax.maths.tokentm import (
     token_length,
     transformed_attention,
 )
-from tokentm_jax.methods.stream import Memory, backward, forward, streams
+from tokentm_jax.methods.stream import Memory, backward, forward, replaced, streams
 from tokentm_jax.models.capture import Trace, capture, class_logits, zero_perturbations
+
+OFF = TokenTM(length=False, direction="none", initialise=False, ffn=False)  # GAE
 
 Details = dict[str, Array]
 Explanation = tuple[Array, Details]
@@ -89,7 +92,7 @@ def tokentm(
 
     model = (module, params, inputs, target)
     if options.attention != "plain":
-        rows, embedded, details = backward(*model, options, memory)
+        rows, embedded, _, _, details = backward(*model, options, memory)
     else:
         rows, embedded, details = forward(*model, plain, lambda row, known: block_update(row, *known), *chosen)
     rows = jax.vmap(partial(initial_contributions, options=options))(rows, wide(embedded))
@@ -167,8 +170,8 @@ def gae(
 
     It is TokenTM with every component off.
     """
-    off = TokenTM(length=False, direction="none", initialise=False, ffn=False, first_block=first_block)
-    return tokentm(module, params, inputs, target, options=off, memory=memory)
+    options = dataclasses.replace(OFF, first_block=first_block)
+    return tokentm(module, params, inputs, target, options=options, memory=memory)
 
 
 def grad_cam(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
@@ -211,24 +214,32 @@ def legrad(module: nn.Module, params: Any, inputs: Array, target: Array | None) 
             f"pass of tm.ViT; {type(module).__name__} has its own"
         )
     trace = capture(module, params, inputs, target, ["tokens"])
-    block = module.block()
+    of_block = legrad_of_block(module, params, trace.target)
+    start = jnp.zeros_like(wide(trace.tokens[0, ..., 0]))
+    rows, _ = jax.lax.scan(lambda sum, layer: (sum + of_block(*layer), None), start, (params["blocks"], trace.tokens))
+    return token_map(module, rows), trace.details()
 
-    def through_block(total: Array, layer: tuple[Any, Array]) -> tuple[Array, None]:
-        weights, tokens = layer
+
+def legrad_of_block(module: Any, params: Any, target: Array) -> Callable[[Any, Array], Array]:
+    """`(a block's parameters, its input [B, N, D]) -> mean_{h,q} relu(d s_l / d A_l)` [B, N], LeGrad's share of it."""
+    block = module.block()
+    # Behind the attention tokens do not mix: those that the head does not read need not be computed.
+    every = replaced(module, ["classify", "readout"])  # may read others
+    read = jnp.array([token for token, share in enumerate(module.readout) if share or every])
+
+    def of_block(weights: Any, tokens: Array) -> Array:
         zeros = zero_perturbations(block, weights, tokens)["perturbations"]
 
         def class_score(change: Array) -> Array:
             variables = {"params": weights, "perturbations": {**zeros, "attn": {"attention": change}}}
-            after, _ = block.apply(variables, tokens)
+            middle = block.apply(variables, tokens, method="attend")
+            after = jnp.zeros_like(tokens).at[:, read].set(block.apply(variables, middle[:, read], method="feed"))
             logits = module.apply({"params": params}, after, method="classify")
-            return class_logits(logits, trace.target)[0].sum()
+            return class_logits(logits, target)[0].sum()
 
-        gradient = jax.grad(class_score)(zeros["attn"]["attention"])
-        return total + jax.nn.relu(gradient.astype(total.dtype)).mean((1, 2)), None
+        return jax.nn.relu(wide(jax.grad(class_score)(zeros["attn"]["attention"]))).mean((1, 2))
 
-    start = jnp.zeros_like(wide(trace.tokens[0, ..., 0]))
-    rows, _ = jax.lax.scan(through_block, start, (params["blocks"], trace.tokens))
-    return token_map(module, rows), trace.details()
+    return of_block
 
 
 def beyond_intuition(

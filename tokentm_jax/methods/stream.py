@@ -6,7 +6,7 @@ are the ones that run over a stored `Trace`, with the same numbers.
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +81,16 @@ def forward(
     return rows, embedded, {"logits": logits, "target": class_logits(logits, target)[1]}
 
 
+class Pass(NamedTuple):
+    """What one forward and backward pass gives."""
+
+    rows: Array  # [B, N] that began as the head's read-out, at the input of block `options.first_block`
+    embedded: Array  # [B, N, D] the tokens that enter the first block
+    gradient: Array  # [B, N, D] of the logit, or what the module's rules make of it, at the input of `first_block`
+    noted: Any  # [L - first_block, ...] what `note` gave
+    details: Details
+
+
 def backward(
     module: Any,
     params: Any,
@@ -88,17 +98,15 @@ def backward(
     target: Array | None,
     options: TokenTM,
     memory: Memory = "store",
-) -> tuple[Array, Array, Details]:
+    note: Callable[[Any, Array], Any] | None = None,
+) -> Pass:
     """One forward and one backward pass in which TokenTM's rows are the cotangents of a stream of zeros.
 
     Args:
       module, params, inputs, target: as in `trace.capture`.
       options: with another `attention` than "plain".
       memory: a key of `POLICIES`.
-
-    Returns:
-      The rows [B, N] that began as the head's read-out, at the input of block `options.first_block`; the embedded
-      tokens [B, N, D], and the details.
+      note: `(a block's parameters, its input [B, N, D]) -> what is to be noted`, on the way forward.
     """
     block, first = module.block(), options.first_block
     end = module.depth if options.end_block is None else options.end_block
@@ -132,19 +140,24 @@ def backward(
         weights = jax.vmap(partial(ffn_weights, options=options))(wide(x), _read(state).ffn_branch)
         return after, jax.vmap(ffn_layer)(u, kept(index, weights))
 
-    def from_first(x: Array, u: Array) -> tuple[tuple[Array, Array], Details]:
-        (x, u), _ = jax.lax.scan(lambda carry, layer: (feed(layer, *attend(layer, *carry)), None), (x, u), layers)
+    def through(carry: tuple[Array, Array], layer: Any) -> tuple[tuple[Array, Array], Any]:
+        noted = None if note is None else jax.lax.stop_gradient(note(layer[1], jax.lax.stop_gradient(carry[0])))
+        return feed(layer, *attend(layer, *carry)), noted
+
+    def from_first(x: Array, u: Array) -> tuple[tuple[Array, Array], tuple[Any, Details]]:
+        (x, u), noted = jax.lax.scan(through, (x, u), layers)
         logits = module.apply({"params": params}, x, method="classify")
         own, chosen = class_logits(logits, target)
-        return (own.sum(), u), {"logits": logits, "target": chosen}  # samples do not touch each other
+        return (own.sum(), u), (noted, {"logits": logits, "target": chosen})  # samples do not touch each other
 
     embedded = module.apply({"params": params}, inputs, method="embed")
     numbered = (jnp.arange(module.depth), params["blocks"])
     before, layers = jax.tree.map(lambda a: a[:first], numbered), jax.tree.map(lambda a: a[first:], numbered)
     x, _ = jax.lax.scan(lambda x, layer: block.apply({"params": layer[1]}, x), embedded, before)
     row = _readout(module, x)
-    (own, _), pull, details = jax.vjp(from_first, x, jnp.zeros_like(row), has_aux=True)
-    return pull((jnp.ones_like(own), row))[1], embedded, details
+    (own, _), pull, (noted, details) = jax.vjp(from_first, x, jnp.zeros_like(row), has_aux=True)
+    gradient, rows = pull((jnp.ones_like(own), row))
+    return Pass(rows, embedded, gradient, noted, details)
 
 
 def _read(state: Any) -> Blocks:

@@ -17,11 +17,12 @@ from jax import Array
 
 from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.errors import InputError, suggest
-from tokentm_jax.maths.maps import combine
+from tokentm_jax.maths.maps import Normalisation, combine
 from tokentm_jax.maths.tokentm import TokenTM
 from tokentm_jax.methods import attention, gradient, libra, perturbation
 from tokentm_jax.methods import lrp as relevance
 from tokentm_jax.methods.attention import Explanation
+from tokentm_jax.methods.mix import Gradient, shared_maps
 from tokentm_jax.methods.perturbation import Removal
 from tokentm_jax.validation import check_options, options_of
 
@@ -91,14 +92,49 @@ def combination(
     *,
     methods: str = "tokentm,grad_cam",
     how: Literal["product", "mean"] = "product",
+    normalisation: Normalisation = "min_max",
+    weights: str = "",
+    gradient: Gradient = "own",
 ) -> Explanation:
-    """Product or mean ("how") of the normalised maps of several methods, named with commas between."""
+    """Product or mean ("how") of the normalised maps of several methods, named with commas between.
+
+    `normalisation` and `weights`, of the mean, are those of `tokentm_jax.combine`; weights are numbers with commas
+    between. Methods that can share a pass of the model do, see `tokentm_jax.methods.mix`; `gradient` names the method
+    whose backward pass gives TokenTM and GAE their gradient, in place of their own.
+    """
     names = _members(methods)
     for name in names:
-        if name not in METHODS or name == "combination":
-            raise suggest("method", name, [m for m in METHODS if m != "combination"])
-    results = [METHODS[name].bind(name, {})(module, params, inputs, target) for name in names]
-    return combine([maps for maps, _ in results], how), results[0][1]
+        if name not in METHODS or name in COMBINED:
+            raise suggest("method", name, [m for m in METHODS if m not in COMBINED])
+    if len(set(names)) < len(names):
+        raise InputError(f"each method of a combination is named once, got {methods!r:.80}")
+    try:
+        numbers = [float(weight) for weight in weights.split(",")] if weights else None
+    except ValueError:
+        raise InputError(f"weights must be numbers with commas between, got {weights!r:.80}") from None
+    explain = lambda name, target: METHODS[name].bind(name, {})(module, params, inputs, target)  # noqa: E731
+    maps, details = shared_maps(module, params, inputs, target, names, gradient, explain)
+    return combine(maps, how, normalisation, numbers), details
+
+
+def tokentm_mix(
+    module: nn.Module,
+    params: Any,
+    inputs: Array,
+    target: Array | None,
+    *,
+    methods: str = "tokentm,attn_lrp,conservative_lrp,legrad",
+    normalisation: Normalisation = "min_max",
+    weights: str = "",
+    gradient: Gradient = "own",
+) -> Explanation:
+    """The mean of TokenTM's normalised map and those of other methods; as `combination`, with members that help it."""
+    model = (module, params, inputs, target)
+    mean = partial(combination, how="mean", normalisation=normalisation, weights=weights, gradient=gradient)
+    return mean(*model, methods=methods)
+
+
+COMBINED = ("combination", "tokentm_mix")
 
 
 def _members(methods: str) -> list[str]:
@@ -147,6 +183,14 @@ METHODS: dict[str, Method] = {
     "rise": Method(perturbation.rise, "Petsiuk et al., BMVC", 2018, "1001 F", options=Removal),
     "shapley": Method(perturbation.shapley, "Castro et al., COR", 2009, "16 (n - 1) + 2 F", options=Removal),
     "kernel_shap": Method(perturbation.shapley_by_kernel, "Lundberg & Lee, NeurIPS", 2017, "2002 F", options=Removal),
+    "tokentm_mix": Method(
+        tokentm_mix,
+        "named as future work by Wu et al.",
+        2024,
+        "3 F + 3 B",
+        differentiable=False,
+        classless=_classless,
+    ),
     "combination": Method(
         combination, "named as future work by Wu et al.", 2024, "those of its methods", classless=_classless
     ),

@@ -93,6 +93,26 @@ READING_ROWS = (
 )
 
 
+_MIX = {
+    "mix": {},
+    "mix, shared": {"gradient": "conservative_lrp"},
+    "mix of 3": {"methods": "tokentm,attn_lrp,legrad"},
+    "mix of 3, shared": {"methods": "tokentm,attn_lrp,legrad", "gradient": "attn_lrp"},
+    "mix of 3, conservative": {"methods": "tokentm,conservative_lrp,legrad", "gradient": "conservative_lrp"},
+    "mix of 2, shared": {"methods": "tokentm,attn_lrp", "gradient": "attn_lrp"},
+    "gae mix": {"methods": "gae,attn_lrp,conservative_lrp,legrad"},
+    "gae mix of 3, shared": {"methods": "gae,attn_lrp,legrad", "gradient": "attn_lrp"},
+    "mix, ranks": {"normalisation": "rank"},
+    "mix, sums": {"normalisation": "sum"},
+    "mix of 3, ranks": {"methods": "tokentm,attn_lrp,legrad", "normalisation": "rank"},
+}
+MIX_ROWS = (
+    *(Row(name, "tokentm_mix", options) for name, options in _MIX.items()),
+    *rows("tokentm", "gae", "attn_lrp", "conservative_lrp", "legrad", "beyond_intuition"),
+    *rows("res_lrp", "libra_full_grad", "libra_attcat", "libra_gae", "libra_grad_cam"),
+)
+
+
 def depth_rows(depth: int) -> tuple[Row, ...]:
     """TokenTM over the first 1, 2 ... `depth` blocks."""
     return tuple(Row(f"blocks 1-{end}", "tokentm", {"end_block": end}) for end in range(1, depth + 1))

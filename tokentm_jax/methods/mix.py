@@ -1,0 +1,65 @@
+"""Maps of several methods by as few passes of the model as they need."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+from jax import Array
+
+from tokentm_jax.maths.maps import token_map
+from tokentm_jax.maths.primitives import wide
+from tokentm_jax.maths.relevance import attn_lrp, conservative
+from tokentm_jax.maths.tokentm import TokenTM, initial_contributions
+from tokentm_jax.methods.attention import OFF, Details, Explanation, legrad_of_block
+from tokentm_jax.methods.lrp import ruled
+from tokentm_jax.methods.stream import backward, streams
+
+Gradient = Literal["own", "conservative_lrp", "attn_lrp"]
+
+# Methods whose map is a row that runs through the blocks by attention and its gradient.
+ROWS = {"tokentm": TokenTM(), "gae": OFF}
+# Methods whose map is token times gradient at the embedded tokens, by rules.
+RULES = {"conservative_lrp": conservative("identity"), "attn_lrp": attn_lrp()}
+
+
+def shared_maps(
+    module: nn.Module,
+    params: Any,
+    inputs: Array,
+    target: Array | None,
+    names: Sequence[str],
+    gradient: Gradient,
+    explain: Callable[[str, Array | None], Explanation],
+) -> tuple[list[Array], Details]:
+    """The maps of the methods called `names`, and the details of the first pass.
+
+    Those that can share a pass do: a method of `ROWS` carries its row in one forward and backward pass. With
+    `gradient` the name of one of `RULES`, that pass is by its rules, so that the gradient in the row is theirs, and
+    the pass gives this method's map, too. LeGrad looks at every block on the way forward. All others have passes of
+    their own, by `explain(name, target)`.
+    """
+    found: dict[str, Array] = {}
+    details: Details = {}
+    rows = [name for name in names if name in ROWS] if streams(module) else []
+    joined = {gradient, "legrad"} & set(names) if rows else set()
+    for name in names:
+        if name not in (*rows, *joined):
+            found[name], more = explain(name, target)
+            details, target = details or more, more["target"]
+    if "legrad" in joined and target is None:  # no pass before has found the predicted class
+        target = module.apply({"params": params}, inputs).argmax(-1)
+    model = module if gradient == "own" else ruled(module, RULES[gradient])
+    for name in rows:
+        note = legrad_of_block(module, params, target) if "legrad" in joined - found.keys() else None
+        done = backward(model, params, inputs, target, ROWS[name], note=note)
+        embedded = wide(done.embedded)
+        start = partial(initial_contributions, options=ROWS[name])
+        found[name] = token_map(module, jax.vmap(start)(done.rows, embedded))
+        if note is not None:
+            found["legrad"] = token_map(module, done.noted.sum(0))
+        if gradient in joined:
+            found[gradient] = token_map(module, (embedded * wide(done.gradient)).sum(-1))
+        details, target = details or done.details, done.details["target"]
+    return [found[name] for name in names], details
