@@ -244,7 +244,7 @@ def block_weights(block: Blocks, options: TokenTM) -> Weights:
     return Weights(attention_weights(block, options), ffn)
 
 
-def mean_attention(weighted: Array, weights: Array | None = None) -> Array:
+def rectified_mean(weighted: Array, weights: Array | None = None) -> Array:
     """`mean_h relu(.) W_h` [H, N, N] -> [N, N], of gradient times attention `G * A` or of attention alone; the
     diagonals w, 1 for None, are [N] for all heads or [H, N]."""
     rectified = jax.nn.relu(weighted)
@@ -254,11 +254,11 @@ def mean_attention(weighted: Array, weights: Array | None = None) -> Array:
 def transformed_attention(attention: Array, gradient: Array | None, weights: Array, options: TokenTM) -> Array:
     """`A W` [N, N] of an attention layer, from attention [H, N, N], its gradient, and the weights [N] or [H, N]."""
     if options.attention == "plain":
-        return mean_attention(attention, weights)
+        return rectified_mean(attention, weights)
     assert gradient is not None
     if options.attention == "means":
-        return mean_attention(gradient) * mean_attention(attention, weights)
-    return mean_attention(gradient * attention, weights)
+        return rectified_mean(gradient) * rectified_mean(attention, weights)
+    return rectified_mean(gradient * attention, weights)
 
 
 def attention_update(rows: Array, attention: Array) -> Array:

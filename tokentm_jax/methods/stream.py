@@ -103,7 +103,7 @@ def backward(
     """One forward and one backward pass in which TokenTM's rows are the cotangents of a stream of zeros.
 
     Args:
-      module, params, inputs, target: as in `trace.capture`.
+      module, params, inputs, target: as in `capture`.
       options: with another `attention` than "plain".
       memory: a key of `POLICIES`.
       note: `(a block's parameters, its input [B, N, D]) -> what is to be noted`, on the way forward.
