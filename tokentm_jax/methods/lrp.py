@@ -19,7 +19,7 @@ from tokentm_jax.errors import InputError
 from tokentm_jax.maths.maps import token_map
 from tokentm_jax.maths.primitives import Primitives, wide
 from tokentm_jax.maths.relevance import Stabiliser, attn_lrp, conservative, lrp, res_lrp
-from tokentm_jax.maths.tokentm import attention_update, rectified_mean, propagate
+from tokentm_jax.maths.tokentm import attention_update, propagate, rectified_mean
 from tokentm_jax.methods.attention import Block, Details, Explanation, check_blocks
 from tokentm_jax.methods.stream import FORWARD, replaced
 from tokentm_jax.models.capture import Trace, capture
