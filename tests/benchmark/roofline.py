@@ -248,8 +248,8 @@ if __name__ == "__main__":
         "1 billion",
         f"{chosen.chips} chips",
     ]
-    note = f"""Of one image in bfloat16, at batch {chosen.batch}. TokenTM by hand is the bare forward and backward pass,
-and with `recompute` one forward pass more."""
+    note = f"""Of one image in bfloat16, at batch {chosen.batch}. By hand, TokenTM is the bare forward and backward
+pass, and with `recompute` one forward pass more."""
     parts = [table(first, rows), note, "## TokenTM on a chip", table(second, speeds)]
     if room:
         parts += ["Compiled for a TPU v5e with its 16 GB, its compiler says of TokenTM:", "- " + "\n- ".join(room)]
