@@ -19,7 +19,9 @@ from tokentm_jax.data.arrays import Data
 from tokentm_jax.models.checkpoint import read_description
 from tokentm_jax.models.vit import ViT, init_params
 from tokentm_jax.runs import train as training
-from tokentm_jax.runs.train import TrainConfig, accuracy, augment, batches, cutmix, initial_params, train
+from tokentm_jax.runs.distil import distillation_loss, load_teacher
+from tokentm_jax.runs.recipe import mix, view
+from tokentm_jax.runs.train import TrainConfig, accuracy, augment, batches, initial_params, train
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 MODEL = {"img_size": (8, 8), "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 2}
@@ -39,6 +41,16 @@ CONFIG = TrainConfig(
     patch_drop_epochs=2,
     mimetic_init=True,
 )
+
+
+class Hashed:
+    """A recipe as a static argument."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def __getattr__(self, name):
+        return getattr(self.config, name)
 
 
 @pytest.fixture(autouse=True)
@@ -194,6 +206,14 @@ def test_a_damaged_run_is_refused(data, whole, tmp_path):
         ("fine_tune", [("a",)], r"is wrong|lacks 1"),
         ("model", [3, "deit"], "must be a valid"),
         ("seed", [-1, 2**31], "than or equal to"),
+        ("crop_area", [(0.5, 0.2)], r"must be \(least, most\)"),
+        ("crop_area", [(0.0, 1.0), (0.5, 1.1), (0.5,), 0.5], "must be|lacks|is wrong"),
+        ("rand_augment", [(0, 5.0), (2, 10.5), (2, -1), (1.5, 5.0), (2,)], "must be|lacks|is wrong"),
+        ("mixup", [0.9], "together"),
+        ("mixup", [-0.1, 2.0], "than or equal to"),
+        ("teacher", [("a",), "a", (1, 2)], "must be|lacks|is wrong"),
+        ("teacher_views", [2], "needs a 'teacher'"),
+        ("temperature", [0.0], "greater than 0"),
     ],
 )
 def test_fields_of_a_recipe_are_checked(data, tmp_path, field, values, expected):
@@ -233,8 +253,8 @@ def test_fine_tuning_starts_from_a_checkpoint_with_a_fresh_head(data, tmp_path):
 def test_every_epoch_is_a_permutation_that_depends_on_the_step_alone(data):
     from itertools import islice
 
-    first = [labels for _, labels in islice(batches(CONFIG, data, 0), 10)]
-    later = [labels for _, labels in islice(batches(CONFIG, data, 7), 3)]
+    first = [batch.labels for batch in islice(batches(CONFIG, data, 0), 10)]
+    later = [batch.labels for batch in islice(batches(CONFIG, data, 7), 3)]
     np.testing.assert_array_equal(first[7:], later)
     epochs = [np.sort(np.concatenate(first[:5])), np.sort(np.concatenate(first[5:])), np.sort(data.labels)]
     np.testing.assert_array_equal(epochs[0], epochs[2])
@@ -242,18 +262,40 @@ def test_every_epoch_is_a_permutation_that_depends_on_the_step_alone(data):
     assert (np.concatenate(first[:5]) != np.concatenate(first[5:])).any()
 
 
-def test_augmentation_keeps_the_range_and_cutmix_mixes_by_area():
+def test_augmentation_keeps_the_range():
     images = jnp.asarray(np.random.default_rng(0).uniform(size=(4, 8, 8, 3)), jnp.float32)
-    changed = augment(dataclasses.replace(CONFIG, affine_colour=0.3), jax.random.key(0), images)
-    assert changed.shape == images.shape and changed.min() >= 0 and changed.max() <= 1
     plain = dataclasses.replace(CONFIG, crop_padding=0, flip=False)
-    np.testing.assert_array_equal(augment(plain, jax.random.key(0), images), images)
+    np.testing.assert_array_equal(augment(plain, jax.random.key(0), images, (8, 8)), images)
+    config = Hashed(dataclasses.replace(CONFIG, affine_colour=0.3, crop_area=(0.2, 1.0), rand_augment=(2, 5.0)))
+    changed = jax.jit(augment, static_argnums=(0, 3))(config, jax.random.key(0), images, (12, 8))
+    assert changed.shape == (4, 12, 8, 3) and changed.min() >= 0 and changed.max() <= 1
 
-    labels = jnp.eye(4)
-    mixed, targets = cutmix(jax.random.key(3), images, labels)
-    own = (mixed == images).all(-1).mean((1, 2))
-    np.testing.assert_allclose(targets[jnp.arange(4), jnp.arange(4)], own, atol=1e-6)
-    np.testing.assert_allclose(targets.sum(-1), 1, atol=1e-6)
+
+def test_a_view_is_a_function_of_the_photo_and_its_number(data):
+    config = Hashed(dataclasses.replace(CONFIG, crop_area=(0.3, 1.0)))
+    of = jax.jit(view, static_argnums=(0, 1))
+    rows = np.array([7, 3, 50], np.int32)
+    found = of(config, (8, 8), data.images[rows], rows, np.int32(4))
+    for place, row in enumerate(rows):
+        alone = of(config, (8, 8), data.images[row : row + 1], rows[place : place + 1], np.int32(4))
+        np.testing.assert_allclose(alone[0], found[place], atol=1e-6)
+    other = of(config, (8, 8), data.images[rows], rows, np.int32(5))
+    assert (np.abs(other - found).max((1, 2, 3)) > 0.01).all()
+
+
+def test_batches_are_mixed_as_often_as_the_recipe_says():
+    images, targets = jnp.arange(4.0)[:, None, None, None] * jnp.ones((4, 8, 8, 3)), jnp.eye(4)
+    config = dataclasses.replace(CONFIG, cutmix=0.3, mixup=0.5)
+    keys = jax.random.split(jax.random.key(0), 400)
+    many = jax.jit(jax.vmap(lambda k: mix(config, *jax.random.split(k), images, targets)))
+    mixed, found = (np.asarray(a) for a in many(keys))
+    same = (mixed == images).all((1, 2, 3, 4))
+    blended = (mixed % 1 != 0).any((1, 2, 3, 4))  # CutMix leaves pixels as they are
+    assert abs(blended.mean() - 0.5) < 0.08 and abs(same.mean() - 0.2) < 0.08
+    own = np.diagonal(found, axis1=1, axis2=2) * np.arange(4) + np.diagonal(
+        np.roll(found, 1, 2), axis1=1, axis2=2
+    ) * np.roll(np.arange(4), 1)
+    np.testing.assert_allclose(mixed.mean((2, 3, 4)), own, atol=1e-5)  # targets say what is in the images
 
 
 def test_classes_that_do_not_fit_are_refused(data, tmp_path):
@@ -261,7 +303,119 @@ def test_classes_that_do_not_fit_are_refused(data, tmp_path):
         train(CONFIG, ViT(**MODEL), data, data._replace(class_names=("a", "b", "c")), tmp_path, lambda _: None)
 
 
-@pytest.mark.parametrize("name", ["cifar10_vit", "cifar10_vit_cpu", "cifar10_finetune"])
+# ---- distillation ----
+
+
+def test_the_distillation_loss_is_that_of_a_loop():
+    rng = np.random.default_rng(0)
+    logits, said = rng.normal(size=(2, 3, 5)) * 2
+    hard = rng.dirichlet(np.ones(5), 3)
+    weight, temperature, total = 0.7, 3.0, 0.0
+
+    def probabilities(row):
+        powers = [np.exp(value) for value in row]
+        return [power / sum(powers) for power in powers]
+
+    soft = np.array([probabilities(row / temperature) for row in said])
+    for i in range(3):
+        for k in range(5):
+            total -= (1 - weight) * hard[i, k] * np.log(probabilities(logits[i])[k]) / 3
+            total -= weight * temperature**2 * soft[i, k] * np.log(probabilities(logits[i] / temperature)[k]) / 3
+    arrays = (jnp.asarray(a, jnp.float32) for a in (logits, hard, soft))
+    np.testing.assert_allclose(distillation_loss(*arrays, weight, temperature), total, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def taught(data, tmp_path_factory):
+    """(recipe, student, teacher's file): a teacher of another size, with the classes in another order."""
+    module = ViT(**{**MODEL, "img_size": (16, 16), "patch_size": 8})
+    with jax.numpy_dtype_promotion("standard"):
+        params = jax.tree.map(lambda a: 8 * a if a.ndim > 2 else a, init_params(module, jax.random.key(5)))
+        path = tm.write_checkpoint(
+            tmp_path_factory.mktemp("teacher") / "teacher.safetensors",
+            module,
+            {**params, "head": {**params["head"], "kernel": 20 * params["head"]["kernel"]}},
+            tm.Preprocessing((16, 16), 1.0, mean=(0.5,) * 3, std=(0.2,) * 3),
+            data.class_names[::-1],
+        )
+    config = dataclasses.replace(
+        CONFIG, epochs=1, patch_drop=0.0, cutmix=0.0, teacher=(None, str(path)), teacher_weight=1.0, temperature=2.0
+    )
+    return config, ViT(**MODEL), path
+
+
+def test_a_teacher_answers_in_the_order_of_the_students_classes(data, taught):
+    _, _, path = taught
+    teacher, vit = load_teacher(None, str(path), data.class_names), tm.load(checkpoint=path)
+    images = jnp.asarray(data.images[:3], jnp.float32) / 255
+    expected = vit.logits(jax.image.resize(images, (3, 16, 16, 3), "cubic").clip(0, 1))[:, ::-1]
+    np.testing.assert_allclose(teacher.function(teacher.params, images), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(tm.InputError, match="does not know each of the classes by its name: cat"):
+        load_teacher(None, str(path), ("dark", "cat"))
+
+
+@pytest.mark.slow
+def test_a_student_learns_what_its_teacher_says_and_not_the_labels(data, taught, tmp_path):
+    """With views that do not change, the answers that are kept are those given at each step."""
+    config, module, path = taught
+    plain = dataclasses.replace(config, crop_padding=0, flip=False)
+    vit = tm.load(checkpoint=path)
+    images = jnp.asarray(data.images, jnp.float32) / 255
+    said = np.asarray(vit.logits(jax.image.resize(images, (80, 16, 16, 3), "cubic").clip(0, 1)))[:, ::-1]
+    at_each_step = dataclasses.replace(plain, epochs=6)
+    kept = dataclasses.replace(at_each_step, teacher_views=1)
+    for name, recipe in (("each", at_each_step), ("kept", kept)):
+        train(recipe, module, data, data._replace(labels=1 - data.labels), tmp_path / name, lambda _: None)
+    first, second = (tm.load(checkpoint=tmp_path / name / "toy.safetensors") for name in ("each", "kept"))
+    difference = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), first.params, second.params)
+    assert max(jax.tree.leaves(difference)) < 2e-2  # they are kept in half precision
+    learned = np.asarray(first.logits(images))
+    assert np.corrcoef(np.diff(learned)[:, 0], np.diff(said)[:, 0])[0, 1] > 0.7
+    with np.load(tmp_path / "kept/teacher.npz") as stored:
+        np.testing.assert_allclose(stored["logits"][0], said, rtol=2e-3, atol=2e-3)
+
+
+def test_a_teachers_answers_are_kept_and_resumed(data, taught, tmp_path):
+    config, module, _ = taught
+    config, lines = dataclasses.replace(config, teacher_views=3, crop_area=(0.5, 1.0)), []
+
+    def stop(line):
+        lines.append(line)
+        if "view 2" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, module, data, data, tmp_path / "a", stop)
+    assert not (tmp_path / "a/log.jsonl").exists()
+    lines.clear()
+    train(config, module, data, data, tmp_path / "a", lines.append)
+    assert lines[0].startswith("teacher: view 3 of 3")  # the first two were there
+    train(config, module, data, data, tmp_path / "b", lambda _: None)
+    one, two = ((tmp_path / name / "toy.safetensors").read_bytes() for name in "ab")
+    assert one == two
+    with np.load(tmp_path / "a/teacher.npz") as a, np.load(tmp_path / "b/teacher.npz") as b:
+        assert a["logits"].shape == (3, 80, 2) and a["logits"].dtype == np.float16
+        np.testing.assert_array_equal(a["logits"], b["logits"])
+        assert np.abs(np.diff(np.float32(a["logits"]), axis=0)).max() > 0.01  # the views differ
+
+    # A copy serves another run whose views are the same, and no other.
+    def run(name, recipe, content=None):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "teacher.npz").write_bytes(content or (tmp_path / "a/teacher.npz").read_bytes())
+        lines.clear()
+        train(recipe, module, data, data, tmp_path / name, lines.append)
+
+    run("c", config)
+    assert not any("teacher" in line for line in lines)
+    with pytest.raises(tm.InputError, match=r"teacher.npz holds a teacher's answers to other views"):
+        run("d", dataclasses.replace(config, seed=1))
+    with pytest.raises(tm.InputError, match=r"teacher.npz is damaged \(.*\); remove it"):
+        run("e", config, b"PK\3\4nothing")
+
+
+@pytest.mark.parametrize(
+    "name", ["cifar10_vit", "cifar10_vit_cpu", "cifar10_finetune", "cifar10_finetune_112", "cifar10_distilled"]
+)
 def test_the_shipped_recipes_are_valid(name):
     config = runpy.run_path(str(CONFIGS / f"{name}.py"))["config"]
     assert tm.build(config.model).num_classes == 10

@@ -26,7 +26,8 @@ ROW = {"name": "'r'", "method": "'rollout'", "options": "{}", "random_blocks": "
 TRAIN = {"name": "'t'", "train_data": "'data'", "test_data": "'data'", "model": repr(OPTIONS), "epochs": "1",
     "warmup_epochs": "0.5", "batch_size": "5"}
 MORE = ("learning_rate", "weight_decay", "beta_2", "clip_norm", "label_smoothing", "ema_decay", "crop_padding", "flip",
-    "affine_colour", "cutmix", "patch_drop", "patch_drop_epochs", "mimetic_init", "fine_tune", "mean",
+    "affine_colour", "crop_area", "rand_augment", "cutmix", "mixup", "teacher", "teacher_weight", "temperature",
+    "teacher_views", "patch_drop", "patch_drop_epochs", "mimetic_init", "fine_tune", "mean",
         "std", "seed", "checkpoint_epochs")
 # Values that a field takes as they are.
 FINE = {
@@ -111,6 +112,9 @@ def surely_wrong() -> Iterator[Case]:
         ("label_smoothing", ("2", "-1", "float('nan')")), ("warmup_epochs", ("-1", "float('nan')")),
         ("flip", ("1", "None")), ("beta_2", ("2", "-1")), ("clip_norm", ("-1", "float('nan')")),
         ("weight_decay", ("-1", "float('inf')")), ("affine_colour", ("-1", "2", "'x'")),
+        ("crop_area", ("(0, 1)", "(0.5,)", "(0.9, 0.1)", "1")), ("rand_augment", ("(0, 5)", "(2, 11)", "(2,)", "5")),
+        ("mixup", ("2", "-1", "float('nan')")), ("teacher", ("('a',)", "'x'", "('nope', None)", "(None, 'nope')")),
+        ("teacher_weight", ("2", "-1")), ("temperature", ("0", "-1")), ("teacher_views", ("-1", "1.5", "3")),
     ):
         for value in values:
             after = () if field == "name" else ("--out", "o")

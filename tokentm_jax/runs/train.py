@@ -8,67 +8,28 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from annotated_types import Ge, Gt, Le, Len, Lt
 from jax import Array
-from pydantic import Strict
 
 from tokentm_jax.data.arrays import Data
 from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import read_text, reason, remove, write_text
 from tokentm_jax.identity import claimed, digest, digest_files, environment
+from tokentm_jax.maths.maps import unit
 from tokentm_jax.models.checkpoint import read_checkpoint, write_checkpoint
 from tokentm_jax.models.vit import ViT, init_params
-from tokentm_jax.validation import Name, check_fields
-
-LARGEST_STEP = 2**31 - 1  # steps are counted in int32
-
-Text = Annotated[str, Len(1, 1000)]
-Positive = Annotated[float, Gt(0)]
-NotNegative = Annotated[float, Ge(0)]
-Share = Annotated[float, Ge(0), Le(1)]
-NotAll = Annotated[float, Ge(0), Lt(1)]
-Lax = Strict(False)  # a list will do for a tuple
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """One recipe. Sizes in pixels, durations in epochs, `mean` and `std` per channel for images in [0, 1]."""
-
-    name: Name
-    train_data: Text  # zip of class folders, or "tfds:NAME:SPLIT"
-    test_data: Text
-    model: Mapping[str, Any]  # keyword arguments of timm's VisionTransformer
-    epochs: Annotated[float, Gt(0), Le(1_000_000)]
-    warmup_epochs: NotNegative = 2.0
-    batch_size: Annotated[int, Ge(1), Le(2**20)] = 128
-    learning_rate: Positive = 1e-3
-    weight_decay: NotNegative = 0.05
-    beta_2: NotAll = 0.99
-    clip_norm: Positive = 1.0
-    label_smoothing: Share = 0.1
-    ema_decay: NotAll = 0.999
-    crop_padding: Annotated[int, Ge(0), Le(1024)] = 4
-    flip: bool = True
-    affine_colour: Share = 0.0  # strength of random affine and colour changes
-    cutmix: Share = 0.0  # probability that a batch is mixed by CutMix
-    patch_drop: NotAll = 0.0  # share of patches left out ...
-    patch_drop_epochs: NotNegative = 0.0  # ... in the first so many epochs
-    mimetic_init: bool = False
-    fine_tune: Annotated[tuple[Text, Text], Lax] | None = None  # (model name, checkpoint) to start from
-    mean: Annotated[tuple[float, float, float], Lax] = (0.4914, 0.4822, 0.4465)
-    std: Annotated[tuple[Positive, Positive, Positive], Lax] = (0.2470, 0.2435, 0.2616)
-    seed: Annotated[int, Ge(0), Le(2**31 - 1)] = 0
-    checkpoint_epochs: Positive = 1.0
+from tokentm_jax.runs.distil import Teacher, TeacherFunction, answers, distillation_loss, load_teacher
+from tokentm_jax.runs.recipe import LARGEST_STEP, TrainConfig, augment, mix, resize, view
+from tokentm_jax.validation import check_fields
 
 
 class State(NamedTuple):
@@ -110,74 +71,26 @@ def mimetic(params: dict[str, Any], num_heads: int, grid: tuple[int, int], prefi
     return {**params, "blocks": {**params["blocks"], "attn": attn}, "pos_embed": pos_embed}
 
 
-def augment(config: TrainConfig, key: Array, images: Array) -> Array:
-    """Random shift (zero padding), horizontal flip, and optional affine and colour changes of images in [0, 1]."""
-    b, h, w, _ = images.shape
-    k_shift, k_flip, k_affine, k_colour = jax.random.split(key, 4)
-    pad = config.crop_padding
-    if pad:
-        padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-        corner = jax.random.randint(k_shift, (b, 2), 0, 2 * pad + 1)
-        images = jax.vmap(lambda i, c: jax.lax.dynamic_slice(i, (c[0], c[1], 0), (h, w, 3)))(padded, corner)
-    if config.flip:
-        images = jnp.where(jax.random.bernoulli(k_flip, 0.5, (b, 1, 1, 1)), images[:, :, ::-1], images)
-    if config.affine_colour:
-        images = jax.vmap(partial(_affine, config.affine_colour))(jax.random.split(k_affine, b), images)
-        images = jax.vmap(partial(_colour, config.affine_colour))(jax.random.split(k_colour, b), images)
-    return images
-
-
-def _affine(strength: float, key: Array, image: Array) -> Array:
-    """Random rotation, shear and zoom of one image [H, W, 3] about its centre, bilinear."""
-    h, w, _ = image.shape
-    angle, shear, zoom = jax.random.uniform(key, (3,), minval=-1, maxval=1) * strength
-    angle = angle * 0.5
-    rotation = jnp.array([[jnp.cos(angle), -jnp.sin(angle)], [jnp.sin(angle), jnp.cos(angle)]])
-    matrix = rotation @ jnp.array([[1.0, shear * 0.3], [0.0, 1.0]]) * (1 + 0.3 * zoom)
-    centre = jnp.array([(h - 1) / 2, (w - 1) / 2])
-    points = jnp.stack(jnp.meshgrid(jnp.arange(h), jnp.arange(w), indexing="ij"), -1) - centre
-    source = points @ matrix.T + centre
-    sample = partial(jax.scipy.ndimage.map_coordinates, coordinates=[source[..., 0], source[..., 1]], order=1)
-    return jax.vmap(sample, in_axes=-1, out_axes=-1)(image)
-
-
-def _colour(strength: float, key: Array, image: Array) -> Array:
-    """Random brightness, contrast and saturation of one image [H, W, 3] in [0, 1]."""
-    brightness, contrast, saturation = 1 + 0.6 * strength * jax.random.uniform(key, (3,), minval=-1, maxval=1)
-    image = image * brightness
-    image = image.mean() + (image - image.mean()) * contrast
-    grey = image.mean(-1, keepdims=True)
-    return jnp.clip(grey + (image - grey) * saturation, 0, 1)
-
-
-def cutmix(key: Array, images: Array, targets: Array) -> tuple[Array, Array]:
-    """Paste one random box of each image's neighbour in the batch into it; targets mix by area (Yun et al., 2019)."""
-    _, h, w, _ = images.shape
-    k_area, k_centre = jax.random.split(key)
-    side = jnp.sqrt(jax.random.uniform(k_area))
-    cy, cx = jax.random.uniform(k_centre, (2,)) * jnp.array([h, w])
-    rows = jnp.abs(jnp.arange(h) + 0.5 - cy) < side * h / 2
-    columns = jnp.abs(jnp.arange(w) + 0.5 - cx) < side * w / 2
-    box = (rows[:, None] & columns)[None, :, :, None]
-    share = box.mean()
-    mixed = jnp.where(box, jnp.roll(images, 1, 0), images)
-    return mixed, (1 - share) * targets + share * jnp.roll(targets, 1, 0)
-
-
-def _prepare(module: ViT, images: Array) -> Array:
-    """uint8 [B, h, w, 3] -> [B, H, W, 3] in [0, 1] at the model's resolution."""
-    images = images.astype(jnp.float32) / 255
-    if images.shape[1:3] != module.img_size:
-        images = jax.image.resize(images, (images.shape[0], *module.img_size, 3), "cubic").clip(0, 1)
-    return images
-
-
 def _preprocessing(config: TrainConfig, module: ViT) -> Preprocessing:
     return Preprocessing(module.img_size, 1.0, mean=config.mean, std=config.std)
 
 
-def make_step(config: TrainConfig, module: ViT, steps_per_epoch: int) -> tuple[Callable, optax.GradientTransformation]:
-    """The jitted training step `(state, images uint8, labels) -> (state, loss)` and its optimiser."""
+class Batch(NamedTuple):
+    """A batch of training data: images uint8 [B, h, w, 3], labels [B], where they stand in the data, and the epoch."""
+
+    images: Any
+    labels: Any
+    rows: Any
+    epoch: Any
+
+
+def make_step(
+    config: TrainConfig, module: ViT, steps_per_epoch: int, teacher: TeacherFunction | None = None
+) -> tuple[Callable, optax.GradientTransformation]:
+    """The jitted training step `(state, batch, soft, patch_drop) -> (state, loss)` and its optimiser.
+
+    `soft` is None without a teacher, the teacher's parameters, or with `teacher_views` its logits [B, classes].
+    """
     steps = round(config.epochs * steps_per_epoch)
     warmup = min(round(config.warmup_epochs * steps_per_epoch), steps // 2)  # short trial runs have one too
     schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, max(warmup, 1), max(steps, 2), 0.0)
@@ -187,22 +100,32 @@ def make_step(config: TrainConfig, module: ViT, steps_per_epoch: int) -> tuple[C
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(schedule, b2=config.beta_2, weight_decay=config.weight_decay, mask=decayed),
     )
+    stored, classes = config.teacher_views > 0, module.num_classes
 
     @partial(jax.jit, donate_argnums=0, static_argnums=3)
-    def step(state: State, images: Array, labels: Array, patch_drop: float) -> tuple[State, Array]:
+    def step(state: State, batch: Batch, soft: Any, patch_drop: float) -> tuple[State, Array]:
         k_augment, k_mix, k_use, k_drop = jax.random.split(
             jax.random.fold_in(jax.random.key(config.seed), state.step), 4
         )
-        inputs = augment(config, k_augment, _prepare(module, images))
-        targets = optax.smooth_labels(jax.nn.one_hot(labels, module.num_classes), config.label_smoothing)
-        if config.cutmix:
-            use = jax.random.bernoulli(k_use, config.cutmix)
-            inputs, targets = jax.tree.map(partial(jnp.where, use), cutmix(k_mix, inputs, targets), (inputs, targets))
+        if stored:
+            inputs = view(config, module.img_size, batch.images, batch.rows, batch.epoch % config.teacher_views)
+        else:
+            inputs = augment(config, k_augment, unit(batch.images), module.img_size)
+        targets = optax.smooth_labels(jax.nn.one_hot(batch.labels, classes), config.label_smoothing)
+        if teacher is not None and stored:  # what was said of two images is mixed as their labels are
+            targets = jnp.concatenate([targets, jax.nn.softmax(soft.astype(jnp.float32) / config.temperature)], 1)
+        inputs, targets = mix(config, k_use, k_mix, inputs, targets)
+        if teacher is not None and not stored:  # the teacher sees the mixed image
+            said = teacher(soft, inputs)
+            targets = jnp.concatenate([targets, jax.nn.softmax(said / config.temperature)], 1)
+        hard, soft_targets = targets[:, :classes], targets[:, classes:]
         training = module.clone(patch_drop=patch_drop)
 
         def loss_of(params: Any) -> Array:
             logits = training.apply({"params": params}, normalise(inputs), rngs={"patch_drop": k_drop})
-            return optax.softmax_cross_entropy(logits, targets).mean()
+            if teacher is None:
+                return optax.softmax_cross_entropy(logits, hard).mean()
+            return distillation_loss(logits, hard, soft_targets, config.teacher_weight, config.temperature)
 
         loss, gradients = jax.value_and_grad(loss_of)(state.params)
         updates, new_optimiser = optimiser.update(gradients, state.optimiser, state.params)
@@ -214,7 +137,7 @@ def make_step(config: TrainConfig, module: ViT, steps_per_epoch: int) -> tuple[C
     return step, optimiser
 
 
-def batches(config: TrainConfig, data: Data, start: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def batches(config: TrainConfig, data: Data, start: int) -> Iterator[Batch]:
     """Endless training batches from step `start` on; every epoch is a new permutation from (seed, epoch)."""
     per_epoch = len(data.labels) // config.batch_size
     step = start
@@ -223,13 +146,13 @@ def batches(config: TrainConfig, data: Data, start: int) -> Iterator[tuple[np.nd
         order = np.random.default_rng([config.seed, epoch]).permutation(len(data.labels))
         while step // per_epoch == epoch:
             rows = order[(step % per_epoch) * config.batch_size :][: config.batch_size]
-            yield data.images[rows], data.labels[rows]
+            yield Batch(data.images[rows], data.labels[rows], rows.astype(np.int32), np.int32(epoch))
             step += 1
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _hits(module: ViT, preprocessing: Preprocessing, params: Any, images: Array, labels: Array) -> Array:
-    logits = module.apply({"params": params}, preprocessing.normalise(_prepare(module, images)))
+    logits = module.apply({"params": params}, preprocessing.normalise(resize(unit(images), module.img_size)))
     return (jnp.argmax(logits, -1) == labels).sum()  # pyright: ignore[reportArgumentType]
 
 
@@ -277,8 +200,13 @@ def train(config: TrainConfig, module: ViT, data: Data, test: Data, out: Path, l
     steps, per_epoch, test = _fit(config, module, data, test)
     out = out.absolute()  # as Orbax wants it
     params = initial_params(config, module)
-    with claimed(out, _terms(config, data, test), ("checkpoints", "log.jsonl", f"{config.name}.safetensors")):
-        step_fn, optimiser = make_step(config, module, per_epoch)
+    teacher = None if config.teacher is None else load_teacher(*config.teacher, data.class_names)
+    terms = _terms(config, data, test, teacher)
+    with claimed(out, terms, ("checkpoints", "log.jsonl", f"{config.name}.safetensors")):
+        step_fn, optimiser = make_step(config, module, per_epoch, teacher and teacher.function)
+        soft = None if teacher is None else teacher.params
+        if teacher is not None and config.teacher_views:
+            soft = answers(config, module, teacher, data, out / "teacher.npz", terms["train_data"], log)
         state = State(jnp.zeros((), jnp.int32), params, optimiser.init(params), jax.tree.map(jnp.copy, params))
         # Nothing is saved in the background, where an error or a signal would find nobody to take it.
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
@@ -286,7 +214,7 @@ def train(config: TrainConfig, module: ViT, data: Data, test: Data, out: Path, l
         try:
             with ocp.CheckpointManager(out / "checkpoints", options=options) as saved:
                 state = _restore(saved, state, steps, log)
-                state, top_1 = _run(config, module, data, test, out, log, saved, step_fn, state, steps)
+                state, top_1 = _run(config, module, data, test, soft, out, log, saved, step_fn, state, steps)
         finally:
             _drop_unfinished(out / "checkpoints")
         _write_model(config, module, state.average, data.class_names, top_1, out / f"{config.name}.safetensors")
@@ -318,12 +246,18 @@ def _fit(config: TrainConfig, module: ViT, data: Data, test: Data) -> tuple[int,
     if per_epoch == 0:
         raise InputError(f"{config.train_data}: {len(data.labels)} images do not fill a batch of {config.batch_size}")
     steps = config.epochs * per_epoch
+    if config.crop_area is not None and config.crop_area[0] > config.crop_area[1]:
+        raise InputError(f"the recipe: 'crop_area' must be (least, most), got {config.crop_area}")
+    if config.cutmix + config.mixup > 1:
+        raise InputError("the recipe: 'mixup' and 'cutmix' must not be more than 1 together")
+    if config.teacher_views and config.teacher is None:
+        raise InputError("the recipe: 'teacher_views' needs a 'teacher'")
     if not 1 <= round(min(steps, 2.0 * LARGEST_STEP)) <= LARGEST_STEP:
         raise InputError(f"the recipe: 'epochs' must make 1 to {LARGEST_STEP} steps of {per_epoch} an epoch")
     return round(steps), per_epoch, test
 
 
-def _terms(config: TrainConfig, data: Data, test: Data) -> dict[str, Any]:
+def _terms(config: TrainConfig, data: Data, test: Data, teacher: Teacher | None) -> dict[str, Any]:
     """What must be equal for a run to go on: every field of the recipe, the bytes it names, and what computes."""
     terms = dataclasses.asdict(config)
     for name, given in (("train_data", data), ("test_data", test)):
@@ -336,6 +270,8 @@ def _terms(config: TrainConfig, data: Data, test: Data) -> dict[str, Any]:
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         identity = digest(config.fine_tune[0], digest_files(files))
         terms["fine_tune"] = {"name": str(path), "identity": identity}
+    if teacher is not None:
+        terms["teacher"] = {"name": teacher.name, "identity": teacher.identity}
     return {**terms, **environment()}
 
 
@@ -364,6 +300,7 @@ def _run(
     module: ViT,
     data: Data,
     test: Data,
+    soft: Any,
     out: Path,
     log: Callable[[str], None],
     saved: Any,
@@ -375,9 +312,10 @@ def _run(
     per_epoch, first, began = len(data.labels) // config.batch_size, int(state.step), time.monotonic()
     save_every = max(1, round(min(config.checkpoint_epochs * per_epoch, steps)))
     lines, losses, top_1 = _lines(out / "log.jsonl", first), [], None
-    for step, (images, labels) in zip(range(first, steps), batches(config, data, first), strict=False):
+    for step, batch in zip(range(first, steps), batches(config, data, first), strict=False):
         drop = config.patch_drop if step < config.patch_drop_epochs * per_epoch else 0.0
-        state, loss = step_fn(state, images, labels, drop)
+        said = soft[batch.epoch % config.teacher_views, batch.rows] if config.teacher_views else soft
+        state, loss = step_fn(state, batch, said, drop)
         losses.append(loss)
         done = step + 1
         if done % save_every == 0 or done == steps:

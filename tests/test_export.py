@@ -1,0 +1,59 @@
+"""Every method lowers for accelerators that are not here: `jax.export` makes StableHLO for them on any machine.
+
+What this proves: no step of a method lacks a rule for a GPU or a TPU, and none is a call of this machine's libraries.
+What it does not: that the vendor's compiler takes the program, and how fast it is. See docs/explanation/speed.md.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import tiny_vit
+from test_contract import METHODS, QUICK
+
+import tokentm_jax as tm
+
+PLATFORMS = ("cuda", "tpu")
+# Calls that mark the placing of arrays, and are gone once it is decided.
+MARKS = {"Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape"}
+CASES = [
+    pytest.param(name, dtype, marks=[] if name in QUICK and dtype == "bfloat16" else pytest.mark.slow)
+    for name in METHODS
+    for dtype in ("float32", "bfloat16")
+]
+
+
+def exported(module, params, method, platforms):
+    explain = jax.jit(tm.explain_fn(module, method, **METHODS[method]))
+    shapes = jax.eval_shape(lambda: params)
+    images = jax.ShapeDtypeStruct((2, *module.img_size, 3), jnp.float32)
+    target = jax.ShapeDtypeStruct((2,), jnp.int32)
+    return jax.export.export(explain, platforms=platforms)(shapes, images, target), explain
+
+
+@pytest.mark.parametrize(("method", "dtype"), CASES)
+def test_every_method_lowers_for_gpus_and_tpus(method, dtype):
+    vit = tiny_vit(2)
+    module = vit.module.clone(dtype=None if dtype == "float32" else dtype)
+    found, _ = exported(module, vit.params, method, PLATFORMS)
+    assert found.platforms == PLATFORMS and found.nr_devices == 1
+    assert not found.disabled_safety_checks
+    (maps,) = found.out_avals
+    assert maps.dtype == jnp.float32 and maps.shape[0] == 2
+    text = found.mlir_module()
+    assert set(re.findall(r"custom_call @(\w+)", text)) <= MARKS
+    assert "f64" not in text  # which a TPU lacks
+
+
+@pytest.mark.parametrize("method", ["tokentm", pytest.param("attn_lrp", marks=pytest.mark.slow)])
+def test_an_exported_method_gives_the_same_maps_where_it_can_be_run(method):
+    """The program for three platforms, called on this one."""
+    vit = tiny_vit(2)
+    found, explain = exported(vit.module, vit.params, method, (*PLATFORMS, "cpu"))
+    images = np.random.default_rng(0).normal(size=(2, 16, 24, 3)).astype(np.float32)
+    target = jnp.array([1, 4], jnp.int32)
+    np.testing.assert_allclose(
+        found.call(vit.params, images, target), explain(vit.params, images, target), rtol=1e-5, atol=1e-7
+    )

@@ -1,0 +1,93 @@
+"""The arithmetic of tests/benchmark/roofline.py."""
+
+import math
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tokentm_jax.models.vit import ViT, init_params
+
+SMALL = ViT((16, 24), patch_size=8, embed_dim=16, depth=5, num_heads=2, num_classes=7, mlp_ratio=3.0)
+
+
+@pytest.fixture(scope="module")
+def roofline():
+    sys.path.insert(0, str(Path(__file__).parent / "benchmark"))
+    try:
+        import roofline
+
+        yield roofline
+    finally:
+        sys.path.pop(0)
+
+
+def products(jaxpr, times=1):
+    """(times, equation) of every product of matrices, however deep; a scan's body counts as often as it runs."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield times, equation
+        runs = times * equation.params.get("length", 1) if equation.primitive.name == "scan" else times
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from products(inner, runs)
+
+
+def traced(program, module, batch=1):
+    params = jax.eval_shape(lambda key: init_params(module, key), jax.random.key(0))
+    images = jax.ShapeDtypeStruct((batch, *module.img_size, 3), jnp.float32)
+    return list(products(jax.make_jaxpr(program(module))(params, images).jaxpr))
+
+
+@pytest.mark.parametrize(("label", "passes"), [("forward", (1, 0)), ("forward and backward", (1, 1))])
+def test_the_count_by_hand_is_that_of_the_traced_products(roofline, label, passes):
+    flops = moved = 0
+    width, heads = SMALL.embed_dim, SMALL.num_heads
+    for times, equation in traced(roofline.PROGRAMS[label][0], SMALL):
+        left, right = (v.aval.shape for v in equation.invars)
+        (contracted, _), _ = equation.params["dimension_numbers"]
+        out = equation.outvars[0].aval.shape
+        flops += times * 2 * math.prod(out) * math.prod(left[i] for i in contracted)
+        if times > 1:  # of the blocks
+            weights = [s for s in (left, right) if len(s) == 2]
+            activations = [s for s in (left, right, out) if len(s) > 2]
+            moved += times * (2 * sum(map(math.prod, activations)) + 4 * sum(map(math.prod, weights)))
+    assert roofline.hand_flops(SMALL, *passes) == flops
+    assert roofline.hand_bytes(SMALL, *passes, batch=1) == moved
+    assert width % heads == 0
+
+
+def test_xla_counts_a_scan_once_and_the_unrolled_blocks_all(roofline):
+    program = roofline.PROGRAMS["forward"][0]
+    once = [
+        roofline.compiled(program, SMALL.clone(depth=depth), 2, unroll=False).cost_analysis()["flops"]
+        for depth in (3, 5)
+    ]
+    assert once[0] == once[1]
+    whole = roofline.compiled(program, SMALL, 2).cost_analysis()
+    found = roofline.counted(program, SMALL, 2)
+    assert found.flops == pytest.approx(whole["flops"] / 2, rel=0.02)
+    assert found.bytes == pytest.approx(whole["bytes accessed"] / 2, rel=0.05)
+    assert found.flops > 2.5 * once[0] / 2
+    assert 1 <= found.flops / roofline.hand_flops(SMALL, 1, 0) < 1.6  # elementwise work is much of so small a model
+
+
+def test_the_slower_of_computing_and_moving_sets_the_pace(roofline):
+    chip = roofline.Chip("toy", 100.0, 10.0, 1.0)  # the ridge is at 10 FLOP per byte
+    computing, moving = roofline.Cost(200.0, 5.0), roofline.Cost(20.0, 5.0)
+    assert (roofline.rate(computing, chip), roofline.limit(computing, chip)) == (0.5, "compute")
+    assert (roofline.rate(moving, chip), roofline.limit(moving, chip)) == (2.0, "memory")
+    assert roofline.rate(moving, chip, 0.25) == 0.5
+    assert roofline.duration(86400 * 30, 10, 1) == "3.0 days"
+    assert roofline.duration(3600 * 30, 10, 1) == "3.0 hours"
+    assert roofline.duration(3600 * 30, 10, 4) == "45.0 minutes"
+    assert roofline.duration(100, 10, 1) == "10 seconds"
+
+
+def test_a_vit_base_costs_what_is_published(roofline):
+    """17.6 G multiplications and additions for ViT-B/16 (DeiT, Touvron et al., ICML 2021, table 5)."""
+    flops = roofline.hand_flops(roofline.named_vit("vit_base_patch16_224"), 1, 0)
+    assert flops / 2e9 == pytest.approx(17.6, rel=0.01)

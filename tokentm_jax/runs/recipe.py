@@ -1,0 +1,131 @@
+"""A training recipe, and what it does to images."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+from annotated_types import Ge, Gt, Le, Len, Lt
+from jax import Array
+from pydantic import Strict
+
+from tokentm_jax.data import augmentation
+from tokentm_jax.data.augmentation import STRONGEST
+from tokentm_jax.maths.maps import unit
+from tokentm_jax.validation import Name
+
+LARGEST_STEP = 2**31 - 1  # steps are counted in int32
+
+Text = Annotated[str, Len(1, 1000)]
+Positive = Annotated[float, Gt(0)]
+NotNegative = Annotated[float, Ge(0)]
+Share = Annotated[float, Ge(0), Le(1)]
+NotAll = Annotated[float, Ge(0), Lt(1)]
+PositiveShare = Annotated[float, Gt(0), Le(1)]
+Operations = Annotated[int, Ge(1), Le(100)]
+Magnitude = Annotated[float, Ge(0), Le(STRONGEST)]
+Lax = Strict(False)  # a list will do for a tuple
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One recipe. Sizes in pixels, durations in epochs, `mean` and `std` per channel for images in [0, 1]."""
+
+    name: Name
+    train_data: Text  # zip of class folders, or "tfds:NAME:SPLIT"
+    test_data: Text
+    model: Mapping[str, Any]  # keyword arguments of timm's VisionTransformer
+    epochs: Annotated[float, Gt(0), Le(1_000_000)]
+    warmup_epochs: NotNegative = 2.0
+    batch_size: Annotated[int, Ge(1), Le(2**20)] = 128
+    learning_rate: Positive = 1e-3
+    weight_decay: NotNegative = 0.05
+    beta_2: NotAll = 0.99
+    clip_norm: Positive = 1.0
+    label_smoothing: Share = 0.1
+    ema_decay: NotAll = 0.999
+    crop_padding: Annotated[int, Ge(0), Le(1024)] = 4
+    flip: bool = True
+    crop_area: Annotated[tuple[PositiveShare, PositiveShare], Lax] | None = (
+        None  # (least, most) of random resized crops
+    )
+    affine_colour: Share = 0.0  # strength of random affine and colour changes
+    rand_augment: Annotated[tuple[Operations, Magnitude], Lax] | None = (
+        None  # (operations, magnitude), the paper's N, M
+    )
+    cutmix: Share = 0.0  # probability that a batch is mixed by CutMix ...
+    mixup: Share = 0.0  # ... or by Mixup
+    patch_drop: NotAll = 0.0  # share of patches left out ...
+    patch_drop_epochs: NotNegative = 0.0  # ... in the first so many epochs
+    mimetic_init: bool = False
+    fine_tune: Annotated[tuple[Text, Text], Lax] | None = None  # (model name, checkpoint) to start from
+    teacher: Annotated[tuple[Text | None, Text | None], Lax] | None = (
+        None  # (model, checkpoint), as `tm.load` takes them
+    )
+    teacher_weight: Share = 0.5  # of its answers, beside the labels
+    temperature: Positive = 1.0  # of both answers
+    teacher_views: Annotated[int, Ge(0), Le(10_000)] = 0  # of each photo, which it sees once; 0: it sees every batch
+    mean: Annotated[tuple[float, float, float], Lax] = (0.4914, 0.4822, 0.4465)
+    std: Annotated[tuple[Positive, Positive, Positive], Lax] = (0.2470, 0.2435, 0.2616)
+    seed: Annotated[int, Ge(0), Le(2**31 - 1)] = 0
+    checkpoint_epochs: Positive = 1.0
+
+
+def augment(config: TrainConfig, key: Array, images: Array, size: tuple[int, int]) -> Array:
+    """What a recipe does to images [B, h, w, 3] in [0, 1]: in the order below, to [B, H, W, 3] of so many pixels."""
+    k_shift, k_flip, k_affine, k_colour = jax.random.split(key, 4)
+    k_crop, k_operations = jax.random.split(jax.random.fold_in(key, 1))
+
+    def each(function: Callable[[Array, Array], Array], key: Array) -> Array:
+        return jax.vmap(function)(jax.random.split(key, len(images)), images)
+
+    if config.crop_area is not None:
+        images = each(partial(augmentation.random_resized_crop, config.crop_area, size), k_crop)
+    else:
+        images = resize(images, size)
+    if config.crop_padding:
+        images = augmentation.shift(k_shift, images, config.crop_padding)
+    if config.flip:
+        images = augmentation.flip(k_flip, images)
+    if config.affine_colour:
+        images = each(partial(augmentation.affine, config.affine_colour), k_affine)
+        images = each(partial(augmentation.colour, config.affine_colour), k_colour)
+    if config.rand_augment is not None:
+        images = each(partial(augmentation.rand_augment, *config.rand_augment), k_operations)
+    return images
+
+
+def mix(config: TrainConfig, k_use: Array, k_mix: Array, images: Array, targets: Array) -> tuple[Array, Array]:
+    """A batch mixed by CutMix or by Mixup, as often as the recipe says, or as it was."""
+    if not (config.cutmix or config.mixup):
+        return images, targets
+    drawn = jax.random.uniform(k_use)
+    which = (drawn >= config.cutmix).astype(jnp.int32) + (drawn >= config.cutmix + config.mixup)
+    ways = (augmentation.cutmix, augmentation.mixup, lambda _, images, targets: (images, targets))
+    return jax.lax.switch(which, ways, k_mix, images, targets)
+
+
+def view(config: TrainConfig, size: tuple[int, int], images: Array, rows: Array, number: Array) -> Array:
+    """The so manieth view of photos: `augment` as a function of (seed, place in the data, number) alone.
+
+    Args:
+      images: uint8 [B, h, w, 3]; rows: int [B], where they stand in the data; number: int, of the view.
+
+    Returns:
+      [B, H, W, 3] in [0, 1], of `size`.
+    """
+    base = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), LARGEST_STEP), number)
+
+    def one(row: Array, image: Array) -> Array:
+        return augment(config, jax.random.fold_in(base, row), image[None], size)[0]
+
+    return jax.vmap(one)(rows, unit(images))
+
+
+def resize(images: Array, size: tuple[int, int]) -> Array:
+    """[B, h, w, 3] in [0, 1] -> [B, H, W, 3] in [0, 1], cubic."""
+    if images.shape[1:3] == size:
+        return images
+    return jax.image.resize(images, (len(images), *size, 3), "cubic").clip(0, 1)
