@@ -8,16 +8,16 @@ patch 4, MLP ratio 2; 91.4 % after 200 epochs without a teacher), with 192 chann
 4.2 MB in half precision. Random resized crops make the close-ups that the former default model takes for other things.
 
 Why the teacher is asked first, and its answers kept. Measured on one core of a busy machine (processor time, batch
-128), it answers 52 images a second, while the student learns from 79 with half of the patches and from 41 with all, and
-the augmentation takes 0.6 ms an image. Asked at each step of 64 epochs, the teacher would take 61,500 core-seconds
-beside the student's 51,000; on 8 views of each photo it takes 7,700. Asked at each step it could judge mixed images as
-such, but in the same time the student would see 33 epochs in place of 64, and a student wants patience before all
-(Beyer et al., CVPR 2022, arXiv 2106.05237). Each view comes back 8 times, with other patches left out and mixed with
-other photos. The answers also serve the next student, whatever its size.
+128), it answers 76 images a second, the student learns from 79 with half of the patches and from 41 with all, and the
+augmentation takes 0.6 ms an image. Asked at each step of 64 epochs, the teacher would take 42,000 core-seconds beside
+the student's 50,000; on 8 views of each photo it takes 5,300. Asked at each step it could judge mixed images as such,
+but in the same time the student would see 39 epochs in place of 64, and a student wants patience before all (Beyer et
+al., CVPR 2022, arXiv 2106.05237). Each view comes back 8 times, with other patches left out and mixed with other
+photos. The answers also serve the next student, whatever its depth and width.
 
-Estimate, not run: 7,700 core-seconds for the teacher, 51,000 for the student, 1,300 for the test accuracy, so 8.3 hours
-on two cores that are always busy, and about 10 in practice. Meant for 88 % or more on `cifar10_test_a.zip`, which is a
-guess from the figure above. Data: ../shared/data.
+Estimate, not run: 5,300 core-seconds for the teacher, 50,000 for the student and 1,300 for the test accuracy make 7.9
+hours on two cores that are always busy, and 9 to 10 in practice. Meant for 88 % or more on `cifar10_test_a.zip`, which
+is a guess from the figure above. Data: ../shared/data.
 """
 
 from tokentm_jax.runs.train import TrainConfig

@@ -19,7 +19,7 @@ from tokentm_jax.data.arrays import Data
 from tokentm_jax.models.checkpoint import read_description
 from tokentm_jax.models.vit import ViT, init_params
 from tokentm_jax.runs import train as training
-from tokentm_jax.runs.distil import distillation_loss, load_teacher
+from tokentm_jax.runs.distil import answers, distillation_loss, load_teacher
 from tokentm_jax.runs.recipe import mix, view
 from tokentm_jax.runs.train import TrainConfig, accuracy, augment, batches, initial_params, train
 
@@ -375,42 +375,66 @@ def test_a_student_learns_what_its_teacher_says_and_not_the_labels(data, taught,
         np.testing.assert_allclose(stored["logits"][0], said, rtol=2e-3, atol=2e-3)
 
 
-def test_a_teachers_answers_are_kept_and_resumed(data, taught, tmp_path):
-    config, module, _ = taught
+def test_a_teachers_answers_are_kept(data, taught, tmp_path):
+    config, module, path = taught
     config, lines = dataclasses.replace(config, teacher_views=3, crop_area=(0.5, 1.0)), []
+    teacher = load_teacher(None, str(path), data.class_names)
+
+    def ask(name, recipe=config, log=lines.append, given=data):
+        return answers(recipe, module, teacher, given, tmp_path / f"{name}.npz", {"identity": "x"}, log)
 
     def stop(line):
-        lines.append(line)
         if "view 2" in line:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(config, module, data, data, tmp_path / "a", stop)
-    assert not (tmp_path / "a/log.jsonl").exists()
-    lines.clear()
+        ask("a", log=stop)
+    resumed = ask("a")
+    assert len(lines) == 1 and lines[0].startswith("teacher: view 3 of 3")  # the first two were there
+    assert resumed.shape == (3, 80, 2) and resumed.dtype == np.float16
+    np.testing.assert_array_equal(resumed, ask("b"))
+    assert np.abs(np.diff(np.float32(resumed), axis=0)).max() > 0.01  # the views differ
+    rows = np.array([7, 50], np.int32)
+    seen = view(config, (8, 8), data.images[rows], rows, np.int32(1))
+    np.testing.assert_allclose(resumed[1, rows], teacher.function(teacher.params, seen), rtol=2e-3, atol=2e-3)
+
+    lines.clear()  # a file serves every training with the same views
+    np.testing.assert_array_equal(ask("a", dataclasses.replace(config, teacher_views=2, epochs=9)), resumed[:2])
+    assert not lines
+    with pytest.raises(tm.InputError, match=r"a.npz holds a teacher's answers to other views"):
+        ask("a", dataclasses.replace(config, seed=1))
+    for content in (b"PK\3\4nothing", b"", (tmp_path / "a.npz").read_bytes()[:-90]):
+        (tmp_path / "e.npz").write_bytes(content)
+        with pytest.raises(tm.InputError, match=r"e.npz is damaged \(.*\); remove it"):
+            ask("e")
+
+
+@pytest.mark.slow
+def test_a_taught_run_resumes_to_the_same_numbers(data, taught, tmp_path):
+    config, module, _ = taught
+    config, lines = dataclasses.replace(config, epochs=3, teacher_views=2, crop_area=(0.5, 1.0), mixup=0.5), []
+
+    def stop(line):
+        if line.startswith(("teacher: view 1", "epoch 2")):
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train(config, module, data, data, tmp_path / "a", stop)
     train(config, module, data, data, tmp_path / "a", lines.append)
-    assert lines[0].startswith("teacher: view 3 of 3")  # the first two were there
+    assert lines[0] == "resumed at step 10 of 15"
     train(config, module, data, data, tmp_path / "b", lambda _: None)
     one, two = ((tmp_path / name / "toy.safetensors").read_bytes() for name in "ab")
     assert one == two
-    with np.load(tmp_path / "a/teacher.npz") as a, np.load(tmp_path / "b/teacher.npz") as b:
-        assert a["logits"].shape == (3, 80, 2) and a["logits"].dtype == np.float16
-        np.testing.assert_array_equal(a["logits"], b["logits"])
-        assert np.abs(np.diff(np.float32(a["logits"]), axis=0)).max() > 0.01  # the views differ
-
-    # A copy serves another run whose views are the same, and no other.
-    def run(name, recipe, content=None):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "teacher.npz").write_bytes(content or (tmp_path / "a/teacher.npz").read_bytes())
-        lines.clear()
-        train(recipe, module, data, data, tmp_path / name, lines.append)
-
-    run("c", config)
-    assert not any("teacher" in line for line in lines)
-    with pytest.raises(tm.InputError, match=r"teacher.npz holds a teacher's answers to other views"):
-        run("d", dataclasses.replace(config, seed=1))
-    with pytest.raises(tm.InputError, match=r"teacher.npz is damaged \(.*\); remove it"):
-        run("e", config, b"PK\3\4nothing")
+    with pytest.raises(tm.InputError, match="was made with teacher"):
+        train(
+            dataclasses.replace(config, teacher=(None, str(tmp_path / "b/toy.safetensors"))),
+            module,
+            data,
+            data,
+            tmp_path / "a",
+            lines.append,
+        )
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ _HOMES = {
     "MIX_ROWS": "metrics.tasks",
     "depth_rows": "metrics.tasks",
     "sanity_rows": "metrics.tasks",
-    "TrainConfig": "runs.train",
+    "TrainConfig": "runs.recipe",
 }
 
 __all__ = [*_HOMES, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
@@ -78,8 +78,8 @@ if TYPE_CHECKING:
     from tokentm_jax.models.sharding import over_width as over_width
     from tokentm_jax.models.vit import ViT as ViT
     from tokentm_jax.models.vit import init_params as init_params
+    from tokentm_jax.runs.recipe import TrainConfig as TrainConfig
     from tokentm_jax.runs.store import open_maps as open_maps
-    from tokentm_jax.runs.train import TrainConfig as TrainConfig
 
 
 def __getattr__(name: str) -> Any:

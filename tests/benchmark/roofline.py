@@ -6,7 +6,8 @@
 Nothing is timed. FLOP: XLA's cost analysis, beside a count by hand. XLA counts a multiplication and an addition as one
 operation each, and every elementwise operation as one; exponentials and such stand in a count of their own; and the
 body of a scan counts ONCE, however often it runs. So the blocks are unrolled, a model of 2 and one of 3 blocks is
-compiled, their difference is a block, and a model of L blocks costs the first and L - 2 times the difference.
+compiled, their difference is a block, and a model of L blocks costs the first and L - 2 times the difference. (Not for
+`memory="recompute"`: unrolled, the compiler sees that what is computed again is there. It costs a forward pass more.)
 
 Bytes: at least (by hand) every product of matrices reads its operands and writes its result once in bfloat16, with all
 the rest fused into these; at most (XLA) what the operations of the compiled program read and write, whether it comes
@@ -15,7 +16,7 @@ float32 program, halved. The truth on a GPU is between the two.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
@@ -70,10 +71,9 @@ def method(name: str, **options: Any) -> Callable[[ViT], Any]:
 PROGRAMS: dict[str, tuple[Callable[[ViT], Any], int, int]] = {
     "forward": (forward, 1, 0),
     "forward and backward": (forward_backward, 1, 1),
-    "`tokentm`": (method("tokentm"), 1, 1),
-    "`tokentm`, recompute": (method("tokentm", memory="recompute"), 2, 1),
-    "`gae`": (method("gae"), 1, 1),
-    "`rollout`": (method("rollout"), 1, 0),
+    "tokentm": (method("tokentm"), 1, 1),
+    "gae": (method("gae"), 1, 1),
+    "rollout": (method("rollout"), 1, 0),
 }
 
 
@@ -181,7 +181,7 @@ def duration(images: float, per_second: float, chips: int) -> str:
     return f"{seconds:.0f} seconds"
 
 
-def measure(model: str, batch: int, place: Any) -> tuple[list[list[str]], Cost, Cost]:
+def measure(model: str, programs: Iterable[str], batch: int, place: Any) -> tuple[list[list[str]], Cost, Cost]:
     """Rows of the first table, and the cost of TokenTM at least and at most."""
     module = named_vit(model, "bfloat16")
     rows, costs = [], {}
@@ -195,21 +195,22 @@ def measure(model: str, batch: int, place: Any) -> tuple[list[list[str]], Cost, 
             [model, label, *(f"{c:.1f}" for c in cells[:2]), extra, *(f"{c:.0f}" for c in cells[2:] + intensity)]
         )
 
-    for label, (program, forwards, backwards) in PROGRAMS.items():
+    for label in programs:
+        program, forwards, backwards = PROGRAMS[label]
         by_hand = Cost(hand_flops(module, forwards, backwards), hand_bytes(module, forwards, backwards, batch))
         row(label, by_hand, halved(program, module, batch))
-    least, most = costs["`tokentm`"]
+    least, most = costs["tokentm"]
     if place is not None:
-        program = PROGRAMS["`tokentm`"][0]
+        program = PROGRAMS["tokentm"][0]
         most = counted(program, module, batch, place)
-        row("`tokentm`, compiled for a TPU v5e", least, most)
+        row("tokentm, compiled for a TPU v5e", least, most)
     return rows, least, Cost(least.flops, most.bytes)
 
 
 def largest_batch(model: str, batch: int, chip: Chip, place: Any) -> str:
     """How many images TokenTM takes at once, from what the program for the chip sets aside at one batch size."""
     memory = compiled(
-        PROGRAMS["`tokentm`"][0], named_vit(model, "bfloat16"), batch, place, unroll=False
+        PROGRAMS["tokentm"][0], named_vit(model, "bfloat16"), batch, place, unroll=False
     ).memory_analysis()
     weights = memory.argument_size_in_bytes
     each = memory.peak_memory_in_bytes / batch
@@ -219,15 +220,17 @@ def largest_batch(model: str, batch: int, chip: Chip, place: Any) -> str:
 if __name__ == "__main__":
     arguments = parser(__doc__)
     arguments.add_argument("--models", type=names, default=["vit_base_patch16_224", "vit_large_patch16_224"])
+    arguments.add_argument("--programs", type=names, help="of the first table, such as tokentm,gae; default: all")
     arguments.add_argument("--batch", type=int, default=64)
     arguments.add_argument("--share", type=float, default=0.4, help="of the peaks, that a good program reaches")
     arguments.add_argument("--chips", type=int, default=8)
     arguments.add_argument("--tpu", action="store_true", help="compile TokenTM for a TPU v5e, too")
     chosen = arguments.parse_args()
     place = tpu() if chosen.tpu else None
+    programs = [*dict.fromkeys([*(chosen.programs or PROGRAMS), "tokentm"])]
     rows, speeds, room = [], [], []
     for model in chosen.models:
-        found, least, most = measure(model, chosen.batch, place)
+        found, least, most = measure(model, programs, chosen.batch, place)
         rows += found
         if place is not None:
             room.append(largest_batch(model, chosen.batch, CHIPS[-1], place))
@@ -248,8 +251,7 @@ if __name__ == "__main__":
         "1 billion",
         f"{chosen.chips} chips",
     ]
-    note = f"""Of one image in bfloat16, at batch {chosen.batch}. By hand, TokenTM is the bare forward and backward
-pass, and with `recompute` one forward pass more."""
+    note = f"Of one image in bfloat16, at batch {chosen.batch}. By hand, a method is the passes that it makes."
     parts = [table(first, rows), note, "## TokenTM on a chip", table(second, speeds)]
     if room:
         parts += ["Compiled for a TPU v5e with its 16 GB, its compiler says of TokenTM:", "- " + "\n- ".join(room)]

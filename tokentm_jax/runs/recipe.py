@@ -102,7 +102,7 @@ def mix(config: TrainConfig, k_use: Array, k_mix: Array, images: Array, targets:
     if not (config.cutmix or config.mixup):
         return images, targets
     drawn = jax.random.uniform(k_use)
-    which = (drawn >= config.cutmix).astype(jnp.int32) + (drawn >= config.cutmix + config.mixup)
+    which = jnp.searchsorted(jnp.array([config.cutmix, config.cutmix + config.mixup]), drawn, side="right")
     ways = (augmentation.cutmix, augmentation.mixup, lambda _, images, targets: (images, targets))
     return jax.lax.switch(which, ways, k_mix, images, targets)
 
