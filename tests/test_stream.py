@@ -22,14 +22,19 @@ KINDS = {
 }
 OFF = {"length": False, "direction": "none", "initialise": False, "ffn": False}
 CASES = (
-    ("distilled", {}),
     ("registers", {"first_block": 1, "end_block": 2}),
-    pytest.param("distilled", {**OFF, "original": "normalised", "direction": "cosine"}, marks=pytest.mark.slow),
     ("registers", {"attention": "plain"}),
-    ("distilled", {"heads": "each"}),
-    ("registers", {"heads": "each", "transformed": "linear", "original": "normalised", "attention": "plain"}),
     ("distilled", READINGS["featuregradientgate"]),
-    ("registers", READINGS["decompv"]),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (
+            ("distilled", {}),
+            ("distilled", {**OFF, "original": "normalised", "direction": "cosine"}),
+            ("distilled", {"heads": "each"}),
+            ("registers", {"heads": "each", "transformed": "linear", "original": "normalised", "attention": "plain"}),
+            ("registers", READINGS["decompv"]),
+        )
+    ),
 )
 
 

@@ -167,6 +167,7 @@ def test_heads_have_no_stream_of_their_own():
         TokenTM(heads="each", transformed="stream")
 
 
+@pytest.mark.slow
 def test_deit_tiny_equals_the_slow_loop(deit, shared):
     """On the real model: full map and heatmap of one photo against the float64 loop over the captured arrays."""
     arrays = np.load(shared / "goldens/deit_tiny.npz")
