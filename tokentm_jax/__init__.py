@@ -39,6 +39,7 @@ _HOMES = {
     "READING_ROWS": "metrics.tasks",
     "depth_rows": "metrics.tasks",
     "sanity_rows": "metrics.tasks",
+    "LeaderboardConfig": "runs.leaderboard",
     "TrainConfig": "runs.train",
 }
 
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from tokentm_jax.models.sharding import over_width as over_width
     from tokentm_jax.models.vit import ViT as ViT
     from tokentm_jax.models.vit import init_params as init_params
+    from tokentm_jax.runs.leaderboard import LeaderboardConfig as LeaderboardConfig
     from tokentm_jax.runs.store import open_maps as open_maps
     from tokentm_jax.runs.train import TrainConfig as TrainConfig
 
