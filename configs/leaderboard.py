@@ -9,8 +9,8 @@ Perturbation takes all of the images, most yardsticks 200 of them, and those tha
 sensitivity and the randomisation of parameters are for the fast methods alone.
 Data: ../shared/data. The weights of cifar10_112 are one's own: runs/finetune_112, of a fine-tuning at 112
 pixels like that of configs/cifar10_finetune.py, or --checkpoint FILE.
-Run time: on 2 cores, estimated from passes of 11 ms on DeiT-tiny: 5 hours for the photos with methods=fast and 15 with
-all, three quarters of the difference for shapley and kernel_shap; --limit 100 takes about a fifth. Not measured.
+Run time: not measured; from passes of 11 ms on 2 cores, about 5 hours for the photos with methods=fast and
+17 with all, most of the difference for shapley and kernel_shap; with --limit 100 about 2 and 6 hours.
 """
 
 from typing import Any, Literal
