@@ -298,7 +298,7 @@ def pareto(cost: np.ndarray, gain: np.ndarray) -> np.ndarray:
     better in one of the two."""
     no_worse = (cost <= cost[:, None]) & (gain >= gain[:, None])  # [n, other]
     better = (cost < cost[:, None]) | (gain > gain[:, None])
-    return ~(no_worse & better).any(1)
+    return np.asarray(~(no_worse & better).any(1))
 
 
 def _methods(
