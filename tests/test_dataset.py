@@ -580,10 +580,10 @@ def test_an_evaluation_takes_maps_from_a_store(whole, vit, source, folder, tmp_p
 
     monkeypatch.setattr(evaluation.Programs, "maps", counted)
     stored = open_maps(whole)
-    taken = evaluation.evaluate(config, vit, source, tmp_path / "taken", maps=stored)
+    taken = evaluation.evaluate(config, vit, source, tmp_path / "taken", maps=[stored])
     assert taken["rows"] == plain["rows"]
     assert set(computed) == {"rollout", "random"}
-    assert taken["run"]["maps"]["store"] == str(whole) and "maps" not in plain["run"]
+    assert [made["store"] for made in taken["run"]["maps"]] == [str(whole)] and "maps" not in plain["run"]
     key, target = stored.keys[1], int(stored.target[1])
     wanted = [("05-é.png", None), (key, target + 1), (key, target), ("elsewhere", None), (key, None)]
     places, found = stored.find("gae", {}, wanted)
@@ -593,18 +593,18 @@ def test_an_evaluation_takes_maps_from_a_store(whole, vit, source, folder, tmp_p
     computed.clear()
     few = dataclasses.replace(stored)
     few.__dict__["_places"] = {k: v for k, v in stored._places.items() if k != key}
-    partly = evaluation.evaluate(config, vit, source, tmp_path / "partly", maps=few)
+    partly = evaluation.evaluate(config, vit, source, tmp_path / "partly", maps=[few])
     assert partly["rows"] == plain["rows"] and computed.count("gae") == 1
     finer = {**stored.provenance, "shapes": {**stored.provenance["shapes"], "maps/gae": [4, 6]}}
     Store(tmp_path / "finer", finer)
     with pytest.raises(InputError, match=r"finer holds maps \[4, 6\] of 'gae', expected \[2, 3\] for tiny"):
-        evaluation.evaluate(config, vit, source, tmp_path / "other", maps=open_maps(tmp_path / "finer"))
+        evaluation.evaluate(config, vit, source, tmp_path / "other", maps=[open_maps(tmp_path / "finer")])
     with pytest.raises(InputError, match="with the profile 'default', not 'reference'"):
         changed = dataclasses.replace(config, profile="reference")
-        evaluation.evaluate(changed, vit, source, tmp_path / "other", maps=stored)
+        evaluation.evaluate(changed, vit, source, tmp_path / "other", maps=[stored])
     with pytest.raises(InputError, match="holds maps of tiny, not of tiny as it is here"):
         other = dataclasses.replace(vit, params=jax.tree.map(lambda a: a * 1.5, vit.params))
-        evaluation.evaluate(config, other, source, tmp_path / "other", maps=stored)
+        evaluation.evaluate(config, other, source, tmp_path / "other", maps=[stored])
     assert not (tmp_path / "other").exists()
 
 
@@ -646,5 +646,5 @@ def test_the_commands(vit, folder, tmp_path, monkeypatch):
     result = run("evaluate", recipe, "--maps", "maps", "--out", "none", code=2)
     assert f"gae cannot be read ({lost} does not exist): run the same `tokentm dataset`" in result.stderr
     (tmp_path / "lost").rename(lost)
-    assert json.loads((tmp_path / "results/results.json").read_text())["run"]["maps"]["dtype"] == "float32"
+    assert json.loads((tmp_path / "results/results.json").read_text())["run"]["maps"][0]["dtype"] == "float32"
     assert "holds no maps; `tokentm dataset` makes them" in run("evaluate", recipe, "--maps", "none", code=2).stderr

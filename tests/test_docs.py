@@ -155,11 +155,14 @@ def test_every_option_is_documented():
 
 def test_every_field_and_name_is_documented():
     from tokentm_jax.metrics.tasks import TASKS, EvaluateConfig
+    from tokentm_jax.runs.leaderboard import LeaderboardConfig
     from tokentm_jax.runs.train import TrainConfig
 
     page = lambda name: (ROOT / "docs" / "reference" / name).read_text()  # noqa: E731
     configs, api = page("configs.md"), page("api.md")
-    fields = [field.name for kind in (EvaluateConfig, TrainConfig) for field in dataclasses.fields(kind)]
+    fields = [
+        field.name for kind in (EvaluateConfig, LeaderboardConfig, TrainConfig) for field in dataclasses.fields(kind)
+    ]
     files = [path.name for path in (ROOT / "configs").glob("*.py")]
     missing = [name for name in (*fields, *files) if f"`{name}`" not in configs]
     missing += [name for name in TASKS if f'"{name}"' not in configs]

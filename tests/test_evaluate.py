@@ -34,6 +34,8 @@ from tokentm_jax.models.checkpoint import write_checkpoint
 from tokentm_jax.runs import evaluate as evaluation
 from tokentm_jax.runs import records as records_module
 from tokentm_jax.runs.evaluate import evaluate
+from tokentm_jax.runs.leaderboard import LeaderboardConfig
+from tokentm_jax.runs.leaderboard import check as check_leaderboard
 from tokentm_jax.runs.report import compare
 from tokentm_jax.validation import lists_of
 
@@ -667,16 +669,20 @@ def test_the_configs_of_the_project():
         choices = {n: get_args(c[0]) if get_origin(c[0]) is Literal else c for n, c in choices.items()}
         for values in itertools.product(*choices.values()):
             options = ",".join(f"{name}={value}" for name, value in zip(choices, values, strict=True))
-            config = read_recipe(Path(f"{file}:{options}"), EvaluateConfig)
-            check(config)
+            kind = get_type_hints(make)["return"]
+            config = read_recipe(Path(f"{file}:{options}"), kind)
             names.append(config.name)
+            if kind is LeaderboardConfig:
+                check_leaderboard(config)
+                continue
+            check(config)
             assert {row for row, _ in config.paper} <= {row.name for row in config.rows}
         text = file.read_text()
         assert "Data:" in text and "Run time:" in text
-        commands = re.findall(r"tokentm evaluate configs/(\S+)", text)
+        commands = re.findall(r"tokentm (?:evaluate|leaderboard) configs/(\S+)", text)
         assert commands[0] == file.name
         for command in commands:
-            read_recipe(CONFIGS / command, EvaluateConfig)
+            read_recipe(CONFIGS / command, kind)
     assert len(names) == len(set(names)) > 50
 
 

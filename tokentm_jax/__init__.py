@@ -41,6 +41,7 @@ _HOMES = {
     "depth_rows": "metrics.tasks",
     "sanity_rows": "metrics.tasks",
     "TrainConfig": "runs.recipe",
+    "LeaderboardConfig": "runs.leaderboard",
 }
 
 __all__ = [*_HOMES, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
     from tokentm_jax.models.sharding import over_width as over_width
     from tokentm_jax.models.vit import ViT as ViT
     from tokentm_jax.models.vit import init_params as init_params
+    from tokentm_jax.runs.leaderboard import LeaderboardConfig as LeaderboardConfig
     from tokentm_jax.runs.recipe import TrainConfig as TrainConfig
     from tokentm_jax.runs.store import open_maps as open_maps
 

@@ -22,7 +22,7 @@ from tokentm_jax.errors import printable
 @click.option("--batch-size", type=click.IntRange(1, 4096), help="In place of the recipe's.")
 @click.option("--label-map", type=TEXT, metavar="FILE", help="JSON or CSV: the data set's class name, the model's.")
 @class_names
-@click.option("--maps", type=TEXT, help="Store of `tokentm dataset` to take maps from; others are computed.")
+@click.option("--maps", type=TEXT, multiple=True, help="Store of `tokentm dataset` to take maps from; repeatable.")
 @click.option("--out", type=PATH, help="Folder; default: runs/<name of the recipe>.")
 def evaluate(
     recipe: Path,
@@ -35,7 +35,7 @@ def evaluate(
     batch_size: int | None,
     label_map: str | None,
     classes: Path | None,
-    maps: str | None,
+    maps: tuple[str, ...],
     out: Path | None,
 ) -> None:
     """Measure explanation methods by a recipe; started again with the same folder, it goes on where it stopped.
@@ -64,7 +64,7 @@ def evaluate(
         config = select(config, [name.strip() for name in methods.split(",")])
     check(config)
     start_jax()
-    stored = None if maps is None else open_maps(maps)
+    stored = [open_maps(path) for path in maps]
     drawn = None if config.limit is None else config.seed
     source = open_source(config.data, limit=config.limit, seed=drawn, half=config.half)
     vit = load(config.model, config.checkpoint, class_names=classes)

@@ -13,6 +13,7 @@ from tokentm_jax.cli.convert import convert
 from tokentm_jax.cli.dataset import dataset
 from tokentm_jax.cli.evaluate import evaluate
 from tokentm_jax.cli.explain import explain
+from tokentm_jax.cli.leaderboard import leaderboard
 from tokentm_jax.cli.tables import methods, models
 from tokentm_jax.cli.terminal import complain, memory_errors
 from tokentm_jax.cli.train import train
@@ -71,5 +72,5 @@ def main() -> None:
     """
 
 
-for command in (explain, models, methods, convert, train, dataset, evaluate, compare):
+for command in (explain, models, methods, convert, train, dataset, evaluate, compare, leaderboard):
     main.add_command(command)

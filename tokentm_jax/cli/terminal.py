@@ -70,14 +70,16 @@ def _duration(seconds: float) -> str:
 
 
 @contextmanager
-def running_table() -> Iterator[Any]:
+def running_table(title: str = "Batches") -> Iterator[Any]:
     """A progress bar with the time left, above the figures so far; a line now and then where nobody looks."""
     from rich.live import Live
+    from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    bar = Progress(TextColumn("Batches"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console)
-    task = bar.add_task("Batches", total=None)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=console)
+    task = bar.add_task(escape(title), total=None)
     began, shown = time.monotonic(), [0.0]
 
     with Live(bar, console=console, transient=True) as live:
@@ -92,7 +94,7 @@ def running_table() -> Iterator[Any]:
             figures = rows()
             if not console.is_terminal:
                 left = (now - began) / done * (total - done) / 60
-                click.echo(f"batch {done} of {total}, {left:.0f} min left", err=True)
+                click.echo(printable(f"{title}: {done} of {total}, {left:.0f} min left"), err=True)
                 return
             metrics = list(dict.fromkeys(row["metric"] for row in figures if row["method"] != "clean"))
             table = Table(box=None)

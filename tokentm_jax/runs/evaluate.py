@@ -189,7 +189,7 @@ def evaluate(
     source: Source,
     out: Path,
     report: Report | None = None,
-    maps: Maps | None = None,
+    maps: Sequence[Maps] = (),
 ) -> dict[str, Any]:
     """Run an evaluation to its end, or from where `out` stopped on; returns the content of `results.json`.
 
@@ -198,7 +198,7 @@ def evaluate(
         `half`.
       out: a folder, for the results and, in `records`, the results per image of every finished batch.
       report: called after every batch with (done, total, a function that gives the rows so far).
-      maps: where maps of this model and data set are taken from; those that it does not have are computed.
+      maps: stores of this model and data set that maps are taken from; those that none has are computed.
 
     Raises:
       InputError: a config, data set, model and maps that do not go together, a full disk, or an `out` that holds
@@ -216,8 +216,8 @@ def evaluate(
             raise InputError(f"random_blocks of {row.name!r} must be from 0 to {vit.module.depth} for {vit.name}")
     translate = translation(vit, source, config.label_map)
     run = describe(config, vit, source)
-    if maps is not None:
-        run["maps"] = _check_maps(maps, run, config, vit)
+    if maps:
+        run["maps"] = [_check_maps(store, run, config, vit) for store in maps]
     with claimed(out, _terms(run), (*RESULTS, "records")):
         return _evaluate(config, vit, source, out, translate, run, report, maps)
 
@@ -227,7 +227,7 @@ def _terms(run: Mapping[str, Any]) -> dict[str, Any]:
     the batch size: an image's results do not depend on the others, and smaller batches mend a lack of memory."""
     config, made = run["config"], {name: run[name] for name in ("data", "model", "classes", "versions", "device")}
     same = {name: config[name] for name in ("task", "profile", "options", "seed", "label_map") if name in config}
-    rounded = run.get("maps", {}).get("dtype") == "float16"  # these are not mixed with exact maps
+    rounded = any(store["dtype"] == "float16" for store in run.get("maps", ()))  # not mixed with exact maps
     return {**same, "maps": "float16" if rounded else "exact", **made}
 
 
@@ -239,7 +239,7 @@ def _evaluate(
     translate: np.ndarray | None,
     run: dict[str, Any],
     report: Report | None,
-    maps: Maps | None,
+    maps: Sequence[Maps],
 ) -> dict[str, Any]:
     """`evaluate` in a folder that is held."""
     task = TASKS[config.task]
@@ -399,14 +399,15 @@ def _check_maps(maps: Maps, run: Mapping[str, Any], config: EvaluateConfig, vit:
 
 
 def _stored(
-    maps: Maps | None, config: EvaluateConfig, row: Row, group: Sequence[Job], places: Sequence[int]
+    maps: Sequence[Maps], config: EvaluateConfig, row: Row, group: Sequence[Job], places: Sequence[int]
 ) -> tuple[list[int], np.ndarray]:
     """Those places of the group whose maps are stored, and these maps [k, h, w]."""
-    if maps is None or row.random_blocks is not None or TASKS[config.task].against_original:
+    store = next((store for store in maps if store.has(row.method, row.options)), None)
+    if store is None or row.random_blocks is not None or TASKS[config.task].against_original:
         return [], np.empty((0, 1, 1), np.float32)
     jobs = [group[i] for i in places]
     wanted = [(job.key, job.explained_class if row.class_specific else None) for job in jobs]
-    found, stored = maps.find(row.method, row.options, wanted)
+    found, stored = store.find(row.method, row.options, wanted)
     return [places[i] for i in found], stored
 
 

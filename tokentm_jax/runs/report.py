@@ -87,10 +87,18 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"| --- |{' ---: |' * len(heads)}",
     ]
     for name in dict.fromkeys(row["method"] for row in others):
-        shown = " ".join(name.split()).replace("|", "\\|")
-        lines.append(f"| {shown} | {' | '.join(cells.get((name, c), '') for c in heads)} |")
-    text = "\n".join(lines) + "\n"
-    return text.encode("utf-8", "replace").decode()  # the data set's path may be no UTF-8
+        lines.append(f"| {in_table(name)} | {' | '.join(cells.get((name, c), '') for c in heads)} |")
+    return document(lines)
+
+
+def in_table(name: str) -> str:
+    """A name within a cell of a Markdown table."""
+    return " ".join(name.split()).replace("|", "\\|")
+
+
+def document(lines: Sequence[str]) -> str:
+    """The text of the lines; the path of a data set in them may be no UTF-8."""
+    return ("\n".join(lines) + "\n").encode("utf-8", "replace").decode()
 
 
 def _cell(row: Mapping[str, Any], digits: int = 2) -> str:
@@ -191,6 +199,9 @@ class Results(TypedDict):
     run: Made
 
 
+Measured = tuple[list[str], dict[str, np.ndarray]]  # examples, and by metric the results per image [n, ...]
+
+
 class Finished(NamedTuple):
     """A finished evaluation: its folder, config, data set, and what the model said of the whole images."""
 
@@ -203,7 +214,7 @@ class Finished(NamedTuple):
     def keys(self) -> list[str]:
         return [key for key, _ in self.clean.places]
 
-    def measured(self, row: Row) -> tuple[list[str], dict[str, np.ndarray]]:
+    def measured(self, row: Row) -> Measured:
         """The finished examples of a row and its results per image."""
         task = TASKS[self.config.task]
         records = Records(record_file(self.out, row), task.records(self.config.options))
@@ -253,18 +264,26 @@ def compare(outs: Sequence[Path]) -> list[dict[str, Any]]:
         for row in run.config.rows:
             done, measures = baselines[row.name] if number == 0 else run.measured(row)
             against = first.config.rows[0].name if len(runs) == 1 else row.name
-            other_done, others = baselines.get(against, ([], {}))
-            places, other_places = ({key: i for i, key in enumerate(d)} for d in (done, other_done))
-            both = [key for key in done if key in other_places]
             for metric, per_image in measures.items():
                 statistic = columns[metric].statistic
                 entry = {"run": str(run.out), "method": row.name, "metric": metric, "baseline": None}
                 entry |= {"value": metrics.bootstrap(per_image, statistic, seed, 1)[0], "images": len(done)}
-                if both and metric in others and (number or len(runs) == 1) and (number, row.name) != (0, against):
-                    a = per_image[[places[key] for key in both]]
-                    b = others[metric][[other_places[key] for key in both]]
-                    difference, low, high = metrics.paired(a, b, statistic, seed)
-                    entry |= {"baseline": against if len(runs) == 1 else str(first.out), "difference": difference}
-                    entry |= {"low": low, "high": high, "images": len(both)}
+                if (number or len(runs) == 1) and (number, row.name) != (0, against):
+                    found = difference((done, measures), baselines.get(against, ([], {})), metric, statistic, seed)
+                    entry |= found and {"baseline": against if len(runs) == 1 else str(first.out), **found}
                 entries.append(entry)
     return entries
+
+
+def difference(
+    measured: Measured, other: Measured, metric: str, statistic: metrics.Statistic, seed: int
+) -> dict[str, Any]:
+    """The metric of `measured` less that of `other` over the `images` that both have: `difference` with its 95 %
+    interval from `low` to `high`. Empty where they have none."""
+    places, others = ({key: i for i, key in enumerate(done)} for done, _ in (measured, other))
+    both = [key for key in places if key in others]
+    if not both or metric not in other[1]:
+        return {}
+    a, b = measured[1][metric][[places[key] for key in both]], other[1][metric][[others[key] for key in both]]
+    value, low, high = metrics.paired(a, b, statistic, seed)
+    return {"difference": value, "low": low, "high": high, "images": len(both)}

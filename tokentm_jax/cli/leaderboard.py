@@ -1,0 +1,64 @@
+"""`tokentm leaderboard`: all methods by all yardsticks in one table."""
+
+import dataclasses
+from pathlib import Path
+
+import click
+
+from tokentm_jax.cli.options import PATH, TEXT, class_names, make_folder, start_jax
+from tokentm_jax.cli.recipes import read_recipe
+from tokentm_jax.cli.terminal import running_table
+from tokentm_jax.errors import printable
+
+
+@click.command()
+@click.argument("recipe", type=PATH, metavar="CONFIG.py")
+@click.option("--checkpoint", type=PATH, help="Weights, in place of the recipe's.")
+@click.option("--methods", help="Rows of the recipe, as a,b,c.")
+@click.option("--limit", type=click.IntRange(1), help="At most so many images for every run.")
+@click.option("--batch-size", type=click.IntRange(1, 4096), help="In place of the recipe's.")
+@class_names
+@click.option("--maps", type=TEXT, multiple=True, help="Store of `tokentm dataset` to take maps from; repeatable.")
+@click.option("--out", type=PATH, help="Folder; default: runs/<name of the recipe>.")
+def leaderboard(
+    recipe: Path,
+    checkpoint: Path | None,
+    methods: str | None,
+    limit: int | None,
+    batch_size: int | None,
+    classes: Path | None,
+    maps: tuple[str, ...],
+    out: Path | None,
+) -> None:
+    """Measure methods by many yardsticks and rank them; started again with the same folder, it goes on.
+
+    CONFIG.py is a Python file that is run, and whose `config` is a LeaderboardConfig. The results are leaderboard.md,
+    leaderboard.json and leaderboard.png (faithfulness against cost). Every yardstick is a folder that `tokentm
+    compare` reads. The speed of the methods is measured at the end, on this machine.
+
+    \b
+    Example:
+      tokentm leaderboard configs/leaderboard.py:data=cifar10 --methods tokentm,gae --limit 100
+    """
+    from tokentm_jax.models.loading import load
+    from tokentm_jax.runs.leaderboard import LeaderboardConfig, check, leaderboard, select
+    from tokentm_jax.runs.store import open_maps
+
+    config = read_recipe(recipe, LeaderboardConfig)
+    if methods is not None:
+        config = select(config, [name.strip() for name in methods.split(",")])
+    given = {"checkpoint": None if checkpoint is None else str(checkpoint), "batch_size": batch_size}
+    given = {name: value for name, value in given.items() if value is not None}
+    runs = [dataclasses.replace(run, **given) for run in config.runs]
+    if limit is not None:
+        runs = [dataclasses.replace(run, limit=min(limit, run.limit or limit)) for run in runs]
+    config = check(dataclasses.replace(config, runs=runs))
+    start_jax()
+    stores = [open_maps(path) for path in maps]
+    vit = load(config.runs[0].model, config.runs[0].checkpoint, class_names=classes)
+    folder = out or Path("runs") / config.name
+    make_folder(folder)
+    leaderboard(config, vit, folder, stores, running_table)
+    for line in (folder / "leaderboard.md").read_text(encoding="utf-8").splitlines():
+        click.echo(printable(line))
+    click.echo(f"The results are in {printable(folder)}")

@@ -1,0 +1,431 @@
+"""Leaderboards: many methods by many yardsticks, what a map costs, and who is ahead.
+
+A leaderboard is a folder of ordinary evaluations, one for each yardstick, so it resumes where they do. Beside them it
+keeps the maps that several of them need, and at the end the table, its numbers and the picture.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from annotated_types import Len
+
+from tokentm_jax.data.sources import Source, open_source
+from tokentm_jax.errors import InputError, suggest
+from tokentm_jax.files import require_ours, write_json, write_text
+from tokentm_jax.identity import claimed, describe_model, digest, environment, write_png
+from tokentm_jax.methods.explain import compiled
+from tokentm_jax.methods.table import METHODS
+from tokentm_jax.metrics import tasks
+from tokentm_jax.metrics.tasks import RANDOM, TASKS, EvaluateConfig, Row
+from tokentm_jax.models.loading import LoadedViT
+from tokentm_jax.runs.dataset import DatasetConfig, explain_dataset
+from tokentm_jax.runs.evaluate import Report, evaluate
+from tokentm_jax.runs.records import KEPT, record_file
+from tokentm_jax.runs.report import Finished, difference, document, in_table, open_finished
+from tokentm_jax.runs.store import Maps, open_maps
+from tokentm_jax.validation import Name, check_fields
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RESULTS = ("leaderboard.json", "leaderboard.md", "leaderboard.png")
+MAPS = "maps"
+BEST, LEVEL = "best", "level"
+ROUNDS, ENOUGH = 6, 2.0  # calls of a method whose speed is measured, and seconds after which it is not called again
+
+
+@dataclasses.dataclass(frozen=True)
+class LeaderboardConfig:
+    """Evaluations of one model that become one table.
+
+    Args:
+      name: of the output folder; no path.
+      runs: the evaluations, whose names are their folders within that one. A row of one name is one method with the
+        same options in all of them.
+      faithfulness: the name of a run, and the metric of it that the picture shows against the cost.
+    """
+
+    name: Name
+    runs: Annotated[Sequence[EvaluateConfig], Len(1)]
+    faithfulness: tuple[str, str]
+
+    @property
+    def rows(self) -> dict[str, Row]:
+        """The methods by name, without `random`."""
+        rows: dict[str, Row] = {}
+        for row in (row for run in self.runs for row in run.rows if row.method != RANDOM):
+            rows.setdefault(row.name, row)
+        return rows
+
+
+def check(config: LeaderboardConfig) -> LeaderboardConfig:
+    """The config, every field as its annotation says, and every run as `tasks.check` does.
+
+    Raises InputError for one of these, runs of one name or of different models, a row that is not the same in all of
+    them, or a faithfulness that none of them measures.
+    """
+    config = check_fields(config, "the leaderboard")
+    config = dataclasses.replace(config, runs=[tasks.check(run) for run in config.runs])
+    names = [run.name for run in config.runs]
+    if len(set(names)) < len(names) or {*names} & {*RESULTS, MAPS}:
+        raise InputError(f"the runs of {config.name} must have names of their own, none of them {MAPS!r}")
+    if len({(run.model, run.checkpoint) for run in config.runs}) > 1:
+        raise InputError(f"the runs of {config.name} must be of one model")
+    for run in config.runs:
+        for row in run.rows:
+            same = config.rows.get(row.name, row)
+            if (row.method, dict(row.options)) != (same.method, dict(same.options)):
+                raise InputError(f"the row {row.name!r} must be the same method with the same options in every run")
+    shown, metric = config.faithfulness
+    columns = {run.name: TASKS[run.task].columns for run in config.runs}
+    if shown not in columns:
+        raise suggest("run", shown, columns, of="the field 'faithfulness'")
+    if metric not in columns[shown] or columns[shown][metric].better is None:
+        raise suggest("metric", metric, [n for n, c in columns[shown].items() if c.better], of="'faithfulness'")
+    return config
+
+
+def select(config: LeaderboardConfig, methods: Iterable[str]) -> LeaderboardConfig:
+    """The config with those of its rows that are named, and the runs that have one. InputError for no such row."""
+    chosen = dict.fromkeys(methods)
+    for name in chosen:
+        if name not in config.rows:
+            raise suggest("row", name, config.rows, of=config.name)
+    runs = [dataclasses.replace(run, rows=[row for row in run.rows if row.name in chosen]) for run in config.runs]
+    return dataclasses.replace(config, runs=[run for run in runs if run.rows])
+
+
+Watch = Callable[[str], AbstractContextManager[Report | None]]
+
+
+def leaderboard(
+    config: LeaderboardConfig,
+    vit: LoadedViT,
+    out: Path,
+    maps: Sequence[Maps] = (),
+    watch: Watch = lambda _: nullcontext(),
+) -> dict[str, Any]:
+    """Run a leaderboard to its end, or from where `out` stopped on; returns the content of `leaderboard.json`.
+
+    Args:
+      config: what to compute on `vit`, which stands for its `model` and `checkpoint`.
+      out: a folder, for the table, the picture, a folder of every run, and the maps that several runs need.
+      maps: stores that maps are taken from, too; each is of the data and the profile of at least one run.
+      watch: gives a context for the part of that name, and in it what to call after every batch, as in `evaluate`.
+
+    Raises:
+      InputError: as `check` and `evaluate` do, and for stores that are of no run.
+    """
+    config = check(config)
+    sources = {run.name: _source(run) for run in config.runs}
+    given = {run.name: [store for store in maps if _is_of(store, run, sources[run.name])] for run in config.runs}
+    for store in maps:
+        if not any(store in own for own in given.values()):
+            data = store.provenance["data"]["name"]
+            raise InputError(f"{store.path} holds maps of {data} that no run of {config.name} has a use for")
+    made = {"kind": "leaderboard", "model": describe_model(vit), **environment()}
+    with claimed(out, made, (*RESULTS, MAPS, *sources)):
+        require_ours(out / RESULTS[2])
+        stores = _shared_maps(config, vit, sources, given, out, watch)
+        results: dict[str, Mapping[str, Any]] = {}
+        for number, run in enumerate(config.runs, 1):
+            with watch(f"{run.name} ({number} of {len(config.runs)})") as report:
+                results[run.name] = evaluate(run, vit, sources[run.name], out / run.name, report, stores[run.name])
+        with watch("speed") as report:
+            speeds = images_per_second(vit, config.rows, config.runs[0].batch_size, report)
+        figures = standings({run.name: open_finished(out / run.name) for run in config.runs}, results)
+        found = {
+            "rows": figures,
+            "methods": _methods(config, figures, speeds),
+            "run": _described(config, made, results),
+        }
+        write_json(out / RESULTS[0], found, KEPT)
+        write_text(out / RESULTS[1], markdown(found), KEPT)
+        write_png(draw(found), out / RESULTS[2], KEPT)
+    return found
+
+
+# ---- maps that several runs need ------------------------------------------------------------------------------------
+
+
+def _source(run: EvaluateConfig) -> Source:
+    return open_source(run.data, limit=run.limit, seed=None if run.limit is None else run.seed, half=run.half)
+
+
+def _is_of(store: Maps, run: EvaluateConfig, source: Source) -> bool:
+    made = store.provenance
+    return (made["data"]["identity"], made["profile"]) == (source.identity, run.profile)
+
+
+def _shared_maps(
+    config: LeaderboardConfig,
+    vit: LoadedViT,
+    sources: Mapping[str, Source],
+    given: Mapping[str, Sequence[Maps]],
+    out: Path,
+    watch: Watch,
+) -> dict[str, list[Maps]]:
+    """The stores of every run: those that are given, and a store of each method and data set that several runs ask
+    for maps of. Maps are not rounded, and an image is explained once, for the run that has the most images."""
+    stores = {name: [*own] for name, own in given.items()}
+    asking: dict[tuple[Any, ...], list[EvaluateConfig]] = {}
+    for run in config.runs:
+        for row in run.rows:
+            there = any(store.has(row.method, row.options) for store in given[run.name])
+            if not (
+                there or row.method == RANDOM or TASKS[run.task].against_original or row.random_blocks is not None
+            ):
+                asking.setdefault((row.name, run.data, run.half, run.profile, run.seed), []).append(run)
+    asking = {key: runs for key, runs in asking.items() if len(runs) > 1}
+    for number, ((name, *_), runs) in enumerate(asking.items(), 1):
+        row, largest = config.rows[name], max(runs, key=lambda run: len(sources[run.name]))
+        size, source = largest.batch_size, sources[largest.name]
+        settings = DatasetConfig(
+            (row.method,), row.options, dtype="float32", profile=largest.profile, batch_size=size, chunk_size=size
+        )
+        own = digest(dataclasses.asdict(settings), source.identity, len(source), largest.half, largest.seed)
+        path = out / MAPS / f"{record_file(out, row).stem}-{own[:8]}"
+        with watch(f"maps of {name} ({number} of {len(asking)})") as report:
+            explain_dataset(settings, vit, source, str(path), _counted(report))
+        store = open_maps(path)
+        for run in runs:
+            stores[run.name].append(store)
+    return stores
+
+
+def _counted(report: Report | None) -> Callable[[int, int, int], None]:
+    """The report of an evaluation as that of a data set, which begins before anything is done."""
+
+    def images(done: int, total: int, skipped: int) -> None:
+        if report is not None and done:
+            report(done, total, list)
+
+    return images
+
+
+# ---- speed ----------------------------------------------------------------------------------------------------------
+
+
+def images_per_second(
+    vit: LoadedViT, rows: Mapping[str, Row], batch_size: int, report: Report | None = None
+) -> dict[str, float]:
+    """How many images each method explains per second, compiled and warm, on one device.
+
+    The methods take turns, so that whatever else the machine does slows all of them. The figure is that of the median
+    call; of a method whose first call takes seconds, that call is the only one.
+    """
+    pixels = np.random.default_rng(0).integers(0, 256, (batch_size, *vit.preprocessing.size, 3), np.uint8)
+    inputs = (vit.params, jnp.asarray(pixels), jnp.zeros(batch_size, jnp.int32))
+    programs: dict[str, Any] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in rows}
+    for call in range(ROUNDS):
+        for number, (name, row) in enumerate(rows.items(), 1):
+            if name not in programs:
+                explain = compiled(vit.module, {row.method: row.options}, preprocessing=vit.preprocessing)
+                programs[name] = explain.lower(*inputs).compile()  # pyright: ignore[reportFunctionMemberAccess]
+            if sum(seconds[name]) < ENOUGH:
+                start = time.perf_counter()
+                jax.block_until_ready(programs[name](*inputs))
+                seconds[name].append(time.perf_counter() - start)
+            if report is not None:
+                report(call * len(rows) + number, ROUNDS * len(rows), list)
+    return {name: batch_size / median(times[1:] or times) for name, times in seconds.items()}
+
+
+# ---- who is ahead ---------------------------------------------------------------------------------------------------
+
+
+def standings(runs: Mapping[str, Finished], results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Every figure of the runs' methods, and how it stands in its column.
+
+    Returns:
+      Entries with `run`, `method`, `metric`, `value`, its interval `low` and `high`, `images`, `better`, and `mark`:
+      "best", "level" where the 95 % interval of the paired difference to the best includes zero, or None. `behind` has
+      that difference. Columns of which no direction is better have no marks, and neither has the `random` row.
+    """
+    entries = []
+    for name, run in runs.items():
+        figures = {(figure["method"], figure["metric"]): figure for figure in results[name]["rows"]}
+        measured = {row.name: run.measured(row) for row in run.config.rows}
+        for metric, column in TASKS[run.config.task].columns.items():
+            own = [figures[row, metric] for row in measured if (row, metric) in figures]
+            rivals = [figure for figure in own if column.better and figure["method"] != RANDOM]
+            sign = -1 if column.better == "lower" else 1
+            best = max(rivals, key=lambda figure: sign * figure["value"])["method"] if rivals else None
+            for figure in own:
+                entry = {"run": name, **{k: figure[k] for k in ("method", "metric", "value", "low", "high", "images")}}
+                entry |= {"better": column.better, "mark": None}
+                if figure["method"] == best:
+                    entry["mark"] = BEST
+                elif best is not None and figure in rivals:
+                    pair = measured[figure["method"]], measured[best]
+                    behind = difference(*pair, metric, column.statistic, run.config.seed)
+                    entry |= {"behind": behind}
+                    if behind and behind["low"] <= 0 <= behind["high"]:
+                        entry["mark"] = LEVEL
+                entries.append(entry)
+    return entries
+
+
+def mean_ranks(figures: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Each method's rank in the columns of a run (1 is the best, equals share theirs), averaged first over these and
+    then over the runs that the method is in: every yardstick counts once. Without `random`, and without columns of
+    which no direction is better."""
+    ranks: dict[str, dict[str, list[float]]] = {}
+    columns: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for figure in figures:
+        if figure["better"] and figure["method"] != RANDOM:
+            columns.setdefault((figure["run"], figure["metric"]), []).append(figure)
+    for (run, _), column in columns.items():
+        sign = -1 if column[0]["better"] == "higher" else 1
+        values = sign * np.array([figure["value"] for figure in column])
+        for figure, value in zip(column, values, strict=True):
+            rank = (values < value).sum() + ((values == value).sum() + 1) / 2
+            ranks.setdefault(figure["method"], {}).setdefault(run, []).append(float(rank))
+    return {method: fmean(map(fmean, runs.values())) for method, runs in ranks.items()}
+
+
+def pareto(cost: np.ndarray, gain: np.ndarray) -> np.ndarray:
+    """Which of n points are on the front [n]: no other one costs at most as much and gains at least as much, and is
+    better in one of the two."""
+    no_worse = (cost <= cost[:, None]) & (gain >= gain[:, None])  # [n, other]
+    better = (cost < cost[:, None]) | (gain > gain[:, None])
+    return np.asarray(~(no_worse & better).any(1))
+
+
+def _methods(
+    config: LeaderboardConfig, figures: Sequence[Mapping[str, Any]], speeds: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """What is said of every method beside its figures; the best mean rank comes first."""
+    ranks = mean_ranks(figures)
+    shown = {f["method"]: f for f in figures if (f["run"], f["metric"]) == tuple(config.faithfulness)}
+    names = [name for name in config.rows if name in shown]
+    sign = -1 if any(figure["better"] == "lower" for figure in shown.values()) else 1
+    cost = np.array([1 / speeds[name] for name in names])
+    front = pareto(cost, sign * np.array([shown[name]["value"] for name in names]))
+    on_front = {name for name, is_on in zip(names, front, strict=True) if is_on}
+    methods = [
+        {
+            "name": name,
+            "method": row.method,
+            "options": dict(row.options),
+            "passes": METHODS[row.method].passes,
+            "images_per_second": speeds[name],
+            "mean_rank": ranks.get(name),
+            "pareto": name in on_front,
+        }
+        for name, row in config.rows.items()
+    ]
+    return sorted(methods, key=lambda method: (method["mean_rank"] is None, method["mean_rank"]))
+
+
+def _described(
+    config: LeaderboardConfig, made: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    runs = []
+    for run in config.runs:
+        said = results[run.name]["run"]
+        entry = {"name": run.name, "task": run.task, "options": dict(run.options), "data": said["data"]}
+        runs.append({**entry, "skipped": said["skipped"]["count"]})
+    size = config.runs[0].batch_size
+    return {"name": config.name, "faithfulness": list(config.faithfulness), "batch_size": size, "runs": runs, **made}
+
+
+# ---- the table and the picture --------------------------------------------------------------------------------------
+
+ARROWS = {"higher": "↑", "lower": "↓", None: ""}
+STYLES = {BEST: "**{}**", LEVEL: "*{}*", None: "{}"}
+LEGEND = """In each column **bold** is the best figure, and *slanted* are those whose paired difference to it has a
+95 % interval that includes zero; arrows say which direction is better. Passes are forward (F) and backward (B) passes
+of the model for a map with the method's default options. The mean rank averages a method's rank over the columns of a
+yardstick, and these over the yardsticks that it was measured by: it depends on who else takes part, and is no figure
+of faithfulness."""
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """`leaderboard.md`: a line per method; intervals stand in the tables of the runs."""
+    run, figures = found["run"], found["rows"]
+    columns = list(dict.fromkeys((figure["run"], figure["metric"]) for figure in figures))
+    metrics = [metric for _, metric in columns]
+    task = {entry["name"]: TASKS[entry["task"]] for entry in run["runs"]}
+    better = {(figure["run"], figure["metric"]): figure["better"] for figure in figures}
+    cells = {(f["method"], f["run"], f["metric"]): f for f in figures}
+
+    def head(name: str, metric: str) -> str:
+        full = metric if metrics.count(metric) == 1 else f"{name}: {metric}"
+        return in_table(f"{full.replace('_', ' ')} {ARROWS[better[name, metric]]}".strip())
+
+    def shown(method: str, column: tuple[str, str]) -> str:
+        figure = cells.get((method, *column))
+        digits = task[column[0]].columns[column[1]].digits
+        return "" if figure is None else STYLES[figure["mark"]].format(f"{figure['value']:.{digits}f}")
+
+    data = [
+        f"{entry['name']}: {entry['data']['examples']} images of {entry['data']['name']}, {entry['skipped']} skipped"
+        for entry in run["runs"]
+    ]
+    heads = [*(head(*column) for column in columns), "passes", "images/s", "mean rank"]
+    lines = [f"# {run['name']}", "", f"{run['model']['name']}. {'; '.join(data)}.", "", LEGEND, ""]
+    lines += [f"Images per second: {run['device']}, batches of {run['batch_size']}.", ""]
+    lines += [f"| method | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}"]
+    for method in found["methods"]:
+        rank = "" if method["mean_rank"] is None else f"{method['mean_rank']:.1f}"
+        own = [method["passes"], f"{method['images_per_second']:.3g}", rank]
+        row = [in_table(method["name"]), *(shown(method["name"], column) for column in columns), *own]
+        lines.append(f"| {' | '.join(row)} |")
+    lines.append(f"| {' | '.join([RANDOM, *(shown(RANDOM, column) for column in columns), '', '', ''])} |")
+    return document(lines)
+
+
+def draw(found: Mapping[str, Any]) -> "Figure":
+    """The picture: the faithfulness of the methods with its intervals over the seconds that a map takes, and the
+    front of those that no other one beats in both."""
+    from matplotlib.figure import Figure
+
+    name, metric = found["run"]["faithfulness"]
+    figures = {f["method"]: f for f in found["rows"] if (f["run"], f["metric"]) == (name, metric)}
+    methods = sorted(
+        (method for method in found["methods"] if method["name"] in figures),
+        key=lambda method: figures[method["name"]]["value"],
+        reverse=(better := next(iter(figures.values()))["better"]) == "higher",
+    )
+    height = max(4.0, 0.2 * len(methods) + 1)
+    figure = Figure(layout="constrained", dpi=120, figsize=(9, height))
+    axes = figure.add_subplot()
+    for place, method in enumerate(methods):
+        own = figures[method["name"]]
+        x, y = 1 / method["images_per_second"], own["value"]
+        colour = "tab:red" if method["pareto"] else "tab:grey"
+        axes.errorbar(x, y, [[y - own["low"]], [own["high"] - y]], fmt="o", color=colour, elinewidth=0.8, markersize=4)
+        axes.annotate(  # the names stand in order at the right, each with a line to its point
+            method["name"],
+            (x, y),
+            (1.06, 1 - (place + 0.5) / len(methods)),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=8,
+            parse_math=False,
+            color=colour if method["pareto"] else "black",
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.4, "shrinkA": 0, "relpos": (0, 0.5)},
+        )
+    front = sorted((1 / m["images_per_second"], figures[m["name"]]["value"]) for m in methods if m["pareto"])
+    if front:
+        axes.step(*zip(*front, strict=True), where="post", color="tab:red", linewidth=1, label="Pareto front")
+    if RANDOM in figures:
+        axes.axhline(figures[RANDOM]["value"], color="grey", linestyle="--", linewidth=1, label=RANDOM)
+    axes.set_xscale("log")
+    if better == "lower":
+        axes.invert_yaxis()
+    axes.set(xlabel="seconds per image", ylabel=f"{metric.replace('_', ' ')} ({better} is better)")
+    axes.set_title(f"{found['run']['name']}: faithfulness against cost", parse_math=False)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return figure
