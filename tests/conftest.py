@@ -15,10 +15,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # that: it runs itself with this variable set, on the programs that users run.)
 if "TEST_OPTIMISED" not in os.environ:
     jax.config.update("jax_disable_most_optimizations", True)
-    if tuple(map(int, jaxlib.__version__.split(".")[:2])) < (
-        0,
-        11,
-    ):  # an unknown flag ends the process, and later versions were not tried
+    # An unknown flag ends the process, and later versions were not tried.
+    if tuple(map(int, jaxlib.__version__.split(".")[:2])) < (0, 11):
         flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background jobs of a shell; tests press Ctrl-C
@@ -26,6 +24,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background jo
 jax.config.update("jax_num_cpu_devices", 8)  # for the tests of sharding
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+
+
+CHEAP = {  # options of methods that take many passes
+    "smooth_grad": {"samples": 2},
+    "integrated_gradients": {"steps": 2},
+    "beyond_intuition": {"steps": 2},
+    "rise": {"samples": 6},
+    "shapley": {"pairs": 2},
+    "combination": {"methods": "gae,grad_cam"},
+}
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +61,20 @@ def deit(shared):
     import tokentm_jax as tm
 
     return tm.load("deit_tiny_patch16_224", shared / "data/deit_tiny_patch16_224.safetensors")
+
+
+@pytest.fixture(scope="session")
+def small():
+    """(module, params, image): every array of the model is random and float64, biases and norms too."""
+    from tokentm_jax.models.vit import ViT, init_params
+
+    module = ViT(img_size=(4, 6), patch_size=2, embed_dim=8, depth=2, num_heads=2, num_classes=4)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda key: init_params(module, key), jax.random.key(0))
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, s: rng.normal(size=s.shape) * 0.4 + (path[-1].key == "scale"), shapes
+    )
+    return module, params, rng.normal(size=(4, 6, 3))
 
 
 def tiny_vit(depth):

@@ -10,21 +10,8 @@ import tokentm_jax as tm
 from tokentm_jax.maths.primitives import PLAIN
 from tokentm_jax.maths.relevance import attn_lrp, conservative
 from tokentm_jax.methods.explain import explain_fn
-from tokentm_jax.models.vit import ViT, init_params
 
 TARGET = 2
-
-
-@pytest.fixture(scope="module")
-def small():
-    """(module, params, image): every array of the model is random and float64, biases and norms too."""
-    module = ViT(img_size=(4, 6), patch_size=2, embed_dim=8, depth=2, num_heads=2, num_classes=4)
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda key: init_params(module, key), jax.random.key(0))
-    params = jax.tree_util.tree_map_with_path(
-        lambda path, s: rng.normal(size=s.shape) * 0.4 + (path[-1].key == "scale"), shapes
-    )
-    return module, params, rng.normal(size=(4, 6, 3))
 
 
 def run(small, method, details=False, **options):

@@ -4,19 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import CHEAP
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import tokentm_jax as tm
 from tokentm_jax.methods.table import METHODS
 
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
-OPTIONS = {
-    "smooth_grad": {"samples": 2},
-    "integrated_gradients": {"steps": 2},
-    "beyond_intuition": {"steps": 2},
-    "rise": {"samples": 6},
-    "shapley": {"pairs": 2},
-}
 QUICK = ("tokentm", "rollout")
 CASES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in METHODS]
 
@@ -38,7 +32,7 @@ def error(found, expected):
 @pytest.mark.parametrize("method", CASES)
 def test_a_sharded_batch_needs_no_collective(model, method, kind):
     vit, params, inputs, target = model
-    explain = tm.explain_fn(vit, method, **OPTIONS.get(method, {}))
+    explain = tm.explain_fn(vit, method, **CHEAP.get(method, {}))
     expected = jax.jit(explain)(params, inputs, target)
     mesh = jax.make_mesh((8,), ("batch",), axis_types=(kind,))
     with jax.set_mesh(mesh):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import CHEAP
 
 import tokentm_jax as tm
 from tokentm_jax.methods.explain import explain_fn
@@ -11,14 +12,6 @@ from tokentm_jax.methods.table import METHODS
 from tokentm_jax.models.vit import ViT, init_params
 
 FIELDS = {"img_size": (8, 12), "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2, "num_classes": 3}
-OPTIONS = {
-    "smooth_grad": {"samples": 2},
-    "integrated_gradients": {"steps": 2},
-    "beyond_intuition": {"steps": 2},
-    "rise": {"samples": 6},
-    "shapley": {"pairs": 2},
-    "combination": {"methods": "gae,grad_cam"},
-}
 RULED = {"lrp", "partial_lrp", "transformer_attribution", "conservative_lrp", "attn_lrp", "res_lrp"}
 RULED |= {"tokentm_mix"} | {name for name in METHODS if name.startswith("libra_")}
 QUICK = ("tokentm", "rollout", "attcat", "legrad", "lrp", "conservative_lrp")
@@ -73,7 +66,7 @@ def models():
 def test_a_subclass_is_explained_or_refused(models, method):
     params, images, same = models
     target = jnp.array([0, 2], jnp.int32)
-    explain = lambda kind: explain_fn(kind(**FIELDS), method, **OPTIONS.get(method, {}))  # noqa: E731
+    explain = lambda kind: explain_fn(kind(**FIELDS), method, **CHEAP.get(method, {}))  # noqa: E731
     refused = {OwnParts: method in RULED, OwnPass: method in RULED or method in ("legrad", "token_dropping")}
     for kind, refuses in refused.items():
         if refuses:

@@ -23,7 +23,7 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-from common import named_vit, names, parser, publish, table
+from common import hand_flops, named_vit, names, parser, publish, table
 from ratios import forward, forward_backward
 
 import tokentm_jax as tm
@@ -78,23 +78,6 @@ PROGRAMS: dict[str, tuple[Callable[[ViT], Any], int, int]] = {
 
 
 # ---- by hand --------------------------------------------------------------------------------------------------------
-
-
-def hand_flops(module: ViT, forwards: int, backwards: int) -> float:
-    """Products of matrices of one image, a multiplication and an addition each.
-
-    The backward pass, to the tokens and to no weight, costs a linear map as much as the forward pass and a product of
-    two activations twice as much; the patch embedding has none.
-    """
-    d, hidden = module.embed_dim, int(module.embed_dim * module.mlp_ratio)
-    patches = module.grid[0] * module.grid[1]
-    n = module.prefix + patches
-    linear = 2 * n * d * (3 * d + d + 2 * hidden)
-    products = 2 * 2 * n * n * d
-    embedding = 2 * patches * 3 * module.patch_size**2 * d
-    head = 2 * d * module.num_classes
-    blocks = module.depth * (forwards * (linear + products) + backwards * (linear + 2 * products))
-    return blocks + forwards * (embedding + head) + backwards * head
 
 
 def hand_bytes(module: ViT, forwards: int, backwards: int, batch: int) -> float:

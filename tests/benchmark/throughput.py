@@ -21,7 +21,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import SHARED, alternate, named_vit, names, numbers, parser, publish, random_images, spread, table
+from common import (
+    SHARED,
+    alternate,
+    hand_flops,
+    named_vit,
+    names,
+    numbers,
+    parser,
+    publish,
+    random_images,
+    spread,
+    table,
+)
 
 import tokentm_jax as tm
 from tokentm_jax import metrics
@@ -49,18 +61,6 @@ PEAKS = {
     "A100": {"bfloat16": 312, "tf32": 156, "float32": 19.5},
 }
 ALONE = "PyTorch is left out: this Python lacks torch or timm (`pip install torch timm`)."
-
-
-def flops(module: ViT) -> float:
-    """Of one image, forward and backward to the tokens; a linear map costs the backward pass as much as the forward
-    pass, a product of two activations twice as much, and the patch embedding nothing."""
-    d, hidden = module.embed_dim, int(module.embed_dim * module.mlp_ratio)
-    patches = module.grid[0] * module.grid[1]
-    n = module.prefix + patches
-    linear = 2 * n * d * (3 * d + d + 2 * hidden)
-    products = 2 * 2 * n * n * d
-    embedding = 2 * patches * 3 * module.patch_size**2 * d
-    return module.depth * (2 * linear + 3 * products) + embedding + 2 * 2 * d * module.num_classes
 
 
 def peak(kind: str) -> tuple[float, str]:
@@ -141,7 +141,11 @@ def measure(
             for side in (JAX, TORCH):
                 found = times.get((side, method))
                 rate = None if found is None else batch / float(np.median(found))
-                row += ["-", "-"] if rate is None else [f"{rate:.4g}", f"{100 * rate * flops(module) / limit:.0f}"]
+                row += (
+                    ["-", "-"]
+                    if rate is None
+                    else [f"{rate:.4g}", f"{100 * rate * hand_flops(module, 1, 1) / limit:.0f}"]
+                )
             ratio = spread(times[TORCH, method] / times[JAX, method]) if method in both else "-"
             alike = "{:.4f}; {:.0e}".format(*agreed[method]) if method in both else "-"
             rows.append([*row, ratio, alike])
