@@ -1,7 +1,9 @@
 """The perturbation family: against exact Shapley values by enumeration, and slow loops over a NumPy ViT in float64."""
 
+import dataclasses
 import itertools
 import math
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -19,18 +21,6 @@ from tokentm_jax.models.vit import ViT, init_params
 TARGET = 2
 GRID, N = (2, 3), 6
 FULL = (1,) * N
-
-
-@pytest.fixture(scope="module")
-def small():
-    """(module, params, image): every array of the model is random and float64, biases and norms too."""
-    module = ViT(img_size=(4, 6), patch_size=2, embed_dim=8, depth=2, num_heads=2, num_classes=4)
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda key: init_params(module, key), jax.random.key(0))
-    params = jax.tree_util.tree_map_with_path(
-        lambda path, s: rng.normal(size=s.shape) * 0.4 + (path[-1].key == "scale"), shapes
-    )
-    return module, params, rng.normal(size=(4, 6, 3))
 
 
 def run(small, method, **options):
@@ -122,6 +112,18 @@ def test_black_is_that_of_the_models_normalisation():
         changed[:, y : y + 8, x : x + 8] = 0
         own = np.take_along_axis(details["logits"] - answers(changed), np.asarray(details["target"])[:, None], 1)[:, 0]
         np.testing.assert_allclose(maps.reshape(2, N)[:, j], own, rtol=1e-3, atol=1e-5)
+
+
+def test_an_option_of_ones_own_is_left_alone(monkeypatch):
+    """A method outside of this family may have an option `fill` that means something else."""
+
+    def uniform(module, params, inputs, target, *, fill: Literal["black", "red"] = "red"):
+        details = tm.capture(module, params, inputs, target, []).details()
+        return jnp.full((len(inputs), *module.grid), float(fill == "black")), details
+
+    monkeypatch.setitem(tm.METHODS, "uniform", dataclasses.replace(tm.METHODS["gae"], function=uniform, options=None))
+    vit = tiny_vit(2)
+    assert (tm.explain(vit, np.zeros((1, 16, 24, 3), np.float32), "uniform", fill="black") == 1).all()
 
 
 @pytest.mark.parametrize("window", [1, 2])

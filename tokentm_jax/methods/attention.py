@@ -30,7 +30,7 @@ from tokentm_jax.maths.tokentm import (
     token_length,
     transformed_attention,
 )
-from tokentm_jax.methods.stream import Memory, backward, forward, replaced, streams
+from tokentm_jax.methods.stream import Memory, backward, forward, replaced, require_streams, streams
 from tokentm_jax.models.capture import Trace, capture, class_logits, zero_perturbations
 
 OFF = TokenTM(length=False, direction="none", initialise=False, ffn=False)  # GAE
@@ -208,11 +208,7 @@ def attcat(module: nn.Module, params: Any, inputs: Array, target: Array | None) 
 
 def legrad(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
     """LeGrad (Bousselham et al., 2024): `sum_l mean_{h,q} relu(d s_l / d A_l)`, s_l read from block l's output."""
-    if not streams(module):
-        raise InputError(
-            f"the method 'legrad' reads every block's tokens through the head, so it needs a module with the forward "
-            f"pass of tm.ViT; {type(module).__name__} has its own"
-        )
+    require_streams(module, "the method 'legrad' reads every block's tokens through the head")
     trace = capture(module, params, inputs, target, ["tokens"])
     of_block = legrad_of_block(module, params, trace.target)
     start = jnp.zeros_like(wide(trace.tokens[0, ..., 0]))

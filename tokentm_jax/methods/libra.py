@@ -14,13 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from tokentm_jax.errors import InputError
 from tokentm_jax.maths.maps import token_map
 from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.relevance import conservative, with_factor_on_biases
 from tokentm_jax.methods.attention import Block, Details, Explanation, attcat, gae, grad_cam
 from tokentm_jax.methods.lrp import ruled
-from tokentm_jax.methods.stream import Memory, streams
+from tokentm_jax.methods.stream import Memory, require_streams
 from tokentm_jax.models.capture import class_logits
 
 RULES = conservative("identity")
@@ -34,8 +33,7 @@ def libra_full_grad(module: nn.Module, params: Any, inputs: Array, target: Array
     less the logit.
     """
     ruled(module, RULES)  # refuses a module whose steps have no rules
-    if not streams(module):
-        raise InputError("the method 'libra_full_grad' goes block by block, so it needs a tm.ViT")
+    require_streams(module, "the method 'libra_full_grad' goes block by block")
     block, depth = module.block(), module.depth
     embedded = module.apply({"params": params}, inputs, method="embed")
     readout = jnp.asarray(module.readout, wide(embedded).dtype)

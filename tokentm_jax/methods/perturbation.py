@@ -7,7 +7,7 @@ else of the batch.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from annotated_types import Ge, Gt, Le, Lt
 from jax import Array
 
-from tokentm_jax.data.preprocessing import IMAGENET
+from tokentm_jax.data.preprocessing import IMAGENET, Preprocessing
 from tokentm_jax.errors import InputError
 from tokentm_jax.maths.perturbation import (
     blur,
@@ -31,14 +31,18 @@ from tokentm_jax.maths.perturbation import (
 )
 from tokentm_jax.maths.primitives import wide
 from tokentm_jax.methods.gradient import MOST, Explanation
-from tokentm_jax.methods.stream import streams
+from tokentm_jax.methods.stream import require_streams
 from tokentm_jax.models.capture import class_logits
 
 Count = Annotated[int, Ge(1), Le(MOST)]
 Chunk = Annotated[int, Ge(1), Le(4096)]
 Seed = Annotated[int, Ge(0), Lt(2**31)]
 Value = Literal["logit", "probability"]
-BLACK = tuple(-mean / std for mean, std in zip(IMAGENET["mean"], IMAGENET["std"], strict=True))
+
+
+def _black(mean: Sequence[float], std: Sequence[float]) -> tuple[float, ...]:
+    """The colour that black has after normalisation."""
+    return tuple(-m / s for m, s in zip(mean, std, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +60,16 @@ class Removal:
 
     value: Value = "logit"
     fill: Literal["mean", "black", "blur"] = "mean"
-    black: tuple[float, ...] = BLACK
+    black: tuple[float, ...] = _black(**IMAGENET)
     patch: Annotated[int, Ge(1)] | None = None
     chunk: Chunk = 8
+
+
+def with_black(options: Mapping[str, Any], preprocessing: Preprocessing) -> Mapping[str, Any]:
+    """Options of `Removal` with the colour that black has after this preprocessing, where it is asked for."""
+    if options.get("fill") != "black" or "black" in options:
+        return options
+    return {**options, "black": _black(preprocessing.mean, preprocessing.std)}
 
 
 class Game(NamedTuple):
@@ -183,11 +194,7 @@ def token_dropping(
     The other tokens keep their position embeddings. The embedding is computed once. Options are those of `occlusion`.
     Raises InputError for a module whose forward pass is not that of `ViT`.
     """
-    if not streams(module):
-        raise InputError(
-            f"the method 'token_dropping' takes tokens out of the sequence, so it needs a module with the forward "
-            f"pass of tm.ViT; {type(module).__name__} has its own"
-        )
+    require_streams(module, "the method 'token_dropping' takes tokens out of the sequence")
     removed = _windows(module.grid, window, stride)
     left = removed.shape[1] - window * window
     if not left:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from tokentm_jax.errors import InputError
 from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.tokentm import (
     Blocks,
@@ -55,6 +56,13 @@ def replaced(module: Any, names: Iterable[str]) -> list[str]:
 def streams(module: Any) -> bool:
     """Whether the forward pass is known to be that of `ViT`. Of any other module only what it shows is known."""
     return isinstance(module, ViT) and not replaced(module, FORWARD)
+
+
+def require_streams(module: Any, reason: str) -> None:
+    """InputError "{reason}, so it needs ..." for a module whose forward pass is not known."""
+    if not streams(module):
+        name = type(module).__name__
+        raise InputError(f"{reason}, so it needs a module with the forward pass of tm.ViT; {name} has its own")
 
 
 def forward(

@@ -42,6 +42,7 @@ class Method:
     differentiable: bool = True  # whether a map's own derivative is true (not where a rule holds values constant)
     options: type | None = None  # a frozen dataclass of options, where the function takes one
     classless: Callable[[Mapping[str, Any]], bool] | None = None  # the options with which the class does not matter
+    suit: Callable[[Mapping[str, Any], Preprocessing], Mapping[str, Any]] | None = None  # see `suited`
 
     @property
     def summary(self) -> str:
@@ -65,11 +66,8 @@ class Method:
         return check_options(f"the method {name!r}", self.known(), options)
 
     def suited(self, options: Mapping[str, Any], preprocessing: Preprocessing) -> dict[str, Any]:
-        """The options, with the colour that black has after this normalisation where the method asks for it."""
-        if options.get("fill") != "black" or "black" in options:
-            return dict(options)
-        black = tuple(-mean / std for mean, std in zip(preprocessing.mean, preprocessing.std, strict=True))
-        return {**options, "black": black}
+        """The options for a model with this preprocessing, where the method has one that depends on it."""
+        return dict(options if self.suit is None else self.suit(options, preprocessing))
 
     def bind(self, name: str, options: Mapping[str, Any]) -> Callable[..., Explanation]:
         """The function with its options checked and bound. Raises InputError as `check`, and for choices at odds."""
@@ -146,6 +144,9 @@ def _classless(options: Mapping[str, Any]) -> bool:
     return not any(METHODS[name].looks_at_class({}) for name in _members(options.get("methods", "tokentm")))
 
 
+# Methods that remove pixels, and ask what black is.
+_removal = partial(Method, options=Removal, suit=perturbation.with_black)
+
 METHODS: dict[str, Method] = {
     "tokentm": Method(
         attention.tokentm,
@@ -178,11 +179,11 @@ METHODS: dict[str, Method] = {
     "integrated_gradients": Method(
         gradient.integrated_gradients, "Sundararajan et al., ICML", 2017, "34 F + 33 B", output=PIXELS
     ),
-    "occlusion": Method(perturbation.occlusion, "Zeiler & Fergus, ECCV", 2014, "n + 1 F", options=Removal),
+    "occlusion": _removal(perturbation.occlusion, "Zeiler & Fergus, ECCV", 2014, "n + 1 F"),
     "token_dropping": Method(perturbation.token_dropping, "Jain et al., ICLR", 2022, "n + 1 F"),
-    "rise": Method(perturbation.rise, "Petsiuk et al., BMVC", 2018, "1001 F", options=Removal),
-    "shapley": Method(perturbation.shapley, "Castro et al., COR", 2009, "16 (n - 1) + 2 F", options=Removal),
-    "kernel_shap": Method(perturbation.shapley_by_kernel, "Lundberg & Lee, NeurIPS", 2017, "2002 F", options=Removal),
+    "rise": _removal(perturbation.rise, "Petsiuk et al., BMVC", 2018, "1001 F"),
+    "shapley": _removal(perturbation.shapley, "Castro et al., COR", 2009, "16 (n - 1) + 2 F"),
+    "kernel_shap": _removal(perturbation.shapley_by_kernel, "Lundberg & Lee, NeurIPS", 2017, "2002 F"),
     "tokentm_mix": Method(
         tokentm_mix,
         "named as future work by Wu et al.",
