@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from tokentm_jax.maths.maps import shares
+
 
 def _shares(maps: Array) -> Array:
     """Absolute values as shares of their sum: [B, n]; equal ones for a map of zeros."""
-    size = jnp.abs(maps).reshape(len(maps), -1)
-    total = size.sum(1, keepdims=True)
-    return jnp.where(total > 0, size / jnp.where(total > 0, total, 1), 1 / size.shape[1])
+    found = jnp.abs(shares(maps)).reshape(len(maps), -1)
+    return jnp.where(found.any(1, keepdims=True), found, 1 / found.shape[1])
 
 
 def gini(maps: Array) -> Array:

@@ -59,6 +59,11 @@ def scores(logits: Array, classes: Array, labels: Array) -> dict[str, Array]:
     return {"log_probability": chosen, "hit": logits.argmax(-1) == labels}
 
 
+def probability(predict: Predict, images: Array, classes: Array) -> Array:
+    """Of `classes` [B], for images [B, H, W, C]: [B]."""
+    return jnp.exp(scores(predict(images), classes, jnp.full_like(classes, -1))["log_probability"])
+
+
 def removal(
     predict: Predict,
     images: Array,
@@ -171,18 +176,14 @@ def group_drops(
     # 64 bits are not at hand; h * w * groups stays below 2^31 up to 14,000 x 14,000 pixels.
     group = rank_pixels(maps) * groups // (h * w)
     fill = images.mean((1, 2), keepdims=True)
-    nobody = jnp.full_like(classes, -1)
-
-    def probability(images: Array) -> Array:
-        return jnp.exp(scores(predict(images), classes, nobody)["log_probability"])
 
     def step(k: Array) -> tuple[Array, Array]:
         inside = group == k
         salience = jnp.where(inside, maps, 0).sum((1, 2))
-        return salience, probability(jnp.where(inside[..., None], fill, images))
+        return salience, probability(predict, jnp.where(inside[..., None], fill, images), classes)
 
     salience, without = jax.lax.map(step, jnp.arange(groups, dtype=jnp.int32))
-    return {"salience": salience.T, "drop": (probability(images) - without).T}
+    return {"salience": salience.T, "drop": (probability(predict, images, classes) - without).T}
 
 
 def saco(salience: np.ndarray, drop: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tokentm_jax.metrics.faithfulness import Predict, scores
+from tokentm_jax.metrics.faithfulness import Predict, perturb, probability
 
 
 def max_sensitivity(
@@ -50,19 +50,14 @@ def random_removals(
     """
     _, gh, gw = maps.shape
     count = max(1, round(share * gh * gw))
-    nobody = jnp.full_like(classes, -1)
-
-    def probability(images: Array) -> Array:
-        return jnp.exp(scores(predict(images), classes, nobody)["log_probability"])
 
     def without(key: Array) -> tuple[Array, Array]:
-        removed = (jax.random.permutation(key, jnp.arange(gh * gw)) < count).reshape(gh, gw)
-        relevance = jnp.where(removed, maps, 0).sum((1, 2))
-        pixels = removed.repeat(images.shape[1] // gh, 0).repeat(images.shape[2] // gw, 1)[..., None]
-        return relevance, probability(jnp.where(pixels, jnp.asarray(fill, images.dtype), images))
+        ranks = jax.random.permutation(key, jnp.arange(gh * gw)).reshape(1, gh, gw)
+        relevance = jnp.where(ranks < count, maps, 0).sum((1, 2))
+        return relevance, probability(predict, perturb(images, ranks, count, True, fill), classes)
 
     relevance, left = jax.lax.map(without, jax.random.split(jax.random.key(seed), samples))
-    return {"relevance": relevance.T, "drop": (probability(images) - left).T}
+    return {"relevance": relevance.T, "drop": (probability(predict, images, classes) - left).T}
 
 
 def infidelity(relevance: np.ndarray, drop: np.ndarray) -> np.ndarray:

@@ -305,6 +305,28 @@ CLEAN_FIELDS: Fields = {
 }
 
 
+# ---- options that several tasks have -------------------------------------------------------------------------------
+
+Fill = Literal["black", "blur"]
+AnyFill = Literal["mean", "black", "blur"]
+STEPS = 20
+REMOVALS = 50
+Steps = Annotated[int, Ge(1), Le(1000)]  # each is a forward pass
+Groups = Annotated[int, Ge(2), Le(1000)]
+Samples = Annotated[int, Ge(1), Le(1000)]
+Seed = Annotated[int, Ge(0), Le(LARGEST_SEED)]
+Noise = Annotated[float, Ge(0), Le(10)]
+Radius = Annotated[float, Gt(0), Le(1)]
+Share = Annotated[float, Gt(0), Lt(1)]
+
+
+def _background(inputs: Inputs, fill: AnyFill) -> Array:
+    """What stands in for removed pixels, [3] or [B, H, W, 3]."""
+    if fill == "blur":
+        return metrics.blur(inputs.images)
+    return jnp.asarray(inputs.mean if fill == "mean" else (0.0, 0.0, 0.0), inputs.images.dtype)
+
+
 # ---- perturbation --------------------------------------------------------------------------------------------------
 # Accuracies start at the clean one; probabilities are those of the predicted class, the most relevant pixels removed
 # first.
@@ -360,11 +382,6 @@ def _segmentation_curves(table: Table) -> dict[str, tuple[np.ndarray, np.ndarray
 
 # ---- insertion and deletion ----------------------------------------------------------------------------------------
 
-Fill = Literal["black", "blur"]
-AnyFill = Literal["mean", "black", "blur"]
-STEPS = 20
-Steps = Annotated[int, Ge(1), Le(1000)]  # each is a forward pass
-
 
 def _insertion(
     predict: metrics.Predict, inputs: Inputs, maps: Array, *, fill: Fill = "black", steps: Steps = STEPS
@@ -373,32 +390,21 @@ def _insertion(
     return metrics.insertion_deletion(predict, inputs.images, maps, inputs.classes, background, steps)
 
 
-def _insertion_fields(fill: str = "black", steps: int = STEPS) -> Fields:
+def _two_curves(steps: int = STEPS, **_: Any) -> Fields:
     return {"log_probability": lists_of(LogProbability, 2, steps + 1)}
 
 
-def _insertion_curves(table: Table) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    inserted, deleted = np.exp(table["predicted_log_probability"]).mean(0)
-    x = np.linspace(0, 100, len(inserted))
-    return {"insertion (higher is better)": (x, inserted), "deletion (lower is better)": (x, deleted)}
+def _probability_curves(*titles: str) -> Callable[[Table], dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """Of the two directions of `_two_curves`, with their titles."""
+
+    def curves(table: Table) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        means = np.exp(table["predicted_log_probability"]).mean(0)
+        return {title: (np.linspace(0, 100, len(mean)), mean) for title, mean in zip(titles, means, strict=True)}
+
+    return curves
 
 
 # ---- SaCo ----------------------------------------------------------------------------------------------------------
-
-Groups = Annotated[int, Ge(2), Le(1000)]
-Samples = Annotated[int, Ge(1), Le(1000)]
-Seed = Annotated[int, Ge(0), Le(LARGEST_SEED)]
-Noise = Annotated[float, Ge(0), Le(10)]
-Radius = Annotated[float, Gt(0), Le(1)]
-Share = Annotated[float, Gt(0), Lt(1)]
-REMOVALS = 50
-
-
-def _background(inputs: Inputs, fill: AnyFill) -> Array:
-    """What stands in for removed pixels, [3] or [B, H, W, 3]."""
-    if fill == "blur":
-        return metrics.blur(inputs.images)
-    return jnp.asarray(inputs.mean if fill == "mean" else (0.0, 0.0, 0.0), inputs.images.dtype)
 
 
 def _saco(
@@ -429,25 +435,11 @@ def _srg(
     return metrics.patch_removal(predict, inputs.images, maps, inputs.classes, _background(inputs, fill), steps)
 
 
-def _srg_fields(fill: str = "mean", steps: int = STEPS) -> Fields:
-    return {"log_probability": lists_of(LogProbability, 2, steps + 1)}
-
-
-def _srg_curves(table: Table) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    most, least = np.exp(table["predicted_log_probability"]).mean(0)
-    x = np.linspace(0, 100, len(most))
-    return {"most relevant first (lower is better)": (x, most), "least relevant first (higher is better)": (x, least)}
-
-
 def _road(
     predict: metrics.Predict, inputs: Inputs, maps: Array, *, noise: Noise = 0.01, seed: Seed = 0
 ) -> dict[str, Array]:
     fill = partial(metrics.noisy_linear, noise=noise, seed=seed)
     return metrics.perturbation(predict, inputs.images, maps, inputs.classes, inputs.labels, fill)
-
-
-def _road_fields(noise: float = 0.01, seed: int = 0) -> Fields:
-    return _CURVES
 
 
 # ---- max-sensitivity, infidelity, complexity ------------------------------------------------------------------------
@@ -480,7 +472,7 @@ def _infidelity(
     return metrics.random_removals(predict, inputs.images, maps, inputs.classes, background, samples, share, seed)
 
 
-def _infidelity_fields(fill: str = "mean", samples: int = REMOVALS, share: float = 0.1, seed: int = 0) -> Fields:
+def _infidelity_fields(samples: int = REMOVALS, **_: Any) -> Fields:
     return {"relevance": lists_of(Number, samples), "drop": lists_of(Number, samples)}
 
 
@@ -544,8 +536,12 @@ TASKS: dict[str, Task] = {
                 lambda table: 100 * np.exp(table["predicted_log_probability"][:, 1]), metrics.unit_area, "lower"
             ),
         },
-        _insertion_fields,
-        Plot("pixels changed [%]", "probability", _insertion_curves),
+        _two_curves,
+        Plot(
+            "pixels changed [%]",
+            "probability",
+            _probability_curves("insertion (higher is better)", "deletion (lower is better)"),
+        ),
     ),
     "saco": Task(
         _saco,
@@ -568,8 +564,12 @@ TASKS: dict[str, Task] = {
     "srg": Task(
         _srg,
         {"srg": Column(lambda table: metrics.srg(table["predicted_log_probability"]), better="higher", digits=3)},
-        _srg_fields,
-        Plot("patches removed [%]", "probability", _srg_curves),
+        _two_curves,
+        Plot(
+            "patches removed [%]",
+            "probability",
+            _probability_curves("most relevant first (lower is better)", "least relevant first (higher is better)"),
+        ),
         raw=True,
     ),
     "road": Task(
@@ -578,7 +578,7 @@ TASKS: dict[str, Task] = {
             "road_positive_auc": Column(_hits(POSITIVE), metrics.area, "lower"),
             "road_negative_auc": Column(_hits(NEGATIVE), metrics.area, "higher"),
         },
-        _road_fields,
+        lambda **_: _CURVES,
         Plot("pixels imputed [%]", "accuracy [%]", _perturbation_curves),
         needs="labels",
     ),
