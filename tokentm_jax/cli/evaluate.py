@@ -7,8 +7,7 @@ import click
 
 from tokentm_jax.cli.options import MODELS_HELP, PATH, TEXT, class_names, make_folder, start_jax
 from tokentm_jax.cli.recipes import read_recipe
-from tokentm_jax.cli.terminal import complain, running_table
-from tokentm_jax.errors import printable
+from tokentm_jax.cli.terminal import complain, running_table, show_results
 
 
 @click.command()
@@ -47,10 +46,9 @@ def evaluate(
     Example:
       tokentm evaluate configs/perturbation.py --methods tokentm,gae --limit 100
     """
-    from tokentm_jax.data.sources import open_source
     from tokentm_jax.metrics.tasks import EvaluateConfig, check, select
     from tokentm_jax.models.loading import load
-    from tokentm_jax.runs.evaluate import evaluate
+    from tokentm_jax.runs.evaluate import evaluate, examples
     from tokentm_jax.runs.store import open_maps
 
     config = read_recipe(recipe, EvaluateConfig)
@@ -65,8 +63,7 @@ def evaluate(
     check(config)
     start_jax()
     stored = [open_maps(path) for path in maps]
-    drawn = None if config.limit is None else config.seed
-    source = open_source(config.data, limit=config.limit, seed=drawn, half=config.half)
+    source = examples(config)
     vit = load(config.model, config.checkpoint, class_names=classes)
     folder = out or Path("runs") / config.name
     make_folder(folder)
@@ -77,6 +74,4 @@ def evaluate(
         complain(f"skipped: {sentence}")
     if skipped["count"]:
         click.echo(f"{skipped['count']} images were skipped", err=True)
-    for line in (folder / "results.md").read_text(encoding="utf-8").splitlines():
-        click.echo(printable(line))
-    click.echo(f"The results are in {printable(folder)}")
+    show_results(folder / "results.md")

@@ -7,8 +7,7 @@ import click
 
 from tokentm_jax.cli.options import PATH, TEXT, class_names, make_folder, start_jax
 from tokentm_jax.cli.recipes import read_recipe
-from tokentm_jax.cli.terminal import running_table
-from tokentm_jax.errors import printable
+from tokentm_jax.cli.terminal import running_table, show_results
 
 
 @click.command()
@@ -59,6 +58,4 @@ def leaderboard(
     folder = out or Path("runs") / config.name
     make_folder(folder)
     leaderboard(config, vit, folder, stores, running_table)
-    for line in (folder / "leaderboard.md").read_text(encoding="utf-8").splitlines():
-        click.echo(printable(line))
-    click.echo(f"The results are in {printable(folder)}")
+    show_results(folder / "leaderboard.md")

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
@@ -15,6 +16,13 @@ from tokentm_jax.errors import InputError, printable
 
 def complain(sentence: str) -> None:
     click.echo(f"Error: {printable(' '.join(sentence.split()))}", err=True)
+
+
+def show_results(table: Path) -> None:
+    """Print the Markdown table of a finished run, and where it lies."""
+    for line in table.read_text(encoding="utf-8").splitlines():
+        click.echo(printable(line))
+    click.echo(f"The results are in {printable(table.parent)}")
 
 
 def console() -> Console:

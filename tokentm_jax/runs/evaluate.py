@@ -14,7 +14,7 @@ from jax import Array
 from tokentm_jax import metrics
 from tokentm_jax.data.labels import read_label_map, translation
 from tokentm_jax.data.preprocessing import Preprocessing
-from tokentm_jax.data.sources import Source, batches
+from tokentm_jax.data.sources import Source, batches, open_source
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import reason, require_ours, write_json, write_text
 from tokentm_jax.identity import claimed, describe_model, digest, environment, write_png
@@ -181,6 +181,12 @@ Report = Callable[[int, int, Callable[[], list[dict[str, Any]]]], None]
 
 
 RESULTS = ("results.json", "results.md", "curves.png")
+
+
+def examples(config: EvaluateConfig) -> Source:
+    """The data that an evaluation is of. InputError as for `open_source`."""
+    seed = None if config.limit is None else config.seed
+    return open_source(config.data, limit=config.limit, seed=seed, half=config.half)
 
 
 def evaluate(

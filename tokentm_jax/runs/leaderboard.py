@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from annotated_types import Len
 
-from tokentm_jax.data.sources import Source, open_source
+from tokentm_jax.data.sources import Source
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.files import require_ours, write_json, write_text
 from tokentm_jax.identity import claimed, describe_model, digest, environment, write_png
@@ -27,7 +27,7 @@ from tokentm_jax.metrics import tasks
 from tokentm_jax.metrics.tasks import RANDOM, TASKS, EvaluateConfig, Row
 from tokentm_jax.models.loading import LoadedViT
 from tokentm_jax.runs.dataset import DatasetConfig, explain_dataset
-from tokentm_jax.runs.evaluate import Report, evaluate
+from tokentm_jax.runs.evaluate import Report, evaluate, examples
 from tokentm_jax.runs.records import KEPT, record_file
 from tokentm_jax.runs.report import Finished, difference, document, in_table, open_finished
 from tokentm_jax.runs.store import Maps, open_maps
@@ -125,7 +125,7 @@ def leaderboard(
       InputError: as `check` and `evaluate` do, and for stores that are of no run.
     """
     config = check(config)
-    sources = {run.name: _source(run) for run in config.runs}
+    sources = {run.name: examples(run) for run in config.runs}
     given = {run.name: [store for store in maps if _is_of(store, run, sources[run.name])] for run in config.runs}
     for store in maps:
         if not any(store in own for own in given.values()):
@@ -154,10 +154,6 @@ def leaderboard(
 
 
 # ---- maps that several runs need ------------------------------------------------------------------------------------
-
-
-def _source(run: EvaluateConfig) -> Source:
-    return open_source(run.data, limit=run.limit, seed=None if run.limit is None else run.seed, half=run.half)
 
 
 def _is_of(store: Maps, run: EvaluateConfig, source: Source) -> bool:

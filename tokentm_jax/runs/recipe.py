@@ -48,22 +48,16 @@ class TrainConfig:
     ema_decay: NotAll = 0.999
     crop_padding: Annotated[int, Ge(0), Le(1024)] = 4
     flip: bool = True
-    crop_area: Annotated[tuple[PositiveShare, PositiveShare], Lax] | None = (
-        None  # (least, most) of random resized crops
-    )
+    crop_area: Annotated[tuple[PositiveShare, PositiveShare], Lax] | None = None  # least and most of random crops
     affine_colour: Share = 0.0  # strength of random affine and colour changes
-    rand_augment: Annotated[tuple[Operations, Magnitude], Lax] | None = (
-        None  # (operations, magnitude), the paper's N, M
-    )
+    rand_augment: Annotated[tuple[Operations, Magnitude], Lax] | None = None  # the paper's N and M
     cutmix: Share = 0.0  # probability that a batch is mixed by CutMix ...
     mixup: Share = 0.0  # ... or by Mixup
     patch_drop: NotAll = 0.0  # share of patches left out ...
     patch_drop_epochs: NotNegative = 0.0  # ... in the first so many epochs
     mimetic_init: bool = False
     fine_tune: Annotated[tuple[Text, Text], Lax] | None = None  # (model name, checkpoint) to start from
-    teacher: Annotated[tuple[Text | None, Text | None], Lax] | None = (
-        None  # (model, checkpoint), as `tm.load` takes them
-    )
+    teacher: Annotated[tuple[Text | None, Text | None], Lax] | None = None  # model and checkpoint, as for `tm.load`
     teacher_weight: Share = 0.5  # of its answers, beside the labels
     temperature: Positive = 1.0  # of both answers
     teacher_views: Annotated[int, Ge(0), Le(10_000)] = 0  # of each photo, which it sees once; 0: it sees every batch
