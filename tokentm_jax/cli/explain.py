@@ -18,6 +18,7 @@ from tokentm_jax.errors import InputError, suggest
 @click.option("--checkpoint", type=PATH, help="Weights; default: the shipped model.")
 @click.option("--method", default="tokentm", show_default=True, help="A method, several as a,b,c, or 'all'.")
 @click.option("--target", help="Class to explain, by number or name; default: each photo's predicted class.")
+@click.option("--versus", metavar="CLASS", help="Explain why the class, and not this other one.")
 @click.option("--out", type=PATH, default="explanations", show_default=True, help="Folder.")
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Option of the method; repeatable.")
 @click.option("--batch-size", type=click.IntRange(1, 1024), default=8, show_default=True)
@@ -29,6 +30,7 @@ def explain(
     checkpoint: Path | None,
     method: str,
     target: str | None,
+    versus: str | None,
     out: Path,
     options: tuple[str, ...],
     batch_size: int,
@@ -46,6 +48,7 @@ def explain(
       tokentm explain cat.jpg
       tokentm explain photos/ --model deit_tiny_patch16_224 --checkpoint deit_tiny.safetensors
       tokentm explain cat.jpg --method tokentm,rollout,gae --target "tabby cat"
+      tokentm explain cat.jpg --versus dog
       tokentm explain cat.jpg --option ffn=false --json
     """
     from rich.progress import Progress
@@ -62,7 +65,9 @@ def explain(
         METHODS[name].bind(name, settings)  # an unknown option is noticed before any work
     start_jax()
     vit = load(model, checkpoint, class_names=classes)
-    class_index = None if target is None else vit.class_index(target)
+    class_index, other = (None if name is None else vit.class_index(name) for name in (target, versus))
+    if other is not None and other == class_index:
+        raise InputError(f"--target and --versus are the same class, {vit.class_name(other)!r}")
     make_folder(out)
 
     results: dict[str, dict[str, Any]] = {}
@@ -79,7 +84,7 @@ def explain(
     with Progress(console=Console(stderr=True), transient=True, disable=not Console(stderr=True).is_terminal) as bar:
         task = bar.add_task("Explaining", total=len(paths))
         for sheet, batch in zip(sheets, batches, strict=True):
-            writer = Writer(vit, chosen, settings, class_index, out, names, sheet, min(batch_size, len(paths)))
+            writer = Writer(vit, chosen, settings, class_index, other, out, names, sheet, min(batch_size, len(paths)))
             writer.write(batch, results, skip_unfit=method == "all")
             bar.advance(task, len(batch))
 

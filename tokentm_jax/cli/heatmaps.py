@@ -32,6 +32,7 @@ class Writer:
     methods: list[str]
     options: dict[str, Any]
     target: int | None
+    versus: int | None
     out: Path
     names: dict[Path, str]
     sheet: str
@@ -42,6 +43,7 @@ class Writer:
         import numpy as np
 
         from tokentm_jax.data.photos import fit, open_photo, view
+        from tokentm_jax.maths.scores import Versus
         from tokentm_jax.methods.explain import explain
 
         good, inputs, views = [], [], []
@@ -58,11 +60,12 @@ class Writer:
         images = np.stack(inputs + inputs[-1:] * (self.rows - len(inputs))).astype(np.float32) / 255
         logits = np.asarray(self.vit.logits(images), np.float64)
         targets = logits.argmax(-1) if self.target is None else np.full(len(logits), self.target)
+        score = None if self.versus is None else Versus(self.versus)
         maps: dict[str, np.ndarray] = {}
         for method in self.methods:
             try:
                 with memory_errors():
-                    found = explain(self.vit, images, method, targets.astype(np.int32), **self.options)
+                    found = explain(self.vit, images, method, targets.astype(np.int32), score=score, **self.options)
                 maps[method] = np.asarray(found, np.float32)
             except InputError as error:
                 if not skip_unfit:
@@ -72,8 +75,11 @@ class Writer:
             raise InputError("no method can explain this model")
         kept = []
         for i, path in enumerate(good):
-            if np.isfinite(logits[i]).all() and all(np.isfinite(m[i]).all() for m in maps.values()):
-                results[str(path)] = describe(self.vit, logits[i], int(targets[i]))
+            if self.versus is not None and targets[i] == self.versus:
+                name = self.vit.class_name(self.versus)
+                fail(results, str(path), InputError(f"{path}: {name!r} is the predicted class itself; name a target"))
+            elif np.isfinite(logits[i]).all() and all(np.isfinite(m[i]).all() for m in maps.values()):
+                results[str(path)] = describe(self.vit, logits[i], int(targets[i]), self.versus)
                 self._write_maps(path, results[str(path)], {method: m[i] for method, m in maps.items()})
                 kept.append(i)
             else:
@@ -93,6 +99,7 @@ class Writer:
                 "target": np.int32(result["target"]["class"]),
                 "target_name": result["target"]["name"],
                 "probability": np.float32(result["target"]["probability"]),
+                "versus": result["versus"]["name"] if "versus" in result else "",
                 "photo": printable(path),
                 "model": self.vit.name,
                 "method": method,
@@ -117,7 +124,7 @@ class Writer:
         from tokentm_jax.cli.figure import overlay_figure, sheet
         from tokentm_jax.identity import write_png
 
-        titles = [f"{r['target']['name']} {r['target']['probability']:.1%}" for r in results]
+        titles = [_title(result) for result in results]
         if len(self.methods) > 1:
             file = self.out / f"{self.sheet}.png"
             write_png(sheet(views, titles, {m: list(maps[m]) for m in maps}, self.vit.name), file)
@@ -134,8 +141,14 @@ class Writer:
             result["files"].insert(0, str(file))
 
 
-def describe(vit: "LoadedViT", logits: "np.ndarray", target: int) -> dict[str, Any]:
-    """The top five classes of one photo and the explained one, from its logits [classes]."""
+def _title(result: dict[str, Any]) -> str:
+    """What is explained: the class with its probability, and the other one that it is compared with."""
+    classes = [result["target"], *([result["versus"]] if "versus" in result else [])]
+    return " versus ".join(f"{entry['name']} {entry['probability']:.1%}" for entry in classes)
+
+
+def describe(vit: "LoadedViT", logits: "np.ndarray", target: int, versus: int | None = None) -> dict[str, Any]:
+    """The top five classes of one photo, the explained one and the one it is compared with, from logits [classes]."""
     import numpy as np
 
     odds = np.exp(logits - logits.max())
@@ -145,7 +158,8 @@ def describe(vit: "LoadedViT", logits: "np.ndarray", target: int) -> dict[str, A
         return {"class": index, "name": vit.class_name(index), "probability": float(probabilities[index])}
 
     top = np.argsort(-probabilities, kind="stable")[:5]
-    return {"top5": [entry(int(i)) for i in top], "target": entry(target), "files": []}
+    compared = {} if versus is None else {"versus": entry(versus)}
+    return {"top5": [entry(int(i)) for i in top], "target": entry(target), **compared, "files": []}
 
 
 def output_names(paths: Sequence[Path], out: Path, methods: Sequence[str] = ("",)) -> dict[Path, str]:
@@ -208,16 +222,21 @@ def fail(results: dict[str, dict[str, Any]], path: str, error: InputError) -> No
     complain(str(error))
 
 
+MARKS = {"target": "<- explained", "versus": "<- compared with"}
+
+
 def print_result(path: str, result: dict[str, Any]) -> None:
     table = Table(title=Text(printable(path)), title_justify="left", title_style="bold", box=None)
     table.add_column("Class")
     table.add_column("Probability", justify="right")
     table.add_column("")
-    entries = result["top5"]
-    if result["target"] not in entries:
-        entries = [*entries, result["target"]]
+    marks = {result[name]["class"]: mark for name, mark in MARKS.items() if name in result}
+    entries = [
+        *result["top5"],
+        *(result[name] for name in MARKS if name in result and result[name] not in result["top5"]),
+    ]
     for entry in entries:
-        explained = "<- explained" if entry["class"] == result["target"]["class"] else ""
+        explained = marks.get(entry["class"], "")
         table.add_row(Text(printable(entry["name"])), f"{entry['probability']:.1%}", explained)
     console().print(table)
     for file in result["files"]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from tokentm_jax.data.labels import number
 from tokentm_jax.data.preprocessing import IMAGENET, Preprocessing
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.files import as_path, read_json, read_text
+from tokentm_jax.maths import scores
 from tokentm_jax.models.architectures import ARCHITECTURES, Config, architecture, build
 from tokentm_jax.models.checkpoint import HUB, described_grid, download, read_description, read_tensors, to_params
 from tokentm_jax.models.vit import ViT
@@ -53,6 +54,23 @@ class LoadedViT:
         """Name of a class, or "class 281" where names are unknown. Raises InputError when out of range."""
         index = self.class_index(index)
         return f"class {index}" if self.class_names is None else self.class_names[index]
+
+    def score(self, text: str) -> Callable[..., Any]:
+        """A score by its name, for command lines and configs: "class_logit", "log_probability", "versus:CLASS" or
+        "channel:NUMBER"; see `tokentm_jax.maths.scores`. Raises InputError for another, or a class that there is not.
+        """
+        name, colon, rest = str(text).partition(":")
+        if name == "versus" and colon:
+            return scores.Versus(self.class_index(rest))
+        if name == "channel" and colon:
+            index, outputs = number(rest.strip()), self.module.num_classes
+            if index is None or not 0 <= index < outputs:
+                raise InputError(f"score {text[:100]!r}: the channel must be a number from 0 to {outputs - 1}")
+            return scores.Channel(index)
+        known = {"class_logit": scores.class_logit, "log_probability": scores.log_probability}
+        if text not in known:
+            raise suggest("score", text, [*known, "versus:CLASS", "channel:NUMBER"])
+        return known[text]
 
     def class_index(self, name_or_number: str | int) -> int:
         """Index of a class given by name (any case), by number, also as text ("281"), or by wnid ("n02123045").
