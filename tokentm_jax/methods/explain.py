@@ -209,7 +209,11 @@ def explain(
         or option, a score that is not one floating-point number per sample.
 
     Examples:
-        >>> maps = tm.explain(vit, images, score=tm.scores.Versus(vit.class_index("dog")))  # why this and not a dog?
+        >>> import tokentm_jax as tm
+        >>> vit = tm.load()
+        >>> not_a_dog = tm.scores.Versus(vit.class_index("dog"))
+        >>> tm.explain(vit, vit.read("cat.jpg"), score=not_a_dog).shape
+        (1, 8, 8)
     """
     suited = _method(method).suited(options, vit.preprocessing)
     program = compiled(vit.module, {method: suited}, details=None if details else ())

@@ -1,7 +1,7 @@
 """From (module, params, inputs, target) to arrays: everything the methods need to know about a forward pass.
 
-Flax stays in this file and in `vit.py`. Any Linen module can be explained that has the attributes `grid`, `prefix` and
-`readout` of `ViT` and shows its blocks: `self.sow("intermediates", name, value)` where a method reads a value, and
+Flax stays in this file and in `vit.py`; functions become models in `plain.py`. Any Linen module can be explained that
+has the attributes `grid`, `prefix` and `readout` of `ViT` and shows its blocks: `self.sow("intermediates", name, value)` where a method reads a value, and
 `value = self.perturb(name, value)` before the value is used where a method reads its gradient. The names may stand
 under any scope, once for every block (blocks in the natural order of their names, or stacked by `nn.scan`), and
 `final_tokens` once. A method asks for what it uses, and no more:
@@ -111,7 +111,7 @@ def capture(
     """Run the model forward, and backward where gradients are asked for, and keep what the blocks did.
 
     Args:
-      module: a Linen module that sows and perturbs, such as `ViT` (see the top of this file).
+      module: a Linen module that sows and perturbs, such as `ViT` (see the top of this file), or a `PlainModel`.
       params: its parameters.
       inputs: normalised images [B, H, W, 3].
       target: class of each sample [B] or one class for all; None for the predicted ones; or a `Question` of
@@ -129,7 +129,7 @@ def capture(
     if getattr(inputs, "ndim", 0) < 2 or 0 in inputs.shape or not jnp.issubdtype(inputs.dtype, jnp.floating):
         found = f"{inputs.dtype} {list(inputs.shape)}" if hasattr(inputs, "shape") else type(inputs).__name__
         raise InputError(f"inputs must be an array of floating-point numbers [B, H, W, 3], got {found}")
-    if not isinstance(params, Mapping) or not params:
+    if isinstance(module, nn.Module) and (not isinstance(params, Mapping) or not params):
         raise InputError("params must be the nested dictionary of the module's parameters")
     if not gradients:
         fields = [name for name in fields if name not in (*GRADIENTS, "input_grads")]
