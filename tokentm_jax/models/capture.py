@@ -1,11 +1,11 @@
 """From (module, params, inputs, target) to arrays: everything the methods need to know about a forward pass.
 
 Flax stays in this file and in `vit.py`; functions become models in `plain.py`. Any Linen module can be explained that
-has the attributes `grid`, `prefix` and `readout` of `ViT` and shows its blocks:
-`self.sow("intermediates", name, value)` where a method reads a value, and `value = self.perturb(name, value)` before the
-value is used where a method reads its gradient. The names may stand under any scope, once for every block (blocks in the
-natural order of their names, or stacked by `nn.scan`), and `final_tokens` once. A method asks for what it uses, and no
-more:
+has the attributes `grid`, `prefix` and `readout` of `ViT` and shows its blocks by
+`self.sow("intermediates", name, value)` where a method reads a value, and by `value = self.perturb(name, value)`, before
+the value is used, where a method reads its gradient. The names may stand under any scope, once for every block (blocks
+in the natural order of their names, or stacked by `nn.scan`), and `final_tokens` once. A method asks for what it uses,
+and no more:
 
     name               of one block    sown for                         perturbed for
     attention          [B, H, N, N]    all but the gradients of inputs  gae, tokentm, grad_cam, beyond_intuition, LRP
