@@ -2,7 +2,7 @@
 
 Flax stays in this file and in `vit.py`; functions become models in `plain.py`. Any Linen module can be explained that
 has the attributes `grid`, `prefix` and `readout` of `ViT` and shows its blocks by
-`self.sow("intermediates", name, value)` where a method reads a value, and by `value = self.perturb(name, value)`, before
+`self.sow("intermediates", name, value)` where a method reads a value, and `value = self.perturb(name, value)`, before
 the value is used, where a method reads its gradient. The names may stand under any scope, once for every block (blocks
 in the natural order of their names, or stacked by `nn.scan`), and `final_tokens` once. A method asks for what it uses,
 and no more:
