@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 from jax import Array
 
 from tokentm_jax.errors import InputError, Unfit
@@ -135,8 +136,9 @@ def capture(
     if not gradients:
         fields = [name for name in fields if name not in (*GRADIENTS, "input_grads")]
 
-    def score(perturbations: Any, inputs: Array) -> tuple[Array, tuple[Any, dict[str, Any]]]:
-        variables = {"params": params, **perturbations}
+    def score(perturbed: Any, inputs: Array) -> tuple[Array, tuple[Any, dict[str, Any]]]:
+        # A module perturbs all of its points or none.
+        variables = {"params": params, **traverse_util.unflatten_dict({**others, **perturbed})}
         logits, state = module.apply(variables, inputs, mutable=["intermediates"])
         own, details = explained(logits, target)
         # Samples do not touch each other, so the gradient of the sum is every sample's own.
@@ -148,12 +150,16 @@ def capture(
             found = jnp.concatenate([found, _stacked(tree, "final_tokens", verb)])
         return found
 
+    others: dict[tuple[str, ...], Array] = {}
     grads = input_grads = None
     if "input_grads" in fields or any(name in fields for name in GRADIENTS):
-        zeros = zero_perturbations(module, params, inputs)
+        points = {point for field, point in GRADIENTS.items() if field in fields} | {"final_tokens"}
+        others = traverse_util.flatten_dict(zero_perturbations(module, params, inputs))
+        zeros = {path: others.pop(path) for path in list(others) if path[-1] in points}
         # With respect to the inputs in any case: a relevance rule that no derivative passes here would stand in for
         # the true derivative of its step when the map is differentiated.
-        (grads, input_grads), (sown, details) = jax.grad(score, (0, 1), has_aux=True)(zeros, inputs)
+        (found, input_grads), (sown, details) = jax.grad(score, (0, 1), has_aux=True)(zeros, inputs)
+        grads = traverse_util.unflatten_dict(found)
     else:
         _, (sown, details) = score({}, inputs)
     found_gradients = {field: read(grads, point, "perturbs") for field, point in GRADIENTS.items() if field in fields}
