@@ -1,6 +1,7 @@
 """Models that are functions: the maps of tm.ViT from a forward pass of one's own; models that are no plain ViT."""
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from conftest import CHEAP
 
 import tokentm_jax as tm
 from tokentm_jax.data.preprocessing import HALF, Preprocessing
+from tokentm_jax.methods.table import METHODS
 
 FIELDS = {"img_size": (8, 12), "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2, "num_classes": 3}
 GRID = (2, 3)
@@ -188,3 +190,39 @@ def test_outputs_may_be_any_pytree(vit):
     maps, details = jax.jit(explain)(params, images)
     assert maps.shape == (2, *GRID) and jnp.isfinite(maps).all()
     np.testing.assert_allclose(details["score"], details["logits"]["logits"][:, 1] * images.mean((1, 2, 3)), rtol=1e-4)
+
+
+# ---- which method explains which model -------------------------------------------------------------------------------
+
+
+class OwnPass(tm.ViT):
+    """A subclass with a forward pass of its own, which sows what the parent sows."""
+
+    def __call__(self, images):
+        return super().__call__(images)
+
+
+def only(*shown):
+    """The forward pass of one image, with some of its taps."""
+    return lambda params, image, tap: one_vit(params, image, lambda n, a: tap(n, a) if n in shown else a)
+
+
+MODELS = {  # heading of the column -> a model with the parameters of tm.ViT
+    "`tm.ViT`": lambda: tm.ViT(**FIELDS),
+    "own forward pass": lambda: OwnPass(**FIELDS),
+    "function, whole contract": lambda: tm.PlainModel(one_vit, GRID, 1, batched=False),
+    "function, tokens and attention": lambda: tm.PlainModel(only("tokens", "attention"), GRID, 1, batched=False),
+    "function, attention": lambda: tm.PlainModel(only("attention"), GRID, 1, batched=False),
+    "function, Swin, ConvNet": lambda: tm.PlainModel(only(), GRID, batched=False),
+}
+PAGE = Path(__file__).resolve().parent.parent / "docs/reference/models.md"
+
+
+@pytest.mark.slow
+def test_the_page_says_which_method_explains_which_model(vit):
+    _, params, images = vit
+    works = {heading: tm.methods_for(make(), params, images) for heading, make in MODELS.items()}
+    lines = [f"| method | {' | '.join(works)} |", f"|---|{'---|' * len(works)}"]
+    lines += [f"| `{m}` | {' | '.join('yes' if m in found else '-' for found in works.values())} |" for m in METHODS]
+    table = "\n".join(lines)
+    assert table in PAGE.read_text(), f"the table of {PAGE} must be\n{table}"

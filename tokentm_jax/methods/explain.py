@@ -14,7 +14,7 @@ from jax.sharding import AxisType, PartitionSpec
 from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.errors import InputError, Unfit, suggest
 from tokentm_jax.maths.maps import unit
-from tokentm_jax.maths.scores import Function, Question, Versus, question
+from tokentm_jax.maths.scores import Cosine, Function, Question, Versus, question
 from tokentm_jax.methods.attention import Explanation
 from tokentm_jax.methods.table import METHODS, Method
 
@@ -186,6 +186,7 @@ def explain(
     target: Any = None,
     *,
     score: Callable[..., Any] | None = None,
+    text: str | Sequence[str] | None = None,
     details: bool = False,
     **options: Any,
 ) -> Any:
@@ -198,6 +199,8 @@ def explain(
       target: a class for all samples, or one per sample [B]; None for each sample's predicted class. A score of your
         own may take other arrays, with the batch first.
       score: what is explained, as in `explain_fn`; None for the logit of the class.
+      text: a prompt for all samples, or one per sample, in place of a score: the cosine of what the prompt and the
+        image mean to a model with a text tower, such as CLIP.
       details: return `(maps, details)`, with `logits`, `target`, `score` and what else the method reports.
       **options: the method's options, for example `ffn=False`.
 
@@ -218,6 +221,13 @@ def explain(
     suited = _method(method).suited(options, vit.preprocessing)
     program = compiled(vit.module, {method: suited}, details=None if details else ())
     inputs = vit.preprocessing.normalise(vit.preprocessing.checked(images))
+    if text is not None:
+        if score is not None or target is not None:
+            raise InputError("text is what is explained: leave out score and target")
+        embeddings = vit.embed_text(text)
+        if len(embeddings) not in (1, len(inputs)):
+            raise InputError(f"text must be one prompt or one per sample ({len(inputs)}), got {len(embeddings)}")
+        score = Cosine(embeddings[0] if len(embeddings) == 1 else embeddings)
     asked = None if score is None else question(score)
     if target is not None:
         target = _target(target, asked, len(inputs), vit.module.num_classes)
