@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import tokentm_jax as tm
 from tokentm_jax.data.preprocessing import CLIP, IMAGENET, Preprocessing
 from tokentm_jax.errors import InputError
 from tokentm_jax.models import loading
@@ -194,8 +195,13 @@ def test_checkpoint_without_classifier(tiny, tmp_path):
 
     body = {name: t for name, t in to_timm(tiny[1]).items() if not name.startswith("head.")}
     safetensors.numpy.save_file(body, tmp_path / "body.safetensors")
-    with pytest.raises(InputError, match="no classifier"):
-        load(OPTIONS, tmp_path / "body.safetensors")
+    vit = load(OPTIONS, tmp_path / "body.safetensors")
+    images = np.random.default_rng(0).random((2, *vit.module.img_size, 3), np.float32)
+    assert vit.logits(images).shape == (2, vit.module.embed_dim)
+    with pytest.raises(InputError, match="gives features and no classes: name a score"):
+        tm.explain(vit, images)
+    by_channel = tm.explain(vit, images, score=tm.scores.Channel(3))
+    assert by_channel.shape == (2, *vit.module.grid) and np.isfinite(by_channel).all()
 
 
 def test_hub_model(bare, monkeypatch):

@@ -192,7 +192,7 @@ def test_outputs_may_be_any_pytree(vit):
     np.testing.assert_allclose(details["score"], details["logits"]["logits"][:, 1] * images.mean((1, 2, 3)), rtol=1e-4)
 
 
-# ---- which method explains which model -------------------------------------------------------------------------------
+# ---- which method explains which model ------------------------------------------------------------------------------
 
 
 class OwnPass(tm.ViT):

@@ -25,7 +25,8 @@ library.define("qnms(Tensor a, Tensor b, float c) -> Tensor")
 
 import timm  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-from timm.models import deit, vision_transformer  # noqa: E402
+from timm.layers import SwiGLUPacked  # noqa: E402
+from timm.models import deit, eva, vision_transformer  # noqa: E402
 
 HERE = Path(__file__).parent
 TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
@@ -37,18 +38,47 @@ KINDS = {
     "pooled_prefix": {"global_pool": "avg", "fc_norm": False, "reg_tokens": 1, "init_values": 0.1},
     "pre_norm": {"pre_norm": True, "norm_eps": 1e-5, "activation": "quick_gelu"},
 }
+# Made after the others, each from a seed of its own.
+LATER = {
+    "map": {"global_pool": "map", "class_token": False, "reg_tokens": 1, "activation": "gelu_tanh"},
+    "features": {"num_classes": 0, "mlp_layer": "swiglu_packed", "mlp_ratio": 1.5, "init_values": 0.1},
+    "qk_norm": {"qk_norm": True, "final_norm": False, "pos_embed": "none"},
+    "eva02": {"global_pool": "avg", "k_bias": False, "mlp_ratio": 2, "mlp_layer": "swiglu_packed", "rope_type": "cat",
+              "ref_feat_shape": [3, 3]},
+    "eva02_scaled": {"global_pool": "avg", "k_bias": False, "mlp_ratio": 2, "mlp_layer": "swiglu",
+                     "scale_mlp_norm": True, "rope_type": "cat", "ref_feat_shape": [4, 4]},
+    "dinov3": {"k_bias": False, "init_values": 0.1, "reg_tokens": 2, "pos_embed": "none", "rope_type": "dinov3",
+               "rope_temperature": 100.0, "fc_norm": False, "norm_eps": 1e-5},
+}  # fmt: skip
 RESIZED = {"plain": [(24, 16), (8, 12)], "distilled": [(20, 28)], "registers": [(8, 16)]}
 
 
 def make(options: dict) -> torch.nn.Module:
     """timm's model for our options."""
     options = {**TINY, **options}
+    if "k_bias" in options:
+        return make_eva(options)
+    if options.get("mlp_layer") == "swiglu_packed":  # whose ratio counts gate and value
+        options |= {"mlp_layer": SwiGLUPacked, "mlp_ratio": 2 * options["mlp_ratio"], "act_layer": torch.nn.SiLU}
     kind = deit.VisionTransformerDistilled if options.pop("distilled", False) else vision_transformer.VisionTransformer
     if "norm_eps" in options:
         options["norm_layer"] = partial(torch.nn.LayerNorm, eps=options.pop("norm_eps"))
     if "activation" in options:
         options["act_layer"] = options.pop("activation")
     return kind(**options).eval()
+
+
+def make_eva(options: dict) -> torch.nn.Module:
+    """timm's Eva for our options."""
+    layer, rope = options.pop("mlp_layer", "mlp"), options.pop("rope_type")
+    del options["k_bias"]
+    ours = {"scale_mlp_norm": "scale_mlp", "reg_tokens": "num_reg_tokens", "fc_norm": "use_fc_norm"}
+    options = {ours.get(name, name): value for name, value in options.items()}
+    if "norm_eps" in options:
+        options["norm_layer"] = partial(torch.nn.LayerNorm, eps=options.pop("norm_eps"))
+    options |= {"use_abs_pos_emb": options.pop("pos_embed", "learn") == "learn", "use_rot_pos_emb": True}
+    options |= {"rope_type": rope, "rope_rotate_half": rope == "dinov3", "swiglu_mlp": layer != "mlp"}
+    return eva.Eva(**{"global_pool": "token", **options, "qkv_fused": layer != "swiglu"}).eval()
 
 
 def randomise(model: torch.nn.Module, generator: torch.Generator) -> None:
@@ -116,15 +146,22 @@ def main() -> None:
     other = make({})
     other.load_pretrained(str(HERE / "google.npz"))  # timm's own reader says what the file means
     record("google", other, (16, 16))
+    for seed, (kind, options) in enumerate(LATER.items(), 1):
+        generator.manual_seed(seed)
+        model = make(options)
+        randomise(model, generator)
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, HERE / f"{kind}.safetensors")
+        record(kind, model, (16, 16))
     np.savez_compressed(HERE / "timm_logits.npz", **results)
-    (HERE / "kinds.json").write_text(json.dumps({k: {**TINY, **v} for k, v in KINDS.items()}, indent=1) + "\n")
+    kinds = {k: {**TINY, **v} for k, v in {**KINDS, **LATER}.items()}
+    (HERE / "kinds.json").write_text(json.dumps(kinds, indent=1) + "\n")
 
     lines = []
     for name in sys.argv[1:] or json.loads((HERE / "architectures.json").read_text()):
         with torch.device("meta"):
             model = timm.create_model(name, num_classes=1000)
         count = sum(p.numel() for p in model.parameters())
-        module = deit if name.startswith("deit") else vision_transformer
+        module = next(module for module in (deit, vision_transformer, eva) if name in module.default_cfgs)
         tags = {
             tag: [cfg.input_size[1], cfg.crop_pct, cfg.interpolation, list(cfg.mean), list(cfg.std)]
             for tag, cfg in module.default_cfgs[name].cfgs.items()

@@ -17,7 +17,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from jax import Array
 
 from tokentm_jax.data.preprocessing import IMAGENET, Preprocessing
-from tokentm_jax.errors import InputError
+from tokentm_jax.errors import InputError, Unfit
 from tokentm_jax.maths.perturbation import (
     blur,
     half_of_coalitions,
@@ -201,6 +201,8 @@ def token_dropping(
     Raises InputError for a module whose forward pass is not that of `ViT`.
     """
     require_streams(module, "the method 'token_dropping' takes tokens out of the sequence")
+    if module.rope_type is not None:
+        raise Unfit("the method 'token_dropping' needs blocks that do not know a token's place: no rotary positions")
     removed = _windows(module.grid, window, stride)
     left = removed.shape[1] - window * window
     if not left:

@@ -364,9 +364,18 @@ def _read_orbax(path: Path) -> Tensors:
 
 
 def _current_names(tensors: Tensors) -> Tensors:
-    """Names of older releases -> today's: layer scale of DeiT-3, registers of DINOv2, the dropped pre_logits."""
+    """Names of other releases -> the ones here: layer scale of DeiT-3 and EVA, registers of DINOv2, the dropped
+    pre_logits, and projections of EVA-02 one by one, which here are one."""
     tensors = {re.sub(r"\bgamma_(\d)$", r"ls\1.gamma", name): t for name, t in tensors.items()}
     tensors = {name: t for name, t in tensors.items() if name != "mask_token" and "pre_logits" not in name}
+    for name in [n for n in tensors if n.endswith(".attn.q_proj.weight")]:
+        block = name.removesuffix("q_proj.weight")
+        parts = [f"{block}{part}_proj.weight" for part in "qkv"]
+        if all(part in tensors for part in parts):
+            tensors[f"{block}qkv.weight"] = np.concatenate([tensors.pop(part) for part in parts])
+            for part in "qv":
+                if f"{block}{part}_proj.bias" in tensors:
+                    tensors[f"{block}{part}_bias"] = tensors.pop(f"{block}{part}_proj.bias")
     first = tensors["pos_embed"][:, :1] if "pos_embed" in tensors and tensors["pos_embed"].ndim == 3 else None
     if "register_tokens" in tensors and first is not None and tensors.get("cls_token", first[:0]).shape == first.shape:
         # DINOv2 adds a position to the class token and none to its registers; timm keeps positions of patches only.

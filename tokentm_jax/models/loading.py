@@ -124,7 +124,8 @@ def load(
         checkpoint: weights; needed with a timm name or options. A file's own preprocessing goes before the
             model's; for options without either it is ImageNet's statistics (`dataclasses.replace` changes it).
         img_size: other resolution, side or (height, width); position embeddings are resampled.
-        num_classes: checked against the checkpoint's classifier, whose size is the default.
+        num_classes: checked against the checkpoint's classifier, whose size is the default. A model without one gives
+        features, which a score explains.
         class_names: one per class, or a file: `.json` (a list, or index -> name) or `.txt` (one per line). A name may
             be [wnid, name]. None: those in the checkpoint, else of `imagenet_classes.json` beside it if the counts
             agree.
@@ -158,10 +159,9 @@ def load(
         if description is not None:
             names = description["class_names"]
     tensors = read_tensors(path)
-    if "head.weight" not in tensors:
-        raise InputError(f"checkpoint {path} has no classifier ('head.weight'): nothing to explain")
     if num_classes is None:
-        num_classes = tensors["head.weight"].shape[0] if tensors["head.weight"].ndim else 0
+        head = tensors.get("head.weight")
+        num_classes = head.shape[0] if head is not None and head.ndim else 0
     module = build(config, img_size, num_classes, dtype)
     params = to_params(module, tensors, str(path), old_grid=grid)
     preprocessing = dataclasses.replace(preprocessing, size=module.img_size)
