@@ -50,7 +50,8 @@ def test_every_method_lowers_for_gpus_and_tpus(method, dtype):
     assert "f64" not in text  # which a TPU lacks
 
 
-@pytest.mark.parametrize("method", ["tokentm", pytest.param("attn_lrp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["tokentm", "attn_lrp"])
 def test_an_exported_method_gives_the_same_maps_where_it_can_be_run(method):
     """The program for three platforms, called on this one."""
     vit = tiny_vit(2)
