@@ -69,6 +69,7 @@ DINO3: Config = {
 }  # fmt: skip
 BARE: Config = {"qkv_bias": False}
 SWIGLU: Config = {"mlp_layer": "swiglu"}
+SWIGLU8: Config = SWIGLU | {"mlp_ratio": 8 / 3}
 TOKEN: Config = {"global_pool": "token"}
 TIPS: Config = {"init_values": 1.0, "reg_tokens": 1, "no_embed_class": True}
 UNIT: Statistics = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
@@ -220,7 +221,7 @@ ARCHITECTURES: dict[str, tuple[Config, Preprocessing]] = {
     "vit_giant_patch14_dinov2": _row("giant_1536", 14, 518, 1.0, IMAGENET, GATED),
     "vit_giant_patch14_reg1_tipsv2": _row("giant_1536", 14, 448, 1.0, UNIT, GATED, TIPS),
     "vit_giant_patch14_reg4_dinov2": _row("giant_1536", 14, 518, 1.0, IMAGENET, REGISTERS, GATED),
-    "vit_giant_patch16_lingbot": _row("giant_1536", 16, 512, 1.0, BILINEAR, DINO3, BARE, SWIGLU, TOKEN, {"mlp_ratio": 8 / 3}),
+    "vit_giant_patch16_lingbot": _row("giant_1536", 16, 512, 1.0, BILINEAR, DINO3, BARE, SWIGLU8, TOKEN),
     "vit_giantopt_patch16_siglip_256": _row("giantopt", 16, 256, 0.9, HALF, MAP, TANH),
     "vit_giantopt_patch16_siglip_384": _row("giantopt", 16, 384, 0.9, HALF, MAP, TANH),
     "vit_giantopt_patch16_siglip_gap_256": _row("giantopt", 16, 256, 0.9, HALF, POOLED, TANH),
