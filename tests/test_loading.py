@@ -1,7 +1,6 @@
 """`load`: names, files, class names, and the real DeiT-tiny against timm."""
 
 import csv
-import json
 import os
 
 import jax
@@ -202,25 +201,6 @@ def test_checkpoint_without_classifier(tiny, tmp_path):
         tm.explain(vit, images)
     by_channel = tm.explain(vit, images, score=tm.scores.Channel(3))
     assert by_channel.shape == (2, *vit.module.grid) and np.isfinite(by_channel).all()
-
-
-def test_hub_model(bare, monkeypatch):
-    huggingface_hub = pytest.importorskip("huggingface_hub")
-    arguments = {key: value for key, value in OPTIONS.items() if key != "num_classes"}
-    card = {
-        "architecture": "vit_tiny_patch16_224",
-        "num_classes": 3,
-        "model_args": arguments,
-        "pretrained_cfg": {"mean": [0, 0, 0], "std": [1, 1, 1], "crop_pct": 1.0, "interpolation": "bilinear"},
-    }
-    (bare.parent / "config.json").write_text(json.dumps(card))
-    files = {"config.json": bare.parent / "config.json", "model.safetensors": bare}
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda _, file, revision=None: str(files[file]))
-    model = load("hf-hub:timm/tiny.test")
-    assert (model.name, model.module.num_classes) == ("timm/tiny.test", 3)
-    assert model.preprocessing == Preprocessing((16, 16), 1.0, "bilinear", mean=(0, 0, 0), std=(1, 1, 1))
-    with pytest.raises(InputError, match="leave out the checkpoint"):
-        load("hf-hub:timm/tiny.test", bare)
 
 
 # ---- the real DeiT-tiny ---------------------------------------------------------------------------------------------

@@ -75,6 +75,8 @@ def explain(
     class_index, other = (None if name is None else vit.class_index(name) for name in (target, versus))
     if other is not None and other == class_index:
         raise InputError(f"--target and --versus are the same class, {vit.class_name(other)!r}")
+    if not prompts:
+        vit.require_classes()
     columns = columns_of(vit, chosen, list(dict.fromkeys(prompts)))
     make_folder(out)
 

@@ -228,8 +228,8 @@ def explain(
         if len(embeddings) not in (1, len(inputs)):
             raise InputError(f"text must be one prompt or one per sample ({len(inputs)}), got {len(embeddings)}")
         score = Cosine(embeddings[0] if len(embeddings) == 1 else embeddings)
-    if score is None and not vit.module.num_classes:
-        raise InputError(f"{vit.name} gives features and no classes: name a score, such as tm.scores.Cosine")
+    if score is None:
+        vit.require_classes()
     asked = None if score is None else question(score)
     if target is not None:
         target = _target(target, asked, len(inputs), vit.module.num_classes)

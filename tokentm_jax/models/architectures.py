@@ -74,6 +74,7 @@ TOKEN: Config = {"global_pool": "token"}
 TIPS: Config = {"init_values": 1.0, "reg_tokens": 1, "no_embed_class": True}
 UNIT: Statistics = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 BILINEAR: Any = {**IMAGENET, "interpolation": "bilinear"}
+UNIT_BILINEAR: Any = {**UNIT, "interpolation": "bilinear"}
 
 
 def _row(
@@ -203,7 +204,7 @@ ARCHITECTURES: dict[str, tuple[Config, Preprocessing]] = {
     "flexivit_large": _row("large", 16, 240, 0.95, HALF, {"no_embed_class": True}),
     "flexivit_small": _row("small", 16, 240, 0.95, HALF, {"no_embed_class": True}),
     "vit_base_patch14_reg1_tipsv2": _row("base", 14, 448, 1.0, UNIT, TIPS),
-    "vit_base_patch16_224_miil": _row("base", 16, 224, 0.875, {**UNIT, "interpolation": "bilinear"}, BARE),
+    "vit_base_patch16_224_miil": _row("base", 16, 224, 0.875, UNIT_BILINEAR, BARE),
     "vit_base_patch16_dinov3": _row("base", 16, 256, 1.0, IMAGENET, DINO3, BARE),
     "vit_base_patch16_dinov3_qkvb": _row("base", 16, 256, 1.0, IMAGENET, DINO3),
     "vit_base_patch16_lingbot": _row("base", 16, 512, 1.0, BILINEAR, DINO3, TOKEN),
@@ -315,7 +316,7 @@ OPTIONS: dict[str, Any] = {  # what each option of a model may be
     "mlp_ratio": _number(64),
     "norm_eps": _number(0.1),
     "init_values": _number(1e4) | None,
-    "global_pool": Literal["token", "avg", "map"],
+    "global_pool": Literal["token", "avg", "cat", "map"],
     "activation": Literal[tuple(name for name in ACTIVATIONS if name != "silu")],
     "mlp_layer": Literal["mlp", "swiglu", "swiglu_packed"],
     "pos_embed": Literal["learn", "none"],
@@ -441,8 +442,8 @@ def _check_together(module: ViT) -> None:
         )
     if int(module.embed_dim * module.mlp_ratio) < 1:
         raise InputError(f"model option 'mlp_ratio': {module.mlp_ratio} leaves the FFN without hidden units")
-    if module.global_pool == "token" and not module.class_token:
-        raise InputError("model option 'global_pool': 'token' needs a class token; use 'avg'")
+    if module.global_pool in ("token", "cat") and not module.class_token:
+        raise InputError(f"model option 'global_pool': {module.global_pool!r} needs a class token; use 'avg'")
     if module.rope_type is not None and module.embed_dim // module.num_heads % 4:
         raise InputError("model option 'rope_type': rotary positions need heads whose width is a multiple of 4")
     if module.distilled and not module.num_classes:
@@ -466,5 +467,5 @@ def parameter_count(module: ViT) -> int:
     pool = 0
     if module.global_pool == "map":  # the query, four linear maps of attention, a norm and an FFN layer
         pool = d + 4 * d * (d + 1) + 2 * d + hidden * (d + 1) + d * (hidden + 1)
-    heads = (d + 1) * module.num_classes * (1 + module.distilled)
+    heads = (d * (1 + (module.global_pool == "cat")) + 1) * module.num_classes * (1 + module.distilled)
     return embedding + module.depth * block + norms + pool + heads

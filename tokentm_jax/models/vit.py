@@ -291,7 +291,7 @@ class ViT(nn.Module):
     rope_temperature: float = 10_000.0
     ref_feat_shape: tuple[int, int] | None = None  # see `Rope.reference`
     pre_norm: bool = False  # a norm before the first block, and no patch-embedding bias
-    global_pool: str = "token"  # "token", "avg", or "map" (attention pooling)
+    global_pool: str = "token"  # "token", "avg", both ("cat"), or "map" (attention pooling)
     final_norm: bool = True  # a norm after the last block, or after pooling
     fc_norm: bool | None = None  # norm after pooling in place of before; None: when pooling is "avg"
     activation: str = "gelu"
@@ -319,6 +319,8 @@ class ViT(nn.Module):
         Attention pooling reads patches in shares that depend on the image; here all are equal.
         """
         patches = self.grid[0] * self.grid[1]
+        if self.global_pool == "cat":
+            return (0.5,) + (0.0,) * (self.prefix - 1) + (0.5 / patches,) * patches
         if self.global_pool != "token":
             return (0.0,) * self.prefix + (1 / patches,) * patches
         heads = 1 + int(self.distilled)
@@ -415,11 +417,13 @@ class ViT(nn.Module):
         x = self.norm(tokens) if self.final_norm and not self._norms_after_pooling else tokens
         if self.global_pool == "map":
             pooled = self.attn_pool(x[:, self.prefix :])
-        elif self.global_pool == "avg":
+        elif self.global_pool in ("avg", "cat"):
             # The mean is a linear map over tokens, so that the rules of a linear map hold for it.
             patches = jnp.swapaxes(x[:, self.prefix :], 1, 2)
             weights = jnp.full((patches.shape[-1], 1), 1 / patches.shape[-1], x.dtype)
             pooled = rule.linear(patches, weights, None)[..., 0]
+            if self.global_pool == "cat":
+                pooled = jnp.concatenate([x[:, 0], pooled], axis=-1)
         else:
             pooled = x[:, 0]
         if self.final_norm and self._norms_after_pooling:
@@ -431,7 +435,7 @@ class ViT(nn.Module):
             first, second = (jax.tree.map(lambda a: a / 2, head(d)) for head in (self.head, self.head_dist))
             logits = rule.add(rule.linear(pooled, *first), rule.linear(x[:, 1], *second))
         else:
-            logits = rule.linear(pooled, *self.head(d))
+            logits = rule.linear(pooled, *self.head(pooled.shape[-1]))
         return wide(logits)
 
     def _drop_patches(self, x: Array) -> Array:

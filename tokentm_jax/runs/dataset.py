@@ -113,6 +113,8 @@ def explain_dataset(
     """
     config = check(config, source)
     config = dataclasses.replace(config, label_map=read_label_map(config.label_map))
+    if config.score is None:
+        vit.require_classes()
     translate = _translation(config, vit, source)
     store = Store(out, provenance(config, vit, source))
     at_once = min(WRITING, store.at_a_time)

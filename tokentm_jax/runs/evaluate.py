@@ -232,8 +232,7 @@ def evaluate(
     for row in config.rows:
         if row.random_blocks is not None and not 0 <= row.random_blocks <= vit.module.depth:
             raise InputError(f"random_blocks of {row.name!r} must be from 0 to {vit.module.depth} for {vit.name}")
-    if config.score is not None:
-        vit.score(config.score)
+    vit.require_classes() if config.score is None else vit.score(config.score)
     translate = translation(vit, source, config.label_map)
     run = describe(config, vit, source)
     if maps:
