@@ -61,12 +61,16 @@ def equal(a, b):
 # ---- agreement with timm -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [*KINDS, "plain@24x16", "plain@8x12", "distilled@20x28", "registers@8x16", "google"])
+OTHERS = ("plain@24x16", "plain@8x12", "distilled@20x28", "registers@8x16", "google", "big_vision")
+POOLED = {**KINDS["plain"], "global_pool": "map", "class_token": False}
+
+
+@pytest.mark.parametrize("case", [*KINDS, *OTHERS])
 def test_logits_are_timms(case, timm_logits):
     kind, _, size = case.partition("@")
-    file = GOLDENS / ("google.npz" if kind == "google" else f"{kind}.safetensors")
+    file = GOLDENS / (f"{kind}.npz" if kind in ("google", "big_vision") else f"{kind}.safetensors")
     img_size = tuple(map(int, size.split("x"))) if size else None
-    module = build(KINDS.get(kind, KINDS["plain"]), img_size=img_size)
+    module = build({**KINDS, "big_vision": POOLED}.get(kind, KINDS["plain"]), img_size=img_size)
     logits = logits_of(module, read_checkpoint(module, file), timm_logits[f"{case}/images"])
     expected = timm_logits[f"{case}/logits"]
     assert np.abs(expected).max() > 0.1

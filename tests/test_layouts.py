@@ -240,6 +240,40 @@ def test_real_weights_in_another_layout_give_the_same_maps(deit, shared, tmp_pat
     np.testing.assert_array_equal(tm.explain(other, images, "rollout"), tm.explain(deit, images, "rollout"))
 
 
+def test_real_weights_of_big_vision_give_the_same_maps(deit, shared, tmp_path):
+    """DeiT-tiny under big_vision's names, blocks stacked, by hand."""
+    weights = safetensors.numpy.load_file(shared / "data/deit_tiny_patch16_224.safetensors")
+    d, heads = 192, 3
+    stack = lambda name, change: np.stack([change(weights[f"blocks.{i}.{name}"]) for i in range(12)])  # noqa: E731
+    same, turn = lambda a: a, lambda a: a.T
+    found = {
+        "embedding/kernel": weights["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
+        "embedding/bias": weights["patch_embed.proj.bias"],
+        "cls": weights["cls_token"],
+        "pos_embedding": weights["pos_embed"],
+        "Transformer/encoder_norm/scale": weights["norm.weight"],
+        "Transformer/encoder_norm/bias": weights["norm.bias"],
+        "head/kernel": weights["head.weight"].T,
+        "head/bias": weights["head.bias"],
+    }
+    block = "Transformer/encoderblock"
+    for i in (0, 1):
+        found[f"{block}/LayerNorm_{i}/scale"] = stack(f"norm{i + 1}.weight", same)
+        found[f"{block}/LayerNorm_{i}/bias"] = stack(f"norm{i + 1}.bias", same)
+        found[f"{block}/MlpBlock_0/Dense_{i}/kernel"] = stack(f"mlp.fc{i + 1}.weight", turn)
+        found[f"{block}/MlpBlock_0/Dense_{i}/bias"] = stack(f"mlp.fc{i + 1}.bias", same)
+    attention = f"{block}/MultiHeadDotProductAttention_0"
+    for k, part in enumerate(("query", "key", "value")):
+        own = slice(k * d, (k + 1) * d)
+        found[f"{attention}/{part}/kernel"] = stack("attn.qkv.weight", lambda a: a[own].T.reshape(d, heads, -1))  # noqa: B023
+        found[f"{attention}/{part}/bias"] = stack("attn.qkv.bias", lambda a: a[own].reshape(heads, -1))  # noqa: B023
+    found[f"{attention}/out/kernel"] = stack("attn.proj.weight", lambda a: a.T.reshape(heads, -1, d))
+    found[f"{attention}/out/bias"] = stack("attn.proj.bias", same)
+    np.savez(tmp_path / "big_vision.npz", **{f"params/{name}": array for name, array in found.items()})
+    other = tm.load("deit_tiny_patch16_224", tmp_path / "big_vision.npz")
+    jax.tree.map(np.testing.assert_array_equal, other.params, deit.params)
+
+
 def test_the_pool_that_reads_both(folder):
     """DINOv2's classifiers read the class token and the mean of the patches; the read-out says so."""
     vit = tm.load(str(GOLDENS / "dinov2"))

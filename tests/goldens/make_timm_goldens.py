@@ -6,6 +6,7 @@ architectures.json    per table name: parameter count with 1000 classes, and [he
                       std] of every set of weights that timm knows under it (by tag)
 KIND.safetensors      random weights of a tiny model of each kind
 google.npz            random weights in the layout of Google's ViT releases
+big_vision.npz        random weights of an attention-pooled model in the layout of big_vision, blocks stacked
 timm_logits.npz       KIND/images [2, H, W, 3] normalised, KIND/logits [2, 5]; KIND@HxW: the same weights at
                       another resolution, positions resampled by timm
 """
@@ -120,6 +121,59 @@ def google_layout(weights: dict[str, np.ndarray], heads: int) -> dict[str, np.nd
     return out
 
 
+def big_vision_layout(weights: dict[str, np.ndarray], heads: int) -> dict[str, np.ndarray]:
+    """timm's names of an attention-pooled model -> those of big_vision, blocks stacked."""
+    d = weights["pos_embed"].shape[-1]
+    split = lambda a, i: a[i * d : (i + 1) * d]  # noqa: E731
+    into = lambda w: w.T.reshape(d, heads, -1)  # noqa: E731
+
+    def dense(name: str) -> dict[str, np.ndarray]:
+        return {"kernel": weights[f"{name}.weight"].T, "bias": weights[f"{name}.bias"]}
+
+    def norm(name: str) -> dict[str, np.ndarray]:
+        return {"scale": weights[f"{name}.weight"], "bias": weights[f"{name}.bias"]}
+
+    def attention(parts: list[tuple[np.ndarray, np.ndarray]], out: str) -> dict[str, np.ndarray]:
+        found = {}
+        for part, (weight, bias) in zip(("query", "key", "value"), parts, strict=True):
+            found |= {f"{part}/kernel": into(weight), f"{part}/bias": bias.reshape(heads, -1)}
+        proj = dense(out)
+        return found | {"out/kernel": proj["kernel"].reshape(heads, -1, d), "out/bias": proj["bias"]}
+
+    def block(i: int) -> dict[str, np.ndarray]:
+        own = f"blocks.{i}"
+        qkv = [tuple(split(weights[f"{own}.attn.qkv.{leaf}"], k) for leaf in ("weight", "bias")) for k in range(3)]
+        groups = {
+            "LayerNorm_0": norm(f"{own}.norm1"),
+            "LayerNorm_1": norm(f"{own}.norm2"),
+            "MlpBlock_0/Dense_0": dense(f"{own}.mlp.fc1"),
+            "MlpBlock_0/Dense_1": dense(f"{own}.mlp.fc2"),
+            "MultiHeadDotProductAttention_0": attention(qkv, f"{own}.attn.proj"),
+        }
+        return {f"{group}/{name}": value for group, found in groups.items() for name, value in found.items()}
+
+    pool = [(weights["attn_pool.q.weight"], weights["attn_pool.q.bias"])]
+    pool += [tuple(split(weights[f"attn_pool.kv.{leaf}"], k) for leaf in ("weight", "bias")) for k in range(2)]
+    groups = {
+        "embedding": {
+            "kernel": weights["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
+            "bias": weights["patch_embed.proj.bias"],
+        },
+        "Transformer/encoder_norm": norm("norm"),
+        "MAPHead_0/MultiHeadDotProductAttention_0": attention(pool, "attn_pool.proj"),
+        "MAPHead_0/LayerNorm_0": norm("attn_pool.norm"),
+        "MAPHead_0/MlpBlock_0/Dense_0": dense("attn_pool.mlp.fc1"),
+        "MAPHead_0/MlpBlock_0/Dense_1": dense("attn_pool.mlp.fc2"),
+        "head": dense("head"),
+    }
+    flat = {f"{group}/{name}": value for group, found in groups.items() for name, value in found.items()}
+    flat |= {"pos_embedding": weights["pos_embed"], "MAPHead_0/probe": weights["attn_pool.latent"]}
+    blocks = [block(i) for i in range(TINY["depth"])]
+    flat |= {f"Transformer/encoderblock/{n}": np.stack([b[n] for b in blocks]) for n in blocks[0]}
+    text = {"params/txt/head/bias": np.zeros(3, np.float32), "params/t": np.ones(1, np.float32)}
+    return {f"params/img/{name}": value for name, value in flat.items()} | text
+
+
 @torch.no_grad()
 def main() -> None:
     generator = torch.Generator().manual_seed(0)
@@ -152,6 +206,15 @@ def main() -> None:
         randomise(model, generator)
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, HERE / f"{kind}.safetensors")
         record(kind, model, (16, 16))
+    generator.manual_seed(100)
+    options = {"global_pool": "map", "class_token": False}
+    model = make(options)
+    randomise(model, generator)
+    weights = {k: v.numpy() for k, v in model.state_dict().items()}
+    np.savez(HERE / "big_vision.npz", **big_vision_layout(weights, TINY["num_heads"]))
+    other = make(options)
+    other.load_pretrained(str(HERE / "big_vision.npz"))
+    record("big_vision", other, (16, 16))
     np.savez_compressed(HERE / "timm_logits.npz", **results)
     kinds = {k: {**TINY, **v} for k, v in {**KINDS, **LATER}.items()}
     (HERE / "kinds.json").write_text(json.dumps(kinds, indent=1) + "\n")

@@ -389,7 +389,14 @@ def current_names(tensors: Tensors) -> Tensors:
 
 
 GOOGLE = (
-    (r"^(opt/target/|params/)", ""),
+    (r"^params/(txt/.*|t|b)$", ""),
+    (r"^(opt/target/|params/img/|params/)", ""),
+    (r"^MAPHead_0/probe$", "attn_pool/latent"),
+    (r"^MAPHead_0/LayerNorm_0/", "attn_pool/norm/"),
+    (r"^MAPHead_0/MlpBlock_0/Dense_([01])/", lambda m: f"attn_pool/mlp/fc{int(m[1]) + 1}/"),
+    (r"^MAPHead_0/MultiHeadDotProductAttention_0/out/", "attn_pool/proj/"),
+    (r"^MAPHead_0/MultiHeadDotProductAttention_0/query/", "attn_pool/q/"),
+    (r"^MAPHead_0/MultiHeadDotProductAttention_0/", "attn_pool/"),
     (r"^embedding/", "patch_embed/proj/"),
     (r"^cls$", "cls_token"),
     (r"^(Transformer/posembed_input/)?pos_embedding$", "pos_embed"),
@@ -405,26 +412,40 @@ GOOGLE = (
 
 
 def _from_google(arrays: Tensors, path: Path) -> Tensors:
-    """Names and layouts of Google's ViT releases -> timm's."""
+    """Names and layouts of Google's ViT releases, and of big_vision's image towers -> timm's."""
     tensors: Tensors = {}
+    stacked = "Transformer/encoderblock/"
     for name, array in arrays.items():
-        for pattern, replacement in GOOGLE:
-            name = re.sub(pattern, replacement, name)
-        tensors[name.replace("/", ".")] = array
+        if stacked in name and array.ndim:
+            blocks = {name.replace(stacked, f"{stacked[:-1]}_{i}/"): block for i, block in enumerate(array)}
+        else:
+            blocks = {name: array}
+        for own, block in blocks.items():
+            for pattern, replacement in GOOGLE:
+                own = re.sub(pattern, replacement, own)
+            if own:
+                tensors[own.replace("/", ".")] = block
     if "patch_embed.proj.weight" not in tensors:
         raise InputError(f"{path} is not a checkpoint: it lacks 'embedding/kernel' of Google's ViT releases")
     for name, tensor in tensors.items():
         d = tensor.shape[-1:]
         if name == "patch_embed.proj.weight" and tensor.ndim == 4:
             tensors[name] = tensor.transpose(3, 2, 0, 1)
-        elif name.endswith(".weight") and ".attn." in name:  # [D, H, D/H], or [H, D/H, D] for the output
+        elif name.endswith(".weight") and _HEADS.search(name):  # [D, H, D/H], or [H, D/H, D] for the output
             d = tensor.shape[-1] if ".proj." in name else tensor.shape[0]
             tensors[name] = (tensor.reshape(-1, d) if ".proj." in name else tensor.reshape(d, -1)).T
-        elif name.endswith(".bias") and ".attn." in name:
+        elif name.endswith(".bias") and _HEADS.search(name):
             tensors[name] = tensor.reshape(-1)
         elif name.endswith(".weight") and tensor.ndim == 2:
             tensors[name] = tensor.T
+    for leaf in ("weight", "bias"):
+        parts = [f"attn_pool.{part}.{leaf}" for part in ("key", "value")]
+        if all(part in tensors for part in parts):
+            tensors[f"attn_pool.kv.{leaf}"] = np.concatenate([tensors.pop(part) for part in parts])
     return fused(tensors)
+
+
+_HEADS = re.compile(r"\.attn\.|^attn_pool\.(q|key|value|proj)\.")  # what is stored head by head
 
 
 def fused(tensors: Tensors) -> Tensors:
