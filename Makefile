@@ -51,7 +51,7 @@ docs: .venv/docs  ## the documentation, into out/site
 	@echo "out/site/index.html"
 
 lock:  ## refresh requirements.lock (needs uv)
-	uv pip compile pyproject.toml --group dev --group docs --extra hub --extra data --universal --python-version 3.11 --no-annotate -o requirements.lock
+	uv pip compile pyproject.toml --group dev --group docs --extra hub --extra data --extra text --universal --python-version 3.11 --no-annotate -o requirements.lock
 
 clean:
 	rm -rf .venv out

@@ -87,6 +87,47 @@ def test_explain_writes_what_the_library_computes(folder, checkpoint):
         assert set(json.loads(str(stored["versions"]))) == {"tokentm_jax", "jax", "flax"}
 
 
+def test_why_one_class_and_not_another(folder, checkpoint):
+    import tokentm_jax as tm
+
+    vit = tm.load(checkpoint=checkpoint)
+    images = vit.read(["photos/a.png"])
+    best, other = np.argsort(-np.asarray(vit.logits(images)))[0, :2].tolist()
+    arguments = ("explain", "photos/a.png", "--checkpoint", checkpoint)
+    result = json.loads(run(*arguments, "--versus", other, "--json").stdout)[0]
+    assert (result["target"]["class"], result["versus"]["class"]) == (best, other)
+    stored = np.load("explanations/a.npz")
+    assert str(stored["versus"]) == NAMES[other]
+    expected = tm.explain(vit, images, score=tm.scores.Versus(other))
+    np.testing.assert_allclose(stored["map"], expected[0], rtol=1e-4, atol=1e-6)
+    assert "<- compared with" in run(*arguments, "--versus", other).stdout
+    assert "is the predicted class itself" in run(*arguments, "--versus", best, code=2).stderr
+    same = run(*arguments, "--versus", other, "--target", other, code=2).stderr
+    assert "--target and --versus are the same class" in same
+    assert "tiny has no text tower" in run(*arguments, "--text", "a cat", code=2).stderr
+
+
+def test_prompts_on_one_photo(folder):
+    pytest.importorskip("tokenizers")
+    import tokentm_jax as tm
+
+    clip = Path(__file__).parent / "goldens/layouts/clip"
+    arguments = ("explain", "photos/a.png", "--model", clip, "--method", "gae")
+    result = json.loads(run(*arguments, "--text", "a red car", "--text", "two", "--json").stdout)[0]
+    assert files(folder / "explanations") == ["a.png", "a.text-1.npz", "a.text-2.npz"]
+    vit = tm.load(str(clip))
+    images = vit.read(["photos/a.png"])
+    maps, details = tm.explain(vit, images, "gae", text="two", details=True)
+    stored = np.load("explanations/a.text-2.npz")
+    np.testing.assert_allclose(stored["map"], maps[0], rtol=1e-4, atol=1e-7)
+    assert (str(stored["prompt"]), [entry["text"] for entry in result["prompts"]]) == ("two", ["a red car", "two"])
+    assert result["prompts"][1]["cosine"] == pytest.approx(float(details["score"][0]), abs=1e-5)
+    assert "Cosine" in run(*arguments, "--text", "two", "--out", "one").stdout
+    assert files(folder / "one") == ["a.npz", "a.png"]
+    assert "leave out --target" in run(*arguments, "--text", "two", "--target", "1", code=2).stderr
+    assert "gives features and no classes" in run(*arguments, code=2).stderr
+
+
 def test_explain_a_chosen_class(folder, checkpoint):
     result = run("explain", "photos/a.png", "--checkpoint", checkpoint, "--target", "[bee]", "--out", "x/y")
     assert "[bee]" in result.stdout and "<- explained" in result.stdout and "%" in result.stdout

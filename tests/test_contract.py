@@ -58,6 +58,10 @@ KINDS = {  # all of them on images that are not square
     "distilled": {"distilled": True, "init_values": 0.5},
     "registers_average_pooled": {"reg_tokens": 2, "no_embed_class": True, "global_pool": "avg"},
     "bfloat16": {"dtype": jnp.bfloat16},
+    "attention_pooled_rotary_gated": {
+        **{"class_token": False, "global_pool": "map", "reg_tokens": 1, "pos_embed": "none", "qk_norm": True},
+        **{"rope_type": "cat", "k_bias": False, "mlp_layer": "swiglu", "scale_mlp_norm": True},
+    },
 }
 TARGET = jnp.array([0, 3, 4], jnp.int32)
 
@@ -68,6 +72,7 @@ CASES = [
     pytest.param(kind, name, marks=[] if {kind, name} <= set(ONE) or name in QUICK else pytest.mark.slow)
     for kind in KINDS
     for name in METHODS
+    if (kind, name) != ("attention_pooled_rotary_gated", "token_dropping")  # which refuses it
 ]
 
 

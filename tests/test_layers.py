@@ -34,7 +34,7 @@ def test_imports_go_to_earlier_rooms():
 
 
 def test_the_mathematics_needs_jax_alone():
-    known = {"jax", "chex", "annotated_types", "collections", "dataclasses", "functools", "math", "typing"}
+    known = {"jax", "chex", "annotated_types", "collections", "dataclasses", "functools", "inspect", "math", "typing"}
     for path in (PACKAGE / "maths").glob("*.py"):
         roots = {name.split(".")[0] for name in imports(path)}
         assert roots <= known | {"tokentm_jax"}, path

@@ -1,7 +1,6 @@
 """`load`: names, files, class names, and the real DeiT-tiny against timm."""
 
 import csv
-import json
 import os
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import tokentm_jax as tm
 from tokentm_jax.data.preprocessing import CLIP, IMAGENET, Preprocessing
 from tokentm_jax.errors import InputError
 from tokentm_jax.models import loading
@@ -194,27 +194,13 @@ def test_checkpoint_without_classifier(tiny, tmp_path):
 
     body = {name: t for name, t in to_timm(tiny[1]).items() if not name.startswith("head.")}
     safetensors.numpy.save_file(body, tmp_path / "body.safetensors")
-    with pytest.raises(InputError, match="no classifier"):
-        load(OPTIONS, tmp_path / "body.safetensors")
-
-
-def test_hub_model(bare, monkeypatch):
-    huggingface_hub = pytest.importorskip("huggingface_hub")
-    arguments = {key: value for key, value in OPTIONS.items() if key != "num_classes"}
-    card = {
-        "architecture": "vit_tiny_patch16_224",
-        "num_classes": 3,
-        "model_args": arguments,
-        "pretrained_cfg": {"mean": [0, 0, 0], "std": [1, 1, 1], "crop_pct": 1.0, "interpolation": "bilinear"},
-    }
-    (bare.parent / "config.json").write_text(json.dumps(card))
-    files = {"config.json": bare.parent / "config.json", "model.safetensors": bare}
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda _, file, revision=None: str(files[file]))
-    model = load("hf-hub:timm/tiny.test")
-    assert (model.name, model.module.num_classes) == ("timm/tiny.test", 3)
-    assert model.preprocessing == Preprocessing((16, 16), 1.0, "bilinear", mean=(0, 0, 0), std=(1, 1, 1))
-    with pytest.raises(InputError, match="leave out the checkpoint"):
-        load("hf-hub:timm/tiny.test", bare)
+    vit = load(OPTIONS, tmp_path / "body.safetensors")
+    images = np.random.default_rng(0).random((2, *vit.module.img_size, 3), np.float32)
+    assert vit.logits(images).shape == (2, vit.module.embed_dim)
+    with pytest.raises(InputError, match="gives features and no classes: name a score"):
+        tm.explain(vit, images)
+    by_channel = tm.explain(vit, images, score=tm.scores.Channel(3))
+    assert by_channel.shape == (2, *vit.module.grid) and np.isfinite(by_channel).all()
 
 
 # ---- the real DeiT-tiny ---------------------------------------------------------------------------------------------

@@ -61,6 +61,7 @@ def test_the_count_by_hand_is_that_of_the_traced_products(roofline, label, passe
     assert roofline.hand_bytes(SMALL, *passes, batch) == moved / batch
 
 
+@pytest.mark.slow
 def test_xla_counts_a_scan_once_and_the_unrolled_blocks_all(roofline):
     program = roofline.PROGRAMS["forward"][0]
     once = [

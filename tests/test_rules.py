@@ -135,6 +135,29 @@ def test_gradient_rules_against_the_jacobian_with_constants_held(rules):
     np.testing.assert_allclose(got, jacobian_vector(lambda v: v * gain, x, g), atol=1e-8)
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_rotation(half):
+    """Relevance of a turned pair goes to both of its channels, in proportion to what each gave; against a loop."""
+    x, r = normal(2, 1, 3, 4), normal(2, 1, 3, 4)
+    angle = normal(3, 2)
+    pair = (lambda c: (c + 2) % 4) if half else (lambda c: c ^ 1)
+    of = (lambda c: c % 2) if half else (lambda c: c // 2)
+    first = (lambda c: c < 2) if half else (lambda c: c % 2 == 0)
+    turned, expected = np.zeros_like(x), np.zeros_like(x)
+    cosine, sine = np.zeros((3, 4)), np.zeros((3, 4))
+    for b, n, c in np.ndindex(2, 3, 4):
+        a = angle[n, of(c)]
+        cosine[n, c], sine[n, c] = np.cos(a), np.sin(a) * (-1 if first(c) else 1)
+        own, other = x[b, 0, n, c] * cosine[n, c], x[b, 0, n, pair(c)] * sine[n, c]
+        turned[b, 0, n, c] = own + other
+        expected[b, 0, n, c] += r[b, 0, n, c] * own / (own + other)
+        expected[b, 0, n, pair(c)] += r[b, 0, n, c] * other / (own + other)
+    rules = lrp("lrp", "reference")
+    found, back = jax.vjp(lambda x: rules.rotate(x, jnp.asarray(cosine), jnp.asarray(sine), half), jnp.asarray(x))
+    np.testing.assert_allclose(found, turned, rtol=1e-10)
+    np.testing.assert_allclose(back(jnp.asarray(r))[0], expected, rtol=1e-5)
+
+
 def test_softmax_and_product_of_attn_lrp():
     """In relevances: `R_in = x * (R - s sum R)`, and the factors of a product share its relevance equally."""
     rules, x, r = attn_lrp(), normal(1, 1, 2, 4), normal(1, 1, 2, 4, seed=1)
@@ -173,6 +196,9 @@ def without_biases(params):
     )
 
 
+MODERN = {"global_pool": "map", "mlp_layer": "swiglu", "rope_type": "cat", "qk_norm": True, "scale_mlp_norm": True}
+
+
 @pytest.fixture(scope="module")
 def small():
     module = ViT(img_size=(16, 16), patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=5)
@@ -180,9 +206,13 @@ def small():
     return module, params
 
 
-def test_conservative_lrp_conserves_the_logit_without_biases(small):
+@pytest.mark.parametrize("options", [{}, MODERN])
+def test_conservative_lrp_conserves_the_logit_without_biases(small, options):
     """Theory: with attention, deviation and gains constant the model is linear; biases are what it loses to."""
     module, params = small
+    if options:
+        module = module.clone(class_token=False, **options)
+        params = jax.tree.map(lambda a: a * 10 if a.ndim > 1 else a, init_params(module, jax.random.key(0)))
     inputs = jnp.asarray(normal(2, 16, 16, 3))
     run = jax.jit(explain_fn(module, "conservative_lrp", details=True))
     _, details = run(without_biases(params), inputs)
@@ -228,7 +258,12 @@ def test_lrp_starts_with_one_and_reports_its_flow(small, method):
 
 
 @pytest.mark.parametrize(
-    "options", [{"distilled": True, "init_values": 0.5}, {"global_pool": "avg", "reg_tokens": 1, "pre_norm": True}]
+    "options",
+    [
+        {"distilled": True, "init_values": 0.5},
+        {"global_pool": "avg", "reg_tokens": 1, "pre_norm": True},
+        {"class_token": False, "reg_tokens": 1, **MODERN},
+    ],
 )
 def test_libra_full_grad_sums_to_the_logit(options):
     """On every way to read the tokens, with biases that are not zero."""

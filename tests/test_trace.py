@@ -62,6 +62,7 @@ def test_shapes_and_types(vit, dtype):
         "attention_branch": (l, b, n, d),
         "ffn_branch": (l, b, n, d),
         "logits": (b, 3),
+        "score": (b,),
         "target": (b,),
     }
     assert {name: a.shape for name, a in trace._asdict().items() if a is not None} == shapes

@@ -11,6 +11,7 @@ _HOMES = {
     "LoadedViT": "models.loading",
     "explain": "methods.explain",
     "explain_fn": "methods.explain",
+    "methods_for": "methods.explain",
     "open_maps": "runs.store",
     "over_devices": "models.sharding",
     "over_width": "models.sharding",
@@ -19,6 +20,8 @@ _HOMES = {
     "to_pixels": "maths.maps",
     "capture": "models.capture",
     "Trace": "models.capture",
+    "PlainModel": "models.plain",
+    "scores": "maths",
     "TokenTM": "maths.tokentm",
     "READINGS": "maths.tokentm",
     "contributions": "maths.tokentm",
@@ -49,6 +52,7 @@ __all__ = [*_HOMES, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll
 if TYPE_CHECKING:
     from tokentm_jax.data.preprocessing import Preprocessing as Preprocessing
     from tokentm_jax.errors import InputError as InputError
+    from tokentm_jax.maths import scores as scores
     from tokentm_jax.maths.maps import combine as combine
     from tokentm_jax.maths.maps import to_pixels as to_pixels
     from tokentm_jax.maths.tokentm import READINGS as READINGS
@@ -56,6 +60,7 @@ if TYPE_CHECKING:
     from tokentm_jax.maths.tokentm import contributions as contributions
     from tokentm_jax.methods.explain import explain as explain
     from tokentm_jax.methods.explain import explain_fn as explain_fn
+    from tokentm_jax.methods.explain import methods_for as methods_for
     from tokentm_jax.methods.table import METHODS as METHODS
     from tokentm_jax.metrics.tasks import CHOICE_ROWS as CHOICE_ROWS
     from tokentm_jax.metrics.tasks import COMPONENT_ROWS as COMPONENT_ROWS
@@ -75,6 +80,7 @@ if TYPE_CHECKING:
     from tokentm_jax.models.checkpoint import write_checkpoint as write_checkpoint
     from tokentm_jax.models.loading import LoadedViT as LoadedViT
     from tokentm_jax.models.loading import load as load
+    from tokentm_jax.models.plain import PlainModel as PlainModel
     from tokentm_jax.models.sharding import over_devices as over_devices
     from tokentm_jax.models.sharding import over_width as over_width
     from tokentm_jax.models.vit import ViT as ViT

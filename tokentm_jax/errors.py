@@ -27,6 +27,10 @@ class InputError(ValueError):
         super().__init__(text)
 
 
+class Unfit(InputError):
+    """A method needs something that the model does not show."""
+
+
 def suggest(kind: str, name: object, known: Iterable[str], of: str = "") -> InputError:
     """Error for a name that is not among `known`: "unknown option 'x' of gae; did you mean 'y'?"."""
     names, given = sorted(known), repr(str(name)[:100]) + (f" of {of}" if of else "")

@@ -6,6 +6,7 @@ architectures.json    per table name: parameter count with 1000 classes, and [he
                       std] of every set of weights that timm knows under it (by tag)
 KIND.safetensors      random weights of a tiny model of each kind
 google.npz            random weights in the layout of Google's ViT releases
+big_vision.npz        random weights of an attention-pooled model in the layout of big_vision, blocks stacked
 timm_logits.npz       KIND/images [2, H, W, 3] normalised, KIND/logits [2, 5]; KIND@HxW: the same weights at
                       another resolution, positions resampled by timm
 """
@@ -25,7 +26,8 @@ library.define("qnms(Tensor a, Tensor b, float c) -> Tensor")
 
 import timm  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-from timm.models import deit, vision_transformer  # noqa: E402
+from timm.layers import SwiGLUPacked  # noqa: E402
+from timm.models import deit, eva, vision_transformer  # noqa: E402
 
 HERE = Path(__file__).parent
 TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
@@ -37,18 +39,47 @@ KINDS = {
     "pooled_prefix": {"global_pool": "avg", "fc_norm": False, "reg_tokens": 1, "init_values": 0.1},
     "pre_norm": {"pre_norm": True, "norm_eps": 1e-5, "activation": "quick_gelu"},
 }
+# Made after the others, each from a seed of its own.
+LATER = {
+    "map": {"global_pool": "map", "class_token": False, "reg_tokens": 1, "activation": "gelu_tanh"},
+    "features": {"num_classes": 0, "mlp_layer": "swiglu_packed", "mlp_ratio": 1.5, "init_values": 0.1},
+    "qk_norm": {"qk_norm": True, "final_norm": False, "pos_embed": "none"},
+    "eva02": {"global_pool": "avg", "k_bias": False, "mlp_ratio": 2, "mlp_layer": "swiglu_packed", "rope_type": "cat",
+              "ref_feat_shape": [3, 3]},
+    "eva02_scaled": {"global_pool": "avg", "k_bias": False, "mlp_ratio": 2, "mlp_layer": "swiglu",
+                     "scale_mlp_norm": True, "rope_type": "cat", "ref_feat_shape": [4, 4]},
+    "dinov3": {"k_bias": False, "init_values": 0.1, "reg_tokens": 2, "pos_embed": "none", "rope_type": "dinov3",
+               "rope_temperature": 100.0, "fc_norm": False, "norm_eps": 1e-5},
+}  # fmt: skip
 RESIZED = {"plain": [(24, 16), (8, 12)], "distilled": [(20, 28)], "registers": [(8, 16)]}
 
 
 def make(options: dict) -> torch.nn.Module:
     """timm's model for our options."""
     options = {**TINY, **options}
+    if "k_bias" in options:
+        return make_eva(options)
+    if options.get("mlp_layer") == "swiglu_packed":  # whose ratio counts gate and value
+        options |= {"mlp_layer": SwiGLUPacked, "mlp_ratio": 2 * options["mlp_ratio"], "act_layer": torch.nn.SiLU}
     kind = deit.VisionTransformerDistilled if options.pop("distilled", False) else vision_transformer.VisionTransformer
     if "norm_eps" in options:
         options["norm_layer"] = partial(torch.nn.LayerNorm, eps=options.pop("norm_eps"))
     if "activation" in options:
         options["act_layer"] = options.pop("activation")
     return kind(**options).eval()
+
+
+def make_eva(options: dict) -> torch.nn.Module:
+    """timm's Eva for our options."""
+    layer, rope = options.pop("mlp_layer", "mlp"), options.pop("rope_type")
+    del options["k_bias"]
+    ours = {"scale_mlp_norm": "scale_mlp", "reg_tokens": "num_reg_tokens", "fc_norm": "use_fc_norm"}
+    options = {ours.get(name, name): value for name, value in options.items()}
+    if "norm_eps" in options:
+        options["norm_layer"] = partial(torch.nn.LayerNorm, eps=options.pop("norm_eps"))
+    options |= {"use_abs_pos_emb": options.pop("pos_embed", "learn") == "learn", "use_rot_pos_emb": True}
+    options |= {"rope_type": rope, "rope_rotate_half": rope == "dinov3", "swiglu_mlp": layer != "mlp"}
+    return eva.Eva(**{"global_pool": "token", **options, "qkv_fused": layer != "swiglu"}).eval()
 
 
 def randomise(model: torch.nn.Module, generator: torch.Generator) -> None:
@@ -90,6 +121,59 @@ def google_layout(weights: dict[str, np.ndarray], heads: int) -> dict[str, np.nd
     return out
 
 
+def big_vision_layout(weights: dict[str, np.ndarray], heads: int) -> dict[str, np.ndarray]:
+    """timm's names of an attention-pooled model -> those of big_vision, blocks stacked."""
+    d = weights["pos_embed"].shape[-1]
+    split = lambda a, i: a[i * d : (i + 1) * d]  # noqa: E731
+    into = lambda w: w.T.reshape(d, heads, -1)  # noqa: E731
+
+    def dense(name: str) -> dict[str, np.ndarray]:
+        return {"kernel": weights[f"{name}.weight"].T, "bias": weights[f"{name}.bias"]}
+
+    def norm(name: str) -> dict[str, np.ndarray]:
+        return {"scale": weights[f"{name}.weight"], "bias": weights[f"{name}.bias"]}
+
+    def attention(parts: list[tuple[np.ndarray, np.ndarray]], out: str) -> dict[str, np.ndarray]:
+        found = {}
+        for part, (weight, bias) in zip(("query", "key", "value"), parts, strict=True):
+            found |= {f"{part}/kernel": into(weight), f"{part}/bias": bias.reshape(heads, -1)}
+        proj = dense(out)
+        return found | {"out/kernel": proj["kernel"].reshape(heads, -1, d), "out/bias": proj["bias"]}
+
+    def block(i: int) -> dict[str, np.ndarray]:
+        own = f"blocks.{i}"
+        qkv = [tuple(split(weights[f"{own}.attn.qkv.{leaf}"], k) for leaf in ("weight", "bias")) for k in range(3)]
+        groups = {
+            "LayerNorm_0": norm(f"{own}.norm1"),
+            "LayerNorm_1": norm(f"{own}.norm2"),
+            "MlpBlock_0/Dense_0": dense(f"{own}.mlp.fc1"),
+            "MlpBlock_0/Dense_1": dense(f"{own}.mlp.fc2"),
+            "MultiHeadDotProductAttention_0": attention(qkv, f"{own}.attn.proj"),
+        }
+        return {f"{group}/{name}": value for group, found in groups.items() for name, value in found.items()}
+
+    pool = [(weights["attn_pool.q.weight"], weights["attn_pool.q.bias"])]
+    pool += [tuple(split(weights[f"attn_pool.kv.{leaf}"], k) for leaf in ("weight", "bias")) for k in range(2)]
+    groups = {
+        "embedding": {
+            "kernel": weights["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
+            "bias": weights["patch_embed.proj.bias"],
+        },
+        "Transformer/encoder_norm": norm("norm"),
+        "MAPHead_0/MultiHeadDotProductAttention_0": attention(pool, "attn_pool.proj"),
+        "MAPHead_0/LayerNorm_0": norm("attn_pool.norm"),
+        "MAPHead_0/MlpBlock_0/Dense_0": dense("attn_pool.mlp.fc1"),
+        "MAPHead_0/MlpBlock_0/Dense_1": dense("attn_pool.mlp.fc2"),
+        "head": dense("head"),
+    }
+    flat = {f"{group}/{name}": value for group, found in groups.items() for name, value in found.items()}
+    flat |= {"pos_embedding": weights["pos_embed"], "MAPHead_0/probe": weights["attn_pool.latent"]}
+    blocks = [block(i) for i in range(TINY["depth"])]
+    flat |= {f"Transformer/encoderblock/{n}": np.stack([b[n] for b in blocks]) for n in blocks[0]}
+    text = {"params/txt/head/bias": np.zeros(3, np.float32), "params/t": np.ones(1, np.float32)}
+    return {f"params/img/{name}": value for name, value in flat.items()} | text
+
+
 @torch.no_grad()
 def main() -> None:
     generator = torch.Generator().manual_seed(0)
@@ -116,15 +200,31 @@ def main() -> None:
     other = make({})
     other.load_pretrained(str(HERE / "google.npz"))  # timm's own reader says what the file means
     record("google", other, (16, 16))
+    for seed, (kind, options) in enumerate(LATER.items(), 1):
+        generator.manual_seed(seed)
+        model = make(options)
+        randomise(model, generator)
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, HERE / f"{kind}.safetensors")
+        record(kind, model, (16, 16))
+    generator.manual_seed(100)
+    options = {"global_pool": "map", "class_token": False}
+    model = make(options)
+    randomise(model, generator)
+    weights = {k: v.numpy() for k, v in model.state_dict().items()}
+    np.savez(HERE / "big_vision.npz", **big_vision_layout(weights, TINY["num_heads"]))
+    other = make(options)
+    other.load_pretrained(str(HERE / "big_vision.npz"))
+    record("big_vision", other, (16, 16))
     np.savez_compressed(HERE / "timm_logits.npz", **results)
-    (HERE / "kinds.json").write_text(json.dumps({k: {**TINY, **v} for k, v in KINDS.items()}, indent=1) + "\n")
+    kinds = {k: {**TINY, **v} for k, v in {**KINDS, **LATER}.items()}
+    (HERE / "kinds.json").write_text(json.dumps(kinds, indent=1) + "\n")
 
     lines = []
     for name in sys.argv[1:] or json.loads((HERE / "architectures.json").read_text()):
         with torch.device("meta"):
             model = timm.create_model(name, num_classes=1000)
         count = sum(p.numel() for p in model.parameters())
-        module = deit if name.startswith("deit") else vision_transformer
+        module = next(module for module in (deit, vision_transformer, eva) if name in module.default_cfgs)
         tags = {
             tag: [cfg.input_size[1], cfg.crop_pct, cfg.interpolation, list(cfg.mean), list(cfg.std)]
             for tag, cfg in module.default_cfgs[name].cfgs.items()

@@ -21,6 +21,9 @@ from tokentm_jax.errors import InputError
 @click.option("--methods", default="tokentm", show_default=True, help="One or several, as a,b,c.")
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Option of the methods; repeatable.")
 @click.option("--target", default="predicted", show_default=True, help="The class to explain: predicted or label.")
+@click.option(
+    "--score", help="What is explained: versus:CLASS, log_probability or channel:NUMBER; default: the logit."
+)
 @click.option("--dtype", default="float16", show_default=True, help="Of the stored maps: float16 or float32.")
 @click.option("--profile", default="default", show_default=True, help="Preprocessing: the model's, or reference.")
 @click.option("--limit", type=click.IntRange(1), help="So many images, spread evenly over the data set.")

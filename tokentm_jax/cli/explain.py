@@ -7,7 +7,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from tokentm_jax.cli.heatmaps import Writer, fail, output_names, print_result, sheet_names
+from tokentm_jax.cli.heatmaps import Writer, columns_of, fail, output_names, print_result, sheet_names
 from tokentm_jax.cli.options import MODELS_HELP, PATH, class_names, make_folder, parse_options, start_jax
 from tokentm_jax.errors import InputError, suggest
 
@@ -18,6 +18,10 @@ from tokentm_jax.errors import InputError, suggest
 @click.option("--checkpoint", type=PATH, help="Weights; default: the shipped model.")
 @click.option("--method", default="tokentm", show_default=True, help="A method, several as a,b,c, or 'all'.")
 @click.option("--target", help="Class to explain, by number or name; default: each photo's predicted class.")
+@click.option("--versus", metavar="CLASS", help="Explain why the class, and not this other one.")
+@click.option(
+    "--text", "prompts", multiple=True, metavar="PROMPT", help="Explain a prompt, with CLIP or SigLIP; repeatable."
+)
 @click.option("--out", type=PATH, default="explanations", show_default=True, help="Folder.")
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Option of the method; repeatable.")
 @click.option("--batch-size", type=click.IntRange(1, 1024), default=8, show_default=True)
@@ -29,6 +33,8 @@ def explain(
     checkpoint: Path | None,
     method: str,
     target: str | None,
+    versus: str | None,
+    prompts: tuple[str, ...],
     out: Path,
     options: tuple[str, ...],
     batch_size: int,
@@ -38,14 +44,16 @@ def explain(
     """Show the top five classes of photos and write heatmaps.
 
     PHOTO is a file, a folder or a pattern. For each photo, <name>.png (photo, heatmap, both) and <name>.npz (the
-    map and how it was made) go to the output folder. With several methods, each batch of photos gives one
-    comparison picture, and each photo and method <name>.<method>.npz.
+    map and how it was made) go to the output folder. With several methods or prompts, each batch of photos gives one
+    comparison picture, and each photo <name>.<method>.npz, with the number of the prompt.
 
     \b
     Examples:
       tokentm explain cat.jpg
       tokentm explain photos/ --model deit_tiny_patch16_224 --checkpoint deit_tiny.safetensors
       tokentm explain cat.jpg --method tokentm,rollout,gae --target "tabby cat"
+      tokentm explain cat.jpg --versus dog
+      tokentm explain cat.jpg --model hf-hub:openai/clip-vit-base-patch32 --text "a cat" --text "whiskers"
       tokentm explain cat.jpg --option ffn=false --json
     """
     from rich.progress import Progress
@@ -60,9 +68,16 @@ def explain(
         if name not in METHODS:
             raise suggest("method", name, METHODS)
         METHODS[name].bind(name, settings)  # an unknown option is noticed before any work
+    if prompts and (target, versus) != (None, None):
+        raise InputError("--text explains a prompt: leave out --target and --versus")
     start_jax()
     vit = load(model, checkpoint, class_names=classes)
-    class_index = None if target is None else vit.class_index(target)
+    class_index, other = (None if name is None else vit.class_index(name) for name in (target, versus))
+    if other is not None and other == class_index:
+        raise InputError(f"--target and --versus are the same class, {vit.class_name(other)!r}")
+    if not prompts:
+        vit.require_classes()
+    columns = columns_of(vit, chosen, list(dict.fromkeys(prompts)))
     make_folder(out)
 
     results: dict[str, dict[str, Any]] = {}
@@ -73,13 +88,13 @@ def explain(
         except InputError as error:
             fail(results, argument, error)
     results |= {str(path): {} for path in paths}
-    names = output_names(paths, out, chosen)
+    names = output_names(paths, out, [column.suffix for column in columns.values()])
     batches = [paths[i : i + batch_size] for i in range(0, len(paths), batch_size)]
     sheets = list(names.values()) if len(paths) == 1 else sheet_names(len(batches), paths, out)
     with Progress(console=Console(stderr=True), transient=True, disable=not Console(stderr=True).is_terminal) as bar:
         task = bar.add_task("Explaining", total=len(paths))
         for sheet, batch in zip(sheets, batches, strict=True):
-            writer = Writer(vit, chosen, settings, class_index, out, names, sheet, min(batch_size, len(paths)))
+            writer = Writer(vit, columns, settings, class_index, other, out, names, sheet, min(batch_size, len(paths)))
             writer.write(batch, results, skip_unfit=method == "all")
             bar.advance(task, len(batch))
 

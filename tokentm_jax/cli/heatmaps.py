@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 from rich.table import Table
@@ -24,14 +24,38 @@ if TYPE_CHECKING:
     from tokentm_jax.models.loading import LoadedViT
 
 
+class Column(NamedTuple):
+    """One map of every photo: its method, what its prompt means to the model [E] (None: a class is explained), and how
+    its file ends."""
+
+    method: str
+    prompt: str | None
+    embedding: Any
+    suffix: str
+
+
+def columns_of(vit: "LoadedViT", methods: Sequence[str], prompts: Sequence[str]) -> dict[str, Column]:
+    """A column for every method, or for every method and prompt, by its title. InputError as `embed_text`."""
+    if not prompts:
+        return {m: Column(m, None, None, f".{m}.npz" if len(methods) > 1 else ".npz") for m in methods}
+    columns = {}
+    for k, (prompt, embedding) in enumerate(zip(prompts, vit.embed_text(prompts), strict=True), 1):
+        for method in methods:
+            title = prompt if len(methods) == 1 else f"{method}: {prompt}"
+            parts = [method] * (len(methods) > 1) + [f"text-{k}"] * (len(prompts) > 1) + ["npz"]
+            columns[title] = Column(method, prompt, embedding, "." + ".".join(parts))
+    return columns
+
+
 @dataclasses.dataclass(frozen=True)
 class Writer:
     """Makes the files of a batch of photos."""
 
     vit: "LoadedViT"
-    methods: list[str]
+    columns: dict[str, Column]
     options: dict[str, Any]
     target: int | None
+    versus: int | None
     out: Path
     names: dict[Path, str]
     sheet: str
@@ -42,6 +66,7 @@ class Writer:
         import numpy as np
 
         from tokentm_jax.data.photos import fit, open_photo, view
+        from tokentm_jax.maths.scores import Cosine, Versus
         from tokentm_jax.methods.explain import explain
 
         good, inputs, views = [], [], []
@@ -56,25 +81,31 @@ class Writer:
         if not good:
             return
         images = np.stack(inputs + inputs[-1:] * (self.rows - len(inputs))).astype(np.float32) / 255
-        logits = np.asarray(self.vit.logits(images), np.float64)
-        targets = logits.argmax(-1) if self.target is None else np.full(len(logits), self.target)
+        outputs = np.asarray(self.vit.logits(images), np.float64)
+        targets = outputs.argmax(-1) if self.target is None else np.full(len(outputs), self.target)
         maps: dict[str, np.ndarray] = {}
-        for method in self.methods:
+        for title, column in self.columns.items():
+            score, target = None if self.versus is None else Versus(self.versus), targets.astype(np.int32)
+            if column.prompt is not None:
+                score, target = Cosine(column.embedding), None
             try:
                 with memory_errors():
-                    found = explain(self.vit, images, method, targets.astype(np.int32), **self.options)
-                maps[method] = np.asarray(found, np.float32)
+                    found = explain(self.vit, images, column.method, target, score=score, **self.options)
+                maps[title] = np.asarray(found, np.float32)
             except InputError as error:
                 if not skip_unfit:
                     raise
-                complain(f"{method} is left out: {error}")
+                complain(f"{title} is left out: {error}")
         if not maps:
             raise InputError("no method can explain this model")
         kept = []
         for i, path in enumerate(good):
-            if np.isfinite(logits[i]).all() and all(np.isfinite(m[i]).all() for m in maps.values()):
-                results[str(path)] = describe(self.vit, logits[i], int(targets[i]))
-                self._write_maps(path, results[str(path)], {method: m[i] for method, m in maps.items()})
+            if self.versus is not None and targets[i] == self.versus:
+                name = self.vit.class_name(self.versus)
+                fail(results, str(path), InputError(f"{path}: {name!r} is the predicted class itself; name a target"))
+            elif np.isfinite(outputs[i]).all() and all(np.isfinite(m[i]).all() for m in maps.values()):
+                results[str(path)] = self._describe(outputs[i], int(targets[i]))
+                self._write_maps(path, results[str(path)], {title: m[i] for title, m in maps.items()})
                 kept.append(i)
             else:
                 fail(results, str(path), InputError(f"the model gives no finite numbers for {path}"))
@@ -82,20 +113,38 @@ class Writer:
             entries = [results[str(good[i])] for i in kept]
             self._draw([good[i] for i in kept], entries, [views[i] for i in kept], {m: maps[m][kept] for m in maps})
 
+    def _describe(self, outputs: "np.ndarray", target: int) -> dict[str, Any]:
+        import numpy as np
+
+        prompts = {c.prompt: c.embedding for c in self.columns.values() if c.prompt is not None}
+        if not prompts:
+            return describe(self.vit, outputs, target, self.versus)
+        direction = outputs / np.linalg.norm(outputs)
+        return {"prompts": [{"text": t, "cosine": float(direction @ e)} for t, e in prompts.items()], "files": []}
+
     def _write_maps(self, path: Path, result: dict[str, Any], maps: dict[str, "np.ndarray"]) -> None:
         import numpy as np
 
         versions = {name: version_of(name) for name in ("tokentm_jax", "jax", "flax")}
-        for method, heatmap in maps.items():
-            file = self.out / f"{self.names[path]}{_suffix(method, self.methods)}"
+        for title, heatmap in maps.items():
+            column = self.columns[title]
+            file = self.out / f"{self.names[path]}{column.suffix}"
+            if column.prompt is None:
+                asked = {
+                    "target": np.int32(result["target"]["class"]),
+                    "target_name": result["target"]["name"],
+                    "probability": np.float32(result["target"]["probability"]),
+                    "versus": result["versus"]["name"] if "versus" in result else "",
+                }
+            else:
+                cosines = {entry["text"]: entry["cosine"] for entry in result["prompts"]}
+                asked = {"prompt": column.prompt, "cosine": np.float32(cosines[column.prompt])}
             members = {  # `files.ours` knows the file by them
                 "map": heatmap,
-                "target": np.int32(result["target"]["class"]),
-                "target_name": result["target"]["name"],
-                "probability": np.float32(result["target"]["probability"]),
+                **asked,
                 "photo": printable(path),
                 "model": self.vit.name,
-                "method": method,
+                "method": column.method,
                 "options": json.dumps(self.options),
                 "versions": json.dumps(versions),
             }
@@ -117,25 +166,33 @@ class Writer:
         from tokentm_jax.cli.figure import overlay_figure, sheet
         from tokentm_jax.identity import write_png
 
-        titles = [f"{r['target']['name']} {r['target']['probability']:.1%}" for r in results]
-        if len(self.methods) > 1:
+        titles = [_title(result) for result in results]
+        if len(self.columns) > 1:
             file = self.out / f"{self.sheet}.png"
-            write_png(sheet(views, titles, {m: list(maps[m]) for m in maps}, self.vit.name), file)
+            write_png(sheet(views, titles, {title: list(found) for title, found in maps.items()}, self.vit.name), file)
             for result in results:
                 result["files"].insert(0, str(file))
             return
         for i, (path, result) in enumerate(zip(paths, results, strict=True)):
-            parts = [printable(path.name), self.vit.name, self.methods[0]]
-            best = result["top5"][0]
-            if best["class"] != result["target"]["class"]:
+            ((title, column),) = self.columns.items()
+            parts = [printable(path.name), self.vit.name, column.method]
+            if column.prompt is None and (best := result["top5"][0])["class"] != result["target"]["class"]:
                 parts.insert(0, f"predicted: {best['name']} {best['probability']:.1%}")
             file = self.out / f"{self.names[path]}.png"
-            write_png(overlay_figure(views[i], maps[self.methods[0]][i], titles[i], " · ".join(parts)), file)
+            write_png(overlay_figure(views[i], maps[title][i], titles[i], " · ".join(parts)), file)
             result["files"].insert(0, str(file))
 
 
-def describe(vit: "LoadedViT", logits: "np.ndarray", target: int) -> dict[str, Any]:
-    """The top five classes of one photo and the explained one, from its logits [classes]."""
+def _title(result: dict[str, Any]) -> str:
+    """What is explained: the class with its probability, and the other one; or the prompts with their cosines."""
+    if "prompts" in result:
+        return "; ".join(f"{entry['text']} {entry['cosine']:.3f}" for entry in result["prompts"])
+    classes = [result["target"], *([result["versus"]] if "versus" in result else [])]
+    return " versus ".join(f"{entry['name']} {entry['probability']:.1%}" for entry in classes)
+
+
+def describe(vit: "LoadedViT", logits: "np.ndarray", target: int, versus: int | None = None) -> dict[str, Any]:
+    """The top five classes of one photo, the explained one and the one it is compared with, from logits [classes]."""
     import numpy as np
 
     odds = np.exp(logits - logits.max())
@@ -145,16 +202,17 @@ def describe(vit: "LoadedViT", logits: "np.ndarray", target: int) -> dict[str, A
         return {"class": index, "name": vit.class_name(index), "probability": float(probabilities[index])}
 
     top = np.argsort(-probabilities, kind="stable")[:5]
-    return {"top5": [entry(int(i)) for i in top], "target": entry(target), "files": []}
+    compared = {} if versus is None else {"versus": entry(versus)}
+    return {"top5": [entry(int(i)) for i in top], "target": entry(target), **compared, "files": []}
 
 
-def output_names(paths: Sequence[Path], out: Path, methods: Sequence[str] = ("",)) -> dict[Path, str]:
+def output_names(paths: Sequence[Path], out: Path, suffixes: Iterable[str] = (".npz",)) -> dict[Path, str]:
     """A file name without suffix for each photo: its own, with a number where two would meet or where something
     stands that may not be replaced."""
     stems = {path: _cut(path.stem) for path in paths}
     own = {stem.lower() for stem in stems.values()}  # file systems that ignore case would join them
     photos = _real(paths)
-    suffixes = [".png", *(_suffix(method, methods) for method in methods)]
+    suffixes = [".png", *suffixes]
     used: set[str] = set()
     names: dict[Path, str] = {}
     for path, stem in stems.items():
@@ -176,10 +234,6 @@ def sheet_names(count: int, paths: Sequence[Path], out: Path) -> list[str]:
     candidates = itertools.chain(["sheet"], itertools.islice(numbered, 1, None)) if count == 1 else numbered
     free = (name for name in candidates if _may_write(out / f"{name}.png", photos))
     return list(itertools.islice(free, count))
-
-
-def _suffix(method: str, methods: Sequence[str]) -> str:
-    return f".{method}.npz" if len(methods) > 1 else ".npz"
 
 
 def _cut(stem: str) -> str:
@@ -208,18 +262,33 @@ def fail(results: dict[str, dict[str, Any]], path: str, error: InputError) -> No
     complain(str(error))
 
 
+MARKS = {"target": "<- explained", "versus": "<- compared with"}
+
+
 def print_result(path: str, result: dict[str, Any]) -> None:
     table = Table(title=Text(printable(path)), title_justify="left", title_style="bold", box=None)
-    table.add_column("Class")
-    table.add_column("Probability", justify="right")
-    table.add_column("")
-    entries = result["top5"]
-    if result["target"] not in entries:
-        entries = [*entries, result["target"]]
-    for entry in entries:
-        explained = "<- explained" if entry["class"] == result["target"]["class"] else ""
-        table.add_row(Text(printable(entry["name"])), f"{entry['probability']:.1%}", explained)
+    if "prompts" in result:
+        table.add_column("Prompt")
+        table.add_column("Cosine", justify="right")
+        for entry in result["prompts"]:
+            table.add_row(Text(printable(entry["text"])), f"{entry['cosine']:.3f}")
+    else:
+        _list_classes(table, result)
     console().print(table)
     for file in result["files"]:
         click.echo(f" {printable(file)}")
     click.echo()
+
+
+def _list_classes(table: Table, result: dict[str, Any]) -> None:
+    table.add_column("Class")
+    table.add_column("Probability", justify="right")
+    table.add_column("")
+    marks = {result[name]["class"]: mark for name, mark in MARKS.items() if name in result}
+    entries = [
+        *result["top5"],
+        *(result[name] for name in MARKS if name in result and result[name] not in result["top5"]),
+    ]
+    for entry in entries:
+        explained = marks.get(entry["class"], "")
+        table.add_row(Text(printable(entry["name"])), f"{entry['probability']:.1%}", explained)

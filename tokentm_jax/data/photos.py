@@ -202,9 +202,9 @@ def _values(image: Image.Image, box: tuple[int, int, int, int]) -> np.ndarray:
 def fit(image: Image.Image, preprocessing: "Preprocessing") -> np.ndarray:
     """The photo as the model sees it: uint8 [H, W, 3] of `preprocessing.size`.
 
-    The photo is resized so that it covers `size / crop_pct`, keeping its proportions, and its centre is cut out,
-    with the rounding of timm's evaluation transform (its resize to a target that is not square is always bilinear;
-    here it is the preprocessing's own).
+    The photo is resized so that it covers `size / crop_pct`, keeping its proportions (unless it is to be squashed to
+    these), and its centre is cut out, with the rounding of timm's evaluation transform (its resize to a target that is
+    not square is always bilinear; here it is the preprocessing's own).
     """
     height, width = preprocessing.size
     scaled = _scaled(image, preprocessing)
@@ -229,7 +229,9 @@ def view(image: Image.Image, preprocessing: "Preprocessing", side: int = 448) ->
 def _scaled(image: Image.Image, preprocessing: "Preprocessing") -> tuple[int, int]:
     """(width, height) of the whole photo after the resize."""
     height, width = (math.floor(side / preprocessing.crop_pct) for side in preprocessing.size)
-    if height == width:
+    if preprocessing.crop_mode == "squash":
+        scaled = (width, height)
+    elif height == width:
         short, long = sorted(image.size)
         long = int(width * long / short)
         scaled = (width, long) if image.width <= image.height else (long, width)

@@ -14,6 +14,7 @@ from tokentm_jax.errors import InputError, suggest
 
 Channels = tuple[float, float, float]
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+CROP_MODES = ("center", "squash")
 LARGEST_SIDE = 8192
 LOWEST, HIGHEST = -0.5, 1.5  # what the overshoot of resizing may reach; normalised images and 0 ... 255 go beyond
 
@@ -37,7 +38,8 @@ CLIP: Statistics = {
 class Preprocessing:
     """Resize the short side to `size / crop_pct`, crop the centre, scale to [0, 1], subtract mean, divide by std.
 
-    `size` is (height, width) in pixels. `mean` and `std` have no default: a model fed with another model's
+    `size` is (height, width) in pixels. With `crop_mode="squash"` both sides are resized to `size / crop_pct`,
+    whatever the proportions of the photo. `mean` and `std` have no default: a model fed with another model's
     statistics gives plausible and wrong results. Raises InputError naming the field that is out of range.
     """
 
@@ -46,6 +48,7 @@ class Preprocessing:
     interpolation: str = "bicubic"
     mean: Channels = dataclasses.field(kw_only=True)
     std: Channels = dataclasses.field(kw_only=True)
+    crop_mode: str = dataclasses.field(default="center", kw_only=True)
 
     def __post_init__(self) -> None:
         def check(holds: bool, field: str, expected: str) -> None:
@@ -61,6 +64,8 @@ class Preprocessing:
         check(_is_finite(self.crop_pct) and 0 < self.crop_pct <= 1, "crop_pct", "a number above 0 and at most 1")
         if self.interpolation not in INTERPOLATIONS:
             raise suggest("interpolation", self.interpolation, INTERPOLATIONS)
+        if self.crop_mode not in CROP_MODES:
+            raise suggest("crop_mode", self.crop_mode, CROP_MODES)
         check(numbers(self.mean), "mean", "three numbers")
         check(numbers(self.std) and min(self.std) > 0, "std", "three numbers above 0")
 
@@ -113,8 +118,10 @@ class Preprocessing:
         return (images - mean) / std
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON types."""
+        """The fields as JSON types, but for the usual crop mode: a model is the same as before there was another."""
         fields = dataclasses.asdict(self)
+        if self.crop_mode == "center":
+            del fields["crop_mode"]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
     @classmethod

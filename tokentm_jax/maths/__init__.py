@@ -5,3 +5,5 @@ Axes, for the whole project:
     B batch    L blocks    H heads    N tokens    D width    Q, K query and key tokens
     gh, gw patch grid (n = gh * gw patches, N = prefix + n)
 """
+
+from tokentm_jax.maths import scores as scores

@@ -34,6 +34,11 @@ def product(equation: str, a: Array, b: Array) -> Array:
     return jnp.einsum(equation, a, b)
 
 
+def gate(gates: Array, x: Array) -> Array:
+    """Elementwise product of activated gates and what they let through (SwiGLU)."""
+    return gates * x
+
+
 def add(a: Array, b: Array) -> Array:
     """Residual sum; also the sum of tokens and position embeddings."""
     return a + b
@@ -121,12 +126,42 @@ def quick_gelu(x: Array) -> Array:
     return x * jax.nn.sigmoid(x * 1.702)
 
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"gelu": gelu, "quick_gelu": quick_gelu}
+@jax.checkpoint
+def gelu_tanh(x: Array) -> Array:
+    """The approximation of GELU by a hyperbolic tangent."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+@jax.checkpoint
+def silu(x: Array) -> Array:
+    """`x sigmoid(x)`, the gate of SwiGLU."""
+    return x * jax.nn.sigmoid(x)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": gelu,
+    "quick_gelu": quick_gelu,
+    "gelu_tanh": gelu_tanh,
+    "silu": silu,
+}
 
 
 def activation(x: Array, function: str) -> Array:
     """Elementwise non-linearity of the FFN, one of `ACTIVATIONS`."""
     return ACTIVATIONS[function](x)
+
+
+def swapped(x: Array, half: bool) -> Array:
+    """The other channel of each pair of channels that rotate together: i and i + D/2 (`half`), or 2i and 2i + 1."""
+    if half:
+        return jnp.roll(x, x.shape[-1] // 2, -1)
+    return x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
+
+
+def rotate(x: Array, cosine: Array, sine: Array, half: bool) -> Array:
+    """Rotary positions: queries or keys [B, H, N, D] turned by the angle of their token; `sine` [N, D] has the sign of
+    each channel's own turn."""
+    return x * cosine.astype(x.dtype) + swapped(x, half) * sine.astype(x.dtype)
 
 
 def attended(attention: Array) -> Array:
@@ -140,11 +175,13 @@ class Primitives(NamedTuple):
     embed: Callable[[Array, Array, Array | None], Array] = linear
     linear: Callable[[Array, Array, Array | None], Array] = linear
     product: Callable[[str, Array, Array], Array] = product
+    gate: Callable[[Array, Array], Array] = gate
     add: Callable[[Array, Array], Array] = add
     fork: Callable[[Array], tuple[Array, Array]] = fork
     norm: Callable[[Array, Array, Array, float], Array] = norm
     softmax: Callable[[Array, float], Array] = softmax
     activation: Callable[[Array, str], Array] = activation
+    rotate: Callable[[Array, Array, Array, bool], Array] = rotate
     attended: Callable[[Array], Array] = attended
 
 

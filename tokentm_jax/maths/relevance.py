@@ -149,10 +149,16 @@ def lrp(variant: Variant, stabiliser: Stabiliser) -> Primitives:
     # The published code stabilises even this; in exact arithmetic it is the sum of both.
     fork.defvjp(lambda x: ((x, x), x), lambda x, rs: (x * (quotient(rs[0], x) + quotient(rs[1], x)),))
 
+    def rotate(x: Array, cosine: Array, sine: Array, half: bool) -> Array:
+        other = primitives.swapped(x, half)
+        return same_shape_add(_passed_on(x, x * cosine), _passed_on(other, other * sine))
+
     return Primitives(
         embed=embed,
         linear=linear,
+        rotate=rotate,
         product=product,
+        gate=partial(product, "...d,...d->...d"),
         fork=fork if stabiliser == "reference" else primitives.fork,
         add=lambda a, b: same_shape_add(a, jnp.broadcast_to(b, a.shape)),
         norm=lambda x, *parameters: _passed_on(x, primitives.norm(x, *parameters)),
@@ -185,7 +191,8 @@ def _activation_as_gain(x: Array, function: str) -> Array:
 
 @lru_cache
 def conservative(activation: Literal["identity", "gradient"]) -> Primitives:
-    """Conservative LRP (Ali et al., ICML 2022): attention weights and the deviation of LayerNorm held constant.
+    """Conservative LRP (Ali et al., ICML 2022): attention weights and the deviation of LayerNorm held constant, and
+    the gates of SwiGLU, which is newer.
 
     Without biases the model is then linear in its tokens, so that token * gradient sums to the logit, when the
     activation takes the "identity" rule `f(x) / x` too; "gradient" takes its ordinary derivative.
@@ -193,6 +200,7 @@ def conservative(activation: Literal["identity", "gradient"]) -> Primitives:
     return Primitives(
         norm=_norm_with_constant_deviation,
         softmax=lambda scores, scale: stop_gradient(primitives.softmax(scores, scale)),
+        gate=lambda gates, x: stop_gradient(gates) * x,
         activation=_activation_as_gain if activation == "identity" else primitives.activation,
     )
 
@@ -215,7 +223,8 @@ def attn_lrp() -> Primitives:
         return to_a / 2, to_b / 2
 
     product.defvjp(lambda equation, a, b: (primitives.product(equation, a, b), (a, b)), shared)
-    return Primitives(product=product, norm=_norm_with_constant_deviation, activation=_activation_as_gain)
+    gate = partial(product, "...d,...d->...d")
+    return Primitives(product=product, gate=gate, norm=_norm_with_constant_deviation, activation=_activation_as_gain)
 
 
 @lru_cache
@@ -249,8 +258,16 @@ def with_factor_on_biases(rules: Primitives, factor: Array, readout: Array) -> P
     the factor is bias times gradient, summed over channels and steps.
     """
 
+    def of(y: Array) -> Array:
+        """The factors [B, ...] of the tokens in y: [B, D], [B, N, D] or [B, H, N, D]; one token is what was read, and
+        fewer than N are the patches."""
+        if y.ndim == 2 or y.shape[-2] == 1:
+            return (factor @ readout).reshape(-1, *(1,) * (y.ndim - 2))
+        own = factor[:, factor.shape[1] - y.shape[-2] :]
+        return own[:, None] if y.ndim == 4 else own
+
     def scaled(y: Array, bias: Array) -> Array:
-        own = factor if y.ndim == 3 else factor @ readout
+        own = of(y)
         return (wide(y) + wide(bias) * own[..., None]).astype(y.dtype)
 
     def linear(x: Array, kernel: Array, bias: Array | None) -> Array:

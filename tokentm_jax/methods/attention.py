@@ -17,6 +17,7 @@ from jax import Array
 from tokentm_jax.errors import InputError
 from tokentm_jax.maths.maps import token_map
 from tokentm_jax.maths.primitives import wide
+from tokentm_jax.maths.scores import explained
 from tokentm_jax.maths.tokentm import (
     Blocks,
     TokenTM,
@@ -31,7 +32,7 @@ from tokentm_jax.maths.tokentm import (
     transformed_attention,
 )
 from tokentm_jax.methods.stream import Memory, backward, forward, replaced, require_streams, streams
-from tokentm_jax.models.capture import Trace, capture, class_logits, zero_perturbations
+from tokentm_jax.models.capture import Trace, capture, zero_perturbations
 
 OFF = TokenTM(length=False, direction="none", initialise=False, ffn=False)  # GAE
 
@@ -65,7 +66,7 @@ def tokentm(
     module: nn.Module,
     params: Any,
     inputs: Array,
-    target: Array | None,
+    target: Any,
     *,
     options: TokenTM,
     memory: Memory = "store",
@@ -103,7 +104,7 @@ def _from_attention(
     module: Any,
     params: Any,
     inputs: Array,
-    target: Array | None,
+    target: Any,
     fuse: Callable[[Array], Array],
     update: Callable[[Array, Array], Array],
     first_block: int | None,
@@ -130,7 +131,7 @@ def rollout(
     module: nn.Module,
     params: Any,
     inputs: Array,
-    target: Array | None,
+    target: Any,
     *,
     fusion: Literal["mean", "max", "min"] = "mean",
     discard_ratio: Annotated[float, Ge(0), Lt(1)] = 0.0,
@@ -161,7 +162,7 @@ def gae(
     module: nn.Module,
     params: Any,
     inputs: Array,
-    target: Array | None,
+    target: Any,
     *,
     first_block: Block = 0,
     memory: Memory = "store",
@@ -231,7 +232,7 @@ def legrad_of_block(module: Any, params: Any, target: Array) -> Callable[[Any, A
             middle = block.apply(variables, tokens, method="attend")
             after = jnp.zeros_like(tokens).at[:, read].set(block.apply(variables, middle[:, read], method="feed"))
             logits = module.apply({"params": params}, after, method="classify")
-            return class_logits(logits, target)[0].sum()
+            return explained(logits, target)[0].sum()
 
         return jax.nn.relu(wide(jax.grad(class_score)(zeros["attn"]["attention"]))).mean((1, 2))
 
@@ -242,7 +243,7 @@ def beyond_intuition(
     module: nn.Module,
     params: Any,
     inputs: Array,
-    target: Array | None,
+    target: Any,
     *,
     variant: Literal["head", "token"] = "head",
     steps: Annotated[int, Ge(1), Le(100_000)] = 20,

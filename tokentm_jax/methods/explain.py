@@ -1,5 +1,6 @@
 """The entry points: `explain` for photos and a loaded model, `explain_fn` for pipelines, `compiled` for runs."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,9 @@ from jax import Array
 from jax.sharding import AxisType, PartitionSpec
 
 from tokentm_jax.data.preprocessing import Preprocessing
-from tokentm_jax.errors import InputError, suggest
+from tokentm_jax.errors import InputError, Unfit, suggest
 from tokentm_jax.maths.maps import unit
+from tokentm_jax.maths.scores import Cosine, Function, Question, Versus, question
 from tokentm_jax.methods.attention import Explanation
 from tokentm_jax.methods.table import METHODS, Method
 
@@ -20,28 +22,42 @@ if TYPE_CHECKING:
     from tokentm_jax.models.loading import LoadedViT
 
 
-def explain_fn(module: Any, method: str = "tokentm", *, details: bool = False, **options: Any) -> Callable[..., Any]:
+def explain_fn(
+    module: Any,
+    method: str = "tokentm",
+    *,
+    score: Callable[..., Any] | None = None,
+    details: bool = False,
+    **options: Any,
+) -> Callable[..., Any]:
     """A pure function `(params, inputs, target=None) -> maps` to `jit`, `vmap`, differentiate or shard.
 
     Args:
       module: the ViT (or any module that `tokentm_jax.models.capture` can read).
       method: a name of `METHODS`.
-      details: return `(maps, details)`, with `logits`, `target` and what else the method reports.
+      score: what is explained, a function `(outputs, target) -> [B]` or `outputs -> [B]` of what the module gives,
+        such as those of `tokentm_jax.maths.scores`; None for the logit of the class.
+      details: return `(maps, details)`, with `logits`, `target`, `score` and what else the method reports.
       **options: the method's options.
 
     Returns:
       A function of parameters, normalised images [B, H, W, 3] and an optional class per sample [B] (the predicted
-      class where None), giving token maps [B, gh, gw], or pixel maps [B, H, W] for the methods that say so.
+      class where None; or what else the score takes as its target), giving token maps [B, gh, gw], or pixel maps
+      [B, H, W] for the methods that say so.
 
       A compiled function can refuse nothing, so a sample without a true map has NaN in all of it, and the others are
-      as without it: where a pixel is NaN or infinite, where the logits are, or where the class is one that the model
-      does not have (negative ones too). In the details the floats are NaN for such a sample; the logits, and the
-      classes, stay what they are where only the class is wrong.
+      as without it: where a pixel is NaN or infinite, where the logits or the score are, or where the class is one
+      that the model does not have (negative ones too). In the details the floats are NaN for such a sample; the
+      logits, and the classes, stay what they are where only the class is wrong.
 
     Raises:
-      InputError: no such method or option.
+      InputError: no such method or option; when called, a score of another shape or type than [B] floats.
     """
-    return _explainer(module, _method(method).bind(method, options), details)
+    explainer = _explainer(module, _method(method).bind(method, options), details)
+    if score is None:
+        return explainer
+    asked = question(score)
+    return lambda params, inputs, target=None: explainer(params, inputs, asked._replace(target=target))
 
 
 def _method(name: Any) -> Method:
@@ -54,19 +70,27 @@ def _method(name: Any) -> Method:
 def _explainer(module: Any, bound: Callable[..., Explanation], details: bool) -> Callable[..., Any]:
     """What `explain_fn` returns, of a method with its options."""
 
-    def explain_inputs(params: Any, inputs: Array, target: Array | None = None) -> Any:
+    def explain_inputs(params: Any, inputs: Array, target: Any = None) -> Any:
         readable = jnp.isfinite(inputs).all((1, 2, 3))
         # Zeros go through in place of what cannot be read: no NaN is left to meet a zero in a derivative.
-        maps, found = bound(module, params, jnp.where(readable[:, None, None, None], inputs, 0), target)
-        logits, chosen = found["logits"], found["target"]
-        seen = readable & jnp.isfinite(logits).all(-1)
-        true = seen & (chosen >= 0) & (chosen < logits.shape[-1])
+        shown = jnp.where(readable[:, None, None, None], inputs, 0)
+        try:
+            maps, found = bound(module, params, shown, target)
+        except Unfit as error:
+            others = ", ".join(methods_for(module, params, inputs, target)) or "no method"
+            raise InputError(f"{error}; what works without is {others}") from None
+        outputs, asked = found["logits"], found["target"]
+        finite = [jnp.isfinite(leaf).reshape(len(leaf), -1).all(1) for leaf in jax.tree.leaves(outputs)]
+        seen = functools.reduce(jnp.logical_and, finite, readable)
+        true = seen & jnp.isfinite(found["score"])  # which is NaN for a class that the model does not have
         if not details:
             return _nan_unless(true, maps)
-        marked = {name: _nan_unless(true, array) for name, array in found.items()}
-        return _nan_unless(true, maps), {**marked, "logits": _nan_unless(seen, logits)}
+        marked = {name: _nan_unless(true, array) for name, array in found.items() if name not in ("logits", "target")}
+        target = asked.target if isinstance(asked, Question) else asked
+        outputs = jax.tree.map(functools.partial(_nan_unless, seen), outputs)
+        return _nan_unless(true, maps), {**marked, "logits": outputs, "target": target}
 
-    def placed(params: Any, inputs: Array, target: Array | None = None) -> Any:
+    def placed(params: Any, inputs: Array, target: Any = None) -> Any:
         sharding = jax.typeof(inputs).sharding
         if AxisType.Explicit not in sharding.mesh.axis_types:
             return explain_inputs(params, inputs, target)
@@ -75,6 +99,24 @@ def _explainer(module: Any, bound: Callable[..., Explanation], details: bool) ->
         return inside(params, inputs, target)
 
     return placed
+
+
+def methods_for(module: Any, params: Any, inputs: Any, target: Any = None) -> list[str]:
+    """The methods of the table that can explain a model, by tracing each with its default options on `inputs`.
+
+    Args:
+      module, params: the model, as for `explain_fn`.
+      inputs: normalised images [B, H, W, C], or a `jax.ShapeDtypeStruct` of them.
+      target: as for `explain_fn`'s function.
+    """
+    found = []
+    for name, row in METHODS.items():
+        try:
+            jax.eval_shape(functools.partial(row.bind(name, {}), module), params, inputs, target)
+            found.append(name)
+        except InputError:
+            continue
+    return found
 
 
 def _nan_unless(true: Array, array: Array) -> Array:
@@ -100,8 +142,9 @@ def compiled(
       preprocessing: where given, the program takes pixels uint8 [B, H, W, 3] and makes the model's input of them.
 
     Returns:
-      A function `(params, inputs, target)` that gives each method's maps, by name, and the details. Without a target,
-      every method explains the class that the first one found to be predicted.
+      A function `(params, inputs, target)` that gives each method's maps, by name, and the details. The target is as
+      in `explain_fn`, or a `Question`. Without one, every method explains the class that the first one found to be
+      predicted.
 
     Raises:
       InputError: no such method or option.
@@ -122,14 +165,15 @@ def _compiled(
 ) -> Callable[..., tuple[dict[str, Array], dict[str, Array]]]:
     explainers = {name: _explainer(module, row.bind(name, dict(options)), True) for name, row, options in methods}
 
-    def program(params: Any, inputs: Array, target: Array | None) -> tuple[dict[str, Array], dict[str, Array]]:
+    def program(params: Any, inputs: Array, target: Any) -> tuple[dict[str, Array], dict[str, Array]]:
         if preprocessing is not None:
             inputs = preprocessing.normalise(unit(inputs))
         maps: dict[str, Array] = {}
         reported: dict[str, Array] = {}
         for name, explainer in explainers.items():
             maps[name], found = explainer(params, inputs, target)
-            reported, target = reported or found, found["target"]
+            reported, chosen = reported or found, found["target"]
+            target = target._replace(target=chosen) if isinstance(target, Question) else chosen
         return maps, reported if details is None else {name: reported[name] for name in details}
 
     return jax.jit(program)
@@ -141,6 +185,8 @@ def explain(
     method: str = "tokentm",
     target: Any = None,
     *,
+    score: Callable[..., Any] | None = None,
+    text: str | Sequence[str] | None = None,
     details: bool = False,
     **options: Any,
 ) -> Any:
@@ -150,8 +196,12 @@ def explain(
       vit: from `tokentm_jax.load`.
       images: array [B, H, W, 3] in [0, 1], as `vit.read` gives them; normalisation is inside.
       method: a name of `METHODS`.
-      target: a class for all samples, or one per sample [B]; None for each sample's predicted class.
-      details: return `(maps, details)`, with `logits`, `target` and what else the method reports.
+      target: a class for all samples, or one per sample [B]; None for each sample's predicted class. A score of your
+        own may take other arrays, with the batch first.
+      score: what is explained, as in `explain_fn`; None for the logit of the class.
+      text: a prompt for all samples, or one per sample, in place of a score: the cosine of what the prompt and the
+        image mean to a model with a text tower, such as CLIP.
+      details: return `(maps, details)`, with `logits`, `target`, `score` and what else the method reports.
       **options: the method's options, for example `ffn=False`.
 
     Returns:
@@ -159,18 +209,59 @@ def explain(
 
     Raises:
       InputError: images that `Preprocessing.checked` refuses, a class that the model does not have, no such method
-        or option.
+        or option, a score that is not one floating-point number per sample.
+
+    Examples:
+        >>> import tokentm_jax as tm
+        >>> vit = tm.load()
+        >>> not_a_dog = tm.scores.Versus(vit.class_index("dog"))
+        >>> tm.explain(vit, vit.read("cat.jpg"), score=not_a_dog).shape
+        (1, 8, 8)
     """
     suited = _method(method).suited(options, vit.preprocessing)
     program = compiled(vit.module, {method: suited}, details=None if details else ())
     inputs = vit.preprocessing.normalise(vit.preprocessing.checked(images))
+    if text is not None:
+        if score is not None or target is not None:
+            raise InputError("text is what is explained: leave out score and target")
+        embeddings = vit.embed_text(text)
+        if len(embeddings) not in (1, len(inputs)):
+            raise InputError(f"text must be one prompt or one per sample ({len(inputs)}), got {len(embeddings)}")
+        score = Cosine(embeddings[0] if len(embeddings) == 1 else embeddings)
+    if score is None:
+        vit.require_classes()
+    asked = None if score is None else question(score)
     if target is not None:
-        target = np.asarray(target)
-        classes = vit.module.num_classes
-        if target.dtype.kind not in "iu" or target.shape not in ((), (inputs.shape[0],)):
-            raise InputError(f"target must be one class or one per sample ({inputs.shape[0]}), as whole numbers")
-        if target.size and not (target.min() >= 0 and target.max() < classes):
-            raise InputError(f"target must be a class from 0 to {classes - 1}, got {target.tolist()}")
-        target = np.broadcast_to(target, inputs.shape[:1])
+        target = _target(target, asked, len(inputs), vit.module.num_classes)
+    if asked is not None:
+        if isinstance(asked.score, Versus):
+            other = _classes("the other class", asked.score.other, len(inputs), vit.module.num_classes)
+            asked = asked._replace(score=Versus(other))
+        target = asked._replace(target=target)
     maps, found = program(vit.params, inputs, target)
     return (maps[method], found) if details else maps[method]
+
+
+def _target(target: Any, asked: Question | None, samples: int, count: int) -> Any:
+    """The classes [B] of a target, or the arrays [B, ...] that a score of one's own takes."""
+    if asked is not None and not asked.score.of_class:
+        raise InputError("this score takes no target: leave it out")
+    own = asked is not None and isinstance(asked.score, Function)
+    if not own or all(np.asarray(leaf).dtype.kind in "iu" for leaf in jax.tree.leaves(target)):
+        return _classes("target", target, samples, count)
+    arrays = jax.tree.map(jnp.asarray, target)
+    shapes = [array.shape for array in jax.tree.leaves(arrays)]
+    if any(shape[:1] != (samples,) for shape in shapes):
+        found = ", ".join(str(list(shape)) for shape in shapes)
+        raise InputError(f"the arrays of target must have the {samples} samples first, got {found}")
+    return arrays
+
+
+def _classes(what: str, classes: Any, samples: int, count: int) -> np.ndarray:
+    """A class for all samples, or one per sample, as an array [B]. Raises InputError for one that there is not."""
+    classes = np.asarray(classes)
+    if classes.dtype.kind not in "iu" or classes.shape not in ((), (samples,)):
+        raise InputError(f"{what} must be one class or one per sample ({samples}), as whole numbers")
+    if classes.size and not (classes.min() >= 0 and classes.max() < count):
+        raise InputError(f"{what} must be a class from 0 to {count - 1}, got {classes.tolist()}")
+    return np.broadcast_to(classes, (samples,))

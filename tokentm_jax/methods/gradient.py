@@ -1,4 +1,4 @@
-"""Methods that differentiate the logit with respect to the input and need nothing of a Transformer.
+"""Methods that differentiate the score with respect to the input and need nothing of a Transformer.
 
 Each function is `(module, params, inputs, target, **options) -> (pixel maps [B, H, W], details)`.
 """
@@ -12,7 +12,7 @@ from annotated_types import Ge, Le, Lt
 from jax import Array
 
 from tokentm_jax.maths.primitives import wide
-from tokentm_jax.models.capture import class_logits
+from tokentm_jax.maths.scores import explained
 
 MOST = 100_000  # passes
 
@@ -22,12 +22,12 @@ Explanation = tuple[Array, dict[str, Array]]
 def _gradient(
     module: nn.Module, params: Any, inputs: Array, target: Array | None
 ) -> tuple[Array, Array, dict[str, Array]]:
-    """Gradient of each sample's own logit at its input [B, H, W, 3], that logit [B], and the details."""
+    """Gradient of each sample's score at its input [B, H, W, 3], that score [B], and the details."""
 
     def score(inputs: Array) -> tuple[Array, tuple[Array, dict[str, Array]]]:
         logits = module.apply({"params": params}, inputs)
-        own, chosen = class_logits(logits, target)
-        return own.sum(), (own, {"logits": logits, "target": chosen})
+        own, details = explained(logits, target)
+        return own.sum(), (own, details)
 
     gradient, (own, details) = jax.grad(score, has_aux=True)(inputs)
     return wide(gradient), own, details
@@ -49,7 +49,7 @@ def smooth_grad(
     module: nn.Module,
     params: Any,
     inputs: Array,
-    target: Array | None,
+    target: Any,
     *,
     samples: Annotated[int, Ge(1), Le(MOST)] = 25,
     noise: Annotated[float, Ge(0)] = 0.15,
@@ -76,7 +76,7 @@ def integrated_gradients(
     module: nn.Module,
     params: Any,
     inputs: Array,
-    target: Array | None,
+    target: Any,
     *,
     steps: Annotated[int, Ge(1), Le(MOST)] = 32,
     baseline: float = 0.0,
@@ -97,5 +97,5 @@ def integrated_gradients(
     start = jnp.zeros_like(wide(inputs))
     total, _ = jax.lax.scan(at, start, shares)
     maps = ((inputs - base).astype(total.dtype) * total / steps).sum(-1)
-    at_base = class_logits(module.apply({"params": params}, base), details["target"])[0]
+    at_base = explained(module.apply({"params": params}, base), details["target"])[0]
     return maps, {**details, "completeness_gap": maps.sum((1, 2)) - (own - at_base)}

@@ -17,10 +17,10 @@ from jax import Array
 from tokentm_jax.maths.maps import token_map
 from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.relevance import conservative, with_factor_on_biases
+from tokentm_jax.maths.scores import explained
 from tokentm_jax.methods.attention import Block, Details, Explanation, attcat, gae, grad_cam
 from tokentm_jax.methods.lrp import ruled
 from tokentm_jax.methods.stream import Memory, require_streams
-from tokentm_jax.models.capture import class_logits
 
 RULES = conservative("identity")
 
@@ -51,8 +51,8 @@ def libra_full_grad(module: nn.Module, params: Any, inputs: Array, target: Array
         last, _ = jax.lax.scan(through, embedded, (jnp.arange(depth), params["blocks"]))
         head = module.clone(primitives=with_factor_on_biases(RULES, 1 + factor, readout))
         logits = head.apply({"params": params}, last, method="classify")
-        own, chosen = class_logits(logits, target)
-        return own.sum(), (own, {"logits": logits, "target": chosen})  # samples do not touch each other
+        own, details = explained(logits, target)
+        return own.sum(), (own, details)  # samples do not touch each other
 
     rows, (own, details) = jax.grad(score, has_aux=True)(jnp.zeros_like(wide(embedded)[..., 0]))
     return token_map(module, rows), {**details, "completeness_gap": rows.sum(-1) - own}
@@ -67,7 +67,7 @@ def libra_gae(
     module: nn.Module,
     params: Any,
     inputs: Array,
-    target: Array | None,
+    target: Any,
     *,
     first_block: Block = 0,
     memory: Memory = "store",

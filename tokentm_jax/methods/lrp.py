@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from annotated_types import Ge
 from jax import Array
 
-from tokentm_jax.errors import InputError
+from tokentm_jax.errors import Unfit
 from tokentm_jax.maths.maps import token_map
 from tokentm_jax.maths.primitives import Primitives, wide
 from tokentm_jax.maths.relevance import Stabiliser, attn_lrp, conservative, lrp, res_lrp
@@ -27,12 +27,12 @@ from tokentm_jax.models.vit import ViT
 
 
 def ruled(module: nn.Module, rules: Primitives) -> nn.Module:
-    """The same model with other backward rules. Raises InputError where they would not govern every step of it."""
+    """The same model with other backward rules. Raises Unfit where they would not govern every step of it."""
     if not hasattr(module, "primitives"):
-        raise InputError("this method needs a module with the field 'primitives', as tm.ViT has, to carry relevance")
+        raise Unfit("this method needs a module with the field 'primitives', as tm.ViT has, to carry relevance")
     own = replaced(module, (*FORWARD, "embed", "classify")) if isinstance(module, ViT) else []
     if own:
-        raise InputError(
+        raise Unfit(
             f"this method carries relevance by rules for the steps of tm.ViT; {type(module).__name__} has its own "
             f"'{own[0]}', whose steps have none"
         )
@@ -92,7 +92,7 @@ def transformer_attribution(
     module: nn.Module,
     params: Any,
     inputs: Array,
-    target: Array | None,
+    target: Any,
     *,
     first_block: Block = 0,
     stabiliser: Stabiliser = "signed",
@@ -128,7 +128,7 @@ def conservative_lrp(
     module: nn.Module,
     params: Any,
     inputs: Array,
-    target: Array | None,
+    target: Any,
     *,
     activation: Literal["identity", "gradient"] = "identity",
     pixels: bool = False,
@@ -151,7 +151,7 @@ def residual_lrp(
     module: nn.Module,
     params: Any,
     inputs: Array,
-    target: Array | None,
+    target: Any,
     *,
     gamma: Annotated[float, Ge(0)] = 1.0,
     pixels: bool = False,

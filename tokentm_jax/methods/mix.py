@@ -11,6 +11,7 @@ from jax import Array
 from tokentm_jax.maths.maps import token_map
 from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.relevance import attn_lrp, conservative
+from tokentm_jax.maths.scores import explained, is_open
 from tokentm_jax.maths.tokentm import TokenTM, initial_contributions
 from tokentm_jax.methods.attention import OFF, Details, Explanation, legrad_of_block
 from tokentm_jax.methods.lrp import ruled
@@ -28,7 +29,7 @@ def shared_maps(
     module: nn.Module,
     params: Any,
     inputs: Array,
-    target: Array | None,
+    target: Any,
     names: Sequence[str],
     gradient: Gradient,
     explain: Callable[[str, Array | None], Explanation],
@@ -48,8 +49,8 @@ def shared_maps(
         if name not in (*rows, *joined):
             found[name], more = explain(name, target)
             details, target = details or more, more["target"]
-    if "legrad" in joined and target is None:  # no pass before has found the predicted class
-        target = module.apply({"params": params}, inputs).argmax(-1)
+    if "legrad" in joined and is_open(target):  # no pass before has found the predicted class
+        target = explained(module.apply({"params": params}, inputs), target)[1]["target"]
     model = module if gradient == "own" else ruled(module, RULES[gradient])
     for name in rows:
         note = legrad_of_block(module, params, target) if "legrad" in joined - found.keys() else None

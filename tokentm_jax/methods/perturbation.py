@@ -17,7 +17,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from jax import Array
 
 from tokentm_jax.data.preprocessing import IMAGENET, Preprocessing
-from tokentm_jax.errors import InputError
+from tokentm_jax.errors import InputError, Unfit
 from tokentm_jax.maths.perturbation import (
     blur,
     half_of_coalitions,
@@ -30,9 +30,9 @@ from tokentm_jax.maths.perturbation import (
     windows,
 )
 from tokentm_jax.maths.primitives import wide
+from tokentm_jax.maths.scores import Question, explained
 from tokentm_jax.methods.gradient import MOST, Explanation
 from tokentm_jax.methods.stream import require_streams
-from tokentm_jax.models.capture import class_logits
 
 Count = Annotated[int, Ge(1), Le(MOST)]
 Chunk = Annotated[int, Ge(1), Le(4096)]
@@ -102,9 +102,14 @@ def in_chunks(function: Callable[[Array], Array], items: Array, chunk: int) -> A
     return found.reshape(-1, *found.shape[2:])[: len(items)]
 
 
-def _valued(logits: Array, chosen: Array, value: Value) -> Array:
-    logits = wide(logits)
-    return class_logits(jax.nn.softmax(logits) if value == "probability" else logits, chosen)[0]
+def _valued(outputs: Any, target: Any, value: Value) -> Array:
+    """The score [B] that a coalition has, or the probability of the class."""
+    outputs = jax.tree.map(wide, outputs)
+    if value == "probability":
+        if isinstance(target, Question):
+            raise InputError("option 'value': 'probability' is that of a class; with a score of your own leave it out")
+        outputs = jax.nn.softmax(outputs)
+    return explained(outputs, target)[0]
 
 
 def _grid(module: nn.Module, inputs: Array, patch: int | None) -> tuple[int, int]:
@@ -129,7 +134,8 @@ def game(module: nn.Module, params: Any, inputs: Array, target: Array | None, op
     elif options.fill == "blur":
         background = blur(inputs)
     logits = module.apply({"params": params}, inputs)
-    _, chosen = class_logits(logits, target)
+    details = explained(logits, target)[1]
+    chosen = details["target"]
 
     def value(mask: Array) -> Array:
         shown = mask.reshape(gh, gw).astype(inputs.dtype).repeat(height, 0).repeat(width, 1)[..., None]
@@ -140,7 +146,7 @@ def game(module: nn.Module, params: Any, inputs: Array, target: Array | None, op
         return in_chunks(value, masks, options.chunk).T
 
     full = _valued(logits, chosen, options.value)
-    return Game(values, full, (gh, gw), {"logits": logits, "target": chosen})
+    return Game(values, full, (gh, gw), details)
 
 
 def _windows(grid: tuple[int, int], window: int, stride: int) -> Array:
@@ -162,7 +168,7 @@ def occlusion(
     module: nn.Module,
     params: Any,
     inputs: Array,
-    target: Array | None,
+    target: Any,
     *,
     options: Removal,
     window: Count = 1,
@@ -182,7 +188,7 @@ def token_dropping(
     module: nn.Module,
     params: Any,
     inputs: Array,
-    target: Array | None,
+    target: Any,
     *,
     window: Count = 1,
     stride: Count = 1,
@@ -195,6 +201,8 @@ def token_dropping(
     Raises InputError for a module whose forward pass is not that of `ViT`.
     """
     require_streams(module, "the method 'token_dropping' takes tokens out of the sequence")
+    if module.rope_type is not None:
+        raise Unfit("the method 'token_dropping' needs blocks that do not know a token's place: no rotary positions")
     removed = _windows(module.grid, window, stride)
     left = removed.shape[1] - window * window
     if not left:
@@ -205,7 +213,8 @@ def token_dropping(
         return module.apply({"params": params}, tokens, method=lambda vit, x: vit.classify(vit.blocks(x, None)[0]))
 
     logits = read(tokens)
-    _, chosen = class_logits(logits, target)
+    details = explained(logits, target)[1]
+    chosen = details["target"]
 
     def remaining(mask: Array) -> Array:
         kept = module.prefix + jnp.flatnonzero(~mask, size=left)
@@ -214,14 +223,14 @@ def token_dropping(
 
     values = in_chunks(remaining, removed, chunk).T
     rows = _losses(_valued(logits, chosen, value), values, removed)
-    return rows.reshape(-1, *module.grid), {"logits": logits, "target": chosen}
+    return rows.reshape(-1, *module.grid), details
 
 
 def rise(
     module: nn.Module,
     params: Any,
     inputs: Array,
-    target: Array | None,
+    target: Any,
     *,
     options: Removal,
     samples: Count = 1000,
@@ -255,7 +264,7 @@ def shapley(
     module: nn.Module,
     params: Any,
     inputs: Array,
-    target: Array | None,
+    target: Any,
     *,
     options: Removal,
     pairs: Annotated[int, Ge(2), Le(MOST)] = 8,
@@ -287,7 +296,7 @@ def shapley_by_kernel(
     module: nn.Module,
     params: Any,
     inputs: Array,
-    target: Array | None,
+    target: Any,
     *,
     options: Removal,
     pairs: Annotated[int, Ge(2), Le(MOST)] = 1000,

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from tokentm_jax.errors import InputError
+from tokentm_jax.errors import Unfit
 from tokentm_jax.maths.primitives import wide
+from tokentm_jax.maths.scores import explained
 from tokentm_jax.maths.tokentm import (
     Blocks,
     TokenTM,
@@ -25,7 +26,6 @@ from tokentm_jax.maths.tokentm import (
     propagate,
     sample_axes,
 )
-from tokentm_jax.models.capture import class_logits
 from tokentm_jax.models.vit import ViT
 
 Memory = Literal["recompute", "store"]
@@ -59,17 +59,17 @@ def streams(module: Any) -> bool:
 
 
 def require_streams(module: Any, reason: str) -> None:
-    """InputError "{reason}, so it needs ..." for a module whose forward pass is not known."""
+    """Unfit "{reason}, so it needs ..." for a module whose forward pass is not known."""
     if not streams(module):
         name = type(module).__name__
-        raise InputError(f"{reason}, so it needs a module with the forward pass of tm.ViT; {name} has its own")
+        raise Unfit(f"{reason}, so it needs a module with the forward pass of tm.ViT; {name} has its own")
 
 
 def forward(
     module: Any,
     params: Any,
     inputs: Array,
-    target: Array | None,
+    target: Any,
     summary: Summary,
     update: Callable[[Array, Any], Array],
     first_block: int = 0,
@@ -86,7 +86,7 @@ def forward(
     last, summaries = jax.lax.scan(through, embedded, params["blocks"])
     logits = module.apply({"params": params}, last, method="classify")
     rows = propagate(jax.vmap(update), summaries, _readout(module, last), first_block, end_block)
-    return rows, embedded, {"logits": logits, "target": class_logits(logits, target)[1]}
+    return rows, embedded, explained(logits, target)[1]
 
 
 class Pass(NamedTuple):
@@ -103,7 +103,7 @@ def backward(
     module: Any,
     params: Any,
     inputs: Array,
-    target: Array | None,
+    target: Any,
     options: TokenTM,
     memory: Memory = "store",
     note: Callable[[Any, Array], Any] | None = None,
@@ -155,8 +155,8 @@ def backward(
     def from_first(x: Array, u: Array) -> tuple[tuple[Array, Array], tuple[Any, Details]]:
         (x, u), noted = jax.lax.scan(through, (x, u), layers)
         logits = module.apply({"params": params}, x, method="classify")
-        own, chosen = class_logits(logits, target)
-        return (own.sum(), u), (noted, {"logits": logits, "target": chosen})  # samples do not touch each other
+        own, details = explained(logits, target)
+        return (own.sum(), u), (noted, details)  # samples do not touch each other
 
     embedded = module.apply({"params": params}, inputs, method="embed")
     numbered = (jnp.arange(module.depth), params["blocks"])

@@ -1,13 +1,14 @@
 """Is it faithful? What the model says when pixels go, the most relevant first or last.
 
 Functions take a batch and give results per image: maps are pixel maps [B, H, W] in [0, 1], images [B, H, W, 3] are in
-[0, 1], and `predict` gives logits [B, classes] for such images.
+[0, 1], and `predict` gives logits [B, classes] for such images. What is followed while pixels go is the probability of
+the class `target` [B], or the score of a `Question` (`tokentm_jax.maths.scores`), which need be no probability.
 """
 
 import hashlib
 import math
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import chex
 import jax
@@ -18,10 +19,13 @@ from jax import Array
 
 from tokentm_jax.errors import InputError
 from tokentm_jax.maths.perturbation import linear_imputation
+from tokentm_jax.maths.primitives import wide
+from tokentm_jax.maths.scores import Question, explained, log_probability
 from tokentm_jax.metrics.statistics import unit_area
 from tokentm_jax.validation import checked
 
 Predict = Callable[[Array], Array]
+Target = Array | Question
 Fill = Array | float | Callable[[Array, Array], Array]  # what stands in for removed pixels, see `perturb`
 STEPS = 9  # 10 %, 20 % ... 90 % of the pixels
 GROUPS = 10  # of pixels, for SaCo
@@ -52,23 +56,35 @@ def perturb(images: Array, ranks: Array, count: Array | int, positive: Array | b
     return jnp.where(removed[..., None], jnp.asarray(fill, images.dtype), images)
 
 
-def scores(logits: Array, classes: Array, labels: Array) -> dict[str, Array]:
-    """Per image: log-probability of `classes` [B], and whether the top-1 class is the label [B]."""
-    log_probability = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
-    chosen = jnp.take_along_axis(log_probability, classes[:, None], 1)[:, 0]
-    return {"log_probability": chosen, "hit": logits.argmax(-1) == labels}
+def scores(logits: Array, target: Target, labels: Array) -> dict[str, Array]:
+    """Per image: the log-probability of the class, or the score of a question; and whether the top-1 class is the
+    label [B]."""
+    if isinstance(target, Question):
+        followed = {"score": wide(explained(logits, target)[0])}
+    else:
+        followed = {"log_probability": log_probability(logits, target)}
+    return {**followed, "hit": logits.argmax(-1) == labels}
 
 
-def probability(predict: Predict, images: Array, classes: Array) -> Array:
-    """Of `classes` [B], for images [B, H, W, C]: [B]."""
-    return jnp.exp(scores(predict(images), classes, jnp.full_like(classes, -1))["log_probability"])
+def followed(found: dict[str, Any]) -> Any:
+    """The probability of the class, or the score, of what `scores` found."""
+    return found["score"] if "score" in found else jnp.exp(found["log_probability"])
+
+
+def confidence(predict: Predict, images: Array, target: Target) -> Array:
+    """What is followed, for images [B, H, W, C]: [B]."""
+    return followed(scores(predict(images), target, _nobody(images)))
+
+
+def _nobody(images: Array) -> Array:
+    return jnp.full(len(images), -1)
 
 
 def removal(
     predict: Predict,
     images: Array,
     maps: Array,
-    classes: Array,
+    target: Target,
     labels: Array,
     counts: Array,
     positive: Array,
@@ -81,13 +97,13 @@ def removal(
     ranks = rank_pixels(maps)
 
     def step(way: tuple[Array, Array]) -> dict[str, Array]:
-        return scores(predict(perturb(images, ranks, *way, fill)), classes, labels)
+        return scores(predict(perturb(images, ranks, *way, fill)), target, labels)
 
     return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), jax.lax.map(step, (counts, positive)))
 
 
 def perturbation(
-    predict: Predict, images: Array, maps: Array, classes: Array, labels: Array, fill: Fill = 0.0
+    predict: Predict, images: Array, maps: Array, target: Target, labels: Array, fill: Fill = 0.0
 ) -> dict[str, Array]:
     """Positive and negative perturbation test: `scores` [B, 2, 9] with floor(0.1 s H W) pixels black, s = 1 ... 9.
 
@@ -96,7 +112,7 @@ def perturbation(
     pixels = maps.shape[1] * maps.shape[2]
     counts = jnp.asarray([s * pixels // 10 for s in range(1, STEPS + 1)] * 2, jnp.int32)
     positive = jnp.arange(2 * STEPS) < STEPS
-    found = removal(predict, images, maps, classes, labels, counts, positive, fill)
+    found = removal(predict, images, maps, target, labels, counts, positive, fill)
     return jax.tree.map(lambda a: a.reshape(len(a), 2, STEPS), found)
 
 
@@ -121,10 +137,10 @@ def by_patch(maps: Array, grid: tuple[int, int]) -> Array:
 
 
 def patch_removal(
-    predict: Predict, images: Array, maps: Array, classes: Array, fill: Fill, steps: int = 20
+    predict: Predict, images: Array, maps: Array, target: Target, fill: Fill, steps: int = 20
 ) -> dict[str, Array]:
-    """What `srg` needs: log-probability [B, 2, steps + 1] while patches are removed, the most relevant ones first, and
-    the least relevant ones first, from none to all. Maps are [B, gh, gw], and their grid divides the image.
+    """What `srg` needs: log-probability, or score, [B, 2, steps + 1] while patches are removed, the most relevant ones
+    first, and the least relevant ones first, from none to all. Maps are [B, gh, gw], and their grid divides the image.
 
     Raises InputError for `steps` that are not from 1 to the number of patches, and 1000 at most.
     """
@@ -132,8 +148,11 @@ def patch_removal(
     steps = checked("steps", Annotated[int, Ge(1), Le(min(patches, MOST))], steps)
     counts = jnp.asarray([s * patches // steps for s in range(steps + 1)] * 2, jnp.int32)
     positive = jnp.arange(2 * steps + 2) <= steps
-    found = removal(predict, images, maps, classes, jnp.full_like(classes, -1), counts, positive, fill)
-    return {"log_probability": found["log_probability"].reshape(-1, 2, steps + 1)}
+    return _two_curves(removal(predict, images, maps, target, _nobody(images), counts, positive, fill))
+
+
+def _two_curves(found: dict[str, Array]) -> dict[str, Array]:
+    return {name: a.reshape(len(a), 2, -1) for name, a in found.items() if name != "hit"}
 
 
 def srg(log_probability: np.ndarray) -> np.ndarray:
@@ -142,15 +161,20 @@ def srg(log_probability: np.ndarray) -> np.ndarray:
     From [n, 2, k] to [n], in [-1, 1]: the mean probability while the least relevant patches go first, less that while
     the most relevant ones do. A map and its negative have opposite gains, but for ties.
     """
-    most, least = unit_area(np.exp(log_probability)).T
+    return gain(np.exp(log_probability))
+
+
+def gain(curves: np.ndarray) -> np.ndarray:
+    """`srg` of what was followed, a probability or a score: [n, 2, k] -> [n]."""
+    most, least = unit_area(curves).T
     return least - most
 
 
 def insertion_deletion(
-    predict: Predict, images: Array, maps: Array, classes: Array, fill: Fill = 0.0, steps: int = 20
+    predict: Predict, images: Array, maps: Array, target: Target, fill: Fill = 0.0, steps: int = 20
 ) -> dict[str, Array]:
-    """Log-probability [B, 2, steps + 1] while the pixels, the most relevant first, are put on `fill` (insertion), and
-    are replaced by it (deletion). Insertion of k pixels is removal of all but k from the other end.
+    """Log-probability, or score, [B, 2, steps + 1] while the pixels, the most relevant first, are put on `fill`
+    (insertion), and are replaced by it (deletion). Insertion of k pixels is removal of all but k from the other end.
 
     Raises InputError for `steps` that are not from 1 to the number of pixels, and 1000 at most.
     """
@@ -159,15 +183,14 @@ def insertion_deletion(
     shown = [s * pixels // steps for s in range(steps + 1)]
     counts = jnp.asarray([pixels - k for k in shown] + shown, jnp.int32)
     positive = jnp.arange(len(counts)) > steps
-    found = removal(predict, images, maps, classes, jnp.full_like(classes, -1), counts, positive, fill)
-    return {"log_probability": found["log_probability"].reshape(-1, 2, steps + 1)}
+    return _two_curves(removal(predict, images, maps, target, _nobody(images), counts, positive, fill))
 
 
 def group_drops(
-    predict: Predict, images: Array, maps: Array, classes: Array, groups: int = GROUPS
+    predict: Predict, images: Array, maps: Array, target: Target, groups: int = GROUPS
 ) -> dict[str, Array]:
     """What `saco` needs: salience [B, groups] of equally large groups of pixels, the most relevant first, and the
-    drop of the class's probability when a group is set to the image's mean colour.
+    drop of what is followed when a group is set to the image's mean colour.
 
     Raises InputError for `groups` that are not from 2 (a pair) to the number of pixels, and 1000 at most.
     """
@@ -180,10 +203,10 @@ def group_drops(
     def step(k: Array) -> tuple[Array, Array]:
         inside = group == k
         salience = jnp.where(inside, maps, 0).sum((1, 2))
-        return salience, probability(predict, jnp.where(inside[..., None], fill, images), classes)
+        return salience, confidence(predict, jnp.where(inside[..., None], fill, images), target)
 
     salience, without = jax.lax.map(step, jnp.arange(groups, dtype=jnp.int32))
-    return {"salience": salience.T, "drop": (probability(predict, images, classes) - without).T}
+    return {"salience": salience.T, "drop": (confidence(predict, images, target) - without).T}
 
 
 def saco(salience: np.ndarray, drop: np.ndarray) -> np.ndarray:

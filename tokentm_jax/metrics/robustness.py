@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tokentm_jax.metrics.faithfulness import Predict, perturb, probability
+from tokentm_jax.metrics.faithfulness import Predict, Target, confidence, perturb
 
 
 def max_sensitivity(
@@ -37,13 +37,13 @@ def random_removals(
     predict: Predict,
     images: Array,
     maps: Array,
-    classes: Array,
+    target: Target,
     fill: Array | float,
     samples: int,
     share: float,
     seed: int = 0,
 ) -> dict[str, Array]:
-    """What `infidelity` needs: the relevance and the drop of the class's probability [B, samples] of random patches.
+    """What `infidelity` needs: the relevance of random patches, and the drop of what is followed, each [B, samples].
 
     Each time `share` of the patches (one at least) are set to `fill`, the same ones in every image. Maps are
     [B, gh, gw], and their grid divides the image.
@@ -54,10 +54,10 @@ def random_removals(
     def without(key: Array) -> tuple[Array, Array]:
         ranks = jax.random.permutation(key, jnp.arange(gh * gw)).reshape(1, gh, gw)
         relevance = jnp.where(ranks < count, maps, 0).sum((1, 2))
-        return relevance, probability(predict, perturb(images, ranks, count, True, fill), classes)
+        return relevance, confidence(predict, perturb(images, ranks, count, True, fill), target)
 
     relevance, left = jax.lax.map(without, jax.random.split(jax.random.key(seed), samples))
-    return {"relevance": relevance.T, "drop": (probability(predict, images, classes) - left).T}
+    return {"relevance": relevance.T, "drop": (confidence(predict, images, target) - left).T}
 
 
 def infidelity(relevance: np.ndarray, drop: np.ndarray) -> np.ndarray:

@@ -139,6 +139,8 @@ class EvaluateConfig:
       paper: published figures by (row, metric), shown beside one's own.
       limit: so many examples, drawn by `seed`.
       half: the examples at "even" or at "odd" places alone, see `tokentm_jax.data.sources.open_source`.
+      score: what is explained, and followed in place of the class's probability: "log_probability", "versus:CLASS",
+        "channel:NUMBER"; see `LoadedViT.score`.
       label_map: the model's class (name, wnid or number) of classes that the data set names otherwise, or the file of
         such a map, see `tokentm_jax.data.labels.read_label_map`.
     """
@@ -156,7 +158,14 @@ class EvaluateConfig:
     limit: Annotated[int, Ge(1)] | None = None
     half: Half | None = None
     seed: Annotated[int, Ge(0), Le(LARGEST_SEED)] = 0
+    score: Text | None = None
     label_map: Mapping[str, str | int] | str | None = None
+
+    @property
+    def explained(self) -> tuple[str, ...]:
+        """The classes whose explanations are wanted, see `Task.explained`; one where the score looks at no class."""
+        explained = TASKS[self.task].explained
+        return explained[:1] if self.score is not None and self.score.startswith("channel") else explained
 
 
 def check(config: EvaluateConfig) -> EvaluateConfig:
@@ -198,10 +207,10 @@ def select(config: EvaluateConfig, methods: Iterable[str]) -> EvaluateConfig:
 
 
 class Inputs(NamedTuple):
-    """A batch on the device: images in [0, 1], the explained class and the label of each, and what a task asks for."""
+    """A batch on the device: images in [0, 1], what is explained and the label of each, and what a task asks for."""
 
     images: Array  # [B, H, W, 3]
-    classes: Array  # [B]
+    target: metrics.Target  # classes [B], or the `Question` whose score is explained and followed
     labels: Array  # [B]
     masks: Array | None = None  # [B, H, W], where the task needs them
     original: Array | None = None  # maps [B, gh, gw] without `Row.random_blocks`, for a task `against_original`
@@ -254,7 +263,7 @@ class Task(NamedTuple):
 
     compute: Callable[..., dict[str, Array]]
     columns: Mapping[str, Column]
-    fields: Callable[..., Fields]  # (**options) -> the annotations of what `compute` gives
+    fields: Callable[..., Fields]  # (scored, **options) -> the annotations of what `compute` gives
     plot: Plot | None = None  # None: the first column with its interval
     needs: Literal["", "labels", "masks"] = ""
     raw: bool = False  # `maps` are as the method gives them, [B, gh, gw] or [B, H, W], and not pixel maps in [0, 1]
@@ -280,10 +289,11 @@ class Task(NamedTuple):
             METHODS[self.reference].bind(self.reference, of_reference)
         return {"compute": values, "reference": of_reference}
 
-    def records(self, options: Mapping[str, Any]) -> Fields:
-        """What stands in the files of records: what `compute` gives, and whether the map was finite."""
+    def records(self, options: Mapping[str, Any], scored: bool = False) -> Fields:
+        """What stands in the files of records: what `compute` gives, with a score if one is followed in place of the
+        probability, and whether the map was finite."""
         own = {name: options[name] for name in options_of(self.compute) if name in options}
-        return {**self.fields(**own), "finite": lists_of(bool)}
+        return {**self.fields(scored, **own), "finite": lists_of(bool)}
 
     def measure(self, table: Table) -> dict[str, np.ndarray]:
         """Results per image of every column whose explanations the table has."""
@@ -297,12 +307,22 @@ LARGEST = 3.5e38  # of float32
 Number = Annotated[float, Ge(-LARGEST), Le(LARGEST)]
 LogProbability = Annotated[float, Ge(-LARGEST), Le(1e-3)]
 Count = Annotated[int, Ge(0), Le(2**31 - 1)]
-CLEAN_FIELDS: Fields = {
-    "predicted": lists_of(Count),
-    "label": lists_of(Annotated[int, Ge(-1), Le(2**31 - 1)]),
-    "log_probability": lists_of(LogProbability),
-    "hit": lists_of(bool),
-}
+
+
+def _followed_fields(scored: bool, *shape: int) -> Fields:
+    return {"score": lists_of(Number, *shape)} if scored else {"log_probability": lists_of(LogProbability, *shape)}
+
+
+def clean_fields(scored: bool = False) -> Fields:
+    """What is recorded of whole images."""
+    label = lists_of(Annotated[int, Ge(-1), Le(2**31 - 1)])
+    return {"predicted": lists_of(Count), "label": label, **_followed_fields(scored), "hit": lists_of(bool)}
+
+
+def _followed(table: Table, of: str = PREDICTED) -> np.ndarray:
+    """The probability of the class, or the score that is followed in its place."""
+    score = table.get(f"{of}_score")
+    return np.exp(table[f"{of}_log_probability"]) if score is None else score
 
 
 # ---- options that several tasks have -------------------------------------------------------------------------------
@@ -332,14 +352,14 @@ def _background(inputs: Inputs, fill: AnyFill) -> Array:
 # first.
 
 POSITIVE, NEGATIVE = 0, 1  # the most relevant pixels go first, or last
-_CURVES: Fields = {
-    "log_probability": lists_of(LogProbability, 2, metrics.STEPS),
-    "hit": lists_of(bool, 2, metrics.STEPS),
-}
+
+
+def _curve_fields(scored: bool, **_: Any) -> Fields:
+    return {**_followed_fields(scored, 2, metrics.STEPS), "hit": lists_of(bool, 2, metrics.STEPS)}
 
 
 def _perturbation(predict: metrics.Predict, inputs: Inputs, maps: Array) -> dict[str, Array]:
-    return metrics.perturbation(predict, inputs.images, maps, inputs.classes, inputs.labels)
+    return metrics.perturbation(predict, inputs.images, maps, inputs.target, inputs.labels)
 
 
 def _hits(direction: int, explained: str = PREDICTED) -> Callable[[Table], np.ndarray]:
@@ -349,12 +369,12 @@ def _hits(direction: int, explained: str = PREDICTED) -> Callable[[Table], np.nd
 
 
 def _aopc(table: Table) -> np.ndarray:
-    removed = table["predicted_log_probability"][:, POSITIVE]
-    return np.exp(table["clean_log_probability"][:, None]) - np.exp(removed)
+    return _followed(table, CLEAN)[:, None] - _followed(table)[:, POSITIVE]
 
 
 def _lodds(table: Table) -> np.ndarray:
-    return table["predicted_log_probability"][:, POSITIVE] - table["clean_log_probability"][:, None]
+    name = "score" if "clean_score" in table else "log_probability"
+    return table[f"predicted_{name}"][:, POSITIVE] - table[f"clean_{name}"][:, None]
 
 
 def _perturbation_curves(table: Table) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -387,18 +407,18 @@ def _insertion(
     predict: metrics.Predict, inputs: Inputs, maps: Array, *, fill: Fill = "black", steps: Steps = STEPS
 ) -> dict[str, Array]:
     background = metrics.blur(inputs.images) if fill == "blur" else 0.0
-    return metrics.insertion_deletion(predict, inputs.images, maps, inputs.classes, background, steps)
+    return metrics.insertion_deletion(predict, inputs.images, maps, inputs.target, background, steps)
 
 
-def _two_curves(steps: int = STEPS, **_: Any) -> Fields:
-    return {"log_probability": lists_of(LogProbability, 2, steps + 1)}
+def _two_curves(scored: bool, steps: int = STEPS, **_: Any) -> Fields:
+    return _followed_fields(scored, 2, steps + 1)
 
 
 def _probability_curves(*titles: str) -> Callable[[Table], dict[str, tuple[np.ndarray, np.ndarray]]]:
     """Of the two directions of `_two_curves`, with their titles."""
 
     def curves(table: Table) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        means = np.exp(table["predicted_log_probability"]).mean(0)
+        means = _followed(table).mean(0)
         return {title: (np.linspace(0, 100, len(mean)), mean) for title, mean in zip(titles, means, strict=True)}
 
     return curves
@@ -410,10 +430,10 @@ def _probability_curves(*titles: str) -> Callable[[Table], dict[str, tuple[np.nd
 def _saco(
     predict: metrics.Predict, inputs: Inputs, maps: Array, *, groups: Groups = metrics.GROUPS
 ) -> dict[str, Array]:
-    return metrics.group_drops(predict, inputs.images, maps, inputs.classes, groups)
+    return metrics.group_drops(predict, inputs.images, maps, inputs.target, groups)
 
 
-def _saco_fields(groups: int = metrics.GROUPS) -> Fields:
+def _saco_fields(scored: bool, groups: int = metrics.GROUPS) -> Fields:
     return {"salience": lists_of(Number, groups), "drop": lists_of(Number, groups)}
 
 
@@ -432,14 +452,14 @@ def _srg(
     predict: metrics.Predict, inputs: Inputs, maps: Array, *, fill: AnyFill = "mean", steps: Steps = STEPS
 ) -> dict[str, Array]:
     maps = metrics.by_patch(maps, inputs.grid)
-    return metrics.patch_removal(predict, inputs.images, maps, inputs.classes, _background(inputs, fill), steps)
+    return metrics.patch_removal(predict, inputs.images, maps, inputs.target, _background(inputs, fill), steps)
 
 
 def _road(
     predict: metrics.Predict, inputs: Inputs, maps: Array, *, noise: Noise = 0.01, seed: Seed = 0
 ) -> dict[str, Array]:
     fill = partial(metrics.noisy_linear, noise=noise, seed=seed)
-    return metrics.perturbation(predict, inputs.images, maps, inputs.classes, inputs.labels, fill)
+    return metrics.perturbation(predict, inputs.images, maps, inputs.target, inputs.labels, fill)
 
 
 # ---- max-sensitivity, infidelity, complexity ------------------------------------------------------------------------
@@ -469,10 +489,10 @@ def _infidelity(
     seed: Seed = 0,
 ) -> dict[str, Array]:
     maps, background = metrics.by_patch(maps, inputs.grid), _background(inputs, fill)
-    return metrics.random_removals(predict, inputs.images, maps, inputs.classes, background, samples, share, seed)
+    return metrics.random_removals(predict, inputs.images, maps, inputs.target, background, samples, share, seed)
 
 
-def _infidelity_fields(samples: int = REMOVALS, **_: Any) -> Fields:
+def _infidelity_fields(scored: bool, samples: int = REMOVALS, **_: Any) -> Fields:
     return {"relevance": lists_of(Number, samples), "drop": lists_of(Number, samples)}
 
 
@@ -502,7 +522,7 @@ TASKS: dict[str, Task] = {
             "aopc": Column(_aopc, better="higher", digits=3),
             "lodds": Column(_lodds, better="lower", digits=3),
         },
-        lambda: _CURVES,
+        _curve_fields,
         Plot("pixels removed [%]", "accuracy [%]", _perturbation_curves),
         needs="labels",
     ),
@@ -516,7 +536,7 @@ TASKS: dict[str, Task] = {
             "mean_f1": Column(lambda table: 100 * metrics.f1(_counts(table)), better="higher"),
             "pointing_game": Column(lambda table: 100 * table["predicted_pointing"], better="higher"),
         },
-        lambda: {
+        lambda *_: {
             "counts": lists_of(Count, 4),
             "average_precision": lists_of(Number),
             "map_two_channel": lists_of(Number),
@@ -529,12 +549,8 @@ TASKS: dict[str, Task] = {
     "insertion": Task(
         _insertion,
         {
-            "insertion_auc": Column(
-                lambda table: 100 * np.exp(table["predicted_log_probability"][:, 0]), metrics.unit_area, "higher"
-            ),
-            "deletion_auc": Column(
-                lambda table: 100 * np.exp(table["predicted_log_probability"][:, 1]), metrics.unit_area, "lower"
-            ),
+            "insertion_auc": Column(lambda table: 100 * _followed(table)[:, 0], metrics.unit_area, "higher"),
+            "deletion_auc": Column(lambda table: 100 * _followed(table)[:, 1], metrics.unit_area, "lower"),
         },
         _two_curves,
         Plot(
@@ -557,13 +573,13 @@ TASKS: dict[str, Task] = {
     "sanity": Task(
         _sanity,
         {"similarity": Column(lambda table: table["predicted_similarity"], better="lower", digits=3)},
-        lambda: {"similarity": lists_of(Number)},
+        lambda *_: {"similarity": lists_of(Number)},
         raw=True,
         against_original=True,
     ),
     "srg": Task(
         _srg,
-        {"srg": Column(lambda table: metrics.srg(table["predicted_log_probability"]), better="higher", digits=3)},
+        {"srg": Column(lambda table: metrics.gain(_followed(table)), better="higher", digits=3)},
         _two_curves,
         Plot(
             "patches removed [%]",
@@ -578,14 +594,14 @@ TASKS: dict[str, Task] = {
             "road_positive_auc": Column(_hits(POSITIVE), metrics.area, "lower"),
             "road_negative_auc": Column(_hits(NEGATIVE), metrics.area, "higher"),
         },
-        lambda **_: _CURVES,
+        _curve_fields,
         Plot("pixels imputed [%]", "accuracy [%]", _perturbation_curves),
         needs="labels",
     ),
     "sensitivity": Task(
         _sensitivity,
         {"max_sensitivity": Column(lambda table: table["predicted_sensitivity"], better="lower", digits=3)},
-        lambda **_: {"sensitivity": lists_of(Number)},
+        lambda *_, **__: {"sensitivity": lists_of(Number)},
         raw=True,
         explains=True,
     ),
@@ -607,13 +623,13 @@ TASKS: dict[str, Task] = {
             "gini": Column(lambda table: table["predicted_gini"], digits=3),
             "entropy": Column(lambda table: table["predicted_entropy"], digits=3),
         },
-        lambda: {"gini": lists_of(Number), "entropy": lists_of(Number)},
+        lambda *_: {"gini": lists_of(Number), "entropy": lists_of(Number)},
         raw=True,
     ),
     "shapley": Task(
         _agreement,
         {"shapley_agreement": Column(lambda table: table["predicted_agreement"], better="higher", digits=3)},
-        lambda: {"agreement": lists_of(Number)},
+        lambda *_: {"agreement": lists_of(Number)},
         raw=True,
         reference="shapley",
     ),

@@ -31,6 +31,9 @@ SIZES: dict[str, Config] = {
     "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
     "huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
     "giant": {"embed_dim": 1408, "depth": 40, "num_heads": 16, "mlp_ratio": 48 / 11},
+    "huge_plus": {"embed_dim": 1280, "depth": 32, "num_heads": 20},
+    "giant_1536": {"embed_dim": 1536, "depth": 40, "num_heads": 24},
+    "giantopt": {"embed_dim": 1536, "depth": 40, "num_heads": 16},
     "gigantic": {"embed_dim": 1664, "depth": 48, "num_heads": 16, "mlp_ratio": 64 / 13},
     "wee": {"embed_dim": 256, "depth": 14, "num_heads": 4, "mlp_ratio": 5.0},
     "little": {"embed_dim": 320, "depth": 14, "num_heads": 5, "mlp_ratio": 5.6},
@@ -52,6 +55,26 @@ POOLED_CLASSIC: Config = {**POOLED_1, "no_embed_class": False, "init_values": 1e
 POOLED_4: Config = POOLED_1 | {"reg_tokens": 4}
 PRE_NORM: Config = {"pre_norm": True, "norm_eps": 1e-5}
 QUICK: Config = PRE_NORM | {"activation": "quick_gelu"}
+# SigLIP: attention pooling; the later ones with the other approximation of GELU.
+MAP: Config = {"class_token": False, "global_pool": "map"}
+TANH: Config = {"activation": "gelu_tanh"}
+EVA: Config = {"global_pool": "avg", "k_bias": False}
+ROTARY: Config = EVA | {"mlp_ratio": 8 / 3, "rope_type": "cat", "ref_feat_shape": (16, 16)}
+EVA02: Config = ROTARY | {"mlp_layer": "swiglu_packed"}
+EVA02_SCALED: Config = ROTARY | {"mlp_layer": "swiglu", "scale_mlp_norm": True}
+GATED: Config = {"mlp_ratio": 2.66667, "mlp_layer": "swiglu_packed", "init_values": 1e-5}
+DINO3: Config = {
+    **EVA, "init_values": 1e-5, "reg_tokens": 4, "pos_embed": "none", "rope_type": "dinov3", "rope_temperature": 100.0,
+    "fc_norm": False, "norm_eps": 1e-5,
+}  # fmt: skip
+BARE: Config = {"qkv_bias": False}
+SWIGLU: Config = {"mlp_layer": "swiglu"}
+SWIGLU8: Config = SWIGLU | {"mlp_ratio": 8 / 3}
+TOKEN: Config = {"global_pool": "token"}
+TIPS: Config = {"init_values": 1.0, "reg_tokens": 1, "no_embed_class": True}
+UNIT: Statistics = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+BILINEAR: Any = {**IMAGENET, "interpolation": "bilinear"}
+UNIT_BILINEAR: Any = {**UNIT, "interpolation": "bilinear"}
 
 
 def _row(
@@ -164,6 +187,81 @@ ARCHITECTURES: dict[str, tuple[Config, Preprocessing]] = {
     "vit_large_patch14_clip_quickgelu_336": _row("large", 14, 336, 1.0, CLIP, QUICK),
     "vit_huge_patch14_clip_quickgelu_224": _row("huge", 14, 224, 1.0, CLIP, QUICK),
     "vit_huge_patch14_clip_quickgelu_378": _row("huge", 14, 378, 1.0, CLIP, QUICK),
+
+    "eva02_base_patch14_224": _row("base", 14, 224, 0.9, CLIP, EVA02_SCALED),
+    "eva02_base_patch14_448": _row("base", 14, 448, 1.0, CLIP, EVA02_SCALED),
+    "eva02_large_patch14_224": _row("large", 14, 224, 0.9, CLIP, EVA02_SCALED),
+    "eva02_large_patch14_448": _row("large", 14, 448, 1.0, CLIP, EVA02_SCALED),
+    "eva02_small_patch14_224": _row("small", 14, 224, 0.9, CLIP, EVA02),
+    "eva02_small_patch14_336": _row("small", 14, 336, 1.0, CLIP, EVA02),
+    "eva02_tiny_patch14_224": _row("tiny", 14, 224, 0.9, CLIP, EVA02),
+    "eva02_tiny_patch14_336": _row("tiny", 14, 336, 1.0, CLIP, EVA02),
+    "eva_giant_patch14_224": _row("giant", 14, 224, 0.9, CLIP, EVA),
+    "eva_giant_patch14_336": _row("giant", 14, 336, 1.0, CLIP, EVA),
+    "eva_giant_patch14_560": _row("giant", 14, 560, 1.0, IMAGENET, EVA),
+    "eva_giant_patch14_clip_224": _row("giant", 14, 224, 0.9, CLIP, EVA, TOKEN),
+    "flexivit_base": _row("base", 16, 240, 0.95, HALF, {"no_embed_class": True}),
+    "flexivit_large": _row("large", 16, 240, 0.95, HALF, {"no_embed_class": True}),
+    "flexivit_small": _row("small", 16, 240, 0.95, HALF, {"no_embed_class": True}),
+    "vit_base_patch14_reg1_tipsv2": _row("base", 14, 448, 1.0, UNIT, TIPS),
+    "vit_base_patch16_224_miil": _row("base", 16, 224, 0.875, UNIT_BILINEAR, BARE),
+    "vit_base_patch16_dinov3": _row("base", 16, 256, 1.0, IMAGENET, DINO3, BARE),
+    "vit_base_patch16_dinov3_qkvb": _row("base", 16, 256, 1.0, IMAGENET, DINO3),
+    "vit_base_patch16_lingbot": _row("base", 16, 512, 1.0, BILINEAR, DINO3, TOKEN),
+    "vit_base_patch16_siglip_224": _row("base", 16, 224, 0.9, HALF, MAP),
+    "vit_base_patch16_siglip_256": _row("base", 16, 256, 0.9, HALF, MAP),
+    "vit_base_patch16_siglip_384": _row("base", 16, 384, 0.9, HALF, MAP),
+    "vit_base_patch16_siglip_512": _row("base", 16, 512, 0.9, HALF, MAP),
+    "vit_base_patch16_siglip_gap_224": _row("base", 16, 224, 0.9, HALF, POOLED),
+    "vit_base_patch16_siglip_gap_256": _row("base", 16, 256, 0.9, HALF, POOLED),
+    "vit_base_patch16_siglip_gap_384": _row("base", 16, 384, 0.9, HALF, POOLED),
+    "vit_base_patch16_siglip_gap_512": _row("base", 16, 512, 0.9, HALF, POOLED),
+    "vit_base_patch32_siglip_256": _row("base", 32, 256, 0.9, HALF, MAP, TANH),
+    "vit_base_patch32_siglip_gap_256": _row("base", 32, 256, 0.9, HALF, POOLED, TANH),
+    "vit_giant_patch14_clip_224": _row("giant", 14, 224, 1.0, CLIP, PRE_NORM),
+    "vit_giant_patch14_dinov2": _row("giant_1536", 14, 518, 1.0, IMAGENET, GATED),
+    "vit_giant_patch14_reg1_tipsv2": _row("giant_1536", 14, 448, 1.0, UNIT, GATED, TIPS),
+    "vit_giant_patch14_reg4_dinov2": _row("giant_1536", 14, 518, 1.0, IMAGENET, REGISTERS, GATED),
+    "vit_giant_patch16_lingbot": _row("giant_1536", 16, 512, 1.0, BILINEAR, DINO3, BARE, SWIGLU8, TOKEN),
+    "vit_giantopt_patch16_siglip_256": _row("giantopt", 16, 256, 0.9, HALF, MAP, TANH),
+    "vit_giantopt_patch16_siglip_384": _row("giantopt", 16, 384, 0.9, HALF, MAP, TANH),
+    "vit_giantopt_patch16_siglip_gap_256": _row("giantopt", 16, 256, 0.9, HALF, POOLED, TANH),
+    "vit_giantopt_patch16_siglip_gap_384": _row("giantopt", 16, 384, 0.9, HALF, POOLED, TANH),
+    "vit_gigantic_patch14_clip_224": _row("gigantic", 14, 224, 1.0, CLIP, PRE_NORM),
+    "vit_gigantic_patch14_clip_378": _row("gigantic", 14, 378, 1.0, CLIP, PRE_NORM),
+    "vit_gigantic_patch14_clip_quickgelu_224": _row("gigantic", 14, 224, 1.0, CLIP, QUICK),
+    "vit_huge_plus_patch16_dinov3": _row("huge_plus", 16, 256, 1.0, IMAGENET, DINO3, BARE, SWIGLU),
+    "vit_huge_plus_patch16_dinov3_qkvb": _row("huge_plus", 16, 256, 1.0, IMAGENET, DINO3, SWIGLU),
+    "vit_large_patch14_reg1_tipsv2": _row("large", 14, 448, 1.0, UNIT, TIPS),
+    "vit_large_patch16_dinov3": _row("large", 16, 256, 1.0, IMAGENET, DINO3, BARE),
+    "vit_large_patch16_dinov3_qkvb": _row("large", 16, 256, 1.0, IMAGENET, DINO3),
+    "vit_large_patch16_lingbot": _row("large", 16, 512, 1.0, BILINEAR, DINO3, TOKEN),
+    "vit_large_patch16_siglip_256": _row("large", 16, 256, 0.9, HALF, MAP),
+    "vit_large_patch16_siglip_384": _row("large", 16, 384, 0.9, HALF, MAP),
+    "vit_large_patch16_siglip_512": _row("large", 16, 512, 0.9, HALF, MAP, TANH),
+    "vit_large_patch16_siglip_gap_256": _row("large", 16, 256, 0.9, HALF, POOLED),
+    "vit_large_patch16_siglip_gap_384": _row("large", 16, 384, 0.9, HALF, POOLED),
+    "vit_large_patch16_siglip_gap_512": _row("large", 16, 512, 0.9, HALF, POOLED, TANH),
+    "vit_small_patch16_dinov3": _row("small", 16, 256, 1.0, IMAGENET, DINO3, BARE),
+    "vit_small_patch16_dinov3_qkvb": _row("small", 16, 256, 1.0, IMAGENET, DINO3),
+    "vit_small_patch16_lingbot": _row("small", 16, 512, 1.0, BILINEAR, DINO3, TOKEN),
+    "vit_small_plus_patch16_dinov3": _row("small", 16, 256, 1.0, IMAGENET, DINO3, BARE, SWIGLU),
+    "vit_small_plus_patch16_dinov3_qkvb": _row("small", 16, 256, 1.0, IMAGENET, DINO3, SWIGLU),
+    "vit_so150m_patch16_reg4_map_256": _row("so150m", 16, 256, 0.9, HALF, MAP, {"reg_tokens": 4}),
+    "vit_so400m_patch14_reg1_tipsv2": _row("so400m", 14, 448, 1.0, UNIT, TIPS, {"mlp_ratio": 3.736111111111111}),
+    "vit_so400m_patch14_siglip_224": _row("so400m", 14, 224, 0.9, HALF, MAP),
+    "vit_so400m_patch14_siglip_378": _row("so400m", 14, 378, 0.9, HALF, MAP),
+    "vit_so400m_patch14_siglip_gap_224": _row("so400m", 14, 224, 0.9, HALF, POOLED),
+    "vit_so400m_patch14_siglip_gap_448": _row("so400m", 14, 448, 1.0, HALF, POOLED),
+    "vit_so400m_patch14_siglip_gap_896": _row("so400m", 14, 896, 1.0, HALF, POOLED),
+    "vit_so400m_patch16_siglip_256": _row("so400m", 16, 256, 0.9, HALF, MAP, TANH),
+    "vit_so400m_patch16_siglip_384": _row("so400m", 16, 384, 0.9, HALF, MAP, TANH),
+    "vit_so400m_patch16_siglip_512": _row("so400m", 16, 512, 0.9, HALF, MAP, TANH),
+    "vit_so400m_patch16_siglip_gap_256": _row("so400m", 16, 256, 0.9, HALF, POOLED, TANH),
+    "vit_so400m_patch16_siglip_gap_384": _row("so400m", 16, 384, 0.9, HALF, POOLED, TANH),
+    "vit_so400m_patch16_siglip_gap_512": _row("so400m", 16, 512, 0.9, HALF, POOLED, TANH),
+    "vit_tiny_patch16_dinov3_qkvb": _row("tiny", 16, 256, 1.0, IMAGENET, DINO3),
+    "vit_intern300m_patch14_448": _row("large", 14, 448, 1.0, IMAGENET, {"init_values": 0.1, "final_norm": False}),
 }
 
 # Weights whose preprocessing is not that of their architecture's row: pattern of "name.tag" -> fields; the last
@@ -176,6 +274,9 @@ TAGS: dict[str, dict[str, Any]] = {
     "deit3_*_224.fb_in22k_ft_in1k": {"crop_pct": 1.0},
     "vit_large_patch14_clip_*.laion2b*": {**HALF},
     "vit_so400m_patch14_siglip_gap_378.v2_webli": {"crop_pct": 0.9},
+    "vit_so400m_patch14_siglip_378.webli_ft_in1k": {"crop_pct": 1.0},
+    "eva_giant_patch14_336.m30m_ft_in22k_in1k": {**IMAGENET},
+    "vit_large_patch16_dinov3*.sat493m": {"mean": (0.43, 0.411, 0.296), "std": (0.213, 0.156, 0.143)},
     "vit_base_patch16_clip_224.*": {"crop_pct": 1.0},
     "vit_base_patch16_clip*_224.openai*": {"crop_pct": 0.9},
     "vit_base_patch16_clip_224.*_ft_in12k": {"crop_pct": 0.9},
@@ -207,15 +308,34 @@ def _number(largest: float) -> Any:
 
 OPTIONS: dict[str, Any] = {  # what each option of a model may be
     "img_size": tuple[_whole("img_size"), _whole("img_size")],
-    **{name: _whole(name) for name in ("patch_size", "embed_dim", "depth", "num_heads", "num_classes")},
-    "reg_tokens": _whole("reg_tokens", 0),
-    **dict.fromkeys(("qkv_bias", "proj_bias", "class_token", "distilled", "no_embed_class", "pre_norm"), bool),
+    **{name: _whole(name) for name in ("patch_size", "embed_dim", "depth", "num_heads")},
+    **{name: _whole(name, 0) for name in ("num_classes", "reg_tokens")},
+    **dict.fromkeys(("qkv_bias", "k_bias", "qk_norm", "proj_bias", "class_token", "distilled"), bool),
+    **dict.fromkeys(("no_embed_class", "pre_norm", "final_norm", "scale_mlp_norm"), bool),
     "fc_norm": bool | None,
     "mlp_ratio": _number(64),
     "norm_eps": _number(0.1),
     "init_values": _number(1e4) | None,
-    "global_pool": Literal["token", "avg"],
-    "activation": Literal[tuple(ACTIVATIONS)],
+    "global_pool": Literal["token", "avg", "cat", "map"],
+    "activation": Literal[tuple(name for name in ACTIVATIONS if name != "silu")],
+    "mlp_layer": Literal["mlp", "swiglu", "swiglu_packed"],
+    "pos_embed": Literal["learn", "none"],
+    "rope_type": Literal["cat", "dinov3"] | None,
+    "rope_temperature": Annotated[float, Ge(1), Le(1e9)],
+    "ref_feat_shape": tuple[_whole("img_size"), _whole("img_size")] | None,
+}
+# Other options of timm's VisionTransformer: those that change nothing of a trained model's forward pass, and those of
+# which one value is supported.
+WITHOUT_EFFECT = (
+    *("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"),
+    *("weight_init", "fix_init", "dynamic_img_size", "device", "dtype"),
+)
+ONLY: dict[str, Any] = {
+    "in_chans": 3,
+    "scale_attn_norm": False,
+    "pool_include_prefix": False,
+    "dynamic_img_pad": False,
+    **dict.fromkeys(("embed_layer", "embed_norm_layer", "norm_layer", "act_layer", "block_fn", "attn_layer")),
 }
 
 
@@ -261,7 +381,8 @@ def build(
         raise InputError(f"a model is a name or a mapping of options, got {type(config).__name__}")
     given = {"img_size": img_size, "num_classes": num_classes}
     options = {**config, **{key: value for key, value in given.items() if value is not None}}
-    for key, only in (("in_chans", 3), ("qk_norm", False), ("final_norm", True), ("pos_embed", "learn")):
+    options = {key: value for key, value in options.items() if key not in WITHOUT_EFFECT}
+    for key, only in ONLY.items():
         if options.pop(key, only) != only:
             raise InputError(f"model option {key!r} must be {only!r}: nothing else is supported")
     for key, value in options.items():
@@ -275,12 +396,13 @@ def build(
 
 def config_of(module: ViT) -> Config:
     """The configuration from which `build` makes this module, in JSON types."""
-    return {name: getattr(module, name) for name in OPTIONS} | {"img_size": list(module.img_size)}
+    values = {name: getattr(module, name) for name in OPTIONS}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def _checked(key: str, value: Any) -> Any:
     """`value` in the type of the option, or InputError."""
-    if key == "img_size":
+    if key == "img_size" or (key == "ref_feat_shape" and value is not None):
         value = _pair(value)
     if key == "patch_size" and isinstance(value, list | tuple) and len(value) == 2 and value[0] == value[1]:
         value = value[0]
@@ -320,8 +442,12 @@ def _check_together(module: ViT) -> None:
         )
     if int(module.embed_dim * module.mlp_ratio) < 1:
         raise InputError(f"model option 'mlp_ratio': {module.mlp_ratio} leaves the FFN without hidden units")
-    if module.global_pool == "token" and not module.class_token:
-        raise InputError("model option 'global_pool': 'token' needs a class token; use 'avg'")
+    if module.global_pool in ("token", "cat") and not module.class_token:
+        raise InputError(f"model option 'global_pool': {module.global_pool!r} needs a class token; use 'avg'")
+    if module.rope_type is not None and module.embed_dim // module.num_heads % 4:
+        raise InputError("model option 'rope_type': rotary positions need heads whose width is a multiple of 4")
+    if module.distilled and not module.num_classes:
+        raise InputError("model option 'distilled' needs classes")
     if module.distilled and not (module.class_token and module.global_pool == "token"):
         raise InputError("model option 'distilled' needs a class token and global_pool='token'")
 
@@ -329,12 +455,17 @@ def _check_together(module: ViT) -> None:
 def parameter_count(module: ViT) -> int:
     """Number of parameters, by arithmetic: tracing all architectures would take many seconds."""
     d, hidden = module.embed_dim, int(module.embed_dim * module.mlp_ratio)
-    attention = 3 * d * (d + module.qkv_bias) + d * (d + module.proj_bias)
-    feed_forward = hidden * (d + 1) + d * (hidden + 1)
+    biases = (3 if module.k_bias else 2) * module.qkv_bias
+    attention = 3 * d * d + biases * d + d * (d + module.proj_bias) + 4 * module.qk_norm * (d // module.num_heads)
+    feed_forward = (1 if module.mlp_layer == "mlp" else 2) * hidden * (d + 1) + d * (hidden + 1)
     scales = 0 if module.init_values is None else 2 * d
-    block = attention + feed_forward + 4 * d + scales
+    block = attention + feed_forward + 2 * module.scale_mlp_norm * hidden + 4 * d + scales
     positions = module.grid[0] * module.grid[1] + (0 if module.no_embed_class else module.prefix)
+    positions *= module.pos_embed == "learn"
     embedding = d * (3 * module.patch_size**2 + (not module.pre_norm) + module.prefix + positions)
-    norms = 2 * d * (1 + module.pre_norm)
-    heads = (d + 1) * module.num_classes * (1 + module.distilled)
-    return embedding + module.depth * block + norms + heads
+    norms = 2 * d * (module.final_norm + module.pre_norm)
+    pool = 0
+    if module.global_pool == "map":  # the query, four linear maps of attention, a norm and an FFN layer
+        pool = d + 4 * d * (d + 1) + 2 * d + hidden * (d + 1) + d * (hidden + 1)
+    heads = (d * (1 + (module.global_pool == "cat")) + 1) * module.num_classes * (1 + module.distilled)
+    return embedding + module.depth * block + norms + pool + heads

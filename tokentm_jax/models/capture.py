@@ -1,10 +1,11 @@
 """From (module, params, inputs, target) to arrays: everything the methods need to know about a forward pass.
 
-Flax stays in this file and in `vit.py`. Any Linen module can be explained that has the attributes `grid`, `prefix` and
-`readout` of `ViT` and shows its blocks: `self.sow("intermediates", name, value)` where a method reads a value, and
-`value = self.perturb(name, value)` before the value is used where a method reads its gradient. The names may stand
-under any scope, once for every block (blocks in the natural order of their names, or stacked by `nn.scan`), and
-`final_tokens` once. A method asks for what it uses, and no more:
+Flax stays in this file and in `vit.py`; functions become models in `plain.py`. Any Linen module can be explained that
+has the attributes `grid`, `prefix` and `readout` of `ViT` and shows its blocks by
+`self.sow("intermediates", name, value)` where a method reads a value, and `value = self.perturb(name, value)`, before
+the value is used, where a method reads its gradient. The names may stand under any scope, once for every block (blocks
+in the natural order of their names, or stacked by `nn.scan`), and `final_tokens` once. A method asks for what it uses,
+and no more:
 
     name               of one block    sown for                         perturbed for
     attention          [B, H, N, N]    all but the gradients of inputs  gae, tokentm, grad_cam, beyond_intuition, LRP
@@ -30,9 +31,11 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 from jax import Array
 
-from tokentm_jax.errors import InputError
+from tokentm_jax.errors import InputError, Unfit
+from tokentm_jax.maths.scores import explained
 from tokentm_jax.maths.tokentm import Blocks
 
 
@@ -43,7 +46,7 @@ class Trace(NamedTuple):
     """
 
     tokens: Any  # [L+1, B, N, D] input of every block, and the output of the last (where `final_tokens` is asked for)
-    token_grads: Any  # [L+1, B, N, D] gradient of the explained logit there
+    token_grads: Any  # [L+1, B, N, D] gradient of the score (the explained logit) there
     input_grads: Any  # [B, H, W, 3] gradient at the normalised images
     attention: Any  # [L, B, H, N, N] after softmax
     attention_grad: Any  # [L, B, H, N, N]
@@ -55,12 +58,13 @@ class Trace(NamedTuple):
     ffn_branch: Any  # [L, B, N, D]
     value_kernel: Any  # [L, D, D] of the value projection, without its bias; kept only where it is asked for
     output_kernel: Any  # [L, D, D] of the output projection, with the layer's scale; likewise
-    logits: Array  # [B, classes]
-    target: Array  # [B] the class explained
+    logits: Any  # [B, classes], or what else the module gives
+    target: Any  # [B] the class explained, or the `Question`
+    score: Array  # [B] what was explained: the logit of that class, or what the question's score is
 
-    def details(self) -> dict[str, Array]:
-        """What every method reports: logits [B, classes] and the class explained [B]."""
-        return {"logits": self.logits, "target": self.target}
+    def details(self) -> dict[str, Any]:
+        """What every method reports: logits [B, classes], the class explained and its score [B]."""
+        return {"logits": self.logits, "target": self.target, "score": self.score}
 
     def blocks(self) -> Blocks:
         """The arrays of all blocks, `attention` among them, with the batch axis second, which kernels do not have."""
@@ -74,6 +78,7 @@ class Trace(NamedTuple):
 GRADIENTS = {"attention_grad": "attention", "token_grads": "tokens", "normalised_grads": "normalised"}
 SOWN = ("tokens", "attention", "normalised", "value", "transformed_value", "attention_branch", "ffn_branch")
 KERNELS = ("value_kernel", "output_kernel")
+NAMES = ("final_tokens", *SOWN, *KERNELS)  # of the contract
 ALL = ("final_tokens", "input_grads", *SOWN, *GRADIENTS)  # kernels are parameters: few modules sow them
 RANKS = {"attention": 4, "value": 4} | dict.fromkeys(KERNELS, 2)  # of one block's array; all others are [B, N, D]
 
@@ -89,24 +94,18 @@ def _stacked(tree: Any, name: str, kind: str) -> Array:
     first = jax.tree_util.SequenceKey(0)
     found = [(p, a) for p, a in leaves if (p[:-1] if p[-1] == first else p)[-1:] == (jax.tree_util.DictKey(name),)]
     if not found:
-        raise InputError(f"the module {kind} no '{name}', which this explanation needs (see `tokentm_jax.capture`)")
+        raise Unfit(f"the module {kind} no '{name}', which this explanation needs (see `tokentm_jax.capture`)")
     rank = RANKS.get(name, 3)
     return jnp.concatenate(
         [a if a.ndim == rank + 1 else a[None] for _, a in sorted(found, key=lambda item: natural(item[0]))]
     )
 
 
-def class_logits(logits: Array, target: Array | None) -> tuple[Array, Array]:
-    """Each sample's own logit [B], and its class [B]: `target` (an int or [B]), or the predicted one for None."""
-    chosen = logits.argmax(-1) if target is None else jnp.broadcast_to(jnp.asarray(target), logits.shape[:1])
-    return jnp.take_along_axis(logits, chosen[:, None], 1)[:, 0], chosen
-
-
 def capture(
     module: nn.Module,
     params: Any,
     inputs: Array,
-    target: Array | None = None,
+    target: Any = None,
     fields: Collection[str] = ALL,
     *,
     gradients: bool = True,
@@ -114,16 +113,17 @@ def capture(
     """Run the model forward, and backward where gradients are asked for, and keep what the blocks did.
 
     Args:
-      module: a Linen module that sows and perturbs, such as `ViT` (see the top of this file).
+      module: a Linen module that sows and perturbs, such as `ViT` (see the top of this file), or a `PlainModel`.
       params: its parameters.
       inputs: normalised images [B, H, W, 3].
-      target: class of each sample [B] or one class for all; None for the predicted ones.
+      target: class of each sample [B] or one class for all; None for the predicted ones; or a `Question` of
+        `tokentm_jax.maths.scores`.
       fields: of `Trace`, which are wanted, and "final_tokens", which appends the output of the last block to `tokens`
         and `token_grads`. Logits and target are always there, and the backward pass is run for gradients alone.
       gradients: False leaves out those fields that are gradients.
 
     Returns:
-      A `Trace`; gradients are those of each sample's own logit.
+      A `Trace`; gradients are those of each sample's own score.
 
     Raises:
       InputError: the module sows or perturbs nothing of what is wanted.
@@ -131,17 +131,18 @@ def capture(
     if getattr(inputs, "ndim", 0) < 2 or 0 in inputs.shape or not jnp.issubdtype(inputs.dtype, jnp.floating):
         found = f"{inputs.dtype} {list(inputs.shape)}" if hasattr(inputs, "shape") else type(inputs).__name__
         raise InputError(f"inputs must be an array of floating-point numbers [B, H, W, 3], got {found}")
-    if not isinstance(params, Mapping) or not params:
+    if isinstance(module, nn.Module) and (not isinstance(params, Mapping) or not params):
         raise InputError("params must be the nested dictionary of the module's parameters")
     if not gradients:
         fields = [name for name in fields if name not in (*GRADIENTS, "input_grads")]
 
-    def score(perturbations: Any, inputs: Array) -> tuple[Array, tuple[Array, Any, Array]]:
-        variables = {"params": params, **perturbations}
+    def score(perturbed: Any, inputs: Array) -> tuple[Array, tuple[Any, dict[str, Any]]]:
+        # A module perturbs all of its points or none.
+        variables = {"params": params, **traverse_util.unflatten_dict({**others, **perturbed})}
         logits, state = module.apply(variables, inputs, mutable=["intermediates"])
-        own, chosen = class_logits(logits, target)
+        own, details = explained(logits, target)
         # Samples do not touch each other, so the gradient of the sum is every sample's own.
-        return own.sum(), (logits, state.get("intermediates", {}), chosen)
+        return own.sum(), (state.get("intermediates", {}), details)
 
     def read(tree: Any, name: str, verb: str) -> Array:
         found = _stacked(tree, name, verb)
@@ -149,17 +150,21 @@ def capture(
             found = jnp.concatenate([found, _stacked(tree, "final_tokens", verb)])
         return found
 
+    others: dict[tuple[str, ...], Array] = {}
     grads = input_grads = None
     if "input_grads" in fields or any(name in fields for name in GRADIENTS):
-        zeros = zero_perturbations(module, params, inputs)
+        points = {point for field, point in GRADIENTS.items() if field in fields} | {"final_tokens"}
+        others = traverse_util.flatten_dict(zero_perturbations(module, params, inputs))
+        zeros = {path: others.pop(path) for path in list(others) if path[-1] in points}
         # With respect to the inputs in any case: a relevance rule that no derivative passes here would stand in for
         # the true derivative of its step when the map is differentiated.
-        (grads, input_grads), (logits, sown, chosen) = jax.grad(score, (0, 1), has_aux=True)(zeros, inputs)
+        (found, input_grads), (sown, details) = jax.grad(score, (0, 1), has_aux=True)(zeros, inputs)
+        grads = traverse_util.unflatten_dict(found)
     else:
-        _, (logits, sown, chosen) = score({}, inputs)
+        _, (sown, details) = score({}, inputs)
     found_gradients = {field: read(grads, point, "perturbs") for field, point in GRADIENTS.items() if field in fields}
     values = {name: read(sown, name, "sows") for name in (*SOWN, *KERNELS) if name in fields}
-    known = {**found_gradients, **values, "logits": logits, "target": chosen}
+    known = {**found_gradients, **values, **details}
     if "input_grads" in fields:
         known["input_grads"] = input_grads
     return Trace(**{name: known.get(name) for name in Trace._fields})

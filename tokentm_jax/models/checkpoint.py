@@ -27,13 +27,13 @@ from pydantic import JsonValue
 
 from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.errors import InputError
-from tokentm_jax.files import MARK, as_path, opened, read_json, read_text, reason, replace, require_ours, stored_size
-from tokentm_jax.models.architectures import LARGEST, Config, architecture, build, config_of
+from tokentm_jax.files import MARK, as_path, opened, read_json, reason, replace, require_ours, stored_size
+from tokentm_jax.models.architectures import LARGEST, build, config_of
+from tokentm_jax.models.text import TextEncoder
 from tokentm_jax.models.vit import ViT
 from tokentm_jax.validation import checked
 
 Tensors = dict[str, np.ndarray]  # by timm name
-HUB = "hf-hub:"
 HEADS = ("head.", "head_dist.")
 LARGEST_DESCRIPTION = 10_000_000  # bytes
 LARGEST_FACTOR = 50  # weights hardly compress: a file that becomes so many times its size would fill the memory
@@ -43,10 +43,13 @@ LARGEST_FACTOR = 50  # weights hardly compress: a file that becomes so many time
 
 
 @functools.lru_cache(maxsize=8)
-def _shapes(module: ViT) -> dict[tuple[str, ...], tuple[int, ...]]:
+def _shapes(module: ViT | TextEncoder) -> dict[tuple[str, ...], tuple[int, ...]]:
     """Path -> shape of every parameter of `module`; those of `blocks` have the axis L in front."""
-    images = jax.ShapeDtypeStruct((1, *module.img_size, 3), jnp.float32)
-    variables: Any = jax.eval_shape(module.init, jax.random.key(0), images)
+    if isinstance(module, ViT):
+        inputs = jax.ShapeDtypeStruct((1, *module.img_size, 3), jnp.float32)
+    else:
+        inputs = jax.ShapeDtypeStruct((1, module.context), jnp.int32)
+    variables: Any = jax.eval_shape(module.init, jax.random.key(0), inputs)
     flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(variables["params"])
     return {path: leaf.shape for path, leaf in flat.items()}
 
@@ -95,7 +98,7 @@ def to_timm(params: Mapping[str, Any]) -> Tensors:
 
 
 def to_params(
-    module: ViT,
+    module: ViT | TextEncoder,
     tensors: Tensors,
     source: str,
     reset_head: bool = False,
@@ -119,7 +122,7 @@ def to_params(
         missing += [name for name in names if name not in tensors]
         found = {name: tensors.pop(name) for name in names if name in tensors}
         for name, tensor in found.items():
-            if name == "pos_embed":
+            if name == "pos_embed" and isinstance(module, ViT):
                 grid = _other_grid(module, tensor, old_grid)
             if tensor.shape != expected and not (name == "pos_embed" and grid):
                 wrong.append(f"{name} {list(tensor.shape)} in place of {list(expected)}")
@@ -141,7 +144,7 @@ def to_params(
     for path, value in params.items():
         if not np.isfinite(value).all():
             raise InputError(f"{source}: parameter {_timm_name(path)!r} holds values that are not finite numbers")
-    if grid:  # last: a small file that is otherwise wrong takes no memory for positions
+    if grid and isinstance(module, ViT):  # last: a small file that is otherwise wrong takes no memory for positions
         params[("pos_embed",)] = _resample(module, params[("pos_embed",)], grid)
     return traverse_util.unflatten_dict(params)
 
@@ -201,8 +204,8 @@ def read_tensors(path: str | os.PathLike[str]) -> Tensors:
     """All tensors of a checkpoint under timm's names, whatever its layout. Raises InputError."""
     path = Path(path)
     kind = _kind(path)
-    readers = {"safetensors": _read_safetensors, "torch": _read_torch, "npz": _read_npz, "orbax": _read_orbax}
-    return _current_names(readers[kind](path))
+    readers = {"safetensors": read_safetensors, "torch": _read_torch, "npz": _read_npz, "orbax": _read_orbax}
+    return current_names(readers[kind](path))
 
 
 def _kind(path: Path) -> str:
@@ -251,7 +254,7 @@ def _require_room(path: Path, unpacked: int) -> None:
         raise InputError(f"checkpoint {path} holds {unpacked / 1e9:.1f} GB of numbers, more than the memory")
 
 
-def _read_safetensors(path: Path) -> Tensors:
+def read_safetensors(path: Path) -> Tensors:
     try:
         with safetensors.safe_open(path, "np") as file:
             names = file.keys()
@@ -363,10 +366,19 @@ def _read_orbax(path: Path) -> Tensors:
         raise _damaged(path, error) from None
 
 
-def _current_names(tensors: Tensors) -> Tensors:
-    """Names of older releases -> today's: layer scale of DeiT-3, registers of DINOv2, the dropped pre_logits."""
+def current_names(tensors: Tensors) -> Tensors:
+    """Names of other releases -> the ones here: layer scale of DeiT-3 and EVA, registers of DINOv2, the dropped
+    pre_logits, and projections of EVA-02 one by one, which here are one."""
     tensors = {re.sub(r"\bgamma_(\d)$", r"ls\1.gamma", name): t for name, t in tensors.items()}
     tensors = {name: t for name, t in tensors.items() if name != "mask_token" and "pre_logits" not in name}
+    for name in [n for n in tensors if n.endswith(".attn.q_proj.weight")]:
+        block = name.removesuffix("q_proj.weight")
+        parts = [f"{block}{part}_proj.weight" for part in "qkv"]
+        if all(part in tensors for part in parts):
+            tensors[f"{block}qkv.weight"] = np.concatenate([tensors.pop(part) for part in parts])
+            for part in "qv":
+                if f"{block}{part}_proj.bias" in tensors:
+                    tensors[f"{block}{part}_bias"] = tensors.pop(f"{block}{part}_proj.bias")
     first = tensors["pos_embed"][:, :1] if "pos_embed" in tensors and tensors["pos_embed"].ndim == 3 else None
     if "register_tokens" in tensors and first is not None and tensors.get("cls_token", first[:0]).shape == first.shape:
         # DINOv2 adds a position to the class token and none to its registers; timm keeps positions of patches only.
@@ -377,7 +389,14 @@ def _current_names(tensors: Tensors) -> Tensors:
 
 
 GOOGLE = (
-    (r"^(opt/target/|params/)", ""),
+    (r"^params/(txt/.*|t|b)$", ""),
+    (r"^(opt/target/|params/img/|params/)", ""),
+    (r"^MAPHead_0/probe$", "attn_pool/latent"),
+    (r"^MAPHead_0/LayerNorm_0/", "attn_pool/norm/"),
+    (r"^MAPHead_0/MlpBlock_0/Dense_([01])/", lambda m: f"attn_pool/mlp/fc{int(m[1]) + 1}/"),
+    (r"^MAPHead_0/MultiHeadDotProductAttention_0/out/", "attn_pool/proj/"),
+    (r"^MAPHead_0/MultiHeadDotProductAttention_0/query/", "attn_pool/q/"),
+    (r"^MAPHead_0/MultiHeadDotProductAttention_0/", "attn_pool/"),
     (r"^embedding/", "patch_embed/proj/"),
     (r"^cls$", "cls_token"),
     (r"^(Transformer/posembed_input/)?pos_embedding$", "pos_embed"),
@@ -393,28 +412,48 @@ GOOGLE = (
 
 
 def _from_google(arrays: Tensors, path: Path) -> Tensors:
-    """Names and layouts of Google's ViT releases -> timm's."""
+    """Names and layouts of Google's ViT releases, and of big_vision's image towers -> timm's."""
     tensors: Tensors = {}
+    stacked = "Transformer/encoderblock/"
     for name, array in arrays.items():
-        for pattern, replacement in GOOGLE:
-            name = re.sub(pattern, replacement, name)
-        tensors[name.replace("/", ".")] = array
+        if stacked in name and array.ndim:
+            blocks = {name.replace(stacked, f"{stacked[:-1]}_{i}/"): block for i, block in enumerate(array)}
+        else:
+            blocks = {name: array}
+        for own, block in blocks.items():
+            for pattern, replacement in GOOGLE:
+                own = re.sub(pattern, replacement, own)
+            if own:
+                tensors[own.replace("/", ".")] = block
     if "patch_embed.proj.weight" not in tensors:
         raise InputError(f"{path} is not a checkpoint: it lacks 'embedding/kernel' of Google's ViT releases")
     for name, tensor in tensors.items():
         d = tensor.shape[-1:]
         if name == "patch_embed.proj.weight" and tensor.ndim == 4:
             tensors[name] = tensor.transpose(3, 2, 0, 1)
-        elif name.endswith(".weight") and ".attn." in name:  # [D, H, D/H], or [H, D/H, D] for the output
+        elif name.endswith(".weight") and _HEADS.search(name):  # [D, H, D/H], or [H, D/H, D] for the output
             d = tensor.shape[-1] if ".proj." in name else tensor.shape[0]
             tensors[name] = (tensor.reshape(-1, d) if ".proj." in name else tensor.reshape(d, -1)).T
-        elif name.endswith(".bias") and ".attn." in name:
+        elif name.endswith(".bias") and _HEADS.search(name):
             tensors[name] = tensor.reshape(-1)
         elif name.endswith(".weight") and tensor.ndim == 2:
             tensors[name] = tensor.T
+    for leaf in ("weight", "bias"):
+        parts = [f"attn_pool.{part}.{leaf}" for part in ("key", "value")]
+        if all(part in tensors for part in parts):
+            tensors[f"attn_pool.kv.{leaf}"] = np.concatenate([tensors.pop(part) for part in parts])
+    return fused(tensors)
+
+
+_HEADS = re.compile(r"\.attn\.|^attn_pool\.(q|key|value|proj)\.")  # what is stored head by head
+
+
+def fused(tensors: Tensors) -> Tensors:
+    """The query, key and value maps of each block as the one map that they are with timm."""
+    tensors = dict(tensors)
     for name in [n for n in tensors if ".attn.query." in n]:
         parts = [name.replace("query", part) for part in ("query", "key", "value")]
-        if all(part in tensors for part in parts):
+        if all(part in tensors and tensors[part].shape == tensors[name].shape != () for part in parts):
             tensors[name.replace("query", "qkv")] = np.concatenate([tensors.pop(part) for part in parts])
     return tensors
 
@@ -541,44 +580,3 @@ def _checked_description(description: Any, path: Path) -> dict[str, Any]:
 def described_grid(description: Mapping[str, Any] | None) -> tuple[int, int] | None:
     """Patch grid (gh, gw) that a description states."""
     return None if description is None else build(description["architecture"]).grid
-
-
-# ---- Hugging Face hub -----------------------------------------------------------------------------------------------
-
-
-def download(name: str) -> tuple[Path, Config, Preprocessing, list[str] | None]:
-    """Weights, configuration, preprocessing and class names of "hf-hub:OWNER/NAME", through the hub's cache.
-
-    Only `config.json` and `model.safetensors` are fetched. Raises InputError when the hub cannot be reached, has no
-    such model, or the model is not a plain ViT.
-    """
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise InputError(f"{name} needs the hub's client: pip install 'tokentm_jax[hub]'") from None
-    repository, _, revision = name.removeprefix(HUB).partition("@")
-    paths = []
-    for file in ("config.json", "model.safetensors"):
-        try:
-            paths.append(Path(huggingface_hub.hf_hub_download(repository, file, revision=revision or None)))
-        except Exception as error:  # the client lets errors of several network libraries through
-            raise InputError(f"{file} of {name} could not be downloaded ({reason(error)})") from None
-    try:
-        card = json.loads(read_text(paths[0]))
-        base, pretrained = card["architecture"], card["pretrained_cfg"]
-        overrides = dict(card.get("model_args") or {})
-        if "num_classes" in card:
-            overrides["num_classes"] = card["num_classes"]
-        tag = pretrained.get("tag") or ""
-        config, preprocessing = architecture(f"{base}.{tag}", **overrides)
-        if "img_size" not in overrides and "input_size" in pretrained:
-            config["img_size"] = list(pretrained["input_size"][1:])
-        fields = {key: pretrained[key] for key in ("crop_pct", "interpolation", "mean", "std") if key in pretrained}
-        size = build(config).img_size
-        preprocessing = Preprocessing.from_dict({**preprocessing.to_dict(), **fields, "size": list(size)})
-    except InputError as error:
-        raise InputError(f"config.json of {name}: {error}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"config.json of {name} is not a timm model's ({type(error).__name__}: {error})") from None
-    labels = card.get("label_names")
-    return paths[1], config, preprocessing, list(map(str, labels)) if isinstance(labels, list) else None

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,12 @@ from tokentm_jax.data.labels import number
 from tokentm_jax.data.preprocessing import IMAGENET, Preprocessing
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.files import as_path, read_json, read_text
+from tokentm_jax.maths import scores
 from tokentm_jax.models.architectures import ARCHITECTURES, Config, architecture, build
-from tokentm_jax.models.checkpoint import HUB, described_grid, download, read_description, read_tensors, to_params
+from tokentm_jax.models.checkpoint import described_grid, read_description, read_tensors, to_params
+from tokentm_jax.models.hub import HUB, download
+from tokentm_jax.models.layouts import is_folder, read_folder
+from tokentm_jax.models.text import TextTower
 from tokentm_jax.models.vit import ViT
 
 DEFAULT_MODEL = "cifar10_vit"
@@ -34,6 +38,22 @@ class LoadedViT:
     class_names: tuple[str, ...] | None
     name: str
     wnids: tuple[str, ...] | None = None
+    text: TextTower | None = None  # of CLIP and SigLIP, whose outputs are features
+
+    def require_classes(self) -> None:
+        """Raises InputError for a model whose outputs are features, so that no class can be asked for."""
+        if self.text is not None or not self.module.num_classes:
+            asked = "name a score" if self.text is None else "give a text, or a score"
+            raise InputError(f"{self.name} gives features and no classes: {asked}, such as tm.scores.Cosine")
+
+    def embed_text(self, prompts: str | Sequence[str]) -> np.ndarray:
+        """One prompt or several -> [T, E] float32 of unit length, in the space of the outputs.
+
+        Raises InputError for a model without a text tower, or a prompt that is none.
+        """
+        if self.text is None:
+            raise InputError(f"{self.name} has no text tower: a prompt is for models such as CLIP and SigLIP")
+        return np.asarray(self.text.embed(prompts))
 
     def read(self, paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> np.ndarray:
         """Photos, resized and cropped for this model: [B, H, W, 3] float32 in [0, 1]. Raises InputError."""
@@ -53,6 +73,23 @@ class LoadedViT:
         """Name of a class, or "class 281" where names are unknown. Raises InputError when out of range."""
         index = self.class_index(index)
         return f"class {index}" if self.class_names is None else self.class_names[index]
+
+    def score(self, text: str) -> Callable[..., Any]:
+        """A score by its name, for command lines and configs: "class_logit", "log_probability", "versus:CLASS" or
+        "channel:NUMBER"; see `tokentm_jax.maths.scores`. Raises InputError for another, or a class that there is not.
+        """
+        name, colon, rest = str(text).partition(":")
+        if name == "versus" and colon:
+            return scores.Versus(self.class_index(rest))
+        if name == "channel" and colon:
+            index, outputs = number(rest.strip()), self.module.num_classes
+            if index is None or not 0 <= index < outputs:
+                raise InputError(f"score {text[:100]!r}: the channel must be a number from 0 to {outputs - 1}")
+            return scores.Channel(index)
+        known = {"class_logit": scores.class_logit, "log_probability": scores.log_probability}
+        if text not in known:
+            raise suggest("score", text, [*known, "versus:CLASS", "channel:NUMBER"])
+        return known[text]
 
     def class_index(self, name_or_number: str | int) -> int:
         """Index of a class given by name (any case), by number, also as text ("281"), or by wnid ("n02123045").
@@ -102,11 +139,13 @@ def load(
 
     Args:
         model: a timm name ("deit_tiny_patch16_224"), options of timm's VisionTransformer, the name of a shipped
-            model, or "hf-hub:timm/NAME". None: what the checkpoint describes, or the shipped default.
+            model, a folder in the layout of timm, Hugging Face or OpenCLIP (`tokentm_jax.models.layouts`), or
+            "hf-hub:OWNER/NAME" for such a one. None: what the checkpoint describes, or the shipped default.
         checkpoint: weights; needed with a timm name or options. A file's own preprocessing goes before the
             model's; for options without either it is ImageNet's statistics (`dataclasses.replace` changes it).
         img_size: other resolution, side or (height, width); position embeddings are resampled.
-        num_classes: checked against the checkpoint's classifier, whose size is the default.
+        num_classes: checked against the checkpoint's classifier, whose size is the default. A model without one
+            gives features, which a score explains.
         class_names: one per class, or a file: `.json` (a list, or index -> name) or `.txt` (one per line). A name may
             be [wnid, name]. None: those in the checkpoint, else of `imagenet_classes.json` beside it if the counts
             agree.
@@ -123,13 +162,19 @@ def load(
     """
     names: Sequence[str] | None = None
     wnids: Sequence[str] | None = None
+    text: TextTower | None = None
     if not isinstance(model, str | Mapping | None):
         raise InputError(f"the model must be a name or options of timm's VisionTransformer, got {model!r:.80}")
-    if isinstance(model, str) and model.startswith(HUB):
+    if model is None and checkpoint is not None and is_folder(checkpoint):
+        model, checkpoint = os.fspath(checkpoint), None
+    if isinstance(model, str) and (model.startswith(HUB) or is_folder(model)):
         if checkpoint is not None:
             raise InputError(f"{model} brings its own weights: leave out the checkpoint {checkpoint}")
-        path, config, preprocessing, names = download(model)
-        name, grid = model.removeprefix(HUB), build(config).grid
+        on_hub = model.startswith(HUB)
+        path = download(model) if on_hub else as_path(model, "the model")
+        name = model.removeprefix(HUB) if on_hub else os.path.basename(os.path.abspath(model))
+        config, preprocessing, tensors, names, text = read_folder(path)
+        grid = build(config).grid
     else:
         path = _shipped(model) if checkpoint is None else as_path(checkpoint, "the checkpoint")
         description = read_description(path)
@@ -139,11 +184,10 @@ def load(
         grid = described_grid(description)
         if description is not None:
             names = description["class_names"]
-    tensors = read_tensors(path)
-    if "head.weight" not in tensors:
-        raise InputError(f"checkpoint {path} has no classifier ('head.weight'): nothing to explain")
+        tensors = read_tensors(path)
     if num_classes is None:
-        num_classes = tensors["head.weight"].shape[0] if tensors["head.weight"].ndim else 0
+        head = tensors.get("head.weight")
+        num_classes = head.shape[0] if head is not None and head.ndim else 0
     module = build(config, img_size, num_classes, dtype)
     params = to_params(module, tensors, str(path), old_grid=grid)
     preprocessing = dataclasses.replace(preprocessing, size=module.img_size)
@@ -155,7 +199,7 @@ def load(
         names = wnids = None
     params = jax.tree.map(jnp.asarray, params)
     names, wnids = (None if n is None else tuple(n) for n in (names, wnids))
-    return LoadedViT(module, params, preprocessing, names, name, wnids)
+    return LoadedViT(module, params, preprocessing, names, name, wnids, text)
 
 
 def _described(

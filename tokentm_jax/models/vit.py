@@ -9,12 +9,13 @@ The module is a frozen dataclass: it is its own configuration, hashable, and can
 Field names and their meaning are those of timm's `VisionTransformer`.
 """
 
-from functools import partial
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from tokentm_jax.errors import InputError
@@ -61,6 +62,45 @@ class LayerScale(nn.Module):
         return kernel * gamma, None if bias is None else bias * gamma
 
 
+class Rope(NamedTuple):
+    """Rotary positions of patches: timm's `rope_type` ("cat" of EVA-02, or "dinov3"), and what it depends on."""
+
+    kind: str
+    grid: tuple[int, int]
+    prefix: int  # tokens before the patches, which do not turn
+    reference: tuple[int, int] | None  # grid of the pretraining, to which positions are scaled ("cat")
+    temperature: float
+
+    @property
+    def half(self) -> bool:
+        """Whether channels i and i + D/2 turn together, and not 2i and 2i + 1."""
+        return self.kind == "dinov3"
+
+
+@lru_cache(maxsize=16)
+def rotation(rope: Rope, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine and signed sine of each token's angles, for heads of `width` channels: each [N, width], float32.
+
+    Half of the channels turn with the row, half with the column. "cat": angle `position / temperature^(k / K)` for
+    the patches' numbers; "dinov3": `2 pi centre / temperature^(k / K)` for their centres in [-1, 1]; K = width / 4.
+    """
+    bands = rope.temperature ** -(np.arange(width // 4) / (width // 4))
+    if rope.kind == "dinov3":
+        axes = [2 * np.pi * (2 * (np.arange(side) + 0.5) / side - 1) for side in rope.grid]
+    else:
+        scaled = rope.grid if rope.reference is None else rope.reference
+        axes = [np.arange(side) / side * whole for side, whole in zip(rope.grid, scaled, strict=True)]
+    places = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 2, 1)
+    angles = (places * bands).reshape(len(places), -1)  # [n, width / 2]
+    angles = np.concatenate([np.zeros((rope.prefix, width // 2)), angles])
+    sign = np.array([-1, 1])
+    if rope.half:
+        both = np.tile(angles, 2)
+        return np.cos(both).astype(np.float32), (np.sin(both) * sign.repeat(width // 2)).astype(np.float32)
+    both = angles.repeat(2, -1)
+    return np.cos(both).astype(np.float32), (np.sin(both) * np.tile(sign, width // 2)).astype(np.float32)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention on normalised tokens.
 
@@ -71,7 +111,11 @@ class Attention(nn.Module):
 
     num_heads: int
     qkv_bias: bool
+    k_bias: bool
+    qk_norm: bool
+    rope: Rope | None
     proj_bias: bool
+    norm_eps: float
     primitives: Primitives
 
     @nn.compact
@@ -79,8 +123,17 @@ class Attention(nn.Module):
         b, n, d = x.shape
         h = self.num_heads
         rule = self.primitives
-        projections, bias = Affine(3 * d, self.qkv_bias, name="qkv")(d)
+        projections, bias = Affine(3 * d, self.qkv_bias and self.k_bias, name="qkv")(d)
+        if self.qkv_bias and not self.k_bias:
+            of_query, of_value = (self.param(f"{i}_bias", nn.initializers.zeros_init(), (d,)) for i in "qv")
+            bias = jnp.concatenate([of_query, jnp.zeros_like(of_query), of_value])
         query, key, value = jnp.moveaxis(rule.linear(x, projections, bias).reshape(b, n, 3, h, d // h), (2, 3), (0, 2))
+        if self.qk_norm:
+            query, key = Norm(self.norm_eps, rule, name="q_norm")(query), Norm(self.norm_eps, rule, name="k_norm")(key)
+        if self.rope is not None:
+            tables = map(jnp.asarray, rotation(self.rope, d // h))
+            turn = partial(rule.rotate, **dict(zip(("cosine", "sine"), tables, strict=True)), half=self.rope.half)
+            query, key = turn(query), turn(key)
         scores = rule.product("bhqd,bhkd->bhqk", query, key)
         attention = self.perturb("attention", rule.softmax(scores, (d // h) ** -0.5))
         kernel, bias = Affine(d, self.proj_bias, name="proj")(d)
@@ -99,21 +152,60 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear maps with a non-linearity between them."""
+    """Two linear maps with a non-linearity between them, or a gate of the same width (SwiGLU), and perhaps a norm.
+
+    `layer` is "mlp"; "swiglu", whose gate and value are linear maps of their own; or "swiglu_packed", where both are
+    halves of one.
+    """
 
     hidden: int
     activation: str
+    layer: str
+    scale_norm: bool
+    norm_eps: float
     primitives: Primitives
 
     @nn.compact
     def __call__(self, x: Array, scale_branch: LayerScale | None) -> Array:
         d = x.shape[-1]
         rule = self.primitives
-        x = rule.activation(rule.linear(x, *Affine(self.hidden, name="fc1")(d)), self.activation)
+        if self.layer == "mlp":
+            x = rule.activation(rule.linear(x, *Affine(self.hidden, name="fc1")(d)), self.activation)
+        else:
+            if self.layer == "swiglu":
+                gate, x = (rule.linear(x, *Affine(self.hidden, name=name)(d)) for name in ("fc1_g", "fc1_x"))
+            else:
+                gate, x = jnp.split(rule.linear(x, *Affine(2 * self.hidden, name="fc1")(d)), 2, -1)
+            x = rule.gate(rule.activation(gate, "silu"), x)
+        if self.scale_norm:
+            x = Norm(self.norm_eps, rule, name="norm")(x)
         kernel, bias = Affine(d, name="fc2")(self.hidden)
         if scale_branch is not None:
             kernel, bias = scale_branch(kernel, bias)
         return rule.linear(x, kernel, bias)
+
+
+class AttentionPool(nn.Module):
+    """The head of SigLIP: one learned query attends to the tokens [B, n, D], then an FFN layer -> [B, D]."""
+
+    num_heads: int
+    mlp_hidden: int
+    activation: str
+    norm_eps: float
+    primitives: Primitives
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        b, n, d = x.shape
+        h, rule = self.num_heads, self.primitives
+        latent = self.param("latent", nn.initializers.truncated_normal(d**-0.5), (1, 1, d)).astype(x.dtype)
+        query = rule.linear(latent + jnp.zeros_like(x[:, :1]), *Affine(d, name="q")(d)).reshape(b, 1, h, d // h)
+        key, value = jnp.moveaxis(rule.linear(x, *Affine(2 * d, name="kv")(d)).reshape(b, n, 2, h, d // h), 2, 0)
+        attention = rule.softmax(rule.product("bqhd,bkhd->bhqk", query, key), (d // h) ** -0.5)
+        mixed = rule.product("bhqk,bkhd->bqhd", attention, value).reshape(b, 1, d)
+        stream, branch = rule.fork(rule.linear(mixed, *Affine(d, name="proj")(d)))
+        ffn = FeedForward(self.mlp_hidden, self.activation, "mlp", False, self.norm_eps, rule, name="mlp")
+        return rule.add(stream, ffn(Norm(self.norm_eps, rule, name="norm")(branch), None))[:, 0]
 
 
 class Block(nn.Module):
@@ -125,17 +217,26 @@ class Block(nn.Module):
     num_heads: int
     mlp_hidden: int
     qkv_bias: bool
+    k_bias: bool
+    qk_norm: bool
+    rope: Rope | None
     proj_bias: bool
     init_values: float | None
     activation: str
+    mlp_layer: str
+    scale_mlp_norm: bool
     norm_eps: float
     primitives: Primitives
 
     def setup(self) -> None:
         rule = self.primitives
         self.norm1, self.norm2 = Norm(self.norm_eps, rule), Norm(self.norm_eps, rule)
-        self.attn = Attention(self.num_heads, self.qkv_bias, self.proj_bias, rule)
-        self.mlp = FeedForward(self.mlp_hidden, self.activation, rule)
+        self.attn = Attention(
+            self.num_heads, self.qkv_bias, self.k_bias, self.qk_norm, self.rope, self.proj_bias, self.norm_eps, rule
+        )
+        self.mlp = FeedForward(
+            self.mlp_hidden, self.activation, self.mlp_layer, self.scale_mlp_norm, self.norm_eps, rule
+        )
         if self.init_values is not None:
             self.ls1, self.ls2 = LayerScale(self.init_values), LayerScale(self.init_values)
 
@@ -162,7 +263,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision Transformer classifier: normalised images [B, H, W, 3] -> logits [B, classes].
+    """Vision Transformer: normalised images [B, H, W, 3] -> logits [B, classes], or features [B, D] for no classes.
 
     `dtype` is the type of the activations (None: that of the images); norms and softmax are computed in float32 at
     least. `primitives` chooses the backward rules. With the collection `intermediates` mutable the blocks sow what
@@ -175,18 +276,27 @@ class ViT(nn.Module):
     depth: int = 12
     num_heads: int = 12
     mlp_ratio: float = 4.0
-    num_classes: int = 1000
+    num_classes: int = 1000  # 0: no head, the outputs are the pooled features
     qkv_bias: bool = True
+    k_bias: bool = True  # whether keys have a bias where `qkv_bias`; EVA's have none
+    qk_norm: bool = False  # a norm of queries and of keys, per head
     proj_bias: bool = True
     init_values: float | None = None  # layer scale; None: no layer scale
     class_token: bool = True
     distilled: bool = False
     reg_tokens: int = 0
+    pos_embed: str = "learn"  # or "none"
     no_embed_class: bool = False  # position embeddings for patches only
+    rope_type: str | None = None  # rotary positions: "cat" (EVA-02) or "dinov3"
+    rope_temperature: float = 10_000.0
+    ref_feat_shape: tuple[int, int] | None = None  # see `Rope.reference`
     pre_norm: bool = False  # a norm before the first block, and no patch-embedding bias
-    global_pool: str = "token"  # "token" or "avg"
+    global_pool: str = "token"  # "token", "avg", both ("cat"), or "map" (attention pooling)
+    final_norm: bool = True  # a norm after the last block, or after pooling
     fc_norm: bool | None = None  # norm after pooling in place of before; None: when pooling is "avg"
     activation: str = "gelu"
+    mlp_layer: str = "mlp"  # see `FeedForward`
+    scale_mlp_norm: bool = False  # a norm before the FFN's last linear map
     norm_eps: float = 1e-6
     patch_drop: float = 0.0  # share of patch tokens left out in training (with the rng "patch_drop")
     dtype: Any = None
@@ -204,9 +314,14 @@ class ViT(nn.Module):
 
     @property
     def readout(self) -> tuple[float, ...]:
-        """r0 [N]: the distribution with which the head reads tokens."""
+        """r0 [N]: the distribution with which the head reads tokens.
+
+        Attention pooling reads patches in shares that depend on the image; here all are equal.
+        """
         patches = self.grid[0] * self.grid[1]
-        if self.global_pool == "avg":
+        if self.global_pool == "cat":
+            return (0.5,) + (0.0,) * (self.prefix - 1) + (0.5 / patches,) * patches
+        if self.global_pool != "token":
             return (0.0,) * self.prefix + (1 / patches,) * patches
         heads = 1 + int(self.distilled)
         return (1 / heads,) * heads + (0.0,) * (self.prefix - heads + patches)
@@ -222,7 +337,9 @@ class ViT(nn.Module):
         if self.reg_tokens:
             self.reg_token = self.param("reg_token", trunc_normal, (1, self.reg_tokens, d))
         positions = gh * gw + (0 if self.no_embed_class else self.prefix)
-        self.pos_embed = self.param("pos_embed", trunc_normal, (1, positions, d))
+        self.positions = None
+        if self.pos_embed == "learn":
+            self.positions = self.param("pos_embed", trunc_normal, (1, positions, d))
         if self.pre_norm:
             self.norm_pre = Norm(self.norm_eps, rule)
         scan = nn.scan(
@@ -232,11 +349,15 @@ class ViT(nn.Module):
             length=self.depth,
         )
         self.blocks = scan(**self._block_fields)
-        if self._norms_after_pooling:
+        if self.final_norm and self._norms_after_pooling:
             self.fc_norm_layer = Norm(self.norm_eps, rule, name="fc_norm")
-        else:
+        elif self.final_norm:
             self.norm = Norm(self.norm_eps, rule)
-        self.head = Affine(self.num_classes)
+        if self.global_pool == "map":
+            hidden = int(d * self.mlp_ratio)
+            self.attn_pool = AttentionPool(self.num_heads, hidden, self.activation, self.norm_eps, rule)
+        if self.num_classes:
+            self.head = Affine(self.num_classes)
         if self.distilled:
             self.head_dist = Affine(self.num_classes)
 
@@ -246,16 +367,13 @@ class ViT(nn.Module):
 
     @property
     def _block_fields(self) -> dict[str, Any]:
-        return {
-            "num_heads": self.num_heads,
-            "mlp_hidden": int(self.embed_dim * self.mlp_ratio),
-            "qkv_bias": self.qkv_bias,
-            "proj_bias": self.proj_bias,
-            "init_values": self.init_values,
-            "activation": self.activation,
-            "norm_eps": self.norm_eps,
-            "primitives": self.primitives,
-        }
+        same = ("num_heads", "qkv_bias", "k_bias", "qk_norm", "proj_bias", "init_values", "activation", "mlp_layer")
+        same += ("scale_mlp_norm", "norm_eps", "primitives")
+        rope = None
+        if self.rope_type is not None:
+            rope = Rope(self.rope_type, self.grid, self.prefix, self.ref_feat_shape, self.rope_temperature)
+        hidden = int(self.embed_dim * self.mlp_ratio)
+        return {**{name: getattr(self, name) for name in same}, "mlp_hidden": hidden, "rope": rope}
 
     def block(self) -> Block:
         """One block on its own, to apply to a slice of `params["blocks"]`."""
@@ -283,34 +401,41 @@ class ViT(nn.Module):
         )
         # Adding zeros of the batch's shape broadcasts under sharding without a collective.
         prefix = [getattr(self, name).astype(x.dtype) + jnp.zeros_like(x[:, :1]) for name in names]
-        positions = self.pos_embed.astype(x.dtype)
-        if self.no_embed_class:
-            x = jnp.concatenate([*prefix, rule.add(x, positions)], axis=1)
+        if self.positions is None:
+            x = jnp.concatenate([*prefix, x], axis=1)
+        elif self.no_embed_class:
+            x = jnp.concatenate([*prefix, rule.add(x, self.positions.astype(x.dtype))], axis=1)
         else:
-            x = rule.add(jnp.concatenate([*prefix, x], axis=1), positions)
+            x = rule.add(jnp.concatenate([*prefix, x], axis=1), self.positions.astype(x.dtype))
         if self.patch_drop and self.has_rng("patch_drop"):
             x = self._drop_patches(x)
         return self.norm_pre(x) if self.pre_norm else x
 
     def classify(self, tokens: Array) -> Array:
-        """Tokens [B, N, D] that leave a block -> logits [B, classes] in float32 at least, read by the head."""
+        """Tokens [B, N, D] that leave a block -> logits [B, classes], or features, in float32 at least."""
         rule, d = self.primitives, self.embed_dim
-        x = tokens if self._norms_after_pooling else self.norm(tokens)
-        if self.global_pool == "avg":
+        x = self.norm(tokens) if self.final_norm and not self._norms_after_pooling else tokens
+        if self.global_pool == "map":
+            pooled = self.attn_pool(x[:, self.prefix :])
+        elif self.global_pool in ("avg", "cat"):
             # The mean is a linear map over tokens, so that the rules of a linear map hold for it.
             patches = jnp.swapaxes(x[:, self.prefix :], 1, 2)
             weights = jnp.full((patches.shape[-1], 1), 1 / patches.shape[-1], x.dtype)
             pooled = rule.linear(patches, weights, None)[..., 0]
+            if self.global_pool == "cat":
+                pooled = jnp.concatenate([x[:, 0], pooled], axis=-1)
         else:
             pooled = x[:, 0]
-        if self._norms_after_pooling:
+        if self.final_norm and self._norms_after_pooling:
             pooled = self.fc_norm_layer(pooled)
+        if not self.num_classes:
+            return wide(pooled)
         if self.distilled:
             # The mean of two heads, with the halves in the weights: what is left is a residual sum.
             first, second = (jax.tree.map(lambda a: a / 2, head(d)) for head in (self.head, self.head_dist))
             logits = rule.add(rule.linear(pooled, *first), rule.linear(x[:, 1], *second))
         else:
-            logits = rule.linear(pooled, *self.head(d))
+            logits = rule.linear(pooled, *self.head(pooled.shape[-1]))
         return wide(logits)
 
     def _drop_patches(self, x: Array) -> Array:

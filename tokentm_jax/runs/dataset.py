@@ -20,6 +20,7 @@ from tokentm_jax.data.labels import read_label_map, translation
 from tokentm_jax.data.sources import PROFILES, Batch, Source, batches
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.identity import describe_model, digest, environment
+from tokentm_jax.maths.scores import question
 from tokentm_jax.methods.explain import compiled
 from tokentm_jax.methods.table import METHODS
 from tokentm_jax.models.loading import LoadedViT
@@ -55,6 +56,7 @@ class DatasetConfig:
       profile: how images are prepared: "default" (as the model says) or "reference" (squashed, bilinear).
       batch_size: examples computed at a time, on one device; from 1 to 4096.
       chunk_size: examples written at a time, a multiple of the batch size up to 65536; None: 256 or a little more.
+      score: what is explained: None for the logit of the class, or see `LoadedViT.score`.
       label_map: the model's class (name, wnid or number) of classes that the data set names otherwise, or the file of
         such a map, see `read_label_map`.
     """
@@ -67,6 +69,7 @@ class DatasetConfig:
     batch_size: BatchSize = 32
     chunk_size: ChunkSize | None = None
     label_map: Mapping[str, str | int] | str | None = None
+    score: str | None = None
 
     @property
     def chunk(self) -> int:
@@ -110,6 +113,8 @@ def explain_dataset(
     """
     config = check(config, source)
     config = dataclasses.replace(config, label_map=read_label_map(config.label_map))
+    if config.score is None:
+        vit.require_classes()
     translate = _translation(config, vit, source)
     store = Store(out, provenance(config, vit, source))
     at_once = min(WRITING, store.at_a_time)
@@ -174,7 +179,7 @@ def shapes(config: DatasetConfig, vit: LoadedViT, source: Source) -> dict[str, l
     Compiles nothing. Raises InputError for a method that cannot explain this model.
     """
     pixels = jax.ShapeDtypeStruct((1, *vit.preprocessing.size, 3), jnp.uint8)
-    found, _ = jax.eval_shape(_program(config, vit), vit.params, pixels, None)
+    found, _ = jax.eval_shape(_program(config, vit), vit.params, pixels, _target(config, vit, None))
     width = max(len(key.encode("utf-8", "surrogateescape")) for key in source.keys)
     maps = {f"maps/{method}": list(found[method].shape[1:]) for method in config.methods}
     return {**maps, "logits": [vit.module.num_classes], "key": [max(1, width)]}
@@ -189,7 +194,7 @@ def provenance(config: DatasetConfig, vit: LoadedViT, source: Source) -> dict[st
         "examples": len(source),
         "keys": digest(*source.keys),
         "classes": digest(vit.class_names, vit.wnids),
-        **dataclasses.asdict(config),
+        **{name: value for name, value in dataclasses.asdict(config).items() if (name, value) != ("score", None)},
         "methods": list(config.methods),
         "options": dict(config.options),
         "chunk_size": config.chunk,
@@ -223,6 +228,14 @@ def _program(config: DatasetConfig, vit: LoadedViT) -> Callable[..., tuple[dict[
     return compiled(vit.module, methods, details=("logits", "target"), preprocessing=vit.preprocessing)
 
 
+def _target(config: DatasetConfig, vit: LoadedViT, classes: np.ndarray | None) -> Any:
+    """What is explained: the classes [B], None for the predicted ones, or the config's score of them."""
+    if config.score is None:
+        return classes
+    asked = question(vit.score(config.score))
+    return asked._replace(target=classes) if asked.score.of_class else asked
+
+
 Found = dict[str, np.ndarray]
 
 
@@ -244,8 +257,11 @@ def _results(
         if batch.keys:
             labels = translate(batch.labels)
             target = np.maximum(labels, 0) if config.target == "label" else None  # unknown labels are skipped later
-            maps, details = program(params[turn], *jax.device_put((batch.images, target), devices[turn]))
+            asked = _target(config, vit, target)
+            maps, details = program(params[turn], *jax.device_put((batch.images, asked), devices[turn]))
             found = {**{f"maps/{name}": array for name, array in maps.items()}, **details}
+            if found["target"] is None:
+                found["target"] = jnp.full(len(batch.images), -1, jnp.int32)
             for array in found.values():
                 array.copy_to_host_async()
             found["label"] = labels

@@ -19,11 +19,11 @@ from tokentm_jax.errors import InputError
 from tokentm_jax.files import reason, require_ours, write_json, write_text
 from tokentm_jax.identity import claimed, describe_model, digest, environment, write_png
 from tokentm_jax.maths.maps import to_pixels, unit
+from tokentm_jax.maths.scores import Question, Versus, question
 from tokentm_jax.methods.explain import compiled
 from tokentm_jax.methods.table import METHODS
 from tokentm_jax.metrics.tasks import (
     CLEAN,
-    CLEAN_FIELDS,
     PREDICTED,
     RANDOM,
     TARGET,
@@ -34,6 +34,7 @@ from tokentm_jax.metrics.tasks import (
     Number,
     Row,
     check,
+    clean_fields,
 )
 from tokentm_jax.models.loading import LoadedViT, predict
 from tokentm_jax.models.sharding import over_batch
@@ -46,12 +47,14 @@ from tokentm_jax.validation import lists_of
 
 @lru_cache(maxsize=16)
 def _clean_program(module: Any, preprocessing: Preprocessing) -> Callable[..., dict[str, Array]]:
-    """(params, pixels, labels) -> what the model says of whole images."""
+    """(params, pixels, labels, question) -> what the model says of whole images; the question is None, or has no
+    target yet."""
 
-    def program(params: Any, pixels: Array, labels: Array) -> dict[str, Array]:
+    def program(params: Any, pixels: Array, labels: Array, asked: Question | None) -> dict[str, Array]:
         logits = predict(module, preprocessing, params, unit(pixels))
         predicted = logits.argmax(-1).astype(jnp.int32)
-        return {"predicted": predicted, "label": labels, **metrics.scores(logits, predicted, labels)}
+        target = predicted if asked is None else asked._replace(target=predicted)
+        return {"predicted": predicted, "label": labels, **metrics.scores(logits, target, labels)}
 
     return jax.jit(program)
 
@@ -63,7 +66,7 @@ Options = tuple[tuple[str, Any], ...]
 def _score_program(
     module: Any, preprocessing: Preprocessing, task: str, options: Options, row: tuple[str, Options] | None
 ) -> Callable[..., dict[str, Array]]:
-    """(params, pixels, classes, labels, masks, maps, original, reference, own) -> results per image: everything from
+    """(params, pixels, target, labels, masks, maps, original, reference, own) -> results per image: everything from
     map to score.
 
     Masks, `original` and `reference` are None where the task has no use for them. For a task that explains, `row` is
@@ -75,7 +78,7 @@ def _score_program(
     def program(
         params: Any,
         pixels: Array,
-        classes: Array,
+        target: metrics.Target,
         labels: Array,
         masks: Any,
         maps: Array,
@@ -89,10 +92,10 @@ def _score_program(
         def explain(images: Array) -> Array:
             if explained is None or row is None:
                 return given
-            found = explained(own, preprocessing.normalise(images), classes)[0][row[0]]
+            found = explained(own, preprocessing.normalise(images), target)[0][row[0]]
             return jnp.where(jnp.isfinite(found), found, 0)
 
-        inputs = Inputs(unit(pixels), classes, labels, masks, original, reference)
+        inputs = Inputs(unit(pixels), target, labels, masks, original, reference)
         inputs = inputs._replace(grid=module.grid, mean=preprocessing.mean, explain=explain if kind.explains else None)
         if not kind.raw:
             maps = to_pixels(jnp.nan_to_num(maps), preprocessing.size)
@@ -108,7 +111,7 @@ class Programs:
     def __init__(self, config: EvaluateConfig, vit: LoadedViT) -> None:
         self.config, self.vit = config, vit
         self._model = (vit.module, vit.preprocessing)
-        self.clean = _clean_program(*self._model)
+        self.asked = None if config.score is None else question(vit.score(config.score))
         self.task = TASKS[config.task]
         self._options = self.task.check(config.task, config.options)
         self._fresh: Any = None  # random parameters
@@ -116,6 +119,14 @@ class Programs:
         self._sharding = None
         if len(devices) > 1 and batch % len(devices) == 0:
             self._sharding = over_batch(devices)
+
+    def clean(self, pixels: Array, labels: Array) -> dict[str, Array]:
+        """What the model says of whole images, and what is followed of the predicted class."""
+        return _clean_program(*self._model)(self.vit.params, pixels, labels, self.asked)
+
+    def target(self, classes: Array) -> metrics.Target:
+        """What is explained, and followed: the classes [B], or the config's score of them."""
+        return classes if self.asked is None else self.asked._replace(target=classes)
 
     def place(self, array: Any) -> Array:
         """An array with a leading batch axis, on all devices if they divide the batch."""
@@ -129,8 +140,9 @@ class Programs:
             noise = [np.stack([metrics.random_map(key, grid, s) for key in keys]) for s in (seed, seed + 1)]
             return self.place(noise[0]), self.place(noise[1]) if compares else None
         program = compiled(self.vit.module, {row.method: row.options}, preprocessing=self.vit.preprocessing)
-        maps = program(self._params(row), pixels, classes)[0][row.method]
-        return maps, program(self.vit.params, pixels, classes)[0][row.method] if compares else None
+        target = self.target(classes)
+        maps = program(self._params(row), pixels, target)[0][row.method]
+        return maps, program(self.vit.params, pixels, target)[0][row.method] if compares else None
 
     def _params(self, row: Row) -> Any:
         if row.random_blocks is None:
@@ -147,7 +159,7 @@ class Programs:
             explained, own = (row.method, tuple(sorted(suited.items()))), self._params(row)
         options = tuple(sorted(self._options["compute"].items()))
         program = _score_program(*self._model, self.config.task, options, explained)
-        return program(self.vit.params, pixels, classes, *others, own)
+        return program(self.vit.params, pixels, self.target(classes), *others, own)
 
     def _reference(self) -> Callable[..., Any]:
         methods = {self.task.reference: self._options["reference"]}
@@ -163,7 +175,7 @@ class Programs:
 
     def reference(self, pixels: Array, classes: Array) -> dict[str, Array]:
         """Maps of the task's `reference`, and their standard errors: each [B, h, w]."""
-        maps, errors = self._reference()(self.vit.params, pixels, classes)
+        maps, errors = self._reference()(self.vit.params, pixels, self.target(classes))
         return {"map": maps[self.task.reference], **errors}
 
 
@@ -220,6 +232,7 @@ def evaluate(
     for row in config.rows:
         if row.random_blocks is not None and not 0 <= row.random_blocks <= vit.module.depth:
             raise InputError(f"random_blocks of {row.name!r} must be from 0 to {vit.module.depth} for {vit.name}")
+    vit.require_classes() if config.score is None else vit.score(config.score)
     translate = translation(vit, source, config.label_map)
     run = describe(config, vit, source)
     if maps:
@@ -232,7 +245,9 @@ def _terms(run: Mapping[str, Any]) -> dict[str, Any]:
     """What must be equal for a run to go on. Not the rows, which have files of their own; nor the limit, the half and
     the batch size: an image's results do not depend on the others, and smaller batches mend a lack of memory."""
     config, made = run["config"], {name: run[name] for name in ("data", "model", "classes", "versions", "device")}
-    same = {name: config[name] for name in ("task", "profile", "options", "seed", "label_map") if name in config}
+    same = {
+        name: config[name] for name in ("task", "profile", "options", "seed", "score", "label_map") if name in config
+    }
     rounded = any(store["dtype"] == "float16" for store in run.get("maps", ()))  # not mixed with exact maps
     return {**same, "maps": "float16" if rounded else "exact", **made}
 
@@ -256,11 +271,11 @@ def _evaluate(
         raise InputError(f"{out / 'records'} cannot be written: {reason(error)}") from None
     programs, skipped = Programs(config, vit), {}
     clean = _predictions(programs, source, translate, out, skipped)
-    jobs = _jobs(config, source, clean)
+    jobs = _jobs(config, source, clean, programs.asked)
     if not jobs:
         raise InputError(f"{source.name} has no image that can be read: {next(iter(skipped.values()), 'it is empty')}")
     keys = [job.key for job in jobs if job.explained == PREDICTED]
-    fields = task.records(config.options)
+    fields = task.records(config.options, config.score is not None)
     records = {row.name: Records(record_file(out, row), fields) for row in config.rows}
     references = None
     if task.reference:
@@ -338,7 +353,7 @@ def _predictions(
 ) -> Records:
     """The model's own predictions: they say which classes there are to explain."""
     vit, config = programs.vit, programs.config
-    clean = Records(out / "records" / "clean.jsonl", CLEAN_FIELDS, (CLEAN,))
+    clean = Records(out / "records" / "clean.jsonl", clean_fields(programs.asked is not None), (CLEAN,))
     indices = [i for i, key in enumerate(source.keys) if (key, CLEAN) not in clean.places]
     stream = batches(source, vit.preprocessing, config.batch_size, config.profile, indices=indices, skipped=skipped)
     for batch in stream:
@@ -350,15 +365,18 @@ def _predictions(
             if label >= vit.module.num_classes or (label < 0 and source.labelled):
                 classes = f"{vit.name} has classes 0 to {vit.module.num_classes - 1}"
                 raise InputError(f"{source.name}: {key} has the label {label}, and {classes}")
-        found = programs.clean(vit.params, programs.place(batch.images), programs.place(labels))
+        found = programs.clean(programs.place(batch.images), programs.place(labels))
         fields = {name: np.asarray(array)[:count] for name, array in found.items()}
         _require_finite(fields, batch.keys, vit.name)
         clean.append([(key, CLEAN) for key in batch.keys], fields)
     return clean
 
 
-def _jobs(config: EvaluateConfig, source: Source, clean: Records) -> list[Job]:
-    """All predicted classes, then, if wanted, the targets that are other classes."""
+def _jobs(config: EvaluateConfig, source: Source, clean: Records, asked: Question | None) -> list[Job]:
+    """All predicted classes, then, if wanted, the targets that are other classes.
+
+    No class is compared with itself.
+    """
     good = [i for i, key in enumerate(source.keys) if (key, CLEAN) in clean.places]
     if not good:
         return []
@@ -366,9 +384,10 @@ def _jobs(config: EvaluateConfig, source: Source, clean: Records) -> list[Job]:
     predicted, labels = clean.take("predicted", own).tolist(), clean.take("label", own).tolist()
     examples = list(zip(good, predicted, labels, strict=True))
     jobs = [Job(source.keys[i], PREDICTED, i, y, c) for i, c, y in examples]
-    if TARGET in TASKS[config.task].explained and any(row.class_specific for row in config.rows):
+    if TARGET in config.explained and any(row.class_specific for row in config.rows):
         jobs += [Job(source.keys[i], TARGET, i, y, y) for i, c, y in examples if c != y]
-    return jobs
+    other = asked.score.other if asked is not None and isinstance(asked.score, Versus) else None
+    return [job for job in jobs if job.explained_class != other]
 
 
 def _open(row: Row, records: Records, group: Sequence[Job]) -> list[int]:
@@ -392,6 +411,8 @@ def _check_maps(maps: Maps, run: Mapping[str, Any], config: EvaluateConfig, vit:
         raise InputError(
             f"{maps.path} was made with the profile {made['profile']!r}, not {run['config']['profile']!r}"
         )
+    if made.get("score") != config.score:
+        raise InputError(f"{maps.path} was made with the score {made.get('score')!r}, not {config.score!r}")
     images = jax.ShapeDtypeStruct((1, *vit.preprocessing.size, 3), jnp.float32)
     classes = jax.ShapeDtypeStruct((1,), jnp.int32)
     for row in config.rows:

@@ -69,14 +69,16 @@ class LeaderboardConfig:
 def check(config: LeaderboardConfig) -> LeaderboardConfig:
     """The config, every field as its annotation says, and every run as `tasks.check` does.
 
-    Raises InputError for one of these, runs of one name or of different models, a row that is not the same in all of
-    them, or a faithfulness that none of them measures.
+    Raises InputError for one of these, runs of one name or of different models, runs with a score, a row that is not
+    the same in all of them, or a faithfulness that none of them measures.
     """
     config = check_fields(config, "the leaderboard")
     config = dataclasses.replace(config, runs=[tasks.check(run) for run in config.runs])
     names = [run.name for run in config.runs]
     if len(set(names)) < len(names) or {*names} & {*RESULTS, MAPS}:
         raise InputError(f"the runs of {config.name} must have names of their own, none of them {MAPS!r}")
+    if any(run.score is not None for run in config.runs):
+        raise InputError(f"the runs of {config.name} rank explanations of a class: leave out the field 'score'")
     if len({(run.model, run.checkpoint) for run in config.runs}) > 1:
         raise InputError(f"the runs of {config.name} must be of one model")
     for run in config.runs:

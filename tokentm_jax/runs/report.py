@@ -14,7 +14,6 @@ from tokentm_jax.errors import InputError
 from tokentm_jax.files import read_json
 from tokentm_jax.metrics.tasks import (
     CLEAN,
-    CLEAN_FIELDS,
     FINITE_MAPS,
     LARGEST_SEED,
     PREDICTED,
@@ -25,6 +24,7 @@ from tokentm_jax.metrics.tasks import (
     Plot,
     Row,
     check,
+    clean_fields,
 )
 from tokentm_jax.runs.records import Records, record_file, table_of
 from tokentm_jax.validation import checked
@@ -52,7 +52,7 @@ def summarise(
     if (clean.take("label", own) >= 0).all():
         add(CLEAN, "accuracy", 100.0 * clean.take("hit", own), metrics.mean)
     for row in config.rows:
-        explained = task.explained if final else (PREDICTED,)
+        explained = config.explained if final else (PREDICTED,)
         done, table = table_of(row, explained, clean, records[row.name], keys)
         for metric, per_image in (task.measure(table) if done else {}).items():
             add(row.name, metric, per_image, task.columns[metric].statistic)
@@ -80,6 +80,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         "",
         f"{run['model']['name']} on {run['data']['name']}: {run['data']['examples']} images, profile "
         f"{config['profile']}, seed {run['seed']}, {run['skipped']['count']} skipped. "
+        f"{_asked_in_words(config.get('score'))}"
         "In brackets: 95 % intervals over images.",
         *(f"Clean accuracy: {_cell(row)} %." for row in clean),
         "",
@@ -89,6 +90,10 @@ def markdown(results: Mapping[str, Any]) -> str:
     for name in dict.fromkeys(row["method"] for row in others):
         lines.append(f"| {in_table(name)} | {' | '.join(cells.get((name, c), '') for c in heads)} |")
     return document(lines)
+
+
+def _asked_in_words(score: str | None) -> str:
+    return "" if score is None else f"Explained, and followed in place of the probability: {in_table(score)}. "
 
 
 def in_table(name: str) -> str:
@@ -128,7 +133,10 @@ def draw(
                 colour = colours(i / max(len(curves) - 1, 1)) if many else colours(i % 10)
                 style = {"color": "grey", "linestyle": "--"} if name == RANDOM else {"color": colour}
                 axes.plot(*panels[title], label=name, **style)
-            axes.set(title=title, xlabel=plot.x_label, ylabel=plot.y_label, ylim=(0, None))
+            label = plot.y_label if config.score is None else plot.y_label.replace("probability", config.score)
+            axes.set(title=title, xlabel=plot.x_label, ylabel=label)
+            if config.score is None:
+                axes.set_ylim(0)
         for axes in figure.axes[-1:]:
             axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
@@ -180,6 +188,7 @@ class Settings(TypedDict):
     rows: list[RowSettings]
     options: dict[str, Any]
     seed: Annotated[int, Ge(0), Le(LARGEST_SEED)]
+    score: NotRequired[str | None]
 
 
 class DataSet(TypedDict):
@@ -217,8 +226,8 @@ class Finished(NamedTuple):
     def measured(self, row: Row) -> Measured:
         """The finished examples of a row and its results per image."""
         task = TASKS[self.config.task]
-        records = Records(record_file(self.out, row), task.records(self.config.options))
-        done, table = table_of(row, task.explained, self.clean, records, self.keys)
+        records = Records(record_file(self.out, row), task.records(self.config.options, self.config.score is not None))
+        done, table = table_of(row, self.config.explained, self.clean, records, self.keys)
         return done, task.measure(table) if done else {}
 
 
@@ -237,10 +246,15 @@ def open_finished(out: Path) -> Finished:
         config = check(EvaluateConfig(**{**given, "rows": rows}))
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    finished = Finished(out, config, run["data"], Records(out / "records" / "clean.jsonl", CLEAN_FIELDS, (CLEAN,)))
+    clean = Records(out / "records" / "clean.jsonl", clean_fields(config.score is not None), (CLEAN,))
+    finished = Finished(out, config, run["data"], clean)
     if not finished.keys:
         raise InputError(f"{finished.clean.path} holds no results")
     return finished
+
+
+def _asked(config: EvaluateConfig) -> tuple[Any, ...]:
+    return config.task, dict(config.options), config.score
 
 
 def compare(outs: Sequence[Path]) -> list[dict[str, Any]]:
@@ -253,8 +267,8 @@ def compare(outs: Sequence[Path]) -> list[dict[str, Any]]:
     runs = [open_finished(out) for out in outs]
     first = runs[0]
     for run in runs[1:]:
-        if (run.config.task, dict(run.config.options)) != (first.config.task, dict(first.config.options)):
-            raise InputError("the runs are of different tasks, or of other options of the task")
+        if _asked(run.config) != _asked(first.config):
+            raise InputError("the runs are of different tasks, or of other options or another score of the task")
         if run.data["identity"] != first.data["identity"]:
             raise InputError(f"the runs are of different data: {first.data['name']} and {run.data['name']}")
     seed, columns = first.config.seed, TASKS[first.config.task].columns

@@ -1,0 +1,228 @@
+"""Models that are functions: the maps of tm.ViT from a forward pass of one's own; models that are no plain ViT."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import CHEAP
+
+import tokentm_jax as tm
+from tokentm_jax.data.preprocessing import HALF, Preprocessing
+from tokentm_jax.methods.table import METHODS
+
+FIELDS = {"img_size": (8, 12), "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2, "num_classes": 3}
+GRID = (2, 3)
+ATTENTION = ("tokentm", "gae", "attcat", "rollout", "raw_attention", "grad_cam", "grad_cam_tokens", "beyond_intuition")
+GRADIENTS = ("input_gradient", "gradient_x_input", "smooth_grad", "integrated_gradients")
+REMOVAL = ("occlusion", "rise", "shapley", "kernel_shap")
+
+
+def norm(x, p):
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / jnp.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * p["scale"] + p["bias"]
+
+
+def dense(x, p):
+    return x @ p["kernel"] + p["bias"]
+
+
+def one_vit(params, image, tap):
+    """The forward pass of tm.ViT for one image [H, W, 3], with everything tapped."""
+    (gh, gw), p, d, h = GRID, 4, 8, 2
+    x = dense(image.reshape(gh, p, gw, p, 3).transpose(0, 2, 1, 3, 4).reshape(gh * gw, -1), params["patch_embed"])
+    x = jnp.concatenate([params["cls_token"][0], x]) + params["pos_embed"][0]
+    for i in range(2):
+        block = jax.tree.map(lambda a: a[i], params["blocks"])  # noqa: B023
+        x = tap("tokens", x)
+        y = tap("normalised", norm(x, block["norm1"]))
+        qkv = dense(y, block["attn"]["qkv"]).reshape(-1, 3, h, d // h)
+        query, key, value = jnp.moveaxis(qkv, (1, 2), (0, 1))  # each [H, N, D/H]
+        attention = tap("attention", jax.nn.softmax(query @ key.swapaxes(-1, -2) * (d // h) ** -0.5))
+        tap("value", value)
+        together = lambda a: a.swapaxes(0, 1).reshape(-1, d)  # noqa: E731
+        tap("transformed_value", together(value) @ block["attn"]["proj"]["kernel"])
+        tap("value_kernel", block["attn"]["qkv"]["kernel"][:, 2 * d :])
+        tap("output_kernel", block["attn"]["proj"]["kernel"])
+        x = x + tap("attention_branch", dense(together(attention @ value), block["attn"]["proj"]))
+        hidden = jax.nn.gelu(dense(norm(x, block["norm2"]), block["mlp"]["fc1"]), approximate=False)
+        x = x + tap("ffn_branch", dense(hidden, block["mlp"]["fc2"]))
+    return dense(norm(tap("final_tokens", x), params["norm"])[0], params["head"])
+
+
+QUICK = [("tokentm", {}), ("tokentm", {"transformed": "linear"}), ("gae", {}), ("grad_cam_tokens", {})]
+CASES = [
+    pytest.param(QUICK, id="quick"),
+    pytest.param(
+        [("tokentm", {"heads": "each"})]
+        + [(name, CHEAP.get(name, {})) for name in (*ATTENTION[2:], *GRADIENTS, *REMOVAL)],
+        id="all",
+        marks=pytest.mark.slow,
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def vit():
+    module = tm.ViT(**FIELDS)
+    params = jax.tree.map(lambda a: a * 8 if a.ndim > 2 else a, tm.init_params(module, jax.random.key(0)))
+    return module, params, jax.random.normal(jax.random.key(1), (2, 8, 12, 3))
+
+
+@pytest.mark.parametrize("cases", CASES)
+def test_the_maps_of_the_vit(vit, cases):
+    """By the stored trace of a function of one image, for every method that needs no rules of its own."""
+    module, params, images = vit
+    plain = tm.PlainModel(one_vit, GRID, 1, num_classes=3, batched=False)
+    if cases is QUICK:
+        assert tm.methods_for(plain, params, images) == [*ATTENTION, *GRADIENTS, *REMOVAL, "combination"]
+
+    def program(model, params, images):
+        return [tm.explain_fn(model, name, **options)(params, images) for name, options in cases]
+
+    expected, found = (jax.jit(functools.partial(program, model))(params, images) for model in (module, plain))
+    for (name, options), a, b in zip(cases, found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5 * float(jnp.abs(b).max()), err_msg=f"{name} {options}")
+
+
+def test_it_is_a_loaded_model(vit):
+    module, params, _ = vit
+    pixels = np.random.default_rng(0).random((2, 8, 12, 3)).astype(np.float32)
+    preprocessing = Preprocessing((8, 12), 1.0, "bilinear", **HALF)
+    plain = tm.PlainModel(one_vit, GRID, 1, num_classes=3, batched=False)
+    loaded = [tm.LoadedViT(model, params, preprocessing, ("a", "b", "c"), "own") for model in (module, plain)]
+    maps = [tm.explain(model, pixels, "gae", target=1, score=tm.scores.Versus(2)) for model in loaded]
+    np.testing.assert_allclose(maps[1], maps[0], rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(loaded[1].logits(pixels), loaded[0].logits(pixels), rtol=1e-5, atol=1e-6)
+
+
+def windows(params, images, tap):
+    """A small hierarchical Transformer: attention within windows of 2 x 2, then merged patches and one of all."""
+    b, height, width, _ = images.shape
+    x = images.reshape(b, height // 2, 2, width // 2, 2, 3).transpose(0, 1, 3, 2, 4, 5)
+    x = x.reshape(b, height // 2, width // 2, 12) @ params["embed"]
+    for kernel in params["mix"]:
+        gh, gw = x.shape[1] // 2, x.shape[2] // 2
+        inside = x.reshape(b, gh, 2, gw, 2, -1).transpose(0, 1, 3, 2, 4, 5).reshape(b, gh * gw, 4, -1)
+        attention = jax.nn.softmax(inside @ inside.swapaxes(-1, -2))
+        x = (inside + attention @ inside @ kernel).reshape(b, gh, gw, -1) @ params["merge"]
+    return x.mean((1, 2)) @ params["head"]
+
+
+def convolutions(params, images, tap):
+    for kernel in params["conv"]:
+        images = jax.nn.relu(jax.lax.conv_general_dilated(images, kernel, (2, 2), "SAME", dimension_numbers=LAYOUT))
+    return images.mean((1, 2)) @ params["head"]
+
+
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+
+@pytest.mark.parametrize("forward", [windows, convolutions])
+def test_models_without_one_attention_per_block(forward):
+    """Gradients and removal work, against loops; the others say in a sentence what is missing and what works."""
+    rng = np.random.default_rng(0)
+    shapes = {
+        windows: {"embed": (12, 8), "mix": (2, 8, 8), "merge": (32, 8), "head": (8, 3)},
+        convolutions: {"conv": (2, 3, 3, 3, 3), "head": (3, 3)},
+    }[forward]
+    params = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) * 0.4 for name, shape in shapes.items()}
+    images = jnp.asarray(rng.normal(size=(2, 16, 16, 3)), jnp.float32)
+    model = tm.PlainModel(forward, (4, 4), num_classes=3)
+    works = tm.methods_for(model, params, images)
+    assert works == [*GRADIENTS, *REMOVAL]
+
+    logits = jax.jit(lambda images: forward(params, images, None))
+    whole = logits(images)
+    target = whole.argmax(-1)
+    program = jax.jit(lambda p, x: [tm.explain_fn(model, name)(p, x) for name in ("occlusion", "gradient_x_input")])
+    occlusion, gradient = program(params, images)
+    for j in range(16):
+        y, x = 4 * (j // 4), 4 * (j % 4)
+        left = logits(images.at[:, y : y + 4, x : x + 4].set(0))
+        lost = (whole - left)[jnp.arange(2), target]
+        np.testing.assert_allclose(occlusion[:, j // 4, j % 4], lost, rtol=1e-3, atol=1e-5)
+    step = 1e-2 * images
+    slope = (logits(images + step) - logits(images - step))[jnp.arange(2), target] / 2e-2
+    np.testing.assert_allclose(gradient.sum((1, 2)), slope, rtol=2e-2, atol=1e-3)
+
+    with pytest.raises(tm.InputError) as raised:
+        tm.explain_fn(model, "rollout")(params, images)
+    missing = "the module sows no 'attention', which this explanation needs (see `tokentm_jax.capture`)"
+    assert str(raised.value) == f"{missing}; what works without is {', '.join(works)}"
+    with pytest.raises(tm.InputError, match=r"'primitives'.*what works without is input_gradient"):
+        tm.explain_fn(model, "attn_lrp")(params, images)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: tm.PlainModel(one_vit, GRID, 1, "mean"), "readout must be 'token', 'avg' or a share for each token"),
+        (lambda: tm.PlainModel(one_vit, GRID, 1, (1, 0)), "readout must have a share for each of 1 + 6 tokens, got 2"),
+        (
+            lambda: tm.PlainModel(lambda p, x, tap: tap("attentions", x), GRID),
+            "unknown tap 'attentions'; did you mean",
+        ),
+        (
+            lambda: tm.PlainModel(lambda p, x, tap: jax.jit(lambda x: tap("tokens", x))(x).sum((1, 2)), GRID),
+            "'tokens' is tapped inside of a jit, vmap, scan or checkpoint of its own",
+        ),
+        (
+            lambda: tm.PlainModel(lambda p, x, tap: {"logits": x.sum((1, 2))}, GRID),
+            "a class is explained by its logit, of logits [B, classes]; outputs [[2, 3]] need a `score`",
+        ),
+    ],
+)
+def test_refused(vit, make, message):
+    with pytest.raises(tm.InputError) as raised:
+        tm.explain_fn(make(), "gradient_x_input")(vit[1], vit[2])
+    assert message in str(raised.value)
+
+
+def test_outputs_may_be_any_pytree(vit):
+    _, params, images = vit
+    forward = lambda p, x, tap: {"logits": one_logits(p, x), "mean": x.mean((1, 2, 3))}  # noqa: E731
+    one_logits = jax.vmap(lambda p, x: one_vit(p, x, lambda name, array: array), (None, 0))
+    score = lambda outputs: outputs["logits"][:, 1] * outputs["mean"]  # noqa: E731
+    explain = tm.explain_fn(tm.PlainModel(forward, GRID, 1), "occlusion", score=score, details=True)
+    maps, details = jax.jit(explain)(params, images)
+    assert maps.shape == (2, *GRID) and jnp.isfinite(maps).all()
+    np.testing.assert_allclose(details["score"], details["logits"]["logits"][:, 1] * images.mean((1, 2, 3)), rtol=1e-4)
+
+
+# ---- which method explains which model ------------------------------------------------------------------------------
+
+
+class OwnPass(tm.ViT):
+    """A subclass with a forward pass of its own, which sows what the parent sows."""
+
+    def __call__(self, images):
+        return super().__call__(images)
+
+
+def only(*shown):
+    """The forward pass of one image, with some of its taps."""
+    return lambda params, image, tap: one_vit(params, image, lambda n, a: tap(n, a) if n in shown else a)
+
+
+MODELS = {  # heading of the column -> a model with the parameters of tm.ViT
+    "`tm.ViT`": lambda: tm.ViT(**FIELDS),
+    "own forward pass": lambda: OwnPass(**FIELDS),
+    "function, whole contract": lambda: tm.PlainModel(one_vit, GRID, 1, batched=False),
+    "function, tokens and attention": lambda: tm.PlainModel(only("tokens", "attention"), GRID, 1, batched=False),
+    "function, attention": lambda: tm.PlainModel(only("attention"), GRID, 1, batched=False),
+    "function, Swin, ConvNet": lambda: tm.PlainModel(only(), GRID, batched=False),
+}
+PAGE = Path(__file__).resolve().parent.parent / "docs/reference/models.md"
+
+
+@pytest.mark.slow
+def test_the_page_says_which_method_explains_which_model(vit):
+    _, params, images = vit
+    works = {heading: tm.methods_for(make(), params, images) for heading, make in MODELS.items()}
+    lines = [f"| method | {' | '.join(works)} |", f"|---|{'---|' * len(works)}"]
+    lines += [f"| `{m}` | {' | '.join('yes' if m in found else '-' for found in works.values())} |" for m in METHODS]
+    table = "\n".join(lines)
+    assert table in PAGE.read_text(), f"the table of {PAGE} must be\n{table}"

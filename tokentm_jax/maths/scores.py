@@ -1,0 +1,156 @@
+"""What is explained: one number per sample, of what the model gives.
+
+A score is a function `(outputs, target) -> [B]` or `outputs -> [B]`, where `outputs` is what the module gives for a
+batch. It must treat the samples independently. `class_logit` is the default. The scores with arrays of their own are
+pytrees, so that another class or another prompt runs the same compiled program.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from tokentm_jax.errors import InputError
+from tokentm_jax.maths.primitives import wide
+
+
+def class_logit(outputs: Array, target: Array) -> Array:
+    """The logit of each sample's class: logits [B, classes] and classes [B] -> [B]; NaN for a class that is none."""
+    there = (target >= 0) & (target < outputs.shape[-1])
+    return jnp.where(there, jnp.take_along_axis(outputs, target[:, None], 1)[:, 0], jnp.nan)
+
+
+def log_probability(outputs: Array, target: Array) -> Array:
+    """The log of the softmax of logits [B, classes] at each sample's class [B]."""
+    return class_logit(jax.nn.log_softmax(wide(outputs)), target)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Versus:
+    """Why this class and not the `other` one (an int, or one per sample [B]): the difference of their logits."""
+
+    other: Any
+    of_class: ClassVar[bool] = True
+
+    def __call__(self, outputs: Array, target: Array) -> Array:
+        other = jnp.broadcast_to(jnp.asarray(self.other), outputs.shape[:1])
+        return class_logit(outputs, target) - class_logit(outputs, other)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cosine:
+    """Cosine of the outputs, features [B, E], with an `embedding` [E], or one per sample [B, E]."""
+
+    embedding: Any
+    of_class: ClassVar[bool] = False
+
+    def __call__(self, outputs: Array) -> Array:
+        embedding = jnp.asarray(self.embedding)
+        if embedding.ndim not in (1, 2) or embedding.shape[-1] != outputs.shape[-1]:
+            raise InputError(
+                f"the embedding must be [{outputs.shape[-1]}] or one per sample, like the model's features, "
+                f"got {list(embedding.shape)}"
+            )
+        a, b = wide(outputs), wide(embedding)
+        return (a * b).sum(-1) / (jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Channel:
+    """One channel of the outputs [B, D] (an int, or one per sample [B]), such as a feature's; NaN if there is none."""
+
+    index: Any
+    of_class: ClassVar[bool] = False
+
+    def __call__(self, outputs: Array) -> Array:
+        return class_logit(outputs, jnp.broadcast_to(jnp.asarray(self.index), outputs.shape[:1]))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Function:
+    """A score that is a plain function."""
+
+    function: Callable[..., Any] = dataclasses.field(metadata={"static": True})
+    of_class: bool = dataclasses.field(metadata={"static": True})  # whether it takes the target
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.function(*arguments)
+
+
+class Question(NamedTuple):
+    """A score with its target; a pytree that stands wherever a target may."""
+
+    score: Any
+    target: Any = None  # class per sample [B], or what else the score takes; None: the predicted class
+
+    @property
+    def open(self) -> bool:
+        """Whether the predicted class, which only the model's answer tells, is the target."""
+        return self.score.of_class and self.target is None
+
+
+CLASS_LOGIT = Function(class_logit, True)
+
+
+def question(score: Callable[..., Any] | None, target: Any = None) -> Question:
+    """A score and its target in one. Raises InputError for a score that cannot be called so."""
+    if score is None:
+        return Question(CLASS_LOGIT, target)
+    if hasattr(score, "of_class"):
+        return Question(score, target)
+    if not callable(score):
+        raise InputError(f"the score must be a function (outputs, target) -> [B] or outputs -> [B], got {score!r:.80}")
+    try:
+        inspect.signature(score).bind(None, None)
+        of_class = True
+    except TypeError:
+        of_class = False
+    return Question(Function(score, of_class), target)
+
+
+def explained(outputs: Any, target: Any = None) -> tuple[Array, dict[str, Any]]:
+    """Each sample's score [B], and what every method reports of it.
+
+    Args:
+      outputs: of the module: logits [B, classes], or features, or a pytree of arrays that a score of one's own reads.
+      target: a class for all or one per sample [B], None for the predicted ones; or a `Question`.
+
+    Returns:
+      The score [B] and the details: `logits` (the outputs), `target` (with the predicted class put in), `score`.
+
+    Raises:
+      InputError: outputs that a class cannot be read from, or a score that is not one floating-point number a sample.
+    """
+    asked = target if isinstance(target, Question) else Question(CLASS_LOGIT, target)
+    leaves = jax.tree.leaves(outputs)
+    is_table = leaves and leaves[0] is outputs and outputs.ndim == 2
+    if asked.score == CLASS_LOGIT and not is_table:
+        found = [list(leaf.shape) for leaf in leaves]
+        raise InputError(f"a class is explained by its logit, of logits [B, classes]; outputs {found} need a `score`")
+    samples = leaves[0].shape[0]
+    if asked.score.of_class:
+        if asked.target is None and is_table:
+            asked = asked._replace(target=outputs.argmax(-1))
+        elif getattr(asked.target, "ndim", 1) == 0 or isinstance(asked.target, int):
+            asked = asked._replace(target=jnp.broadcast_to(jnp.asarray(asked.target), (samples,)))
+        own = asked.score(outputs, asked.target)
+    else:
+        own = asked.score(outputs)
+    if getattr(own, "shape", None) != (samples,) or not jnp.issubdtype(own.dtype, jnp.floating):
+        found = f"{own.dtype} {list(own.shape)}" if hasattr(own, "shape") else type(own).__name__
+        raise InputError(f"the score must be one floating-point number per sample, [{samples}], got {found}")
+    kept = asked if isinstance(target, Question) else asked.target
+    return own, {"logits": outputs, "target": kept, "score": own}
+
+
+def is_open(target: Any) -> bool:
+    """Whether a target, or a `Question`, is still to be filled with the predicted class."""
+    return target.open if isinstance(target, Question) else target is None

@@ -1,0 +1,495 @@
+"""Folders of models in the layouts of other libraries: timm's, Hugging Face's and OpenCLIP's, all under timm's names.
+
+A folder has a `config.json` (or `open_clip_config.json`) and weights in safetensors. A layout is a table of names and
+a function from its config to the options of `build`; what it says and this project cannot compute is one InputError.
+"""
+
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+from annotated_types import Ge, Le
+
+from tokentm_jax.data.preprocessing import Preprocessing
+from tokentm_jax.errors import InputError
+from tokentm_jax.files import read_json
+from tokentm_jax.models.architectures import Config, architecture, build
+from tokentm_jax.models.checkpoint import Tensors, current_names, fused, read_safetensors, to_params
+from tokentm_jax.models.text import TextEncoder, TextTower, Tokenizer
+from tokentm_jax.validation import checked
+
+CONFIG, OPEN_CLIP, INDEX = "config.json", "open_clip_config.json", "model.safetensors.index.json"
+WEIGHTS = ("model.safetensors", "open_clip_model.safetensors")
+TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt")
+OTHERS = ("preprocessor_config.json", *TOKENIZER)
+LARGEST_SHARDS = 1000
+
+Names = Sequence[tuple[str, Any]]  # patterns of names, and what to put in their place
+Whole = Annotated[int, Ge(1), Le(2**31 - 1)]
+
+
+class Folder(NamedTuple):
+    """A model as a folder describes it, under timm's names."""
+
+    config: Config
+    preprocessing: Preprocessing
+    tensors: Tensors
+    class_names: list[str] | None
+    text: TextTower | None = None
+
+
+class Section:
+    """A part of a JSON file, whose values are checked where they are read."""
+
+    def __init__(self, where: str, content: Any) -> None:
+        if not isinstance(content, Mapping):
+            raise InputError(f"{where} must be an object")
+        self.where, self.content = where, content
+
+    def __call__(self, key: str, kind: Any, *default: Any) -> Any:
+        """The value of `key`, in the type `kind`. InputError for another, and for one that is missing and needed."""
+        if key not in self.content or (self.content[key] is None and default):
+            if not default:
+                raise InputError(f"{self.where} lacks {key!r}")
+            return default[0]
+        return checked(f"{self.where}: {key!r}", kind, self.content[key])
+
+    def section(self, key: str) -> "Section":
+        return Section(f"{self.where}: {key!r}", self.content.get(key, {}))
+
+    def only(self, key: str, value: Any) -> None:
+        """InputError for a value of `key` that is not the one that is supported."""
+        if self.content.get(key, value) != value:
+            raise InputError(f"{self.where}: {key!r} must be {value!r}: nothing else is supported")
+
+
+def is_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a folder that says which model it holds."""
+    return any(os.path.isfile(os.path.join(path, name)) for name in (CONFIG, OPEN_CLIP))
+
+
+def read_folder(folder: Path) -> Folder:
+    """A folder of timm, Hugging Face or OpenCLIP. InputError for what is none, or is not supported, or is damaged."""
+    if (folder / OPEN_CLIP).is_file():
+        return _open_clip(folder)
+    if not (folder / CONFIG).is_file():
+        raise InputError(f"{folder} holds no model: expected {CONFIG} or {OPEN_CLIP} beside the weights")
+    config = Section(str(folder / CONFIG), read_json(folder / CONFIG, what="model"))
+    if "pretrained_cfg" in config.content:
+        return _timm(folder, config)
+    kind = config("model_type", str)
+    if kind not in HUGGING_FACE:
+        known = ", ".join(HUGGING_FACE)
+        raise InputError(f"{config.where}: the model type {kind!r} is not supported; known: {known}")
+    return HUGGING_FACE[kind](folder, config)
+
+
+def read_weights(folder: Path) -> Tensors:
+    """The tensors of a folder, of one file or of the shards that an index lists. InputError as for a checkpoint."""
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return read_safetensors(folder / name)
+    if not (folder / INDEX).is_file():
+        raise InputError(f"{folder} has no weights: expected {WEIGHTS[0]} or {INDEX}")
+    tensors: Tensors = {}
+    for name in shards(folder):
+        tensors |= read_safetensors(folder / name)
+    return tensors
+
+
+def shards(folder: Path) -> list[str]:
+    """The files of weights that the index of a folder names. InputError for one that is not in this folder."""
+    index = Section(str(folder / INDEX), read_json(folder / INDEX, what="index"))
+    files = sorted(set(index("weight_map", dict[str, str]).values()))
+    if len(files) > LARGEST_SHARDS or any(PurePosixPath(name).name != name or name in ("", "..") for name in files):
+        raise InputError(f"{index.where}: 'weight_map' must name files of this folder")
+    return files
+
+
+def renamed(tensors: Tensors, names: Names) -> Tensors:
+    """Every tensor under its new name; those whose name becomes empty are left out."""
+    found: Tensors = {}
+    for name, tensor in tensors.items():
+        for pattern, replacement in names:
+            name = re.sub(pattern, replacement, name)
+        if name:
+            found[name] = tensor
+    return found
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """The ratio that gives so many hidden channels, whatever the rounding."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
+def _activation(section: Section) -> str:
+    known = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+    name = section("hidden_act", str, "gelu")
+    if name not in known:
+        raise InputError(f"{section.where}: 'hidden_act' must be one of {', '.join(known)}, got {name!r:.80}")
+    return known[name]
+
+
+def _common(section: Section) -> Config:
+    """Options that all vision configs of Hugging Face say in the same words."""
+    width = section("hidden_size", Whole)
+    section.only("num_channels", 3)
+    hidden = section("intermediate_size", Whole, None)
+    return {
+        "img_size": section("image_size", int | tuple[int, int]),
+        "patch_size": section("patch_size", int | tuple[int, int]),
+        "embed_dim": width,
+        "depth": section("num_hidden_layers", Whole),
+        "num_heads": section("num_attention_heads", Whole),
+        "mlp_ratio": section("mlp_ratio", float, 4.0) if hidden is None else _ratio(hidden, width),
+        "qkv_bias": section("qkv_bias", bool, True),
+        "norm_eps": section("layer_norm_eps", float),
+        "activation": _activation(section),
+    }
+
+
+def _labels(config: Section) -> list[str] | None:
+    """Names of the classes, unless they are the ones that nobody gave."""
+    names = config("id2label", dict[str, str], {})
+    listed = [names.get(str(i)) for i in range(len(names))]
+    if not names or None in listed or all(re.fullmatch(r"LABEL_\d+", str(name)) for name in listed):
+        return None
+    return [str(name) for name in listed]
+
+
+RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+
+
+def _preprocessing(folder: Path, size: Any) -> Preprocessing:
+    """Of `preprocessor_config.json`, for a model of that size."""
+    file = folder / "preprocessor_config.json"
+    if not file.is_file():
+        raise InputError(f"{folder} lacks preprocessor_config.json, which says how photos become the model's input")
+    section = Section(str(file), read_json(file, what="preprocessing"))
+    size = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    fields: dict[str, Any] = {"size": list(size), "crop_pct": 1.0}
+    for key in ("do_rescale", "do_normalize"):
+        section.only(key, True)
+    for name, key in (("mean", "image_mean"), ("std", "image_std")):
+        fields[name] = section(key, list[float])
+    resample = section("resample", int, 3)
+    if resample not in RESAMPLE:
+        raise InputError(f"{section.where}: 'resample' must be one of {', '.join(map(str, RESAMPLE))}")
+    fields["interpolation"] = RESAMPLE[resample]
+    resized = section("size", int | dict[str, int], {"height": size[0], "width": size[1]})
+    if isinstance(resized, int):
+        resized = {"height": resized, "width": resized}
+    squashed = {"height", "width"} <= resized.keys()
+    height = resized["height"] if squashed else resized.get("shortest_edge")
+    if height is None:
+        raise InputError(f"{section.where}: 'size' must have 'height' and 'width', or 'shortest_edge'")
+    if squashed:
+        fields["crop_mode"] = "squash"
+    if section("do_center_crop", bool, False):
+        fields["crop_pct"] = min(1.0, size[0] / height)
+    return Preprocessing.from_dict(fields)
+
+
+# ---- ViT, DeiT, DINOv2 ----------------------------------------------------------------------------------------------
+
+VIT_NAMES: Names = (
+    (r"^(vit|deit|dinov2|dinov2_with_registers)\.", ""),
+    (r"^(pooler\..*|embeddings\.mask_token)$", ""),
+    (r"^embeddings\.cls_token$", "cls_token"),
+    (r"^embeddings\.distillation_token$", "dist_token"),
+    (r"^embeddings\.register_tokens$", "register_tokens"),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^encoder\.layer\.(\d+)\.", r"blocks.\1."),
+    (r"\.attention\.attention\.", ".attn."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"^(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+    (r"\.mlp\.weights_in\.", ".mlp.fc1."),
+    (r"\.mlp\.weights_out\.", ".mlp.fc2."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
+    (r"^layernorm\.", "norm."),
+    (r"^(cls_)?classifier\.", "head."),
+    (r"^distillation_classifier\.", "head_dist."),
+)
+
+
+def _vit(folder: Path, config: Section) -> Folder:
+    kind = config("model_type", str)
+    tensors = current_names(fused(renamed(read_weights(folder), VIT_NAMES)))
+    options = _common(config)
+    if "dist_token" in tensors and "head_dist.weight" not in tensors:  # a token that no head reads
+        tensors["reg_token"] = tensors.pop("dist_token")
+        options["reg_tokens"] = 1
+    options["distilled"] = "dist_token" in tensors
+    if kind.startswith("dinov2"):
+        options["init_values"] = 1.0
+        if config("use_swiglu_ffn", bool, False):
+            hidden = int(int(options["embed_dim"] * options["mlp_ratio"]) * 2 / 3)
+            hidden = (hidden + 7) // 8 * 8
+            options |= {"mlp_layer": "swiglu_packed", "mlp_ratio": _ratio(hidden, options["embed_dim"])}
+        registers = config("num_register_tokens", int, 0) if "registers" in kind else 0
+        options |= {"reg_tokens": registers, "no_embed_class": registers > 0}
+        if "head.weight" in tensors:
+            options["global_pool"] = "cat"
+    return _classifier(folder, config, options, tensors)
+
+
+def _classifier(folder: Path, config: Section, options: Config, tensors: Tensors) -> Folder:
+    head = tensors.get("head.weight")
+    options["num_classes"] = head.shape[0] if head is not None and head.ndim else 0
+    names = _labels(config) if options["num_classes"] else None
+    if names is not None and len(names) != options["num_classes"]:
+        raise InputError(f"{config.where}: 'id2label' names {len(names)} classes of {options['num_classes']}")
+    return Folder(options, _preprocessing(folder, options["img_size"]), tensors, names)
+
+
+# ---- CLIP and SigLIP ------------------------------------------------------------------------------------------------
+
+# Of both towers, after "vision_model." or "text_model.".
+TOWER_NAMES: Names = (
+    (r"^embeddings\.position_ids$", ""),
+    (r"^embeddings\.class_embedding$", "cls_token"),
+    (r"^embeddings\.patch_embedding\.", "patch_embed.proj."),
+    (r"^embeddings\.token_embedding\.weight$", "token_embedding"),
+    (r"^encoder\.layers\.(\d+)\.", r"blocks.\1."),
+    (r"\.self_attn\.(q|k|v)_proj\.", lambda m: f".attn.{dict(q='query', k='key', v='value')[m[1]]}."),
+    (r"\.self_attn\.out_proj\.", ".attn.proj."),
+    (r"\.layer_norm([12])\.", r".norm\1."),
+    (r"^pre_layrnorm\.", "norm_pre."),
+    (r"^(post_layernorm|final_layer_norm)\.", "norm."),
+    (r"^head\.probe$", "attn_pool.latent"),
+    (r"^head\.attention\.out_proj\.", "attn_pool.proj."),
+    (r"^head\.attention\.in_proj_", "attn_pool.in_proj."),
+    (r"^head\.layernorm\.", "attn_pool.norm."),
+    (r"^head\.mlp\.", "attn_pool.mlp."),
+)  # fmt: skip
+
+
+def _tower(tensors: Tensors, prefix: str, names: Names = TOWER_NAMES) -> Tensors:
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return fused(renamed(own, names))
+
+
+def _head(weight: np.ndarray) -> Tensors:
+    """A projection [E, D] as the head that it is here, with a bias of zeros."""
+    return {"head.weight": weight, "head.bias": np.zeros(weight.shape[:1], np.float32)}
+
+
+def _needed(tensors: Tensors, name: str, folder: Path) -> np.ndarray:
+    if name not in tensors:
+        raise InputError(f"the weights of {folder} lack {name!r}")
+    return tensors[name]
+
+
+def _scalar(tensors: Tensors, name: str, folder: Path) -> float:
+    value = np.asarray(_needed(tensors, name, folder), np.float64)
+    if value.size != 1 or not np.isfinite(value).all():
+        raise InputError(f"{name!r} in the weights of {folder} must be one finite number")
+    return float(value.reshape(()))
+
+
+def _tokenizer(folder: Path, context: int, **options: Any) -> Tokenizer:
+    if (folder / TOKENIZER[0]).is_file():
+        return Tokenizer((folder / TOKENIZER[0],), context, **options)
+    files = tuple(folder / name for name in TOKENIZER[1:])
+    problem = None if all(file.is_file() for file in files) else f"{folder} has no {TOKENIZER[0]} for its prompts"
+    return Tokenizer(files, context, problem=problem, **options)
+
+
+def _text(section: Section, tensors: Tensors, folder: Path, output: int, causal: bool) -> tuple[TextEncoder, Any]:
+    end = section("eos_token_id", int, None) if causal else None
+    module = TextEncoder(
+        vocabulary=section("vocab_size", Whole),
+        context=section("max_position_embeddings", Whole),
+        width=section("hidden_size", Whole),
+        depth=section("num_hidden_layers", Whole),
+        num_heads=section("num_attention_heads", Whole),
+        mlp_hidden=section("intermediate_size", Whole),
+        output=output,
+        causal=causal,
+        end=None if end == 2 else end,  # a config that was never put right: the library takes the highest id
+        activation=_activation(section),
+        norm_eps=section("layer_norm_eps", float),
+    )
+    return module, to_params(module, tensors, f"the text tower of {folder}")
+
+
+CLIP_TEXT = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "eos_token_id": 49407}
+CLIP_TEXT |= dict(vocab_size=49408, hidden_size=512, intermediate_size=2048, num_hidden_layers=12)
+CLIP_TEXT |= dict(num_attention_heads=8, max_position_embeddings=77)
+CLIP_VISION = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "hidden_size": 768, "intermediate_size": 3072}
+CLIP_VISION |= dict(num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=32)
+SIGLIP_TEXT = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "vocab_size": 32000, "hidden_size": 768}
+SIGLIP_TEXT |= dict(intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, max_position_embeddings=64)
+SIGLIP_VISION = {**CLIP_VISION, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "patch_size": 16}
+
+
+def _with_defaults(config: Section, key: str, defaults: Mapping[str, Any]) -> Section:
+    """A section in which the library leaves out what is as usual."""
+    found = config.section(key)
+    return Section(found.where, {**defaults, **found.content})
+
+
+def _clip(folder: Path, config: Section) -> Folder:
+    tensors = read_weights(folder)
+    vision = _with_defaults(config, "vision_config", CLIP_VISION)
+    text = _with_defaults(config, "text_config", CLIP_TEXT)
+    image = _tower(tensors, "vision_model.")
+    image |= {"pos_embed": _positions(image, folder), "cls_token": _row(image, "cls_token", folder)}
+    image |= _head(_needed(tensors, "visual_projection.weight", folder))
+    output = len(image["head.weight"])
+    words = _tower(tensors, "text_model.")
+    words["positional_embedding"] = words.pop("embeddings.position_embedding.weight", np.zeros(0))
+    module, params = _text(
+        text, words | _head(_needed(tensors, "text_projection.weight", folder)), folder, output, True
+    )
+    tower = TextTower(
+        module, params, _tokenizer(folder, module.context), math.exp(_scalar(tensors, "logit_scale", folder))
+    )
+    options = _common(vision) | {"pre_norm": True, "num_classes": output}
+    return Folder(options, _preprocessing(folder, options["img_size"]), image, None, tower)
+
+
+def _positions(image: Tensors, folder: Path) -> np.ndarray:
+    return _row({"w": image.pop("embeddings.position_embedding.weight", np.zeros(()))}, "w", folder)
+
+
+def _row(tensors: Tensors, name: str, folder: Path) -> np.ndarray:
+    """[D] or [N, D] -> [1, N, D]."""
+    tensor = _needed(tensors, name, folder)
+    return tensor.reshape(1, -1, tensor.shape[-1] if tensor.ndim else 1)
+
+
+def _siglip(folder: Path, config: Section) -> Folder:
+    tensors = read_weights(folder)
+    vision = _with_defaults(config, "vision_config", SIGLIP_VISION)
+    vision.only("vision_use_head", True)
+    image = _tower(tensors, "vision_model.")
+    image["pos_embed"] = _positions(image, folder)
+    for name in ("weight", "bias"):
+        joined = image.pop(f"attn_pool.in_proj.{name}", np.zeros(0))
+        image |= {
+            f"attn_pool.q.{name}": joined[: len(joined) // 3],
+            f"attn_pool.kv.{name}": joined[len(joined) // 3 :],
+        }
+    words = _tower(tensors, "text_model.")
+    words["positional_embedding"] = words.pop("embeddings.position_embedding.weight", np.zeros(0))
+    text = _with_defaults(config, "text_config", SIGLIP_TEXT)
+    module, params = _text(text, words, folder, text("projection_size", Whole, text("hidden_size", Whole)), False)
+    tokenizer = _tokenizer(folder, module.context, pad=text("pad_token_id", int, 1), canonical=True)
+    scale, bias = math.exp(_scalar(tensors, "logit_scale", folder)), _scalar(tensors, "logit_bias", folder)
+    options = _common(vision) | {"class_token": False, "global_pool": "map", "num_classes": 0}
+    return Folder(
+        options,
+        _preprocessing(folder, options["img_size"]),
+        image,
+        None,
+        TextTower(module, params, tokenizer, scale, bias),
+    )
+
+
+HUGGING_FACE: dict[str, Callable[[Path, Section], Folder]] = {
+    **dict.fromkeys(("vit", "deit", "dinov2", "dinov2_with_registers"), _vit),
+    "clip": _clip,
+    "siglip": _siglip,
+}
+
+
+# ---- OpenCLIP -------------------------------------------------------------------------------------------------------
+
+OPEN_CLIP_NAMES: Names = (
+    (r"^class_embedding$", "cls_token"),
+    (r"^conv1\.", "patch_embed.proj."),
+    (r"^ln_pre\.", "norm_pre."),
+    (r"^(ln_post|ln_final)\.", "norm."),
+    (r"^transformer\.resblocks\.(\d+)\.", r"blocks.\1."),
+    (r"\.ln_([12])\.", r".norm\1."),
+    (r"\.attn\.in_proj_", ".attn.qkv."),
+    (r"\.attn\.out_proj\.", ".attn.proj."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+    (r"^token_embedding\.weight$", "token_embedding"),
+    (r"^(visual\..*|text_projection|logit_scale|logit_bias|attn_mask|proj)$", ""),
+)
+
+
+def _open_clip(folder: Path) -> Folder:
+    file = Section(str(folder / OPEN_CLIP), read_json(folder / OPEN_CLIP, what="model"))
+    model, photos = file.section("model_cfg"), file.section("preprocess_cfg")
+    vision, text = model.section("vision_cfg"), model.section("text_cfg")
+    for key in ("timm_model_name", "hf_model_name"):
+        for section in (vision, text):
+            if section.content.get(key):
+                raise InputError(f"{section.where}: {key!r}: only towers of OpenCLIP's own are supported")
+    tensors = read_weights(folder)
+    output, width = model("embed_dim", Whole), vision("width", Whole)
+    activation = "quick_gelu" if model("quick_gelu", bool, False) else "gelu"
+    size, ratio = vision("image_size", int), vision("mlp_ratio", float, 4.0)
+    options: Config = {
+        "img_size": size, "patch_size": vision("patch_size", Whole), "embed_dim": width, "mlp_ratio": ratio,
+        "depth": vision("layers", Whole), "num_heads": width // vision("head_width", Whole, 64),
+        "pre_norm": True, "norm_eps": 1e-5, "activation": activation, "num_classes": output,
+    }  # fmt: skip
+    image = _tower(tensors, "visual.", OPEN_CLIP_NAMES)
+    image["pos_embed"] = _row(image, "positional_embedding", folder)
+    image["cls_token"] = _row(image, "cls_token", folder)
+    del image["positional_embedding"]
+    image |= _head(_needed(tensors, "visual.proj", folder).T)
+    words = renamed(tensors, OPEN_CLIP_NAMES) | _head(_needed(tensors, "text_projection", folder).T)
+    module = TextEncoder(
+        vocabulary=text("vocab_size", Whole),
+        context=text("context_length", Whole, 77),
+        width=text("width", Whole),
+        depth=text("layers", Whole),
+        num_heads=text("heads", Whole),
+        mlp_hidden=int(text("width", Whole) * text("mlp_ratio", float, 4.0)),
+        output=output,
+        causal=True,
+        activation=activation,
+    )
+    params = to_params(module, words, f"the text tower of {folder}")
+    bias = _scalar(tensors, "logit_bias", folder) if "logit_bias" in tensors else 0.0
+    tokenizer = _tokenizer(folder, module.context, pad=0)
+    tower = TextTower(module, params, tokenizer, math.exp(_scalar(tensors, "logit_scale", folder)), bias)
+    fields = {"size": [size, size], "mean": photos("mean", list[float]), "std": photos("std", list[float])}
+    fields |= {"crop_pct": 1.0, "interpolation": photos("interpolation", str, "bicubic")}
+    if photos("resize_mode", str, "shortest") == "squash":
+        fields["crop_mode"] = "squash"
+    return Folder(options, Preprocessing.from_dict(fields), image, None, tower)
+
+
+# ---- timm -----------------------------------------------------------------------------------------------------------
+
+
+def _timm(folder: Path, card: Section) -> Folder:
+    """A folder as timm uploads them: `architecture`, `pretrained_cfg` and perhaps `model_args`."""
+    try:
+        base, pretrained = card.content["architecture"], card.content["pretrained_cfg"]
+        overrides = dict(card.content.get("model_args") or {})
+        if "num_classes" in card.content:
+            overrides["num_classes"] = card.content["num_classes"]
+        tag = pretrained.get("tag") or ""
+        config, preprocessing = architecture(f"{base}.{tag}", **overrides)
+        if "img_size" not in overrides and "input_size" in pretrained:
+            config["img_size"] = list(pretrained["input_size"][1:])
+        fields = {key: pretrained[key] for key in PRETRAINED if key in pretrained}
+        size = build(config).img_size
+        preprocessing = Preprocessing.from_dict({**preprocessing.to_dict(), **fields, "size": list(size)})
+    except InputError as error:
+        raise InputError(f"{card.where}: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{card.where} is not a timm model's ({type(error).__name__}: {error})") from None
+    labels = card.content.get("label_names")
+    names = list(map(str, labels)) if isinstance(labels, list) else None
+    return Folder(config, preprocessing, current_names(read_weights(folder)), names)
+
+
+PRETRAINED = ("crop_pct", "crop_mode", "interpolation", "mean", "std")

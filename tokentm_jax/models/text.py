@@ -1,0 +1,217 @@
+"""Text towers of CLIP and SigLIP: prompts -> embeddings, in the space of the image tower's outputs.
+
+Axes, besides those of `vit`: T prompts, C tokens of a prompt, V vocabulary, W width, E embedding.
+"""
+
+import dataclasses
+import functools
+import re
+import string
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from tokentm_jax.errors import InputError
+from tokentm_jax.files import read_json, read_text, reason
+from tokentm_jax.maths.primitives import PLAIN, wide
+from tokentm_jax.models.vit import Affine, Block, Norm, trunc_normal
+
+# Radford et al. (ICML 2021): what counts as a word before byte pairs are merged.
+_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+LARGEST_PROMPT = 100_000  # characters
+
+
+def _causal_softmax(scores: Array, scale: float) -> Array:
+    """Softmax over the keys [..., Q, K] that are not after the query."""
+    past = jnp.tril(jnp.ones(scores.shape[-2:], bool))
+    return jax.nn.softmax(jnp.where(past, wide(scores) * scale, -jnp.inf), axis=-1).astype(scores.dtype)
+
+
+class TextEncoder(nn.Module):
+    """Text Transformer: token ids [T, C] -> embeddings [T, E], not of unit length.
+
+    A causal one (CLIP) is pooled at the first end-of-text token, which is the id `end` or, for None, the highest id
+    of the prompt; the other kind (SigLIP) at the last place, whatever stands there.
+    """
+
+    vocabulary: int
+    context: int
+    width: int
+    depth: int
+    num_heads: int
+    mlp_hidden: int
+    output: int
+    causal: bool
+    end: int | None = None
+    activation: str = "gelu"
+    norm_eps: float = 1e-5
+
+    @nn.compact
+    def __call__(self, ids: Array) -> Array:
+        w = self.width
+        tokens = self.param("token_embedding", trunc_normal, (self.vocabulary, w))
+        positions = self.param("positional_embedding", trunc_normal, (self.context, w))
+        scan = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.depth)
+        blocks = scan(
+            num_heads=self.num_heads,
+            mlp_hidden=self.mlp_hidden,
+            qkv_bias=True,
+            k_bias=True,
+            qk_norm=False,
+            rope=None,
+            proj_bias=True,
+            init_values=None,
+            activation=self.activation,
+            mlp_layer="mlp",
+            scale_mlp_norm=False,
+            norm_eps=self.norm_eps,
+            primitives=PLAIN._replace(softmax=_causal_softmax) if self.causal else PLAIN,
+            name="blocks",
+        )
+        x, _ = blocks(tokens[ids] + positions, None)
+        x = Norm(self.norm_eps, name="norm")(x)
+        if self.causal:
+            place = (ids if self.end is None else ids == self.end).argmax(-1)
+            pooled = jnp.take_along_axis(x, place[:, None, None], axis=1)[:, 0]
+        else:
+            pooled = x[:, -1]
+        return PLAIN.linear(pooled, *Affine(self.output, name="head")(w))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(module: TextEncoder, params: Any, ids: Array) -> Array:
+    embeddings: Any = module.apply({"params": params}, ids)
+    return embeddings / jnp.linalg.norm(embeddings, axis=-1, keepdims=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """Prompts -> token ids, with the files of a model; they are read at the first prompt.
+
+    Attributes:
+      files: `tokenizer.json`, or CLIP's `vocab.json` and `merges.txt`.
+      context: number C of ids; longer prompts are cut, and keep their last special token.
+      pad: id behind shorter prompts; None: that of the prompt's own last token, which is the end of text.
+      canonical: lower the case and leave out punctuation, as SigLIP's processor does.
+      problem: why there is no tokenizer, for the error at the first prompt.
+    """
+
+    files: tuple[Path, ...]
+    context: int
+    pad: int | None = None
+    canonical: bool = False
+    problem: str | None = None
+
+    def __call__(self, prompts: Sequence[str]) -> np.ndarray:
+        """[T] -> ids [T, C] int32. Raises InputError for files that are missing or damaged, and without the extra."""
+        if self.problem is not None:
+            raise InputError(self.problem)
+        engine = _engine(self.files, self.context)
+        texts = [_canonical(prompt) for prompt in prompts] if self.canonical else list(prompts)
+        with _one_sentence(self.files):
+            found = [encoding.ids for encoding in engine.encode_batch(texts)]
+        ids = np.empty((len(found), self.context), np.int32)
+        for row, values in zip(ids, found, strict=True):
+            if not values:
+                raise InputError(f"{self.files[0]}: the tokenizer marks no end of a text")
+            row[:] = values[-1] if self.pad is None else self.pad
+            row[: len(values)] = values[: self.context]
+        return ids
+
+
+def _canonical(prompt: str) -> str:
+    words = prompt.lower().translate(str.maketrans("", "", string.punctuation))
+    return re.sub(r"\s+", " ", words).strip()
+
+
+@contextmanager
+def _one_sentence(files: tuple[Path, ...]) -> Iterator[None]:
+    """Turns whatever the tokenizers library raises into one InputError; its panics are no Exceptions."""
+    try:
+        yield
+    except InputError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        names = " and ".join(map(str, files))
+        raise InputError(f"{names}: no tokenizer that can be used ({reason(error)})") from None
+
+
+@functools.lru_cache(maxsize=4)
+def _engine(files: tuple[Path, ...], context: int) -> Any:
+    try:
+        import tokenizers  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise InputError("prompts need a tokenizer: pip install 'tokentm_jax[text]'") from None
+    texts = [read_text(file, what="tokenizer") for file in files]
+    with _one_sentence(files):
+        engine = tokenizers.Tokenizer.from_str(texts[0]) if len(files) == 1 else _byte_pairs(files[0], texts[1])
+        engine.no_padding()
+        engine.enable_truncation(context)
+    return engine
+
+
+def _byte_pairs(vocabulary: Path, merges: str) -> Any:
+    """CLIP's tokenizer from its vocabulary and the merges, one pair a line, below a line with the version."""
+    from tokenizers import (  # pyright: ignore[reportMissingImports]
+        Regex,
+        Tokenizer,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+    )
+
+    ids = read_json(vocabulary, what="tokenizer")
+    if not isinstance(ids, dict) or not {_START, _END} <= ids.keys():
+        raise InputError(f"{vocabulary} must be an object from token to id, with {_START} and {_END}")
+    pairs = [tuple(line.split()) for line in merges.splitlines() if line.strip() and not line.startswith("#version")]
+    engine = Tokenizer(models.BPE(ids, pairs, end_of_word_suffix="</w>", unk_token=_END))
+    engine.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True)
+    engine.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    engine.post_processor = processors.RobertaProcessing(
+        (_END, ids[_END]), (_START, ids[_START]), trim_offsets=False, add_prefix_space=False
+    )
+    return engine
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TextTower:
+    """The text half of a CLIP or SigLIP. The logit of an image and a prompt is
+    `logit_scale * cosine(image, prompt) + logit_bias`."""
+
+    module: TextEncoder
+    params: Any
+    tokenizer: Tokenizer
+    logit_scale: float
+    logit_bias: float = 0.0
+
+    def embed(self, prompts: str | Sequence[str]) -> Array:
+        """One prompt or several -> [T, E] float32 of unit length. Raises InputError."""
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):
+            raise InputError(f"prompts must be a text or a list of texts, got {prompts!r:.80}")
+        for text in texts:
+            if not text.strip() or len(text) > LARGEST_PROMPT:
+                raise InputError(f"a prompt must have 1 to {LARGEST_PROMPT} characters, got {text!r:.80}")
+        ids = self.tokenizer(texts)
+        if ids.min() < 0 or ids.max() >= self.module.vocabulary:
+            raise InputError(
+                f"the tokenizer does not fit the model: it gives the id {ids.max()}, "
+                f"and the model knows {self.module.vocabulary} tokens"
+            )
+        if self.module.end is not None and not (ids == self.module.end).any(-1).all():
+            raise InputError(f"the tokenizer does not end a text with the model's id {self.module.end}")
+        return _embed(self.module, self.params, jnp.asarray(ids))
