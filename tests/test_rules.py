@@ -206,7 +206,7 @@ def small():
     return module, params
 
 
-@pytest.mark.parametrize("options", [{}, MODERN])
+@pytest.mark.parametrize("options", [{}, pytest.param(MODERN, marks=pytest.mark.slow)])
 def test_conservative_lrp_conserves_the_logit_without_biases(small, options):
     """Theory: with attention, deviation and gains constant the model is linear; biases are what it loses to."""
     module, params = small

@@ -20,7 +20,7 @@ from tokentm_jax.runs.dataset import DatasetConfig, explain_dataset
 from tokentm_jax.runs.evaluate import evaluate
 from tokentm_jax.runs.report import compare
 
-QUICK = ("tokentm", "legrad", "lrp", "conservative_lrp", "occlusion", "input_gradient")
+QUICK = ("tokentm", "lrp", "occlusion")
 CASES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in METHODS]
 # Relevance is the cotangent, so a difference of logits is not what the head's rule makes of a difference of weights.
 LINEAR = ("lrp",)
@@ -219,7 +219,10 @@ def test_an_evaluation_explains_and_follows_the_score(photos, tmp_path):
         evaluate(dataclasses.replace(config, score="versus:3"), vit, source, tmp_path)
 
 
-@pytest.mark.parametrize("task", ["insertion", "saco", "srg", "infidelity", "sensitivity", "shapley"])
+MORE_TASKS = [pytest.param(n, marks=pytest.mark.slow) for n in ("saco", "srg", "infidelity", "sensitivity", "shapley")]
+
+
+@pytest.mark.parametrize("task", ["insertion", *MORE_TASKS])
 def test_every_task_follows_a_channel(photos, tmp_path, task):
     """A channel of the outputs is no class: it is asked once for every image, whatever is predicted."""
     vit, source = tiny_vit(2), open_source(photos)
