@@ -80,6 +80,17 @@ def wide_sum(*arrays):
     return sum(np.asarray(a, np.float32) for a in arrays)
 
 
+def test_only_what_is_asked_for_is_differentiated(vit):
+    """Before any compiler has seen it: the backward pass gives one array for each point, and one for the inputs."""
+    module, params = vit
+
+    def outputs(*fields):
+        traced = jax.make_jaxpr(lambda p, x: capture(module, p, x, None, fields))(params, IMAGES)
+        return sum(len(e.outvars) for e in equations(traced.jaxpr) if e.primitive.name == "scan")
+
+    assert outputs() < outputs("attention_grad") < outputs("attention_grad", "token_grads", "normalised_grads")
+
+
 class Unrolled(nn.Module):
     """Somebody else's ViT: its blocks are modules of their own, without a scan."""
 
