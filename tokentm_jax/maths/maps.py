@@ -1,7 +1,7 @@
 """Images and maps: pixels to numbers; rows over tokens to token maps, to pixels, and several maps to one."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,19 +13,54 @@ from tokentm_jax.maths.primitives import wide
 LARGEST_SIDE = 32768  # pixels of a map
 
 
+class Tiling(NamedTuple):
+    """How patches lie on an image, in pixels (vertical, horizontal): their sides, and how far apart two begin."""
+
+    patch: tuple[int, int]
+    stride: tuple[int, int]
+
+    def place(self, axis: int, count: int, pixels: Array) -> Array:
+        """Where pixels are along an axis of `count` patches, in patches: 0 at the centre of the first; inside it."""
+        patch, stride = self.patch[axis], self.stride[axis]
+        return jnp.clip((pixels - (patch - 1) / 2) / stride, 0, count - 1)
+
+    def cells(self, axis: int, count: int, side: int) -> list[int]:
+        """The patch whose centre is nearest to each of `side` pixels along an axis; of two, the later one."""
+        patch, stride = self.patch[axis], self.stride[axis]
+        return [min(max((2 * y - patch + 1 + stride) // (2 * stride), 0), count - 1) for y in range(side)]
+
+
 def unit(pixels: Array) -> Array:
     """Pixels, uint8 -> float32 in [0, 1], of the same shape."""
     return pixels.astype(jnp.float32) / 255
 
 
+def spread(values: Array, size: tuple[int, int], tiling: Tiling | None = None) -> Array:
+    """Values of patches [B, gh, gw] -> of pixels [B, H, W], each with that of its patch.
+
+    The patches divide the image; or, where they overlap (`tiling`), a pixel is of the patch with the nearest centre.
+    """
+    _, gh, gw = values.shape
+    if tiling is None or tiling.patch == tiling.stride:
+        return values.repeat(size[0] // gh, 1).repeat(size[1] // gw, 2)
+    for axis, (count, side) in enumerate(zip((gh, gw), size, strict=True)):
+        cells = jnp.asarray(tiling.cells(axis, count, side), jnp.int32)
+        values = jnp.take(values, cells, axis + 1, mode="clip")
+    return values
+
+
 def token_map(module: Any, rows: Array) -> Array:
-    """Rows over tokens [B, N] -> maps over the patch grid [B, gh, gw]; the prefix tokens are left out."""
-    return rows[:, module.prefix :].reshape(-1, *module.grid)
+    """Rows over tokens [B, N] -> maps over the patch grid [B, gh, gw], or [B, 1, N] for texts; the prefix tokens are
+    left out."""
+    grid = (1, rows.shape[1]) if module.grid is None else module.grid
+    return rows[:, module.prefix :].reshape(-1, *grid)
 
 
-def min_max(maps: Array) -> Array:
-    """Each map of [B, H, W] scaled to [0, 1]; a constant map becomes zeros, and one that is not finite NaN."""
-    low, high = maps.min((1, 2), keepdims=True), maps.max((1, 2), keepdims=True)
+def min_max(maps: Array, where: Array | None = None) -> Array:
+    """Each map of [B, H, W] scaled to [0, 1] by its values `where` True, or all; a constant map becomes zeros, and one
+    that is not finite NaN."""
+    low = maps.min((1, 2), keepdims=True, where=where, initial=None if where is None else jnp.inf)
+    high = maps.max((1, 2), keepdims=True, where=where, initial=None if where is None else -jnp.inf)
     spread = high > low
     scaled = (maps - low) / jnp.where(spread, high - low, 1)
     scaled = jnp.where(spread, jnp.clip(scaled, 0, 1), 0)  # rounding may leave the interval by a hair
@@ -38,12 +73,13 @@ def _check_maps(maps: Any) -> None:
         raise InputError(f"maps must be an array of numbers [B, height, width] that is not empty, got {found}")
 
 
-def to_pixels(maps: Array, size: tuple[int, int]) -> Array:
+def to_pixels(maps: Array, size: tuple[int, int], tiling: Tiling | None = None) -> Array:
     """Token maps [B, gh, gw] -> pixel maps [B, H, W] in [0, 1].
 
     Bilinear with half-pixel centres and no antialiasing (`align_corners=False`), then min-max per image. Pixel maps
     of the same size are only rescaled. A constant map becomes zeros; one with a value that is not finite becomes NaN,
-    and the others of its batch stay what they are.
+    and the others of its batch stay what they are. The patches divide the image, or lie as `tiling` says (`ViT.tiling`
+    is that of a model): where they overlap, a value stands at the centre of its patch.
 
     Raises InputError for maps or a size of another form.
     """
@@ -51,34 +87,46 @@ def to_pixels(maps: Array, size: tuple[int, int]) -> Array:
     whole = isinstance(size, tuple | list) and len(size) == 2 and all(hasattr(s, "__index__") for s in size)
     if not whole or not all(1 <= s <= LARGEST_SIDE for s in size):
         raise InputError(f"the size must be (height, width), each from 1 to {LARGEST_SIDE} pixels, got {size!r:.80}")
-    return min_max(_resized(maps, size))
+    return min_max(resized(maps, size, tiling))
 
 
-def _resized(maps: Array, size: tuple[int, int]) -> Array:
-    return jax.image.resize(wide(maps), (maps.shape[0], *size), "bilinear", antialias=False)
+def resized(maps: Array, size: tuple[int, int], tiling: Tiling | None = None) -> Array:
+    """As `to_pixels`, with the values as they are."""
+    maps = wide(maps)
+    if tiling is None or tiling.patch == tiling.stride or maps.shape[1:] == tuple(size):
+        return jax.image.resize(maps, (maps.shape[0], *size), "bilinear", antialias=False)
+    for axis, side in enumerate(size):
+        count = maps.shape[axis + 1]
+        places = tiling.place(axis, count, jnp.arange(side, dtype=maps.dtype))
+        weights = jax.nn.relu(1 - jnp.abs(places[:, None] - jnp.arange(count, dtype=maps.dtype)))
+        maps = jnp.moveaxis(jnp.tensordot(maps, weights, ((axis + 1,), (1,)), precision="highest"), -1, axis + 1)
+    return maps
 
 
-def ranks(maps: Array) -> Array:
-    """The share of a map's values that are below each, equal ones counted half: [B, H, W], in (0, 1)."""
+def ranks(maps: Array, where: Array | None = None) -> Array:
+    """The share of a map's values (those `where` True) that are below each, equal ones counted half: [B, H, W], in
+    (0, 1)."""
     flat = maps.reshape(len(maps), -1)
+    counted = jnp.ones_like(flat, bool) if where is None else where.reshape(flat.shape)
 
-    def one(values: Array) -> Array:
-        order = jnp.sort(values)
+    def one(values: Array, counted: Array) -> Array:
+        count = counted.sum()
+        order = jnp.sort(jnp.where(counted, values, jnp.inf))
         below, up_to = (jnp.searchsorted(order, values, side) for side in ("left", "right"))
-        return (below + up_to).astype(values.dtype) / (2 * len(values))
+        return (below + jnp.minimum(up_to, count)).astype(values.dtype) / (2 * count).astype(values.dtype)
 
-    found = jnp.where(jnp.isfinite(flat).all(-1, keepdims=True), jax.vmap(one)(flat), jnp.nan)
+    found = jnp.where(jnp.isfinite(flat).all(-1, keepdims=True), jax.vmap(one)(flat, counted), jnp.nan)
     return found.reshape(maps.shape)
 
 
-def shares(maps: Array) -> Array:
-    """Each map of [B, H, W] over the sum of its absolute values; a map of zeros stays one."""
-    total = jnp.abs(maps).sum((1, 2), keepdims=True)
+def shares(maps: Array, where: Array | None = None) -> Array:
+    """Each map of [B, H, W] over the sum of its absolute values (those `where` True); a map of zeros stays one."""
+    total = jnp.abs(maps).sum((1, 2), keepdims=True, where=where)
     return maps / jnp.where(total == 0, 1, total)
 
 
 Normalisation = Literal["min_max", "rank", "sum"]
-NORMALISATIONS: dict[str, Callable[[Array], Array]] = {"min_max": min_max, "rank": ranks, "sum": shares}
+NORMALISATIONS: dict[str, Callable[..., Array]] = {"min_max": min_max, "rank": ranks, "sum": shares}
 
 
 def combine(
@@ -86,6 +134,7 @@ def combine(
     how: Literal["product", "mean"] = "product",
     normalisation: Normalisation = "min_max",
     weights: Sequence[float] | None = None,
+    where: Array | None = None,
 ) -> Array:
     """Product or mean of several methods' maps, each normalised first.
 
@@ -95,6 +144,7 @@ def combine(
       normalisation: "min_max" scales each map to [0, 1]; "rank" takes ranks among the map's values, in (0, 1); "sum"
         divides by the sum of absolute values.
       weights: of the mean, one for each of `maps`; None for equal ones.
+      where: which values count when a map is normalised, for maps of one grid, [B, h, w]; None for all.
 
     Raises InputError for no maps, or for another choice or number of weights.
     """
@@ -114,7 +164,7 @@ def combine(
         )
     size = (max(m.shape[1] for m in maps), max(m.shape[2] for m in maps))
     normalise = NORMALISATIONS[normalisation]
-    stacked = jnp.stack([normalise(_resized(m, size)) for m in maps])
+    stacked = jnp.stack([normalise(resized(m, size), where) for m in maps])
     if how == "product":
         return stacked.prod(0)
     return jnp.tensordot(jnp.asarray(weights, stacked.dtype) / sum(weights), stacked, 1)

@@ -143,11 +143,13 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": quick_gelu,
     "gelu_tanh": gelu_tanh,
     "silu": silu,
+    "relu": jax.nn.relu,
+    "tanh": jnp.tanh,
 }
 
 
 def activation(x: Array, function: str) -> Array:
-    """Elementwise non-linearity of the FFN, one of `ACTIVATIONS`."""
+    """Elementwise non-linearity, one of `ACTIVATIONS`."""
     return ACTIVATIONS[function](x)
 
 

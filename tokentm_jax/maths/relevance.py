@@ -13,7 +13,7 @@ All values have the batch as their leading axis, and nothing is summed over it.
 
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -157,7 +157,7 @@ def lrp(variant: Variant, stabiliser: Stabiliser) -> Primitives:
         embed=embed,
         linear=linear,
         rotate=rotate,
-        product=product,
+        product=cast(Any, product),
         gate=partial(product, "...d,...d->...d"),
         fork=fork if stabiliser == "reference" else primitives.fork,
         add=lambda a, b: same_shape_add(a, jnp.broadcast_to(b, a.shape)),
@@ -224,7 +224,9 @@ def attn_lrp() -> Primitives:
 
     product.defvjp(lambda equation, a, b: (primitives.product(equation, a, b), (a, b)), shared)
     gate = partial(product, "...d,...d->...d")
-    return Primitives(product=product, gate=gate, norm=_norm_with_constant_deviation, activation=_activation_as_gain)
+    return Primitives(
+        product=cast(Any, product), gate=gate, norm=_norm_with_constant_deviation, activation=_activation_as_gain
+    )
 
 
 @lru_cache
@@ -254,7 +256,7 @@ def res_lrp(gamma: float) -> Primitives:
 def with_factor_on_biases(rules: Primitives, factor: Array, readout: Array) -> Primitives:
     """The rules with every bias times a factor of its own for each sample and token, [B, N].
 
-    After the tokens were read, the factor is that of the tokens that were, by their read-out [N]. The derivative by
+    After the tokens were read, the factor is that of the tokens that were, by their read-out [B, N]. The derivative by
     the factor is bias times gradient, summed over channels and steps.
     """
 
@@ -262,7 +264,7 @@ def with_factor_on_biases(rules: Primitives, factor: Array, readout: Array) -> P
         """The factors [B, ...] of the tokens in y: [B, D], [B, N, D] or [B, H, N, D]; one token is what was read, and
         fewer than N are the patches."""
         if y.ndim == 2 or y.shape[-2] == 1:
-            return (factor @ readout).reshape(-1, *(1,) * (y.ndim - 2))
+            return (factor * readout).sum(-1).reshape(-1, *(1,) * (y.ndim - 2))
         own = factor[:, factor.shape[1] - y.shape[-2] :]
         return own[:, None] if y.ndim == 4 else own
 

@@ -11,6 +11,8 @@ output token (or to the mixture of output tokens that the head reads). A matrix 
     C      <- (I + mean_h relu(G * A_h) W_attn) C                         attention layer
     C      <- (I + W_ffn) C                                               FFN layer
 
+Post-norm blocks (BERT) put a LayerNorm behind each sum u: `C <- diag(L(LN(u)) / L(u)) C`.
+
 Every update multiplies from the left, so a row of the final C is found from the last block down to the first with
 no product of two [N, N] maps: `r <- r * (1 + w_ffn)`, `r <- r + r A W_attn`, and at the end `r * L(x0)`.
 
@@ -21,6 +23,7 @@ the heatmap's row, and no attention and no gradient of it is held for two blocks
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
@@ -49,6 +52,10 @@ class Blocks(NamedTuple):
     value: Any = None  # [L, H, N, D/H] value projection of LN1(x)
     value_kernel: Any = None  # [L, D, D] W_V of the value projection, without its bias
     output_kernel: Any = None  # [L, D, D] W_O of the output projection, with the layer's scale
+    middle: Any = None  # [L, N, D] of post-norm blocks: x', LN of the sum behind the attention layer
+    after: Any = None  # [L, N, D] of post-norm blocks: x+, LN of the sum behind the FFN layer
+    output_grad: Any = None  # [L, N, D] gradient of the score at the block's output tokens
+    seen: Any = None  # [L, N] bool: which tokens are there, and not padding; None: all
 
 
 def sample_axes(axis: int) -> Blocks:
@@ -74,6 +81,9 @@ class TokenTM:
       transformed: what the attention layer's `x~_j` is: the "value" projection of LN1(x), with bias, through the
         output projection; that of `x_j` itself, without bias ("linear"); or the "stream" after the layer.
       ffn_transformed: what the FFN layer's `x~_j` is: its "branch", or the "stream" after the layer.
+      norms: whether the LayerNorms behind the sums of post-norm blocks scale the contributions.
+      weights: a function of a layer's original and transformed tokens in place of `w`, or the name of one of
+        `tokentm_jax.maths.weights`; `length` and `direction` are then not looked at.
       first_block: first block that is aggregated, from 0.
       end_block: one past the last block that is aggregated; None for all.
     """
@@ -87,6 +97,8 @@ class TokenTM:
     original: Literal["residual", "normalised"] = "residual"
     transformed: Literal["value", "linear", "stream"] = "value"
     ffn_transformed: Literal["branch", "stream"] = "branch"
+    norms: bool = True
+    weights: Literal["entropy", "alignment", "distance_from_mean"] | Callable[..., Any] | None = None
     first_block: Annotated[int, Ge(0)] = 0
     end_block: Annotated[int, Ge(1)] | None = None
 
@@ -98,16 +110,31 @@ class TokenTM:
                 raise ValueError(f"{field.name} must be one of {', '.join(choices)}, got {given!r}")
         if self.heads == "each" and self.transformed == "stream":
             raise ValueError("heads='each' needs what each head makes of a token, and transformed='stream' has none")
+        if self.weights is not None and self.heads == "each":
+            raise ValueError("weights are those of tokens as all heads make them: heads='each' has none")
+        if isinstance(self.weights, str) and self.weights not in WEIGHT_NAMES:
+            raise ValueError(f"weights must be a function or one of {', '.join(WEIGHT_NAMES)}, got {self.weights!r}")
         if self.end_block is not None and self.end_block <= self.first_block:
             raise ValueError(f"end_block must be past first_block ({self.first_block}), got {self.end_block}")
 
     @property
     def weighs(self) -> bool:
         """Whether tokens and what they become have weights at all."""
-        return self.length or self.direction != "none"
+        return self.length or self.direction != "none" or self.weights is not None
 
-    def uses(self) -> set[str]:
-        """The fields of `Blocks` that these choices read."""
+    @property
+    def weight(self) -> Callable[..., Any] | None:
+        """The function that `weights` is, or names."""
+        from tokentm_jax.maths.weights import WEIGHTS
+
+        return WEIGHTS[self.weights] if isinstance(self.weights, str) else self.weights
+
+    def takes(self, name: str) -> bool:
+        """Whether the function of `weights` has an argument of that name."""
+        return self.weight is not None and name in inspect.signature(self.weight).parameters
+
+    def uses(self, post_norm: bool = False) -> set[str]:
+        """The fields of `Blocks` that these choices read of pre-norm blocks, or of post-norm ones."""
         names = {"attention"} | (set() if self.attention == "plain" else {"attention_grad"})
         if self.weighs:
             names |= {"tokens" if self.original == "residual" else "normalised"}
@@ -118,10 +145,16 @@ class TokenTM:
                 ("linear", "each"): {"value_kernel", "output_kernel"},
                 ("stream", "sum"): {"tokens", "attention_branch"},
             }[self.transformed, self.heads]
+        if self.takes("gradient"):
+            names |= {"output_grad"}
         if self.weighs and self.ffn:
-            names |= {"tokens", "attention_branch", "ffn_branch"}
+            names |= {"ffn_branch", *(("middle",) if post_norm else ("tokens", "attention_branch"))}
+        if self.norms and post_norm:
+            names |= {"tokens", "attention_branch", "middle", "ffn_branch", "after"}
         return names | ({"tokens"} if self.initialise else set())
 
+
+WEIGHT_NAMES = ("entropy", "alignment", "distance_from_mean")
 
 # What public re-implementations compute, as options of `TokenTM`.
 READINGS: dict[str, dict[str, str]] = {
@@ -135,7 +168,7 @@ READINGS: dict[str, dict[str, str]] = {
 }
 
 
-def _root(squared: Array) -> Array:
+def root(squared: Array) -> Array:
     """Square root; zero, with gradient zero, where `squared` is not positive."""
     positive = squared > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, 1)), 0)
@@ -143,10 +176,10 @@ def _root(squared: Array) -> Array:
 
 def token_length(x: Array) -> Array:
     """Length `L(x) = ||x||_2` of each token [..., D] -> [...]; its gradient at a zero token is zero."""
-    return _root(jnp.square(x).sum(-1))
+    return root(jnp.square(x).sum(-1))
 
 
-def _ratio(a: Array, b: Array) -> Array:
+def ratio(a: Array, b: Array) -> Array:
     """`a / b`, zero where b is zero."""
     return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)
 
@@ -157,14 +190,15 @@ class Change(NamedTuple):
     before: Array  # L(x)
     after: Array  # L(x~)
     product: Array  # x . x~
+    seen: Any = None  # [N] bool: which tokens are there; None: all
 
 
-def change(original: Array, transformed: Array) -> Change:
+def change(original: Array, transformed: Array, seen: Array | None = None) -> Change:
     """The change of paired tokens [N, D] -> [N]."""
-    return Change(token_length(original), token_length(transformed), (original * transformed).sum(-1))
+    return Change(token_length(original), token_length(transformed), (original * transformed).sum(-1), seen)
 
 
-def change_by_heads(original: Array, value: Array, output_kernel: Array) -> Change:
+def change_by_heads(original: Array, value: Array, output_kernel: Array, seen: Array | None = None) -> Change:
     """The change of tokens [N, D] by each head, `x~_h = v_h W_h` -> [H, N], with no array [H, N, D].
 
     For values v [H, N, D/H] and the rows W_h [D/H, D] of the output projection [D, D]: `||v W||^2 = v (W W^T) v^T` and
@@ -174,23 +208,26 @@ def change_by_heads(original: Array, value: Array, output_kernel: Array) -> Chan
     gram = jnp.einsum("hid,hjd->hij", kernel, kernel)
     squared = (jnp.einsum("hni,hij->hnj", value, gram) * value).sum(-1)
     product = (jnp.einsum("nd,hid->hni", original, kernel) * value).sum(-1)
-    return Change(jnp.broadcast_to(token_length(original), squared.shape), _root(squared), product)
+    return Change(jnp.broadcast_to(token_length(original), squared.shape), root(squared), product, seen)
 
 
 def cosine(tokens: Change) -> Array:
     """`cos(x_j, x~_j)` [..., N]; zero where either has no length."""
-    return _ratio(_ratio(tokens.product, tokens.before), tokens.after)
+    return ratio(ratio(tokens.product, tokens.before), tokens.after)
 
 
 def necc(tokens: Change) -> Array:
-    """Normalised exponential cosine correlation [..., N], with mean 1 over the tokens."""
+    """Normalised exponential cosine correlation [..., N], with mean 1 over the tokens that are there."""
     correlation = jnp.exp(cosine(tokens))
-    return correlation / correlation.mean(-1, keepdims=True)
+    if tokens.seen is None:
+        return correlation / correlation.mean(-1, keepdims=True)
+    there = jnp.broadcast_to(tokens.seen, correlation.shape)
+    return correlation / correlation.mean(-1, keepdims=True, where=there)
 
 
 DIRECTIONS: dict[str, Callable[[Change], Array]] = {
     "necc": necc,
-    "softmax": lambda tokens: jax.nn.softmax(cosine(tokens)),
+    "softmax": lambda tokens: jax.nn.softmax(cosine(tokens), where=tokens.seen),
     "cosine": cosine,
     "none": lambda tokens: jnp.ones_like(tokens.before),
 }
@@ -198,8 +235,16 @@ DIRECTIONS: dict[str, Callable[[Change], Array]] = {
 
 def transformation_weights(tokens: Change, options: TokenTM) -> Array:
     """`w_j = L(x~_j) / L(x_j) * NECC_j` [..., N]."""
-    ratio = _ratio(tokens.after, tokens.before) if options.length else jnp.ones_like(tokens.before)
-    return ratio * DIRECTIONS[options.direction](tokens)
+    lengths = ratio(tokens.after, tokens.before) if options.length else jnp.ones_like(tokens.before)
+    return lengths * DIRECTIONS[options.direction](tokens)
+
+
+def weigh(original: Array, transformed: Array, block: Blocks, options: TokenTM) -> Array:
+    """The weights [N] of paired tokens [N, D], by what the options say."""
+    if options.weight is None:
+        return transformation_weights(change(original, transformed, block.seen), options)
+    more = {"gradient": block.output_grad, "seen": block.seen}
+    return options.weight(original, transformed, **{name: a for name, a in more.items() if options.takes(name)})
 
 
 def attention_weights(block: Blocks, options: TokenTM) -> Array:
@@ -207,41 +252,57 @@ def attention_weights(block: Blocks, options: TokenTM) -> Array:
     x = block.tokens if options.original == "residual" else block.normalised
     match options.transformed, options.heads:
         case "value", "sum":
-            tokens = change(x, block.transformed_value)
-        case "value", _:
-            tokens = change_by_heads(x, block.value, block.output_kernel)
+            return weigh(x, block.transformed_value, block, options)
         case "linear", "sum":
-            tokens = change(x, x @ block.value_kernel @ block.output_kernel)
-        case "linear", _:
-            value = (x @ block.value_kernel).reshape(len(x), len(block.attention), -1)
-            tokens = change_by_heads(x, jnp.swapaxes(value, 0, 1), block.output_kernel)
+            return weigh(x, x @ block.value_kernel @ block.output_kernel, block, options)
+        case "stream", _:
+            return weigh(x, block.tokens + block.attention_branch, block, options)
+        case "value", _:
+            value = block.value
         case _:
-            tokens = change(x, block.tokens + block.attention_branch)
-    return transformation_weights(tokens, options)
+            value = jnp.swapaxes((x @ block.value_kernel).reshape(len(x), len(block.attention), -1), 0, 1)
+    return transformation_weights(change_by_heads(x, value, block.output_kernel, block.seen), options)
 
 
-def ffn_weights(tokens: Array, ffn_branch: Array, options: TokenTM) -> Array:
-    """Diagonal [N] of W_ffn from a layer's input and its output before the residual sum; zeros without `ffn`."""
-    transformed = ffn_branch if options.ffn_transformed == "branch" else tokens + ffn_branch
-    weights = transformation_weights(change(tokens, transformed), options)
-    return weights if options.ffn else jnp.zeros_like(weights)
+def ffn_weights(tokens: Array, block: Blocks, options: TokenTM) -> Array:
+    """Diagonal [N] of W_ffn from a layer's input [N, D] and what the layer did; zeros without `ffn`."""
+    if not options.ffn:
+        return jnp.zeros_like(tokens[..., 0])
+    transformed = block.ffn_branch if options.ffn_transformed == "branch" else tokens + block.ffn_branch
+    return weigh(tokens, transformed, block, options)
+
+
+def norm_gain(before: Array, after: Array) -> Array:
+    """`L(LN(u)) / L(u)` [N] of the tokens u [N, D] before and after a LayerNorm."""
+    return ratio(token_length(after), token_length(before))
 
 
 class Weights(NamedTuple):
-    """The transformation weights of one block: the diagonals of W_attn, [N] or [H, N], and W_ffn, [N]."""
+    """The diagonals of one block's updates: W_attn, [N] or [H, N], and W_ffn, [N]; of post-norm blocks, what the norm
+    behind each of the layers does, [N]."""
 
     attention: Array
     ffn: Array
+    attention_norm: Any = None
+    ffn_norm: Any = None
 
 
 def block_weights(block: Blocks, options: TokenTM) -> Weights:
     """Transformation weights of one block (arrays of `block` without the L axis). They need no gradient."""
     ones = jnp.ones(block.attention.shape[-1:], block.attention.dtype)
+    norms = ()
+    if options.norms and block.after is not None:
+        norms = (
+            norm_gain(block.tokens + block.attention_branch, block.middle),
+            norm_gain(block.middle + block.ffn_branch, block.after),
+        )
     if not options.weighs:
-        return Weights(ones, ones if options.ffn else jnp.zeros_like(ones))
-    middle = block.tokens + block.attention_branch if options.ffn else None
-    ffn = ffn_weights(middle, block.ffn_branch, options) if options.ffn else jnp.zeros_like(ones)
-    return Weights(attention_weights(block, options), ffn)
+        return Weights(ones, ones if options.ffn else jnp.zeros_like(ones), *norms)
+    ffn = jnp.zeros_like(ones)
+    if options.ffn:
+        middle = block.tokens + block.attention_branch if block.middle is None else block.middle
+        ffn = ffn_weights(middle, block, options)
+    return Weights(attention_weights(block, options), ffn, *norms)
 
 
 def rectified_mean(weighted: Array, weights: Array | None = None) -> Array:
@@ -271,9 +332,14 @@ def ffn_update(rows: Array, weights: Array) -> Array:
     return rows * (1 + weights)
 
 
-def block_update(rows: Array, attention: Array, ffn: Array) -> Array:
-    """Rows [..., N] from the output of one block to its input, for its `A W_attn` [N, N] and the weights w_ffn [N]."""
-    return attention_update(ffn_update(rows, ffn), attention)
+def block_update(rows: Array, attention: Array, weights: Weights) -> Array:
+    """Rows [..., N] from the output of one block to its input, for its `A W_attn` [N, N] and its weights."""
+    if weights.ffn_norm is not None:
+        rows = rows * weights.ffn_norm
+    rows = ffn_update(rows, weights.ffn)
+    if weights.attention_norm is not None:
+        rows = rows * weights.attention_norm
+    return attention_update(rows, attention)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -342,7 +408,7 @@ def contributions(blocks: Blocks, embedded: Array | None, rows: Array, options: 
     def update(rows: Array, block: Blocks) -> Array:
         weights = block_weights(block, options)
         attention = transformed_attention(block.attention, block.attention_grad, weights.attention, options)
-        return block_update(rows, attention, weights.ffn)
+        return block_update(rows, attention, weights)
 
     rows = propagate(update, blocks, rows, options.first_block, options.end_block)
     return initial_contributions(rows, embedded, options)

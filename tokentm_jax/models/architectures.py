@@ -14,7 +14,6 @@ from annotated_types import Ge, Le
 
 from tokentm_jax.data.preprocessing import CLIP, HALF, IMAGENET, Preprocessing, Statistics
 from tokentm_jax.errors import InputError, suggest
-from tokentm_jax.maths.primitives import ACTIVATIONS
 from tokentm_jax.models.vit import ViT
 from tokentm_jax.validation import checked
 
@@ -294,6 +293,7 @@ LARGEST = {
     "num_heads": 256,
     "num_classes": 1_000_000,
     "reg_tokens": 256,
+    "in_chans": 64,
 }  # fmt: skip
 LARGEST_TOKENS = 65_536  # of 4096 pixels in patches of 16
 
@@ -308,7 +308,8 @@ def _number(largest: float) -> Any:
 
 OPTIONS: dict[str, Any] = {  # what each option of a model may be
     "img_size": tuple[_whole("img_size"), _whole("img_size")],
-    **{name: _whole(name) for name in ("patch_size", "embed_dim", "depth", "num_heads")},
+    "patch_size": _whole("patch_size") | tuple[_whole("patch_size"), _whole("patch_size")],
+    **{name: _whole(name) for name in ("embed_dim", "depth", "num_heads")},
     **{name: _whole(name, 0) for name in ("num_classes", "reg_tokens")},
     **dict.fromkeys(("qkv_bias", "k_bias", "qk_norm", "proj_bias", "class_token", "distilled"), bool),
     **dict.fromkeys(("no_embed_class", "pre_norm", "final_norm", "scale_mlp_norm"), bool),
@@ -316,14 +317,17 @@ OPTIONS: dict[str, Any] = {  # what each option of a model may be
     "mlp_ratio": _number(64),
     "norm_eps": _number(0.1),
     "init_values": _number(1e4) | None,
-    "global_pool": Literal["token", "avg", "cat", "map"],
-    "activation": Literal[tuple(name for name in ACTIVATIONS if name != "silu")],
+    "global_pool": Literal["token", "avg", "cat", "map", "prefix"],
+    "activation": Literal["gelu", "quick_gelu", "gelu_tanh"],
     "mlp_layer": Literal["mlp", "swiglu", "swiglu_packed"],
     "pos_embed": Literal["learn", "none"],
     "rope_type": Literal["cat", "dinov3"] | None,
     "rope_temperature": Annotated[float, Ge(1), Le(1e9)],
     "ref_feat_shape": tuple[_whole("img_size"), _whole("img_size")] | None,
+    "in_chans": _whole("in_chans"),
+    "stride": _whole("patch_size") | tuple[_whole("patch_size"), _whole("patch_size")] | None,
 }
+LATER: Config = {"in_chans": 3, "stride": None}  # a description says them where they are not so
 # Other options of timm's VisionTransformer: those that change nothing of a trained model's forward pass, and those of
 # which one value is supported.
 WITHOUT_EFFECT = (
@@ -331,7 +335,6 @@ WITHOUT_EFFECT = (
     *("weight_init", "fix_init", "dynamic_img_size", "device", "dtype"),
 )
 ONLY: dict[str, Any] = {
-    "in_chans": 3,
     "scale_attn_norm": False,
     "pool_include_prefix": False,
     "dynamic_img_pad": False,
@@ -397,6 +400,7 @@ def build(
 def config_of(module: ViT) -> Config:
     """The configuration from which `build` makes this module, in JSON types."""
     values = {name: getattr(module, name) for name in OPTIONS}
+    values = {name: value for name, value in values.items() if name not in LATER or value != LATER[name]}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
@@ -404,8 +408,8 @@ def _checked(key: str, value: Any) -> Any:
     """`value` in the type of the option, or InputError."""
     if key == "img_size" or (key == "ref_feat_shape" and value is not None):
         value = _pair(value)
-    if key == "patch_size" and isinstance(value, list | tuple) and len(value) == 2 and value[0] == value[1]:
-        value = value[0]
+    if key in ("patch_size", "stride") and isinstance(value, list | tuple):
+        value = value[0] if len(value) == 2 and value[0] == value[1] else tuple(value)
     return checked(f"model option {key!r}", OPTIONS[key], value)
 
 
@@ -431,11 +435,11 @@ def _check_together(module: ViT) -> None:
     tokens = module.grid[0] * module.grid[1] + module.prefix
     if tokens > LARGEST_TOKENS:
         raise InputError(f"model option 'patch_size': {tokens} tokens are more than {LARGEST_TOKENS}")
-    for side in module.img_size:
-        if side % module.patch_size:
-            raise InputError(
-                f"model option 'img_size': {side} is not a multiple of the patch size {module.patch_size}"
-            )
+    for side, patch, stride in zip(module.img_size, *module.tiling, strict=True):
+        if side < patch or (module.stride is None and side % patch):
+            raise InputError(f"model option 'img_size': {side} is not a multiple of the patch size {patch}")
+        if stride > patch:
+            raise InputError(f"model option 'stride': {stride} leaves gaps between patches of {patch}")
     if module.embed_dim % module.num_heads:
         raise InputError(
             f"model option 'num_heads': {module.num_heads} heads do not divide the width {module.embed_dim}"
@@ -444,6 +448,8 @@ def _check_together(module: ViT) -> None:
         raise InputError(f"model option 'mlp_ratio': {module.mlp_ratio} leaves the FFN without hidden units")
     if module.global_pool in ("token", "cat") and not module.class_token:
         raise InputError(f"model option 'global_pool': {module.global_pool!r} needs a class token; use 'avg'")
+    if module.global_pool == "prefix" and not module.prefix:
+        raise InputError("model option 'global_pool': 'prefix' needs a token before the patches; use 'avg'")
     if module.rope_type is not None and module.embed_dim // module.num_heads % 4:
         raise InputError("model option 'rope_type': rotary positions need heads whose width is a multiple of 4")
     if module.distilled and not module.num_classes:
@@ -462,8 +468,9 @@ def parameter_count(module: ViT) -> int:
     block = attention + feed_forward + 2 * module.scale_mlp_norm * hidden + 4 * d + scales
     positions = module.grid[0] * module.grid[1] + (0 if module.no_embed_class else module.prefix)
     positions *= module.pos_embed == "learn"
-    embedding = d * (3 * module.patch_size**2 + (not module.pre_norm) + module.prefix + positions)
-    norms = 2 * d * (module.final_norm + module.pre_norm)
+    (high, wide), _ = module.tiling
+    embedding = d * (module.in_chans * high * wide + (not module.pre_norm) + module.prefix + positions)
+    norms = 2 * d * (module.final_norm * (1 + (module.global_pool == "prefix")) + module.pre_norm)
     pool = 0
     if module.global_pool == "map":  # the query, four linear maps of attention, a norm and an FFN layer
         pool = d + 4 * d * (d + 1) + 2 * d + hidden * (d + 1) + d * (hidden + 1)

@@ -18,10 +18,13 @@ and no more:
     value              [B, H, N, D/H]  `heads="each"` of tokentm
     value_kernel       [D, D]          `transformed="linear"` of tokentm
     output_kernel      [D, D]          both of these
+    middle             [B, N, D]       tokentm, of post-norm blocks: x'
+    after              [B, N, D]       tokentm, of post-norm blocks: x+
 
-`Blocks` and `Trace` say what each is. LRP stands for the methods of `methods.lrp`, which need the field
-`primitives`, too; legrad needs a `ViT`. An option may need another row (`original="normalised"` of tokentm,
-`variant="token"` of beyond_intuition); the error names what is missing.
+`Blocks` and `Trace` say what each is. LRP stands for the methods of `methods.lrp`, which need the field `primitives`,
+too; legrad needs a `ViT` or a `Bert`. A module of post-norm blocks says so by the attribute `post_norm`. An option may
+need another row (`original="normalised"` of tokentm, `variant="token"` of beyond_intuition); the error names what is
+missing.
 """
 
 import re
@@ -37,6 +40,7 @@ from jax import Array
 from tokentm_jax.errors import InputError, Unfit
 from tokentm_jax.maths.scores import explained
 from tokentm_jax.maths.tokentm import Blocks
+from tokentm_jax.models.inputs import as_inputs, check_inputs, seen, values, with_values
 
 
 class Trace(NamedTuple):
@@ -47,7 +51,7 @@ class Trace(NamedTuple):
 
     tokens: Any  # [L+1, B, N, D] input of every block, and the output of the last (where `final_tokens` is asked for)
     token_grads: Any  # [L+1, B, N, D] gradient of the score (the explained logit) there
-    input_grads: Any  # [B, H, W, 3] gradient at the normalised images
+    input_grads: Any  # [B, H, W, 3] gradient at the normalised images, or [B, N, D] at the embeddings of texts
     attention: Any  # [L, B, H, N, N] after softmax
     attention_grad: Any  # [L, B, H, N, N]
     normalised: Any  # [L, B, N, D] LN1 of the block's input
@@ -58,6 +62,9 @@ class Trace(NamedTuple):
     ffn_branch: Any  # [L, B, N, D]
     value_kernel: Any  # [L, D, D] of the value projection, without its bias; kept only where it is asked for
     output_kernel: Any  # [L, D, D] of the output projection, with the layer's scale; likewise
+    middle: Any  # [L, B, N, D] of post-norm blocks: x', and
+    after: Any  # [L, B, N, D] x+
+    seen: Any  # [B, N] which tokens of texts are there; None: all
     logits: Any  # [B, classes], or what else the module gives
     target: Any  # [B] the class explained, or the `Question`
     score: Array  # [B] what was explained: the logit of that class, or what the question's score is
@@ -68,9 +75,14 @@ class Trace(NamedTuple):
 
     def blocks(self) -> Blocks:
         """The arrays of all blocks, `attention` among them, with the batch axis second, which kernels do not have."""
-        found = {name: getattr(self, name) for name in Blocks._fields}
+        found = {name: getattr(self, name, None) for name in Blocks._fields}
+        depth = len(self.attention)
         if self.tokens is not None:
-            found["tokens"] = self.tokens[: len(self.attention)]
+            found["tokens"] = self.tokens[:depth]
+        if self.token_grads is not None and len(self.token_grads) > depth:
+            found["output_grad"] = self.token_grads[1:]
+        if self.seen is not None:
+            found["seen"] = jnp.broadcast_to(self.seen, (depth, *self.seen.shape))
         return Blocks(**found)
 
 
@@ -78,7 +90,8 @@ class Trace(NamedTuple):
 GRADIENTS = {"attention_grad": "attention", "token_grads": "tokens", "normalised_grads": "normalised"}
 SOWN = ("tokens", "attention", "normalised", "value", "transformed_value", "attention_branch", "ffn_branch")
 KERNELS = ("value_kernel", "output_kernel")
-NAMES = ("final_tokens", *SOWN, *KERNELS)  # of the contract
+POST_NORM = ("middle", "after")
+NAMES = ("final_tokens", *SOWN, *KERNELS)  # of the contract, beside those of post-norm blocks
 ALL = ("final_tokens", "input_grads", *SOWN, *GRADIENTS)  # kernels are parameters: few modules sow them
 RANKS = {"attention": 4, "value": 4} | dict.fromkeys(KERNELS, 2)  # of one block's array; all others are [B, N, D]
 
@@ -115,7 +128,7 @@ def capture(
     Args:
       module: a Linen module that sows and perturbs, such as `ViT` (see the top of this file), or a `PlainModel`.
       params: its parameters.
-      inputs: normalised images [B, H, W, 3].
+      inputs: normalised images [B, H, W, C], `Tokens` or `Texts`.
       target: class of each sample [B] or one class for all; None for the predicted ones; or a `Question` of
         `tokentm_jax.maths.scores`.
       fields: of `Trace`, which are wanted, and "final_tokens", which appends the output of the last block to `tokens`
@@ -128,18 +141,17 @@ def capture(
     Raises:
       InputError: the module sows or perturbs nothing of what is wanted.
     """
-    if getattr(inputs, "ndim", 0) < 2 or 0 in inputs.shape or not jnp.issubdtype(inputs.dtype, jnp.floating):
-        found = f"{inputs.dtype} {list(inputs.shape)}" if hasattr(inputs, "shape") else type(inputs).__name__
-        raise InputError(f"inputs must be an array of floating-point numbers [B, H, W, 3], got {found}")
+    inputs = as_inputs(module, params, inputs)
+    check_inputs(inputs)
     if isinstance(module, nn.Module) and (not isinstance(params, Mapping) or not params):
         raise InputError("params must be the nested dictionary of the module's parameters")
     if not gradients:
         fields = [name for name in fields if name not in (*GRADIENTS, "input_grads")]
 
-    def score(perturbed: Any, inputs: Array) -> tuple[Array, tuple[Any, dict[str, Any]]]:
+    def score(perturbed: Any, numbers: Array) -> tuple[Array, tuple[Any, dict[str, Any]]]:
         # A module perturbs all of its points or none.
         variables = {"params": params, **traverse_util.unflatten_dict({**others, **perturbed})}
-        logits, state = module.apply(variables, inputs, mutable=["intermediates"])
+        logits, state = module.apply(variables, with_values(inputs, numbers), mutable=["intermediates"])
         own, details = explained(logits, target)
         # Samples do not touch each other, so the gradient of the sum is every sample's own.
         return own.sum(), (state.get("intermediates", {}), details)
@@ -150,7 +162,7 @@ def capture(
             found = jnp.concatenate([found, _stacked(tree, "final_tokens", verb)])
         return found
 
-    others: dict[tuple[str, ...], Array] = {}
+    others: Any = {}  # path -> zeros
     grads = input_grads = None
     if "input_grads" in fields or any(name in fields for name in GRADIENTS):
         points = {point for field, point in GRADIENTS.items() if field in fields} | {"final_tokens"}
@@ -158,16 +170,16 @@ def capture(
         zeros = {path: others.pop(path) for path in list(others) if path[-1] in points}
         # With respect to the inputs in any case: a relevance rule that no derivative passes here would stand in for
         # the true derivative of its step when the map is differentiated.
-        (found, input_grads), (sown, details) = jax.grad(score, (0, 1), has_aux=True)(zeros, inputs)
+        (found, input_grads), (sown, details) = jax.grad(score, (0, 1), has_aux=True)(zeros, values(inputs))
         grads = traverse_util.unflatten_dict(found)
     else:
-        _, (sown, details) = score({}, inputs)
+        _, (sown, details) = score({}, values(inputs))
     found_gradients = {field: read(grads, point, "perturbs") for field, point in GRADIENTS.items() if field in fields}
-    values = {name: read(sown, name, "sows") for name in (*SOWN, *KERNELS) if name in fields}
-    known = {**found_gradients, **values, **details}
+    arrays = {name: read(sown, name, "sows") for name in (*SOWN, *KERNELS, *POST_NORM) if name in fields}
+    known: Any = {**found_gradients, **arrays, **details, "seen": seen(inputs)}
     if "input_grads" in fields:
         known["input_grads"] = input_grads
-    return Trace(**{name: known.get(name) for name in Trace._fields})
+    return Trace(*(known.get(name) for name in Trace._fields))
 
 
 def zero_perturbations(module: nn.Module, params: Any, x: Array) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,8 @@ from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import MARK, as_path, opened, read_json, reason, replace, require_ours, stored_size
 from tokentm_jax.models.architectures import LARGEST, build, config_of
+from tokentm_jax.models.bert import Bert
+from tokentm_jax.models.inputs import Tokens
 from tokentm_jax.models.text import TextEncoder
 from tokentm_jax.models.vit import ViT
 from tokentm_jax.validation import checked
@@ -43,10 +45,13 @@ LARGEST_FACTOR = 50  # weights hardly compress: a file that becomes so many time
 
 
 @functools.lru_cache(maxsize=8)
-def _shapes(module: ViT | TextEncoder) -> dict[tuple[str, ...], tuple[int, ...]]:
+def _shapes(module: ViT | TextEncoder | Bert) -> dict[tuple[str, ...], tuple[int, ...]]:
     """Path -> shape of every parameter of `module`; those of `blocks` have the axis L in front."""
     if isinstance(module, ViT):
-        inputs = jax.ShapeDtypeStruct((1, *module.img_size, 3), jnp.float32)
+        inputs = jax.ShapeDtypeStruct((1, *module.img_size, module.in_chans), jnp.float32)
+    elif isinstance(module, Bert):
+        ids, flags = (jax.ShapeDtypeStruct((1, 2), kind) for kind in (jnp.int32, jnp.bool_))
+        inputs = Tokens(ids, flags, ids, flags)
     else:
         inputs = jax.ShapeDtypeStruct((1, module.context), jnp.int32)
     variables: Any = jax.eval_shape(module.init, jax.random.key(0), inputs)
@@ -64,41 +69,43 @@ def _timm_name(path: tuple[str, ...], block: int = 0) -> str:
     return ".".join([*modules, {"kernel": "weight", "scale": "weight"}.get(leaf, leaf)])
 
 
-def _timm_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of one timm tensor, from that of our parameter without the axis L."""
+def _timm_shape(module: Any, path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of one timm tensor, from that of our parameter without the axis L. Without a `ViT`, patches are square and
+    of 3 channels."""
     if path == ("patch_embed", "kernel"):
         side = int((shape[0] / 3) ** 0.5 + 0.5)
-        return (shape[1], 3, side, side)
+        return (shape[1], 3, side, side) if module is None else (shape[1], module.in_chans, *module.tiling.patch)
     return shape[::-1] if path[-1] == "kernel" else shape
 
 
 def _from_timm(path: tuple[str, ...], tensor: np.ndarray) -> np.ndarray:
-    if path == ("patch_embed", "kernel"):  # convolution [D, 3, p, p] -> [p * p * 3, D]
+    if path == ("patch_embed", "kernel"):  # convolution [D, C, ph, pw] -> [ph pw C, D]
         return tensor.transpose(2, 3, 1, 0).reshape(-1, tensor.shape[0])
     return tensor.T if path[-1] == "kernel" else tensor
 
 
-def _to_timm(path: tuple[str, ...], value: np.ndarray) -> np.ndarray:
+def _to_timm(module: Any, path: tuple[str, ...], value: np.ndarray) -> np.ndarray:
     if path == ("patch_embed", "kernel"):
-        d, channels, p, _ = _timm_shape(path, value.shape)
-        return value.reshape(p, p, channels, d).transpose(3, 2, 0, 1)
+        d, channels, *patch = _timm_shape(module, path, value.shape)
+        return value.reshape(*patch, channels, d).transpose(3, 2, 0, 1)
     return value.T if path[-1] == "kernel" else value
 
 
-def to_timm(params: Mapping[str, Any]) -> Tensors:
-    """The tree of `ViT` parameters -> timm's names and layouts, float32."""
+def to_timm(params: Mapping[str, Any], module: ViT | None = None, dtype: Any = np.float32) -> Tensors:
+    """The tree of `ViT` parameters -> timm's names and layouts. Without the module, patches are square and of 3
+    channels."""
     tensors: Tensors = {}
     for path, leaf in traverse_util.flatten_dict(params).items():
-        value = np.asarray(leaf, np.float32)
+        value = np.asarray(leaf, np.float32).astype(dtype)
         if path[0] == "blocks":
-            tensors |= {_timm_name(path, i): _to_timm(path, block) for i, block in enumerate(value)}
+            tensors |= {_timm_name(path, i): _to_timm(module, path, block) for i, block in enumerate(value)}
         else:
-            tensors[_timm_name(path)] = _to_timm(path, value)
+            tensors[_timm_name(path)] = _to_timm(module, path, value)
     return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
 
 
 def to_params(
-    module: ViT | TextEncoder,
+    module: ViT | TextEncoder | Bert,
     tensors: Tensors,
     source: str,
     reset_head: bool = False,
@@ -118,7 +125,7 @@ def to_params(
         names = [_timm_name(path, i) for i in range(module.depth if stacked else 1)]
         if reset_head and names[0].startswith(HEADS):
             continue
-        expected = _timm_shape(path, shape[stacked:])
+        expected = _timm_shape(module, path, shape[stacked:])
         missing += [name for name in names if name not in tensors]
         found = {name: tensors.pop(name) for name in names if name in tensors}
         for name, tensor in found.items():
@@ -352,14 +359,15 @@ def _read_orbax(path: Path) -> Tensors:
             tree = found.tree
             unpacked = 0
             for names, leaf in traverse_util.flatten_dict(tree).items():
-                shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
+                shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", object)
                 block = names[0] != "blocks" or (shape and 0 < shape[0] <= LARGEST["depth"])
                 if shape is None or not block or not jnp.issubdtype(dtype, jnp.floating):
                     raise InputError(f"checkpoint {path}: {'.'.join(map(str, names))!r} is no parameter of a ViT")
                 unpacked += 4 * math.prod(shape)
             _require_room(path, unpacked)
             kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-            return to_timm(reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=kinds)))
+            params = reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=kinds))
+            return to_timm(params, build(_described(path)["architecture"]))
     except InputError:
         raise
     except Exception as error:  # Orbax and TensorStore raise many kinds
@@ -468,15 +476,17 @@ def write_checkpoint(
     preprocessing: Preprocessing,
     class_names: list[str] | tuple[str, ...] | None = None,
     extra: Mapping[str, Any] | None = None,
+    dtype: Literal["float32", "float16"] = "float32",
 ) -> Path:
     """Write weights with everything needed to use them again.
 
     Args:
         path: `NAME.safetensors` (timm's names, readable by timm) or a path without suffix (an Orbax folder).
-        module, params: the model; its parameters in any floating type (stored as float32).
+        module, params: the model; its parameters in any floating type.
         preprocessing: what the model expects of photos.
         class_names: one per class.
         extra: more JSON values for the description, such as the accuracy.
+        dtype: in which numbers are stored, for a file of safetensors.
 
     Returns:
         The path written. It appears whole or not at all, and replaces a checkpoint that was written here before.
@@ -500,7 +510,11 @@ def write_checkpoint(
         raise InputError(f"{path}: a checkpoint is written as NAME.safetensors or as a folder without suffix")
     if not isinstance(params, Mapping) or not all(_is_real(leaf) for leaf in jax.tree.leaves(params)):
         raise InputError(f"{where} 'params' must be a nested dictionary of arrays of real numbers")
-    tensors = to_timm(params)
+    dtype = checked(f"{where} 'dtype'", Literal["float32", "float16"], dtype)
+    if dtype != "float32" and not path.suffix:
+        raise InputError(f"{path}: a folder is written in float32")
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused below
+        tensors = to_timm(params, module, dtype)
     to_params(module, tensors, "params")  # what could not be read again is not written
     require_ours(path)
 
@@ -548,7 +562,7 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any] | None:
             with safetensors.safe_open(path, "np") as file:
                 text = (file.metadata() or {}).get(MARK)
         elif kind == "orbax":
-            return _checked_description(read_json(path / "description.json", LARGEST_DESCRIPTION), path)
+            return _described(path)
         if text is None:
             return None
         description = json.loads(text) if len(text) <= LARGEST_DESCRIPTION else None
@@ -557,6 +571,10 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
         raise _damaged(path, error) from None
     return _checked_description(description, path)
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    return _checked_description(read_json(folder / "description.json", LARGEST_DESCRIPTION), folder)
 
 
 def _checked_description(description: Any, path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import reason
 from tokentm_jax.models.layouts import CONFIG, INDEX, OPEN_CLIP, OTHERS, WEIGHTS, shards
+from tokentm_jax.models.text_layouts import POOLING
 
 HUB = "hf-hub:"
 
@@ -40,7 +41,7 @@ def download(name: str) -> Path:
             for shard in shards(folder):
                 wanted = (shard,)
                 first_of(wanted)
-        for file in OTHERS:
+        for file in (*OTHERS, POOLING):
             wanted = (file,)
             try:
                 first_of(wanted)

@@ -27,6 +27,7 @@ WEIGHTS = ("model.safetensors", "open_clip_model.safetensors")
 TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt")
 OTHERS = ("preprocessor_config.json", *TOKENIZER)
 LARGEST_SHARDS = 1000
+TEXT = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra")  # of `text_layouts`
 
 Names = Sequence[tuple[str, Any]]  # patterns of names, and what to put in their place
 Whole = Annotated[int, Ge(1), Le(2**31 - 1)]
@@ -82,6 +83,8 @@ def read_folder(folder: Path) -> Folder:
     if "pretrained_cfg" in config.content:
         return _timm(folder, config)
     kind = config("model_type", str)
+    if kind in TEXT:
+        raise InputError(f"{folder} holds a model of texts ({kind!r}): tm.load_text loads it")
     if kind not in HUGGING_FACE:
         known = ", ".join(HUGGING_FACE)
         raise InputError(f"{config.where}: the model type {kind!r} is not supported; known: {known}")
@@ -89,12 +92,16 @@ def read_folder(folder: Path) -> Folder:
 
 
 def read_weights(folder: Path) -> Tensors:
-    """The tensors of a folder, of one file or of the shards that an index lists. InputError as for a checkpoint."""
+    """The tensors of a folder, of one file (of any name, if there is no other) or of the shards that an index lists.
+    InputError as for a checkpoint."""
     for name in WEIGHTS:
         if (folder / name).is_file():
             return read_safetensors(folder / name)
     if not (folder / INDEX).is_file():
-        raise InputError(f"{folder} has no weights: expected {WEIGHTS[0]} or {INDEX}")
+        only = sorted(folder.glob("*.safetensors"))
+        if len(only) != 1:
+            raise InputError(f"{folder} has no weights: expected {WEIGHTS[0]} or {INDEX}")
+        return read_safetensors(only[0])
     tensors: Tensors = {}
     for name in shards(folder):
         tensors |= read_safetensors(folder / name)
@@ -137,11 +144,15 @@ def _activation(section: Section) -> str:
 
 def _common(section: Section) -> Config:
     """Options that all vision configs of Hugging Face say in the same words."""
-    width = section("hidden_size", Whole)
     section.only("num_channels", 3)
+    return {"img_size": section("image_size", int | tuple[int, int]), **_blocks(section)}
+
+
+def _blocks(section: Section) -> Config:
+    """Those that do not depend on what the images are."""
+    width = section("hidden_size", Whole)
     hidden = section("intermediate_size", Whole, None)
     return {
-        "img_size": section("image_size", int | tuple[int, int]),
         "patch_size": section("patch_size", int | tuple[int, int]),
         "embed_dim": width,
         "depth": section("num_hidden_layers", Whole),
@@ -153,7 +164,7 @@ def _common(section: Section) -> Config:
     }
 
 
-def _labels(config: Section) -> list[str] | None:
+def labels_of(config: Section) -> list[str] | None:
     """Names of the classes, unless they are the ones that nobody gave."""
     names = config("id2label", dict[str, str], {})
     listed = [names.get(str(i)) for i in range(len(names))]
@@ -242,13 +253,80 @@ def _vit(folder: Path, config: Section) -> Folder:
     return _classifier(folder, config, options, tensors)
 
 
-def _classifier(folder: Path, config: Section, options: Config, tensors: Tensors) -> Folder:
+def _classifier(
+    folder: Path, config: Section, options: Config, tensors: Tensors, preprocessing: Preprocessing | None = None
+) -> Folder:
     head = tensors.get("head.weight")
     options["num_classes"] = head.shape[0] if head is not None and head.ndim else 0
-    names = _labels(config) if options["num_classes"] else None
+    names = labels_of(config) if options["num_classes"] else None
     if names is not None and len(names) != options["num_classes"]:
         raise InputError(f"{config.where}: 'id2label' names {len(names)} classes of {options['num_classes']}")
-    return Folder(options, _preprocessing(folder, options["img_size"]), tensors, names)
+    return Folder(options, preprocessing or _preprocessing(folder, options["img_size"]), tensors, names)
+
+
+# ---- AST ------------------------------------------------------------------------------------------------------------
+
+AST_NAMES: Names = (
+    (r"^audio_spectrogram_transformer\.", ""),
+    (r"^embeddings\.distillation_token$", "reg_token"),
+    (r"^layers\.(\d+)\.", r"encoder.layer.\1."),
+    (r"\.attention\.(q|k|v)_proj\.", lambda m: f".attn.{dict(q='query', k='key', v='value')[m[1]]}."),
+    (r"\.attention\.o_proj\.", ".attn.proj."),
+    (r"^classifier\.layernorm\.", "fc_norm."),
+    (r"^classifier\.dense\.", "head."),
+    *VIT_NAMES,
+)
+AST = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "patch_size": 16, "frequency_stride": 10, "time_stride": 10}
+AST |= {"num_mel_bins": 128, "max_length": 1024}
+LOG_RANGE = (-16.0, 16.0)  # of log energies, which are above -15.95, and below 16 for waves of full scale
+
+
+def _ast(folder: Path, config: Section) -> Folder:
+    """The Audio Spectrogram Transformer (Gong et al., Interspeech 2021): two tokens before the patches, whose mean is
+    read, with a norm before and after; patches overlap. Rows of its images are frequencies."""
+    tensors = current_names(fused(renamed(read_weights(folder), AST_NAMES)))
+    config = Section(config.where, {**AST, **config.content})
+    size = [config("num_mel_bins", Whole), config("max_length", Whole)]
+    options = _blocks(config) | {
+        "img_size": size,
+        "stride": [config("frequency_stride", Whole), config("time_stride", Whole)],
+        "in_chans": 1,
+        "reg_tokens": 1,
+        "global_pool": "prefix",
+    }
+    return _classifier(folder, config, options, tensors, _sound(folder, size))
+
+
+def _sound(folder: Path, size: list[int]) -> Preprocessing:
+    """Of AST's `preprocessor_config.json`. What it calls features are log energies, and 0 where a recording ended."""
+    file = folder / "preprocessor_config.json"
+    if not file.is_file():
+        raise InputError(f"{folder} lacks {file.name}, which says how recordings become the model's input")
+    section = Section(str(file), read_json(file, what="preprocessing"))
+    section.only("feature_size", 1)
+    for key, value in zip(("num_mel_bins", "max_length"), size, strict=True):
+        section.only(key, value)
+    rate = section("sampling_rate", Whole, 16_000)
+    window = rate * 25 // 1000
+    low, high = LOG_RANGE
+    mean, deviation = 0.0, 0.5
+    if section("do_normalize", bool, True):
+        mean, deviation = section("mean", float, -4.2677393), section("std", float, 4.5689974)
+    where = {"window": window, "hop": rate // 100, "fft": 2 ** max(1, (window - 1).bit_length())}
+    return Preprocessing.from_dict(
+        {
+            "size": size,
+            "mean": [(mean - low) / (high - low)],
+            "std": [2 * deviation / (high - low)],  # it divides by twice the deviation
+            "audio": {
+                **where,
+                "sampling_rate": rate,
+                "floor": low,
+                "ceiling": high,
+                "padding": -low / (high - low),
+            },
+        }
+    )
 
 
 # ---- CLIP and SigLIP ------------------------------------------------------------------------------------------------
@@ -398,6 +476,7 @@ def _siglip(folder: Path, config: Section) -> Folder:
 
 HUGGING_FACE: dict[str, Callable[[Path, Section], Folder]] = {
     **dict.fromkeys(("vit", "deit", "dinov2", "dinov2_with_registers"), _vit),
+    "audio-spectrogram-transformer": _ast,
     "clip": _clip,
     "siglip": _siglip,
 }

@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from tokentm_jax.data.labels import number
-from tokentm_jax.data.preprocessing import IMAGENET, Preprocessing
+from tokentm_jax.data.preprocessing import IMAGENET, Preprocessing, Statistics
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.files import as_path, read_json, read_text
 from tokentm_jax.maths import scores
@@ -28,17 +28,15 @@ _PACKAGE = Path(__file__).parent.parent
 SHIPPED = (_PACKAGE / "_models", _PACKAGE.parent / "models")  # in an installed wheel; in a clone
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class LoadedViT:
-    """A model with its weights, its preprocessing, and the names and wnids of its classes (None: unknown)."""
+class Classes:
+    """What every loaded model knows of its classes."""
 
-    module: ViT
-    params: Any
-    preprocessing: Preprocessing
-    class_names: tuple[str, ...] | None
-    name: str
-    wnids: tuple[str, ...] | None = None
-    text: TextTower | None = None  # of CLIP and SigLIP, whose outputs are features
+    if TYPE_CHECKING:
+        module: Any
+        class_names: tuple[str, ...] | None
+        name: str
+        wnids: tuple[str, ...] | None
+        text: TextTower | None
 
     def require_classes(self) -> None:
         """Raises InputError for a model whose outputs are features, so that no class can be asked for."""
@@ -54,20 +52,6 @@ class LoadedViT:
         if self.text is None:
             raise InputError(f"{self.name} has no text tower: a prompt is for models such as CLIP and SigLIP")
         return np.asarray(self.text.embed(prompts))
-
-    def read(self, paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> np.ndarray:
-        """Photos, resized and cropped for this model: [B, H, W, 3] float32 in [0, 1]. Raises InputError."""
-        from tokentm_jax.data.photos import read_photos
-
-        several = paths if isinstance(paths, Sequence) and not isinstance(paths, str | bytes) else [paths]
-        return read_photos([as_path(path, "a photo") for path in several], self.preprocessing)
-
-    def logits(self, images: Array | np.ndarray) -> Array:
-        """Images [B, H, W, 3] in [0, 1] -> logits [B, classes] in float32; normalisation included.
-
-        Raises InputError for images that `Preprocessing.checked` refuses.
-        """
-        return _logits(self.module, self.preprocessing, self.params, self.preprocessing.checked(images))
 
     def class_name(self, index: int) -> str:
         """Name of a class, or "class 281" where names are unknown. Raises InputError when out of range."""
@@ -116,8 +100,45 @@ class LoadedViT:
         return found[0]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoadedViT(Classes):
+    """A model with its weights, its preprocessing, and the names and wnids of its classes (None: unknown)."""
+
+    module: ViT
+    params: Any
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] | None
+    name: str
+    wnids: tuple[str, ...] | None = None
+    text: TextTower | None = None  # of CLIP and SigLIP, whose outputs are features
+
+    def read(self, paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> np.ndarray:
+        """Photos, resized and cropped for this model: [B, H, W, 3] float32 in [0, 1]; or, for a model of recordings,
+        their spectrograms [B, mel bins, frames, 1], with a warning where one is longer than what the model hears.
+
+        Raises InputError.
+        """
+        from tokentm_jax.data.audio import read_recordings
+        from tokentm_jax.data.photos import read_photos
+
+        several = paths if isinstance(paths, Sequence) and not isinstance(paths, str | bytes) else [paths]
+        read, what = (read_photos, "a photo") if self.preprocessing.audio is None else (read_recordings, "a recording")
+        return read([as_path(path, what) for path in several], self.preprocessing)
+
+    def logits(self, images: Array | np.ndarray) -> Array:
+        """Images [B, H, W, C] in [0, 1] -> logits [B, classes] in float32; normalisation included.
+
+        Raises InputError for images that `Preprocessing.checked` refuses.
+        """
+        return _logits(self.module, self.preprocessing, self.params, self.preprocessing.checked(images))
+
+    def prepare(self, images: Any) -> Array:
+        """Images [B, H, W, 3] in [0, 1] -> the model's input. Raises InputError as `Preprocessing.checked`."""
+        return self.preprocessing.normalise(self.preprocessing.checked(images))
+
+
 def predict(module: ViT, preprocessing: Preprocessing, params: Any, images: Array) -> Array:
-    """Images [B, H, W, 3] in [0, 1] -> logits [B, classes], as a function to compile into a larger one."""
+    """Images [B, H, W, C] in [0, 1] -> logits [B, classes], as a function to compile into a larger one."""
     logits = module.apply({"params": params}, preprocessing.normalise(images))
     assert isinstance(logits, jax.Array)  # nothing is mutable
     return logits
@@ -142,7 +163,8 @@ def load(
             model, a folder in the layout of timm, Hugging Face or OpenCLIP (`tokentm_jax.models.layouts`), or
             "hf-hub:OWNER/NAME" for such a one. None: what the checkpoint describes, or the shipped default.
         checkpoint: weights; needed with a timm name or options. A file's own preprocessing goes before the
-            model's; for options without either it is ImageNet's statistics (`dataclasses.replace` changes it).
+            model's; for options without either it is ImageNet's statistics, or 0.5 for
+            other than 3 channels (`dataclasses.replace` changes it).
         img_size: other resolution, side or (height, width); position embeddings are resampled.
         num_classes: checked against the checkpoint's classifier, whose size is the default. A model without one
             gives features, which a score explains.
@@ -189,10 +211,13 @@ def load(
         head = tensors.get("head.weight")
         num_classes = head.shape[0] if head is not None and head.ndim else 0
     module = build(config, img_size, num_classes, dtype)
+    if module.in_chans != len(preprocessing.mean):
+        found = f"{module.in_chans} channels, and the preprocessing has {len(preprocessing.mean)}"
+        raise InputError(f"{path}: the model has {found}")
     params = to_params(module, tensors, str(path), old_grid=grid)
     preprocessing = dataclasses.replace(preprocessing, size=module.img_size)
     if class_names is not None:
-        names, wnids = _class_names(class_names, module.num_classes)
+        names, wnids = read_class_names(class_names, module.num_classes)
     elif names is None and (path.parent / "imagenet_classes.json").is_file():
         names, wnids = _read_names(path.parent / "imagenet_classes.json")
     if names is not None and len(names) != module.num_classes:  # the model was given another number of classes
@@ -211,7 +236,9 @@ def _described(
         config, preprocessing = architecture(model)
         return config, stored or preprocessing, model
     if model is not None:
-        return dict(model), stored or Preprocessing((224, 224), **IMAGENET), path.stem
+        channels = build(model).in_chans
+        usual = IMAGENET if channels == 3 else Statistics(mean=(0.5,) * channels, std=(0.5,) * channels)
+        return dict(model), stored or Preprocessing((224, 224), **usual), path.stem
     if description is None or stored is None:
         raise InputError(f"checkpoint {path} does not say which architecture it is for: name the model")
     return description["architecture"], stored, path.stem
@@ -235,7 +262,8 @@ def _shipped(model: str | Mapping[str, Any] | None) -> Path:
 Names = tuple[list[str], list[str] | None]  # of classes, and their wnids if these are known
 
 
-def _class_names(names: Sequence[Any] | str | os.PathLike[str], count: int) -> Names:
+def read_class_names(names: Sequence[Any] | str | os.PathLike[str], count: int) -> Names:
+    """The names of so many classes, as `load` takes them. Raises InputError for another form or number."""
     source = str(names) if isinstance(names, str | os.PathLike) else "class_names"
     found = _read_names(Path(names)) if isinstance(names, str | os.PathLike) else _listed(names, source)
     if len(found[0]) != count:

@@ -19,7 +19,7 @@ from jax import Array
 from jax.extend.core import get_opaque_trace_state
 
 from tokentm_jax.errors import InputError, suggest
-from tokentm_jax.models.capture import KERNELS, NAMES
+from tokentm_jax.models.capture import KERNELS, NAMES, POST_NORM
 
 Tap = Callable[[str, Array], Array]
 
@@ -92,8 +92,8 @@ class _Tap:
         self._trace = get_opaque_trace_state(convention="flax")
 
     def __call__(self, name: str, array: Array) -> Array:
-        if name not in NAMES:
-            raise suggest("tap", name, NAMES)
+        if name not in (*NAMES, *POST_NORM):
+            raise suggest("tap", name, (*NAMES, *POST_NORM))
         if get_opaque_trace_state(convention="flax") != self._trace:
             raise InputError(
                 f"{name!r} is tapped inside of a jit, vmap, scan or checkpoint of its own, which no array can leave: "

@@ -18,12 +18,12 @@ from tokentm_jax.errors import InputError
 BATCH, WIDTH = "batch", "width"
 
 
-def over_batch(devices: Sequence[jax.Device]) -> NamedSharding:
+def over_batch(devices: Sequence[Any]) -> NamedSharding:
     """Placement of an array whose leading axis is the batch: a share on each of the devices."""
     return NamedSharding(Mesh(np.array(devices), (BATCH,)), PartitionSpec(BATCH))
 
 
-def over_devices(explain: Callable[..., Any], devices: Sequence[jax.Device] | None = None) -> Callable[..., Any]:
+def over_devices(explain: Callable[..., Any], devices: Sequence[Any] | None = None) -> Callable[..., Any]:
     """`explain(params, inputs, target=None)` of `explain_fn`, jitted, with the batch spread over `devices`.
 
     The batch may have any size: where the devices do not divide it, the last sample fills it up and the copies are

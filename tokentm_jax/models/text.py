@@ -114,10 +114,10 @@ class Tokenizer:
         """[T] -> ids [T, C] int32. Raises InputError for files that are missing or damaged, and without the extra."""
         if self.problem is not None:
             raise InputError(self.problem)
-        engine = _engine(self.files, self.context)
+        pieces = engine(self.files, self.context)
         texts = [_canonical(prompt) for prompt in prompts] if self.canonical else list(prompts)
-        with _one_sentence(self.files):
-            found = [encoding.ids for encoding in engine.encode_batch(texts)]
+        with one_sentence(self.files):
+            found = [encoding.ids for encoding in pieces.encode_batch(texts)]
         ids = np.empty((len(found), self.context), np.int32)
         for row, values in zip(ids, found, strict=True):
             if not values:
@@ -133,7 +133,7 @@ def _canonical(prompt: str) -> str:
 
 
 @contextmanager
-def _one_sentence(files: tuple[Path, ...]) -> Iterator[None]:
+def one_sentence(files: tuple[Path, ...]) -> Iterator[None]:
     """Turns whatever the tokenizers library raises into one InputError; its panics are no Exceptions."""
     try:
         yield
@@ -147,17 +147,19 @@ def _one_sentence(files: tuple[Path, ...]) -> Iterator[None]:
 
 
 @functools.lru_cache(maxsize=4)
-def _engine(files: tuple[Path, ...], context: int) -> Any:
+def engine(files: tuple[Path, ...], context: int) -> Any:
+    """A `tokenizers.Tokenizer` that cuts texts to `context` tokens. InputError for damaged files, and without the
+    extra."""
     try:
         import tokenizers  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise InputError("prompts need a tokenizer: pip install 'tokentm_jax[text]'") from None
+        raise InputError("texts need a tokenizer: pip install 'tokentm_jax[text]'") from None
     texts = [read_text(file, what="tokenizer") for file in files]
-    with _one_sentence(files):
-        engine = tokenizers.Tokenizer.from_str(texts[0]) if len(files) == 1 else _byte_pairs(files[0], texts[1])
-        engine.no_padding()
-        engine.enable_truncation(context)
-    return engine
+    with one_sentence(files):
+        found = tokenizers.Tokenizer.from_str(texts[0]) if len(files) == 1 else _byte_pairs(files[0], texts[1])
+        found.no_padding()
+        found.enable_truncation(context)
+    return found
 
 
 def _byte_pairs(vocabulary: Path, merges: str) -> Any:
@@ -174,7 +176,9 @@ def _byte_pairs(vocabulary: Path, merges: str) -> Any:
     ids = read_json(vocabulary, what="tokenizer")
     if not isinstance(ids, dict) or not {_START, _END} <= ids.keys():
         raise InputError(f"{vocabulary} must be an object from token to id, with {_START} and {_END}")
-    pairs = [tuple(line.split()) for line in merges.splitlines() if line.strip() and not line.startswith("#version")]
+    pairs: Any = [
+        tuple(line.split()) for line in merges.splitlines() if line.strip() and not line.startswith("#version")
+    ]
     engine = Tokenizer(models.BPE(ids, pairs, end_of_word_suffix="</w>", unk_token=_END))
     engine.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]

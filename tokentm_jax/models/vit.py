@@ -19,6 +19,7 @@ import numpy as np
 from jax import Array
 
 from tokentm_jax.errors import InputError
+from tokentm_jax.maths.maps import Tiling
 from tokentm_jax.maths.primitives import PLAIN, Primitives, wide
 
 trunc_normal = nn.initializers.truncated_normal(0.02)
@@ -119,7 +120,7 @@ class Attention(nn.Module):
     primitives: Primitives
 
     @nn.compact
-    def __call__(self, x: Array, scale_branch: LayerScale | None) -> Array:
+    def __call__(self, x: Array, scale_branch: LayerScale | None, mask: Array | None = None) -> Array:
         b, n, d = x.shape
         h = self.num_heads
         rule = self.primitives
@@ -135,6 +136,8 @@ class Attention(nn.Module):
             turn = partial(rule.rotate, **dict(zip(("cosine", "sine"), tables, strict=True)), half=self.rope.half)
             query, key = turn(query), turn(key)
         scores = rule.product("bhqd,bhkd->bhqk", query, key)
+        if mask is not None:  # finite, so that no rule meets a product of infinity and zero
+            scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min / 2)
         attention = self.perturb("attention", rule.softmax(scores, (d // h) ** -0.5))
         kernel, bias = Affine(d, self.proj_bias, name="proj")(d)
         if scale_branch is not None:
@@ -147,6 +150,8 @@ class Attention(nn.Module):
             self.sow("intermediates", "value_kernel", projections[:, 2 * d :])
             self.sow("intermediates", "output_kernel", kernel)
         attention = rule.attended(attention)
+        if mask is not None:  # zeros already; now their gradient is zero, too
+            attention = jnp.where(mask[:, None, None], attention, 0)
         mixed = rule.product("bhqk,bhkd->bqhd", attention, value).reshape(b, n, d)
         return rule.linear(mixed, kernel, bias)
 
@@ -211,7 +216,10 @@ class AttentionPool(nn.Module):
 class Block(nn.Module):
     """Pre-norm block: `x' = x + MHSA(LN1(x))`, `x+ = x' + FFN(LN2(x'))`.
 
-    Sows `tokens` (its input), `normalised` (LN1 of it), `attention_branch` and `ffn_branch`, each [B, N, D].
+    Or with `post_norm`: `x' = LN1(x + MHSA(x))`, `x+ = LN2(x' + FFN(x'))`. A mask [B, N] says which tokens are there.
+
+    Sows `tokens` (its input), `normalised` (what the attention sees: LN1 of it, or itself), `attention_branch` and
+    `ffn_branch`, and with `post_norm` `middle` (x') and `after` (x+), each [B, N, D].
     """
 
     num_heads: int
@@ -227,6 +235,7 @@ class Block(nn.Module):
     scale_mlp_norm: bool
     norm_eps: float
     primitives: Primitives
+    post_norm: bool = False
 
     def setup(self) -> None:
         rule = self.primitives
@@ -240,30 +249,39 @@ class Block(nn.Module):
         if self.init_values is not None:
             self.ls1, self.ls2 = LayerScale(self.init_values), LayerScale(self.init_values)
 
-    def __call__(self, x: Array, _: None = None) -> tuple[Array, None]:
-        return self.feed(self.attend(x)), None
+    def __call__(self, x: Array, mask: Array | None = None) -> tuple[Array, None]:
+        return self.feed(self.attend(x, mask)), None
 
-    def attend(self, x: Array) -> Array:
+    def attend(self, x: Array, mask: Array | None = None) -> Array:
         """The attention layer: x [B, N, D] -> x' [B, N, D]."""
         x = self.perturb("tokens", x)
         stream, branch = self.primitives.fork(x)
-        normalised = self.perturb("normalised", self.norm1(branch))
-        attention_branch = self.attn(normalised, None if self.init_values is None else self.ls1)
+        normalised = self.perturb("normalised", branch if self.post_norm else self.norm1(branch))
+        attention_branch = self.attn(normalised, None if self.init_values is None else self.ls1, mask)
         self.sow("intermediates", "tokens", x)
         self.sow("intermediates", "normalised", normalised)
         self.sow("intermediates", "attention_branch", attention_branch)
-        return self.primitives.add(stream, attention_branch)
+        return self._joined("middle", self.norm1, stream, attention_branch)
 
     def feed(self, x: Array) -> Array:
         """The FFN layer: x' [B, N, D] -> x+ [B, N, D]."""
         stream, branch = self.primitives.fork(x)
-        ffn_branch = self.mlp(self.norm2(branch), None if self.init_values is None else self.ls2)
+        ffn_branch = self.mlp(
+            branch if self.post_norm else self.norm2(branch), None if self.init_values is None else self.ls2
+        )
         self.sow("intermediates", "ffn_branch", ffn_branch)
-        return self.primitives.add(stream, ffn_branch)
+        return self._joined("after", self.norm2, stream, ffn_branch)
+
+    def _joined(self, name: str, norm: Norm, stream: Array, branch: Array) -> Array:
+        joined = self.primitives.add(stream, branch)
+        if self.post_norm:
+            joined = norm(joined)
+            self.sow("intermediates", name, joined)
+        return joined
 
 
 class ViT(nn.Module):
-    """Vision Transformer: normalised images [B, H, W, 3] -> logits [B, classes], or features [B, D] for no classes.
+    """Vision Transformer: normalised images [B, H, W, C] -> logits [B, classes], or features [B, D] for no classes.
 
     `dtype` is the type of the activations (None: that of the images); norms and softmax are computed in float32 at
     least. `primitives` chooses the backward rules. With the collection `intermediates` mutable the blocks sow what
@@ -271,7 +289,7 @@ class ViT(nn.Module):
     """
 
     img_size: tuple[int, int] = (224, 224)
-    patch_size: int = 16
+    patch_size: int | tuple[int, int] = 16  # side, or (height, width)
     embed_dim: int = 768
     depth: int = 12
     num_heads: int = 12
@@ -291,7 +309,7 @@ class ViT(nn.Module):
     rope_temperature: float = 10_000.0
     ref_feat_shape: tuple[int, int] | None = None  # see `Rope.reference`
     pre_norm: bool = False  # a norm before the first block, and no patch-embedding bias
-    global_pool: str = "token"  # "token", "avg", both ("cat"), or "map" (attention pooling)
+    global_pool: str = "token"  # "token", "avg", both ("cat"), "map" (attention pooling), or "prefix" (AST's)
     final_norm: bool = True  # a norm after the last block, or after pooling
     fc_norm: bool | None = None  # norm after pooling in place of before; None: when pooling is "avg"
     activation: str = "gelu"
@@ -299,13 +317,28 @@ class ViT(nn.Module):
     scale_mlp_norm: bool = False  # a norm before the FFN's last linear map
     norm_eps: float = 1e-6
     patch_drop: float = 0.0  # share of patch tokens left out in training (with the rng "patch_drop")
+    in_chans: int = 3
+    stride: int | tuple[int, int] | None = None  # from patch to patch, less where they overlap; None: the patch size
     dtype: Any = None
     primitives: Primitives = PLAIN
 
     @property
     def grid(self) -> tuple[int, int]:
         """Patch grid (gh, gw)."""
-        return self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size
+        gh, gw = (
+            (side - p) // s + 1
+            for side, p, s in zip(self.img_size, self.tiling.patch, self.tiling.stride, strict=True)
+        )
+        return gh, gw
+
+    @property
+    def tiling(self) -> Tiling:
+        """Height and width of a patch, and how far apart two begin."""
+        patch, stride = (
+            side if isinstance(side, tuple) else (side, side)
+            for side in (self.patch_size, self.patch_size if self.stride is None else self.stride)
+        )
+        return Tiling(patch, stride)
 
     @property
     def prefix(self) -> int:
@@ -321,6 +354,8 @@ class ViT(nn.Module):
         patches = self.grid[0] * self.grid[1]
         if self.global_pool == "cat":
             return (0.5,) + (0.0,) * (self.prefix - 1) + (0.5 / patches,) * patches
+        if self.global_pool == "prefix":
+            return (1 / self.prefix,) * self.prefix + (0.0,) * patches
         if self.global_pool != "token":
             return (0.0,) * self.prefix + (1 / patches,) * patches
         heads = 1 + int(self.distilled)
@@ -349,9 +384,9 @@ class ViT(nn.Module):
             length=self.depth,
         )
         self.blocks = scan(**self._block_fields)
-        if self.final_norm and self._norms_after_pooling:
+        if self._norms[1]:
             self.fc_norm_layer = Norm(self.norm_eps, rule, name="fc_norm")
-        elif self.final_norm:
+        if self._norms[0]:
             self.norm = Norm(self.norm_eps, rule)
         if self.global_pool == "map":
             hidden = int(d * self.mlp_ratio)
@@ -362,8 +397,11 @@ class ViT(nn.Module):
             self.head_dist = Affine(self.num_classes)
 
     @property
-    def _norms_after_pooling(self) -> bool:
-        return self.global_pool == "avg" if self.fc_norm is None else self.fc_norm
+    def _norms(self) -> tuple[bool, bool]:
+        """Whether there is a norm before pooling, and one after it."""
+        after = self.global_pool == "avg" if self.fc_norm is None else self.fc_norm
+        both = self.global_pool == "prefix"
+        return self.final_norm and (both or not after), self.final_norm and (both or after)
 
     @property
     def _block_fields(self) -> dict[str, Any]:
@@ -386,16 +424,13 @@ class ViT(nn.Module):
         return self.classify(tokens)
 
     def embed(self, images: Array) -> Array:
-        """Normalised images [B, H, W, 3] -> tokens [B, N, D] that enter the first block."""
-        b, height, width, channels = images.shape
-        if (height, width) != self.img_size or channels != 3:
-            raise InputError(
-                f"images must be [B, {self.img_size[0]}, {self.img_size[1]}, 3] for this model, got {images.shape}"
-            )
-        rule, p, (gh, gw) = self.primitives, self.patch_size, self.grid
-        x = images.astype(self.dtype or images.dtype)
-        patches = x.reshape(b, gh, p, gw, p, 3).transpose(0, 1, 3, 2, 4, 5).reshape(b, gh * gw, p * p * 3)
-        x = rule.embed(patches, *self.patch_embed(p * p * 3))
+        """Normalised images [B, H, W, C] -> tokens [B, N, D] that enter the first block."""
+        expected = (*self.img_size, self.in_chans)
+        if images.shape[1:] != expected:
+            raise InputError(f"images must be [B, {', '.join(map(str, expected))}] for this model, got {images.shape}")
+        rule = self.primitives
+        patches = self._patches(images.astype(self.dtype or images.dtype))
+        x = rule.embed(patches, *self.patch_embed(patches.shape[-1]))
         names = (
             ["cls_token"] * self.class_token + ["dist_token"] * self.distilled + ["reg_token"] * bool(self.reg_tokens)
         )
@@ -411,22 +446,34 @@ class ViT(nn.Module):
             x = self._drop_patches(x)
         return self.norm_pre(x) if self.pre_norm else x
 
+    def _patches(self, x: Array) -> Array:
+        """Images [B, H, W, C] -> patches [B, n, ph pw C]. Where patches overlap, pixels are read more than once."""
+        b, _, _, c = x.shape
+        (gh, gw), ((ph, pw), stride) = self.grid, self.tiling
+        if stride != (ph, pw) or x.shape[1:3] != (gh * ph, gw * pw):
+            for axis, (count, side, step) in enumerate(((gh, ph, stride[0]), (gw, pw, stride[1])), 1):
+                places = step * np.arange(count)[:, None] + np.arange(side)
+                x = jnp.take(x, places.ravel().astype(np.int32), axis, mode="clip")
+        x = x.reshape(b, gh, ph, gw, pw, c).transpose(0, 1, 3, 2, 4, 5)
+        return x.reshape(b, gh * gw, ph * pw * c)
+
     def classify(self, tokens: Array) -> Array:
         """Tokens [B, N, D] that leave a block -> logits [B, classes], or features, in float32 at least."""
         rule, d = self.primitives, self.embed_dim
-        x = self.norm(tokens) if self.final_norm and not self._norms_after_pooling else tokens
+        x = self.norm(tokens) if self._norms[0] else tokens
         if self.global_pool == "map":
             pooled = self.attn_pool(x[:, self.prefix :])
-        elif self.global_pool in ("avg", "cat"):
+        elif self.global_pool in ("avg", "cat", "prefix"):
             # The mean is a linear map over tokens, so that the rules of a linear map hold for it.
-            patches = jnp.swapaxes(x[:, self.prefix :], 1, 2)
-            weights = jnp.full((patches.shape[-1], 1), 1 / patches.shape[-1], x.dtype)
-            pooled = rule.linear(patches, weights, None)[..., 0]
+            read = x[:, : self.prefix] if self.global_pool == "prefix" else x[:, self.prefix :]
+            read = jnp.swapaxes(read, 1, 2)
+            weights = jnp.full((read.shape[-1], 1), 1 / read.shape[-1], x.dtype)
+            pooled = rule.linear(read, weights, None)[..., 0]
             if self.global_pool == "cat":
                 pooled = jnp.concatenate([x[:, 0], pooled], axis=-1)
         else:
             pooled = x[:, 0]
-        if self.final_norm and self._norms_after_pooling:
+        if self._norms[1]:
             pooled = self.fc_norm_layer(pooled)
         if not self.num_classes:
             return wide(pooled)
@@ -448,6 +495,6 @@ class ViT(nn.Module):
 
 
 @partial(jax.jit, static_argnums=0)
-def init_params(module: ViT, key: Array) -> dict[str, Any]:
+def init_params(module: ViT, key: Array) -> Any:
     """Random parameters of `module` in float32, and nothing else that `init` returns."""
-    return module.init(key, jnp.zeros((1, *module.img_size, 3), jnp.float32))["params"]
+    return module.init(key, jnp.zeros((1, *module.img_size, module.in_chans), jnp.float32))["params"]

@@ -1,0 +1,55 @@
+"""Other properties of tokens in TokenTM's transformation weight, for `TokenTM(weights=...)`.
+
+A weight is a pure function of one sample's original tokens x [N, D] and of what a layer makes of them, x~ [N, D],
+that gives w [N]. It may take more, under these names:
+
+    gradient   [N, D] of the score at the output tokens of the block: the direction in which the class grows
+    seen       [N] bool, which tokens are there (padding of texts is not); None for all
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from tokentm_jax.maths.tokentm import change, necc, ratio, token_length
+
+Weight = Callable[..., Any]
+
+
+def entropy(original: Array, transformed: Array) -> Array:
+    """`exp H(x~) / exp H(x)`: the change of the effective number of channels, where H is the entropy of the shares
+    `x_d^2 / ||x||^2` (Roy & Vetterli, EUSIPCO 2007, call exp H the effective rank)."""
+
+    def effective(x: Array) -> Array:
+        shares = ratio(jnp.square(x), jnp.square(x).sum(-1, keepdims=True))
+        logarithm = jnp.log(jnp.where(shares > 0, shares, 1))
+        return jnp.exp(-(shares * logarithm).sum(-1))
+
+    return effective(transformed) / effective(original)
+
+
+def alignment(original: Array, transformed: Array, gradient: Array, seen: Array | None = None) -> Array:
+    """`L(x~) / L(x)` times NECC of x~ with the class's direction in place of the original token."""
+    lengths = ratio(token_length(transformed), token_length(original))
+    # Its direction alone counts, and the squares of a small gradient would be zero.
+    gradient = ratio(gradient, jnp.abs(gradient).max(-1, keepdims=True))
+    return lengths * necc(change(gradient, transformed, seen))
+
+
+def distance_from_mean(original: Array, transformed: Array, seen: Array | None = None) -> Array:
+    """`L(x~ - mean x~) / L(x - mean x)`: the change of a token's distance from the mean token."""
+    there = None if seen is None else seen[:, None]
+
+    def distance(x: Array) -> Array:
+        return token_length(x - x.mean(0, where=there))
+
+    return ratio(distance(transformed), distance(original))
+
+
+WEIGHTS: dict[str, Weight] = {
+    "entropy": entropy,
+    "alignment": alignment,
+    "distance_from_mean": distance_from_mean,
+}

@@ -1,0 +1,140 @@
+"""Text Transformer in Flax Linen, in the style of BERT: post-norm blocks, token types, learned positions, padding.
+
+Its blocks are those of `vit`, and sow the same names. Axes as there; N is the number of tokens of the longest text.
+"""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from tokentm_jax.errors import InputError
+from tokentm_jax.maths.primitives import PLAIN, Primitives, wide
+from tokentm_jax.models.inputs import Texts, Tokens
+from tokentm_jax.models.vit import Affine, Block, Norm, trunc_normal
+
+
+class Bert(nn.Module):
+    """Text encoder with a head: `Texts` or `Tokens` -> logits [B, classes], or features [B, D] for no classes.
+
+    `dtype` and `primitives` are those of `ViT`. What stands behind the padding of a text changes nothing for it.
+    """
+
+    vocab_size: int = 30522
+    max_length: int = 512  # positions
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_hidden: int = 3072
+    num_classes: int = 2  # 0: no head, the outputs are the pooled features
+    type_vocab_size: int = 2  # 0: no token types
+    embedding_size: int | None = None  # of the embeddings, where a linear map leads from there to the width (ELECTRA)
+    activation: str = "gelu"
+    norm_eps: float = 1e-12
+    pool: str = "token"  # the first token, or "avg" of all
+    pooler: str | None = "tanh"  # the non-linearity of a layer between pooling and classifier; None: no such layer
+    mask_id: int | None = None  # of the word piece that stands for one taken away
+    dtype: Any = None
+    primitives: Primitives = PLAIN
+
+    post_norm = True
+    prefix = 0  # every token has a score
+    grid = None
+
+    def reads(self, mask: Array) -> Array:
+        """r0 [B, N]: the distribution with which the head reads tokens; mask [B, N]."""
+        if self.pool == "avg":
+            shares = jnp.asarray(mask, jnp.float32)
+            return shares / jnp.maximum(shares.sum(-1, keepdims=True), 1)
+        return jnp.zeros(mask.shape, jnp.float32).at[:, 0].set(1)
+
+    def setup(self) -> None:
+        width = self.embedding_size or self.embed_dim
+        self.word_embeddings = self.param("word_embeddings", trunc_normal, (self.vocab_size, width))
+        self.position_embeddings = self.param("position_embeddings", trunc_normal, (self.max_length, width))
+        if self.type_vocab_size:
+            self.type_embeddings = self.param("type_embeddings", trunc_normal, (self.type_vocab_size, width))
+        self.embed_norm = Norm(self.norm_eps, self.primitives)
+        if self.embedding_size:
+            self.embed_project = Affine(self.embed_dim)
+        everywhere: Any = nn.broadcast
+        scan = nn.scan(
+            Block,
+            variable_axes={"params": 0, "intermediates": 0, "perturbations": 0},
+            split_rngs={"params": True},
+            in_axes=everywhere,
+            length=self.depth,
+        )
+        self.blocks = scan(**self._block_fields)
+        if self.pooler is not None:
+            self.pooler_layer = Affine(self.embed_dim, name="pooler")
+        if self.num_classes:
+            self.head = Affine(self.num_classes)
+
+    @property
+    def _block_fields(self) -> dict[str, Any]:
+        plain: dict[str, Any] = dict(qkv_bias=True, k_bias=True, qk_norm=False, rope=None, proj_bias=True)
+        plain |= dict(init_values=None, mlp_layer="mlp", scale_mlp_norm=False, post_norm=True)
+        same = ("num_heads", "mlp_hidden", "activation", "norm_eps", "primitives")
+        return plain | {name: getattr(self, name) for name in same}
+
+    def block(self) -> Block:
+        """One block on its own, to apply to a slice of `params["blocks"]`."""
+        return Block(**self._block_fields, parent=None)
+
+    def __call__(self, texts: Texts | Tokens) -> Array:
+        texts = texts if isinstance(texts, Texts) else self.look_up(texts)
+        tokens, _ = self.blocks(self.embed(texts), texts.mask)
+        tokens = self.perturb("final_tokens", tokens)
+        self.sow("intermediates", "final_tokens", tokens)
+        return self.classify(tokens, texts.mask)
+
+    def look_up(self, tokens: Tokens) -> Texts:
+        """Word pieces -> their embeddings; NaN for an id that there is not."""
+        known = (tokens.ids >= 0) & (tokens.ids < self.vocab_size)
+        found = self.word_embeddings[tokens.ids].astype(self.dtype or self.word_embeddings.dtype)
+        return Texts(jnp.where(known[..., None], found, jnp.nan), tokens.mask, tokens.types, tokens.special)
+
+    def blank(self) -> Array:
+        """The embedding [D] that stands for a word taken away: the mask's, or zeros where there is none."""
+        if self.mask_id is None:
+            return jnp.zeros_like(self.word_embeddings[0])
+        return self.word_embeddings[self.mask_id]
+
+    def embed(self, texts: Texts) -> Array:
+        """Embeddings [B, N, D] -> tokens [B, N, D] that enter the first block."""
+        x, rule = texts.embeddings, self.primitives
+        if x.shape[1] > self.max_length:
+            raise InputError(f"a text may have {self.max_length} tokens for this model, got {x.shape[1]}")
+        places = self.position_embeddings[: x.shape[1]]
+        if self.type_vocab_size:
+            places = places + self.type_embeddings[texts.types]
+        x = self.embed_norm(rule.add(x, jnp.broadcast_to(places, x.shape).astype(x.dtype)))
+        return rule.linear(x, *self.embed_project(x.shape[-1])) if self.embedding_size else x
+
+    def classify(self, tokens: Array, mask: Array) -> Array:
+        """Tokens [B, N, D] that leave a block, and which are there [B, N] -> logits [B, classes], or features, in
+        float32 at least."""
+        rule, d = self.primitives, self.embed_dim
+        if self.pool == "avg":
+
+            def mean(x: Array, shares: Array) -> Array:  # a linear map over tokens, so that the rules for one hold
+                return rule.linear(x.T, shares[:, None].astype(x.dtype), None)[:, 0]
+
+            pooled = jax.vmap(mean)(tokens, self.reads(mask))
+        else:
+            pooled = tokens[:, 0]
+        if self.pooler is not None:
+            pooled = rule.activation(rule.linear(pooled, *self.pooler_layer(d)), self.pooler)
+        return wide(rule.linear(pooled, *self.head(d)) if self.num_classes else pooled)
+
+
+@partial(jax.jit, static_argnums=0)
+def init_bert(module: Bert, key: Array) -> Any:
+    """Random parameters of `module` in float32."""
+    ids = jnp.zeros((1, 2), jnp.int32)
+    there = jnp.ones((1, 2), bool)
+    return module.init(key, Tokens(ids, there, ids, ~there))["params"]

@@ -1,0 +1,205 @@
+"""Folders of text encoders in Hugging Face's layouts: BERT, RoBERTa, DistilBERT and ELECTRA, for `load_text`.
+
+As in `layouts`: a table of names and a function from `config.json` to the fields of `Bert`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from tokentm_jax.errors import InputError
+from tokentm_jax.files import read_json
+from tokentm_jax.models.bert import Bert, init_bert
+from tokentm_jax.models.checkpoint import Tensors, fused, to_params, to_timm
+from tokentm_jax.models.layouts import CONFIG, TEXT, Names, Section, Whole, labels_of, read_weights, renamed
+
+# Of BERT, and of all that were made from it; DistilBERT's names are brought to these first.
+NAMES: Names = (
+    (r"^(bert|roberta|electra|distilbert)\.", ""),
+    (r"^(cls|lm_head|generator_.*|discriminator_predictions|vocab_.*)\..*$", ""),
+    (r"^embeddings\.position_ids$", ""),
+    (r"^embeddings\.word_embeddings\.weight$", "word_embeddings"),
+    (r"^embeddings\.position_embeddings\.weight$", "position_embeddings"),
+    (r"^embeddings\.token_type_embeddings\.weight$", "type_embeddings"),
+    (r"^embeddings\.LayerNorm\.", "embed_norm."),
+    (r"^embeddings_project\.", "embed_project."),
+    (r"^encoder\.layer\.(\d+)\.", r"blocks.\1."),
+    (r"\.attention\.self\.", ".attn."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.attention\.output\.LayerNorm\.", ".norm1."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"\.output\.LayerNorm\.", ".norm2."),
+    (r"\.gamma$", ".weight"),  # of LayerNorm, in the first releases
+    (r"\.beta$", ".bias"),
+    (r"^(pooler|classifier)\.dense\.", "pooler."),
+    (r"^(classifier\.out_proj|classifier)\.", "head."),
+)
+DISTIL: Names = (
+    (r"^distilbert\.", ""),
+    (r"^transformer\.layer\.(\d+)\.", r"encoder.layer.\1."),
+    (r"\.attention\.(q|k|v)_lin\.", lambda m: f".attention.self.{dict(q='query', k='key', v='value')[m[1]]}."),
+    (r"\.attention\.out_lin\.", ".attention.output.dense."),
+    (r"\.sa_layer_norm\.", ".attention.output.LayerNorm."),
+    (r"\.ffn\.lin1\.", ".intermediate.dense."),
+    (r"\.ffn\.lin2\.", ".output.dense."),
+    (r"\.output_layer_norm\.", ".output.LayerNorm."),
+    (r"^pre_classifier\.", "pooler.dense."),
+)
+ACTIVATIONS = {
+    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu",
+    "swish": "silu", "tanh": "tanh",
+}  # fmt: skip
+POOLING = "1_Pooling/config.json"  # of sentence-transformers
+
+
+class TextFolder(NamedTuple):
+    """A text encoder as a folder describes it."""
+
+    module: Bert
+    params: dict[str, Any]
+    class_names: list[str] | None
+
+
+def read_text_folder(
+    folder: Path, mask_id: int | None, changes: Mapping[str, Any] | None = None, seed: int = 0
+) -> TextFolder:
+    """The model of a folder with `config.json` and weights in safetensors.
+
+    `changes` are fields of `Bert` in place of the folder's, to fine-tune it: a pooler that the weights lack, and the
+    head, are then random.
+
+    Raises InputError for what is no such folder, or is not supported, or is damaged.
+    """
+    if not (folder / CONFIG).is_file():
+        raise InputError(f"{folder} holds no text model: expected {CONFIG} beside the weights and tokenizer.json")
+    config = Section(str(folder / CONFIG), read_json(folder / CONFIG, what="model"))
+    kind = config("model_type", str)
+    if kind not in TEXT:
+        raise InputError(f"{config.where}: the model type {kind!r} is not supported; known: {', '.join(TEXT)}")
+    tensors = read_weights(folder)
+    if kind == "distilbert":
+        tensors = renamed(tensors, DISTIL)
+    tensors = fused(renamed(tensors, NAMES))
+    fields = _distilbert(config) if kind == "distilbert" else _bert(config, kind)
+    if "roberta" in kind or kind == "camembert":
+        _drop_padding(config, tensors)
+    head = tensors.get("head.weight")
+    if head is None:
+        fields |= {"num_classes": 0, **_pooling(folder)}
+    else:
+        fields["num_classes"] = head.shape[0] if head.ndim else 0
+    names = labels_of(config) if head is not None else None
+    if names is not None and len(names) != fields["num_classes"]:
+        raise InputError(f"{config.where}: 'id2label' names {len(names)} classes of {fields['num_classes']}")
+    positions = tensors.get("position_embeddings")
+    if positions is not None and positions.ndim == 2:
+        fields["max_length"] = min(fields["max_length"], len(positions)) or 1
+    fields |= {"mask_id": mask_id, **(changes or {})}
+    if fields["embed_dim"] % fields["num_heads"]:
+        raise InputError(f"{config.where}: the width must be a multiple of the number of heads, {fields['num_heads']}")
+    module = Bert(**fields)
+    if module.pooler is None:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("pooler.")}
+    if changes is not None:
+        fresh = to_timm(init_bert(module, jax.random.key(seed)))
+        tensors |= {name: a for name, a in fresh.items() if name.startswith("head.")}
+        tensors = {**{name: a for name, a in fresh.items() if name.startswith("pooler.")}, **tensors}
+        names = None
+    return TextFolder(module, to_params(module, tensors, str(folder)), names)
+
+
+def _activation(section: Section, key: str) -> str:
+    name = section(key, str, "gelu")
+    if name not in ACTIVATIONS:
+        raise InputError(f"{section.where}: {key!r} must be one of {', '.join(ACTIVATIONS)}, got {name!r:.80}")
+    return ACTIVATIONS[name]
+
+
+def _bert(config: Section, kind: str) -> dict[str, Any]:
+    for key, value in (("position_embedding_type", "absolute"), ("is_decoder", False), ("add_cross_attention", False)):
+        config.only(key, value)
+    width = config("hidden_size", Whole)
+    embedding = config("embedding_size", Whole, None)
+    own = config.section("tokentm_jax")  # of `tokentm train`
+    return {
+        "vocab_size": config("vocab_size", Whole),
+        "max_length": config("max_position_embeddings", Whole),
+        "embed_dim": width,
+        "depth": config("num_hidden_layers", Whole),
+        "num_heads": config("num_attention_heads", Whole),
+        "mlp_hidden": config("intermediate_size", Whole),
+        "type_vocab_size": config("type_vocab_size", int, 2),
+        "embedding_size": None if embedding == width else embedding,
+        "activation": _activation(config, "hidden_act"),
+        "norm_eps": config("layer_norm_eps", float, 1e-12),
+        "pool": own("pool", Literal["token", "avg"], "token"),
+        "pooler": own("pooler", str, None) if own.content else "gelu" if kind == "electra" else "tanh",
+    }
+
+
+def _distilbert(config: Section) -> dict[str, Any]:
+    return {
+        "vocab_size": config("vocab_size", Whole),
+        "max_length": config("max_position_embeddings", Whole),
+        "embed_dim": config("dim", Whole),
+        "depth": config("n_layers", Whole),
+        "num_heads": config("n_heads", Whole),
+        "mlp_hidden": config("hidden_dim", Whole),
+        "type_vocab_size": 0,
+        "activation": _activation(config, "activation"),
+        "norm_eps": 1e-12,
+        "pooler": "relu",
+    }
+
+
+def _drop_padding(config: Section, tensors: Tensors) -> None:
+    """RoBERTa counts positions from its padding's number on; the ones up to there are never used."""
+    positions, first = tensors.get("position_embeddings"), config("pad_token_id", int, 1) + 1
+    if positions is not None and positions.ndim == 2:
+        if not 0 <= first < len(positions):
+            raise InputError(f"{config.where}: 'pad_token_id' must be one of the {len(positions)} positions")
+        tensors["position_embeddings"] = positions[first:]
+
+
+def _pooling(folder: Path) -> dict[str, Any]:
+    """How an encoder without a classifier is read: as sentence-transformers says, or the mean of its tokens."""
+    pool = "avg"
+    if (folder / POOLING).is_file():
+        section = Section(str(folder / POOLING), read_json(folder / POOLING, what="pooling"))
+        if section("pooling_mode_cls_token", bool, False):
+            pool = "token"
+        elif not section("pooling_mode_mean_tokens", bool, True):
+            raise InputError(f"{section.where}: only the mean of the tokens and the first token are supported")
+    return {"pool": pool, "pooler": None}
+
+
+def write_names(params: Mapping[str, Any]) -> Tensors:
+    """The parameters of a `Bert` with types, pooler and head, as a BertForSequenceClassification has them."""
+    tensors: Tensors = {}
+    for name, tensor in to_timm(params).items():
+        if ".attn.qkv." in name:
+            for part, piece in zip(("query", "key", "value"), np.split(tensor, 3), strict=True):
+                tensors[name.replace(".attn.qkv.", f".attn.{part}.")] = piece
+        else:
+            tensors[name] = tensor
+    return renamed(tensors, BACK)
+
+
+BACK: Names = (
+    (r"^(word|position)_embeddings$", r"bert.embeddings.\1_embeddings.weight"),
+    (r"^type_embeddings$", "bert.embeddings.token_type_embeddings.weight"),
+    (r"^embed_norm\.", "bert.embeddings.LayerNorm."),
+    (r"^blocks\.(\d+)\.", r"bert.encoder.layer.\1."),
+    (r"\.attn\.proj\.", ".attention.output.dense."),
+    (r"\.attn\.", ".attention.self."),
+    (r"\.norm1\.", ".attention.output.LayerNorm."),
+    (r"\.norm2\.", ".output.LayerNorm."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+    (r"^pooler\.", "bert.pooler.dense."),
+    (r"^head\.", "classifier."),
+)
