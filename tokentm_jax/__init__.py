@@ -8,11 +8,19 @@ __version__ = "0.1.0"
 # Where each public name lives. They are imported on first use, so that `tokentm --help` does not wait for JAX.
 _HOMES = {
     "load": "models.loading",
+    "load_text": "models.texts",
+    "LoadedText": "models.texts",
+    "words": "models.texts",
+    "Word": "models.texts",
+    "Bert": "models.bert",
+    "Tokens": "models.inputs",
+    "weights": "maths",
     "LoadedViT": "models.loading",
     "explain": "methods.explain",
     "explain_fn": "methods.explain",
     "methods_for": "methods.explain",
     "open_maps": "runs.store",
+    "show": "cli.show",
     "over_devices": "models.sharding",
     "over_width": "models.sharding",
     "METHODS": "methods.table",
@@ -30,6 +38,7 @@ _HOMES = {
     "ARCHITECTURES": "models.architectures",
     "build": "models.architectures",
     "Preprocessing": "data.preprocessing",
+    "Spectrogram": "data.audio",
     "read_checkpoint": "models.checkpoint",
     "write_checkpoint": "models.checkpoint",
     "InputError": "errors",
@@ -40,6 +49,10 @@ _HOMES = {
     "COMPONENT_ROWS": "metrics.tasks",
     "CHOICE_ROWS": "metrics.tasks",
     "READING_ROWS": "metrics.tasks",
+    "WEIGHT_ROWS": "metrics.tasks",
+    "TEXT_ROWS": "metrics.tasks",
+    "TextEvaluateConfig": "runs.evaluate_text",
+    "TextTrainConfig": "runs.train_text",
     "MIX_ROWS": "metrics.tasks",
     "depth_rows": "metrics.tasks",
     "sanity_rows": "metrics.tasks",
@@ -50,9 +63,12 @@ _HOMES = {
 __all__ = [*_HOMES, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
+    from tokentm_jax.cli.show import show as show
+    from tokentm_jax.data.audio import Spectrogram as Spectrogram
     from tokentm_jax.data.preprocessing import Preprocessing as Preprocessing
     from tokentm_jax.errors import InputError as InputError
     from tokentm_jax.maths import scores as scores
+    from tokentm_jax.maths import weights as weights
     from tokentm_jax.maths.maps import combine as combine
     from tokentm_jax.maths.maps import to_pixels as to_pixels
     from tokentm_jax.maths.tokentm import READINGS as READINGS
@@ -67,6 +83,8 @@ if TYPE_CHECKING:
     from tokentm_jax.metrics.tasks import MIX_ROWS as MIX_ROWS
     from tokentm_jax.metrics.tasks import PAPER_ROWS as PAPER_ROWS
     from tokentm_jax.metrics.tasks import READING_ROWS as READING_ROWS
+    from tokentm_jax.metrics.tasks import TEXT_ROWS as TEXT_ROWS
+    from tokentm_jax.metrics.tasks import WEIGHT_ROWS as WEIGHT_ROWS
     from tokentm_jax.metrics.tasks import EvaluateConfig as EvaluateConfig
     from tokentm_jax.metrics.tasks import Row as Row
     from tokentm_jax.metrics.tasks import depth_rows as depth_rows
@@ -74,20 +92,28 @@ if TYPE_CHECKING:
     from tokentm_jax.metrics.tasks import sanity_rows as sanity_rows
     from tokentm_jax.models.architectures import ARCHITECTURES as ARCHITECTURES
     from tokentm_jax.models.architectures import build as build
+    from tokentm_jax.models.bert import Bert as Bert
     from tokentm_jax.models.capture import Trace as Trace
     from tokentm_jax.models.capture import capture as capture
     from tokentm_jax.models.checkpoint import read_checkpoint as read_checkpoint
     from tokentm_jax.models.checkpoint import write_checkpoint as write_checkpoint
+    from tokentm_jax.models.inputs import Tokens as Tokens
     from tokentm_jax.models.loading import LoadedViT as LoadedViT
     from tokentm_jax.models.loading import load as load
     from tokentm_jax.models.plain import PlainModel as PlainModel
     from tokentm_jax.models.sharding import over_devices as over_devices
     from tokentm_jax.models.sharding import over_width as over_width
+    from tokentm_jax.models.texts import LoadedText as LoadedText
+    from tokentm_jax.models.texts import Word as Word
+    from tokentm_jax.models.texts import load_text as load_text
+    from tokentm_jax.models.texts import words as words
     from tokentm_jax.models.vit import ViT as ViT
     from tokentm_jax.models.vit import init_params as init_params
+    from tokentm_jax.runs.evaluate_text import TextEvaluateConfig as TextEvaluateConfig
     from tokentm_jax.runs.leaderboard import LeaderboardConfig as LeaderboardConfig
     from tokentm_jax.runs.recipe import TrainConfig as TrainConfig
     from tokentm_jax.runs.store import open_maps as open_maps
+    from tokentm_jax.runs.train_text import TextTrainConfig as TextTrainConfig
 
 
 def __getattr__(name: str) -> Any:

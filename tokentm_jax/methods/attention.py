@@ -21,6 +21,7 @@ from tokentm_jax.maths.scores import explained
 from tokentm_jax.maths.tokentm import (
     Blocks,
     TokenTM,
+    Weights,
     attention_update,
     block_update,
     block_weights,
@@ -33,8 +34,9 @@ from tokentm_jax.maths.tokentm import (
 )
 from tokentm_jax.methods.stream import Memory, backward, forward, replaced, require_streams, streams
 from tokentm_jax.models.capture import Trace, capture, zero_perturbations
+from tokentm_jax.models.inputs import as_inputs, context, mean_of_seen, read_out, seen, values, with_values
 
-OFF = TokenTM(length=False, direction="none", initialise=False, ffn=False)  # GAE
+OFF = TokenTM(length=False, direction="none", initialise=False, ffn=False, norms=False)  # GAE
 
 Details = dict[str, Array]
 Explanation = tuple[Array, Details]
@@ -47,12 +49,13 @@ def from_trace(module: Any, trace: Trace, rule: Callable[[Blocks, Array], Array]
     The rule computes in float32 at least, whatever the model computes in.
     """
 
-    def one(blocks: Blocks) -> Array:
-        blocks = jax.tree.map(wide, blocks)
-        return rule(blocks, jnp.asarray(module.readout, wide(trace.logits).dtype))
-
-    rows = jax.vmap(one, in_axes=(sample_axes(1),))(trace.blocks())
+    blocks = wide_blocks(trace.blocks())
+    rows = jax.vmap(rule, in_axes=(sample_axes(1), 0))(blocks, read_out(module, trace.seen, trace.score))
     return token_map(module, rows), trace.details()
+
+
+def wide_blocks(blocks: Blocks) -> Blocks:
+    return jax.tree.map(wide, blocks._replace(seen=None))._replace(seen=blocks.seen)
 
 
 def check_blocks(depth: int, first_block: int, end_block: int | None = None) -> None:
@@ -77,8 +80,11 @@ def tokentm(
     pass, for speed, or "recompute" it, for memory.
     """
     chosen = (options.first_block, options.end_block)
-    if not streams(module):
-        trace = capture(module, params, inputs, target, options.uses())
+    if not streams(module) or options.takes("gradient"):  # which a pass does not know on its way forward
+        fields = options.uses(getattr(module, "post_norm", False))
+        if "output_grad" in fields:
+            fields = fields - {"output_grad"} | {"tokens", "token_grads", "final_tokens"}
+        trace = capture(module, params, inputs, target, fields)
         check_blocks(len(trace.attention), *chosen)
 
         def rule(blocks: Blocks, row: Array) -> Array:
@@ -87,9 +93,9 @@ def tokentm(
         return from_trace(module, trace, rule)
     check_blocks(module.depth, *chosen)
 
-    def plain(block: Blocks) -> tuple[Array, Array]:
+    def plain(block: Blocks) -> tuple[Array, Weights]:
         weights = block_weights(block, options)
-        return transformed_attention(block.attention, None, weights.attention, options), weights.ffn
+        return transformed_attention(block.attention, None, weights.attention, options), weights
 
     model = (module, params, inputs, target)
     if options.attention != "plain":
@@ -105,26 +111,27 @@ def _from_attention(
     params: Any,
     inputs: Array,
     target: Any,
-    fuse: Callable[[Array], Array],
+    fuse: Callable[[Blocks], Array],
     update: Callable[[Array, Array], Array],
     first_block: int | None,
 ) -> Explanation:
-    """Maps by a rule that knows of each block only `fuse(attention [H, N, N])`; `first_block` None: the last alone."""
+    """Maps by a rule that knows of each block only `fuse` of its attention [H, N, N]; `first_block` None: the last
+    alone."""
     trace = None if streams(module) else capture(module, params, inputs, target, ["attention"])
     depth = module.depth if trace is None else len(trace.attention)
     start = depth - 1 if first_block is None else first_block
     check_blocks(depth, start)
     if trace is not None:
-        of_block = lambda row, block: update(row, fuse(block.attention))  # noqa: E731
+        of_block = lambda row, block: update(row, fuse(block))  # noqa: E731
         return from_trace(module, trace, lambda blocks, row: propagate(of_block, blocks, row, start))
-    rows, _, details = forward(module, params, inputs, target, lambda b: fuse(b.attention), update, start)
+    rows, _, details = forward(module, params, inputs, target, fuse, update, start)
     return token_map(module, rows), details
 
 
 def raw_attention(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
     """Mean attention of the last block, read as the head reads."""
     model = (module, params, inputs, target)
-    return _from_attention(*model, lambda attention: attention.mean(0), lambda row, fused: row @ fused, None)
+    return _from_attention(*model, lambda block: block.attention.mean(0), lambda row, fused: row @ fused, None)
 
 
 def rollout(
@@ -144,12 +151,16 @@ def rollout(
     """
     reduce = {"mean": jnp.mean, "max": jnp.max, "min": jnp.min}[fusion]
 
-    def fuse(attention: Array) -> Array:
-        fused = reduce(attention, axis=0)
-        if discard_ratio:
-            rank = fused.ravel().argsort(stable=True).argsort(stable=True).reshape(fused.shape)
-            fused = jnp.where(rank < int(discard_ratio * fused.size), 0, fused)
-        return fused
+    def fuse(block: Blocks) -> Array:
+        fused = reduce(block.attention, axis=0)
+        if not discard_ratio:
+            return fused
+        ranked, least = fused, int(discard_ratio * fused.size)
+        if block.seen is not None:  # of the attentions between tokens that are there
+            ranked = jnp.where(block.seen & block.seen[:, None], fused, jnp.inf)
+            least = jnp.int32(discard_ratio * jnp.square(block.seen.sum().astype(fused.dtype)))
+        rank = ranked.ravel().argsort(stable=True).argsort(stable=True).reshape(fused.shape)
+        return jnp.where(rank < least, 0, fused)
 
     def update(row: Array, fused: Array) -> Array:
         # A row of (A + I) / s: dividing the relevance of each query by its row sum s.
@@ -181,7 +192,8 @@ def grad_cam(module: nn.Module, params: Any, inputs: Array, target: Array | None
 
     def rule(blocks: Blocks, row: Array) -> Array:
         attention, gradient = row @ blocks.attention[-1], row @ blocks.attention_grad[-1]  # [H, N]
-        weights = gradient[:, module.prefix :].mean(-1)
+        there = None if blocks.seen is None else blocks.seen[-1]
+        weights = mean_of_seen(gradient[:, module.prefix :], there)
         return jax.nn.relu((weights[:, None] * attention).mean(0))
 
     return from_trace(module, trace, rule)
@@ -191,11 +203,11 @@ def grad_cam_tokens(module: nn.Module, params: Any, inputs: Array, target: Array
     """Grad-CAM on the patch tokens after the last block's first LayerNorm, as users of CAM libraries do."""
     trace = capture(module, params, inputs, target, ["normalised", "normalised_grads"])
 
-    def one(features: Array, gradient: Array) -> Array:
+    def one(features: Array, gradient: Array, there: Array | None) -> Array:
         features, gradient = wide(features), wide(gradient)
-        return jax.nn.relu((features * gradient[module.prefix :].mean(0)).sum(-1))
+        return jax.nn.relu((features * mean_of_seen(gradient[module.prefix :], there, -2)).sum(-1))
 
-    rows = jax.vmap(one)(trace.normalised[-1], trace.normalised_grads[-1])
+    rows = jax.vmap(one)(trace.normalised[-1], trace.normalised_grads[-1], trace.seen)
     return token_map(module, rows), trace.details()
 
 
@@ -203,38 +215,43 @@ def attcat(module: nn.Module, params: Any, inputs: Array, target: Array | None) 
     """AttCAT (Qiang et al., NeurIPS 2022): token * gradient at each block's input, times the attention it gets."""
     trace = capture(module, params, inputs, target, ["attention", "tokens", "token_grads"])
     effect = (wide(trace.tokens) * wide(trace.token_grads)).sum(-1)  # [L, B, N]
-    received = wide(trace.attention).mean((2, 3))
+    per_query = wide(trace.attention).mean(2)  # [L, B, N, N]
+    received = jax.vmap(partial(mean_of_seen, axis=-2), (1, 0), 1)(per_query, trace.seen)
     return token_map(module, (received * effect).sum(0)), trace.details()
 
 
 def legrad(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
     """LeGrad (Bousselham et al., 2024): `sum_l mean_{h,q} relu(d s_l / d A_l)`, s_l read from block l's output."""
     require_streams(module, "the method 'legrad' reads every block's tokens through the head")
+    inputs = as_inputs(module, params, inputs)
     trace = capture(module, params, inputs, target, ["tokens"])
-    of_block = legrad_of_block(module, params, trace.target)
+    of_block = legrad_of_block(module, params, inputs, trace.target)
     start = jnp.zeros_like(wide(trace.tokens[0, ..., 0]))
     rows, _ = jax.lax.scan(lambda sum, layer: (sum + of_block(*layer), None), start, (params["blocks"], trace.tokens))
     return token_map(module, rows), trace.details()
 
 
-def legrad_of_block(module: Any, params: Any, target: Array) -> Callable[[Any, Array], Array]:
+def legrad_of_block(module: Any, params: Any, inputs: Any, target: Array) -> Callable[[Any, Array], Array]:
     """`(a block's parameters, its input [B, N, D]) -> mean_{h,q} relu(d s_l / d A_l)` [B, N], LeGrad's share of it."""
-    block = module.block()
-    # Behind the attention tokens do not mix: those that the head does not read need not be computed.
-    every = replaced(module, ["classify", "readout"])  # may read others
-    read = jnp.array([token for token, share in enumerate(module.readout) if share or every])
+    block, more, there = module.block(), context(inputs), seen(inputs)
+    read: Any = slice(None)
+    if there is None:
+        # Behind the attention tokens do not mix: those that the head does not read need not be computed.
+        every = replaced(module, ["classify", "readout"])  # may read others
+        read = jnp.array([token for token, share in enumerate(module.readout) if share or every])
 
     def of_block(weights: Any, tokens: Array) -> Array:
         zeros = zero_perturbations(block, weights, tokens)["perturbations"]
 
         def class_score(change: Array) -> Array:
             variables = {"params": weights, "perturbations": {**zeros, "attn": {"attention": change}}}
-            middle = block.apply(variables, tokens, method="attend")
+            middle = block.apply(variables, tokens, *more, method="attend")
             after = jnp.zeros_like(tokens).at[:, read].set(block.apply(variables, middle[:, read], method="feed"))
-            logits = module.apply({"params": params}, after, method="classify")
+            logits = module.apply({"params": params}, after, *more, method="classify")
             return explained(logits, target)[0].sum()
 
-        return jax.nn.relu(wide(jax.grad(class_score)(zeros["attn"]["attention"]))).mean((1, 2))
+        gradient = jax.nn.relu(wide(jax.grad(class_score)(zeros["attn"]["attention"])))
+        return jax.vmap(partial(mean_of_seen, axis=-2))(gradient.mean(1), there)
 
     return of_block
 
@@ -255,11 +272,13 @@ def beyond_intuition(
     `A = mean_h A_h diag(||V_j W_O|| / ||x_j||)` (variant "token"); `F = mean_h relu(mean_k G_L(k x / steps))`.
     """
     weighted = ["tokens", "transformed_value"] if variant == "token" else []
+    inputs = as_inputs(module, params, inputs)
     trace = capture(module, params, inputs, target, ["attention", "attention_grad", *weighted])
     check_blocks(len(trace.attention), first_block)
 
     def gradient_at(share: Array) -> Array:
-        point = inputs * share.astype(inputs.dtype)
+        numbers = values(inputs)
+        point = with_values(inputs, numbers * share.astype(numbers.dtype))
         return wide(capture(module, params, point, trace.target, ["attention_grad"]).attention_grad[-1])
 
     shares = jnp.arange(1, steps + 1, dtype=jnp.float32) / steps
@@ -275,11 +294,11 @@ def beyond_intuition(
         influence = influence / jnp.maximum(influence.sum(), 1e-30)
         return attention_update(rows, jnp.einsum("h,hqk->qk", influence, block.attention))
 
-    def one(blocks: Blocks, feedback: Array) -> Array:
-        row = jnp.asarray(module.readout, feedback.dtype)
+    def one(blocks: Blocks, feedback: Array, row: Array) -> Array:
         # Where the head reads several tokens, F and P multiply before they are read, so P is needed for each.
         identity = jnp.eye(len(row), dtype=row.dtype)
-        return row @ (feedback * propagate(update, jax.tree.map(wide, blocks), identity, first_block))
+        return row @ (feedback * propagate(update, blocks, identity, first_block))
 
-    rows = jax.vmap(one, in_axes=(sample_axes(1), 0))(trace.blocks(), feedback)
+    readout = read_out(module, trace.seen, feedback)
+    rows = jax.vmap(one, in_axes=(sample_axes(1), 0, 0))(wide_blocks(trace.blocks()), feedback, readout)
     return token_map(module, rows), trace.details()

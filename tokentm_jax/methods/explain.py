@@ -17,9 +17,11 @@ from tokentm_jax.maths.maps import unit
 from tokentm_jax.maths.scores import Cosine, Function, Question, Versus, question
 from tokentm_jax.methods.attention import Explanation
 from tokentm_jax.methods.table import METHODS, Method
+from tokentm_jax.models.inputs import as_inputs, readable, seen
 
 if TYPE_CHECKING:
     from tokentm_jax.models.loading import LoadedViT
+    from tokentm_jax.models.texts import LoadedText
 
 
 def explain_fn(
@@ -41,9 +43,9 @@ def explain_fn(
       **options: the method's options.
 
     Returns:
-      A function of parameters, normalised images [B, H, W, 3] and an optional class per sample [B] (the predicted
-      class where None; or what else the score takes as its target), giving token maps [B, gh, gw], or pixel maps
-      [B, H, W] for the methods that say so.
+      A function of parameters, normalised images [B, H, W, 3] (or `Tokens` of texts) and an optional class per sample
+      [B] (the predicted class where None; or what else the score takes as its target), giving token maps [B, gh, gw],
+      or pixel maps [B, H, W] for the methods that say so; for texts, scores [B, N] of the tokens.
 
       A compiled function can refuse nothing, so a sample without a true map has NaN in all of it, and the others are
       as without it: where a pixel is NaN or infinite, where the logits or the score are, or where the class is one
@@ -71,9 +73,9 @@ def _explainer(module: Any, bound: Callable[..., Explanation], details: bool) ->
     """What `explain_fn` returns, of a method with its options."""
 
     def explain_inputs(params: Any, inputs: Array, target: Any = None) -> Any:
-        readable = jnp.isfinite(inputs).all((1, 2, 3))
+        inputs = as_inputs(module, params, inputs)
         # Zeros go through in place of what cannot be read: no NaN is left to meet a zero in a derivative.
-        shown = jnp.where(readable[:, None, None, None], inputs, 0)
+        fine, shown = readable(inputs)
         try:
             maps, found = bound(module, params, shown, target)
         except Unfit as error:
@@ -81,24 +83,36 @@ def _explainer(module: Any, bound: Callable[..., Explanation], details: bool) ->
             raise InputError(f"{error}; what works without is {others}") from None
         outputs, asked = found["logits"], found["target"]
         finite = [jnp.isfinite(leaf).reshape(len(leaf), -1).all(1) for leaf in jax.tree.leaves(outputs)]
-        seen = functools.reduce(jnp.logical_and, finite, readable)
-        true = seen & jnp.isfinite(found["score"])  # which is NaN for a class that the model does not have
+        whole = functools.reduce(jnp.logical_and, finite, fine)
+        true = whole & jnp.isfinite(found["score"])  # which is NaN for a class that the model does not have
+        if seen(inputs) is not None:
+            shape = maps.shape
+            found = {
+                name: _of_tokens(inputs, a) if getattr(a, "shape", None) == shape else a for name, a in found.items()
+            }
+            maps = _of_tokens(inputs, maps)
         if not details:
             return _nan_unless(true, maps)
         marked = {name: _nan_unless(true, array) for name, array in found.items() if name not in ("logits", "target")}
         target = asked.target if isinstance(asked, Question) else asked
-        outputs = jax.tree.map(functools.partial(_nan_unless, seen), outputs)
+        outputs = jax.tree.map(functools.partial(_nan_unless, whole), outputs)
         return _nan_unless(true, maps), {**marked, "logits": outputs, "target": target}
 
     def placed(params: Any, inputs: Array, target: Any = None) -> Any:
-        sharding = jax.typeof(inputs).sharding
+        sharding = jax.typeof(jax.tree.leaves(inputs)[0]).sharding
         if AxisType.Explicit not in sharding.mesh.axis_types:
             return explain_inputs(params, inputs, target)
         # The compiler places what is inside; all results have the batch's axis first, and are placed like it.
-        inside = jax.sharding.auto_axes(explain_inputs, out_sharding=PartitionSpec(sharding.spec[0]))
+        spec: Any = PartitionSpec(sharding.spec[0])
+        inside: Any = jax.sharding.auto_axes(explain_inputs, out_sharding=spec)
         return inside(params, inputs, target)
 
     return placed
+
+
+def _of_tokens(texts: Any, maps: Array) -> Array:
+    """Maps of texts [B, 1, N] -> [B, N], with zeros for padding."""
+    return jnp.where(texts.mask, maps[:, 0], 0)
 
 
 def methods_for(module: Any, params: Any, inputs: Any, target: Any = None) -> list[str]:
@@ -106,9 +120,10 @@ def methods_for(module: Any, params: Any, inputs: Any, target: Any = None) -> li
 
     Args:
       module, params: the model, as for `explain_fn`.
-      inputs: normalised images [B, H, W, C], or a `jax.ShapeDtypeStruct` of them.
+      inputs: normalised images [B, H, W, C], or a `jax.ShapeDtypeStruct` of them; or `Tokens` of texts.
       target: as for `explain_fn`'s function.
     """
+    inputs = jax.eval_shape(functools.partial(as_inputs, module), params, inputs)
     found = []
     for name, row in METHODS.items():
         try:
@@ -180,7 +195,7 @@ def _compiled(
 
 
 def explain(
-    vit: "LoadedViT",
+    vit: "LoadedViT | LoadedText",
     images: Any,
     method: str = "tokentm",
     target: Any = None,
@@ -190,11 +205,12 @@ def explain(
     details: bool = False,
     **options: Any,
 ) -> Any:
-    """Heatmaps of a batch of photos.
+    """Heatmaps of a batch of photos, or scores of the tokens of texts.
 
     Args:
-      vit: from `tokentm_jax.load`.
-      images: array [B, H, W, 3] in [0, 1], as `vit.read` gives them; normalisation is inside.
+      vit: from `tokentm_jax.load` or `tokentm_jax.load_text`.
+      images: array [B, H, W, 3] in [0, 1], as `vit.read` gives them; normalisation is inside. For a text model, the
+        `Tokens` that its `read` gives.
       method: a name of `METHODS`.
       target: a class for all samples, or one per sample [B]; None for each sample's predicted class. A score of your
         own may take other arrays, with the batch first.
@@ -205,7 +221,8 @@ def explain(
       **options: the method's options, for example `ffn=False`.
 
     Returns:
-      Token maps [B, gh, gw] or pixel maps [B, H, W], not rescaled; `to_pixels` makes pixels in [0, 1] of them.
+      Token maps [B, gh, gw] or pixel maps [B, H, W], not rescaled; `to_pixels` makes pixels in [0, 1] of them. For
+      texts, scores [B, N] of the tokens, 0 for padding; `words` makes scores of words of them.
 
     Raises:
       InputError: images that `Preprocessing.checked` refuses, a class that the model does not have, no such method
@@ -218,24 +235,26 @@ def explain(
         >>> tm.explain(vit, vit.read("cat.jpg"), score=not_a_dog).shape
         (1, 8, 8)
     """
-    suited = _method(method).suited(options, vit.preprocessing)
+    row, preprocessing = _method(method), vit.preprocessing
+    suited = options if preprocessing is None else row.suited(options, preprocessing)
     program = compiled(vit.module, {method: suited}, details=None if details else ())
-    inputs = vit.preprocessing.normalise(vit.preprocessing.checked(images))
+    inputs = vit.prepare(images)
+    samples = len(jax.tree.leaves(inputs)[0])
     if text is not None:
         if score is not None or target is not None:
             raise InputError("text is what is explained: leave out score and target")
         embeddings = vit.embed_text(text)
-        if len(embeddings) not in (1, len(inputs)):
-            raise InputError(f"text must be one prompt or one per sample ({len(inputs)}), got {len(embeddings)}")
+        if len(embeddings) not in (1, samples):
+            raise InputError(f"text must be one prompt or one per sample ({samples}), got {len(embeddings)}")
         score = Cosine(embeddings[0] if len(embeddings) == 1 else embeddings)
     if score is None:
         vit.require_classes()
     asked = None if score is None else question(score)
     if target is not None:
-        target = _target(target, asked, len(inputs), vit.module.num_classes)
+        target = _target(target, asked, samples, vit.module.num_classes)
     if asked is not None:
         if isinstance(asked.score, Versus):
-            other = _classes("the other class", asked.score.other, len(inputs), vit.module.num_classes)
+            other = _classes("the other class", asked.score.other, samples, vit.module.num_classes)
             asked = asked._replace(score=Versus(other))
         target = asked._replace(target=target)
     maps, found = program(vit.params, inputs, target)

@@ -13,6 +13,7 @@ from jax import Array
 
 from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.scores import explained
+from tokentm_jax.models.inputs import as_inputs, input_map, seen, values, with_values
 
 MOST = 100_000  # passes
 
@@ -24,25 +25,27 @@ def _gradient(
 ) -> tuple[Array, Array, dict[str, Array]]:
     """Gradient of each sample's score at its input [B, H, W, 3], that score [B], and the details."""
 
-    def score(inputs: Array) -> tuple[Array, tuple[Array, dict[str, Array]]]:
-        logits = module.apply({"params": params}, inputs)
+    def score(numbers: Array) -> tuple[Array, tuple[Array, dict[str, Array]]]:
+        logits = module.apply({"params": params}, with_values(inputs, numbers))
         own, details = explained(logits, target)
         return own.sum(), (own, details)
 
-    gradient, (own, details) = jax.grad(score, has_aux=True)(inputs)
+    gradient, (own, details) = jax.grad(score, has_aux=True)(values(inputs))
     return wide(gradient), own, details
 
 
 def input_gradient(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
     """Largest absolute gradient over the channels (Simonyan et al., 2013)."""
+    inputs = as_inputs(module, params, inputs)
     gradient, _, details = _gradient(module, params, inputs, target)
-    return jnp.abs(gradient).max(-1), details
+    return input_map(seen(inputs), jnp.abs(gradient).max(-1)), details
 
 
 def gradient_x_input(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
     """Gradient times normalised input, summed over the channels (Shrikumar et al., 2016); signed."""
+    inputs = as_inputs(module, params, inputs)
     gradient, _, details = _gradient(module, params, inputs, target)
-    return (gradient * inputs.astype(gradient.dtype)).sum(-1), details
+    return input_map(seen(inputs), (gradient * values(inputs).astype(gradient.dtype)).sum(-1)), details
 
 
 def smooth_grad(
@@ -60,16 +63,21 @@ def smooth_grad(
     The standard deviation is `noise` times each image's own range. All images get the same noise, so that a map does
     not depend on the batch.
     """
+    inputs = as_inputs(module, params, inputs)
     _, _, details = _gradient(module, params, inputs, target)
-    deviation = noise * (inputs.max((1, 2, 3), keepdims=True) - inputs.min((1, 2, 3), keepdims=True))
+    x, mask = values(inputs), seen(inputs)
+    # What stands behind a text does not count: its first token stands in for it.
+    there = x if mask is None else jnp.where(mask[..., None], x, x[:, :1])
+    axes = tuple(range(1, x.ndim))
+    deviation = noise * (there.max(axes, keepdims=True) - there.min(axes, keepdims=True))
 
     def noisy(total: Array, key: Array) -> tuple[Array, None]:
-        change = deviation * jax.random.normal(key, (1, *inputs.shape[1:]), inputs.dtype)
-        return total + _gradient(module, params, inputs + change, details["target"])[0], None
+        changed = with_values(inputs, x + deviation * jax.random.normal(key, (1, *x.shape[1:]), x.dtype))
+        return total + _gradient(module, params, changed, details["target"])[0], None
 
-    start = jnp.zeros_like(wide(inputs))
+    start = jnp.zeros_like(wide(x))
     total, _ = jax.lax.scan(noisy, start, jax.random.split(jax.random.key(seed), samples))
-    return jnp.abs(total / samples).max(-1), details
+    return input_map(mask, jnp.abs(total / samples).max(-1)), details
 
 
 def integrated_gradients(
@@ -86,16 +94,18 @@ def integrated_gradients(
     `baseline` is the value of every pixel of the normalised baseline image (0 is the data's mean colour).
     `details["completeness_gap"]` [B] is the sum of the map minus the change of the logit: zero for enough steps.
     """
+    inputs = as_inputs(module, params, inputs)
     _, own, details = _gradient(module, params, inputs, target)
-    base = jnp.full_like(inputs, baseline)
+    x = values(inputs)
+    base = jnp.full_like(x, baseline)
 
     def at(total: Array, share: Array) -> tuple[Array, None]:
-        point = base + share.astype(inputs.dtype) * (inputs - base)
+        point = with_values(inputs, base + share.astype(x.dtype) * (x - base))
         return total + _gradient(module, params, point, details["target"])[0], None
 
     shares = (jnp.arange(steps, dtype=jnp.float32) + 0.5) / steps
-    start = jnp.zeros_like(wide(inputs))
+    start = jnp.zeros_like(wide(x))
     total, _ = jax.lax.scan(at, start, shares)
-    maps = ((inputs - base).astype(total.dtype) * total / steps).sum(-1)
-    at_base = explained(module.apply({"params": params}, base), details["target"])[0]
+    maps = input_map(seen(inputs), ((x - base).astype(total.dtype) * total / steps).sum(-1))
+    at_base = explained(module.apply({"params": params}, with_values(inputs, base)), details["target"])[0]
     return maps, {**details, "completeness_gap": maps.sum((1, 2)) - (own - at_base)}

@@ -21,6 +21,7 @@ from tokentm_jax.maths.scores import explained
 from tokentm_jax.methods.attention import Block, Details, Explanation, attcat, gae, grad_cam
 from tokentm_jax.methods.lrp import ruled
 from tokentm_jax.methods.stream import Memory, require_streams
+from tokentm_jax.models.inputs import as_inputs, context, read_out, seen
 
 RULES = conservative("identity")
 
@@ -34,9 +35,10 @@ def libra_full_grad(module: nn.Module, params: Any, inputs: Array, target: Array
     """
     ruled(module, RULES)  # refuses a module whose steps have no rules
     require_streams(module, "the method 'libra_full_grad' goes block by block")
-    block, depth = module.block(), module.depth
-    embedded = module.apply({"params": params}, inputs, method="embed")
-    readout = jnp.asarray(module.readout, wide(embedded).dtype)
+    inputs = as_inputs(module, params, inputs)
+    block, depth, more = module.block(), module.depth, context(inputs)
+    embedded: Any = module.apply({"params": params}, inputs, method="embed")
+    readout = read_out(module, seen(inputs), embedded)
 
     def score(factor: Array) -> tuple[Array, tuple[Array, Details]]:
         """Every token and bias has a factor 1 + share * u [B, N]: the derivative by u is the map."""
@@ -46,11 +48,11 @@ def libra_full_grad(module: nn.Module, params: Any, inputs: Array, target: Array
             share = (index + 1).astype(factor.dtype) / depth  # of the blocks that come before this one's biases
             rules = with_factor_on_biases(RULES, 1 + share * factor, readout)
             x = (wide(x) * (1 + factor / depth)[..., None]).astype(x.dtype)
-            return block.clone(primitives=rules).apply({"params": weights}, x)
+            return block.clone(primitives=rules).apply({"params": weights}, x, *more)
 
         last, _ = jax.lax.scan(through, embedded, (jnp.arange(depth), params["blocks"]))
         head = module.clone(primitives=with_factor_on_biases(RULES, 1 + factor, readout))
-        logits = head.apply({"params": params}, last, method="classify")
+        logits = head.apply({"params": params}, last, *more, method="classify")
         own, details = explained(logits, target)
         return own.sum(), (own, details)  # samples do not touch each other
 

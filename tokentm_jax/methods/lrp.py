@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from annotated_types import Ge
 from jax import Array
 
@@ -21,16 +20,16 @@ from tokentm_jax.maths.primitives import Primitives, wide
 from tokentm_jax.maths.relevance import Stabiliser, attn_lrp, conservative, lrp, res_lrp
 from tokentm_jax.maths.tokentm import attention_update, propagate, rectified_mean
 from tokentm_jax.methods.attention import Block, Details, Explanation, check_blocks
-from tokentm_jax.methods.stream import FORWARD, replaced
+from tokentm_jax.methods.stream import FORWARD, KNOWN, replaced
 from tokentm_jax.models.capture import Trace, capture
-from tokentm_jax.models.vit import ViT
+from tokentm_jax.models.inputs import as_inputs, input_map, read_out, values
 
 
 def ruled(module: nn.Module, rules: Primitives) -> nn.Module:
     """The same model with other backward rules. Raises Unfit where they would not govern every step of it."""
     if not hasattr(module, "primitives"):
         raise Unfit("this method needs a module with the field 'primitives', as tm.ViT has, to carry relevance")
-    own = replaced(module, (*FORWARD, "embed", "classify")) if isinstance(module, ViT) else []
+    own = replaced(module, (*FORWARD, "embed", "classify")) if isinstance(module, KNOWN) else []
     if own:
         raise Unfit(
             f"this method carries relevance by rules for the steps of tm.ViT; {type(module).__name__} has its own "
@@ -44,48 +43,48 @@ class Relevance(NamedTuple):
 
     attention: Any  # [L, B, H, N, N] of the attention of every block
     tokens: Any  # [L+1, B, N, D] of the tokens before every block and after the last
-    inputs: Any  # [B, H, W, 3] of the normalised images
+    inputs: Any  # [B, H, W, 3] of the normalised images, or [B, N, D] of the embeddings of texts
+    details: Details
+    seen: Any  # as in `Trace`
 
 
 def _carry(
     module: nn.Module, rules: Primitives, params: Any, inputs: Array, target: Array | None, *more: str
-) -> tuple[Relevance, Details]:
+) -> Relevance:
     """A forward pass, and a backward pass by the rules; `more` are fields of `Trace` beside those of the tokens."""
     fields = ("tokens", "token_grads", "final_tokens", *more)
     trace = capture(ruled(module, rules), params, inputs, target, fields)
-    relevance = Relevance(trace.attention_grad, trace.token_grads, trace.input_grads)
-    return relevance, _details(trace, relevance.tokens)
+    details = _details(trace, trace.token_grads)
+    return Relevance(trace.attention_grad, trace.token_grads, trace.input_grads, details, trace.seen)
 
 
 def _details(trace: Trace, token_relevance: Array) -> Details:
     return {**trace.details(), "relevance": token_relevance.sum((2, 3)).T}
 
 
-def _maps(module: Any, arrays: Any, rule: Callable[[Any, Array], Array]) -> Array:
+def _maps(module: Any, mask: Array | None, arrays: Any, rule: Callable[[Any, Array], Array]) -> Array:
     """Token maps of a batch by a rule for one sample, `rule(arrays [L, ...], read-out [N]) -> row [N]`, from arrays
     [L, B, ...]; it computes in float32 at least."""
-
-    def one(arrays: Any) -> Array:
-        arrays = jax.tree.map(wide, arrays)
-        return rule(arrays, jnp.asarray(module.readout, jax.tree.leaves(arrays)[0].dtype))
-
-    return token_map(module, jax.vmap(one, in_axes=1)(arrays))
+    arrays = jax.tree.map(wide, arrays)
+    readout = read_out(module, mask, jax.tree.leaves(arrays)[0][0])
+    return token_map(module, jax.vmap(rule, in_axes=(1, 0))(arrays, readout))
 
 
 def full_lrp(
     module: nn.Module, params: Any, inputs: Array, target: Array | None, *, stabiliser: Stabiliser = "signed"
 ) -> Explanation:
     """Layer-wise relevance propagation down to the pixels, summed over channels: signed maps [B, H, W]."""
-    relevance, details = _carry(module, lrp("lrp", stabiliser), params, inputs, target, "input_grads")
-    return relevance.inputs.sum(-1), details
+    relevance = _carry(module, lrp("lrp", stabiliser), params, inputs, target, "input_grads")
+    return input_map(relevance.seen, relevance.inputs.sum(-1)), relevance.details
 
 
 def partial_lrp(
     module: nn.Module, params: Any, inputs: Array, target: Array | None, *, stabiliser: Stabiliser = "signed"
 ) -> Explanation:
     """Positive relevance of the last block's attention (Voita et al., ACL 2019), mean over heads."""
-    relevance, details = _carry(module, lrp("lrp", stabiliser), params, inputs, target, "attention_grad")
-    return _maps(module, relevance.attention, lambda carried, row: row @ jax.nn.relu(carried[-1]).mean(0)), details
+    relevance = _carry(module, lrp("lrp", stabiliser), params, inputs, target, "attention_grad")
+    rule = lambda carried, row: row @ jax.nn.relu(carried[-1]).mean(0)  # noqa: E731
+    return _maps(module, relevance.seen, relevance.attention, rule), relevance.details
 
 
 def transformer_attribution(
@@ -101,26 +100,27 @@ def transformer_attribution(
     trace = capture(module, params, inputs, target, ["attention_grad"])
     check_blocks(len(trace.attention_grad), first_block)
     rules = lrp("ours", stabiliser)
-    relevance, details = _carry(module, rules, params, inputs, trace.target, "attention_grad")
+    relevance = _carry(module, rules, params, inputs, trace.target, "attention_grad")
 
     def update(row: Array, block: tuple[Array, Array]) -> Array:
         gradient, carried = block
         return attention_update(row, rectified_mean(carried * gradient))
 
     arrays = (trace.attention_grad, relevance.attention)
-    maps = _maps(module, arrays, lambda blocks, row: propagate(update, blocks, row, first_block))
-    return maps, {**details, **trace.details()}
+    maps = _maps(module, trace.seen, arrays, lambda blocks, row: propagate(update, blocks, row, first_block))
+    return maps, {**relevance.details, **trace.details()}
 
 
 def _token_times_gradient(
     module: nn.Module, rules: Primitives, params: Any, inputs: Array, target: Array | None, pixels: bool
 ) -> Explanation:
+    inputs = as_inputs(module, params, inputs)
     trace = capture(
         ruled(module, rules), params, inputs, target, ("input_grads", "tokens", "token_grads", "final_tokens")
     )
     relevance = wide(trace.tokens) * wide(trace.token_grads)
-    at_pixels = (wide(inputs) * wide(trace.input_grads)).sum(-1)
-    maps = at_pixels if pixels else token_map(module, relevance[0].sum(-1))
+    at_pixels = (wide(values(inputs)) * wide(trace.input_grads)).sum(-1)
+    maps = input_map(trace.seen, at_pixels) if pixels else token_map(module, relevance[0].sum(-1))
     return maps, _details(trace, relevance)
 
 

@@ -16,6 +16,7 @@ from tokentm_jax.maths.tokentm import TokenTM, initial_contributions
 from tokentm_jax.methods.attention import OFF, Details, Explanation, legrad_of_block
 from tokentm_jax.methods.lrp import ruled
 from tokentm_jax.methods.stream import backward, streams
+from tokentm_jax.models.inputs import as_inputs
 
 Gradient = Literal["own", "conservative_lrp", "attn_lrp"]
 
@@ -41,6 +42,7 @@ def shared_maps(
     the pass gives this method's map, too. LeGrad looks at every block on the way forward. All others have passes of
     their own, by `explain(name, target)`.
     """
+    inputs = as_inputs(module, params, inputs)
     found: dict[str, Array] = {}
     details: Details = {}
     rows = [name for name in names if name in ROWS] if streams(module) else []
@@ -53,7 +55,7 @@ def shared_maps(
         target = explained(module.apply({"params": params}, inputs), target)[1]["target"]
     model = module if gradient == "own" else ruled(module, RULES[gradient])
     for name in rows:
-        note = legrad_of_block(module, params, target) if "legrad" in joined - found.keys() else None
+        note = legrad_of_block(module, params, inputs, target) if "legrad" in joined - found.keys() else None
         done = backward(model, params, inputs, target, ROWS[name], note=note)
         embedded = wide(done.embedded)
         start = partial(initial_contributions, options=ROWS[name])

@@ -1,9 +1,10 @@
 """Methods that take patches away and look at what the model says then: forward passes alone.
 
-Each function is `(module, params, inputs, target, **options) -> (maps [B, gh, gw], details)`. All but
-`token_dropping` need nothing of a Transformer: they work on any module that gives logits. All samples see the same
-coalitions of patches (`tokentm_jax.maths.perturbation`), so a map depends on its sample and on `seed`, and on nothing
-else of the batch.
+Each function is `(module, params, inputs, target, **options) -> (maps [B, gh, gw], details)`. All but `token_dropping`
+need nothing of a Transformer: they work on any module that gives logits. Of texts, the word pieces are the patches:
+the model's mask stands in for one taken away, and marks such as [CLS] always stay. All samples see the same coalitions
+of patches (`tokentm_jax.maths.perturbation`), so a map depends on its sample and on `seed`, and on nothing else of the
+batch.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from jax import Array
 
 from tokentm_jax.data.preprocessing import IMAGENET, Preprocessing
 from tokentm_jax.errors import InputError, Unfit
+from tokentm_jax.maths.maps import spread
 from tokentm_jax.maths.perturbation import (
     blur,
     half_of_coalitions,
@@ -33,6 +35,7 @@ from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.scores import Question, explained
 from tokentm_jax.methods.gradient import MOST, Explanation
 from tokentm_jax.methods.stream import require_streams
+from tokentm_jax.models.inputs import Texts, Tokens, as_inputs
 
 Count = Annotated[int, Ge(1), Le(MOST)]
 Chunk = Annotated[int, Ge(1), Le(4096)]
@@ -124,12 +127,21 @@ def _grid(module: nn.Module, inputs: Array, patch: int | None) -> tuple[int, int
     return grid
 
 
-def game(module: nn.Module, params: Any, inputs: Array, target: Array | None, options: Removal) -> Game:
-    """The game of the patches of normalised images [B, H, W, C]: removed ones are filled as `options` say."""
+def game(module: nn.Module, params: Any, inputs: Any, target: Array | None, options: Removal) -> Game:
+    """The game of the patches of normalised images [B, H, W, C]: removed ones are filled as `options` say. Or that of
+    the word pieces of `Texts`.
+
+    Of patches that overlap, those pixels go that are nearest to the centre of the patch.
+    """
+    inputs = as_inputs(module, params, inputs)
+    if isinstance(inputs, Texts):
+        return _game_of_words(module, params, inputs, target, options)
     gh, gw = _grid(module, inputs, options.patch)
-    height, width = inputs.shape[1] // gh, inputs.shape[2] // gw
+    tiling = getattr(module, "tiling", None) if options.patch is None else None
     background = jnp.zeros((), inputs.dtype)
     if options.fill == "black":
+        if len(options.black) != inputs.shape[-1]:
+            raise InputError(f"option 'black' must have a number for each of {inputs.shape[-1]} channels")
         background = jnp.asarray(options.black, inputs.dtype)
     elif options.fill == "blur":
         background = blur(inputs)
@@ -138,7 +150,7 @@ def game(module: nn.Module, params: Any, inputs: Array, target: Array | None, op
     chosen = details["target"]
 
     def value(mask: Array) -> Array:
-        shown = mask.reshape(gh, gw).astype(inputs.dtype).repeat(height, 0).repeat(width, 1)[..., None]
+        shown = spread(mask.reshape(1, gh, gw).astype(inputs.dtype), inputs.shape[1:3], tiling)[0, ..., None]
         changed = inputs * shown + background * (1 - shown)
         return _valued(module.apply({"params": params}, changed), chosen, options.value)
 
@@ -149,7 +161,33 @@ def game(module: nn.Module, params: Any, inputs: Array, target: Array | None, op
     return Game(values, full, (gh, gw), details)
 
 
+def _game_of_words(module: Any, params: Any, texts: Texts, target: Any, options: Removal) -> Game:
+    if options.fill != "mean" or options.patch is not None:
+        raise Unfit("options 'fill' and 'patch' are for images: of texts, words are removed")
+    blank = module.apply({"params": params}, method="blank").astype(texts.embeddings.dtype)
+    logits = module.apply({"params": params}, texts)
+    details = explained(logits, target)[1]
+
+    def value(mask: Array) -> Array:
+        shown = (mask | texts.special)[..., None]
+        changed = texts._replace(embeddings=jnp.where(shown, texts.embeddings, blank))
+        return _valued(module.apply({"params": params}, changed), details["target"], options.value)
+
+    def values(masks: Array) -> Array:
+        return in_chunks(value, masks, options.chunk).T
+
+    full = _valued(logits, details["target"], options.value)
+    return Game(values, full, (1, texts.mask.shape[1]), details)
+
+
+def _refuse_texts(inputs: Any, reason: str) -> None:
+    if isinstance(inputs, Texts | Tokens):
+        raise Unfit(reason)
+
+
 def _windows(grid: tuple[int, int], window: int, stride: int) -> Array:
+    if grid[0] == 1 and window > 1:
+        raise InputError("option 'window' is for grids of patches: words are removed one by one")
     if window > min(grid):
         raise InputError(
             f"option 'window' must be at most {min(grid)} for {grid[0]} x {grid[1]} patches, got {window}"
@@ -201,15 +239,18 @@ def token_dropping(
     Raises InputError for a module whose forward pass is not that of `ViT`.
     """
     require_streams(module, "the method 'token_dropping' takes tokens out of the sequence")
+    inputs = as_inputs(module, params, inputs)
+    if isinstance(inputs, Texts):
+        return _word_dropping(module, params, inputs, target, window, stride, value, chunk)
     if module.rope_type is not None:
         raise Unfit("the method 'token_dropping' needs blocks that do not know a token's place: no rotary positions")
     removed = _windows(module.grid, window, stride)
     left = removed.shape[1] - window * window
     if not left:
         raise InputError("the method 'token_dropping' must leave a patch: the window is the whole grid")
-    tokens = module.apply({"params": params}, inputs, method="embed")
+    tokens: Any = module.apply({"params": params}, inputs, method="embed")
 
-    def read(tokens: Array) -> Array:
+    def read(tokens: Array) -> Any:
         return module.apply({"params": params}, tokens, method=lambda vit, x: vit.classify(vit.blocks(x, None)[0]))
 
     logits = read(tokens)
@@ -224,6 +265,31 @@ def token_dropping(
     values = in_chunks(remaining, removed, chunk).T
     rows = _losses(_valued(logits, chosen, value), values, removed)
     return rows.reshape(-1, *module.grid), details
+
+
+def _word_dropping(
+    module: Any, params: Any, texts: Texts, target: Any, window: int, stride: int, value: Value, chunk: int
+) -> Explanation:
+    """As `token_dropping`: nothing attends to a word piece that was dropped. Marks stay."""
+    grid = (1, texts.mask.shape[1])
+    removed = _windows(grid, window, stride)
+    tokens = module.apply({"params": params}, texts, method="embed")
+
+    def read(mask: Array) -> Array:
+        def after_embedding(bert: Any) -> Array:
+            return bert.classify(bert.blocks(tokens, mask)[0], mask)
+
+        return module.apply({"params": params}, method=after_embedding)
+
+    logits = read(texts.mask)
+    details = explained(logits, target)[1]
+
+    def remaining(gone: Array) -> Array:
+        return _valued(read(texts.mask & ~(gone & ~texts.special)), details["target"], value)
+
+    values = in_chunks(remaining, removed, chunk).T
+    rows = _losses(_valued(logits, details["target"], value), values, removed)
+    return rows.reshape(-1, *grid), details
 
 
 def rise(
@@ -245,6 +311,7 @@ def rise(
     with probability `keep`, and constant within a patch; between shown and removed, a patch is mixed with what stands
     in for it.
     """
+    _refuse_texts(inputs, "the method 'rise' draws smooth masks over a grid of patches, and texts have none")
     played = game(module, params, inputs, target, options)
     masks = smooth_masks(jax.random.key(seed), played.grid, samples, cells, keep)
     return played.maps(jax.vmap(mean_by_patch, (None, 0))(masks, played.values(masks))), played.details
@@ -276,12 +343,16 @@ def shapley(
     `details["full_value"]` less `details["empty_value"]` [B], for any number of pairs. `details["standard_error"]`
     [B, gh, gw] is that of the mean over pairs.
     """
+    texts = isinstance(inputs, Texts | Tokens)
     played = game(module, params, inputs, target, options)
     _check_players(played)
     empty, n = played.empty(), played.patches
 
     def pair(key: Array) -> Array:
-        ranks = jax.random.permutation(key, jnp.arange(n, dtype=jnp.int32))
+        if texts:  # the order of a text's own words does not depend on how many places stand behind them
+            ranks = jax.random.uniform(key, (n,)).argsort().argsort().astype(jnp.int32)
+        else:
+            ranks = jax.random.permutation(key, jnp.arange(n, dtype=jnp.int32))
         both = jnp.stack([ranks, n - 1 - ranks])
         found = played.values(jax.vmap(path)(both).reshape(-1, n)).reshape(-1, 2, n - 1)
         first, last = (jnp.broadcast_to(end[:, None, None], (len(end), 2, 1)) for end in (empty, played.full))
@@ -308,6 +379,7 @@ def shapley_by_kernel(
     taken, and the values are exact. The details are those of `shapley`; standard errors of exact values are zero.
     Raises InputError for fewer pairs than twice the patches, where the fit would have no sure solution.
     """
+    _refuse_texts(inputs, "the method 'kernel_shap' weighs coalitions by the number of patches, which texts differ in")
     played = game(module, params, inputs, target, options)
     _check_players(played)
     empty, n = played.empty(), played.patches

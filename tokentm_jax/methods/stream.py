@@ -1,7 +1,7 @@
 """Rules that run inside the passes: of a block, only what is asked for is kept.
 
-The module must be a `ViT` whose forward pass is known: `embed`, its blocks one after the other, `classify`. The rules
-are the ones that run over a stored `Trace`, with the same numbers.
+The module must be a `ViT` or a `Bert` whose forward pass is known: `embed`, its blocks one after the other,
+`classify`. The rules are the ones that run over a stored `Trace`, with the same numbers.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,9 +23,12 @@ from tokentm_jax.maths.tokentm import (
     attention_weights,
     ffn_layer,
     ffn_weights,
+    norm_gain,
     propagate,
     sample_axes,
 )
+from tokentm_jax.models.bert import Bert
+from tokentm_jax.models.inputs import context, read_out, seen
 from tokentm_jax.models.vit import ViT
 
 Memory = Literal["recompute", "store"]
@@ -44,18 +47,22 @@ POLICIES = {
 }
 
 
-# What makes the forward pass of a `ViT` known; a subclass may have its own `embed` and `classify`, which are called.
+# What makes a forward pass known; a subclass may have its own `embed` and `classify`, which are called.
 FORWARD = ("__call__", "setup", "block")
 
 
+KNOWN = (ViT, Bert)
+
+
 def replaced(module: Any, names: Iterable[str]) -> list[str]:
-    """Those of the methods of `ViT` called `names` that the module's class has its own of."""
-    return [name for name in names if getattr(type(module), name) is not getattr(ViT, name)]
+    """Those of the methods of `ViT` or `Bert` called `names` that the module's class has its own of."""
+    home = next(kind for kind in KNOWN if isinstance(module, kind))
+    return [name for name in names if getattr(type(module), name) is not getattr(home, name)]
 
 
 def streams(module: Any) -> bool:
-    """Whether the forward pass is known to be that of `ViT`. Of any other module only what it shows is known."""
-    return isinstance(module, ViT) and not replaced(module, FORWARD)
+    """Whether the forward pass is known to be that of `ViT` or `Bert`. Of any other module only what it shows is."""
+    return isinstance(module, KNOWN) and not replaced(module, FORWARD)
 
 
 def require_streams(module: Any, reason: str) -> None:
@@ -76,16 +83,16 @@ def forward(
     end_block: int | None = None,
 ) -> tuple[Array, Array, Details]:
     """One forward pass, then a rule that needs no gradients: as `backward`, with `update(row, summary) -> row`."""
-    block = module.block()
+    block, more = module.block(), context(inputs)
 
     def through(x: Array, weights: Any) -> tuple[Array, Any]:
-        (after, _), state = block.apply({"params": weights}, x, mutable=["intermediates"])
-        return after, jax.vmap(summary, in_axes=(sample_axes(0),))(_read(state))
+        (after, _), state = block.apply({"params": weights}, x, *more, mutable=["intermediates"])
+        return after, jax.vmap(summary, in_axes=(sample_axes(0),))(_read(state, inputs))
 
     embedded = module.apply({"params": params}, inputs, method="embed")
     last, summaries = jax.lax.scan(through, embedded, params["blocks"])
-    logits = module.apply({"params": params}, last, method="classify")
-    rows = propagate(jax.vmap(update), summaries, _readout(module, last), first_block, end_block)
+    logits = module.apply({"params": params}, last, *more, method="classify")
+    rows = propagate(jax.vmap(update), summaries, read_out(module, seen(inputs), last), first_block, end_block)
     return rows, embedded, explained(logits, target)[1]
 
 
@@ -116,37 +123,49 @@ def backward(
       memory: a key of `POLICIES`.
       note: `(a block's parameters, its input [B, N, D]) -> what is to be noted`, on the way forward.
     """
-    block, first = module.block(), options.first_block
+    block, first, more = module.block(), options.first_block, context(inputs)
     end = module.depth if options.end_block is None else options.end_block
+    norms = block.post_norm and options.norms
     keep = partial(jax.checkpoint, policy=POLICIES[memory], prevent_cse=False)
 
     def kept(index: Array, weights: Array) -> Array:
         return checkpoint_name(jnp.where(index < end, weights, 0), WEIGHTS)  # left out: a block that adds nothing
+
+    def normed(index: Array, u: Array, before: Array, after: Array) -> Array:
+        """The stream through the LayerNorm behind a sum of a post-norm block."""
+        gain = jax.vmap(norm_gain)(wide(before), wide(after))
+        return jax.vmap(ffn_layer)(u, kept(index, gain - 1))
 
     @keep
     def attend(layer: Any, x: Array, u: Array) -> tuple[Array, Array]:
         index, params = layer
         # The layer stands here twice, and the compiler computes it once: the stream enters at the attention, and its
         # weights may look at what comes after that.
-        _, state = block.apply({"params": params}, x, method="attend", mutable=["intermediates"])
+        middle, state = block.apply({"params": params}, x, *more, method="attend", mutable=["intermediates"])
+        known = _read(state, inputs)
         weights_of = jax.vmap(partial(attention_weights, options=options), in_axes=(sample_axes(0),))
-        weights = kept(index, weights_of(_read(state)))
-        seen = []  # the stream, as it leaves the hook that it enters inside the layer
+        weights = kept(index, weights_of(known))
+        left = []  # the stream, as it leaves the hook that it enters inside the layer
 
         def attended(attention: Array) -> Array:
             attention, after = jax.vmap(partial(attention_layer, options))(attention, u, weights)
-            seen.append(after)
+            left.append(after)
             return attention
 
         ruled = block.clone(primitives=module.primitives._replace(attended=attended))
-        return ruled.apply({"params": params}, x, method="attend"), *seen
+        attend = ruled.apply({"params": params}, x, *more, method="attend")
+        if norms:
+            left = [normed(index, *left, wide(x) + known.attention_branch, middle)]
+        return attend, *left
 
     @keep
     def feed(layer: Any, x: Array, u: Array) -> tuple[Array, Array]:
         index, params = layer
         after, state = block.apply({"params": params}, x, method="feed", mutable=["intermediates"])
-        weights = jax.vmap(partial(ffn_weights, options=options))(wide(x), _read(state).ffn_branch)
-        return after, jax.vmap(ffn_layer)(u, kept(index, weights))
+        known = _read(state, inputs)
+        weights_of = jax.vmap(partial(ffn_weights, options=options), in_axes=(0, sample_axes(0)))
+        u = jax.vmap(ffn_layer)(u, kept(index, weights_of(wide(x), known)))
+        return after, normed(index, u, wide(x) + known.ffn_branch, after) if norms else u
 
     def through(carry: tuple[Array, Array], layer: Any) -> tuple[tuple[Array, Array], Any]:
         noted = None if note is None else jax.lax.stop_gradient(note(layer[1], jax.lax.stop_gradient(carry[0])))
@@ -154,27 +173,23 @@ def backward(
 
     def from_first(x: Array, u: Array) -> tuple[tuple[Array, Array], tuple[Any, Details]]:
         (x, u), noted = jax.lax.scan(through, (x, u), layers)
-        logits = module.apply({"params": params}, x, method="classify")
+        logits = module.apply({"params": params}, x, *more, method="classify")
         own, details = explained(logits, target)
         return (own.sum(), u), (noted, details)  # samples do not touch each other
 
     embedded = module.apply({"params": params}, inputs, method="embed")
     numbered = (jnp.arange(module.depth), params["blocks"])
     before, layers = jax.tree.map(lambda a: a[:first], numbered), jax.tree.map(lambda a: a[first:], numbered)
-    x, _ = jax.lax.scan(lambda x, layer: block.apply({"params": layer[1]}, x), embedded, before)
-    row = _readout(module, x)
+    x, _ = jax.lax.scan(lambda x, layer: block.apply({"params": layer[1]}, x, *more), embedded, before)
+    row = read_out(module, seen(inputs), x)
     (own, _), pull, (noted, details) = jax.vjp(from_first, x, jnp.zeros_like(row), has_aux=True)
     gradient, rows = pull((jnp.ones_like(own), row))
     return Pass(rows, embedded, gradient, noted, details)
 
 
-def _read(state: Any) -> Blocks:
+def _read(state: Any, inputs: Any) -> Blocks:
     """What a layer, or all of a block, sowed for a batch: [B, ...], in float32 at least."""
     sown = state["intermediates"]
     arrays = {**sown, **sown.get("attn", {})}
-    return jax.tree.map(wide, Blocks(**{name: arrays[name][0] if name in arrays else None for name in Blocks._fields}))
-
-
-def _readout(module: Any, tokens: Array) -> Array:
-    """The head's read-out for each sample, [B, N]; placed as the tokens [B, N, D] are."""
-    return jnp.zeros_like(wide(tokens[..., 0])) + jnp.asarray(module.readout, wide(tokens).dtype)
+    read = {name: wide(arrays[name][0]) if name in arrays else None for name in Blocks._fields}
+    return Blocks(**{**read, "seen": seen(inputs)})

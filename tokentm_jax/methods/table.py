@@ -1,9 +1,10 @@
 """The table of explanation methods.
 
 A method is a function `(module, params, inputs, target, **options) -> (maps, details)`: inputs are normalised images
-[B, H, W, 3], target is a class per sample [B] or None for the predicted one, maps are [B, gh, gw] (token maps) or
-[B, H, W] (pixel maps), details is a dict of arrays with `logits` [B, classes] and `target` [B] at least. It treats
-the samples of a batch independently. Adding one: a function and a row here, and a row in `tests/test_contract.py`.
+[B, H, W, 3] or `Texts`, target is a class per sample [B] or None for the predicted one, maps are [B, gh, gw] (token
+maps) or [B, H, W] (pixel maps), and for texts [B, 1, N], details is a dict of arrays with `logits` [B, classes] and
+`target` [B] at least. It treats the samples of a batch independently. Adding one: a function and a row here, and a row
+in `tests/test_contract.py`.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from tokentm_jax.methods import lrp as relevance
 from tokentm_jax.methods.attention import Explanation
 from tokentm_jax.methods.mix import Gradient, shared_maps
 from tokentm_jax.methods.perturbation import Removal
+from tokentm_jax.models.inputs import as_inputs, seen
 from tokentm_jax.validation import check_options, options_of
 
 TOKENS, PIXELS = "token map", "pixel map"
@@ -100,6 +102,7 @@ def combination(
     between. Methods that can share a pass of the model do, see `tokentm_jax.methods.mix`; `gradient` names the method
     whose backward pass gives TokenTM and GAE their gradient, in place of their own.
     """
+    inputs = as_inputs(module, params, inputs)
     names = _members(methods)
     for name in names:
         if name not in METHODS or name in COMBINED:
@@ -112,7 +115,8 @@ def combination(
         raise InputError(f"weights must be numbers with commas between, got {weights!r:.80}") from None
     explain = lambda name, target: METHODS[name].bind(name, {})(module, params, inputs, target)  # noqa: E731
     maps, details = shared_maps(module, params, inputs, target, names, gradient, explain)
-    return combine(maps, how, normalisation, numbers), details
+    mask = seen(inputs)
+    return combine(maps, how, normalisation, numbers, None if mask is None else mask[:, None]), details
 
 
 def tokentm_mix(

@@ -1,0 +1,69 @@
+"""TokenTM seen block by block: what each layer makes of the tokens, and how the contributions grow."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from tokentm_jax.maths.maps import token_map
+from tokentm_jax.maths.tokentm import (
+    Blocks,
+    TokenTM,
+    change,
+    contributions,
+    necc,
+    ratio,
+    transformation_weights,
+)
+from tokentm_jax.models.capture import capture
+from tokentm_jax.models.inputs import read_out
+
+OPTIONS = TokenTM()
+
+
+class Layer(NamedTuple):
+    """What the attention layers, or the FFNs, make of the patches' tokens: [B, L, gh, gw] each."""
+
+    length: Any  # L(x~) / L(x), the ratio of lengths
+    necc: Any  # normalised exponential cosine correlation, with mean 1 over all tokens
+    weight: Any  # w, the product of both
+
+
+class ByBlock(NamedTuple):
+    """Of a batch, for every block."""
+
+    contribution: Any  # [B, L, gh, gw] heatmap of TokenTM when the blocks up to this one are aggregated
+    attention: Layer
+    ffn: Layer
+
+
+def by_block(module: Any, params: Any, inputs: Array, target: Any = None) -> ByBlock:
+    """The parts of TokenTM's heatmap by block, with the default options. For `jax.jit`.
+
+    Args:
+      module, params, inputs, target: as for `tokentm_jax.capture`; `module` reads images.
+
+    Raises:
+      InputError: a module that does not show what TokenTM reads.
+    """
+    trace = capture(module, params, inputs, target, OPTIONS.uses())
+    blocks = trace.blocks()
+
+    def maps(rows: Array) -> Array:  # [L, B, N] -> [B, L, gh, gw]
+        return jnp.moveaxis(jax.vmap(partial(token_map, module))(rows), 0, 1)
+
+    def layer(original: Array, transformed: Array) -> Layer:  # [L, B, N, D] each
+        tokens = change(original, transformed)
+        weight = transformation_weights(tokens, OPTIONS)
+        return Layer(maps(ratio(tokens.after, tokens.before)), maps(necc(tokens)), maps(weight))
+
+    def grown(blocks: Blocks, rows: Array) -> Array:  # one sample's arrays -> [L, N]
+        depth = len(blocks.attention)
+        ends = [TokenTM(end_block=end) for end in range(1, depth + 1)]
+        return jnp.stack([contributions(blocks, blocks.tokens[0], rows, options) for options in ends])
+
+    rows = jax.vmap(grown, in_axes=(1, 0), out_axes=1)(blocks, read_out(module, None, inputs))
+    middle = blocks.tokens + blocks.attention_branch
+    return ByBlock(maps(rows), layer(blocks.tokens, blocks.transformed_value), layer(middle, blocks.ffn_branch))
