@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tokentm_jax.data.sources import open_source
+from tokentm_jax.data.audio import Recording
+from tokentm_jax.data.preprocessing import Preprocessing
+from tokentm_jax.data.sources import Example, open_source, prepare
 from tokentm_jax.errors import InputError
 from tokentm_jax.identity import digest
 
@@ -14,7 +16,7 @@ MAX_MEMORY = 16 * 2**30  # bytes of all decoded images
 
 
 class Data(NamedTuple):
-    """A data set that fits in memory: images uint8 [n, H, W, 3], labels int32 [n], one name per class.
+    """A data set that fits in memory: images uint8 [n, H, W, C], labels int32 [n], one name per class.
 
     `identity` tells these images and their order from others.
     """
@@ -25,12 +27,19 @@ class Data(NamedTuple):
     identity: str = ""
 
 
-def load_dataset(spec: str | Path, limit: int | None = None) -> Data:
-    """Read a data set of equally large images.
+def load_dataset(
+    spec: str | Path,
+    limit: int | None = None,
+    names: str | None = None,
+    preprocessing: Preprocessing | None = None,
+) -> Data:
+    """Read a data set of equally large images, or of recordings.
 
     Args:
       spec: a data set with names of classes, see `tokentm_jax.data.sources.open_source`.
       limit: take so many images, spread evenly over the whole set.
+      names: take those that match a pattern alone, see there.
+      preprocessing: makes spectrograms of recordings; photos are taken as they are.
 
     Returns:
       The images, their labels and the class names. Images that cannot be read are left out with a warning that
@@ -40,23 +49,25 @@ def load_dataset(spec: str | Path, limit: int | None = None) -> Data:
       InputError: what `open_source` raises, no names of classes, no readable image, images of differing size, more
         than `MAX_MEMORY` bytes of them.
     """
-    source = open_source(spec, limit=limit)
+    source = open_source(spec, limit=limit, names=names)
     if source.class_names is None:
         raise InputError(f"{source.name} has no names of classes, which training needs: take class folders")
-    images, first, labels, bad = np.empty((0, 1, 1, 3), np.uint8), "", [], []
+    images: np.ndarray = np.empty((0, 1, 1, 3), np.uint8)
+    labels, bad = [], []
     for index in range(len(source)):
         try:
             example = source[index]
+            image = _array(example, preprocessing)
         except InputError as error:
             bad.append(str(error))
             continue
-        image, size = np.asarray(example.image), f"{example.image.width} x {example.image.height}"
+        first, size = (f"{array.shape[-2]} x {array.shape[-3]}" for array in (images, image))
         if not labels:
             if len(source) * image.nbytes > MAX_MEMORY:
                 size = f"{len(source)} images of {size} pixels"
                 raise InputError(f"{source.name} has {size}, too many for the memory; use a limit or smaller images")
-            images, first = np.empty((len(source), *image.shape), np.uint8), size
-        if size != first:
+            images = np.empty((len(source), *image.shape), np.uint8)
+        elif size != first:
             raise InputError(f"{source.name} has images of differing size ({first} and {size} pixels)")
         images[len(labels)] = image
         labels.append(example.label)
@@ -67,3 +78,11 @@ def load_dataset(spec: str | Path, limit: int | None = None) -> Data:
         raise InputError(f"{source.name} has no image that can be read")
     identity = digest(source.identity, source.keys)
     return Data(images[: len(labels)], np.array(labels, np.int32), source.class_names, identity)
+
+
+def _array(example: Example, preprocessing: Preprocessing | None) -> np.ndarray:
+    if not isinstance(example.image, Recording):
+        return np.asarray(example.image)
+    if preprocessing is None:
+        raise InputError(f"{example.key} is a recording: it needs to be said how it becomes a spectrogram")
+    return prepare(example, preprocessing, "default")[0]

@@ -1,6 +1,6 @@
 """Random changes of training images, each a pure function of a key.
 
-Images are [H, W, 3] or [B, H, W, 3] in [0, 1], and keep their size unless they are cropped. What is drawn for an image
+Images are [H, W, C] or [B, H, W, C] in [0, 1], and keep their size unless they are cropped. What is drawn for an image
 depends on its key alone.
 """
 
@@ -22,10 +22,10 @@ GREY = 128.0  # fills what a geometric operation uncovers, of 255
 
 def shift(key: Array, images: Array, most: int) -> Array:
     """Move each image [B, H, W, 3] by up to so many pixels in both directions, zeros coming in."""
-    b, h, w, _ = images.shape
+    b, h, w, channels = images.shape
     padded = jnp.pad(images, ((0, 0), (most, most), (most, most), (0, 0)))
     corner = jax.random.randint(key, (b, 2), 0, 2 * most + 1)
-    return jax.vmap(lambda i, c: jax.lax.dynamic_slice(i, (c[0], c[1], 0), (h, w, 3)))(padded, corner)
+    return jax.vmap(lambda i, c: jax.lax.dynamic_slice(i, (c[0], c[1], 0), (h, w, channels)))(padded, corner)
 
 
 def flip(key: Array, images: Array) -> Array:
@@ -81,7 +81,7 @@ def resized_crop(image: Array, box: Array, size: tuple[int, int]) -> Array:
     Where the box is larger than `size` the kernel grows with it, as in Pillow's `resize(..., box=...)`.
     """
     scale = jnp.array(size, box.dtype) / box[2:]
-    found = jax.image.scale_and_translate(image, (*size, 3), (0, 1), scale, -box[:2] * scale, "cubic")
+    found = jax.image.scale_and_translate(image, (*size, image.shape[-1]), (0, 1), scale, -box[:2] * scale, "cubic")
     return found.clip(0, 1)
 
 
@@ -258,6 +258,57 @@ def rand_augment(count: int, magnitude: float, key: Array, image: Array) -> Arra
 
     levels = jnp.round(image.clip(0, 1) * 255)
     return jax.lax.scan(one, levels, jax.random.split(key, count))[0] / 255
+
+
+# ---- spectrograms ---------------------------------------------------------------------------------------------------
+# Images [mel bins, frames, 1] in [0, 1], where 0 is silence.
+
+
+def stretch(most: tuple[float, float], key: Array, image: Array) -> Array:
+    """Another voice and another speed: both axes of one spectrogram scaled from their beginning, linearly.
+
+    `most` is how much larger or smaller frequency and time may become (0.2: by 1 / 1.2 to 1.2), log-uniform. Silence
+    comes in at the end; above the highest frequency the last one goes on.
+    """
+    drawn = jax.random.uniform(key, (2,), image.dtype, -1, 1)
+    for axis, share in enumerate(most):
+        count = image.shape[axis]
+        numbers = jnp.arange(count, dtype=image.dtype)
+        places = numbers * jnp.exp(drawn[axis] * math.log(1 + share))
+        if axis == 0:
+            places = places.clip(0, count - 1)
+        weights = jax.nn.relu(1 - jnp.abs(places[:, None] - numbers))
+        image = jnp.moveaxis(jnp.tensordot(weights, image, ((1,), (axis,))), 0, axis)
+    return image
+
+
+def tilt(most: float, key: Array, image: Array) -> Array:
+    """Another microphone: what is not silent rises or falls with frequency, from half of a drawn level below the
+    middle to half of it above; the level is uniform up to `most`, either way."""
+    level = most * jax.random.uniform(key, (), image.dtype, -1, 1)
+    ramp = jnp.linspace(-0.5, 0.5, image.shape[0], dtype=image.dtype)[:, None, None]
+    return jnp.where(image > 0, (image + level * ramp).clip(0, 1), image)
+
+
+def hiss(most: float, key: Array, image: Array) -> Array:
+    """Background noise: nothing is below a level, uniform up to `most`, that wavers by a twentieth."""
+    k_level, k_grain = jax.random.split(key)
+    level = most * jax.random.uniform(k_level, dtype=image.dtype)
+    return jnp.maximum(image, level + 0.05 * jax.random.normal(k_grain, image.shape, image.dtype)).clip(0, 1)
+
+
+def spec_mask(most: tuple[float, float], key: Array, image: Array) -> Array:
+    """SpecAugment (Park et al., Interspeech 2019): two bands of each axis become the image's mean, each as wide as a
+    uniform share of the axis, frequency and time, up to `most`."""
+    hidden = jnp.zeros(image.shape[:2], bool)
+    for axis, share in enumerate(most):
+        count = image.shape[axis]
+        for k in jax.random.split(jax.random.fold_in(key, axis), 2):
+            width, start = jax.random.uniform(k, (2,), image.dtype) * jnp.asarray([share, 1.0], image.dtype)
+            places = (jnp.arange(count, dtype=image.dtype) + 0.5) / count
+            inside = (places >= start * (1 - width)) & (places < start * (1 - width) + width)
+            hidden = hidden | jnp.expand_dims(inside, 1 - axis)
+    return jnp.where(hidden[..., None], image.mean(), image)
 
 
 # ---- mixtures of images ---------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import math
 import os
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -200,12 +200,16 @@ def _values(image: Image.Image, box: tuple[int, int, int, int]) -> np.ndarray:
 
 
 def fit(image: Image.Image, preprocessing: "Preprocessing") -> np.ndarray:
-    """The photo as the model sees it: uint8 [H, W, 3] of `preprocessing.size`.
+    """The photo as the model sees it: uint8 [H, W, 3] of `preprocessing.size`. InputError for a model of other images.
 
     The photo is resized so that it covers `size / crop_pct`, keeping its proportions (unless it is to be squashed to
     these), and its centre is cut out, with the rounding of timm's evaluation transform (its resize to a target that is
     not square is always bilinear; here it is the preprocessing's own).
     """
+    if preprocessing.audio is not None:
+        raise InputError("this is a photo, and the model takes recordings")
+    if len(preprocessing.mean) != 3:
+        raise InputError(f"a photo has 3 channels, and the model takes images of {len(preprocessing.mean)}")
     height, width = preprocessing.size
     scaled = _scaled(image, preprocessing)
     left, top = _corner(scaled, preprocessing)
@@ -259,34 +263,39 @@ def read_photos(paths: Iterable[str | Path], preprocessing: "Preprocessing") -> 
     return np.stack(pixels).astype(np.float32) / 255
 
 
-def find_photos(arguments: Iterable[str | Path]) -> list[Path]:
+def find_photos(
+    arguments: Iterable[str | Path], suffixes: Collection[str] = SUFFIXES, what: str = "photo"
+) -> list[Path]:
     """The photos that command-line arguments name, each once: files, folders (their image files, sorted) and glob
     patterns, in which `**` does not follow links to folders. A missing file is kept, for `open_photo` to complain
-    about. Raises InputError for an empty name, and for a folder or a pattern without photos."""
+    about. Raises InputError for an empty name, and for a folder or a pattern without photos.
+
+    For files of another kind, `suffixes` are theirs, and `what` is what errors call them.
+    """
     found: dict[Path, None] = {}
     for argument in arguments:
         if not os.fspath(argument):
-            raise InputError("the name of a photo is empty")
+            raise InputError(f"the name of a {what} is empty")
         try:
             # os.path's questions answer no for a name that no file can have, where pathlib's raise an error.
             if os.path.isdir(argument):
-                inside = [path for path in Path(argument).iterdir() if _is_photo(path)]
+                inside = [path for path in Path(argument).iterdir() if _is_file(path, suffixes)]
             elif not os.path.lexists(argument) and glob.has_magic(str(argument)):
-                inside = [path for path in map(Path, _matches(str(argument))) if _is_photo(path)]
+                inside = [path for path in map(Path, _matches(str(argument))) if _is_file(path, suffixes)]
             else:
                 inside = [Path(argument)]
         except (OSError, ValueError) as error:
             raise InputError(f"{argument} cannot be read: {reason(error)}") from None
         if not inside:
-            raise InputError(f"no photos were found in {argument}")
+            raise InputError(f"no {what}s were found in {argument}")
         found |= dict.fromkeys(sorted(inside))
     if not found:
-        raise InputError("no photos were given")
+        raise InputError(f"no {what}s were given")
     return list(found)
 
 
-def _is_photo(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and os.path.isfile(path)
+def _is_file(path: Path, suffixes: Collection[str]) -> bool:
+    return path.suffix.lower() in suffixes and os.path.isfile(path)
 
 
 def _matches(pattern: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""How photos become the input of a model."""
+"""How photos and recordings become the input of a model."""
 
 import dataclasses
 import math
@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
+from tokentm_jax.data.audio import LONGEST, Spectrogram
 from tokentm_jax.errors import InputError, suggest
 
-Channels = tuple[float, float, float]
+Channels = tuple[float, ...]  # 3 of photos, 1 of recordings
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 CROP_MODES = ("center", "squash")
 LARGEST_SIDE = 8192
@@ -40,7 +42,10 @@ class Preprocessing:
 
     `size` is (height, width) in pixels. With `crop_mode="squash"` both sides are resized to `size / crop_pct`,
     whatever the proportions of the photo. `mean` and `std` have no default: a model fed with another model's
-    statistics gives plausible and wrong results. Raises InputError naming the field that is out of range.
+    statistics gives plausible and wrong results.
+
+    With `audio` it is recordings that become spectrograms, of `size` (mel bins, frames) and one channel; how photos
+    are resized then says nothing. Raises InputError naming the field that is out of range.
     """
 
     size: tuple[int, int]
@@ -49,6 +54,7 @@ class Preprocessing:
     mean: Channels = dataclasses.field(kw_only=True)
     std: Channels = dataclasses.field(kw_only=True)
     crop_mode: str = dataclasses.field(default="center", kw_only=True)
+    audio: Spectrogram | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         def check(holds: bool, field: str, expected: str) -> None:
@@ -56,7 +62,7 @@ class Preprocessing:
                 raise InputError(f"preprocessing: {field!r} must be {expected}, got {getattr(self, field)!r}")
 
         def numbers(values: object) -> bool:
-            return isinstance(values, tuple) and len(values) == 3 and all(_is_finite(v) for v in values)
+            return isinstance(values, tuple) and len(values) == channels and all(_is_finite(v) for v in values)
 
         sides = self.size if isinstance(self.size, tuple) else ()
         whole = [isinstance(s, int) and not isinstance(s, bool) and 0 < s <= LARGEST_SIDE for s in sides]
@@ -66,11 +72,23 @@ class Preprocessing:
             raise suggest("interpolation", self.interpolation, INTERPOLATIONS)
         if self.crop_mode not in CROP_MODES:
             raise suggest("crop_mode", self.crop_mode, CROP_MODES)
-        check(numbers(self.mean), "mean", "three numbers")
-        check(numbers(self.std) and min(self.std) > 0, "std", "three numbers above 0")
+        lengths = [len(values) for values in (self.mean, self.std) if isinstance(values, tuple)]
+        channels = 1 if self.audio is not None else 3 if 3 in lengths or not lengths else lengths[0]
+        many = {1: "one number", 3: "three numbers"}.get(channels, f"{channels} numbers")
+        check(numbers(self.mean) and channels > 0, "mean", many)
+        check(numbers(self.std) and min(self.std) > 0, "std", f"{many} above 0")
+        if self.audio is not None:
+            bins, frames = self.size
+            check(bins <= self.audio.fft // 2, "size", f"at most {self.audio.fft // 2} mel bins")
+            check(self.audio.seconds(frames) <= LONGEST, "size", f"of at most {LONGEST} seconds")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of an image: (H, W, C)."""
+        return (*self.size, len(self.mean))
 
     def checked(self, images: Any) -> Array:
-        """Photos from a caller as an array [B, H, W, 3] in [0, 1], or the reason why they are none.
+        """Images from a caller as an array [B, H, W, C] in [0, 1], or the reason why they are none.
 
         Args:
           images: a NumPy or JAX array (or what turns into one) of floating-point numbers in [0, 1]. What resizing
@@ -82,16 +100,15 @@ class Preprocessing:
             pixels in 0 ... 255 or already normalised.
         """
         if not hasattr(images, "__array__"):
-            raise InputError(
-                f"images must be an array [B, H, W, 3], got a {type(images).__name__}; numpy.stack makes one of a list"
-            )
+            found = f"got a {type(images).__name__}; numpy.stack makes one of a list"
+            raise InputError(f"images must be an array [B, H, W, {len(self.mean)}], {found}")
         array = images if isinstance(images, jax.Array) else np.asarray(images)
         self._check_type(array)
         if isinstance(array, np.ndarray) and not array.dtype.isnative:
             array = array.astype(array.dtype.newbyteorder("="))
         if not len(array):
             raise InputError("images must hold one image at least, got an empty batch")
-        if not isinstance(array, jax.core.Tracer):
+        if not isinstance(array, Tracer):
             low, high = float(array.min()), float(array.max())  # NaN where any value is
             if not (math.isfinite(low) and math.isfinite(high)):
                 raise InputError("images must be finite numbers in [0, 1], got NaN or infinite values")
@@ -101,27 +118,30 @@ class Preprocessing:
         return jnp.asarray(array)
 
     def _check_type(self, images: Any) -> None:
-        height, width = self.size
-        if images.ndim != 4 or images.shape[1:] != (height, width, 3):
-            raise InputError(f"images must be [B, {height}, {width}, 3], got {list(images.shape)}")
+        if images.ndim != 4 or images.shape[1:] != self.shape:
+            expected = ", ".join(map(str, self.shape))
+            raise InputError(f"images must be [B, {expected}], got {list(images.shape)}")
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise InputError(f"images must be floating-point numbers in [0, 1], got {images.dtype}")
 
     def normalise(self, images: Array) -> Array:
-        """Images [B, H, W, 3] in [0, 1] -> the model's input of the same shape and floating type.
+        """Images [B, H, W, C] in [0, 1] -> the model's input of the same shape and floating type.
 
         Raises InputError for another shape or for integers, which are most likely pixels in 0 ... 255. Values are not
         looked at, so that it can be part of a compiled function; see `checked`.
         """
         self._check_type(images)
-        mean, std = (jnp.asarray(s, images.dtype).reshape(1, 1, 1, 3) for s in (self.mean, self.std))
+        mean, std = (jnp.asarray(s, images.dtype).reshape(1, 1, 1, -1) for s in (self.mean, self.std))
         return (images - mean) / std
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON types, but for the usual crop mode: a model is the same as before there was another."""
+        """The fields as JSON types, but for those that say what is usual: a model is the same as before there was
+        something else."""
         fields = dataclasses.asdict(self)
         if self.crop_mode == "center":
             del fields["crop_mode"]
+        if self.audio is None:
+            del fields["audio"]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
     @classmethod
@@ -137,6 +157,8 @@ class Preprocessing:
             if name not in values:
                 raise InputError(f"preprocessing: {name!r} is missing")
         fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        if fields.get("audio") is not None:
+            fields["audio"] = Spectrogram.from_dict(fields["audio"])
         return cls(**fields)
 
 

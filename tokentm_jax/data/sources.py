@@ -1,23 +1,25 @@
 """Where examples come from: data sets of any size, read in one way, decoded one by one and ahead of the device."""
 
 import dataclasses
+import fnmatch
 import functools
 import math
 import os
 import threading
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from annotated_types import Ge
 from PIL import Image
 
-from tokentm_jax.data import photos
+from tokentm_jax.data import audio, photos
+from tokentm_jax.data.audio import Recording
 from tokentm_jax.data.labels import csv_rows, number
 from tokentm_jax.data.photos import PIXEL, SUFFIXES, check_size, decode, decoding, fit, open_photo
 from tokentm_jax.data.preprocessing import Preprocessing
@@ -34,11 +36,15 @@ MAX_RECORDS = 10**7  # of a .mat file
 LARGEST_LABEL = 2**31 - 1
 
 
+Item = TypeVar("Item")
+
+
 class Example(NamedTuple):
-    """One image with what is known of it; `mask` [H, W] is true in the foreground and as large as the image."""
+    """One image, or recording, with what is known of it; `mask` [H, W] is true in the foreground and as large as the
+    image."""
 
     key: str
-    image: Image.Image
+    image: Image.Image | Recording
     label: int | None = None
     mask: np.ndarray | None = None
 
@@ -76,7 +82,12 @@ Half = Literal["even", "odd"]
 
 
 def open_source(
-    spec: str | Path, *, limit: int | None = None, seed: int | None = None, half: Half | None = None
+    spec: str | Path,
+    *,
+    limit: int | None = None,
+    seed: int | None = None,
+    half: Half | None = None,
+    names: str | None = None,
 ) -> Source:
     """Open a data set without reading its images.
 
@@ -89,6 +100,10 @@ def open_source(
       seed: choose them at random, so that a larger limit only adds examples; None: spread evenly over the set.
       half: take the examples at even or at odd places alone, counted from 0 before the limit: to choose on one half,
         and to check on the other.
+      names: take the examples alone whose names (`keys`) match this pattern, with `*` and `?`; or, with `!` before
+        it, those that do not: to leave a speaker out, and to test on him.
+
+    Class folders hold images, or, where there is none, recordings (`.wav`).
 
     Raises:
       InputError: nothing there, another layout, no examples, tfds or h5py missing, a data set that is not prepared.
@@ -108,7 +123,13 @@ def open_source(
             source = _segmentation(path) if path.suffix.lower() == ".mat" else _zip(path)
     if not source.keys:
         raise InputError(f"{source.name} holds no examples")
-    keys = source.keys if half is None else source.keys[half == "odd" :: 2]
+    keys = source.keys
+    if names is not None:
+        pattern = names.removeprefix("!")
+        keys = tuple(key for key in keys if fnmatch.fnmatchcase(key, pattern) != names.startswith("!"))
+        if not keys:
+            raise InputError(f"{source.name} holds no example whose name matches {names!r}")
+    keys = keys if half is None else keys[half == "odd" :: 2]
     if not keys:
         raise InputError(f"{source.name} holds one example, and none at an odd place")
     if seed is not None:
@@ -116,7 +137,7 @@ def open_source(
     return dataclasses.replace(source, keys=tuple(spread(keys, limit)))
 
 
-def spread(items: Sequence[str], limit: int | None) -> Sequence[str]:
+def spread(items: Sequence[Item], limit: int | None) -> Sequence[Item]:
     """`limit` of the items, evenly spaced, or all."""
     if limit is None or limit >= len(items):
         return items
@@ -124,13 +145,17 @@ def spread(items: Sequence[str], limit: int | None) -> Sequence[str]:
 
 
 def _in_classes(
-    name: str, names: Sequence[str], identify: Callable[[list[str]], str], read: Callable[[str], Image.Image]
+    name: str,
+    names: Sequence[str],
+    identify: Callable[[list[str]], str],
+    read: Callable[[str], Image.Image | Recording],
 ) -> Source:
     """A source whose images are named "…/class/image". `identify` is given the names of the images."""
-    labels = {n: PurePosixPath(n).parent.name for n in sorted(names) if _is_image(n)}
+    found = [n for n in names if _is_a(n, SUFFIXES)] or [n for n in names if _is_a(n, audio.SUFFIXES)]
+    labels = {n: PurePosixPath(n).parent.name for n in sorted(found)}
     labels = {n: label for n, label in labels.items() if label not in ("", "..")}
     if not labels:
-        raise InputError(f"{name} holds no images in class folders")
+        raise InputError(f"{name} holds no images in class folders, and no recordings")
     classes = tuple(sorted(set(labels.values())))
     index = {label: i for i, label in enumerate(classes)}
     keys = tuple(labels)
@@ -143,10 +168,10 @@ def _in_classes(
     )
 
 
-def _is_image(name: str) -> bool:
+def _is_a(name: str, suffixes: Collection[str]) -> bool:
     path = PurePosixPath(name)
     hidden = any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in path.parts)
-    return path.suffix.lower() in SUFFIXES and not hidden
+    return path.suffix.lower() in suffixes and not hidden
 
 
 def _folder(path: Path) -> Source:
@@ -162,7 +187,11 @@ def _folder(path: Path) -> Source:
     def identify(names: list[str]) -> str:
         return digest(names, digest_files([path / name for name in names]))
 
-    return _in_classes(f"the folder {path}", names, identify, lambda key: open_photo(path / key))
+    return _in_classes(f"the folder {path}", names, identify, lambda key: _open(path / key))
+
+
+def _open(path: Path) -> Image.Image | Recording:
+    return audio.open_recording(path) if _is_a(path.name, audio.SUFFIXES) else open_photo(path)
 
 
 def _zip(path: Path) -> Source:
@@ -181,8 +210,8 @@ def _zip(path: Path) -> Source:
     return _in_classes(f"the zip file {path}", names, identify, lambda key: _read_entry(archive, key))
 
 
-def _read_entry(archive: zipfile.ZipFile, name: str) -> Image.Image:
-    """One image of a zip; the size that the zip's directory states is not trusted."""
+def _read_entry(archive: zipfile.ZipFile, name: str) -> Image.Image | Recording:
+    """One image or recording of a zip; the size that the zip's directory states is not trusted."""
     try:
         info = archive.getinfo(name)
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile does not bound the others
@@ -196,10 +225,10 @@ def _read_entry(archive: zipfile.ZipFile, name: str) -> Image.Image:
     return _decode_entry(content, name)
 
 
-def _decode_entry(content: bytes, name: str) -> Image.Image:
+def _decode_entry(content: bytes, name: str) -> Image.Image | Recording:
     if len(content) > MAX_ENTRY:
         raise InputError(f"{name} is larger than {MAX_ENTRY >> 20} MiB")
-    return decode(BytesIO(content), name)
+    return (audio.decode if _is_a(name, audio.SUFFIXES) else decode)(BytesIO(content), name)
 
 
 def _listed(path: Path) -> Source:
@@ -228,7 +257,7 @@ def _listed(path: Path) -> Source:
         names = sorted(labels)
         return digest([(name, labels[name]) for name in names], digest_files([path / name for name in names]))
 
-    read = lambda key: Example(key, open_photo(path / key), labels[key])  # noqa: E731
+    read = lambda key: Example(key, _open(path / key), labels[key])  # noqa: E731
     return Source(f"the folder {path}", functools.cache(identify), tuple(labels), read)
 
 
@@ -372,24 +401,28 @@ class Batch(NamedTuple):
     """Arrays of `size` examples, of which the first `len(keys)` count; the rest repeats the last."""
 
     keys: tuple[str, ...]
-    images: np.ndarray  # uint8 [size, H, W, 3]
+    images: np.ndarray  # uint8 [size, H, W, C]
     labels: np.ndarray  # int32 [size], -1 where unknown
     masks: np.ndarray | None  # bool [size, H, W]
 
 
 def prepare(example: Example, preprocessing: Preprocessing, profile: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Image uint8 [H, W, 3] and mask bool [H, W] as the model sees them, cut alike.
+    """Image uint8 [H, W, C] and mask bool [H, W] as the model sees them, cut alike.
 
     Profile "default": the model's own preprocessing. Profile "reference": squashed to the model's size, bilinear.
-    The mask is always resized by nearest neighbour. Raises InputError for a mask of another size than the image.
+    The mask is always resized by nearest neighbour. A recording is its spectrogram, of 256 levels. Raises InputError
+    for a mask of another size than the image, and for a photo where the model takes recordings, or the other way.
     """
+    if isinstance(example.image, Recording):
+        levels = audio.spectrogram(example.image, preprocessing, example.key)
+        return (levels * 255).round().astype(np.uint8), None
     image, mask = example.image, None
     if example.mask is not None:
         if example.mask.shape != (image.height, image.width):
             raise InputError(f"{example.key}: image and mask differ in size")
         mask = Image.fromarray(example.mask.astype(np.uint8))
-    if profile == "reference":
-        size = preprocessing.size[::-1]
+    if profile == "reference" and preprocessing.audio is None:
+        size = (preprocessing.size[1], preprocessing.size[0])
         pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR))
         cut = None if mask is None else np.asarray(mask.resize(size, Image.Resampling.NEAREST))
     else:
@@ -449,7 +482,7 @@ def batches(
 def _batch(results: list[tuple[str, Any]], size: int, preprocessing: Preprocessing) -> Batch:
     keys = tuple(key for key, _ in results)
     if not keys:
-        return Batch((), np.zeros((size, *preprocessing.size, 3), np.uint8), np.full(size, -1, np.int32), None)
+        return Batch((), np.zeros((size, *preprocessing.shape), np.uint8), np.full(size, -1, np.int32), None)
     images, masks, labels = zip(*(result for _, result in results), strict=True)
     fill = [len(keys) - 1] * (size - len(keys))
     rows = [*range(len(keys)), *fill]

@@ -18,6 +18,7 @@ from annotated_types import Ge, Le
 from jax import Array
 
 from tokentm_jax.errors import InputError
+from tokentm_jax.maths.maps import Tiling, spread
 from tokentm_jax.maths.perturbation import linear_imputation
 from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.scores import Question, explained, log_probability
@@ -42,15 +43,24 @@ def rank_pixels(maps: Array) -> Array:
     return put(order, places).reshape(maps.shape)
 
 
-def perturb(images: Array, ranks: Array, count: Array | int, positive: Array | bool, fill: Fill = 0.0) -> Array:
+def perturb(
+    images: Array,
+    ranks: Array,
+    count: Array | int,
+    positive: Array | bool,
+    fill: Fill = 0.0,
+    tiling: Tiling | None = None,
+) -> Array:
     """Images [B, H, W, C] with `count` pixels set to `fill`: the first by rank (positive) or the last.
 
-    `ranks` are those of pixels [B, H, W], or of patches [B, gh, gw] whose grid divides the image: then `count` patches
-    go. `fill` is a value, an array that fits the images, or a function `(images, removed [B, H, W]) -> images`.
+    `ranks` are those of pixels [B, H, W], or of patches [B, gh, gw]: then `count` patches go, which divide the image
+    or lie as `tiling` says (`tokentm_jax.maths.maps.spread`). `fill` is a value, an array that fits the images, or a
+    function `(images, removed [B, H, W]) -> images`.
     """
     _, gh, gw = ranks.shape
     removed = jnp.where(positive, ranks < count, ranks >= gh * gw - count)
-    removed = removed.repeat(images.shape[1] // gh, 1).repeat(images.shape[2] // gw, 2)
+    if ranks.shape[1:] != images.shape[1:3]:
+        removed = spread(removed, (images.shape[1], images.shape[2]), tiling)
     if callable(fill):
         return fill(images, removed)
     return jnp.where(removed[..., None], jnp.asarray(fill, images.dtype), images)
@@ -89,6 +99,7 @@ def removal(
     counts: Array,
     positive: Array,
     fill: Fill = 0.0,
+    tiling: Tiling | None = None,
 ) -> dict[str, Array]:
     """`scores` after removing `counts` [S] pixels, or patches, in the given directions [S] (`perturb`): arrays [B, S].
 
@@ -97,7 +108,7 @@ def removal(
     ranks = rank_pixels(maps)
 
     def step(way: tuple[Array, Array]) -> dict[str, Array]:
-        return scores(predict(perturb(images, ranks, *way, fill)), target, labels)
+        return scores(predict(perturb(images, ranks, *way, fill, tiling)), target, labels)
 
     return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), jax.lax.map(step, (counts, positive)))
 
@@ -127,8 +138,18 @@ def noisy_linear(images: Array, removed: Array, noise: float = 0.01, seed: int =
     return jax.vmap(linear_imputation)(images, removed) + jnp.where(removed[..., None], grain, 0)
 
 
-def by_patch(maps: Array, grid: tuple[int, int]) -> Array:
-    """Means of maps [B, h, w] over the patches of a grid: [B, gh, gw]; one value a patch stays as it is."""
+def by_patch(maps: Array, grid: tuple[int, int], tiling: Tiling | None = None) -> Array:
+    """Means of maps [B, h, w] over the patches of a grid: [B, gh, gw]; one value a patch stays as it is.
+
+    Of patches that overlap (`tiling`, for pixel maps), over the pixels that `maths.maps.spread` gives them.
+    """
+    if tiling is not None and tiling.patch != tiling.stride and maps.shape[1:] != grid:
+        for axis, count in enumerate(grid):
+            cells = jnp.asarray(tiling.cells(axis, count, maps.shape[axis + 1]), jnp.int32)
+            inside = (cells[:, None] == jnp.arange(count, dtype=jnp.int32)).astype(maps.dtype)
+            maps = jnp.tensordot(maps, inside / inside.sum(0), ((axis + 1,), (0,)), precision="highest")
+            maps = jnp.moveaxis(maps, -1, axis + 1)
+        return maps
     for axis, (side, wanted) in enumerate(zip(maps.shape[1:], grid, strict=True), 1):
         least = math.lcm(side, wanted)
         fine = jnp.moveaxis(maps.repeat(least // side, axis), axis, -1)
@@ -137,10 +158,16 @@ def by_patch(maps: Array, grid: tuple[int, int]) -> Array:
 
 
 def patch_removal(
-    predict: Predict, images: Array, maps: Array, target: Target, fill: Fill, steps: int = 20
+    predict: Predict,
+    images: Array,
+    maps: Array,
+    target: Target,
+    fill: Fill,
+    steps: int = 20,
+    tiling: Tiling | None = None,
 ) -> dict[str, Array]:
     """What `srg` needs: log-probability, or score, [B, 2, steps + 1] while patches are removed, the most relevant ones
-    first, and the least relevant ones first, from none to all. Maps are [B, gh, gw], and their grid divides the image.
+    first, and the least relevant ones first, from none to all. Maps are [B, gh, gw]; for `tiling` see `perturb`.
 
     Raises InputError for `steps` that are not from 1 to the number of patches, and 1000 at most.
     """
@@ -148,7 +175,7 @@ def patch_removal(
     steps = checked("steps", Annotated[int, Ge(1), Le(min(patches, MOST))], steps)
     counts = jnp.asarray([s * patches // steps for s in range(steps + 1)] * 2, jnp.int32)
     positive = jnp.arange(2 * steps + 2) <= steps
-    return _two_curves(removal(predict, images, maps, target, _nobody(images), counts, positive, fill))
+    return _two_curves(removal(predict, images, maps, target, _nobody(images), counts, positive, fill, tiling))
 
 
 def _two_curves(found: dict[str, Array]) -> dict[str, Array]:

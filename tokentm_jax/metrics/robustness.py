@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from tokentm_jax.maths.maps import Tiling
 from tokentm_jax.metrics.faithfulness import Predict, Target, confidence, perturb
 
 
@@ -42,11 +43,12 @@ def random_removals(
     samples: int,
     share: float,
     seed: int = 0,
+    tiling: Tiling | None = None,
 ) -> dict[str, Array]:
     """What `infidelity` needs: the relevance of random patches, and the drop of what is followed, each [B, samples].
 
     Each time `share` of the patches (one at least) are set to `fill`, the same ones in every image. Maps are
-    [B, gh, gw], and their grid divides the image.
+    [B, gh, gw]; for `tiling` see `perturb`.
     """
     _, gh, gw = maps.shape
     count = max(1, round(share * gh * gw))
@@ -54,7 +56,7 @@ def random_removals(
     def without(key: Array) -> tuple[Array, Array]:
         ranks = jax.random.permutation(key, jnp.arange(gh * gw)).reshape(1, gh, gw)
         relevance = jnp.where(ranks < count, maps, 0).sum((1, 2))
-        return relevance, confidence(predict, perturb(images, ranks, count, True, fill), target)
+        return relevance, confidence(predict, perturb(images, ranks, count, True, fill, tiling), target)
 
     relevance, left = jax.lax.map(without, jax.random.split(jax.random.key(seed), samples))
     return {"relevance": relevance.T, "drop": (confidence(predict, images, target) - left).T}

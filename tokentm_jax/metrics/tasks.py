@@ -13,7 +13,8 @@ from jax import Array
 from tokentm_jax import metrics
 from tokentm_jax.data.sources import PROFILES, Half
 from tokentm_jax.errors import InputError, suggest
-from tokentm_jax.maths.tokentm import READINGS
+from tokentm_jax.maths.maps import Tiling
+from tokentm_jax.maths.tokentm import READINGS, WEIGHT_NAMES
 from tokentm_jax.methods.table import METHODS
 from tokentm_jax.validation import Name, check_fields, check_options, lists_of, options_of
 
@@ -113,6 +114,19 @@ MIX_ROWS = (
 )
 
 
+WEIGHT_ROWS = (
+    *rows("tokentm"),
+    *(Row(f"weights={name}", "tokentm", {"weights": name}) for name in WEIGHT_NAMES),
+    Row("length alone", "tokentm", {"direction": "none"}),
+    *rows("gae"),
+)
+# Methods that make sense of words: all but those that want a grid, in the order of the table.
+TEXT_ROWS = (
+    *(row for row in rows(*METHODS) if row.method not in ("rise", "kernel_shap", "combination")),
+    Row("tokentm: norms=False", "tokentm", {"norms": False}),
+)
+
+
 def depth_rows(depth: int) -> tuple[Row, ...]:
     """TokenTM over the first 1, 2 ... `depth` blocks."""
     return tuple(Row(f"blocks 1-{end}", "tokentm", {"end_block": end}) for end in range(1, depth + 1))
@@ -139,6 +153,7 @@ class EvaluateConfig:
       paper: published figures by (row, metric), shown beside one's own.
       limit: so many examples, drawn by `seed`.
       half: the examples at "even" or at "odd" places alone, see `tokentm_jax.data.sources.open_source`.
+      names: the examples alone whose names match this pattern, see there.
       score: what is explained, and followed in place of the class's probability: "log_probability", "versus:CLASS",
         "channel:NUMBER"; see `LoadedViT.score`.
       label_map: the model's class (name, wnid or number) of classes that the data set names otherwise, or the file of
@@ -157,6 +172,7 @@ class EvaluateConfig:
     batch_size: Annotated[int, Ge(1), Le(4096)] = 16
     limit: Annotated[int, Ge(1)] | None = None
     half: Half | None = None
+    names: Text | None = None
     seed: Annotated[int, Ge(0), Le(LARGEST_SEED)] = 0
     score: Text | None = None
     label_map: Mapping[str, str | int] | str | None = None
@@ -177,22 +193,27 @@ def check(config: EvaluateConfig) -> EvaluateConfig:
     if config.profile not in PROFILES:
         raise suggest("profile", config.profile, PROFILES)
     TASKS[config.task].check(config.task, config.options)
-    for row in config.rows:
+    check_rows(config.name, config.rows)
+    return config
+
+
+def check_rows(table: str, rows: Sequence[Row]) -> None:
+    """InputError for a method or option that does not exist, or rows of one name."""
+    for row in rows:
         if row.method == RANDOM and row.options:
             raise suggest("option", next(iter(row.options)), [], of=RANDOM)
         if row.method != RANDOM:
             if row.method not in METHODS:
                 raise suggest("method", row.method, [*METHODS, RANDOM])
             METHODS[row.method].bind(row.method, dict(row.options))
-    names = [row.name for row in config.rows]
-    others = [row.name for row in config.rows if row.method != RANDOM]
+    names = [row.name for row in rows]
+    others = [row.name for row in rows if row.method != RANDOM]
     if len(set(names)) < len(names) or CLEAN in names or RANDOM in others:
         own = f"none is called {CLEAN!r}, and no other method {RANDOM!r}"
-        raise InputError(f"the rows of {config.name} must have names of their own; {own}")
-    return config
+        raise InputError(f"the rows of {table} must have names of their own; {own}")
 
 
-def select(config: EvaluateConfig, methods: Iterable[str]) -> EvaluateConfig:
+def select(config: Any, methods: Iterable[str]) -> Any:
     """The config with those of its rows that are named, or else the methods of that name."""
     own = {row.name: row for row in config.rows}
     chosen = []
@@ -209,7 +230,7 @@ def select(config: EvaluateConfig, methods: Iterable[str]) -> EvaluateConfig:
 class Inputs(NamedTuple):
     """A batch on the device: images in [0, 1], what is explained and the label of each, and what a task asks for."""
 
-    images: Array  # [B, H, W, 3]
+    images: Array  # [B, H, W, C]
     target: metrics.Target  # classes [B], or the `Question` whose score is explained and followed
     labels: Array  # [B]
     masks: Array | None = None  # [B, H, W], where the task needs them
@@ -218,6 +239,7 @@ class Inputs(NamedTuple):
     explain: Callable[[Array], Array] | None = None  # images -> maps by the row's method, for a task that `explains`
     grid: tuple[int, int] = (1, 1)  # of the model's patches
     mean: Sequence[float] = (0.5, 0.5, 0.5)  # the mean colour of the model's data
+    tiling: Tiling | None = None  # of the model's patches, where it has them
 
 
 Table = Mapping[str, np.ndarray]  # results per image [n, ...]: "clean_...", "predicted_..." and "target_..."
@@ -341,10 +363,10 @@ Share = Annotated[float, Gt(0), Lt(1)]
 
 
 def _background(inputs: Inputs, fill: AnyFill) -> Array:
-    """What stands in for removed pixels, [3] or [B, H, W, 3]."""
+    """What stands in for removed pixels, [C] or [B, H, W, C]."""
     if fill == "blur":
         return metrics.blur(inputs.images)
-    return jnp.asarray(inputs.mean if fill == "mean" else (0.0, 0.0, 0.0), inputs.images.dtype)
+    return jnp.asarray(inputs.mean if fill == "mean" else (0.0,) * len(inputs.mean), inputs.images.dtype)
 
 
 # ---- perturbation --------------------------------------------------------------------------------------------------
@@ -451,8 +473,9 @@ def _sanity(predict: metrics.Predict, inputs: Inputs, maps: Array) -> dict[str, 
 def _srg(
     predict: metrics.Predict, inputs: Inputs, maps: Array, *, fill: AnyFill = "mean", steps: Steps = STEPS
 ) -> dict[str, Array]:
-    maps = metrics.by_patch(maps, inputs.grid)
-    return metrics.patch_removal(predict, inputs.images, maps, inputs.target, _background(inputs, fill), steps)
+    maps = metrics.by_patch(maps, inputs.grid, inputs.tiling)
+    background = _background(inputs, fill)
+    return metrics.patch_removal(predict, inputs.images, maps, inputs.target, background, steps, inputs.tiling)
 
 
 def _road(
@@ -488,8 +511,10 @@ def _infidelity(
     share: Share = 0.1,
     seed: Seed = 0,
 ) -> dict[str, Array]:
-    maps, background = metrics.by_patch(maps, inputs.grid), _background(inputs, fill)
-    return metrics.random_removals(predict, inputs.images, maps, inputs.target, background, samples, share, seed)
+    maps, background = metrics.by_patch(maps, inputs.grid, inputs.tiling), _background(inputs, fill)
+    return metrics.random_removals(
+        predict, inputs.images, maps, inputs.target, background, samples, share, seed, inputs.tiling
+    )
 
 
 def _infidelity_fields(scored: bool, samples: int = REMOVALS, **_: Any) -> Fields:

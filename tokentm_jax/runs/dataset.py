@@ -178,7 +178,7 @@ def shapes(config: DatasetConfig, vit: LoadedViT, source: Source) -> dict[str, l
 
     Compiles nothing. Raises InputError for a method that cannot explain this model.
     """
-    pixels = jax.ShapeDtypeStruct((1, *vit.preprocessing.size, 3), jnp.uint8)
+    pixels = jax.ShapeDtypeStruct((1, *vit.preprocessing.shape), jnp.uint8)
     found, _ = jax.eval_shape(_program(config, vit), vit.params, pixels, _target(config, vit, None))
     width = max(len(key.encode("utf-8", "surrogateescape")) for key in source.keys)
     maps = {f"maps/{method}": list(found[method].shape[1:]) for method in config.methods}

@@ -21,10 +21,10 @@ from tokentm_jax.files import opened, reason, replace
 from tokentm_jax.identity import describe_model, digest, environment
 from tokentm_jax.models.loading import load
 from tokentm_jax.models.vit import ViT
-from tokentm_jax.runs.recipe import TrainConfig, resize, view
+from tokentm_jax.runs.recipe import OF_SPECTROGRAMS, TrainConfig, resize, view
 
 # Fields of a recipe that say what the views of a photo are.
-VIEW_FIELDS = ("crop_area", "crop_padding", "flip", "affine_colour", "rand_augment", "seed")
+VIEW_FIELDS = ("crop_area", "crop_padding", "flip", "affine_colour", "rand_augment", "seed", *OF_SPECTROGRAMS)
 _BATCH = 250  # photos that the teacher sees at a time
 
 

@@ -96,9 +96,11 @@ def _score_program(
             return jnp.where(jnp.isfinite(found), found, 0)
 
         inputs = Inputs(unit(pixels), target, labels, masks, original, reference)
-        inputs = inputs._replace(grid=module.grid, mean=preprocessing.mean, explain=explain if kind.explains else None)
+        tiling = getattr(module, "tiling", None)
+        inputs = inputs._replace(grid=module.grid, mean=preprocessing.mean, tiling=tiling)
+        inputs = inputs._replace(explain=explain if kind.explains else None)
         if not kind.raw:
-            maps = to_pixels(jnp.nan_to_num(maps), preprocessing.size)
+            maps = to_pixels(jnp.nan_to_num(maps), preprocessing.size, tiling)
         model = partial(predict, module, preprocessing, params)
         return {"finite": finite, **kind.compute(model, inputs, given if kind.raw else maps, **dict(options))}
 
@@ -106,11 +108,11 @@ def _score_program(
 
 
 class Programs:
-    """The compiled programs of one evaluation, and where their arrays go. `pixels` are uint8 [B, H, W, 3]."""
+    """The compiled programs of one evaluation, and where their arrays go. `pixels` are uint8 [B, H, W, C]."""
 
     def __init__(self, config: EvaluateConfig, vit: LoadedViT) -> None:
         self.config, self.vit = config, vit
-        self._model = (vit.module, vit.preprocessing)
+        self._model: Any = (vit.module, vit.preprocessing)
         self.asked = None if config.score is None else question(vit.score(config.score))
         self.task = TASKS[config.task]
         self._options = self.task.check(config.task, config.options)
@@ -167,7 +169,7 @@ class Programs:
 
     def reference_fields(self) -> Fields:
         """What stands in the records of the maps of the task's `reference`."""
-        pixels = jax.ShapeDtypeStruct((1, *self.vit.preprocessing.size, 3), jnp.uint8)
+        pixels = jax.ShapeDtypeStruct((1, *self.vit.preprocessing.shape), jnp.uint8)
         classes = jax.ShapeDtypeStruct((1,), jnp.int32)
         maps, _ = jax.eval_shape(self._reference(), self.vit.params, pixels, classes)
         kind = lists_of(Number, *maps[self.task.reference].shape[1:])
@@ -198,7 +200,7 @@ RESULTS = ("results.json", "results.md", "curves.png")
 def examples(config: EvaluateConfig) -> Source:
     """The data that an evaluation is of. InputError as for `open_source`."""
     seed = None if config.limit is None else config.seed
-    return open_source(config.data, limit=config.limit, seed=seed, half=config.half)
+    return open_source(config.data, limit=config.limit, seed=seed, half=config.half, names=config.names)
 
 
 def evaluate(
@@ -212,8 +214,8 @@ def evaluate(
     """Run an evaluation to its end, or from where `out` stopped on; returns the content of `results.json`.
 
     Args:
-      config: what to compute on `vit` and `source`, which stand for its `model`, `checkpoint`, `data`, `limit` and
-        `half`.
+      config: what to compute on `vit` and `source`, which stand for its `model`, `checkpoint`, `data`, `limit`,
+        `half` and `names`.
       out: a folder, for the results and, in `records`, the results per image of every finished batch.
       report: called after every batch with (done, total, a function that gives the rows so far).
       maps: stores of this model and data set that maps are taken from; those that none has are computed.
@@ -413,7 +415,7 @@ def _check_maps(maps: Maps, run: Mapping[str, Any], config: EvaluateConfig, vit:
         )
     if made.get("score") != config.score:
         raise InputError(f"{maps.path} was made with the score {made.get('score')!r}, not {config.score!r}")
-    images = jax.ShapeDtypeStruct((1, *vit.preprocessing.size, 3), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, *vit.preprocessing.shape), jnp.float32)
     classes = jax.ShapeDtypeStruct((1,), jnp.int32)
     for row in config.rows:
         if maps.has(row.method, row.options):

@@ -220,7 +220,7 @@ def images_per_second(
     The methods take turns, so that whatever else the machine does slows all of them. The figure is that of the median
     call; of a method whose first call takes seconds, that call is the only one.
     """
-    pixels = np.random.default_rng(0).integers(0, 256, (batch_size, *vit.preprocessing.size, 3), np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (batch_size, *vit.preprocessing.shape), np.uint8)
     inputs = (vit.params, jnp.asarray(pixels), jnp.zeros(batch_size, jnp.int32))
     programs: dict[str, Any] = {}
     seconds: dict[str, list[float]] = {name: [] for name in rows}

@@ -12,6 +12,7 @@ from jax import Array
 from pydantic import Strict
 
 from tokentm_jax.data import augmentation
+from tokentm_jax.data.audio import Spectrogram
 from tokentm_jax.data.augmentation import STRONGEST
 from tokentm_jax.maths.maps import unit
 from tokentm_jax.validation import Name
@@ -31,7 +32,10 @@ Lax = Strict(False)  # a list will do for a tuple
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """One recipe. Sizes in pixels, durations in epochs, `mean` and `std` per channel for images in [0, 1]."""
+    """One recipe. Sizes in pixels, durations in epochs, `mean` and `std` per channel for images in [0, 1].
+
+    With `audio` the data are recordings, and the model's `img_size` is (mel bins, frames) of their spectrograms.
+    """
 
     name: Name
     train_data: Text  # zip of class folders, or "tfds:NAME:SPLIT"
@@ -61,14 +65,20 @@ class TrainConfig:
     teacher_weight: Share = 0.5  # of its answers, beside the labels
     temperature: Positive = 1.0  # of both answers
     teacher_views: Annotated[int, Ge(0), Le(10_000)] = 0  # of each photo, which it sees once; 0: it sees every batch
-    mean: Annotated[tuple[float, float, float], Lax] = (0.4914, 0.4822, 0.4465)
-    std: Annotated[tuple[Positive, Positive, Positive], Lax] = (0.2470, 0.2435, 0.2616)
+    mean: Annotated[tuple[float, ...], Lax] = (0.4914, 0.4822, 0.4465)
+    std: Annotated[tuple[Positive, ...], Lax] = (0.2470, 0.2435, 0.2616)
     seed: Annotated[int, Ge(0), Le(2**31 - 1)] = 0
     checkpoint_epochs: Positive = 1.0
+    held_out: Text | None = None  # names of the test data, whose others are for training; see `open_source`
+    audio: Spectrogram | None = None  # how recordings become spectrograms
+    stretch: Annotated[tuple[Share, Share], Lax] | None = None  # most change of their scale: frequency and time
+    tilt: Share = 0.0  # most change of level from the lowest to the highest frequency
+    hiss: Share = 0.0  # highest level of background noise
+    spec_mask: Annotated[tuple[Share, Share], Lax] | None = None  # widest masks of SpecAugment: frequency and time
 
 
 def augment(config: TrainConfig, key: Array, images: Array, size: tuple[int, int]) -> Array:
-    """What a recipe does to images [B, h, w, 3] in [0, 1]: in the order below, to [B, H, W, 3] of so many pixels."""
+    """What a recipe does to images [B, h, w, C] in [0, 1]: in the order below, to [B, H, W, C] of so many pixels."""
     k_shift, k_flip, k_affine, k_colour = jax.random.split(key, 4)
     k_crop, k_operations = jax.random.split(jax.random.fold_in(key, 1))
 
@@ -88,7 +98,19 @@ def augment(config: TrainConfig, key: Array, images: Array, size: tuple[int, int
         images = each(partial(augmentation.colour, config.affine_colour), k_colour)
     if config.rand_augment is not None:
         images = each(partial(augmentation.rand_augment, *config.rand_augment), k_operations)
+    for number, (name, function) in enumerate(OF_SPECTROGRAMS.items(), 2):
+        if getattr(config, name):
+            images = each(partial(function, getattr(config, name)), jax.random.fold_in(key, number))
     return images
+
+
+# What only spectrograms need, by the field of a recipe.
+OF_SPECTROGRAMS = {
+    "stretch": augmentation.stretch,
+    "tilt": augmentation.tilt,
+    "hiss": augmentation.hiss,
+    "spec_mask": augmentation.spec_mask,
+}
 
 
 def mix(config: TrainConfig, k_use: Array, k_mix: Array, images: Array, targets: Array) -> tuple[Array, Array]:
@@ -105,10 +127,10 @@ def view(config: TrainConfig, size: tuple[int, int], images: Array, rows: Array,
     """The so manieth view of photos: `augment` as a function of (seed, place in the data, number) alone.
 
     Args:
-      images: uint8 [B, h, w, 3]; rows: int [B], where they stand in the data; number: int, of the view.
+      images: uint8 [B, h, w, C]; rows: int [B], where they stand in the data; number: int, of the view.
 
     Returns:
-      [B, H, W, 3] in [0, 1], of `size`.
+      [B, H, W, C] in [0, 1], of `size`.
     """
     base = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), LARGEST_STEP), number)
 
@@ -119,7 +141,7 @@ def view(config: TrainConfig, size: tuple[int, int], images: Array, rows: Array,
 
 
 def resize(images: Array, size: tuple[int, int]) -> Array:
-    """[B, h, w, 3] in [0, 1] -> [B, H, W, 3] in [0, 1], cubic."""
+    """[B, h, w, C] in [0, 1] -> [B, H, W, C] in [0, 1], cubic."""
     if images.shape[1:3] == size:
         return images
-    return jax.image.resize(images, (len(images), *size, 3), "cubic").clip(0, 1)
+    return jax.image.resize(images, (len(images), *size, images.shape[-1]), "cubic").clip(0, 1)

@@ -131,7 +131,7 @@ def draw(
             axes = figure.add_subplot(1, len(titles), k + 1)
             for i, (name, panels) in enumerate(curves.items()):
                 colour = colours(i / max(len(curves) - 1, 1)) if many else colours(i % 10)
-                style = {"color": "grey", "linestyle": "--"} if name == RANDOM else {"color": colour}
+                style: dict[str, Any] = {"color": "grey", "linestyle": "--"} if name == RANDOM else {"color": colour}
                 axes.plot(*panels[title], label=name, **style)
             label = plot.y_label if config.score is None else plot.y_label.replace("probability", config.score)
             axes.set(title=title, xlabel=plot.x_label, ylabel=label)
@@ -180,7 +180,7 @@ class RowSettings(TypedDict):
 
 
 class Settings(TypedDict):
-    """What is needed here of an `EvaluateConfig` as JSON."""
+    """An `EvaluateConfig` as JSON, as far as it is read again: what is asked, of which model, of which data."""
 
     name: str
     task: str
@@ -189,6 +189,12 @@ class Settings(TypedDict):
     options: dict[str, Any]
     seed: Annotated[int, Ge(0), Le(LARGEST_SEED)]
     score: NotRequired[str | None]
+    model: NotRequired[str | None]
+    checkpoint: NotRequired[str | None]
+    profile: NotRequired[str]
+    limit: NotRequired[int | None]
+    half: NotRequired[str | None]
+    names: NotRequired[str | None]
 
 
 class DataSet(TypedDict):
@@ -212,23 +218,28 @@ Measured = tuple[list[str], dict[str, np.ndarray]]  # examples, and by metric th
 
 
 class Finished(NamedTuple):
-    """A finished evaluation: its folder, config, data set, and what the model said of the whole images."""
+    """A finished evaluation: its folder, config, data set, figures, and what the model said of the whole images."""
 
     out: Path
     config: EvaluateConfig
     data: DataSet
+    figures: list[Figure]
     clean: Records
 
     @property
     def keys(self) -> list[str]:
         return [key for key, _ in self.clean.places]
 
-    def measured(self, row: Row) -> Measured:
-        """The finished examples of a row and its results per image."""
-        task = TASKS[self.config.task]
-        records = Records(record_file(self.out, row), task.records(self.config.options, self.config.score is not None))
+    def records(self, row: Row) -> Records:
+        """The results per image of a row, from its file."""
+        task, scored = TASKS[self.config.task], self.config.score is not None
+        return Records(record_file(self.out, row), task.records(self.config.options, scored))
+
+    def measured(self, row: Row, records: Records | None = None) -> Measured:
+        """The finished examples of a row and its results per image; `records` are the row's, if read already."""
+        records = self.records(row) if records is None else records
         done, table = table_of(row, self.config.explained, self.clean, records, self.keys)
-        return done, task.measure(table) if done else {}
+        return done, TASKS[self.config.task].measure(table) if done else {}
 
 
 def open_finished(out: Path) -> Finished:
@@ -239,7 +250,11 @@ def open_finished(out: Path) -> Finished:
     path = out / "results.json"
     if not os.path.lexists(path):
         raise InputError(f"{out} holds no finished evaluation (results.json)")
-    run: Made = checked(str(path), Results, read_json(path))["run"]
+    content = read_json(path)
+    if isinstance(content, dict) and isinstance(content.get("run"), dict) and "ratings" in content["run"]:
+        raise InputError(f"{out} is an evaluation of texts, and this is for those of images")
+    results: Results = checked(str(path), Results, content)
+    run = results["run"]
     given = run["config"]
     try:
         rows = [Row(**row) for row in given["rows"]]
@@ -247,7 +262,7 @@ def open_finished(out: Path) -> Finished:
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     clean = Records(out / "records" / "clean.jsonl", clean_fields(config.score is not None), (CLEAN,))
-    finished = Finished(out, config, run["data"], clean)
+    finished = Finished(out, config, run["data"], results["rows"], clean)
     if not finished.keys:
         raise InputError(f"{finished.clean.path} holds no results")
     return finished

@@ -43,7 +43,7 @@ from tokentm_jax.validation import checked
 
 FORMAT = 2  # of the layout above; the first had no `checksum`, and its provenance no shapes
 OPEN, DONE, SKIPPED = 0, 1, 2
-Dtype = Literal["float16", "float32"]  # of the maps
+Dtype = Literal["float32", "float16"]  # of the maps
 DTYPES: tuple[str, ...] = get_args(Dtype)
 BatchSize = Annotated[int, Interval(ge=1, le=4096)]
 ChunkSize = Annotated[int, Interval(ge=1, le=65536)]
@@ -316,7 +316,7 @@ class _Arrays:
             found = self.place.description(file)
             if found is None and not create:
                 raise InputError("it does not exist")
-            mode = {"create": True} if create else {"read": True}
+            mode: dict[str, Any] = {"create": True} if create else {"read": True}
             return ts.open(spec, open=True, **mode, context=_CONTEXT).result(timeout=_patience())
         except Exception as error:
             if found is None and not isinstance(error, InputError):

@@ -6,8 +6,6 @@ A run is exactly repeatable and resumable: the order of the data, the augmentati
 
 import dataclasses
 import hashlib
-import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,12 +20,12 @@ from jax import Array
 from tokentm_jax.data.arrays import Data
 from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.errors import InputError
-from tokentm_jax.files import read_text, reason, remove, write_text
 from tokentm_jax.identity import claimed, digest, digest_files, environment
 from tokentm_jax.maths.maps import unit
 from tokentm_jax.models.checkpoint import read_checkpoint, write_checkpoint
 from tokentm_jax.models.vit import ViT, init_params
 from tokentm_jax.runs.distil import Teacher, TeacherFunction, answers, distillation_loss, load_teacher
+from tokentm_jax.runs.loop import Loop, run_steps
 from tokentm_jax.runs.recipe import LARGEST_STEP, TrainConfig, augment, mix, resize, view
 from tokentm_jax.validation import check_fields
 
@@ -71,12 +69,12 @@ def mimetic(params: dict[str, Any], num_heads: int, grid: tuple[int, int], prefi
     return {**params, "blocks": {**params["blocks"], "attn": attn}, "pos_embed": pos_embed}
 
 
-def _preprocessing(config: TrainConfig, module: ViT) -> Preprocessing:
-    return Preprocessing(module.img_size, 1.0, mean=config.mean, std=config.std)
+def preprocessing_of(config: TrainConfig, module: ViT) -> Preprocessing:
+    return Preprocessing(module.img_size, 1.0, mean=config.mean, std=config.std, audio=config.audio)
 
 
 class Batch(NamedTuple):
-    """A batch of training data: images uint8 [B, h, w, 3], labels [B], where they stand in the data, and the epoch."""
+    """A batch of training data: images uint8 [B, h, w, C], labels [B], where they stand in the data, and the epoch."""
 
     images: Any
     labels: Any
@@ -94,7 +92,7 @@ def make_step(
     steps = round(config.epochs * steps_per_epoch)
     warmup = min(round(config.warmup_epochs * steps_per_epoch), steps // 2)  # short trial runs have one too
     schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, max(warmup, 1), max(steps, 2), 0.0)
-    normalise = _preprocessing(config, module).normalise
+    normalise = preprocessing_of(config, module).normalise
     decayed = partial(jax.tree_util.tree_map_with_path, lambda path, _: path[-1].key == "kernel")
     optimiser = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
@@ -122,7 +120,7 @@ def make_step(
         training = module.clone(patch_drop=patch_drop)
 
         def loss_of(params: Any) -> Array:
-            logits = training.apply({"params": params}, normalise(inputs), rngs={"patch_drop": k_drop})
+            logits: Any = training.apply({"params": params}, normalise(inputs), rngs={"patch_drop": k_drop})
             if teacher is None:
                 return optax.softmax_cross_entropy(logits, hard).mean()
             return distillation_loss(logits, hard, soft_targets, config.teacher_weight, config.temperature)
@@ -158,7 +156,7 @@ def _hits(module: ViT, preprocessing: Preprocessing, params: Any, images: Array,
 
 def accuracy(config: TrainConfig, module: ViT, params: Any, data: Data, batch_size: int = 250) -> float:
     """Top-1 accuracy in [0, 1] over the whole of `data`."""
-    hits = partial(_hits, module, _preprocessing(config, module))
+    hits = partial(_hits, module, preprocessing_of(config, module))
     total = 0
     for i in range(0, len(data.labels), batch_size):
         images, labels = data.images[i : i + batch_size], data.labels[i : i + batch_size]
@@ -194,8 +192,6 @@ def train(config: TrainConfig, module: ViT, data: Data, test: Data, out: Path, l
         disk, or an `out` that holds a run of another recipe, of other data, by other versions or on another device,
         files of others, or a run that is going on.
     """
-    import orbax.checkpoint as ocp
-
     config = check_fields(config, "the recipe")
     steps, per_epoch, test = _fit(config, module, data, test)
     out = out.absolute()  # as Orbax wants it
@@ -204,19 +200,25 @@ def train(config: TrainConfig, module: ViT, data: Data, test: Data, out: Path, l
     terms = _terms(config, data, test, teacher)
     with claimed(out, terms, ("checkpoints", "log.jsonl", f"{config.name}.safetensors")):
         step_fn, optimiser = make_step(config, module, per_epoch, teacher and teacher.function)
-        soft = None if teacher is None else teacher.params
+        soft: Any = None if teacher is None else teacher.params
         if teacher is not None and config.teacher_views:
             soft = answers(config, module, teacher, data, out / "teacher.npz", terms["train_data"], log)
         state = State(jnp.zeros((), jnp.int32), params, optimiser.init(params), jax.tree.map(jnp.copy, params))
-        # Nothing is saved in the background, where an error or a signal would find nobody to take it.
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-        _drop_unfinished(out / "checkpoints")  # of a run that was killed
-        try:
-            with ocp.CheckpointManager(out / "checkpoints", options=options) as saved:
-                state = _restore(saved, state, steps, log)
-                state, top_1 = _run(config, module, data, test, soft, out, log, saved, step_fn, state, steps)
-        finally:
-            _drop_unfinished(out / "checkpoints")
+
+        def advance(state: State, step: int, batch: Batch) -> tuple[State, Array]:
+            drop = config.patch_drop if step < config.patch_drop_epochs * per_epoch else 0.0
+            said = soft[batch.epoch % config.teacher_views, batch.rows] if config.teacher_views else soft
+            return step_fn(state, batch, said, drop)
+
+        state, top_1 = run_steps(
+            Loop(steps, per_epoch, config.checkpoint_epochs),
+            state,
+            partial(batches, config, data),
+            advance,
+            lambda state: accuracy(config, module, state.average, test),
+            out,
+            log,
+        )
         _write_model(config, module, state.average, data.class_names, top_1, out / f"{config.name}.safetensors")
     return top_1
 
@@ -226,7 +228,7 @@ def _write_model(
 ) -> None:
     """The trained model as a checkpoint that describes itself and says how well it does."""
     how = {"name": config.name, "top_1": top_1, "epochs": config.epochs, "test_data": Path(config.test_data).name}
-    write_checkpoint(path, module, jax.device_get(params), _preprocessing(config, module), tuple(class_names), how)
+    write_checkpoint(path, module, jax.device_get(params), preprocessing_of(config, module), tuple(class_names), how)
 
 
 def _fit(config: TrainConfig, module: ViT, data: Data, test: Data) -> tuple[int, int, Data]:
@@ -242,6 +244,12 @@ def _fit(config: TrainConfig, module: ViT, data: Data, test: Data) -> tuple[int,
             )
     place = np.array([data.class_names.index(name) for name in test.class_names], np.int32)
     test = test._replace(labels=place[test.labels], class_names=data.class_names)  # by name, whatever their order
+    for what in (data, test):
+        found = what.images.shape[-1]
+        if not found == len(config.mean) == module.in_chans:
+            raise InputError(
+                f"the recipe: the images have {found} channels, the model {module.in_chans}, 'mean' {len(config.mean)}"
+            )
     per_epoch = len(data.labels) // config.batch_size
     if per_epoch == 0:
         raise InputError(f"{config.train_data}: {len(data.labels)} images do not fill a batch of {config.batch_size}")
@@ -273,88 +281,3 @@ def _terms(config: TrainConfig, data: Data, test: Data, teacher: Teacher | None)
     if teacher is not None:
         terms["teacher"] = {"name": teacher.name, "identity": teacher.identity}
     return {**terms, **environment()}
-
-
-def _restore(saved: Any, state: State, steps: int, log: Callable[[str], None]) -> State:
-    """The state of the last checkpoint, if there is one."""
-    import orbax.checkpoint as ocp
-
-    last = saved.latest_step()
-    if last is None:
-        return state
-    try:
-        state = saved.restore(last, args=ocp.args.StandardRestore(state))
-    except Exception as error:  # Orbax lets errors of several libraries through
-        raise InputError(
-            f"the checkpoint {saved.directory / str(last)} is damaged ({reason(error)}); "
-            "remove it, and the training goes on from the one before"
-        ) from None
-    if not int(state.step) == last <= steps:
-        raise InputError(f"the checkpoint {saved.directory / str(last)} is of step {int(state.step)} of {steps}")
-    log(f"resumed at step {last} of {steps}")
-    return state
-
-
-def _run(
-    config: TrainConfig,
-    module: ViT,
-    data: Data,
-    test: Data,
-    soft: Any,
-    out: Path,
-    log: Callable[[str], None],
-    saved: Any,
-    step_fn: Callable[..., tuple[State, Array]],
-    state: State,
-    steps: int,
-) -> tuple[State, float]:
-    """From a state to the last step, with checkpoints and lines of `log.jsonl`; also the test accuracy there."""
-    per_epoch, first, began = len(data.labels) // config.batch_size, int(state.step), time.monotonic()
-    save_every = max(1, round(min(config.checkpoint_epochs * per_epoch, steps)))
-    lines, losses, top_1 = _lines(out / "log.jsonl", first), [], None
-    for step, batch in zip(range(first, steps), batches(config, data, first), strict=False):
-        drop = config.patch_drop if step < config.patch_drop_epochs * per_epoch else 0.0
-        said = soft[batch.epoch % config.teacher_views, batch.rows] if config.teacher_views else soft
-        state, loss = step_fn(state, batch, said, drop)
-        losses.append(loss)
-        done = step + 1
-        if done % save_every == 0 or done == steps:
-            mean_loss, losses = float(jnp.stack(losses).mean()), []
-            top_1 = accuracy(config, module, state.average, test)
-            _save(saved, done, state)
-            elapsed = time.monotonic() - began
-            left = elapsed / (done - first) * (steps - done)
-            record = {"step": done, "loss": mean_loss, "test_accuracy": top_1, "seconds": round(elapsed, 1)}
-            lines.append(json.dumps(record) + "\n")
-            write_text(out / "log.jsonl", "".join(lines))
-            log(f"epoch {done / per_epoch:.1f}: loss {mean_loss:.3f}, test {top_1:.2%}, {left / 60:.0f} min left")
-    if top_1 is None:  # nothing was left to train
-        top_1 = accuracy(config, module, state.average, test)
-    return state, top_1
-
-
-def _drop_unfinished(folder: Path) -> None:
-    """Remove what Orbax calls so until a checkpoint is whole."""
-    for left in folder.glob("*.orbax-checkpoint-tmp*"):
-        remove(left)
-
-
-def _save(saved: Any, step: int, state: State) -> None:
-    import orbax.checkpoint as ocp
-
-    try:
-        saved.save(step, args=ocp.args.StandardSave(state))
-    except Exception as error:
-        again = "; the same command goes on from the checkpoint before"
-        raise InputError(f"{saved.directory / str(step)} cannot be written: {reason(error)}{again}") from None
-
-
-def _lines(path: Path, step: int) -> list[str]:
-    """The lines of the log up to a step: a run that was stopped may have written more than it kept."""
-    if not path.exists():
-        return []
-    lines = read_text(path).splitlines(keepends=True)
-    try:
-        return [line for line in lines if json.loads(line)["step"] <= step]
-    except (ValueError, TypeError, LookupError, RecursionError):
-        raise InputError(f"{path} is damaged: every line must be a JSON object with a 'step'; remove it") from None

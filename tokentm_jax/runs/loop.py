@@ -1,0 +1,132 @@
+"""Training that resumes exactly: steps, with an Orbax checkpoint and a line of `log.jsonl` every so often."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from tokentm_jax.errors import InputError
+from tokentm_jax.files import read_text, reason, remove, write_text
+
+
+class Loop(NamedTuple):
+    """How many steps there are, in all and in an epoch, and after how many epochs a checkpoint is kept."""
+
+    steps: int
+    per_epoch: int
+    checkpoint_epochs: float = 1.0
+
+
+def run_steps(
+    loop: Loop,
+    state: Any,
+    batches: Callable[[int], Iterator[Any]],
+    advance: Callable[[Any, int, Any], tuple[Any, Array]],
+    measure: Callable[[Any], float],
+    out: Path,
+    log: Callable[[str], None],
+) -> tuple[Any, float]:
+    """From a state, or from the last checkpoint in `out`, to the last step; also what `measure` finds there.
+
+    Args:
+      state: a pytree with the field `step`; what a checkpoint keeps.
+      batches: from a step on, endless.
+      advance: `(state, number of the step, batch) -> (state, loss)`.
+      measure: the accuracy of a state in [0, 1], for the log.
+
+    Raises InputError for a full disk, or a checkpoint or log that is damaged.
+    """
+    import orbax.checkpoint as ocp
+
+    # Nothing is saved in the background, where an error or a signal would find nobody to take it.
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    _drop_unfinished(out / "checkpoints")  # of a run that was killed
+    try:
+        with ocp.CheckpointManager(out / "checkpoints", options=options) as saved:
+            state = _restore(saved, state, loop.steps, log)
+            return _run(loop, state, batches, advance, measure, out, log, saved)
+    finally:
+        _drop_unfinished(out / "checkpoints")
+
+
+def _restore(saved: Any, state: Any, steps: int, log: Callable[[str], None]) -> Any:
+    """The state of the last checkpoint, if there is one."""
+    import orbax.checkpoint as ocp
+
+    last = saved.latest_step()
+    if last is None:
+        return state
+    try:
+        state = saved.restore(last, args=ocp.args.StandardRestore(state))
+    except Exception as error:  # Orbax lets errors of several libraries through
+        raise InputError(
+            f"the checkpoint {saved.directory / str(last)} is damaged ({reason(error)}); "
+            "remove it, and the training goes on from the one before"
+        ) from None
+    if not int(state.step) == last <= steps:
+        raise InputError(f"the checkpoint {saved.directory / str(last)} is of step {int(state.step)} of {steps}")
+    log(f"resumed at step {last} of {steps}")
+    return state
+
+
+def _run(
+    loop: Loop,
+    state: Any,
+    batches: Callable[[int], Iterator[Any]],
+    advance: Callable[[Any, int, Any], tuple[Any, Array]],
+    measure: Callable[[Any], float],
+    out: Path,
+    log: Callable[[str], None],
+    saved: Any,
+) -> tuple[Any, float]:
+    steps, per_epoch, first, began = loop.steps, loop.per_epoch, int(state.step), time.monotonic()
+    save_every = max(1, round(min(loop.checkpoint_epochs * per_epoch, steps)))
+    lines, losses, top_1 = _lines(out / "log.jsonl", first), [], None
+    for step, batch in zip(range(first, steps), batches(first), strict=False):
+        state, loss = advance(state, step, batch)
+        losses.append(loss)
+        done = step + 1
+        if done % save_every == 0 or done == steps:
+            mean_loss, losses = float(jnp.stack(losses).mean()), []
+            top_1 = measure(state)
+            _save(saved, done, state)
+            elapsed = time.monotonic() - began
+            left = elapsed / (done - first) * (steps - done)
+            record = {"step": done, "loss": mean_loss, "test_accuracy": top_1, "seconds": round(elapsed, 1)}
+            lines.append(json.dumps(record) + "\n")
+            write_text(out / "log.jsonl", "".join(lines))
+            log(f"epoch {done / per_epoch:.1f}: loss {mean_loss:.3f}, test {top_1:.2%}, {left / 60:.0f} min left")
+    if top_1 is None:  # nothing was left to train
+        top_1 = measure(state)
+    return state, top_1
+
+
+def _drop_unfinished(folder: Path) -> None:
+    """Remove what Orbax calls so until a checkpoint is whole."""
+    for left in folder.glob("*.orbax-checkpoint-tmp*"):
+        remove(left)
+
+
+def _save(saved: Any, step: int, state: Any) -> None:
+    import orbax.checkpoint as ocp
+
+    try:
+        saved.save(step, args=ocp.args.StandardSave(state))
+    except Exception as error:
+        again = "; the same command goes on from the checkpoint before"
+        raise InputError(f"{saved.directory / str(step)} cannot be written: {reason(error)}{again}") from None
+
+
+def _lines(path: Path, step: int) -> list[str]:
+    """The lines of the log up to a step: a run that was stopped may have written more than it kept."""
+    if not path.exists():
+        return []
+    lines = read_text(path).splitlines(keepends=True)
+    try:
+        return [line for line in lines if json.loads(line)["step"] <= step]
+    except (ValueError, TypeError, LookupError, RecursionError):
+        raise InputError(f"{path} is damaged: every line must be a JSON object with a 'step'; remove it") from None

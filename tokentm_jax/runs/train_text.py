@@ -1,0 +1,205 @@
+"""Fine-tuning of a text encoder as a classifier of sentences; repeatable and resumable as `train`."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import safetensors.numpy
+from annotated_types import Ge, Gt, Le, Len
+from jax import Array
+from pydantic import Strict
+
+from tokentm_jax.data.sentences import Sentences
+from tokentm_jax.errors import InputError
+from tokentm_jax.files import replace, write_json, write_text
+from tokentm_jax.identity import claimed, digest_files, environment
+from tokentm_jax.models.bert import Bert
+from tokentm_jax.models.inputs import Tokens
+from tokentm_jax.models.text_layouts import ACTIVATIONS, read_text_folder, write_names
+from tokentm_jax.models.texts import MASKS, WordPieces
+from tokentm_jax.runs.loop import Loop, run_steps
+from tokentm_jax.runs.recipe import NotAll, NotNegative, Positive, Share, Text
+from tokentm_jax.validation import Name, check_fields
+
+SORTED = 8  # batches of sentences that are sorted by length together, so that little is padding
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTrainConfig:
+    """One recipe: an encoder, sentences, and how the one is fine-tuned on the other. Durations in epochs."""
+
+    name: Name
+    encoder: Text  # a folder, as for `load_text`
+    train_data: Text  # see `tokentm_jax.data.sentences`
+    test_data: Text
+    class_names: Annotated[tuple[Text, ...], Len(2), Strict(False)]
+    epochs: Annotated[float, Gt(0), Le(10_000)] = 3.0
+    warmup_epochs: NotNegative = 0.3
+    batch_size: Annotated[int, Ge(1), Le(2**16)] = 32
+    learning_rate: Positive = 5e-5
+    weight_decay: NotNegative = 0.01
+    beta_2: NotAll = 0.999
+    clip_norm: Positive = 1.0
+    label_smoothing: Share = 0.0
+    pool: Literal["token", "avg"] = "token"
+    max_length: Annotated[int, Ge(4), Le(2**16)] = 128  # tokens; longer sentences are cut
+    seed: Annotated[int, Ge(0), Le(2**31 - 1)] = 0
+    checkpoint_epochs: Positive = 0.5
+
+
+class TextState(NamedTuple):
+    step: Array
+    params: Any
+    optimiser: Any
+
+
+class Batch(NamedTuple):
+    tokens: Tokens
+    labels: Any
+
+
+def _batches(config: TextTrainConfig, tokenize: Callable[..., Any], data: Sentences, start: int) -> Iterator[Batch]:
+    """Endless batches from step `start` on: every epoch is a new order from (seed, epoch), in which sentences of like
+    length stand together."""
+    size = config.batch_size
+    per_epoch, step = len(data.texts) // size, start
+    lengths = np.array([len(text) for text in data.texts])
+    while True:
+        epoch = step // per_epoch
+        rng = np.random.default_rng([config.seed, epoch])
+        order = rng.permutation(len(data.texts))[: per_epoch * size]
+        parts = [order[i : i + SORTED * size] for i in range(0, len(order), SORTED * size)]
+        order = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in parts])
+        groups = rng.permutation(order.reshape(per_epoch, size))
+        while step // per_epoch == epoch:
+            rows = groups[step % per_epoch]
+            yield Batch(tokenize([data.texts[i] for i in rows])[0], data.labels[rows])
+            step += 1
+
+
+def _optimiser(config: TextTrainConfig, per_epoch: int) -> optax.GradientTransformation:
+    steps = round(config.epochs * per_epoch)
+    warmup = min(round(config.warmup_epochs * per_epoch), steps // 2)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, max(warmup, 1), max(steps, 2), 0.0)
+    decayed = partial(jax.tree_util.tree_map_with_path, lambda path, _: path[-1].key == "kernel")
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(schedule, b2=config.beta_2, weight_decay=config.weight_decay, mask=decayed),
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def _hits(module: Bert, params: Any, batch: Batch) -> Array:
+    logits: Any = module.apply({"params": params}, batch.tokens)
+    return (logits.argmax(-1) == batch.labels).sum()
+
+
+def text_accuracy(module: Bert, params: Any, tokenize: Callable[..., Any], data: Sentences, size: int = 64) -> float:
+    """Top-1 accuracy in [0, 1] over the whole of `data`."""
+    order = np.argsort([len(text) for text in data.texts], kind="stable")
+    hits = 0
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        full = np.concatenate([rows, rows[-1:].repeat(size - len(rows))])  # the last batch is as large as the others
+        labels = np.where(np.arange(size) < len(rows), data.labels[full], -1).astype(np.int32)
+        hits += int(_hits(module, params, Batch(tokenize([data.texts[i] for i in full])[0], labels)))
+    return hits / len(data.texts)
+
+
+def train_text(
+    config: TextTrainConfig, data: Sentences, test: Sentences, out: Path, log: Callable[[str], None]
+) -> float:
+    """Fine-tune to the end, or from where `out` stopped on; returns the test accuracy in [0, 1].
+
+    `out` becomes a folder that `load_text` loads, in BERT's layout, beside the checkpoints and `log.jsonl`.
+
+    Raises:
+      InputError: an encoder that cannot be read, too few sentences, or what `tokentm_jax.runs.train.train` raises.
+    """
+    config = check_fields(config, "the recipe")
+    folder = Path(config.encoder)
+    pieces = WordPieces(folder / "tokenizer.json")
+    changes = {"num_classes": len(config.class_names), "pool": config.pool}
+    changes |= {"pooler": "tanh" if config.pool == "token" else None}
+    module, params, _ = read_text_folder(folder, pieces.token(*MASKS), changes, config.seed)
+    tokenize = WordPieces(folder / "tokenizer.json", min(config.max_length, module.max_length))
+    per_epoch = len(data.texts) // config.batch_size
+    steps = round(config.epochs * per_epoch)
+    if not steps:
+        raise InputError(
+            f"{config.train_data}: {len(data.texts)} sentences do not fill a batch, or the epochs no step"
+        )
+    terms = {**dataclasses.asdict(config), **environment()}
+    terms["encoder"] = {"name": config.encoder, "identity": digest_files(sorted(folder.glob("*.*")))}
+    for name, given in (("train_data", data), ("test_data", test)):
+        terms[name] = {"name": f"{terms[name]}, {len(given.texts)} sentences", "identity": given.identity}
+    written = ("checkpoints", "log.jsonl", "config.json", "model.safetensors", "tokenizer.json")
+    optimiser = _optimiser(config, per_epoch)
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state: TextState, batch: Batch) -> tuple[TextState, Array]:
+        def loss_of(params: Any) -> Array:
+            logits: Any = module.apply({"params": params}, batch.tokens)
+            targets = optax.smooth_labels(jax.nn.one_hot(batch.labels, module.num_classes), config.label_smoothing)
+            return optax.softmax_cross_entropy(logits, targets).mean()
+
+        loss, gradients = jax.value_and_grad(loss_of)(state.params)
+        updates, new = optimiser.update(gradients, state.optimiser, state.params)
+        return TextState(state.step + 1, optax.apply_updates(state.params, updates), new), loss
+
+    with claimed(out := out.absolute(), json.loads(json.dumps(terms)), written):
+        params = jax.tree.map(jnp.asarray, params)
+        state = TextState(jnp.zeros((), jnp.int32), params, optimiser.init(params))
+        state, top_1 = run_steps(
+            Loop(steps, per_epoch, config.checkpoint_epochs),
+            state,
+            partial(_batches, config, tokenize, data),
+            lambda state, _, batch: step(state, batch),
+            lambda state: text_accuracy(module, state.params, tokenize, test),
+            out,
+            log,
+        )
+        how = {"accuracy": top_1, "epochs": config.epochs, "test_data": Path(config.test_data).name}
+        write_text_folder(out, module, state.params, config.class_names, folder / "tokenizer.json", how)
+    return top_1
+
+
+def write_text_folder(
+    out: Path,
+    module: Bert,
+    params: Mapping[str, Any],
+    class_names: Sequence[str],
+    tokenizer: Path,
+    how: Mapping[str, Any],
+) -> None:
+    """A text classifier as a folder in the layout of BertForSequenceClassification; each file as a whole."""
+    tensors = write_names(jax.device_get(params))
+    content = {
+        "architectures": ["BertForSequenceClassification"],
+        "model_type": "bert",
+        "vocab_size": module.vocab_size,
+        "max_position_embeddings": module.max_length,
+        "hidden_size": module.embed_dim,
+        "num_hidden_layers": module.depth,
+        "num_attention_heads": module.num_heads,
+        "intermediate_size": module.mlp_hidden,
+        "type_vocab_size": module.type_vocab_size,
+        "hidden_act": next(name for name, own in ACTIVATIONS.items() if own == module.activation),
+        "layer_norm_eps": module.norm_eps,
+        "id2label": {str(i): name for i, name in enumerate(class_names)},
+        "label2id": {name: i for i, name in enumerate(class_names)},
+        "tokentm_jax": {"pool": module.pool, "pooler": module.pooler, **how},
+    }
+    if module.embedding_size:
+        content["embedding_size"] = module.embedding_size
+    write_text(out / "tokenizer.json", tokenizer.read_text(encoding="utf-8"))
+    data = safetensors.numpy.save({name: np.ascontiguousarray(a) for name, a in tensors.items()}, {"format": "pt"})
+    replace(out / "model.safetensors", lambda part: part.write_bytes(data))
+    write_json(out / "config.json", content)
