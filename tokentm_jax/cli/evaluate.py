@@ -2,12 +2,17 @@
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from tokentm_jax.cli.options import MODELS_HELP, PATH, TEXT, class_names, make_folder, start_jax
 from tokentm_jax.cli.recipes import read_recipe
 from tokentm_jax.cli.terminal import complain, running_table, show_results
+from tokentm_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from tokentm_jax.runs.evaluate_text import TextEvaluateConfig
 
 
 @click.command()
@@ -18,6 +23,7 @@ from tokentm_jax.cli.terminal import complain, running_table, show_results
 @click.option("--methods", help="Rows of the recipe or other methods, as a,b,c.")
 @click.option("--limit", type=click.IntRange(1), help="So many images, drawn by the recipe's seed.")
 @click.option("--half", type=click.Choice(["even", "odd"]), help="The images at even or at odd places alone.")
+@click.option("--names", type=TEXT, metavar="PATTERN", help="Those alone whose names match, or with ! do not.")
 @click.option("--batch-size", type=click.IntRange(1, 4096), help="In place of the recipe's.")
 @click.option("--label-map", type=TEXT, metavar="FILE", help="JSON or CSV: the data set's class name, the model's.")
 @class_names
@@ -31,6 +37,7 @@ def evaluate(
     methods: str | None,
     limit: int | None,
     half: str | None,
+    names: str | None,
     batch_size: int | None,
     label_map: str | None,
     classes: Path | None,
@@ -39,8 +46,8 @@ def evaluate(
 ) -> None:
     """Measure explanation methods by a recipe; started again with the same folder, it goes on where it stopped.
 
-    CONFIG.py is a Python file that is run, and whose `config` is an EvaluateConfig. The results are results.json,
-    results.md and curves.png.
+    CONFIG.py is a Python file that is run, and whose `config` is an EvaluateConfig, or a TextEvaluateConfig for
+    sentences. The results are results.json, results.md and, of images, curves.png.
 
     \b
     Example:
@@ -49,14 +56,31 @@ def evaluate(
     from tokentm_jax.metrics.tasks import EvaluateConfig, check, select
     from tokentm_jax.models.loading import load
     from tokentm_jax.runs.evaluate import evaluate, examples
+    from tokentm_jax.runs.evaluate_text import TextEvaluateConfig
     from tokentm_jax.runs.store import open_maps
 
-    config = read_recipe(recipe, EvaluateConfig)
+    config = read_recipe(recipe, EvaluateConfig, TextEvaluateConfig)
+    if isinstance(config, TextEvaluateConfig):
+        unused = {"--checkpoint": checkpoint, "--half": half, "--label-map": label_map, "--classes": classes}
+        for name, value in {**unused, "--maps": maps or None}.items():
+            if value is not None:
+                raise InputError(f"{name} is for images, and the recipe {recipe} is for texts")
+        changes = {"model": model, "data": data, "limit": limit, "batch_size": batch_size}
+        config = dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
+        _evaluate_text(config if methods is None else select(config, methods.split(",")), out)
+        return
     if model is not None or checkpoint is not None:  # another model's checkpoint would not fit
         config = dataclasses.replace(
             config, model=model or config.model, checkpoint=None if checkpoint is None else str(checkpoint)
         )
-    given = {"data": data, "limit": limit, "half": half, "batch_size": batch_size, "label_map": label_map}
+    given = {
+        "data": data,
+        "limit": limit,
+        "half": half,
+        "names": names,
+        "batch_size": batch_size,
+        "label_map": label_map,
+    }
     config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
     if methods is not None:
         config = select(config, [name.strip() for name in methods.split(",")])
@@ -74,4 +98,20 @@ def evaluate(
         complain(f"skipped: {sentence}")
     if skipped["count"]:
         click.echo(f"{skipped['count']} images were skipped", err=True)
+    show_results(folder / "results.md")
+
+
+def _evaluate_text(config: "TextEvaluateConfig", out: Path | None) -> None:
+    from tokentm_jax.data.sentences import read_sentences
+    from tokentm_jax.models.texts import load_text
+    from tokentm_jax.runs.evaluate_text import check_text_config, evaluate_text
+
+    config = check_text_config(config)
+    start_jax()
+    text = load_text(config.model)
+    sentences = read_sentences(config.data, max(text.module.num_classes, 1), config.limit)
+    folder = out or Path("runs") / config.name
+    make_folder(folder)
+    with running_table() as report:
+        evaluate_text(config, text, sentences, folder, report)
     show_results(folder / "results.md")

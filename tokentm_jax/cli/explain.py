@@ -1,15 +1,17 @@
-"""`tokentm explain`: heatmaps of photos."""
+"""`tokentm explain` and `tokentm explain-audio`: heatmaps of photos and of recordings."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 from tokentm_jax.cli.heatmaps import Writer, columns_of, fail, output_names, print_result, sheet_names
 from tokentm_jax.cli.options import MODELS_HELP, PATH, class_names, make_folder, parse_options, start_jax
+from tokentm_jax.cli.terminal import running
 from tokentm_jax.errors import InputError, suggest
+
+HEARS = "spoken_digits"  # the shipped model of recordings
 
 
 @click.command()
@@ -56,9 +58,87 @@ def explain(
       tokentm explain cat.jpg --model hf-hub:openai/clip-vit-base-patch32 --text "a cat" --text "whiskers"
       tokentm explain cat.jpg --option ffn=false --json
     """
-    from rich.progress import Progress
+    _explain(
+        "photo", photos, model, checkpoint, method, target, versus, prompts, out, options, batch_size, classes, as_json
+    )
 
-    from tokentm_jax.data.photos import find_photos
+
+@click.command("explain-audio")
+@click.argument("recordings", nargs=-1, required=True, metavar="FILE.wav...")
+@click.option("--model", help=f"{MODELS_HELP[:-1]}, else {HEARS}.")
+@click.option("--checkpoint", type=PATH, help=f"Weights; default: the shipped model {HEARS}.")
+@click.option("--method", default="tokentm", show_default=True, help="A method, several as a,b,c, or 'all'.")
+@click.option(
+    "--class", "target", help="Class to explain, by number or name; default: each recording's predicted class."
+)
+@click.option("--versus", metavar="CLASS", help="Explain why the class, and not this other one.")
+@click.option("--out", type=PATH, default="explanations", show_default=True, help="Folder.")
+@click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Option of the method; repeatable.")
+@click.option("--batch-size", type=click.IntRange(1, 1024), default=8, show_default=True)
+@class_names
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document in place of tables.")
+def explain_audio(
+    recordings: tuple[str, ...],
+    model: str | None,
+    checkpoint: Path | None,
+    method: str,
+    target: str | None,
+    versus: str | None,
+    out: Path,
+    options: tuple[str, ...],
+    batch_size: int,
+    classes: Path | None,
+    as_json: bool,
+) -> None:
+    """Show the top five classes of recordings and write heatmaps over their spectrograms.
+
+    FILE.wav is a file, a folder or a pattern. For each recording, <name>.png (spectrogram, heatmap, both, with time
+    and frequency) and <name>.npz (the map, its first row the lowest frequency, and how it was made) go to the output
+    folder; with several methods as in `tokentm explain`. Mono or stereo, of any sample rate.
+
+    \b
+    Examples:
+      tokentm explain-audio seven.wav
+      tokentm explain-audio seven.wav --method tokentm,gae,occlusion --class 9
+      tokentm explain-audio dog.wav --model hf-hub:MIT/ast-finetuned-audioset-10-10-0.4593
+    """
+    if model is None and checkpoint is None:
+        model = HEARS
+    _explain(
+        "recording",
+        recordings,
+        model,
+        checkpoint,
+        method,
+        target,
+        versus,
+        (),
+        out,
+        options,
+        batch_size,
+        classes,
+        as_json,
+    )
+
+
+def _explain(
+    what: str,
+    files: tuple[str, ...],
+    model: str | None,
+    checkpoint: Path | None,
+    method: str,
+    target: str | None,
+    versus: str | None,
+    prompts: tuple[str, ...],
+    out: Path,
+    options: tuple[str, ...],
+    batch_size: int,
+    classes: Path | None,
+    as_json: bool,
+) -> None:
+    """What both commands do; `what` is "photo" or "recording"."""
+    from tokentm_jax.data import audio
+    from tokentm_jax.data.photos import SUFFIXES, find_photos
     from tokentm_jax.methods.table import METHODS
     from tokentm_jax.models.loading import load
 
@@ -72,6 +152,10 @@ def explain(
         raise InputError("--text explains a prompt: leave out --target and --versus")
     start_jax()
     vit = load(model, checkpoint, class_names=classes)
+    hears = vit.preprocessing.audio is not None
+    if hears != (what == "recording"):
+        kind, command = ("recordings", "explain-audio") if hears else ("photos", "explain")
+        raise InputError(f"{vit.name} takes {kind}: use `tokentm {command}`")
     class_index, other = (None if name is None else vit.class_index(name) for name in (target, versus))
     if other is not None and other == class_index:
         raise InputError(f"--target and --versus are the same class, {vit.class_name(other)!r}")
@@ -82,21 +166,21 @@ def explain(
 
     results: dict[str, dict[str, Any]] = {}
     paths: list[Path] = []
-    for argument in photos:
+    suffixes = audio.SUFFIXES if hears else SUFFIXES
+    for argument in files:
         try:
-            paths += [path for path in find_photos([argument]) if path not in paths]
+            paths += [path for path in find_photos([argument], suffixes, what) if path not in paths]
         except InputError as error:
             fail(results, argument, error)
     results |= {str(path): {} for path in paths}
     names = output_names(paths, out, [column.suffix for column in columns.values()])
     batches = [paths[i : i + batch_size] for i in range(0, len(paths), batch_size)]
     sheets = list(names.values()) if len(paths) == 1 else sheet_names(len(batches), paths, out)
-    with Progress(console=Console(stderr=True), transient=True, disable=not Console(stderr=True).is_terminal) as bar:
-        task = bar.add_task("Explaining", total=len(paths))
+    with running("Explaining", len(paths)) as step:
         for sheet, batch in zip(sheets, batches, strict=True):
             writer = Writer(vit, columns, settings, class_index, other, out, names, sheet, min(batch_size, len(paths)))
             writer.write(batch, results, skip_unfit=method == "all")
-            bar.advance(task, len(batch))
+            step(len(batch))
 
     failed = sum("error" in result for result in results.values())
     if as_json:
@@ -106,5 +190,5 @@ def explain(
             if "error" not in result:
                 print_result(path, result)
     if failed:
-        click.echo(f"{failed} of {len(results)} photos failed", err=True)
+        click.echo(f"{failed} of {len(results)} {what}s failed", err=True)
         click.get_current_context().exit(2)

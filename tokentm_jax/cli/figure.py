@@ -1,9 +1,13 @@
-"""Pictures of heatmaps over photos."""
+"""Pictures of heatmaps over photos and spectrograms."""
 
+import base64
+import io
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
@@ -18,6 +22,44 @@ DPI = 130
 INK, GREY = "#1c1c1c", "#666666"
 PANEL = 3.0  # inches
 CELL = 2.0
+
+
+COLOURS = {  # name: the scale of maps without negative values, and that of signed ones
+    "inferno": ("inferno", "RdBu_r"),
+    "viridis": ("viridis", "PRGn_r"),
+    "cividis": ("cividis", "PuOr_r"),
+    "grey": ("gray", "coolwarm"),
+}
+
+
+def as_base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def data_url(image: Image.Image, kind: str, **how: Any) -> str:
+    """A picture as the address of a file of that kind ("PNG", "JPEG"), which a page may hold."""
+    file = io.BytesIO()
+    image.save(file, kind, **how)
+    return f"data:image/{kind.lower()};base64,{as_base64(file.getvalue())}"
+
+
+def colour_tables() -> dict[str, list[str]]:
+    """For each of `COLOURS` its two scales: 256 colours as base64 of three bytes each."""
+    steps = np.arange(256)
+    return {
+        name: [as_base64(colormaps[scale](steps, bytes=True)[:, :3].tobytes()) for scale in scales]
+        for name, scales in COLOURS.items()
+    }
+
+
+class Scales(NamedTuple):
+    """What stands at the axes of a picture: for each the label and, of every tick, its place in [0, 1] (from the left,
+    from above) and its text."""
+
+    x_label: str
+    x: Sequence[tuple[float, str]]
+    y_label: str
+    y: Sequence[tuple[float, str]]
 
 
 def shade(heatmap: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, bool]:
@@ -57,7 +99,14 @@ def blend(photo: np.ndarray, values: np.ndarray, signed: bool) -> np.ndarray:
     return (mixed.clip(0, 1) * 255).round().astype(np.uint8)
 
 
-def overlay_figure(photo: np.ndarray, heatmap: np.ndarray, title: str, subtitle: str = "") -> Figure:
+def overlay_figure(
+    photo: np.ndarray,
+    heatmap: np.ndarray,
+    title: str,
+    subtitle: str = "",
+    what: str = "Photo",
+    scales: Scales | None = None,
+) -> Figure:
     """Photo, heatmap, and photo with heatmap, side by side.
 
     Args:
@@ -65,27 +114,32 @@ def overlay_figure(photo: np.ndarray, heatmap: np.ndarray, title: str, subtitle:
       heatmap: token map [gh, gw] or pixel map of the same part.
       title: usually the explained class and its probability.
       subtitle: a smaller line below it.
+      what: is shown, such as a spectrogram in place of a photo.
+      scales: of its axes.
     """
     values, signed = shade(heatmap, (photo.shape[0], photo.shape[1]))
     aspect = photo.shape[0] / photo.shape[1]
     width, height = (PANEL, PANEL * aspect) if aspect < 1.6 else (PANEL * 1.6 / aspect, PANEL * 1.6)
     gap, margin, bar, labels = 0.12, 0.2, 0.13, 0.55
-    total = 2 * margin + 3 * width + 3 * gap + bar + labels
+    left, below = (margin, margin) if scales is None else (margin + 0.55, margin + 0.38)
+    total = left + margin + 3 * width + 3 * gap + bar + labels
     lines = _wrap(title, total - 2 * margin, 2, 14, "bold")
     above = 0.22 + 0.27 * len(lines) + (0.22 if subtitle else 0.0)
-    tall = above + 0.28 + height + margin
+    tall = above + 0.28 + height + below
     figure = Figure((total, tall), dpi=DPI, facecolor="white")
     _text(figure, margin / total, 1 - 0.16 / tall, "\n".join(lines), size=14, weight="bold")
     if subtitle:
         y = 1 - (0.22 + 0.27 * len(lines)) / tall
         _text(figure, margin / total, y, *_wrap(subtitle, total - 2 * margin, 1, 10), size=10, color=GREY)
     mappable = scale_of(signed)
-    panels = {"Photo": photo, "Heatmap": mappable.to_rgba(values), "Photo and heatmap": blend(photo, values, signed)}
+    panels = {what: photo, "Heatmap": mappable.to_rgba(values), f"{what} and heatmap": blend(photo, values, signed)}
     for i, (caption, picture) in enumerate(panels.items()):
-        axes = _picture(figure, picture, margin + i * (width + gap), margin, width, height)
+        axes = _picture(figure, picture, left + i * (width + gap), below, width, height)
         axes.set_title(caption, fontsize=11, color=INK, pad=5)
-    x = margin + 3 * (width + gap)
-    axes = figure.add_axes((x / total, margin / tall, bar / total, height / tall))
+        if scales is not None:
+            _scale(axes, scales, photo.shape[:2], i == 0)
+    x = left + 3 * (width + gap)
+    axes = figure.add_axes((x / total, below / tall, bar / total, height / tall))
     _bar(axes, signed, "vertical")
     return figure
 
@@ -145,6 +199,19 @@ def _picture(figure: Figure, picture: np.ndarray, x: float, y: float, width: flo
     axes.imshow(picture, aspect="auto", interpolation="antialiased")
     axes.set_axis_off()
     return axes
+
+
+def _scale(axes: Axes, scales: Scales, size: tuple[int, ...], first: bool) -> None:
+    """Ticks below a picture of `size` and, at the first of a row, beside it."""
+    axes.set_axis_on()
+    axes.spines[:].set_visible(False)
+    axes.tick_params(labelsize=9, length=3, colors=INK, pad=2)
+    axes.set_xticks([place * size[1] - 0.5 for place, _ in scales.x], [text for _, text in scales.x])
+    axes.set_xlabel(scales.x_label, fontsize=9.5, color=INK, labelpad=2)
+    axes.set_yticks([place * size[0] - 0.5 for place, _ in scales.y] if first else [])
+    if first:
+        axes.set_yticklabels([text for _, text in scales.y])
+        axes.set_ylabel(scales.y_label, fontsize=9.5, color=INK, labelpad=2)
 
 
 def _bar(axes: Axes, signed: bool, orientation: str) -> None:

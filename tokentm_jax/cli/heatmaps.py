@@ -1,4 +1,4 @@
-"""From a batch of photos to files: the work of `tokentm explain`."""
+"""From a batch of photos or recordings to files: the work of `tokentm explain` and `tokentm explain-audio`."""
 
 import contextlib
 import dataclasses
@@ -21,6 +21,8 @@ from tokentm_jax.identity import version_of
 if TYPE_CHECKING:
     import numpy as np
 
+    from tokentm_jax.cli.figure import Scales
+    from tokentm_jax.data.preprocessing import Preprocessing
     from tokentm_jax.models.loading import LoadedViT
 
 
@@ -49,7 +51,7 @@ def columns_of(vit: "LoadedViT", methods: Sequence[str], prompts: Sequence[str])
 
 @dataclasses.dataclass(frozen=True)
 class Writer:
-    """Makes the files of a batch of photos."""
+    """Makes the files of a batch of photos, or of recordings for a model that takes these."""
 
     vit: "LoadedViT"
     columns: dict[str, Column]
@@ -65,22 +67,21 @@ class Writer:
         """Explain photos and write their files; `results` gets an entry for each: classes and files, or an error."""
         import numpy as np
 
-        from tokentm_jax.data.photos import fit, open_photo, view
         from tokentm_jax.maths.scores import Cosine, Versus
         from tokentm_jax.methods.explain import explain
 
         good, inputs, views = [], [], []
         for path in paths:
             try:
-                photo = open_photo(path)
-                inputs.append(fit(photo, self.vit.preprocessing))
-                views.append(view(photo, self.vit.preprocessing))
+                image, shown = self._look(path)
+                inputs.append(image)
+                views.append(shown)
                 good.append(path)
             except InputError as error:
                 fail(results, str(path), error)
         if not good:
             return
-        images = np.stack(inputs + inputs[-1:] * (self.rows - len(inputs))).astype(np.float32) / 255
+        images = np.stack(inputs + inputs[-1:] * (self.rows - len(inputs)))
         outputs = np.asarray(self.vit.logits(images), np.float64)
         targets = outputs.argmax(-1) if self.target is None else np.full(len(outputs), self.target)
         maps: dict[str, np.ndarray] = {}
@@ -112,6 +113,37 @@ class Writer:
         if kept:
             entries = [results[str(good[i])] for i in kept]
             self._draw([good[i] for i in kept], entries, [views[i] for i in kept], {m: maps[m][kept] for m in maps})
+
+    def _look(self, path: Path) -> tuple["np.ndarray", "np.ndarray"]:
+        """What the model sees of a file, float32 [H, W, C] in [0, 1], and a picture of that. Raises InputError."""
+        import numpy as np
+
+        from tokentm_jax.data import audio
+        from tokentm_jax.data.photos import fit, open_photo, view
+
+        preprocessing = self.vit.preprocessing
+        if preprocessing.audio is None:
+            photo = open_photo(path)
+            return fit(photo, preprocessing).astype(np.float32) / 255, view(photo, preprocessing)
+        recording = audio.open_recording(path)
+        said = audio.notice(recording, preprocessing, str(path))
+        if said is not None:
+            click.echo(f"Notice: {printable(said)}", err=True)
+        image = audio.spectrogram(recording, preprocessing, str(path))
+        return image, audio.picture(image)
+
+    def _shown(self, heatmap: "np.ndarray") -> "np.ndarray":
+        """A map as it lies on the picture: the lowest frequency of a spectrogram is below, and where patches overlap,
+        values stand at their centres."""
+        import jax.numpy as jnp
+        import numpy as np
+
+        from tokentm_jax.maths.maps import resized
+
+        if self.vit.preprocessing.audio is None:
+            return heatmap
+        size, tiling = self.vit.preprocessing.size, self.vit.module.tiling
+        return np.asarray(resized(jnp.asarray(heatmap[None]), size, tiling))[0, ::-1]
 
     def _describe(self, outputs: "np.ndarray", target: int) -> dict[str, Any]:
         import numpy as np
@@ -169,7 +201,8 @@ class Writer:
         titles = [_title(result) for result in results]
         if len(self.columns) > 1:
             file = self.out / f"{self.sheet}.png"
-            write_png(sheet(views, titles, {title: list(found) for title, found in maps.items()}, self.vit.name), file)
+            shown = {title: [self._shown(heatmap) for heatmap in found] for title, found in maps.items()}
+            write_png(sheet(views, titles, shown, self.vit.name), file)
             for result in results:
                 result["files"].insert(0, str(file))
             return
@@ -179,8 +212,36 @@ class Writer:
             if column.prompt is None and (best := result["top5"][0])["class"] != result["target"]["class"]:
                 parts.insert(0, f"predicted: {best['name']} {best['probability']:.1%}")
             file = self.out / f"{self.names[path]}.png"
-            write_png(overlay_figure(views[i], maps[title][i], titles[i], " · ".join(parts)), file)
+            what, scales = "Photo", None
+            if self.vit.preprocessing.audio is not None:
+                what, scales = "Spectrogram", scales_of(self.vit.preprocessing)
+            heatmap = self._shown(maps[title][i])
+            write_png(overlay_figure(views[i], heatmap, titles[i], " · ".join(parts), what, scales), file)
             result["files"].insert(0, str(file))
+
+
+def scales_of(preprocessing: "Preprocessing") -> "Scales":
+    """Time in seconds and frequency in Hz at the axes of a spectrogram, the lowest frequency below."""
+    import numpy as np
+
+    from tokentm_jax.cli.figure import Scales
+
+    (bins, frames), sound = preprocessing.size, preprocessing.audio
+    assert sound is not None
+    longest = sound.seconds(frames)
+    step = next(step for step in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if longest / step < 6)
+    centres = sound.frequencies(bins)
+    x = [
+        (((t * sound.sampling_rate - sound.window / 2) / sound.hop + 0.5) / frames, f"{t:g}")
+        for t in np.arange(0, longest, step)
+    ]
+    octaves = [62.5 * 2**k for k in range(12)]
+    y = [
+        (1 - (np.interp(f, centres, np.arange(bins)) + 0.5) / bins, f"{f:g}")
+        for f in octaves
+        if centres[0] <= f <= centres[-1]
+    ]
+    return Scales("time [s]", [tick for tick in x if 0 <= tick[0] <= 1], "frequency [Hz]", y)
 
 
 def _title(result: dict[str, Any]) -> str:
@@ -191,12 +252,20 @@ def _title(result: dict[str, Any]) -> str:
     return " versus ".join(f"{entry['name']} {entry['probability']:.1%}" for entry in classes)
 
 
+def softmax(logits: "np.ndarray") -> "np.ndarray":
+    """Probabilities [..., classes] of logits, in float64."""
+    import numpy as np
+
+    logits = np.asarray(logits, np.float64)
+    odds = np.exp(logits - logits.max(-1, keepdims=True))
+    return odds / odds.sum(-1, keepdims=True)
+
+
 def describe(vit: "LoadedViT", logits: "np.ndarray", target: int, versus: int | None = None) -> dict[str, Any]:
     """The top five classes of one photo, the explained one and the one it is compared with, from logits [classes]."""
     import numpy as np
 
-    odds = np.exp(logits - logits.max())
-    probabilities = odds / odds.sum()
+    probabilities = softmax(logits)
 
     def entry(index: int) -> dict[str, Any]:
         return {"class": index, "name": vit.class_name(index), "probability": float(probabilities[index])}

@@ -12,8 +12,11 @@ from tokentm_jax.cli.compare import compare
 from tokentm_jax.cli.convert import convert
 from tokentm_jax.cli.dataset import dataset
 from tokentm_jax.cli.evaluate import evaluate
-from tokentm_jax.cli.explain import explain
+from tokentm_jax.cli.explain import explain, explain_audio
+from tokentm_jax.cli.explain_text import explain_text
 from tokentm_jax.cli.leaderboard import leaderboard
+from tokentm_jax.cli.report import report
+from tokentm_jax.cli.serve import serve
 from tokentm_jax.cli.tables import methods, models
 from tokentm_jax.cli.terminal import complain, memory_errors
 from tokentm_jax.cli.train import train
@@ -29,7 +32,7 @@ def _short_errors() -> Iterator[None]:
     try:
         yield
     except click.ClickException as error:
-        error.message = str(InputError(error.message))
+        setattr(error, "message", str(InputError(str(error.message))))  # noqa: B010  # it is declared as final
         raise
 
 
@@ -72,5 +75,19 @@ def main() -> None:
     """
 
 
-for command in (explain, models, methods, convert, train, dataset, evaluate, compare, leaderboard):
+for command in (
+    explain,
+    explain_text,
+    explain_audio,
+    models,
+    methods,
+    convert,
+    train,
+    dataset,
+    evaluate,
+    compare,
+    leaderboard,
+    report,
+    serve,
+):
     main.add_command(command)

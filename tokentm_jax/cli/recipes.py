@@ -13,13 +13,13 @@ from tokentm_jax.files import read_text
 LARGEST_RECIPE = 2**20  # bytes
 
 
-def read_recipe(recipe: Path, kind: type) -> Any:
+def read_recipe(recipe: Path, *kinds: type) -> Any:
     """The config of a recipe, every field as its annotation says.
 
     Args:
       recipe: a Python file that defines `config`, or the function `get_config(**options)`; options follow the file's
         name after a colon, as in `perturbation.py:data=imagenet,model=vit_base`.
-      kind: what the config must be, `EvaluateConfig` or `TrainConfig`.
+      kinds: what the config may be, such as `EvaluateConfig`.
 
     Raises:
       InputError: no such file, an error in it, an option that it does not have, a config of another type.
@@ -54,8 +54,9 @@ def read_recipe(recipe: Path, kind: type) -> Any:
         raise
     except BaseException as error:  # a recipe may raise what it likes
         refuse(f"cannot be run: {type(error).__name__}{_said(error)}")
-    if type(config) is not kind:
-        refuse(f"must define `config` as a {kind.__name__}, or a function `get_config` that gives one")
+    if type(config) not in kinds:
+        names = " or ".join(kind.__name__ for kind in kinds)
+        refuse(f"must define `config` as a {names}, or a function `get_config` that gives one")
     return check_fields(config, f"the recipe {path}")
 
 

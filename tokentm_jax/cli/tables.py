@@ -1,7 +1,7 @@
 """`tokentm models` and `tokentm methods`: what there is."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
@@ -27,11 +27,20 @@ def models(as_json: bool) -> None:
     for column in ("Model", "Parameters", "Resolution", "Patch", "Weights"):
         table.add_column(column, justify="left" if column in ("Model", "Weights") else "right", no_wrap=True)
     for row in rows:
-        height, width = row["resolution"]
-        size = str(height) if height == width else f"{height} x {width}"
         weights = "shipped" if row["shipped"] else "needs a checkpoint"
-        table.add_row(row["name"], f"{row['parameters'] / 1e6:.1f} M", size, str(row["patch_size"]), weights)
+        table.add_row(
+            row["name"],
+            f"{row['parameters'] / 1e6:.1f} M",
+            _sides(row["resolution"]),
+            _sides(row["patch_size"]),
+            weights,
+        )
     console().print(table)
+
+
+def _sides(size: int | Sequence[int]) -> str:
+    height, width = (size, size) if isinstance(size, int) else size
+    return str(height) if height == width else f"{height} x {width}"
 
 
 def _model_rows() -> Iterator[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """What the commands say on a terminal: complaints, progress, and one sentence for a lack of memory."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,17 @@ def memory_errors() -> Iterator[None]:
                 "the memory is not enough: a smaller --batch-size, where there is one, may help"
             ) from None
         raise
+
+
+@contextmanager
+def running(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar with the time left, which a function of the number of steps moves on; for those who look."""
+    from rich.progress import Progress
+
+    shown = Console(stderr=True)
+    with Progress(console=shown, transient=True, disable=not shown.is_terminal) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda steps: bar.advance(task, steps)
 
 
 @contextmanager

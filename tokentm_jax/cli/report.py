@@ -1,0 +1,115 @@
+"""`tokentm report`: one page that shows photos, an evaluation or a store of maps."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+from click.core import ParameterSource
+
+from tokentm_jax.cli.options import MODELS_HELP, PATH, TEXT, class_names, start_jax
+from tokentm_jax.errors import InputError, printable, suggest
+
+METHODS_SHOWN = ("tokentm", "gae", "attn_lrp", "legrad", "transformer_attribution", "rollout")
+
+
+@click.command()
+@click.argument("what", nargs=-1, required=True, metavar="PHOTO...|RUN|STORE")
+@click.option("--out", type=PATH, default="report.html", show_default=True, help="The page.")
+@click.option("--model", help=f"{MODELS_HELP[:-1]}, or the run's.")
+@click.option("--checkpoint", type=PATH, help="Weights; default: the shipped model, or the run's.")
+@click.option("--methods", help=f"As a,b,c; default: {', '.join(METHODS_SHOWN)}; or those of the run or store.")
+@click.option("--target", help="Class to explain in photos, by number or name, beside the most probable ones.")
+@click.option(
+    "--top", type=click.IntRange(1, 10), default=3, show_default=True, help="So many classes of each photo explained."
+)
+@click.option("--data", type=TEXT, metavar="SOURCE", help="Where the photos of a run or store lie now.")
+@click.option("--limit", type=click.IntRange(1), help="So many photos, spread evenly over the data set.")
+@click.option(
+    "--best", type=click.IntRange(0, 50), default=3, show_default=True,
+    help="Of a run: so many of the best and of the worst images of each method are explained.",
+)  # fmt: skip
+@class_names
+def report(
+    what: tuple[str, ...],
+    out: Path,
+    model: str | None,
+    checkpoint: Path | None,
+    methods: str | None,
+    target: str | None,
+    top: int,
+    data: str | None,
+    limit: int | None,
+    best: int,
+    classes: Path | None,
+) -> None:
+    """Write a page that shows what a model looks at.
+
+    PHOTO is a file, a folder or a pattern: each is explained by several methods for its most probable classes, block
+    by block, with the curve of what the model says while pixels go. RUN is the folder of a finished `tokentm
+    evaluate`: its tables and curves, and the best and worst images of every method. STORE is what `tokentm dataset`
+    wrote.
+
+    The page is one file, needs no network, and no server. Needs the extra [report].
+
+    \b
+    Examples:
+      tokentm report cat.jpg --target cat
+      tokentm report photos/ --model deit_tiny_patch16_224 --checkpoint deit_tiny.safetensors --out deit.html
+      tokentm report runs/photos
+      tokentm report maps --data photos/
+    """
+    try:
+        from tokentm_jax.cli.report_page import Photos, photos_page, run_page, store_page, write_page
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("tokentm_jax"):
+            raise
+        raise InputError(f"tokentm report needs the package {error.name}: pip install 'tokentm-jax[report]'") from None
+    from tokentm_jax.methods.table import METHODS
+    from tokentm_jax.metrics.tasks import rows
+    from tokentm_jax.models.loading import load
+
+    chosen = None if methods is None else list(dict.fromkeys(name.strip() for name in methods.split(",")))
+    kind = _kind(what)
+    for name in chosen or ():
+        if kind == "photos" and name not in METHODS:
+            raise suggest("method", name, METHODS)
+    source = click.get_current_context().get_parameter_source
+    for option, *kinds in (
+        ("target", "photos"),
+        ("top", "photos"),
+        ("model", "photos", "a run"),
+        ("checkpoint", "photos", "a run"),
+        ("best", "a run"),
+        ("data", "a run", "a store"),
+    ):
+        if source(option) is ParameterSource.COMMANDLINE and kind not in kinds:
+            raise InputError(f"--{option} is for a report on {' or '.join(kinds)}, not on {kind}")
+    if out.is_dir() or not out.parent.is_dir():
+        raise InputError(f"the page {out} cannot be written: its folder must be there, and it must be a file")
+    start_jax()
+    if kind == "photos":
+        vit = load(model, checkpoint, class_names=classes)
+        vit.require_classes()
+        asked = None if target is None else vit.class_index(target)
+        page = photos_page(Photos(vit, rows(*(chosen or METHODS_SHOWN)), top, asked, chosen is not None), what, limit)
+    elif kind == "a run":
+        page = run_page(Path(what[0]), model, checkpoint, classes, chosen, data, limit, best)
+    else:
+        page = store_page(what[0], classes, chosen, data, limit)
+    write_page(out, page)
+    click.echo(f"The page is {printable(out)} ({out.stat().st_size / 2**20:.1f} MiB)")
+
+
+def _kind(what: Sequence[str]) -> str:
+    """What was given: "photos", "a run" or "a store"."""
+    first = what[0]
+    if "://" in first or os.path.lexists(Path(first) / "zarr.json"):
+        kind = "a store"
+    elif os.path.lexists(Path(first) / "results.json"):
+        kind = "a run"
+    else:
+        return "photos"
+    if len(what) > 1:
+        raise InputError(f"{first} is {kind}: a report is on one of them, or on photos")
+    return kind

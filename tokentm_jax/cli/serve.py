@@ -1,0 +1,113 @@
+"""`tokentm serve`: a page to drop photos on."""
+
+import socket
+import time
+from pathlib import Path
+
+import click
+
+from tokentm_jax.cli.options import MODELS_HELP, PATH, TEXT, class_names, start_jax
+from tokentm_jax.errors import InputError, printable, suggest
+from tokentm_jax.files import reason
+
+QUICK = (  # methods of a few passes, each family once or twice
+    "tokentm",
+    "gae",
+    "attn_lrp",
+    "legrad",
+    "transformer_attribution",
+    "conservative_lrp",
+    "libra_full_grad",
+    "attcat",
+    "grad_cam",
+    "rollout",
+    "raw_attention",
+    "gradient_x_input",
+    "tokentm_mix",
+)
+
+
+@click.command()
+@click.option("--model", help=MODELS_HELP)
+@click.option("--checkpoint", type=PATH, help="Weights; default: the shipped model.")
+@click.option("--methods", help="Methods to choose from, as a,b,c, or 'all'; the first is shown first.")
+@class_names
+@click.option("--host", type=TEXT, default="127.0.0.1", show_default=True, help="0.0.0.0 opens it to other machines.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free one.")
+@click.option("--allow-host", "names", type=TEXT, multiple=True, metavar="NAME", help="Another name of the server.")
+@click.option(
+    "--max-upload", type=click.IntRange(1, 512), default=20, show_default=True, help="MiB of a photo's file."
+)
+@click.option("--timeout", type=click.IntRange(1, 3600), default=60, show_default=True, help="Seconds of one answer.")
+def serve(
+    model: str | None,
+    checkpoint: Path | None,
+    methods: str | None,
+    classes: Path | None,
+    host: str,
+    port: int,
+    names: tuple[str, ...],
+    max_upload: int,
+    timeout: int,
+) -> None:
+    """Serve a page that explains photos: drop one, choose class and method, see the map.
+
+    Needs the extra [serve]. Only this machine can open the page, unless --host says otherwise. Photos stay in memory,
+    and are forgotten with their answer. Ctrl-C ends it.
+
+    \b
+    Examples:
+      tokentm serve
+      tokentm serve --model deit_tiny_patch16_224 --checkpoint deit_tiny.safetensors
+      tokentm serve --methods gae,rollout --host 0.0.0.0 --port 8080
+    """
+    try:
+        from tokentm_jax.cli.web import PAGE, application, explained, is_local, server
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("tokentm_jax"):
+            raise
+        raise InputError(f"tokentm serve needs the package {error.name}: pip install 'tokentm-jax[serve]'") from None
+    from tokentm_jax.methods.table import METHODS
+    from tokentm_jax.models.loading import load
+
+    chosen = list(METHODS) if methods == "all" else [m.strip() for m in (methods or ",".join(QUICK)).split(",")]
+    chosen = list(dict.fromkeys(chosen))
+    for name in chosen:
+        if name not in METHODS:
+            raise suggest("method", name, METHODS)
+    with _listening(host, port) as listening:
+        start_jax()
+        vit = load(model, checkpoint, class_names=classes)
+        vit.require_classes()
+        click.echo(f"Compiling {chosen[0]} for {printable(vit.name)} ...", err=True)
+        example, took = (PAGE / "examples" / "cat.jpg").read_bytes(), []
+        for _ in range(2):
+            began = time.monotonic()
+            explained(vit, example, chosen[0], None)
+            took.append(time.monotonic() - began)
+        app = application(
+            vit,
+            chosen,
+            host=host,
+            names=names,
+            largest=max_upload * 2**20,
+            seconds=timeout,
+            ready=chosen[:1],
+            compiling=took[0] - took[1],
+        )
+        number = listening.getsockname()[1]
+        shown = "localhost" if is_local(host) else f"[{host}]" if ":" in host else host
+        click.echo(f"http://{shown}:{number}/ explains a photo in {took[1]:.2f} s; Ctrl-C ends it")
+        if not is_local(host):
+            click.echo("Other machines can open it too, and so can who uses them.", err=True)
+        server(app, timeout).run([listening])
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """A socket that listens, before minutes go by with compiling. Raises InputError."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=512)
+    except (OSError, UnicodeError) as error:
+        cause = reason(error).partition(" (while")[0]  # what Python adds repeats the address
+        raise InputError(f"port {port} of {host} cannot be used: {cause}") from None

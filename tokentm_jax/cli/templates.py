@@ -1,0 +1,20 @@
+"""Pages from templates of `cli/pages`. Without the template library, the import of this module fails."""
+
+from typing import Any
+
+import jinja2
+
+_ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.PackageLoader("tokentm_jax.cli", "pages"),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+)
+_ENVIRONMENT.policies["json.dumps_kwargs"] = {"sort_keys": False, "separators": (",", ":")}
+
+
+def render(template: str, **values: Any) -> str:
+    """The page that a template makes of the values, which it may use with the package's `version`."""
+    from tokentm_jax import __version__
+
+    return _ENVIRONMENT.get_template(template).render(version=__version__, **values)
