@@ -6,6 +6,7 @@
     tokentm evaluate configs/perturbation.py:rows=choices                      what the paper's text leaves open
     tokentm evaluate configs/perturbation.py:rows=readings                     readings of TokenTM, those of codes too
     tokentm evaluate configs/perturbation.py:rows=mixes                        candidates of tokentm_mix
+    tokentm evaluate configs/perturbation.py:rows=weights                      other weights in TokenTM
     tokentm evaluate configs/perturbation.py:rows=readings,half=even           on half of the photos alone
     tokentm evaluate configs/perturbation.py:data=cifar10_sample               5000 test images, the shipped model
 
@@ -24,7 +25,16 @@ measured.
 
 from typing import Literal
 
-from tokentm_jax import CHOICE_ROWS, COMPONENT_ROWS, MIX_ROWS, PAPER_ROWS, READING_ROWS, EvaluateConfig, depth_rows
+from tokentm_jax import (
+    CHOICE_ROWS,
+    COMPONENT_ROWS,
+    MIX_ROWS,
+    PAPER_ROWS,
+    READING_ROWS,
+    WEIGHT_ROWS,
+    EvaluateConfig,
+    depth_rows,
+)
 
 DATA = {  # where it is, and the model where none is named
     "photos": ("../shared/data/imagenet_sample", "deit_tiny"),
@@ -46,6 +56,7 @@ ROWS = {
     "choices": CHOICE_ROWS,
     "readings": READING_ROWS,
     "mixes": MIX_ROWS,
+    "weights": WEIGHT_ROWS,
     "depth": depth_rows(12),
 }
 PAPER = {"imagenet": 58.1, "cifar10": 74.9, "cifar100": 54.8}
@@ -55,7 +66,7 @@ def get_config(
     *,
     data: Literal["photos", "cifar10_sample", "imagenet", "cifar10", "cifar100"] = "photos",
     model: Literal["deit_tiny", "cifar10_vit", "vit_base", "vit_large", "own"] | None = None,
-    rows: Literal["paper", "components", "choices", "readings", "mixes", "depth"] = "paper",
+    rows: Literal["paper", "components", "choices", "readings", "mixes", "weights", "depth"] = "paper",
     half: Literal["even", "odd"] | None = None,
 ) -> EvaluateConfig:
     where, default = DATA[data]

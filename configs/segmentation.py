@@ -6,6 +6,7 @@
     tokentm evaluate configs/segmentation.py:rows=choices                      what the paper's text leaves open
     tokentm evaluate configs/segmentation.py:rows=readings                     readings of TokenTM, those of codes too
     tokentm evaluate configs/segmentation.py:rows=mixes                        candidates of tokentm_mix
+    tokentm evaluate configs/segmentation.py:rows=weights                      other weights in TokenTM
 
     tokentm evaluate configs/segmentation.py:data=imagenet                     the paper's, ViT-B; also with rows=...
 
@@ -18,7 +19,16 @@ Run time: about a minute for the sample on 2 cores; imagenet is not measured.
 
 from typing import Literal
 
-from tokentm_jax import CHOICE_ROWS, COMPONENT_ROWS, MIX_ROWS, PAPER_ROWS, READING_ROWS, EvaluateConfig, depth_rows
+from tokentm_jax import (
+    CHOICE_ROWS,
+    COMPONENT_ROWS,
+    MIX_ROWS,
+    PAPER_ROWS,
+    READING_ROWS,
+    WEIGHT_ROWS,
+    EvaluateConfig,
+    depth_rows,
+)
 
 DATA = {  # where it is, and the model with its checkpoint where that is not the name's own
     "sample": (
@@ -34,6 +44,7 @@ ROWS = {
     "choices": CHOICE_ROWS,
     "readings": READING_ROWS,
     "mixes": MIX_ROWS,
+    "weights": WEIGHT_ROWS,
     "depth": depth_rows(12),
 }
 
@@ -41,7 +52,7 @@ ROWS = {
 def get_config(
     *,
     data: Literal["sample", "imagenet"] = "sample",
-    rows: Literal["paper", "components", "choices", "readings", "mixes", "depth"] = "paper",
+    rows: Literal["paper", "components", "choices", "readings", "mixes", "weights", "depth"] = "paper",
 ) -> EvaluateConfig:
     where, model, checkpoint = DATA[data]
     return EvaluateConfig(

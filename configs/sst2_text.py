@@ -1,0 +1,27 @@
+"""Explanations of a text classifier on SST-2: are they faithful, and do they name the words that people would?
+
+    tokentm evaluate configs/sst2_text.py --out runs/sst2_text
+    tokentm evaluate configs/sst2_text.py:rows=weights --out runs/sst2_weights    other weights in TokenTM
+
+The classifier is that of `configs/sst2_minilm.py`.
+ERASER's comprehensiveness and sufficiency, by deleting and by masking, Kendall's tau with leave-one-out, and agreement
+with VADER's lexicon (`pip install vaderSentiment`).
+
+Data: ../shared/data/text. Run time: not measured to the end; about two hours on two CPU cores, of which the Shapley
+values take half; 20 minutes for `rows=weights`.
+"""
+
+from typing import Literal
+
+from tokentm_jax.metrics.tasks import TEXT_ROWS, WEIGHT_ROWS
+from tokentm_jax.runs.evaluate_text import TextEvaluateConfig
+
+
+def get_config(*, rows: Literal["all", "weights"] = "all", model: str = "runs/sst2_minilm") -> TextEvaluateConfig:
+    return TextEvaluateConfig(
+        name="sst2_text" if rows == "all" else f"sst2_text_{rows}",
+        model=model,
+        data="../shared/data/text/sst2_dev.tsv",
+        rows=TEXT_ROWS if rows == "all" else WEIGHT_ROWS,
+        ratings=(-1, 1),
+    )
