@@ -36,6 +36,11 @@ CHEAP = {  # options of methods that take many passes
 }
 
 
+def mostly_slow(names, quick):
+    """Values of `pytest.mark.parametrize`: those that are in `quick` by default, the others with the slow tests."""
+    return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in names]
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of goldens and data beside the project."""
@@ -75,6 +80,12 @@ def small():
         lambda path, s: rng.normal(size=s.shape) * 0.4 + (path[-1].key == "scale"), shapes
     )
     return module, params, rng.normal(size=(4, 6, 3))
+
+
+@pytest.fixture
+def briefly(monkeypatch):
+    """A refusal does not list what works without: it would trace every method, and `test_plain` has the lists."""
+    monkeypatch.setattr("tokentm_jax.methods.explain.methods_for", lambda *_: [])
 
 
 def tiny_vit(depth):

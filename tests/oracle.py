@@ -7,7 +7,28 @@ def norm2(x):
     return float(np.sqrt(np.sum(np.asarray(x, np.float64) ** 2)))
 
 
-def weights(original, transformed, length=True, direction="necc"):
+def effective_channels(x):
+    """exp of the entropy of the shares of the squared channels."""
+    shares = [value**2 / norm2(x) ** 2 for value in x]
+    return np.exp(-sum(s * np.log(s) for s in shares if s > 0))
+
+
+def other_weights(name, original, transformed, gradient):
+    """The weights of `tokentm_jax.maths.weights`, or of a function."""
+    if callable(name):
+        return np.asarray(name(original, transformed), np.float64)
+    if name == "entropy":
+        return np.array(
+            [effective_channels(t) / effective_channels(o) for o, t in zip(original, transformed, strict=True)]
+        )
+    if name == "alignment":
+        lengths = np.array([norm2(t) / norm2(o) for o, t in zip(original, transformed, strict=True)])
+        return lengths * token_weights(gradient, transformed, length=False)
+    means = np.mean(original, 0), np.mean(transformed, 0)
+    return np.array([norm2(t - means[1]) / norm2(o - means[0]) for o, t in zip(original, transformed, strict=True)])
+
+
+def token_weights(original, transformed, length=True, direction="necc"):
     n = len(original)
     cosines = np.zeros(n)
     for j in range(n):
@@ -37,10 +58,14 @@ def full_map(
     original="residual",
     transformed="value",
     ffn_transformed="branch",
+    norms=True,
+    weights=None,
     first_block=0,
     end_block=None,
 ):
     """C of TokenTM for one sample, by the recursion from the first block to the last with [N, N] products.
+
+    Blocks that have `middle` and `after` are post-norm ones.
 
     What each head makes of each token is written out, [H, N, D]; `transformed_value` of the blocks is not looked at.
     """
@@ -50,23 +75,36 @@ def full_map(
     c = np.diag([norm2(x) for x in embedded]) if initialise else np.eye(n)
     for l in range(depth)[first_block:end_block]:
         x = get["tokens"][l] if original == "residual" else get["normalised"][l]
-        middle = get["tokens"][l] + get["attention_branch"][l]
+        summed = middle = get["tokens"][l] + get["attention_branch"][l]
+        if "middle" in get:
+            middle = get["middle"][l]
+
+        def weigh(before, after, l=l):
+            if weights is None:
+                return token_weights(before, after, length, direction)
+            return other_weights(weights, before, after, get.get("output_grad", get["tokens"])[l])
+
         made = []  # of each token by each head, [N, D]
         for h in range(count):
             own = slice(h * get["value"].shape[-1], (h + 1) * get["value"].shape[-1])
             value = get["value"][l, h] if transformed == "value" else x @ get["value_kernel"][l][:, own]
             made.append(value @ get["output_kernel"][l][own])
-        together = middle if transformed == "stream" else sum(made)
+        together = summed if transformed == "stream" else sum(made)
         by_head = np.zeros((3, n, n))  # mean over heads of: (G A)+ W, A W, G+
         for h in range(count):
-            w = np.diag(weights(x, made[h] if heads == "each" else together, length, direction))
+            w = np.diag(weigh(x, made[h] if heads == "each" else together))
             a, g = get["attention"][l, h], get["attention_grad"][l, h]
             by_head += np.stack([np.maximum(g * a, 0) @ w, a @ w, np.maximum(g, 0)]) / count
         mean = {"gradient": by_head[0], "plain": by_head[1], "means": by_head[2] * by_head[1]}[attention]
         c = (np.eye(n) + mean) @ c
+        if "middle" in get and norms:
+            c = np.diag([norm2(a) / norm2(b) for a, b in zip(middle, summed, strict=True)]) @ c
         if ffn:
             after = get["ffn_branch"][l] + (middle if ffn_transformed == "stream" else 0)
-            c = (np.eye(n) + np.diag(weights(middle, after, length, direction))) @ c
+            c = (np.eye(n) + np.diag(weigh(middle, after))) @ c
+        if "after" in get and norms:
+            summed = middle + get["ffn_branch"][l]
+            c = np.diag([norm2(a) / norm2(b) for a, b in zip(get["after"][l], summed, strict=True)]) @ c
     return c
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import mostly_slow
 
 from tokentm_jax.data.preprocessing import IMAGENET, Preprocessing
 from tokentm_jax.errors import InputError
@@ -40,9 +41,7 @@ def test_arithmetic_counts_timms_parameters():
     }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in TRACED else pytest.mark.slow) for n in sorted(ARCHITECTURES)]
-)
+@pytest.mark.parametrize("name", mostly_slow(sorted(ARCHITECTURES), TRACED))
 def test_parameter_count_is_timms(name):
     module = build(name)
     images = jax.ShapeDtypeStruct((1, *module.img_size, 3), jnp.float32)
@@ -87,7 +86,7 @@ def test_config_round_trip():
         ({"rope_type": "cat", "num_heads": 256}, "a multiple of 4"),
         ({"ref_feat_shape": [16]}, "ref_feat_shape"),
         ({"mlp_layer": "gated"}, "mlp_layer"),
-        ({"in_chans": 1}, "in_chans"),
+        ({"in_chans": 0}, "in_chans"),
         ({"dept": 3}, "did you mean 'depth'"),
         ({"depth": 0}, "depth"),
         ({"depth": 3.0}, "depth"),
@@ -104,7 +103,11 @@ def test_config_round_trip():
         ({"img_size": 225}, "multiple of the patch size"),
         ({"img_size": [224, "224"]}, "img_size"),
         ({"img_size": 10**6}, "img_size"),
-        ({"patch_size": [16, 14]}, "patch_size"),
+        ({"patch_size": [16, 14, 3]}, "patch_size"),
+        ({"patch_size": [16, 15]}, "224 is not a multiple of the patch size 15"),
+        ({"stride": 17}, "17 leaves gaps between patches of 16"),
+        ({"stride": [16, 0]}, "stride"),
+        ({"class_token": False, "global_pool": "prefix"}, "needs a token before the patches"),
         ({"mlp_ratio": float("nan")}, "mlp_ratio"),
         ({"mlp_ratio": 0}, "mlp_ratio"),
         ({"init_values": "small"}, "init_values"),

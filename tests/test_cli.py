@@ -107,6 +107,7 @@ def test_why_one_class_and_not_another(folder, checkpoint):
     assert "tiny has no text tower" in run(*arguments, "--text", "a cat", code=2).stderr
 
 
+@pytest.mark.slow
 def test_prompts_on_one_photo(folder):
     pytest.importorskip("tokenizers")
     import tokentm_jax as tm
@@ -345,6 +346,7 @@ config = TrainConfig(name="tiny", train_data="data", test_data="data", model={TI
 """
 
 
+@pytest.mark.slow
 def test_train(folder):
     for label, colour in (("left", "red"), ("right", "blue")):
         (folder / "data" / label).mkdir(parents=True)

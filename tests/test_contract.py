@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny_vit
+from conftest import mostly_slow, tiny_vit
 
 import tokentm_jax as tm
 from tokentm_jax.methods.explain import explain_fn
@@ -51,7 +51,8 @@ METHODS = {
     "combination": {"methods": "gae,grad_cam"},
 }
 SLOW = ("rise", "shapley", "kernel_shap")  # play the game of occlusion with other coalitions: see test_perturbation.py
-QUICK = ("tokentm", "rollout", "partial_lrp", "input_gradient")  # one of each family, where all would take long
+FAMILIES = ("tokentm", "rollout", "partial_lrp", "input_gradient")  # one of each; `.ci/run` names them, too
+QUICK = ("tokentm",)  # by default, where all would take long
 BASE = {"img_size": (16, 24), "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
 KINDS = {  # all of them on images that are not square
     "class_token": {"pre_norm": True},
@@ -62,11 +63,13 @@ KINDS = {  # all of them on images that are not square
         **{"class_token": False, "global_pool": "map", "reg_tokens": 1, "pos_embed": "none", "qk_norm": True},
         **{"rope_type": "cat", "k_bias": False, "mlp_layer": "swiglu", "scale_mlp_norm": True},
     },
+    "spectrogram": {"patch_size": (10, 12), "stride": 6, "in_chans": 1, "reg_tokens": 1, "global_pool": "prefix"},
 }
+SEEDS = {"spectrogram": 12}  # of a model for which Grad-CAM has maps; of most, its heads count against the classes
 TARGET = jnp.array([0, 3, 4], jnp.int32)
 
 
-# By default all methods on one kind, and one of each family on the others.
+# By default all methods on one kind, and the quick one on the others.
 ONE = ("registers_average_pooled", *(name for name in METHODS if name not in SLOW))
 CASES = [
     pytest.param(kind, name, marks=[] if {kind, name} <= set(ONE) or name in QUICK else pytest.mark.slow)
@@ -78,9 +81,11 @@ CASES = [
 
 @functools.cache
 def model_of(kind):
-    module = ViT(**BASE, **KINDS[kind])
-    params = jax.tree.map(lambda a: a * 8 if a.ndim > 2 else a, init_params(module, jax.random.key(0)))
-    images = np.random.default_rng(0).normal(size=(3, 16, 24, 3)).astype(np.float32)
+    module = ViT(**{**BASE, **KINDS[kind]})
+    params = jax.tree.map(
+        lambda a: a * 8 if a.ndim > 2 else a, init_params(module, jax.random.key(SEEDS.get(kind, 0)))
+    )
+    images = np.random.default_rng(0).normal(size=(3, 16, 24, module.in_chans)).astype(np.float32)
     return module, params, images
 
 
@@ -117,15 +122,22 @@ def test_contract(kind, method):
     # What has no map is NaN as a whole, and nothing else in the batch sees it.
     for bad in (np.nan, np.inf):
         broken = images.copy()
-        broken[1, 3, 4, 2] = bad
+        broken[1, 3, 4, -1] = bad
         marked = compiled(params, broken, jnp.array([0, 3, 5 if bad == np.inf else -1], jnp.int32))
         np.testing.assert_array_equal(marked[0], maps[0])
         assert np.isnan(marked[1:]).all()
 
-    # A batch of one, for a few not compiled as a whole.
-    if kind == "registers_average_pooled":
-        alone = (explain if method in QUICK else compiled)(params, images[1:2], TARGET[1:2])
-        np.testing.assert_allclose(alone[0], maps[1], rtol=1e-4, atol=1e-5 * float(jnp.abs(maps[1]).max()))
+
+# Another shape is another program to compile.
+@pytest.mark.parametrize("method", mostly_slow(METHODS, QUICK))
+def test_a_sample_alone(method):
+    """The same map alone, for a few not compiled as a whole, and in a batch."""
+    module, params, images = model_of("registers_average_pooled")
+    explain = explain_fn(module, method, **METHODS[method])
+    compiled = jax.jit(explain)
+    maps = compiled(params, images, TARGET)
+    alone = (explain if method in FAMILIES else compiled)(params, images[1:2], TARGET[1:2])
+    np.testing.assert_allclose(alone[0], maps[1], rtol=1e-4, atol=1e-5 * float(jnp.abs(maps[1]).max()))
 
 
 @pytest.mark.slow
@@ -153,7 +165,8 @@ def test_the_predicted_class_is_the_default(plain):
 
 
 # The derivative of a map is that of a gradient: long to compile, so all are with the slow tests.
-@pytest.mark.parametrize("method", [m if m == "tokentm" else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
 def test_differentiable_or_said_not_to_be(plain, method):
     module, params, images = plain
     if not TABLE[method].differentiable:

@@ -298,7 +298,7 @@ def test_a_provenance_is_not_taken_on_trust(whole, tmp_path):
         ({"methods": "gae"}, "'methods' must be a valid list"),
         ({"methods": []}, "'methods' is wrong"),
         ({"methods": ["gae", "gae"]}, "'shapes' must be those of"),
-        ({"dtype": "object"}, "'dtype' must be 'float16' or 'float32'"),
+        ({"dtype": "object"}, "'dtype' must be 'float32' or 'float16'"),
         ({"options": {"a": [1]}}, "'options'.'a'"),
         ({"model": []}, "'model.name' is missing"),
         ({"model": {"name": 1, "identity": ""}}, "'model.name' must be a valid string"),

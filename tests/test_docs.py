@@ -1,17 +1,19 @@
 """What the README, the documentation and the docstrings show and say.
 
-Python examples are run, page by page, in a folder with a photo `cat.jpg` and labelled `photos`. Commands are parsed,
-and those of `RUN` are run. Tables that list what the code has are compared with it.
+Python examples are run, page by page, in a folder with a photo `cat.jpg`, labelled `photos`, and a recording
+`seven.wav`. Commands are parsed, and those of `RUN` are run. Tables that list what the code has are compared with it.
 """
 
 import dataclasses
 import re
 import shlex
 import shutil
+import wave
 from pathlib import Path
 from unittest.mock import patch
 
 import click
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
@@ -30,7 +32,7 @@ RUN = {  # commands whose results their pages go on with; the others are parsed
     "tokentm explain cat.jpg --target cat",
     "tokentm dataset photos/ --out maps --methods tokentm,gae",
 }
-OTHER_PROGRAMS = {"make", "pip", "pytest", "python", "tfds"}
+OTHER_PROGRAMS = {"make", "pip", "podman", "pytest", "python", "tfds"}
 INLINE = re.compile(r"`((?:tokentm|make|pytest|python) [^`]+)`")
 FOLDERS = ("configs/", "docs/", "models/", "notebooks/", "tests/")
 
@@ -43,6 +45,9 @@ def folder(tmp_path, monkeypatch):
     for number, label in enumerate(("cat", "cat", "dog", "frog")):
         (tmp_path / "photos" / label).mkdir(parents=True, exist_ok=True)
         photo.rotate(20 * number).save(tmp_path / "photos" / label / f"{number}.png")
+    with wave.open(str(tmp_path / "seven.wav"), "wb") as sound:
+        sound.setparams((1, 2, 8000, 0, "NONE", ""))
+        sound.writeframes((8000 * np.sin(np.arange(4000) ** 1.5 / 100)).astype("<i2").tobytes())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path
@@ -82,7 +87,7 @@ def run_shell(example):
 
 
 def parameter(page):
-    slow = "```python" in page.read_text() and page.name not in ("README.md", "getting-started.md")
+    slow = "```python" in page.read_text()
     return pytest.param(page, id=str(page.relative_to(ROOT)), marks=[pytest.mark.slow] if slow else [])
 
 
@@ -155,14 +160,15 @@ def test_every_option_is_documented():
 
 def test_every_field_and_name_is_documented():
     from tokentm_jax.metrics.tasks import TASKS, EvaluateConfig
+    from tokentm_jax.runs.evaluate_text import TextEvaluateConfig
     from tokentm_jax.runs.leaderboard import LeaderboardConfig
     from tokentm_jax.runs.train import TrainConfig
+    from tokentm_jax.runs.train_text import TextTrainConfig
 
     page = lambda name: (ROOT / "docs" / "reference" / name).read_text()  # noqa: E731
     configs, api = page("configs.md"), page("api.md")
-    fields = [
-        field.name for kind in (EvaluateConfig, LeaderboardConfig, TrainConfig) for field in dataclasses.fields(kind)
-    ]
+    kinds = (EvaluateConfig, LeaderboardConfig, TextEvaluateConfig, TextTrainConfig, TrainConfig)
+    fields = [field.name for kind in kinds for field in dataclasses.fields(kind)]
     files = [path.name for path in (ROOT / "configs").glob("*.py")]
     missing = [name for name in (*fields, *files) if f"`{name}`" not in configs]
     missing += [name for name in TASKS if f'"{name}"' not in configs]
@@ -171,3 +177,21 @@ def test_every_field_and_name_is_documented():
     missing += [f.name for f in dataclasses.fields(tm.ViT) if f.name not in flax and f"`{f.name}`" not in api]
     missing += [name for name in tm.Trace._fields if f"`{name}`" not in page("capture.md")]
     assert not missing
+
+
+def test_notebooks_are_executed_small_and_pages():
+    import nbformat
+
+    nav = (ROOT / "mkdocs.yml").read_text()
+    files = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    assert [file.stem[0] for file in files] == list("12345678")
+    for file in files:
+        notebook = nbformat.read(file, as_version=4)
+        nbformat.validate(notebook)
+        first, *_ = notebook.cells
+        assert first.cell_type == "markdown" and "At the end of this page you " in first.source, file
+        assert file.stat().st_size < 200_000, file
+        assert f"notebooks/{file.stem}.md" in nav
+        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), file
+        assert not [o for cell in code for o in cell.outputs if o.output_type == "error"], file

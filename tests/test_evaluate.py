@@ -30,13 +30,16 @@ from tokentm_jax.identity import claimed
 from tokentm_jax.maths.maps import to_pixels
 from tokentm_jax.methods.explain import explain_fn
 from tokentm_jax.metrics.tasks import PAPER_ROWS, EvaluateConfig, Row, check, rows, select
+from tokentm_jax.models.architectures import build
 from tokentm_jax.models.checkpoint import write_checkpoint
 from tokentm_jax.runs import evaluate as evaluation
 from tokentm_jax.runs import records as records_module
 from tokentm_jax.runs.evaluate import evaluate
+from tokentm_jax.runs.evaluate_text import TextEvaluateConfig, check_text_config
 from tokentm_jax.runs.leaderboard import LeaderboardConfig
 from tokentm_jax.runs.leaderboard import check as check_leaderboard
 from tokentm_jax.runs.report import compare
+from tokentm_jax.runs.train import TrainConfig
 from tokentm_jax.validation import lists_of
 
 COUNT = 11
@@ -665,21 +668,28 @@ def test_the_configs_of_the_project():
         make = runpy.run_path(str(file)).get("get_config")
         if make is None:
             continue
-        choices = {name: get_args(hint) for name, hint in get_type_hints(make).items() if name != "return"}
+        # A path is not a choice: it keeps its default.
+        choices = {n: get_args(hint) for n, hint in get_type_hints(make).items() if n != "return" and hint is not str}
         choices = {n: get_args(c[0]) if get_origin(c[0]) is Literal else c for n, c in choices.items()}
         for values in itertools.product(*choices.values()):
             options = ",".join(f"{name}={value}" for name, value in zip(choices, values, strict=True))
             kind = get_type_hints(make)["return"]
             config = read_recipe(Path(f"{file}:{options}"), kind)
             names.append(config.name)
+            if kind is TrainConfig:
+                build(config.model)
+                continue
             if kind is LeaderboardConfig:
                 check_leaderboard(config)
+                continue
+            if kind is TextEvaluateConfig:
+                check_text_config(config)
                 continue
             check(config)
             assert {row for row, _ in config.paper} <= {row.name for row in config.rows}
         text = file.read_text()
         assert "Data:" in text and "Run time:" in text
-        commands = re.findall(r"tokentm (?:evaluate|leaderboard) configs/(\S+)", text)
+        commands = re.findall(r"tokentm (?:evaluate|leaderboard|train) configs/(\S+)", text)
         assert commands[0] == file.name
         for command in commands:
             read_recipe(CONFIGS / command, kind)

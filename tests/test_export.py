@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import tiny_vit
-from test_contract import METHODS, QUICK
+from test_contract import FAMILIES, METHODS
 
 import tokentm_jax as tm
 
@@ -21,7 +21,7 @@ MARKS = {"Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape"}
 # The accelerators' own solvers of linear equations, to which `jax.export` guarantees its calls.
 SOLVERS = {"cusolver_getrf_ffi", "cu_lu_pivots_to_permutation", "LuDecomposition"}
 CASES = [
-    pytest.param(name, dtype, marks=[] if name in QUICK and dtype == "bfloat16" else pytest.mark.slow)
+    pytest.param(name, dtype, marks=[] if name in FAMILIES and dtype == "bfloat16" else pytest.mark.slow)
     for name in METHODS
     for dtype in ("float32", "bfloat16")
 ]

@@ -1,5 +1,7 @@
 """What the entry points refuse, and what they mark where nothing can be refused."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,3 +107,8 @@ def test_pixels_of_a_map_that_is_none():
         assert not pixels[3].any()
         assert pixels[0].max() == pytest.approx(1)
     np.testing.assert_array_equal(np.asarray(tm.to_pixels(jnp.asarray(maps), (9, 8)))[0], expected[0])
+
+
+def test_every_public_name_is_in_the_program_whose_types_are_checked():
+    program = (Path(__file__).parent / "typed_use.py").read_text()
+    assert [name for name in tm.__all__ if f"tm.{name}" not in program] == []

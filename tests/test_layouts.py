@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from conftest import mostly_slow
 
 import tokentm_jax as tm
 from tokentm_jax.models import layouts
@@ -34,11 +35,11 @@ def test_outputs_are_those_of_the_library(name):
     outputs = unit(outputs) if name in WITH_TEXT else np.asarray(outputs)
     np.testing.assert_allclose(outputs, ANSWERS[f"{name}/outputs"], atol=1e-5)
     assert (vit.text is not None) == (name in WITH_TEXT) and vit.name == name
-    labelled = name in ("vit", "deit", "deit_teacher", "dinov2")
+    labelled = name in ("vit", "deit", "deit_teacher", "dinov2", "ast")
     assert vit.class_names == (tuple(f"label {i}" for i in range(5)) if labelled else None)
 
 
-@pytest.mark.parametrize("name", WITH_TEXT)
+@pytest.mark.parametrize("name", mostly_slow(WITH_TEXT, ["clip"]))
 def test_prompts_are_those_of_the_library(name):
     vit = tm.load(checkpoint=GOLDENS / name)
     pytest.importorskip("tokenizers")
@@ -274,6 +275,7 @@ def test_real_weights_of_big_vision_give_the_same_maps(deit, shared, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, other.params, deit.params)
 
 
+@pytest.mark.slow
 def test_the_pool_that_reads_both(folder):
     """DINOv2's classifiers read the class token and the mean of the patches; the read-out says so."""
     vit = tm.load(str(GOLDENS / "dinov2"))

@@ -218,6 +218,7 @@ def test_maps_are_computed_once(whole, config, vit, tmp_path, monkeypatch):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_leaderboard_goes_on(whole, config, vit, tmp_path, monkeypatch):
     """Stopped after the first batch of each of its parts, and gone on with every time."""
     monkeypatch.setattr(module, "images_per_second", speeds)

@@ -64,7 +64,7 @@ def test_tokentm_from_the_photo_to_the_map(small):
     for l in range(2):
         p = jax.tree.map(lambda a, l=l: a[l], params["blocks"])
         a = np.maximum(slope(small, "attention", l) * seen["attention", l], 0).mean(0)
-        c = c + a @ np.diag(oracle.weights(tokens[l], seen["value_projected", l])) @ c
+        c = c + a @ np.diag(oracle.token_weights(tokens[l], seen["value_projected", l])) @ c
         mixed = []
         qkv = seen["normalised", l] @ p["attn"]["qkv"]["kernel"] + p["attn"]["qkv"]["bias"]
         for h in range(2):
@@ -75,7 +75,7 @@ def test_tokentm_from_the_photo_to_the_map(small):
         hidden = hidden + p["mlp"]["fc1"]["bias"]
         hidden = hidden * 0.5 * (1 + oracle.erf(hidden / np.sqrt(2)))
         ffn = hidden @ p["mlp"]["fc2"]["kernel"] + p["mlp"]["fc2"]["bias"]
-        c = c + np.diag(oracle.weights(middle, ffn)) @ c
+        c = c + np.diag(oracle.token_weights(middle, ffn)) @ c
     np.testing.assert_allclose(run(small, "tokentm").ravel(), c[0, 1:], rtol=1e-6, atol=1e-9)
 
 
@@ -247,9 +247,9 @@ def test_normalisations_and_weights_of_a_combination():
 @pytest.mark.parametrize(
     ("methods", "gradient"),
     [
-        ("tokentm,attn_lrp,conservative_lrp,legrad", "own"),
-        ("legrad,gae,tokentm", "own"),
-        ("tokentm,conservative_lrp,legrad,attn_lrp", "conservative_lrp"),
+        pytest.param("tokentm,attn_lrp,conservative_lrp,legrad", "own", marks=pytest.mark.slow),
+        pytest.param("legrad,gae,tokentm", "own", marks=pytest.mark.slow),
+        pytest.param("tokentm,conservative_lrp,legrad,attn_lrp", "conservative_lrp", marks=pytest.mark.slow),
         ("attn_lrp,gae", "attn_lrp"),
     ],
 )

@@ -12,6 +12,7 @@ from conftest import CHEAP
 import tokentm_jax as tm
 from tokentm_jax.data.preprocessing import HALF, Preprocessing
 from tokentm_jax.methods.table import METHODS
+from tokentm_jax.models.bert import init_bert
 
 FIELDS = {"img_size": (8, 12), "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2, "num_classes": 3}
 GRID = (2, 3)
@@ -118,7 +119,8 @@ def convolutions(params, images, tap):
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
-@pytest.mark.parametrize("forward", [windows, pytest.param(convolutions, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("forward", [windows, convolutions])
 def test_models_without_one_attention_per_block(forward):
     """Gradients and removal work, against loops; the others say in a sentence what is missing and what works."""
     rng = np.random.default_rng(0)
@@ -218,6 +220,9 @@ PAGE = Path(__file__).resolve().parent.parent / "docs/reference/models.md"
 def test_the_page_says_which_method_explains_which_model(vit):
     _, params, images = vit
     works = {heading: tm.methods_for(make(), params, images) for heading, make in MODELS.items()}
+    bert = tm.Bert(8, 4, 8, 1, 2, 8)
+    tokens = tm.Tokens(*(np.full((1, 4), value) for value in (np.int32(1), True, np.int32(0), False)))
+    works["`tm.Bert`"] = tm.methods_for(bert, init_bert(bert, jax.random.key(0)), tokens)
     lines = [f"| method | {' | '.join(works)} |", f"|---|{'---|' * len(works)}"]
     lines += [f"| `{m}` | {' | '.join('yes' if m in found else '-' for found in works.values())} |" for m in METHODS]
     table = "\n".join(lines)

@@ -58,6 +58,7 @@ def test_every_step_in_every_mode(name):
     check_modes(lambda x: (STEPS[name](x) * weights).sum(), x)
 
 
+@pytest.mark.slow
 def test_a_model_in_every_mode():
     module = ViT(img_size=(2, 4), patch_size=2, embed_dim=4, depth=2, num_heads=2, num_classes=2)
     params = init_params(module, jax.random.key(0))

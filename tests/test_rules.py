@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import mostly_slow
 
 from tokentm_jax.maths import primitives
 from tokentm_jax.maths.relevance import (
@@ -245,7 +246,7 @@ def test_only_what_softmax_absorbs_is_lost(small, method, rules):
         np.testing.assert_allclose(flow[:, l + 1] - flow[:, l], absorbed, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("method", ["lrp", "partial_lrp", "transformer_attribution"])
+@pytest.mark.parametrize("method", mostly_slow(["lrp", "partial_lrp", "transformer_attribution"], ["lrp"]))
 def test_lrp_starts_with_one_and_reports_its_flow(small, method):
     module, params = small
     params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), params)
@@ -261,8 +262,8 @@ def test_lrp_starts_with_one_and_reports_its_flow(small, method):
     "options",
     [
         {"distilled": True, "init_values": 0.5},
-        {"global_pool": "avg", "reg_tokens": 1, "pre_norm": True},
-        {"class_token": False, "reg_tokens": 1, **MODERN},
+        pytest.param({"global_pool": "avg", "reg_tokens": 1, "pre_norm": True}, marks=pytest.mark.slow),
+        pytest.param({"class_token": False, "reg_tokens": 1, **MODERN}, marks=pytest.mark.slow),
     ],
 )
 def test_libra_full_grad_sums_to_the_logit(options):

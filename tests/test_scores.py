@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CHEAP, tiny_vit
+from conftest import CHEAP, mostly_slow, tiny_vit
 from PIL import Image
 
 import tokentm_jax as tm
@@ -20,8 +20,8 @@ from tokentm_jax.runs.dataset import DatasetConfig, explain_dataset
 from tokentm_jax.runs.evaluate import evaluate
 from tokentm_jax.runs.report import compare
 
-QUICK = ("tokentm", "lrp", "occlusion")
-CASES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in METHODS]
+QUICK = ("tokentm",)
+CASES = mostly_slow(METHODS, QUICK)
 # Relevance is the cotangent, so a difference of logits is not what the head's rule makes of a difference of weights.
 LINEAR = ("lrp",)
 RELEVANCE = (*LINEAR, "partial_lrp", "transformer_attribution")
@@ -83,6 +83,7 @@ def test_the_default_is_the_logit_of_the_class(model):
     np.testing.assert_array_equal(given[1]["score"], np.asarray(given[1]["logits"])[np.arange(3), target])
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_score(model):
     """Of functions of one's own, with a target and without: finite differences in float64."""
     vit, params, images, target = model
@@ -105,6 +106,7 @@ def test_gradients_are_those_of_the_score(model):
             np.testing.assert_allclose(trace.score, values[2], rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_features_are_explained_by_cosine_and_by_channel(model):
     """The same map alone, in a batch, for one embedding for all and for one a sample; the closed form of the value."""
     vit, params, images, _ = model
@@ -187,6 +189,7 @@ def photos(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_an_evaluation_explains_and_follows_the_score(photos, tmp_path):
     """Of a difference of logits, against a loop in NumPy over the images whose class is not the other one."""
     vit, source = tiny_vit(2), open_source(photos)
@@ -245,6 +248,7 @@ def test_every_task_follows_a_channel(photos, tmp_path, task):
         np.testing.assert_allclose(np.asarray(line["fields"]["score"])[:, 1, 0], whole, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_store_of_a_score(photos, tmp_path):
     vit, source = tiny_vit(2), open_source(photos)
     explain_dataset(

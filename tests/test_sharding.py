@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CHEAP
+from conftest import CHEAP, mostly_slow
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import tokentm_jax as tm
@@ -12,7 +12,7 @@ from tokentm_jax.methods.table import METHODS
 
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 QUICK = ("tokentm", "rollout")
-CASES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in METHODS]
+CASES = mostly_slow(METHODS, QUICK)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def error(found, expected):
     return np.abs(np.asarray(found) - np.asarray(expected)).max() / np.abs(np.asarray(expected)).max()
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("kind", [pytest.param(AxisType.Auto, marks=pytest.mark.slow), AxisType.Explicit])
 @pytest.mark.parametrize("method", CASES)
 def test_a_sharded_batch_needs_no_collective(model, method, kind):
     vit, params, inputs, target = model
@@ -46,7 +46,8 @@ def test_a_sharded_batch_needs_no_collective(model, method, kind):
     assert error(maps, expected) < 1e-5
 
 
-@pytest.mark.parametrize("size", [pytest.param(5, marks=pytest.mark.slow), 11])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [5, 11])
 def test_any_batch_size_over_all_devices(model, size):
     vit, params, inputs, target = model
     inputs, target = jnp.concatenate([inputs, inputs])[:size], jnp.concatenate([target, target])[:size]
@@ -59,7 +60,8 @@ def test_any_batch_size_over_all_devices(model, size):
     assert error(details["logits"], more["logits"]) < 1e-5
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_parameters_sharded_along_the_width(model, kind):
     vit, params, inputs, target = model
     explain = jax.jit(tm.explain_fn(vit))

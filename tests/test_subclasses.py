@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CHEAP
+from conftest import CHEAP, mostly_slow
 
 import tokentm_jax as tm
 from tokentm_jax.methods.explain import explain_fn
@@ -14,8 +14,8 @@ from tokentm_jax.models.vit import ViT, init_params
 FIELDS = {"img_size": (8, 12), "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2, "num_classes": 3}
 RULED = {"lrp", "partial_lrp", "transformer_attribution", "conservative_lrp", "attn_lrp", "res_lrp"}
 RULED |= {"tokentm_mix"} | {name for name in METHODS if name.startswith("libra_")}
-QUICK = ("tokentm", "rollout", "attcat", "legrad", "lrp", "conservative_lrp")
-CASES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in METHODS]
+QUICK = ("tokentm", "legrad", "lrp")
+CASES = mostly_slow(METHODS, QUICK)
 
 
 class OwnParts(ViT):
@@ -63,7 +63,7 @@ def models():
 
 
 @pytest.mark.parametrize("method", CASES)
-def test_a_subclass_is_explained_or_refused(models, method):
+def test_a_subclass_is_explained_or_refused(briefly, models, method):
     params, images, same = models
     target = jnp.array([0, 2], jnp.int32)
     explain = lambda kind: explain_fn(kind(**FIELDS), method, **CHEAP.get(method, {}))  # noqa: E731

@@ -22,7 +22,7 @@ from tokentm_jax.maths.tokentm import (
     transformation_weights,
 )
 from tokentm_jax.methods.explain import explain_fn
-from tokentm_jax.models.capture import capture
+from tokentm_jax.models.capture import KERNELS, SOWN, capture
 
 L, H, N, D = 3, 2, 5, 4
 
@@ -105,7 +105,7 @@ def test_jit_and_vmap():
     run = partial(contributions, options=TokenTM(heads="each"))
     batched = jax.jit(jax.vmap(run, in_axes=(sample_axes(0), 0, None)))(blocks, embedded, row)
     for b in range(2):
-        sample = {k: a if k.endswith("_kernel") else a[b] for k, a in blocks._asdict().items()}
+        sample = {k: a if k.endswith("_kernel") else a[b] for k, a in blocks._asdict().items() if a is not None}
         one = run(Blocks(**sample), embedded[b], row)
         np.testing.assert_allclose(batched[b], one, rtol=1e-5)
 
@@ -178,12 +178,13 @@ def test_deit_tiny_equals_the_slow_loop(deit, shared):
 
     @jax.jit
     def run(params):
-        trace = capture(deit.module, params, inputs, target, Blocks._fields)
+        trace = capture(deit.module, params, inputs, target, (*SOWN, *KERNELS, "attention_grad"))
         maps = [explain_fn(deit.module, **options)(params, inputs, target) for options in readings]
         return trace.blocks()._asdict(), trace.tokens[0, 0], maps
 
     blocks, embedded, heatmaps = run(deit.params)
-    sample = {name: np.asarray(a) if name.endswith("_kernel") else np.asarray(a)[:, 0] for name, a in blocks.items()}
+    known = {name: np.asarray(a) for name, a in blocks.items() if a is not None}
+    sample = {name: a if name.endswith("_kernel") else a[:, 0] for name, a in known.items()}
     for options, heatmap in zip(readings, heatmaps, strict=True):
         expected = oracle.full_map(sample, embedded, **options)
         np.testing.assert_allclose(heatmap[0].ravel(), expected[0, 1:], rtol=1e-4, atol=1e-6 * expected[0].max())

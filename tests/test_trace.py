@@ -8,6 +8,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import mostly_slow
 
 import tokentm_jax as tm
 from tokentm_jax.methods.explain import explain_fn
@@ -112,7 +113,8 @@ class Unrolled(nn.Module):
         return self.vit.classify(x)
 
 
-def test_a_users_own_module_is_read():
+@pytest.mark.slow
+def test_a_users_own_module_is_read(briefly):
     scanned = ViT(**FIELDS, depth=12)
     params = jax.tree.map(lambda a: a * 8, init_params(scanned, jax.random.key(0)))
     outer = {k: v for k, v in params.items() if k != "blocks"}
@@ -191,8 +193,8 @@ def full():
     return module, module.init(jax.random.key(0), IMAGES)["params"]
 
 
-@pytest.mark.parametrize("method", CONTRACT)
-def test_a_module_that_follows_the_contract_and_no_more(full, method):
+@pytest.mark.parametrize("method", mostly_slow(CONTRACT, ["tokentm"]))
+def test_a_module_that_follows_the_contract_and_no_more(briefly, full, method):
     module, params = full
     shown, perturbed = CONTRACT[method]
     explain = explain_fn_of(method, params)

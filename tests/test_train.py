@@ -232,6 +232,7 @@ def test_the_accuracy_is_compiled_once(data):
     assert training._hits._cache_size() == before
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_from_a_checkpoint_with_a_fresh_head(data, tmp_path):
     old = ViT(**{**MODEL, "num_classes": 7})
     old_params = init_params(old, jax.random.key(9))
@@ -344,6 +345,7 @@ def taught(data, tmp_path_factory):
     return config, ViT(**MODEL), path
 
 
+@pytest.mark.slow
 def test_a_teacher_answers_in_the_order_of_the_students_classes(data, taught):
     _, _, path = taught
     teacher, vit = load_teacher(None, str(path), data.class_names), tm.load(checkpoint=path)
@@ -371,6 +373,7 @@ def test_a_student_learns_what_its_teacher_says_and_not_the_labels(data, whole, 
         np.testing.assert_allclose(stored["logits"][0], expected, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_a_teachers_answers_are_kept(data, taught, tmp_path):
     config, module, path = taught
     config, lines = dataclasses.replace(config, teacher_views=3, crop_area=(0.5, 1.0)), []

@@ -279,7 +279,7 @@ def loading() -> Iterator[Case]:
         yield case(f"Preprocessing({fields!r:.40})", made, BAD if wrong else EITHER)
     for config in (None, 1, "", "x", [], {}, {"depth": 0}, {"depth": True}, {"img_size": (1, 2, 3)}, {"nothing": 1},
             {"embed_dim": 10**12}, {"num_heads": 7}, {"patch_size": 5, "img_size": 16}, {"mlp_ratio": float("nan")},
-            {"mlp_ratio": 1e308}, {"activation": []}, {"global_pool": None}, {"in_chans": 1},
+            {"mlp_ratio": 1e308}, {"activation": []}, {"global_pool": None}, {"in_chans": 0},
                    {"norm_eps": "x"}, {"class_token": 1}, {"depth": np.int64(1)}, {1: 1}, {"img_size": float("inf")},
                    {"reg_tokens": -1}, {"init_values": -1}, {"num_classes": 10**30}):
         yield case(f"build({config!r:.40})", lambda c=config: tm.build(c), EITHER if config == {}

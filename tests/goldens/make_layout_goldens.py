@@ -4,6 +4,8 @@
 
 layouts/NAME/        a folder as the library writes it, with `preprocessor_config.json` and, for prompts, a tokenizer
 layouts/answers.npz  NAME/images [2, 16, 16, 3] normalised, NAME/outputs; NAME/ids and NAME/text for prompts
+                     ast/wave int16 [n] at 16 kHz, ast/features [24, 16] of it by the folder's extractor, and ast/full
+                     [40, 128] by the library's default one, both normalised; without torchaudio
 layouts/prompts.json NAME -> the prompts
 """
 
@@ -28,6 +30,8 @@ VIT = {
     **{"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 48},
     **{"image_size": 16, "patch_size": 4},
 }
+AST = {k: v for k, v in VIT.items() if k != "image_size"}
+AST |= {"num_mel_bins": 16, "max_length": 24, "frequency_stride": 3, "time_stride": 2}  # 2 frames are left over
 DINO = {**{k: v for k, v in VIT.items() if k != "intermediate_size"}, "mlp_ratio": 2}
 TEXT = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 LABELS = {"id2label": {i: f"label {i}" for i in range(5)}, "label2id": {f"label {i}": i for i in range(5)}}
@@ -55,6 +59,7 @@ def models() -> dict[str, torch.nn.Module]:
         "dinov2_registers": hf.Dinov2WithRegistersModel(hf.Dinov2WithRegistersConfig(**DINO, num_register_tokens=2)),
         "clip": hf.CLIPModel(hf.CLIPConfig(text_config=clip_text, vision_config=VIT, projection_dim=12)),
         "siglip": hf.SiglipModel(hf.SiglipConfig(text_config=siglip_text, vision_config=VIT)),
+        "ast": hf.ASTForAudioClassification(hf.ASTConfig(**AST, **LABELS)),
     }
 
 
@@ -91,6 +96,19 @@ def answers(name: str, model: torch.nn.Module, pixels: torch.Tensor, ids: torch.
     return {**found, "outputs": (answer.logits if hasattr(answer, "logits") else answer.pooler_output).numpy()}
 
 
+def sound(name: str, generator: torch.Generator) -> None:
+    """AST: images are spectrograms [2, mel, time, 1], and what its feature extractor makes of a wave."""
+    time = torch.arange(4800) / 16_000
+    chirp = 0.4 * torch.sin(2 * torch.pi * (200 * time + 9000 * time**2))
+    wave = (2**15 * (chirp + 0.02 * torch.randn(4800, generator=generator))).to(torch.int16).numpy()
+    for key, options in (("features", {"num_mel_bins": 16, "max_length": 24}), ("full", {"max_length": 40})):
+        extractor = hf.ASTFeatureExtractor(**options)
+        results[f"{name}/{key}"] = extractor(wave / 2**15, sampling_rate=16_000, return_tensors="np").input_values[0]
+        if key == "features":
+            extractor.save_pretrained(HERE / name)
+    results[f"{name}/wave"] = wave
+
+
 def open_clip_model(generator: torch.Generator) -> None:
     """Of OpenCLIP: its own towers, a config as it uploads them, CLIP's own tokenizer files."""
     towers = {"vision_cfg": {"image_size": 16, "layers": 2, "width": 24, "head_width": 8, "patch_size": 4}}
@@ -120,6 +138,12 @@ with torch.no_grad():
         generator = torch.Generator().manual_seed(seed)
         randomise(model.eval(), generator)
         model.save_pretrained(HERE / name)
+        if name == "ast":
+            images = torch.randn((2, 16, 24, 1), generator=generator)
+            results["ast/images"] = images.numpy()
+            results["ast/outputs"] = model(input_values=images[..., 0].transpose(1, 2)).logits.numpy()
+            sound(name, generator)
+            continue
         (HERE / name / "generation_config.json").unlink(missing_ok=True)
         size = {"height": 16, "width": 16}
         processor = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.4, 0.3], "resample": 2, "size": size}

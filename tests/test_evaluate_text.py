@@ -1,0 +1,244 @@
+"""Explanations of texts: the metrics against slow loops and by hand, and evaluations that resume."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import tokentm_jax as tm
+from tokentm_jax.cli.main import main
+from tokentm_jax.data.sentences import read_sentences
+from tokentm_jax.metrics import texts as metrics
+from tokentm_jax.models.texts import Word
+from tokentm_jax.runs.evaluate_text import TextEvaluateConfig, evaluate_text
+
+pytest.importorskip("tokenizers")
+GOLDENS = Path(__file__).parent / "goldens/texts"
+SENTENCES = [
+    "a funny film .",
+    "the film is not well , not dull at all !",
+    "dull",
+    "a film",
+    "is the film fun , well ?",
+]
+
+
+@pytest.fixture(scope="module")
+def text():
+    return tm.load_text(GOLDENS / "distilbert")
+
+
+def test_curves_are_those_of_texts_that_were_cut_by_hand(text):
+    tokens = text.read(SENTENCES[:3])
+    scores = np.random.default_rng(0).integers(0, 5, tokens.ids.shape).astype(np.float32)  # with ties
+    target = np.array([0, 4, 2], np.int32)
+    seen = []
+
+    def predict(given):
+        seen.extend(tuple(ids[mask]) for ids, mask in zip(given.ids, given.mask, strict=True))
+        return text.logits(given)
+
+    probability = metrics.Probabilities(predict, 16)
+    curves = metrics.removal_curves(probability, tokens, scores, target, text.module.mask_id)
+    losses = metrics.leave_one_out(probability, tokens, target)
+    assert curves.shape == (3, 2, 2, 11)
+    assert len(set(seen)) <= len(seen) <= len(set(seen)) + 30  # each text once, but for filling
+
+    def probability(ids, i):
+        full = tm.Tokens(*(np.array([[value] * 16]) for value in (0, False, 0, True)))
+        full.ids[0, : len(ids)], full.mask[0, : len(ids)] = ids, True
+        return float(jax.nn.softmax(text.logits(full))[0, target[i]])
+
+    for i in range(3):
+        places = np.flatnonzero(~tokens.special[i])
+        order = sorted(places, key=lambda place: (-scores[i, place], place))
+        ids = tokens.ids[i][tokens.mask[i]]
+        for share in (0, 3, 5, 10):
+            count = int(share / 10 * len(order) + 0.5)
+            for kept, gone in ((0, order[:count]), (1, order[count:])):
+                cut = [n for place, n in enumerate(ids) if place not in gone]
+                masked = [text.module.mask_id if place in gone else n for place, n in enumerate(ids)]
+                expected = [probability(cut, i), probability(masked, i)]
+                np.testing.assert_allclose(curves[i, :, kept, share], expected, rtol=1e-4)
+        for place in places:
+            cut = [n for at, n in enumerate(ids) if at != place]
+            np.testing.assert_allclose(losses[i, place], probability(ids, i) - probability(cut, i), atol=1e-6)
+        assert not np.asarray(losses)[i][tokens.special[i]].any()
+
+
+def test_kendall_is_scipy_s():
+    from scipy.stats import kendalltau
+
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        a, b = rng.integers(0, 6, 12).astype(float), rng.normal(size=12).round(1)
+        assert metrics.kendall(a, b) == pytest.approx(kendalltau(a, b).statistic)
+    assert metrics.kendall(np.ones(4), np.arange(4.0)) == 0
+
+
+def test_agreement_by_hand():
+    words = [Word(t, s, 0, 0) for t, s in (("A", 0.1), ("Great", 0.9), ("film", 0.2), ("bad", -0.5))]
+    valences = {"great": 3.1, "bad": -2.5}
+    assert metrics.agreement(words, valences, 1) == {
+        "rated": True, "top_is_rated": 1.0, "agreement": pytest.approx(5 / np.sqrt(6 * 5))
+    }  # fmt: skip
+    assert metrics.agreement(words, valences, -1)["top_is_rated"] == 0.0
+    assert metrics.agreement(words[:1], valences, 1) == {"rated": False, "top_is_rated": 0.0, "agreement": 0.0}
+
+
+def test_the_lexicon_of_the_package():
+    pytest.importorskip("vaderSentiment")
+    valences = metrics.read_lexicon()
+    assert len(valences) > 7000 and valences["good"] == 1.9 and valences["horrible"] == -2.5
+
+
+@pytest.fixture
+def data(tmp_path):
+    (tmp_path / "data.tsv").write_text("".join(f"{s}\t{i % 5}\n" for i, s in enumerate(SENTENCES)), "utf-8")
+    return tmp_path / "data.tsv"
+
+
+def config_of(data, *methods):
+    return TextEvaluateConfig("t", str(GOLDENS / "distilbert"), str(data), tm.rows(*methods), batch_size=2)
+
+
+def test_an_evaluation_resumes_and_takes_more_rows(text, data, tmp_path):
+    sentences = read_sentences(data, 5)
+    whole = evaluate_text(config_of(data, "raw_attention", "gradient_x_input"), text, sentences, tmp_path / "whole")
+
+    def stop(done, total, figures):
+        assert {row["method"] for row in figures()} == {"clean", "raw_attention", "random"}
+        raise KeyboardInterrupt
+
+    out = tmp_path / "parts"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_text(config_of(data, "raw_attention"), text, sentences, out, stop)
+    assert evaluate_text(config_of(data, "raw_attention", "gradient_x_input"), text, sentences, out) == whole
+    values = {(row["method"], row["metric"]): row for row in whole["rows"]}
+    assert values["clean", "accuracy"]["value"] == 100 * float(
+        np.mean(np.asarray(text.logits(text.read(SENTENCES))).argmax(-1) == sentences.labels)
+    )
+    assert {metric for method, metric in values if method == "random"} == {
+        "comprehensiveness", "sufficiency", "comprehensiveness_masked", "sufficiency_masked", "kendall_leave_one_out"
+    }  # fmt: skip
+    # What is followed is the same for all when all is there and when nothing is.
+    lines = [json.loads(line) for file in (out / "records").glob("r*.jsonl") for line in file.read_text().splitlines()]
+    by_key = {}
+    for line in lines:
+        for (key, _), curves in zip(line["keys"], line["fields"]["curves"], strict=True):
+            by_key.setdefault(key, []).append(np.array(curves))
+    for first, second in by_key.values():
+        np.testing.assert_allclose(first[..., [0, 10]], second[..., [0, 10]], rtol=1e-5)
+    assert "| raw_attention |" in (out / "results.md").read_text()
+    with pytest.raises(tm.InputError, match="data"):
+        evaluate_text(config_of(data, "gae"), text, read_sentences(data, 5, 3), out)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds no sentence"),
+        ("a film 1\n", "line 1 must be a sentence, a tab and a class from 0 to 4"),
+        ("a film\t1\nfun\t9\n", "line 2 must be"),
+        ("\t1\n", "line 1 must be"),
+    ],
+)
+def test_bad_sentences_are_one_sentence(tmp_path, content, message):
+    (tmp_path / "data.tsv").write_text(content)
+    with pytest.raises(tm.InputError, match=message):
+        read_sentences(tmp_path / "data.tsv", 5)
+
+
+# ---- the commands ---------------------------------------------------------------------------------------------------
+
+
+def run(*arguments, **options):
+    return CliRunner().invoke(main, list(map(str, arguments)), **options)
+
+
+def test_words_on_the_command_line_and_on_a_page(tmp_path):
+    page = tmp_path / "page.html"
+    hostile = "a funny </script><script>alert(1)</script> film <b>well</b> שלום 漢字 😀"
+    arguments = ["explain-text", hostile, "dull", "--model", GOLDENS / "distilbert"]
+    found = run(*arguments, "--method", "raw_attention,gradient_x_input", "--out", page, "--json")
+    assert found.exit_code == 0, found.output
+    first, second = json.loads(found.stdout)
+    assert first["text"] == hostile and second["target"]["name"].startswith("label ")
+    words = first["methods"]["gradient_x_input"]
+    assert all(hostile[w["start"] : w["end"]] == w["word"] for w in words) and len(words) > 10
+    html = page.read_text("utf-8")
+    assert "alert(1)</script>" not in html and "&lt;</span>" in html
+    start = html.index('type="application/json">') + len('type="application/json">')
+    scores = json.loads(html[start : html.index("</script>", start)])
+    assert len(scores) == 2 and len(scores[0]) == 5
+    target = int(first["target"]["class"])
+    np.testing.assert_allclose(scores[0][target]["gradient_x_input"], [w["score"] for w in words])
+
+    bars = run("explain-text", "-", "--model", GOLDENS / "distilbert", input="a funny film\n\ndull\n")
+    assert bars.exit_code == 0 and "funny" in bars.output and "++" in bars.output
+    assert bars.output.count("%") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a", "--model", "/nowhere"], "holds no text model"),
+        (["a", "--model", GOLDENS / "distilbert", "--method", "gea"], "did you mean 'gae'"),
+        (["a", "--model", GOLDENS / "distilbert", "--target", "9"], "out of range"),
+        (["a", "--model", GOLDENS / "bert_encoder"], "gives features and no classes"),
+        ([" ", "--model", GOLDENS / "distilbert"], "text 1 must be a text with a word"),
+        (["-", "--model", GOLDENS / "distilbert"], "must be a text or a list of texts"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(arguments, message):
+    found = run("explain-text", *arguments)
+    assert found.exit_code == 2 and message in found.output and "Traceback" not in found.output
+
+
+@pytest.fixture
+def promotion():
+    """Optax mixes integer counts with floats, which strict promotion refuses."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.mark.slow
+def test_fine_tuning_resumes_and_gives_a_folder(tmp_path, monkeypatch, promotion):
+    train = tmp_path / "train.tsv"
+    train.write_text("a fun film\t1\nnot fun\t0\ndull film\t0\na funny film at all\t1\n" * 4)
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(
+        "from tokentm_jax.runs.train_text import TextTrainConfig\n"
+        f"config = TextTrainConfig('tiny', {str(GOLDENS / 'bert_encoder')!r}, {str(train)!r}, {str(train)!r}, "
+        "('bad', 'good'), epochs=30, batch_size=4, learning_rate=5e-3, pool='avg', checkpoint_epochs=10)\n"
+    )
+    whole = run("train", recipe, "--out", tmp_path / "whole")
+    assert whole.exit_code == 0, whole.output
+    assert "test accuracy 100.00%" in whole.output
+    text = tm.load_text(tmp_path / "whole")
+    assert text.class_names == ("bad", "good") and (text.module.pool, text.module.pooler) == ("avg", None)
+    assert np.asarray(text.logits(text.read(["a fun film", "dull film"]))).argmax(-1).tolist() == [1, 0]
+
+    from tokentm_jax.runs import loop
+
+    saved = loop._save
+
+    def stops(manager, step, state):
+        saved(manager, step, state)
+        if step == 40:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "_save", stops)
+    run("train", recipe, "--out", tmp_path / "parts")
+    monkeypatch.undo()
+    parts = run("train", recipe, "--out", tmp_path / "parts")
+    assert "resumed at step 40 of 120" in parts.output, parts.output
+    for leaf, other in zip(
+        *(jax.tree.leaves(tm.load_text(tmp_path / n).params) for n in ("whole", "parts")), strict=True
+    ):
+        np.testing.assert_array_equal(leaf, other)
+    assert jnp.isfinite(text.logits(text.read("dull"))).all()

@@ -1,0 +1,293 @@
+"""`tokentm report`: what the page says against the methods themselves, and in a real browser that all of it works."""
+
+import base64
+import json
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from conftest import tiny_vit
+from PIL import Image
+
+import tokentm_jax as tm
+from tokentm_jax.cli.main import main
+from tokentm_jax.cli.report_page import packed, packed_map
+
+pytest.importorskip("jinja2")
+HOSTILE = "<img src=x onerror=alert(1)>"
+METHODS = "tokentm,rollout,gradient_x_input"
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def unpacked(entry):
+    levels = np.frombuffer(base64.b64decode(entry["data"]), "<u2").reshape(entry["shape"])
+    return entry["low"] + levels * (entry["high"] - entry["low"]) / 65535
+
+
+def content(page):
+    """The settings and the photos' details of a page."""
+    parts = dict(re.findall(r'<script id="([\w-]+)" type="application/json">(.*?)</script>', page.read_text("utf-8")))
+    settings = json.loads(parts.pop("settings"))
+    return settings, {int(name.split("-")[1]): json.loads(text) for name, text in parts.items()}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tiny model and photos in class folders, of which one has a hostile name."""
+    folder = tmp_path_factory.mktemp("report")
+    vit = tiny_vit(2)
+    tm.write_checkpoint(
+        folder / "tiny.safetensors", vit.module, vit.params, vit.preprocessing, class_names=list("abcde")
+    )
+    rng = np.random.default_rng(0)
+    for number, name in enumerate(("a/1.png", "a/2.png", "b/1.png", f"c/{HOSTILE}.png")):
+        path = folder / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (32, 48, 3), np.uint8) // (1 + number)).save(path)
+    return folder
+
+
+def evaluated(place, folder):
+    """A finished run of two methods on the photos."""
+    recipe = folder / "recipe.py"
+    recipe.write_text(
+        "import tokentm_jax as tm\n"
+        f"config = tm.EvaluateConfig('tiny', 'perturbation', {str(place / 'photos')!r}, "
+        f"tm.rows('tokentm', 'rollout'), checkpoint={str(place / 'tiny.safetensors')!r}, batch_size=4)\n"
+    )
+    assert run("evaluate", recipe, "--out", folder / "run").exit_code == 0
+    return folder / "run"
+
+
+def test_packed_numbers_come_back():
+    array = np.random.default_rng(0).normal(size=(3, 4, 5))
+    np.testing.assert_allclose(unpacked(packed(array)), array, atol=1e-4)
+    assert unpacked(packed(np.full((2, 2), 3.5))).tolist() == [[3.5, 3.5]] * 2
+    large = np.arange(224.0 * 224).reshape(224, 224)
+    np.testing.assert_allclose(
+        unpacked(packed_map(large)), large.reshape(112, 2, 112, 2).mean((1, 3)), rtol=1e-3, atol=2
+    )
+
+
+def test_a_page_of_photos(place):
+    page = place / "photos.html"
+    folders = [place / "photos" / name for name in "abc"]
+    given = ["--checkpoint", place / "tiny.safetensors", "--methods", METHODS, "--target", "e", "--top", 2]
+    found = run("report", *folders, *given, "--out", page)
+    assert found.exit_code == 0, found.output
+    settings, details = content(page)
+    assert settings["methods"] == METHODS.split(",") and len(settings["photos"]) == len(details) == 4
+    assert "alert(1)>" not in page.read_text("utf-8") and settings["photos"][3]["name"].endswith(f"{HOSTILE}.png")
+
+    vit = tm.load(None, place / "tiny.safetensors")
+    images = vit.read([place / "photos" / "a" / "2.png"])
+    logits = np.asarray(vit.logits(images))[0]
+    own = details[1]
+    order = np.argsort(-logits)
+    assert own["classes"] == list(dict.fromkeys([*order[:2].tolist(), 4]))
+    assert [c for c, _ in own["probabilities"]] == order.tolist()
+    np.testing.assert_allclose(own["probabilities"][0][1], jax.nn.softmax(logits)[order[0]], rtol=1e-5)
+    for klass in own["classes"]:
+        for method in METHODS.split(","):
+            key = "every" if method == "rollout" else str(klass)
+            expected = np.asarray(tm.explain(vit, images, method, klass))
+            got = unpacked(own["maps"][method][key])
+            np.testing.assert_allclose(got, expected[0], atol=2e-5 * np.abs(expected).max())
+            pixels = np.asarray(tm.to_pixels(expected, (16, 24)))[0]
+            ranking = np.argsort(-pixels.ravel(), kind="stable")
+            for way, first in enumerate((ranking, ranking[::-1])):
+                black = images[0].reshape(-1, 3).copy()
+                black[first[: 16 * 24 * 3 // 10]] = 0
+                share = jax.nn.softmax(vit.logits(black.reshape(images.shape)))[0, klass]
+                np.testing.assert_allclose(own["curves"][method][str(klass)][way][2], share, atol=2e-5)
+        growing = unpacked(own["blocks"][str(klass)]["contribution"])
+        expected = np.asarray(tm.explain(vit, images, "tokentm", klass, end_block=1))[0]
+        np.testing.assert_allclose(growing[0], expected, rtol=1e-3, atol=1e-4 * growing.max())
+
+
+def test_a_page_of_a_run(place, tmp_path):
+    out, page = evaluated(place, tmp_path), tmp_path / "run.html"
+    found = run("report", out, "--out", page, "--best", 1)
+    assert found.exit_code == 0, found.output
+    settings, details = content(page)
+    figures = settings["figures"]
+    assert figures["cells"] == [
+        {key: row[key] for key in row} for row in json.loads((out / "results.json").read_text())["rows"]
+    ]
+    values = {row["metric"]: row["value"] for row in figures["cells"] if row["method"] == "tokentm"}
+    assert set(figures["sortable"]) == set(values)
+    for metric, value in values.items():  # the mean over the images
+        results = [photo["results"]["tokentm"][metric] for photo in settings["photos"]]
+        np.testing.assert_allclose(np.mean(results), value, atol=1e-4)
+    assert 2 <= len(details) <= 4 and len(settings["photos"]) == 4
+    first = figures["sortable"][0]
+    results = [photo["results"]["tokentm"][first] for photo in settings["photos"]]
+    assert {int(np.argmin(results)), int(np.argmax(results))} <= set(details)
+    assert [curve["title"] for curve in figures["curves"]] == [
+        "positive (lower is better)",
+        "negative (higher is better)",
+    ]
+
+    other = tmp_path / "photos"  # the same names, of which one is damaged
+    shutil.copytree(place / "photos", other)
+    (other / "a" / "1.png").write_bytes(b"damaged")
+    found = run("report", out, "--out", page, "--best", 1, "--data", other)
+    assert found.exit_code == 0 and "1 of 4 pictures cannot be had" in found.stderr, found.output
+    settings, details = content(page)
+    assert [photo["thumb"] is None for photo in settings["photos"]] == [True, False, False, False] and 0 not in details
+
+    gone = tmp_path / "gone"
+    moved = run("report", out, "--out", page, "--data", gone, "--checkpoint", gone)
+    assert moved.exit_code == 0 and moved.stderr.count("cannot be had") == 2
+    settings, details = content(page)
+    assert (
+        details == {} and settings["photos"][0]["thumb"] is None and settings["figures"]["cells"] == figures["cells"]
+    )
+    assert "No pictures" in page.read_text("utf-8")
+
+
+def test_a_page_of_a_store(place, tmp_path):
+    store, page = tmp_path / "maps", tmp_path / "store.html"
+    made = run("dataset", place / "photos", "--out", store, "--checkpoint", place / "tiny.safetensors", "--methods",
+               "tokentm,rollout", "--batch-size", 4)  # fmt: skip
+    assert made.exit_code == 0, made.output
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join("vwxyz"))
+    found = run("report", store, "--out", page, "--classes", names, "--limit", 2)
+    assert found.exit_code == 0, found.output
+    settings, details = content(page)
+    stored = tm.open_maps(store)
+    assert len(settings["photos"]) == 2 and settings["methods"] == ["tokentm", "rollout"]
+    for place_of, entry in details.items():
+        row = stored.keys.index(settings["photos"][place_of]["name"])
+        klass = str(int(stored.target[row]))
+        expected = stored.read("rollout", np.array([row]))[0]
+        np.testing.assert_allclose(unpacked(entry["maps"]["rollout"][klass]), expected, atol=1e-4 * expected.max())
+        assert settings["classes"][klass] in "vwxyz"
+
+
+def test_bad_arguments_are_one_sentence(place, tmp_path):
+    checkpoint, photos = place / "tiny.safetensors", place / "photos"
+    (tmp_path / "results.json").write_text("{}")
+    for arguments, sentence in (
+        ([tmp_path / "none.png"], "none.png"),
+        ([photos, "--methods", "gea"], "did you mean 'gae'"),
+        ([photos, "--checkpoint", checkpoint, "--target", "z"], "z"),
+        ([photos, "--data", photos], "--data is for a report on a run or a store, not on photos"),
+        ([photos, "--best", 2], "--best is for a report on a run, not on photos"),
+        ([tmp_path], "results.json lacks 'rows'"),
+        ([tmp_path, photos], "is a run: a report is on one of them, or on photos"),
+        ([photos, "--checkpoint", checkpoint, "--out", tmp_path / "no" / "page.html"], "its folder must be there"),
+        ([photos, "--checkpoint", checkpoint, "--out", tmp_path], "it must be a file"),
+    ):
+        found = run("report", *arguments, *([] if "--out" in arguments else ["--out", tmp_path / "page.html"]))
+        assert found.exit_code == 2 and re.search(sentence, found.output), found.output
+        assert "Traceback" not in found.output and not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser(place, tmp_path):
+    api = pytest.importorskip("playwright.sync_api", reason="needs Playwright")
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("needs Chromium")
+    out, page_file = evaluated(place, tmp_path), tmp_path / "run.html"
+    assert run("report", out, "--out", page_file, "--best", 1).exit_code == 0
+    with api.sync_playwright() as running:
+        chromium = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        page = chromium.new_context(viewport={"width": 360, "height": 800}).new_page()
+        complaints: list[str] = []
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda r: r.url.startswith(("file:", "data:")) or complaints.append(r.url))
+        page.goto(page_file.as_uri())
+
+        def drawn(selector):
+            return page.locator(selector).first.evaluate("canvas => canvas.toDataURL()")
+
+        def names():
+            return page.locator("#gallery .name").all_text_contents()
+
+        def changes(look, control, value):
+            before = look()
+            node = page.locator(control)
+            kind = node.evaluate("node => node.type")
+            if kind == "range":
+                node.fill(str(value))
+            elif kind == "search":
+                node.fill(value)
+            elif kind == "checkbox":
+                node.set_checked(value)
+            else:
+                node.select_option(value)
+            page.wait_for_timeout(100)
+            assert look() != before, control
+
+        # The run: the table sorts, and a row leaves the curves.
+        first_rows = lambda: page.locator("#figures tbody th").all_text_contents()  # noqa: E731
+        assert first_rows() == ["tokentm", "rollout", "random"]
+        page.locator("#figures thead button").nth(4).click()
+        by_aopc = first_rows()
+        page.locator("#figures thead button").nth(4).click()
+        assert first_rows() == by_aopc[::-1]
+        lines = page.locator("#panels polyline")
+        assert lines.count() == 6
+        page.locator("#legend input").first.uncheck()
+        assert page.locator("#panels polyline").count() == 4
+
+        # The gallery.
+        changes(names, "#only", False)
+        assert len(names()) == 4 and any(HOSTILE in name for name in names())
+        best = names()
+        changes(names, "#order", "worst")
+        assert names() == best[::-1]
+        changes(names, "#search", "1.png")
+        changes(names, "#search", "")
+        changes(names, "#right", "right")
+        page.locator("#right").select_option("")
+        card = "#gallery button:not([aria-disabled]) canvas"
+        page.locator(card).first.scroll_into_view_if_needed()
+        changes(lambda: drawn(card), "#colours", "viridis")
+        changes(lambda: drawn(card), "#opacity", 20)
+        changes(lambda: drawn(card), "#method", "rollout")
+
+        # A photo, by keyboard; the focus comes back.
+        page.locator("#gallery button:not([aria-disabled])").first.focus()
+        page.keyboard.press("Enter")
+        assert page.locator("#photo").get_attribute("open") is not None
+        assert page.locator("#maps figcaption").all_text_contents()[1].startswith("tokentm")
+        assert page.evaluate("document.getElementById('photo').scrollWidth <= innerWidth")
+        name = page.locator("#photo-name").text_content()
+        page.keyboard.press("ArrowRight")
+        assert page.locator("#photo-name").text_content() != name
+        page.keyboard.press("ArrowLeft")
+        classes = page.locator("#class option").count()
+        if classes > 1:
+            changes(lambda: page.locator("#block-says").text_content(), "#class",
+                    page.locator("#class option").nth(1).get_attribute("value"))  # fmt: skip
+        changes(lambda: drawn("#masked"), "#share", 60)
+        changes(lambda: drawn("#masked"), "#direction", "1")
+        changes(lambda: drawn("#masked"), "#curve-method", "tokentm")
+        box = page.locator("#curve svg").bounding_box()
+        page.mouse.move(box["x"] + box["width"] * 0.9, box["y"] + box["height"] / 2)
+        assert page.locator("#share-value").text_content() in ("80 %", "90 %")
+        changes(lambda: drawn("#block-map"), "#block", 1)
+        changes(lambda: drawn("#block-map"), "#quantity", "attention: necc")
+        page.locator("#strip button").nth(1).click()
+        assert page.locator("#block-value").text_content() == "2 of 2"
+        masked = page.evaluate(
+            "() => { const c = document.getElementById('masked'), d = c.getContext('2d').getImageData(0, 0, c.width, "
+            "c.height).data; return d.filter((v, i) => i % 4 === 3 && v === 255).length / (c.width * c.height); }"
+        )
+        assert masked == pytest.approx(int(page.locator("#share").input_value()) / 100, abs=0.01)
+        page.keyboard.press("Escape")
+        assert page.evaluate("document.activeElement.dataset.photo") is not None
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert complaints == []
+        chromium.close()

@@ -1,0 +1,715 @@
+"""The page of `tokentm serve`: what it answers, and what it refuses. The server is the real one, in a thread."""
+
+import base64
+import http.client
+import importlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from conftest import tiny_vit
+from matplotlib import colormaps
+from PIL import Image
+
+import tokentm_jax as tm
+from tokentm_jax.cli.figure import COLOURS, shade
+from tokentm_jax.cli.main import main
+from tokentm_jax.data.photos import MAX_PIXELS, fit, view
+
+for package in ("starlette", "uvicorn"):
+    pytest.importorskip(package, reason="needs the extra [serve]")
+web = importlib.import_module("tokentm_jax.cli.web")
+
+ROOT = Path(__file__).resolve().parent.parent
+OCTETS = {"content-type": web.OCTETS}
+LARGEST = 300_000
+NAMES = ("tokentm", "gradient_x_input", "rollout")
+
+
+def encoded(picture, kind="PNG"):
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, kind)
+    return file.getvalue()
+
+
+PHOTO = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+PNG = encoded(PHOTO)
+
+
+@contextmanager
+def serving(app, seconds=30.0):
+    with socket.create_server(("127.0.0.1", 0), backlog=256) as listening:
+        server = web.server(app, seconds)
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        try:
+            yield listening.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def vit():
+    return tiny_vit(1)
+
+
+@pytest.fixture(scope="module")
+def port(vit):
+    with serving(web.application(vit, NAMES, largest=LARGEST)) as number:
+        yield number
+
+
+def ask(port, method="GET", path="/", body=None, headers=None):
+    """(status, headers, content) of one request."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=180)
+    try:
+        connection.request(method, path, body, headers or {})
+        response = connection.getresponse()
+        return response.status, dict(response.getheaders()), response.read()
+    finally:
+        connection.close()
+
+
+def explain(port, body=PNG, query="", headers=OCTETS):
+    status, _, content = ask(port, "POST", f"/explain{query}", body, headers)
+    return status, json.loads(content)
+
+
+def pixels(url):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))))
+
+
+@pytest.mark.parametrize(("method", "target"), [("tokentm", None), ("gradient_x_input", 3), ("rollout", None)])
+def test_the_answer_is_that_of_explain(vit, port, method, target):
+    status, found = explain(port, query=f"?method={method}" + ("" if target is None else f"&class={target}"))
+    assert status == 200 and found["method"] == method
+    photo = Image.fromarray(PHOTO)
+    images = fit(photo, vit.preprocessing)[None].astype(np.float32) / 255
+    expected = np.asarray(tm.explain(vit, images, method, target))[0]
+    numbers = np.frombuffer(base64.b64decode(found["map"]["data"]), "<f4").reshape(found["map"]["shape"])
+    np.testing.assert_array_equal(numbers, expected)
+
+    logits = np.asarray(vit.logits(images), np.float64)[0]
+    probabilities = np.exp(logits) / np.exp(logits).sum()
+    assert found["target"]["class"] == (logits.argmax() if target is None else target)
+    assert [entry["class"] for entry in found["top5"]] == np.argsort(-logits).tolist()
+    for entry in (*found["top5"], found["target"]):
+        assert entry["probability"] == pytest.approx(probabilities[entry["class"]])
+
+    seen = view(photo, vit.preprocessing)
+    assert np.abs(pixels(found["photo"]).astype(int) - seen).mean() < 12  # noise, and JPEG
+    values, signed = shade(expected, seen.shape[:2])
+    assert found["signed"] == signed == (method == "gradient_x_input")
+    np.testing.assert_allclose(pixels(found["shade"]) / 255, (values + 1) / 2 if signed else values, atol=0.5 / 255)
+
+
+def test_the_page_and_what_it_needs(vit, port):
+    status, _, page = ask(port)
+    assert status == 200 and page == (web.PAGE / "index.html").read_bytes()
+    for name in re.findall(r'(?:href|src)="([^"]+)"', page.decode()):
+        status, headers, content = ask(port, path=f"/{name}")
+        assert status == 200 and content == (web.PAGE / name).read_bytes()
+        kind = {"js": "javascript", "css": "text/css", "svg": "image/svg+xml"}[name.rpartition(".")[2]]
+        assert kind in headers["content-type"]
+    assert not re.search(r"<script[^>]*>[^<]|<style|\son\w+=|\sstyle=|https?://", page.decode())  # CSP forbids these
+    settings = json.loads(ask(port, path="/settings")[2])
+    assert [row["name"] for row in settings["methods"]] == list(NAMES)
+    assert settings["classes"] == [vit.class_name(i) for i in range(5)] and settings["size"] == [16, 24]
+    assert settings["largest"] == LARGEST
+    assert set(settings["colours"]) == set(COLOURS)
+    for example in settings["examples"]:
+        status, headers, content = ask(port, path=f"/{example}")
+        assert status == 200 and headers["content-type"] == "image/jpeg"
+        assert explain(port, content)[0] == 200
+
+
+def test_methods_become_ready(vit):
+    answer = lambda *_: {}  # noqa: E731
+    with serving(web.application(vit, NAMES, ready=NAMES[:1], answer=answer)) as port:
+        ready = lambda: json.loads(ask(port, path="/settings")[2])["ready"]  # noqa: E731
+        assert ready() == ["tokentm"]
+        assert explain(port, query="?method=rollout") == (200, {})
+        assert ready() == ["tokentm", "rollout"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/../serve.py",
+        "/%2e%2e/serve.py",
+        "/..%2fserve.py",
+        "//etc/passwd",
+        "/examples/../../serve.py",
+        "/examples",
+        "/examples/",
+        "/page/index.html",
+        "/%00",
+        "/style.css%00.html",
+        "/\\..\\serve.py",
+        f"/{'a' * 3000}",
+        "/etc/passwd",
+        str(ROOT / "README.md"),
+        "/docs",
+        "/openapi.json",
+    ],
+)
+def test_no_file_of_the_server_is_readable(port, path):
+    status, _, content = ask(port, path=path)
+    assert status == 404 and set(json.loads(content)) == {"error"}
+
+
+def test_security_headers(port):
+    wanted = {
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+        "cross-origin-resource-policy": "same-origin",
+    }
+    for status, arguments in (
+        (200, {}),
+        (200, {"path": "/settings"}),
+        (404, {"path": "/nothing"}),
+        (405, {"method": "DELETE"}),
+        (400, {"method": "POST", "path": "/explain", "body": b"x", "headers": OCTETS}),
+        (200, {"method": "POST", "path": "/explain", "body": PNG, "headers": OCTETS}),
+        (403, {"headers": {"host": "evil.example"}}),
+    ):
+        found, headers, _ = ask(port, **arguments)
+        assert found == status
+        assert wanted.items() <= headers.items() and "access-control-allow-origin" not in headers
+        policy = headers["content-security-policy"]
+        assert "default-src 'none'" in policy and "unsafe" not in policy and "frame-ancestors 'none'" in policy
+        assert headers["cache-control"] in ("no-store", "no-cache")
+
+
+SAME, OTHER = {"sec-fetch-site": "same-origin"}, {"sec-fetch-site": "cross-site"}
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"host": "localhost:{port}"}, 200),
+        ({"host": "LOCALHOST"}, 200),
+        ({"host": "[::1]:{port}"}, 200),
+        ({"host": "localhost:{port}", "origin": "http://localhost:{port}", **SAME}, 200),
+        ({"host": "demo.example", "origin": "https://demo.example"}, 200),  # a proxy before it: --allow-host
+        ({"host": "evil.example:{port}"}, 403),  # DNS rebinding
+        ({"host": "evil.example:{port}", "origin": "http://evil.example:{port}", **SAME}, 403),
+        ({"host": "localhost.evil.example"}, 403),
+        ({"host": "192.168.1.7"}, 403),
+        ({"host": ""}, 403),
+        ({"host": "localhost:{port}", "origin": "http://evil.example"}, 403),
+        ({"host": "localhost:{port}", "origin": "http://localhost:1"}, 403),
+        ({"host": "localhost:{port}", "origin": "null"}, 403),
+        ({"host": "localhost:{port}", **OTHER}, 403),
+        ({"host": "localhost:{port}", "sec-fetch-site": "same-site", "sec-fetch-mode": "cors"}, 403),
+        ({"host": "localhost:{port}", **OTHER, "sec-fetch-mode": "navigate"}, 200),  # a link to the page
+    ],
+)
+def test_other_origins_are_refused(guarded, headers, status):
+    headers = {name: value.format(port=guarded) for name, value in headers.items()}
+    assert ask(guarded, headers=headers)[0] == status
+    assert ask(guarded, "POST", "/explain", PNG, {**headers, **OCTETS})[0] == status
+    preflight = {**headers, "access-control-request-method": "POST"}
+    assert "access-control-allow-origin" not in ask(guarded, "OPTIONS", "/explain", None, preflight)[1]
+
+
+@pytest.fixture(scope="module")
+def guarded(vit):
+    with serving(web.application(vit, NAMES, names=["demo.example"], answer=lambda *_: {})) as number:
+        yield number
+
+
+def test_an_open_server_is_asked_by_number_or_own_name(vit):
+    with serving(web.application(vit, NAMES, host="0.0.0.0", answer=lambda *_: {})) as port:
+        for host in ("192.168.1.7:80", "[fe80::1]", "localhost", socket.gethostname()):
+            assert ask(port, headers={"host": host})[0] == 200
+        assert ask(port, headers={"host": "evil.example"})[0] == 403
+    for host, local in (("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("box", False)):
+        assert web.is_local(host) == local
+
+
+def bomb(width, height):
+    """A small PNG file whose header says how large the image is."""
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))  # noqa: E731
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(10_000))) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + content
+
+
+HOSTILE = {
+    b"": "is empty",
+    b"GIF89a": "is a damaged image|is not an image",
+    b"<svg xmlns='http://www.w3.org/2000/svg'/>": "is not an image",
+    b"%!PS\n(/etc/passwd) run": "is not an image",
+    b"PK\x03\x04": "is not an image",
+    PNG[: len(PNG) // 2]: "damaged or truncated",
+    encoded(PHOTO, "JPEG")[:300]: "damaged",
+    bomb(30_000, 30_000): f"more than {MAX_PIXELS:,}",
+    bomb(2**31 - 1, 2**31 - 1): "pixels|damaged",
+    bomb(1, 60_000): "too narrow",
+    bomb(0, 9): "is not an image",
+    os.urandom(1000): "is not an image",
+}
+
+
+@pytest.mark.parametrize("body", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_photos(port, body):
+    status, found = explain(port, body)
+    assert status == 400 and re.search(HOSTILE[body], found["error"])
+    assert found["error"].startswith("the photo")
+
+
+def test_questions_that_have_no_answer(port):
+    for query, message in (
+        ("?method=shapley", "method 'shapley' is not served here"),
+        ("?method=", "is not served here"),
+        ("?class=5", "class 5 is out of range"),
+        ("?class=-1", "out of range"),
+        ("?class=cat", "class names of tiny are unknown"),
+        (f"?class={'9' * 5000}", "out of range"),
+        ("?class=%F0%9F%98%80", "unknown"),
+        ("?class=", "unknown"),
+    ):
+        status, found = explain(port, query=query)
+        assert status == 400 and message in found["error"], query
+    for headers in ({}, {"content-type": "multipart/form-data; boundary=x"}, {"content-type": "text/plain"}):
+        status, found = explain(port, b"--x\r\n\r\n" * 1000, headers=headers)
+        assert status == 415 and web.OCTETS in found["error"]
+
+
+def sent(port, *parts, pause=0.0):
+    """What comes back for bytes sent as they are, until the server closes."""
+    received = b""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        try:
+            for part in parts:
+                connection.sendall(part)
+                time.sleep(pause)
+        except OSError:
+            pass
+        try:
+            while part := connection.recv(2**16):
+                received += part
+        except OSError:
+            pass
+    return received
+
+
+POST = b"POST /explain HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/octet-stream\r\nConnection: close\r\n"
+
+
+def test_large_uploads_are_refused_before_they_are_read(port):
+    answer = sent(port, POST, b"Content-Length: 99999999999\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 413") and b"larger than" in answer
+    chunk = b"8000\r\n" + bytes(0x8000) + b"\r\n"  # its length is not said before
+    assert sent(port, POST, b"Transfer-Encoding: chunked\r\n\r\n", *[chunk] * 12)[:12] in (b"HTTP/1.1 413", b"")
+    small = b"%x\r\n" % len(PNG) + PNG + b"\r\n0\r\n\r\n"
+    assert sent(port, POST, b"Transfer-Encoding: chunked\r\n\r\n", small).startswith(b"HTTP/1.1 200")
+    for wrong in (b"Content-Length: -1\r\n\r\n", b"Content-Length: x\r\n\r\n", b"X: " + b"y" * 200_000 + b"\r\n\r\n"):
+        assert sent(port, POST, wrong)[:12] in (b"HTTP/1.1 400", b"")
+    assert explain(port)[0] == 200
+
+
+def test_uploads_are_bounded_together(vit, monkeypatch):
+    monkeypatch.setattr(web, "HELD", 2 * len(PNG) - 1)
+    go = threading.Event()
+    with serving(web.application(vit, NAMES, answer=lambda *_: {"waited": go.wait(20)})) as port:
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(explain, port)
+            time.sleep(0.2)
+            status, headers, _ = ask(port, "POST", "/explain", PNG, OCTETS)
+            assert (status, headers["retry-after"]) == (503, web.COME_BACK)
+            go.set()
+            assert first.result() == (200, {"waited": True})
+        assert explain(port)[0] == 200  # what it held is free again
+
+
+def test_slow_clients(vit, monkeypatch):
+    monkeypatch.setattr(web, "UPLOAD_TIME", 0.4)
+    monkeypatch.setattr(web, "PATIENCE", 0.4)
+    with serving(web.application(vit, NAMES, answer=lambda *_: {})) as port:
+        began = time.monotonic()
+        answer = sent(port, POST, b"Content-Length: 100\r\n\r\n", b"x")
+        assert answer.startswith(b"HTTP/1.1 408") and b"did not arrive within" in answer
+        assert sent(port, POST[:20]) == b""  # neither a request,
+        assert sent(port, *[bytes([b]) for b in POST[:30]], pause=0.05) == b""  # however slow it comes,
+        again = POST.replace(b"Connection: close\r\n", b"")
+        assert sent(port, again + b"Content-Length: 0\r\n\r\n").startswith(b"HTTP/1.1 200")  # nor another one
+        assert time.monotonic() - began < 10
+        assert explain(port)[0] == 200
+
+
+class Slow:
+    """An answer that waits until it may go, and counts who asked."""
+
+    def __init__(self):
+        self.go, self.calls = threading.Event(), []
+
+    def __call__(self, vit, content, method, target):
+        self.calls.append(target)
+        assert self.go.wait(20)
+        return {"class": target}
+
+
+def test_the_queue_is_bounded(vit, monkeypatch):
+    monkeypatch.setattr(web, "WAITING", 3)
+    slow = Slow()
+    with serving(web.application(vit, NAMES, answer=slow)) as port, ThreadPoolExecutor(8) as pool:
+        found = []
+        for target in (0, 1, 2, 3, 4):  # one is computed, three wait
+            found.append(pool.submit(ask, port, "POST", f"/explain?class={target}", PNG, OCTETS))
+            time.sleep(0.15)
+        status, headers, content = found.pop().result()
+        assert (status, headers["retry-after"]) == (503, web.COME_BACK) and b"try again" in content
+        assert ask(port)[0] == 200  # the page itself waits for nobody
+        slow.go.set()
+        assert [(f.result()[0], json.loads(f.result()[2])["class"]) for f in found] == [(200, i) for i in range(4)]
+        assert slow.calls == [0, 1, 2, 3]
+
+
+def test_time_limits(vit):
+    slow = Slow()
+    with serving(web.application(vit, NAMES, seconds=0.5, answer=slow)) as port, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(explain, port)
+        time.sleep(0.1)
+        second = pool.submit(explain, port, PNG, "?class=1")
+        assert first.result() == (504, {"error": "tokentm takes longer than 0.5 s here"})
+        assert second.result()[0] == 503  # its turn did not come
+        slow.go.set()
+        assert explain(port, query="?class=2") == (200, {"class": 2})
+        assert slow.calls == [None, 2]
+
+
+def test_who_goes_away_leaves_the_queue(vit):
+    slow = Slow()
+    with serving(web.application(vit, NAMES, answer=slow)) as port, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(explain, port)
+        time.sleep(0.2)
+        with socket.create_connection(("127.0.0.1", port)) as gone:
+            gone.sendall(POST.replace(b"/explain", b"/explain?class=1") + b"Content-Length: 1\r\n\r\nx")
+            time.sleep(0.2)
+        last = pool.submit(explain, port, PNG, "?class=2")
+        time.sleep(0.2)
+        slow.go.set()
+        assert (first.result()[0], last.result()[0]) == (200, 200)
+        assert slow.calls == [None, 2]
+
+
+def test_a_fault_of_ours_is_not_shown_to_others(vit, caplog):
+    def broken(*_):
+        raise RuntimeError("/secret/path")
+
+    with serving(web.application(vit, NAMES, answer=broken)) as port:
+        status, found = explain(port)
+        assert status == 500 and "secret" not in found["error"]
+        assert explain(port)[0] == 500  # the next has its turn
+    assert "/secret/path" in caplog.text
+
+
+def command(*arguments):
+    result = CliRunner().invoke(main, ["serve", *arguments])
+    return result.exit_code, result.output
+
+
+def test_what_the_command_refuses(monkeypatch):
+    assert command("--methods", "gea") == (2, "Error: unknown method 'gea'; did you mean 'gae'?\n")
+    assert "in the range" in command("--port", "70000")[1]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        number = taken.getsockname()[1]
+        code, text = command("--port", str(number))
+        assert code == 2 and text == f"Error: port {number} of 127.0.0.1 cannot be used: Address already in use\n"
+    code, text = command("--host", "no such host")
+    assert code == 2 and text.startswith("Error: port 8000 of no such host cannot be used: ")
+    code, text = command("--port", "0", "--checkpoint", "nothing.safetensors")
+    assert code == 2 and "nothing.safetensors" in text
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "tokentm_jax.cli.web")
+    expected = "Error: tokentm serve needs the package uvicorn: pip install 'tokentm-jax[serve]'\n"
+    assert command() == (2, expected)
+
+
+@contextmanager
+def program(*arguments):
+    """(process, port) of the program itself, with the shipped model."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    started = [sys.executable, "-m", "tokentm_jax", "serve", "--port", "0", *arguments]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(
+        started, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    signal.signal(signal.SIGINT, before)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        found = re.fullmatch(r"http://localhost:(\d+)/ explains a photo in \d+\.\d\d s; Ctrl-C ends it\n", line)
+        assert found, (line, process.communicate(timeout=10))
+        yield process, int(found[1])
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def memory(process):
+    """(now, highest) bytes of a process."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return tuple(int(re.findall(rf"{name}:\s+(\d+) kB", status)[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+
+
+@pytest.mark.slow
+def test_fifty_clients_and_hostile_ones_at_once():
+    """Each of 50 clients gets the map of its own photo, whatever the others send meanwhile."""
+    vit = tm.load()
+    rng = np.random.default_rng(1)
+    photos = [rng.integers(0, 256, (48, 48, 3), dtype=np.uint8) for _ in range(50)]
+    expected = [
+        np.asarray(tm.explain(vit, fit(Image.fromarray(photo), vit.preprocessing)[None].astype(np.float32) / 255))[0]
+        for photo in photos
+    ]
+    noise = encoded(rng.integers(0, 256, (2500, 2500, 3), dtype=np.uint8))  # 19 MB
+    large = encoded(np.zeros((9000, 9000, 3), np.uint8))  # 81 million pixels in few bytes
+
+    def patient(port, i):
+        for _ in range(100):
+            status, headers, content = ask(port, "POST", "/explain", encoded(photos[i]), OCTETS)
+            if status != 503:
+                break
+            time.sleep(float(headers["retry-after"]) * 0.3)
+        found = json.loads(content)
+        return np.frombuffer(base64.b64decode(found["map"]["data"]), "<f4").reshape(found["map"]["shape"])
+
+    def hostile(port, i):
+        kinds = [partial(lambda body: explain(port, body)[0], body) for body in (*HOSTILE, noise, large)]
+        kinds += [
+            lambda: sent(port, POST, b"Content-Length: 20000000\r\n\r\n", bytes(1_000_000)[: 10**6 - i]),
+            lambda: sent(port, POST, b"Content-Length: 99999999999\r\n\r\n"),
+            lambda: sent(port, b"\x16\x03\x01" + os.urandom(200)),
+        ]
+        return kinds[i % len(kinds)]()
+
+    with program() as (process, port):
+        calm, _ = memory(process)
+        with ThreadPoolExecutor(110) as pool:
+            others = [pool.submit(hostile, port, i) for i in range(34)]
+            maps = list(pool.map(lambda i: patient(port, i), range(50)))
+            for found, wanted in zip(maps, expected, strict=True):
+                np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
+            answers = [other.result() for other in others]
+        assert all(a == b"" or a in (200, 400, 503) or a[:9] == b"HTTP/1.1 " for a in answers)
+        assert 200 in answers and 400 in answers
+        times = []
+        for _ in range(10):
+            began = time.monotonic()
+            assert explain(port, encoded(photos[0]))[0] == 200
+            times.append(time.monotonic() - began)
+        now, highest = memory(process)
+        print(
+            f"calm {calm / 2**20:.0f} MiB, highest {highest / 2**20:.0f}, after {now / 2**20:.0f}; {min(times):.3f} s"
+        )
+        assert np.median(times) < 1
+        assert highest - calm < 1.7 * 2**30 and now - calm < 0.4 * 2**30
+        assert process.poll() is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_server(number):
+    with program("--methods", "rollout") as (process, port):
+        with socket.create_connection(("127.0.0.1", port)) as idle:
+            idle.sendall(POST)  # one who never ends his request
+            time.sleep(0.2)
+            began = time.monotonic()
+            process.send_signal(number)
+            out, errors = process.communicate(timeout=20)
+        assert process.returncode == 128 + number and time.monotonic() - began < 6
+        assert out == "" and errors == "Compiling rollout for cifar10_vit ...\n"
+
+
+def browser():
+    """A real browser's page, or a reason to skip."""
+    api = pytest.importorskip("playwright.sync_api", reason="needs Playwright")
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("needs Chromium")
+    return api.sync_playwright(), path
+
+
+@contextmanager
+def opened(port, **context):
+    """A page in the browser, which must send nothing elsewhere, and complain of nothing."""
+    playwright, path = browser()
+    with playwright as running:
+        chromium = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        page = chromium.new_context(**context).new_page()
+        complaints: list[str] = []
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda r: r.url.startswith(("data:", "blob:", base)) or complaints.append(r.url))
+        base = f"http://localhost:{port}/"
+        page.goto(base)
+        try:
+            yield page
+            assert complaints == []
+        finally:
+            chromium.close()
+
+
+def drawn(page, canvas):
+    """The pixels [h, w, 3] of a canvas."""
+    url = page.locator(f"#{canvas}").evaluate("canvas => canvas.toDataURL('image/png')")
+    return pixels(url)[..., :3].astype(int)
+
+
+def explained(page, words):
+    page.locator("#status", has_text=words).wait_for()
+    page.locator("body:not(.waiting)").wait_for()
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    vit = tm.load()
+    with serving(web.application(vit, NAMES)) as number:
+        yield vit, number
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser(shipped, tmp_path):
+    vit, port = shipped
+    (tmp_path / "mine.png").write_bytes(PNG)
+    images = fit(Image.fromarray(PHOTO), vit.preprocessing)[None].astype(np.float32) / 255
+    seen = view(Image.fromarray(PHOTO), vit.preprocessing)
+    with opened(port, accept_downloads=True) as page:
+        page.locator("#file").set_input_files(tmp_path / "mine.png")
+        page.locator("#top button").first.wait_for()
+        page.select_option("#class", label="dog")
+        explained(page, "dog")
+        page.select_option("#method", "gradient_x_input")
+        explained(page, "gradient_x_input,")
+        heatmap = np.asarray(tm.explain(vit, images, "gradient_x_input", vit.class_index("dog")))[0]
+        values, signed = shade(heatmap, seen.shape[:2])
+        assert signed and page.inner_text("#low") == "against"
+        for name in ("inferno", "cividis"):
+            page.select_option("#colours", name)
+            scale = colormaps[COLOURS[name][1]]
+            expected = scale(((values + 1) / 2 * 255).round().astype(int), bytes=True)[..., :3]
+            np.testing.assert_array_equal(drawn(page, "heat"), expected)
+        # The picture goes from the photo to colours with the slider, by keys too.
+        distance = []
+        for opacity in (0, 50, 100):
+            page.locator("#opacity").fill(str(opacity))
+            distance.append(np.abs(drawn(page, "overlay") - drawn(page, "photo")).mean())
+        assert distance[0] == 0 < distance[1] < distance[2]
+        page.locator("#opacity").press("ArrowLeft")
+        assert page.inner_text("#opacity-value") == "95 %"
+
+        for button, check in (
+            ("#save-map", lambda path: np.testing.assert_array_equal(np.load(path), heatmap)),
+            ("#save-picture", lambda path: np.testing.assert_array_equal(read(path), drawn(page, "overlay"))),
+            ("#save-heat", lambda path: np.testing.assert_array_equal(read(path), drawn(page, "heat"))),
+        ):
+            with page.expect_download() as download:
+                page.click(button)
+            assert download.value.suggested_filename.startswith("mine.gradient_x_input.")
+            download.value.save_as(tmp_path / "taken")
+            check(tmp_path / "taken")
+
+        page.click("#photos [data-path*='cat.jpg']")  # an example: the link leads to all of it
+        explained(page, "gradient_x_input,")
+        page.wait_for_url("**example=cat")
+        wanted, link = drawn(page, "overlay"), page.url
+        page.goto("about:blank")
+        page.goto(link)
+        explained(page, "dog")
+        np.testing.assert_array_equal(drawn(page, "overlay"), wanted)
+        assert page.input_value("#colours") == "cividis" and page.input_value("#opacity") == "95"
+
+        page.locator("#top button").nth(3).focus()  # by the keyboard
+        name = page.locator("#top button").nth(3).locator("span").first.inner_text()
+        page.keyboard.press("Enter")
+        explained(page, name)
+        assert page.locator("#class").evaluate("select => select.selectedOptions[0].textContent") == name
+        assert page.locator("#top button").nth(3).get_attribute("aria-pressed") == "true"
+        assert f"gradient_x_input for {name}" in (page.locator("#overlay").get_attribute("aria-label") or "")
+
+
+def read(path):
+    with Image.open(path) as image:
+        return np.asarray(image)[..., :3]
+
+
+@pytest.mark.slow
+def test_dropped_pasted_and_wrong_files_in_a_browser(shipped):
+    _, port = shipped
+    give = """([kind, data]) => {
+      const transfer = new DataTransfer();
+      const content = Uint8Array.from(atob(data), c => c.charCodeAt(0));
+      transfer.items.add(new File([content], `${kind}.png`, {type: "image/png"}));
+      const event = kind === "drop" ? new DragEvent("drop", {dataTransfer: transfer, bubbles: true, cancelable: true})
+        : new ClipboardEvent("paste", {clipboardData: transfer, bubbles: true});
+      document.body.dispatchEvent(event);
+    }"""
+    with opened(port) as page:
+        page.locator("#method option").nth(2).wait_for(state="attached")
+        for kind, photo in (("drop", PHOTO), ("paste", PHOTO[::-1])):
+            page.evaluate(give, [kind, base64.b64encode(encoded(photo)).decode()])
+            explained(page, "tokentm,")
+            assert np.abs(drawn(page, "photo").mean((0, 1)) - photo[:, 10:50].mean((0, 1))).max() < 12
+            page.locator("#status").evaluate("e => e.textContent = ''")
+    wrong = []
+    try:
+        with opened(port) as page:
+            page.locator("#method option").nth(2).wait_for(state="attached")
+            page.evaluate(give, ["drop", base64.b64encode(PNG[:300]).decode()])
+            page.locator("#error", has_text="damaged").wait_for()
+    except AssertionError as error:  # the browser itself notes the answer 400
+        wrong.append(str(error))
+    assert all("400" in text for text in wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_small_screens_and_colours_in_a_browser(shipped, scheme):
+    _, port = shipped
+    with opened(port, viewport={"width": 360, "height": 700}, color_scheme=scheme) as page:
+        page.click("#photos [data-path*='cat.jpg']")
+        explained(page, "tokentm,")
+        assert page.evaluate("document.documentElement.scrollWidth") == 360
+        small = "all => all.filter(e => e.offsetParent && e.getBoundingClientRect().height < 24).map(e => e.outerHTML)"
+        assert page.locator("button, select, input").evaluate_all(small) == []
+        bare = "all => all.filter(e => !e.labels?.length && !e.ariaLabel).map(e => e.outerHTML)"
+        assert page.locator("select, input").evaluate_all(bare) == []
+        pairs = page.evaluate(
+            """() => [...document.querySelectorAll('h1, p, label, button span, button.main, figcaption, footer')]
+              .filter(e => e.offsetParent && e.textContent.trim()).map(e => {
+                let ground = e;
+                while (getComputedStyle(ground).backgroundColor === 'rgba(0, 0, 0, 0)') ground = ground.parentElement;
+                return [getComputedStyle(e).color, getComputedStyle(ground).backgroundColor];
+              })"""
+        )
+        for pair in pairs:
+            light, dark = sorted((luminance(colour) for colour in pair), reverse=True)
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, pair  # WCAG AA
+
+
+def luminance(colour):
+    """Of "rgb(1, 2, 3)", as WCAG has it."""
+    parts = np.array([int(n) for n in re.findall(r"\d+", colour)[:3]]) / 255
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])

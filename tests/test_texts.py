@@ -1,0 +1,284 @@
+"""Text models: what `transformers` answers, the contract of every method, TokenTM of post-norm blocks, words."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from conftest import CHEAP, mostly_slow
+
+import tokentm_jax as tm
+from tokentm_jax.methods.table import METHODS
+from tokentm_jax.models.bert import Bert, init_bert
+
+pytest.importorskip("tokenizers")
+GOLDENS = Path(__file__).parent / "goldens/texts"
+ANSWERS = dict(np.load(GOLDENS / "answers.npz"))
+TEXTS = {
+    name: [tuple(t) if isinstance(t, list) else t for t in texts]
+    for name, texts in json.loads((GOLDENS / "texts.json").read_text()).items()
+}
+KINDS = sorted(path.name for path in GOLDENS.iterdir() if path.is_dir())
+REFUSE = {"rise": "grid of patches", "kernel_shap": "texts differ in"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_are_those_of_the_library(kind):
+    text = tm.load_text(GOLDENS / kind)
+    tokens = text.read(TEXTS[kind])
+    mask = ANSWERS[f"{kind}/mask"]
+    assert tokens.ids.shape[1] == 16 and not tokens.mask[:, mask.shape[1] :].any()
+    np.testing.assert_array_equal(tokens.mask[:, : mask.shape[1]], mask)
+    np.testing.assert_array_equal(tokens.ids[tokens.mask], ANSWERS[f"{kind}/ids"][mask])
+    np.testing.assert_allclose(text.logits(tokens), ANSWERS[f"{kind}/outputs"], atol=2e-5)
+    labelled = kind != "bert_encoder"
+    assert text.class_names == (tuple(f"label {i}" for i in range(5)) if labelled else None)
+
+
+@pytest.mark.slow
+def test_the_real_encoder(shared):
+    text = tm.load_text(shared / "data/text")
+    tokens = text.read(TEXTS["minilm"])
+    np.testing.assert_array_equal(tokens.ids[tokens.mask], ANSWERS["minilm/ids"][ANSWERS["minilm/mask"]])
+    hidden = tm.capture(
+        text.module, text.params, tokens, fields=["attention", "tokens", "final_tokens"], gradients=False
+    )
+    np.testing.assert_allclose(hidden.tokens[-1][tokens.mask], ANSWERS["minilm/hidden"], atol=1e-4)
+
+
+# ---- every method ---------------------------------------------------------------------------------------------------
+
+
+def batch(lengths, size):
+    """Random texts; each depends on its length alone."""
+    ids, types = np.zeros((2, len(lengths), size), np.int32)
+    mask, special = np.zeros(ids.shape, bool), np.ones(ids.shape, bool)
+    for row, length in enumerate(lengths):
+        ids[row, :length] = np.random.default_rng(length).integers(5, 30, length)
+        types[row, length // 2 : length] = 1
+        mask[row, :length], special[row, 1 : length - 1] = True, False
+    return tm.Tokens(ids, mask, types, special)
+
+
+@pytest.fixture(scope="module", params=["token", pytest.param("avg", marks=pytest.mark.slow)])
+def bert(request):
+    options = {} if request.param == "token" else {"pooler": None, "embedding_size": 8}
+    module = Bert(30, 16, 16, 2, 2, 24, 3, mask_id=3, pool=request.param, **options)
+    params = jax.tree.map(lambda a: a * 8 if a.ndim > 1 else a + 0.1, init_bert(module, jax.random.key(0)))
+    return module, params
+
+
+QUICK = ("tokentm", "attn_lrp")
+CASES = mostly_slow([m for m in METHODS if m not in REFUSE], QUICK)
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_contract(bert, method):
+    module, params = bert
+    explain = jax.jit(tm.explain_fn(module, method, **{**CHEAP.get(method, {}), **ROLLOUT.get(method, {})}))
+    tokens, classes = batch([5, 8, 4], 8), jnp.array([0, 1, 2], jnp.int32)
+    scores = explain(params, tokens, classes)
+    assert scores.shape == (3, 8) and scores.dtype == jnp.float32 and np.isfinite(scores).all()
+    assert not np.asarray(scores)[~tokens.mask].any()
+    assert any(np.ptp(row[mask]) > 0 for row, mask in zip(np.asarray(scores), tokens.mask, strict=True))
+    # A text alone, and whatever stands behind it.
+    tolerance = {"rtol": 2e-2 if method.endswith("lrp") else 1e-3, "atol": 2e-4 * float(jnp.abs(scores[0]).max())}
+    for size in (5, 11):
+        alone = explain(params, batch([5], size), classes[:1])
+        np.testing.assert_allclose(alone[0, :5], scores[0, :5], **tolerance)
+    # A class per sample, and what cannot be read.
+    changed = explain(params, tokens._replace(ids=np.where(tokens.ids == tokens.ids[1, 3], 99, tokens.ids)), classes)
+    assert np.isnan(changed[1]).all()
+    moved = explain(params, tokens, jnp.array([1, 1, 3], jnp.int32))
+    np.testing.assert_allclose(moved[1], scores[1], rtol=1e-5)
+    assert np.isnan(moved[2]).all()
+    assert (np.abs(moved[0] - scores[0]).max() > 0) == METHODS[method].class_specific
+
+
+ROLLOUT = {"rollout": {"discard_ratio": 0.2}}
+
+
+@pytest.mark.parametrize("method", REFUSE)
+def test_methods_of_images_refuse(bert, method):
+    for name, options, message in (
+        (method, {}, REFUSE[method]),
+        ("occlusion", {"fill": "blur"}, "are for images"),
+        ("token_dropping", {"window": 2}, "one by one"),
+    ):
+        with pytest.raises(tm.InputError, match=message):  # past the sentence that lists all that work
+            METHODS[name].bind(name, options)(*bert, batch([4], 4), None)
+
+
+# ---- TokenTM --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"heads": "each", "direction": "softmax"},
+        {"norms": False, "weights": "alignment"},
+        *(
+            pytest.param(options, marks=pytest.mark.slow)
+            for options in (
+                {"norms": False},
+                {"attention": "plain", "first_block": 1},
+                {"weights": "entropy"},
+                {"weights": "distance_from_mean", "ffn": False},
+                {"weights": "alignment"},
+                {"weights": lambda original, transformed: jnp.abs(transformed).max(-1) / jnp.abs(original).max(-1)},
+            )
+        ),
+    ],
+    ids=lambda options: ",".join(options),
+)
+def test_tokentm_of_post_norm_blocks_is_the_slow_loop(bert, options):
+    module, params = bert
+    tokens, target = batch([6, 4], 8), jnp.array([1, 2], jnp.int32)
+    scores = jax.jit(tm.explain_fn(module, "tokentm", **options))(params, tokens, target)
+    fields = ["attention", "attention_grad", "tokens", "token_grads", "final_tokens", "value", "value_kernel"]
+    fields += ["output_kernel", "attention_branch", "ffn_branch", "transformed_value", "normalised", "middle", "after"]
+    trace = jax.jit(lambda p, t: tm.capture(module, p, t, target, fields))(params, tokens)
+    for sample, count in enumerate((6, 4)):
+        blocks = {}
+        for name, array in trace.blocks()._asdict().items():
+            if array is None or name == "seen":
+                continue
+            array = np.asarray(array, np.float64)
+            if not name.endswith("_kernel"):  # the tokens of the text alone
+                array = array[:, sample]
+                array = (
+                    array[..., :count, :count] if "attention" in name and array.ndim == 4 else array[..., :count, :]
+                )
+            blocks[name] = array
+        full = oracle.full_map(blocks, blocks["tokens"][0], **options)
+        row = full[0] if module.pool == "token" else full.mean(0)
+        np.testing.assert_allclose(scores[sample, :count], row, rtol=1e-3, atol=1e-5 * np.abs(row).max())
+
+
+def test_weights_are_checked(bert):
+    for options, message in (
+        ({"weights": "entropi"}, "'entropy', 'alignment' or 'distance_from_mean'"),
+        ({"weights": "entropy", "heads": "each"}, "heads='each' has none"),
+    ):
+        with pytest.raises(tm.InputError, match=message):
+            tm.explain_fn(bert[0], "tokentm", **options)
+
+
+# ---- words ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def text():
+    return tm.load_text(GOLDENS / "distilbert")
+
+
+def test_words_are_those_of_the_text(text):
+    texts = ["A funny  film, well!", "漢字 <b>dull</b> \u202bשלום\u202c é"]
+    scores = np.arange(40.0).reshape(2, 20)
+    first, second = tm.words(text, texts, scores)
+    assert [w.text for w in first] == ["A", "funny", "film", ",", "well", "!"]
+    assert [w.score for w in first] == [1, 2 + 3, 4, 5, 6 + 7, 8]
+    assert [w.score for w in tm.words(text, texts, scores, "max")[0]] == [1, 3, 4, 5, 7, 8]
+    assert [w.text for w in second][:5] == ["漢", "字", "<", "b", ">"] and "שלום" in [w.text for w in second]
+    for given, found in zip(texts, (first, second), strict=True):
+        assert all(given[w.start : w.end] == w.text for w in found)
+    pair = [("a film", "is dull")]
+    assert [(w.text, w.part, w.start) for w in tm.words(text, pair, scores[:1])[0]] == [
+        ("a", 0, 0), ("film", 0, 2), ("is", 1, 0), ("dull", 1, 3)
+    ]  # fmt: skip
+
+
+def test_a_text_like_a_photo(text):
+    tokens = text.read(TEXTS["distilbert"])
+    scores, details = tm.explain(text, tokens, details=True)
+    np.testing.assert_array_equal(details["target"], np.asarray(text.logits(tokens)).argmax(-1))
+    alone = tm.explain(text, text.read(TEXTS["distilbert"][1]), target=text.class_index("label 2"))
+    assert alone.shape[0] == 1 and scores.shape == tokens.ids.shape
+    versus = tm.explain(text, tokens, score=tm.scores.Versus(1), target=0)
+    assert np.isfinite(versus).all() and not np.allclose(versus, scores)
+    assert text.class_name(2) == "label 2"
+    encoder = tm.load_text(GOLDENS / "bert_encoder")
+    with pytest.raises(tm.InputError, match="gives features and no classes"):
+        tm.explain(encoder, encoder.read("a film"))
+    assert tm.explain(encoder, encoder.read("a film"), score=tm.scores.Channel(1)).shape == (1, 16)
+
+
+def test_long_texts_are_cut_with_a_notice(text):
+    with pytest.warns(UserWarning, match="1 of 2 texts have more than the 24 tokens of distilbert, and were cut"):
+        tokens = text.read(["a film", "a film " * 100])
+    assert tokens.ids.shape == (2, 24) and tokens.ids[1, -1] == 4  # [SEP] stays
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ([], "must be a text or a list of texts"),
+        (7, "must be a text or a list of texts"),
+        (["a", " "], "text 2 must be a text with a word at least"),
+        (["a", None], "text 2 must be a text"),
+        (["a" * 1_000_001], "more than 1000000 characters"),
+        (["\ud800"], "text 1 is no valid Unicode"),
+    ],
+)
+def test_bad_texts_are_one_sentence(text, texts, message):
+    with pytest.raises(tm.InputError, match=message):
+        text.read(texts)
+
+
+def test_bad_tokens_are_one_sentence(text):
+    good = text.read("a film")
+    for bad, message in (
+        (good.ids, "expected what its `read` gives"),
+        (good._replace(ids=good.ids[0]), r"four arrays \[B, N\]"),
+        (good._replace(ids=good.ids + 99), "ids of tokens must be from 0 to 20"),
+        (good._replace(mask=~good.mask), "padding stands behind"),
+        (tm.Tokens(*(np.repeat(a, 2, 1) for a in good)), "at most 24 a text, got 32"),
+    ):
+        with pytest.raises(tm.InputError, match=message):
+            tm.explain(text, bad)
+    with pytest.raises(tm.InputError, match=r"scores must be \[1, N\]"):
+        tm.words(text, "a film", np.zeros((2, 16)))
+    with pytest.raises(tm.InputError, match="merge must be one of"):
+        tm.words(text, "a film", np.zeros((1, 16)), "median")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: (f / "config.json").unlink(), "holds no text model"),
+        (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
+        (lambda f: (f / "tokenizer.json").write_text("{}"), "no tokenizer that can be used"),
+        (lambda f: edited(f, model_type="vit"), "model type 'vit' is not supported"),
+        (lambda f: edited(f, model_type="roberta", pad_token_id=99), "'pad_token_id' must be one of the 24 positions"),
+        (lambda f: edited(f, num_attention_heads=3), "must be a multiple of the number of heads, 3"),
+        (lambda f: edited(f, hidden_act="mish"), "'hidden_act' must be one of"),
+        (lambda f: edited(f, position_embedding_type="relative_key"), "nothing else is supported"),
+        (lambda f: edited(f, id2label={"0": "a"}), "'id2label' names 1 classes of 5"),
+        (lambda f: edited(f, num_hidden_layers=3), r"missing: blocks\.2\."),
+        (lambda f: (f / "model.safetensors").unlink(), "has no weights"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"{" * 99), "damaged or incomplete"),
+    ],
+)
+def test_a_wrong_folder_is_one_sentence(tmp_path, change, message):
+    folder = tmp_path / "bert"
+    shutil.copytree(GOLDENS / "bert", folder)
+    change(folder)
+    with pytest.raises(tm.InputError, match=message):
+        tm.load_text(folder)
+
+
+def edited(folder, **fields):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+def test_a_folder_of_the_other_kind():
+    with pytest.raises(tm.InputError, match=r"tm\.load_text loads it"):
+        tm.load(str(GOLDENS / "bert"))
+    with pytest.raises(tm.InputError, match="must be 5 texts, one per class, got 1"):
+        tm.load_text(GOLDENS / "bert", class_names=["a"])

@@ -1,0 +1,86 @@
+# pyright: strict
+"""A user's program, for `pyright` in strict mode: every public name has types that are known. Nobody runs it."""
+
+from pathlib import Path
+from typing import Any, assert_type
+
+import jax
+import numpy as np
+
+import tokentm_jax as tm
+
+
+def loading(path: Path) -> tm.LoadedViT:
+    vit = tm.load("deit_tiny_patch16_224", path, class_names=["cat", "dog"], dtype="bfloat16")
+    assert_type(vit, tm.LoadedViT)
+    assert_type(vit.module, tm.ViT)
+    assert_type(vit.preprocessing, tm.Preprocessing)
+    assert_type(vit.class_index("cat"), int)
+    assert_type(vit.class_name(3), str)
+    assert_type(vit.logits(vit.read(path)), jax.Array)
+    module = tm.build({"depth": 2})
+    assert_type(tm.ARCHITECTURES[next(iter(tm.ARCHITECTURES))][1], tm.Preprocessing)
+    tm.init_params(module, jax.random.key(0))
+    params: Any = tm.read_checkpoint(module, path)
+    tm.write_checkpoint(path, module, params, vit.preprocessing)
+    return vit
+
+
+def explaining(vit: tm.LoadedViT, path: Path) -> jax.Array:
+    images = vit.read([path])
+    maps: jax.Array = tm.explain(vit, images, "tokentm", target=3, score=tm.scores.Versus(4))
+    explain = tm.explain_fn(vit.module, "gae", score=tm.scores.class_logit)
+    maps = explain(vit.params, images, np.array([3]))
+    assert_type(tm.methods_for(vit.module, vit.params, images), list[str])
+    assert_type(tm.METHODS["tokentm"].passes, str)
+    assert_type(tm.to_pixels(maps, (32, 32)), jax.Array)
+    both = tm.combine([maps, maps], "mean")
+    figure = tm.show(path, vit, ["tokentm"], maps=(maps, {}))
+    assert_type(figure.rows[0][0].title, str)
+    figure.save(path)
+    stored = tm.open_maps(path)
+    assert_type(len(stored), int)
+    return both
+
+
+def reading(folder: Path) -> list[list[tm.Word]]:
+    text = tm.load_text(folder)
+    assert_type(text, tm.LoadedText)
+    assert_type(text.module, tm.Bert)
+    tokens = text.read(["a funny film", "it is dull"])
+    assert_type(tokens, tm.Tokens)
+    assert_type(text.logits(tokens), jax.Array)
+    scores: jax.Array = tm.explain(text, tokens, "tokentm", weights=tm.weights.entropy)
+    found = tm.words(text, ["a funny film", "it is dull"], scores)
+    assert_type(found[0][0].text, str)
+    assert_type(tm.Spectrogram(sampling_rate=8000).hop, int)
+    return found
+
+
+def mathematics(vit: tm.LoadedViT, images: jax.Array) -> tm.Trace:
+    assert_type(tm.TokenTM(ffn=False).ffn, bool)
+    options: Any = tm.READINGS[next(iter(tm.READINGS))]
+    trace = tm.capture(vit.module, vit.params, images)
+    blocks: Any = trace
+    assert_type(tm.contributions(blocks, None, images), jax.Array)
+
+    def forward(params: Any, images: jax.Array, tap: Any) -> jax.Array:
+        return images
+
+    tm.explain_fn(tm.PlainModel(forward, (2, 3)), "occlusion", **options)
+    return trace
+
+
+def runs(mesh: jax.sharding.Mesh, vit: tm.LoadedViT) -> None:
+    rows: list[tm.Row] = [*tm.PAPER_ROWS, *tm.COMPONENT_ROWS, *tm.CHOICE_ROWS, *tm.READING_ROWS, *tm.MIX_ROWS]
+    rows += [*tm.WEIGHT_ROWS, *tm.TEXT_ROWS]
+    rows += [*tm.rows("gae"), *tm.depth_rows(12), *tm.sanity_rows(12, "gae")]
+    for config in (tm.EvaluateConfig, tm.TrainConfig, tm.LeaderboardConfig, tm.TextEvaluateConfig, tm.TextTrainConfig):
+        assert_type(config.__name__, str)
+    tm.over_devices(tm.explain_fn(vit.module))
+    tm.over_width(vit.params, mesh)
+    try:
+        loading(Path("weights.safetensors"))
+    except tm.InputError as error:
+        assert_type(str(error), str)
+    assert_type(tm.__version__, str)
