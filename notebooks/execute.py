@@ -1,17 +1,26 @@
-"""Execute every notebook of this folder in place of a reader; an error in any cell is fatal.
+"""Execute the notebooks of this folder in place of a reader; an error in any cell is fatal.
 
-With --write the executed notebooks, with their pictures, replace the files.
+python notebooks/execute.py                       # all
+python notebooks/execute.py 2_equations --write   # one; with its outputs it replaces the file
 """
 
 import sys
+import time
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
 
+named = [name for name in sys.argv[1:] if not name.startswith("--")]
 for path in sorted(Path(__file__).parent.glob("*.ipynb")):
+    if named and path.stem not in named:
+        continue
+    began = time.monotonic()
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute()
     if "--write" in sys.argv:
+        for cell in notebook.cells:
+            cell.metadata.pop("execution", None)  # times, which are others at every run
         nbformat.write(notebook, path)
-    print(f"{path.name}: {sum(cell.cell_type == 'code' for cell in notebook.cells)} cells executed")
+    count = sum(cell.cell_type == "code" for cell in notebook.cells)
+    print(f"{path.name}: {count} cells executed in {time.monotonic() - began:.0f} s", flush=True)
