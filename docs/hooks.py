@@ -1,16 +1,19 @@
-"""What MkDocs does beside its plugins: equations become MathML, the help of the commands becomes a page, and
-pictures of the notebooks are files of the site, too.
+"""What MkDocs does beside its plugins: equations become MathML, the help of the commands becomes a page, and so does
+every notebook, as it was executed.
 
 MathML is made when the site is built, so that a page needs neither JavaScript nor another server to show it.
 """
 
 import html
+import io
 import re
 from pathlib import Path
 
 import click
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
+from nbconvert import MarkdownExporter
+from PIL import Image, ImageOps
 
 from tokentm_jax.cli.main import main
 
@@ -23,7 +26,28 @@ EQUATION = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>'
 def on_files(files, config):
     for name in PICTURES:
         files.append(File.generated(config, f"images/{name}", abs_src_path=str(ROOT / "notebooks" / name)))
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        for name, content in _notebook(path):
+            files.append(File.generated(config, f"notebooks/{name}", content=content))
     return files
+
+
+def _notebook(path):
+    """A notebook as a page, and its pictures: name and content of each."""
+    place = {"unique_key": path.stem, "output_files_dir": path.stem}
+    text, resources = MarkdownExporter().from_filename(str(path), resources=place)
+    text = text.replace("](../docs/", "](../").replace("![jpeg](", "![What the cell drew](")
+    pictures = resources["outputs"]
+    covers = [(f"{path.stem}/cover.jpg", _cover(list(pictures.values())[-1]))] if pictures else []
+    return [(f"{path.stem}.md", text.replace("![png](", "![What the cell drew](")), *pictures.items(), *covers]
+
+
+def _cover(content):
+    """A notebook's last picture, for the gallery: 480 x 270 pixels."""
+    picture = ImageOps.pad(Image.open(io.BytesIO(content)).convert("RGB"), (480, 270), color="white")
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=80)
+    return file.getvalue()
 
 
 def on_page_markdown(markdown, **_):
