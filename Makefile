@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-kills fuzz bench lint docs lock clean
+.PHONY: demo test test-slow test-kills fuzz bench lint docs lock lowest clean
 
 # The environment that was tested: every package at the version of requirements.lock.
 .venv/ready: requirements.lock pyproject.toml
@@ -39,7 +39,8 @@ bench: .venv/ready  ## benchmarks into tests/benchmark/results: half an hour on 
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pyright --pythonpath $(BIN)/python tests/typed_use.py  # strict: what users see
 
 # What the tests do not need; pages, links and references that do not exist end it.
 .venv/docs: .venv/ready
@@ -51,7 +52,16 @@ docs: .venv/docs  ## the documentation, into out/site
 	@echo "out/site/index.html"
 
 lock:  ## refresh requirements.lock (needs uv)
-	uv pip compile pyproject.toml --group dev --group docs --extra hub --extra data --extra text --universal --python-version 3.11 --no-annotate -o requirements.lock
+	uv pip compile pyproject.toml --group dev --group docs --extra hub --extra data --extra text --extra serve --extra report --universal --python-version 3.11 --no-annotate -o requirements.lock
+
+# Old packages meet new ones here, which warn of each other: warnings are no errors.
+LOWEST := methods photos figure tokentm interface show checkpoint shipped serve scores cli
+lowest:  ## a part of the tests with the lowest versions that pyproject.toml allows (needs uv)
+	uv venv --quiet --clear --python 3.11 out/lowest
+	uv pip compile --quiet pyproject.toml --resolution lowest-direct --extra serve --python-version 3.11 -o out/lowest.txt
+	uv pip install --quiet --python out/lowest/bin/python -r out/lowest.txt pytest hypothesis sybil equinox
+	uv pip install --quiet --python out/lowest/bin/python --no-deps .
+	out/lowest/bin/python -m pytest -p no:anyio -o filterwarnings= $(LOWEST:%=tests/test_%.py)
 
 clean:
 	rm -rf .venv out
