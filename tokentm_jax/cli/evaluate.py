@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tokentm_jax.cli.options import MODELS_HELP, PATH, TEXT, class_names, make_folder, start_jax
+from tokentm_jax.cli.options import MODELS_HELP, PATH, TEXT, class_names, make_folder, names_of, start_jax
 from tokentm_jax.cli.recipes import read_recipe
 from tokentm_jax.cli.terminal import complain, running_table, show_results
 from tokentm_jax.errors import InputError
@@ -67,7 +67,7 @@ def evaluate(
                 raise InputError(f"{name} is for images, and the recipe {recipe} is for texts")
         changes = {"model": model, "data": data, "limit": limit, "batch_size": batch_size}
         config = dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
-        _evaluate_text(config if methods is None else select(config, methods.split(",")), out)
+        _evaluate_text(config if methods is None else select(config, names_of(methods)), out)
         return
     if model is not None or checkpoint is not None:  # another model's checkpoint would not fit
         config = dataclasses.replace(
@@ -83,7 +83,7 @@ def evaluate(
     }
     config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
     if methods is not None:
-        config = select(config, [name.strip() for name in methods.split(",")])
+        config = select(config, names_of(methods))
     check(config)
     start_jax()
     stored = [open_maps(path) for path in maps]

@@ -1,48 +1,57 @@
 """`tokentm explain` and `tokentm explain-audio`: heatmaps of photos and of recordings."""
 
 import json
+from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import click
 
 from tokentm_jax.cli.heatmaps import Writer, columns_of, fail, output_names, print_result, sheet_names
-from tokentm_jax.cli.options import MODELS_HELP, PATH, class_names, make_folder, parse_options, start_jax
+from tokentm_jax.cli.options import MODELS_HELP, PATH, class_names, make_folder, methods_of, parse_options, start_jax
 from tokentm_jax.cli.terminal import running
-from tokentm_jax.errors import InputError, suggest
+from tokentm_jax.errors import InputError
 
+OF_OPTION = "Option of the method; repeatable."
 HEARS = "spoken_digits"  # the shipped model of recordings
+
+
+def _shared(thing: str, model: str, checkpoint: str, *more: Any, target: Sequence[str] = ("--target",)) -> Any:
+    """The options of both commands, in the order of their help, with `more` in their midst."""
+    of_target = f"Class to explain, by number or name; default: each {thing}'s predicted class."
+    of_method = "A method, several as a,b,c, or 'all'."
+    options = [
+        click.option("--model", help=model),
+        click.option("--checkpoint", type=PATH, help=checkpoint),
+        click.option("--method", default="tokentm", show_default=True, help=of_method),
+        click.option(*target, "target", help=of_target),
+        click.option("--versus", metavar="CLASS", help="Explain why the class, and not this other one."),
+        *more,
+        click.option("--out", type=PATH, default="explanations", show_default=True, help="Folder."),
+        click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help=OF_OPTION),
+        click.option("--batch-size", type=click.IntRange(1, 1024), default=8, show_default=True),
+        class_names,
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON document in place of tables."),
+    ]
+
+    def add(command: Any) -> Any:
+        return reduce(lambda given, option: option(given), reversed(options), command)
+
+    return add
 
 
 @click.command()
 @click.argument("photos", nargs=-1, required=True, metavar="PHOTO...")
-@click.option("--model", help=MODELS_HELP)
-@click.option("--checkpoint", type=PATH, help="Weights; default: the shipped model.")
-@click.option("--method", default="tokentm", show_default=True, help="A method, several as a,b,c, or 'all'.")
-@click.option("--target", help="Class to explain, by number or name; default: each photo's predicted class.")
-@click.option("--versus", metavar="CLASS", help="Explain why the class, and not this other one.")
-@click.option(
-    "--text", "prompts", multiple=True, metavar="PROMPT", help="Explain a prompt, with CLIP or SigLIP; repeatable."
+@_shared(
+    "photo",
+    MODELS_HELP,
+    "Weights; default: the shipped model.",
+    click.option(
+        "--text", "prompts", multiple=True, metavar="PROMPT", help="Explain a prompt, with CLIP or SigLIP; repeatable."
+    ),
 )
-@click.option("--out", type=PATH, default="explanations", show_default=True, help="Folder.")
-@click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Option of the method; repeatable.")
-@click.option("--batch-size", type=click.IntRange(1, 1024), default=8, show_default=True)
-@class_names
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document in place of tables.")
-def explain(
-    photos: tuple[str, ...],
-    model: str | None,
-    checkpoint: Path | None,
-    method: str,
-    target: str | None,
-    versus: str | None,
-    prompts: tuple[str, ...],
-    out: Path,
-    options: tuple[str, ...],
-    batch_size: int,
-    classes: Path | None,
-    as_json: bool,
-) -> None:
+def explain(photos: tuple[str, ...], **given: Any) -> None:
     """Show the top five classes of photos and write heatmaps.
 
     PHOTO is a file, a folder or a pattern. For each photo, <name>.png (photo, heatmap, both) and <name>.npz (the
@@ -58,38 +67,18 @@ def explain(
       tokentm explain cat.jpg --model hf-hub:openai/clip-vit-base-patch32 --text "a cat" --text "whiskers"
       tokentm explain cat.jpg --option ffn=false --json
     """
-    _explain(
-        "photo", photos, model, checkpoint, method, target, versus, prompts, out, options, batch_size, classes, as_json
-    )
+    _explain("photo", photos, **given)
 
 
 @click.command("explain-audio")
 @click.argument("recordings", nargs=-1, required=True, metavar="FILE.wav...")
-@click.option("--model", help=f"{MODELS_HELP[:-1]}, else {HEARS}.")
-@click.option("--checkpoint", type=PATH, help=f"Weights; default: the shipped model {HEARS}.")
-@click.option("--method", default="tokentm", show_default=True, help="A method, several as a,b,c, or 'all'.")
-@click.option(
-    "--class", "target", help="Class to explain, by number or name; default: each recording's predicted class."
+@_shared(
+    "recording",
+    f"{MODELS_HELP[:-1]}, else {HEARS}.",
+    f"Weights; default: the shipped model {HEARS}.",
+    target=("--class", "--target"),
 )
-@click.option("--versus", metavar="CLASS", help="Explain why the class, and not this other one.")
-@click.option("--out", type=PATH, default="explanations", show_default=True, help="Folder.")
-@click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Option of the method; repeatable.")
-@click.option("--batch-size", type=click.IntRange(1, 1024), default=8, show_default=True)
-@class_names
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document in place of tables.")
-def explain_audio(
-    recordings: tuple[str, ...],
-    model: str | None,
-    checkpoint: Path | None,
-    method: str,
-    target: str | None,
-    versus: str | None,
-    out: Path,
-    options: tuple[str, ...],
-    batch_size: int,
-    classes: Path | None,
-    as_json: bool,
-) -> None:
+def explain_audio(recordings: tuple[str, ...], model: str | None, checkpoint: Path | None, **given: Any) -> None:
     """Show the top five classes of recordings and write heatmaps over their spectrograms.
 
     FILE.wav is a file, a folder or a pattern. For each recording, <name>.png (spectrogram, heatmap, both, with time
@@ -104,37 +93,24 @@ def explain_audio(
     """
     if model is None and checkpoint is None:
         model = HEARS
-    _explain(
-        "recording",
-        recordings,
-        model,
-        checkpoint,
-        method,
-        target,
-        versus,
-        (),
-        out,
-        options,
-        batch_size,
-        classes,
-        as_json,
-    )
+    _explain("recording", recordings, model=model, checkpoint=checkpoint, **given)
 
 
 def _explain(
     what: str,
     files: tuple[str, ...],
+    *,
     model: str | None,
     checkpoint: Path | None,
     method: str,
     target: str | None,
     versus: str | None,
-    prompts: tuple[str, ...],
     out: Path,
     options: tuple[str, ...],
     batch_size: int,
     classes: Path | None,
     as_json: bool,
+    prompts: tuple[str, ...] = (),
 ) -> None:
     """What both commands do; `what` is "photo" or "recording"."""
     from tokentm_jax.data import audio
@@ -142,11 +118,8 @@ def _explain(
     from tokentm_jax.methods.table import METHODS
     from tokentm_jax.models.loading import load
 
-    chosen = list(METHODS) if method == "all" else list(dict.fromkeys(m.strip() for m in method.split(",")))
-    settings = parse_options(options)
+    chosen, settings = methods_of(method), parse_options(options)
     for name in chosen:
-        if name not in METHODS:
-            raise suggest("method", name, METHODS)
         METHODS[name].bind(name, settings)  # an unknown option is noticed before any work
     if prompts and (target, versus) != (None, None):
         raise InputError("--text explains a prompt: leave out --target and --versus")

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tokentm_jax.cli.heatmaps import softmax
-from tokentm_jax.cli.options import PATH, TEXT, parse_options, start_jax
+from tokentm_jax.cli.options import PATH, TEXT, methods_of, parse_options, start_jax
 from tokentm_jax.cli.terminal import complain, console, memory_errors, running
-from tokentm_jax.errors import InputError, printable, suggest
+from tokentm_jax.errors import InputError, printable
 from tokentm_jax.files import write_text
 
 if TYPE_CHECKING:
@@ -54,11 +54,8 @@ def explain_text(
     from tokentm_jax.methods.table import METHODS as TABLE
     from tokentm_jax.models.texts import load_text
 
-    chosen = list(TABLE) if method == "all" else list(dict.fromkeys(m.strip() for m in method.split(",")))
-    settings = parse_options(options)
+    chosen, settings = methods_of(method), parse_options(options)
     for name in chosen:
-        if name not in TABLE:
-            raise suggest("method", name, TABLE)
         TABLE[name].bind(name, settings)
     given = [line for text in texts for line in (_lines() if text == "-" else [text])]
     start_jax()

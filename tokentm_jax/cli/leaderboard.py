@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from tokentm_jax.cli.options import PATH, TEXT, class_names, make_folder, start_jax
+from tokentm_jax.cli.options import PATH, TEXT, class_names, make_folder, names_of, start_jax
 from tokentm_jax.cli.recipes import read_recipe
 from tokentm_jax.cli.terminal import running_table, show_results
 
@@ -45,7 +45,7 @@ def leaderboard(
 
     config = read_recipe(recipe, LeaderboardConfig)
     if methods is not None:
-        config = select(config, [name.strip() for name in methods.split(",")])
+        config = select(config, names_of(methods))
     given = {"checkpoint": None if checkpoint is None else str(checkpoint), "batch_size": batch_size}
     given = {name: value for name, value in given.items() if value is not None}
     runs = [dataclasses.replace(run, **given) for run in config.runs]

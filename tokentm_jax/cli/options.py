@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from tokentm_jax.errors import InputError
+from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.files import reason
 
 MODELS_HELP = "Timm name, shipped model or hf-hub:timm/NAME (see `tokentm models`); default: the checkpoint's own."
@@ -29,6 +29,22 @@ class Given(click.ParamType):
 
 PATH, TEXT = Given(Path), Given(str)
 class_names = click.option("--classes", type=PATH, help="Class names: .json, or .txt with one per line.")
+
+
+def names_of(text: str) -> list[str]:
+    """The names in "a, b, c", each once."""
+    return list(dict.fromkeys(name.strip() for name in text.split(",")))
+
+
+def methods_of(text: str) -> list[str]:
+    """The methods in "a, b, c", or all of them for "all". Raises InputError for one that does not exist."""
+    from tokentm_jax.methods.table import METHODS
+
+    names = list(METHODS) if text == "all" else names_of(text)
+    for name in names:
+        if name not in METHODS:
+            raise suggest("method", name, METHODS)
+    return names
 
 
 def parse_options(texts: Sequence[str]) -> dict[str, bool | int | float | str | None]:

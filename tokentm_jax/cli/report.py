@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from tokentm_jax.cli.options import MODELS_HELP, PATH, TEXT, class_names, start_jax
-from tokentm_jax.errors import InputError, printable, suggest
+from tokentm_jax.cli.options import MODELS_HELP, PATH, TEXT, class_names, methods_of, names_of, start_jax
+from tokentm_jax.errors import InputError, printable
 
 METHODS_SHOWN = ("tokentm", "gae", "attn_lrp", "legrad", "transformer_attribution", "rollout")
 
@@ -65,15 +65,11 @@ def report(
         if str(error.name).startswith("tokentm_jax"):
             raise
         raise InputError(f"tokentm report needs the package {error.name}: pip install 'tokentm-jax[report]'") from None
-    from tokentm_jax.methods.table import METHODS
     from tokentm_jax.metrics.tasks import rows
     from tokentm_jax.models.loading import load
 
-    chosen = None if methods is None else list(dict.fromkeys(name.strip() for name in methods.split(",")))
     kind = _kind(what)
-    for name in chosen or ():
-        if kind == "photos" and name not in METHODS:
-            raise suggest("method", name, METHODS)
+    chosen = None if methods is None else (methods_of if kind == "photos" else names_of)(methods)
     source = click.get_current_context().get_parameter_source
     for option, *kinds in (
         ("target", "photos"),

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from tokentm_jax.cli.options import MODELS_HELP, PATH, TEXT, class_names, start_jax
-from tokentm_jax.errors import InputError, printable, suggest
+from tokentm_jax.cli.options import MODELS_HELP, PATH, TEXT, class_names, methods_of, start_jax
+from tokentm_jax.errors import InputError, printable
 from tokentm_jax.files import reason
 
 QUICK = (  # methods of a few passes, each family once or twice
@@ -67,14 +67,9 @@ def serve(
         if str(error.name).startswith("tokentm_jax"):
             raise
         raise InputError(f"tokentm serve needs the package {error.name}: pip install 'tokentm-jax[serve]'") from None
-    from tokentm_jax.methods.table import METHODS
     from tokentm_jax.models.loading import load
 
-    chosen = list(METHODS) if methods == "all" else [m.strip() for m in (methods or ",".join(QUICK)).split(",")]
-    chosen = list(dict.fromkeys(chosen))
-    for name in chosen:
-        if name not in METHODS:
-            raise suggest("method", name, METHODS)
+    chosen = methods_of(methods or ",".join(QUICK))
     with _listening(host, port) as listening:
         start_jax()
         vit = load(model, checkpoint, class_names=classes)
