@@ -15,8 +15,17 @@ from tokentm_jax import PAPER_ROWS, EvaluateConfig, rows
 
 CHEAP = (
     *PAPER_ROWS,
-    *rows("grad_cam_tokens", "attn_lrp", "res_lrp", "libra_full_grad", "libra_attcat", "libra_gae", "libra_grad_cam"),
-    *rows("legrad", "beyond_intuition", "input_gradient", "gradient_x_input", "smooth_grad", "integrated_gradients"),
+    *rows("grad_cam_tokens", "attn_lrp", "res_lrp", "libra_full_grad", "libra_attcat", "libra_tokentm"),
+    *rows(
+        "libra_gae",
+        "libra_grad_cam",
+        "legrad",
+        "beyond_intuition",
+        "input_gradient",
+        "gradient_x_input",
+        "smooth_grad",
+        "integrated_gradients",
+    ),
     *rows("occlusion", "token_dropping", "tokentm_mix", "combination"),
 )
 

@@ -34,6 +34,7 @@ METHODS = {
     "res_lrp": {},
     "libra_full_grad": {},
     "libra_attcat": {},
+    "libra_tokentm": {},
     "libra_gae": {},
     "libra_grad_cam": {},
     "beyond_intuition": {"steps": 2},

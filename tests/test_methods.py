@@ -53,17 +53,19 @@ def test_gae(small):
     np.testing.assert_allclose(run(small, "gae").ravel(), r[0, 1:], rtol=1e-6, atol=1e-9)
 
 
-def test_tokentm_from_the_photo_to_the_map(small):
+@pytest.mark.parametrize("method", ["tokentm", "libra_tokentm"])
+def test_tokentm_from_the_photo_to_the_map(small, method):
     """The whole chain, sharing nothing with the library: forward pass, gradients, weights, aggregation."""
     module, params, image = small
     seen = oracle.vit(module, params, image)[1]
+    held = seen if method == "libra_tokentm" else None
     tokens = [seen["tokens", l] for l in range(2)]
     after = oracle.vit(module, params, image, read_block=0)[1]
     assert set(after) < set(seen)
     c = np.diag([oracle.norm2(x) for x in tokens[0]])
     for l in range(2):
         p = jax.tree.map(lambda a, l=l: a[l], params["blocks"])
-        a = np.maximum(slope(small, "attention", l) * seen["attention", l], 0).mean(0)
+        a = np.maximum(slope(small, "attention", l, held=held) * seen["attention", l], 0).mean(0)
         c = c + a @ np.diag(oracle.token_weights(tokens[l], seen["value_projected", l])) @ c
         mixed = []
         qkv = seen["normalised", l] @ p["attn"]["qkv"]["kernel"] + p["attn"]["qkv"]["bias"]
@@ -76,7 +78,7 @@ def test_tokentm_from_the_photo_to_the_map(small):
         hidden = hidden * 0.5 * (1 + oracle.erf(hidden / np.sqrt(2)))
         ffn = hidden @ p["mlp"]["fc2"]["kernel"] + p["mlp"]["fc2"]["bias"]
         c = c + np.diag(oracle.token_weights(middle, ffn)) @ c
-    np.testing.assert_allclose(run(small, "tokentm").ravel(), c[0, 1:], rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(run(small, method).ravel(), c[0, 1:], rtol=1e-6, atol=1e-9)
 
 
 def test_grad_cam_on_tokens(small):
@@ -251,6 +253,7 @@ def test_normalisations_and_weights_of_a_combination():
         pytest.param("legrad,gae,tokentm", "own", marks=pytest.mark.slow),
         pytest.param("tokentm,conservative_lrp,legrad,attn_lrp", "conservative_lrp", marks=pytest.mark.slow),
         ("attn_lrp,gae", "attn_lrp"),
+        ("legrad,libra_tokentm,conservative_lrp,tokentm", "own"),
     ],
 )
 def test_members_that_share_a_pass_have_the_maps_that_they_have_alone(small, methods, gradient):

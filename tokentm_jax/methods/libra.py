@@ -18,7 +18,8 @@ from tokentm_jax.maths.maps import token_map
 from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.relevance import conservative, with_factor_on_biases
 from tokentm_jax.maths.scores import explained
-from tokentm_jax.methods.attention import Block, Details, Explanation, attcat, gae, grad_cam
+from tokentm_jax.maths.tokentm import TokenTM
+from tokentm_jax.methods.attention import Block, Details, Explanation, attcat, gae, grad_cam, tokentm
 from tokentm_jax.methods.lrp import ruled
 from tokentm_jax.methods.stream import Memory, require_streams
 from tokentm_jax.models.inputs import as_inputs, context, read_out, seen
@@ -63,6 +64,13 @@ def libra_full_grad(module: nn.Module, params: Any, inputs: Array, target: Array
 def libra_attcat(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
     """AttCAT on LibraGrad's pruned backward pass."""
     return attcat(ruled(module, RULES), params, inputs, target)
+
+
+def libra_tokentm(
+    module: nn.Module, params: Any, inputs: Array, target: Any, *, options: TokenTM, memory: Memory = "store"
+) -> Explanation:
+    """TokenTM on LibraGrad's pruned backward pass."""
+    return tokentm(ruled(module, RULES), params, inputs, target, options=options, memory=memory)
 
 
 def libra_gae(

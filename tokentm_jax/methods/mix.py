@@ -20,8 +20,14 @@ from tokentm_jax.models.inputs import as_inputs
 
 Gradient = Literal["own", "conservative_lrp", "attn_lrp"]
 
-# Methods whose map is a row that runs through the blocks by attention and its gradient.
-ROWS = {"tokentm": TokenTM(), "gae": OFF}
+# Methods whose map is a row that runs through the blocks by attention and its gradient: how, and by whose rules the
+# gradient is where they do not leave that open.
+ROWS: dict[str, tuple[TokenTM, Gradient | None]] = {
+    "tokentm": (TokenTM(), None),
+    "gae": (OFF, None),
+    "libra_tokentm": (TokenTM(), "conservative_lrp"),
+    "libra_gae": (OFF, "conservative_lrp"),
+}
 # Methods whose map is token times gradient at the embedded tokens, by rules.
 RULES = {"conservative_lrp": conservative("identity"), "attn_lrp": attn_lrp()}
 
@@ -37,32 +43,33 @@ def shared_maps(
 ) -> tuple[list[Array], Details]:
     """The maps of the methods called `names`, and the details of the first pass.
 
-    Those that can share a pass do: a method of `ROWS` carries its row in one forward and backward pass. With
-    `gradient` the name of one of `RULES`, that pass is by its rules, so that the gradient in the row is theirs, and
-    the pass gives this method's map, too. LeGrad looks at every block on the way forward. All others have passes of
+    Those that can share a pass do: a method of `ROWS` carries its row in one forward and backward pass. Where that is
+    by the rules of a method of `RULES` (of `gradient`, if the row leaves it open), so that the gradient in the row is
+    theirs, it gives this method's map, too. LeGrad looks at every block on the way forward. All others have passes of
     their own, by `explain(name, target)`.
     """
     inputs = as_inputs(module, params, inputs)
     found: dict[str, Array] = {}
     details: Details = {}
-    rows = [name for name in names if name in ROWS] if streams(module) else []
-    joined = {gradient, "legrad"} & set(names) if rows else set()
+    rows = {name: ROWS[name] for name in names if name in ROWS} if streams(module) else {}
+    rules = {name: fixed or gradient for name, (_, fixed) in rows.items()}
+    joined = {*rules.values(), "legrad"} & set(names) if rows else set()
     for name in names:
         if name not in (*rows, *joined):
             found[name], more = explain(name, target)
             details, target = details or more, more["target"]
     if "legrad" in joined and is_open(target):  # no pass before has found the predicted class
         target = explained(module.apply({"params": params}, inputs), target)[1]["target"]
-    model = module if gradient == "own" else ruled(module, RULES[gradient])
-    for name in rows:
+    for name, (options, _) in rows.items():
+        model = module if rules[name] == "own" else ruled(module, RULES[rules[name]])
         note = legrad_of_block(module, params, inputs, target) if "legrad" in joined - found.keys() else None
-        done = backward(model, params, inputs, target, ROWS[name], note=note)
+        done = backward(model, params, inputs, target, options, note=note)
         embedded = wide(done.embedded)
-        start = partial(initial_contributions, options=ROWS[name])
+        start = partial(initial_contributions, options=options)
         found[name] = token_map(module, jax.vmap(start)(done.rows, embedded))
         if note is not None:
             found["legrad"] = token_map(module, done.noted.sum(0))
-        if gradient in joined:
-            found[gradient] = token_map(module, (embedded * wide(done.gradient)).sum(-1))
+        if rules[name] in joined:
+            found[rules[name]] = token_map(module, (embedded * wide(done.gradient)).sum(-1))
         details, target = details or done.details, done.details["target"]
     return [found[name] for name in names], details

@@ -125,7 +125,7 @@ def tokentm_mix(
     inputs: Array,
     target: Any,
     *,
-    methods: str = "tokentm,attn_lrp,conservative_lrp,legrad",
+    methods: str = "libra_tokentm,conservative_lrp,libra_full_grad,legrad",
     normalisation: Normalisation = "min_max",
     weights: str = "",
     gradient: Gradient = "own",
@@ -148,6 +148,11 @@ def _classless(options: Mapping[str, Any]) -> bool:
     return not any(METHODS[name].looks_at_class({}) for name in _members(options.get("methods", "tokentm")))
 
 
+def _plain(options: Mapping[str, Any]) -> bool:
+    """Whether TokenTM weighs attention without its gradient."""
+    return options.get("attention") == "plain"
+
+
 # Methods that remove pixels, and ask what black is.
 _removal = partial(Method, options=Removal, suit=perturbation.with_black)
 
@@ -157,7 +162,7 @@ METHODS: dict[str, Method] = {
         "Wu et al., CVPR",
         2024,
         options=TokenTM,
-        classless=lambda options: options.get("attention") == "plain",
+        classless=_plain,
     ),
     "gae": Method(attention.gae, "Chefer et al., ICCV", 2021),
     "transformer_attribution": Method(relevance.transformer_attribution, "Chefer et al., CVPR", 2021, "2 F + 2 B"),
@@ -173,6 +178,14 @@ METHODS: dict[str, Method] = {
     "res_lrp": Method(relevance.residual_lrp, "ResLRP, arXiv", 2026, differentiable=False),
     "libra_full_grad": Method(libra.libra_full_grad, "Mehri et al., CVPR", 2025, differentiable=False),
     "libra_attcat": Method(libra.libra_attcat, "Mehri et al., CVPR", 2025, differentiable=False),
+    "libra_tokentm": Method(
+        libra.libra_tokentm,
+        "Wu et al. and Mehri et al., together",
+        2025,
+        differentiable=False,
+        options=TokenTM,
+        classless=_plain,
+    ),
     "libra_gae": Method(libra.libra_gae, "Mehri et al., CVPR", 2025, differentiable=False),
     "libra_grad_cam": Method(libra.libra_grad_cam, "Mehri et al., CVPR", 2025, differentiable=False),
     "beyond_intuition": Method(attention.beyond_intuition, "Chen et al., TMLR", 2023, "21 F + 21 B"),
@@ -192,7 +205,7 @@ METHODS: dict[str, Method] = {
         tokentm_mix,
         "named as future work by Wu et al.",
         2024,
-        "3 F + 3 B",
+        "2 F + 2 B",
         differentiable=False,
         classless=_classless,
     ),

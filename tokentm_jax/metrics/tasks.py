@@ -94,23 +94,26 @@ READING_ROWS = (
 )
 
 
+_OF_RULES = "tokentm,attn_lrp,conservative_lrp,legrad"  # whose members were found first, without LibraGrad's
 _MIX = {
     "mix": {},
-    "mix, shared": {"gradient": "conservative_lrp"},
-    "mix of 3": {"methods": "tokentm,attn_lrp,legrad"},
-    "mix of 3, shared": {"methods": "tokentm,attn_lrp,legrad", "gradient": "attn_lrp"},
-    "mix of 3, conservative": {"methods": "tokentm,conservative_lrp,legrad", "gradient": "conservative_lrp"},
-    "mix of 2, shared": {"methods": "tokentm,attn_lrp", "gradient": "attn_lrp"},
-    "gae mix": {"methods": "gae,attn_lrp,conservative_lrp,legrad"},
-    "gae mix of 3, shared": {"methods": "gae,attn_lrp,legrad", "gradient": "attn_lrp"},
-    "mix, ranks": {"normalisation": "rank"},
-    "mix, sums": {"normalisation": "sum"},
-    "mix of 3, ranks": {"methods": "tokentm,attn_lrp,legrad", "normalisation": "rank"},
+    "mix of 3": {"methods": "libra_tokentm,libra_full_grad,legrad"},
+    "mix of 3, GAE": {"methods": "libra_gae,libra_full_grad,legrad"},
+    "mix of 3, ranks": {"methods": "libra_tokentm,libra_full_grad,legrad", "normalisation": "rank"},
+    "mix of 2": {"methods": "libra_tokentm,libra_full_grad"},
+    "mix of 2, AttCAT": {"methods": "libra_tokentm,libra_attcat"},
+    "mix with AttnLRP": {"methods": "tokentm,attn_lrp,libra_full_grad,legrad", "gradient": "attn_lrp"},
+    "mix of rules": {"methods": _OF_RULES},
+    "mix of rules, shared": {"methods": _OF_RULES, "gradient": "conservative_lrp"},
+    "mix of rules, ranks": {"methods": _OF_RULES, "normalisation": "rank"},
+    "mix of rules, sums": {"methods": _OF_RULES, "normalisation": "sum"},
+    "mix of 3 rules, shared": {"methods": "tokentm,attn_lrp,legrad", "gradient": "attn_lrp"},
+    "mix of one pass": {"methods": "libra_tokentm,conservative_lrp,legrad"},
 }
 MIX_ROWS = (
     *(Row(name, "tokentm_mix", options) for name, options in _MIX.items()),
     *rows("tokentm", "gae", "attn_lrp", "conservative_lrp", "legrad", "beyond_intuition"),
-    *rows("res_lrp", "libra_full_grad", "libra_attcat", "libra_gae", "libra_grad_cam"),
+    *rows("res_lrp", "libra_full_grad", "libra_attcat", "libra_tokentm", "libra_gae", "libra_grad_cam"),
 )
 
 
