@@ -31,6 +31,7 @@ ROWS = {
     "conservative_lrp": ("conservative_lrp", {}, None, None),
     "legrad": ("legrad", {}, None, None),
     "libra_full_grad": ("libra_full_grad", {}, None, None),
+    "libra_tokentm": ("libra_tokentm", {}, None, None),
     **{
         f"mix of {methods}, gradient {gradient}": (
             "tokentm_mix",
@@ -39,12 +40,12 @@ ROWS = {
             None,
         )
         for methods, gradient in (
+            ("libra_tokentm,conservative_lrp,libra_full_grad,legrad", "own"),
+            ("libra_tokentm,libra_full_grad", "own"),
+            ("libra_tokentm,conservative_lrp,legrad", "own"),
             ("tokentm,attn_lrp,conservative_lrp,legrad", "own"),
             ("tokentm,attn_lrp,conservative_lrp,legrad", "conservative_lrp"),
-            ("tokentm,attn_lrp,legrad", "own"),
             ("tokentm,attn_lrp,legrad", "attn_lrp"),
-            ("tokentm,conservative_lrp,legrad", "conservative_lrp"),
-            ("tokentm,attn_lrp", "attn_lrp"),
         )
     },
 }
