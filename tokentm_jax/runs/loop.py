@@ -3,10 +3,13 @@
 import json
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 
 from tokentm_jax.errors import InputError
@@ -19,6 +22,18 @@ class Loop(NamedTuple):
     steps: int
     per_epoch: int
     checkpoint_epochs: float = 1.0
+
+
+def adamw(config: Any, per_epoch: int) -> optax.GradientTransformation:
+    """The optimiser of a recipe: AdamW with clipped gradients, warm-up and a cosine to zero; kernels alone decay."""
+    steps = round(config.epochs * per_epoch)
+    warmup = min(round(config.warmup_epochs * per_epoch), steps // 2)  # short trial runs have one too
+    schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, max(warmup, 1), max(steps, 2), 0.0)
+    decayed = partial(jax.tree_util.tree_map_with_path, lambda path, _: path[-1].key == "kernel")
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(schedule, b2=config.beta_2, weight_decay=config.weight_decay, mask=decayed),
+    )
 
 
 def run_steps(

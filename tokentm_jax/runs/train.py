@@ -25,7 +25,7 @@ from tokentm_jax.maths.maps import unit
 from tokentm_jax.models.checkpoint import read_checkpoint, write_checkpoint
 from tokentm_jax.models.vit import ViT, init_params
 from tokentm_jax.runs.distil import Teacher, TeacherFunction, answers, distillation_loss, load_teacher
-from tokentm_jax.runs.loop import Loop, run_steps
+from tokentm_jax.runs.loop import Loop, adamw, run_steps
 from tokentm_jax.runs.recipe import LARGEST_STEP, TrainConfig, augment, mix, resize, view
 from tokentm_jax.validation import check_fields
 
@@ -89,15 +89,8 @@ def make_step(
 
     `soft` is None without a teacher, the teacher's parameters, or with `teacher_views` its logits [B, classes].
     """
-    steps = round(config.epochs * steps_per_epoch)
-    warmup = min(round(config.warmup_epochs * steps_per_epoch), steps // 2)  # short trial runs have one too
-    schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, max(warmup, 1), max(steps, 2), 0.0)
     normalise = preprocessing_of(config, module).normalise
-    decayed = partial(jax.tree_util.tree_map_with_path, lambda path, _: path[-1].key == "kernel")
-    optimiser = optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(schedule, b2=config.beta_2, weight_decay=config.weight_decay, mask=decayed),
-    )
+    optimiser = adamw(config, steps_per_epoch)
     stored, classes = config.teacher_views > 0, module.num_classes
 
     @partial(jax.jit, donate_argnums=0, static_argnums=3)

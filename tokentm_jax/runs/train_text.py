@@ -24,7 +24,7 @@ from tokentm_jax.models.bert import Bert
 from tokentm_jax.models.inputs import Tokens
 from tokentm_jax.models.text_layouts import ACTIVATIONS, read_text_folder, write_names
 from tokentm_jax.models.texts import MASKS, WordPieces
-from tokentm_jax.runs.loop import Loop, run_steps
+from tokentm_jax.runs.loop import Loop, adamw, run_steps
 from tokentm_jax.runs.recipe import NotAll, NotNegative, Positive, Share, Text
 from tokentm_jax.validation import Name, check_fields
 
@@ -84,17 +84,6 @@ def _batches(config: TextTrainConfig, tokenize: Callable[..., Any], data: Senten
             step += 1
 
 
-def _optimiser(config: TextTrainConfig, per_epoch: int) -> optax.GradientTransformation:
-    steps = round(config.epochs * per_epoch)
-    warmup = min(round(config.warmup_epochs * per_epoch), steps // 2)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, max(warmup, 1), max(steps, 2), 0.0)
-    decayed = partial(jax.tree_util.tree_map_with_path, lambda path, _: path[-1].key == "kernel")
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(schedule, b2=config.beta_2, weight_decay=config.weight_decay, mask=decayed),
-    )
-
-
 @partial(jax.jit, static_argnums=0)
 def _hits(module: Bert, params: Any, batch: Batch) -> Array:
     logits: Any = module.apply({"params": params}, batch.tokens)
@@ -141,7 +130,7 @@ def train_text(
     for name, given in (("train_data", data), ("test_data", test)):
         terms[name] = {"name": f"{terms[name]}, {len(given.texts)} sentences", "identity": given.identity}
     written = ("checkpoints", "log.jsonl", "config.json", "model.safetensors", "tokenizer.json")
-    optimiser = _optimiser(config, per_epoch)
+    optimiser = adamw(config, per_epoch)
 
     @partial(jax.jit, donate_argnums=0)
     def step(state: TextState, batch: Batch) -> tuple[TextState, Array]:
