@@ -124,6 +124,17 @@ def test_the_numbers_are_those_of_a_slow_evaluation(whole, vit, folder):
         assert picture.width > 1000
 
 
+def test_mixed_precision_gives_nearly_the_same_from_the_same_maps(config, whole, vit, folder, tmp_path):
+    mixed = dataclasses.replace(config, mixed_precision=True)
+    with pytest.raises(InputError, match="mixed_precision false, and this command has true"):
+        evaluate(mixed, vit, open_source(folder), whole[0])
+    results = evaluate(mixed, vit, open_source(folder), tmp_path)
+    for metric, tolerance in (("aopc", 1e-3), ("lodds", 1e-2)):
+        exact = value(whole[1], "gae", metric)
+        assert 0 < abs(value(results, "gae", metric) - exact) < tolerance
+    assert value(results, "clean", "accuracy") == value(whole[1], "clean", "accuracy")
+
+
 def test_nothing_is_explained_twice(whole, vit):
     """One line per (image, class); the target only where it is another class, and the method looks at it."""
     out, _ = whole
@@ -339,6 +350,11 @@ def test_what_does_not_go_together(config, vit, folder, whole, tmp_path):
         evaluate(config, vit, few, tmp_path / "labels")
     with pytest.raises(InputError, match="no image that can be read"):
         evaluate(config, vit, changed(source, keys=("bad.png",)), tmp_path / "bad")
+    other = changed(vit, module=SimpleNamespace(depth=2), name="other")
+    with pytest.raises(
+        InputError, match=r"mixed_precision needs .* field 'primitives', as tm.ViT has, and other has none"
+    ):
+        evaluate(changed(config, mixed_precision=True), other, source, tmp_path / "mixed")
     with pytest.raises(InputError, match="did you mean 'rollout'"):
         select(config, ["roll_out"])
     assert [row.name for row in select(config, ["gae", "lrp", "random"]).rows] == ["gae", "lrp", "random"]

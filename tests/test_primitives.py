@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tokentm_jax.maths import primitives
+from tokentm_jax.maths import mixed, primitives
 from tokentm_jax.models.vit import ViT, init_params
 
 STEPS = {
@@ -78,3 +78,39 @@ def test_reverse_mode_keeps_one_array_in_the_models_type():
     ):
         kept = jax.tree.leaves(jax.vjp(step, x)[1])
         assert [a.dtype for a in kept if a.size >= x.size] == [jnp.bfloat16], step
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 8, 6), (7, 2, 4, 12), (1, 1, 2, 2)])
+def test_mixed_precision_is_the_exact_product_of_rounded_operands(shape):
+    """A linear map and its derivatives in float64, of operands that were rounded to bfloat16."""
+    b, n, inputs, outputs = shape
+    rng = np.random.default_rng(0)
+    x, weights = rng.normal(size=(b, n, inputs)), rng.normal(size=(b, n, outputs))
+    kernel, bias = rng.normal(size=(inputs, outputs)), rng.normal(size=outputs)
+
+    def rounded(a):
+        return np.asarray(jnp.asarray(a, jnp.bfloat16), np.float64)
+
+    def total(x, kernel, bias):
+        return (mixed.linear(x, kernel, bias) * jnp.asarray(weights, jnp.float32)).sum()
+
+    given = [jnp.asarray(a, jnp.float32) for a in (x, kernel, bias)]
+    np.testing.assert_allclose(mixed.linear(*given), rounded(x) @ rounded(kernel) + bias, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(mixed.linear(*given[:2], None), rounded(x) @ rounded(kernel), rtol=1e-5, atol=1e-5)
+    expected = (
+        rounded(weights) @ rounded(kernel).T,
+        rounded(x).reshape(-1, inputs).T @ rounded(weights).reshape(-1, outputs),
+        weights.sum((0, 1)),
+    )
+    for gradient, wanted in zip(jax.jit(jax.grad(total, (0, 1, 2)))(*given), expected, strict=True):
+        assert gradient.dtype == jnp.float32
+        np.testing.assert_allclose(gradient, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_mixed_precision_leaves_other_types_and_odd_maps_alone():
+    rng = np.random.default_rng(0)
+    for dtype, outputs in ((jnp.float64, 4), (jnp.bfloat16, 4), (jnp.float32, 3)):
+        x, kernel = (jnp.asarray(rng.normal(size=size), dtype) for size in ((5, 6), (6, outputs)))
+        found = mixed.linear(x, kernel, None)
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(found, primitives.linear(x, kernel, None))

@@ -16,10 +16,12 @@ import pytest
 
 import tokentm_jax as tm
 from tokentm_jax.data.arrays import Data
+from tokentm_jax.identity import describe_model
 from tokentm_jax.models.checkpoint import read_description
 from tokentm_jax.models.vit import ViT, init_params
 from tokentm_jax.runs import train as training
 from tokentm_jax.runs.distil import answers, distillation_loss, load_teacher
+from tokentm_jax.runs.loop import OPTIMISERS
 from tokentm_jax.runs.recipe import mix, view
 from tokentm_jax.runs.train import TrainConfig, accuracy, augment, batches, initial_params, train
 
@@ -104,6 +106,10 @@ def test_learns_and_ships_a_file_that_loads(data, whole):
     predicted = vit.logits(jnp.asarray(data.images, jnp.float32) / 255).argmax(-1)
     assert (np.asarray(predicted) == data.labels).mean() == top_1
     assert vit.preprocessing == tm.Preprocessing((8, 8), 1.0, mean=CONFIG.mean, std=CONFIG.std)
+    unrolled = dataclasses.replace(vit, module=vit.module.clone(unroll=2))  # as training runs it
+    assert describe_model(unrolled)["identity"] == describe_model(vit)["identity"]
+    images = jnp.asarray(data.images[:2], jnp.float32) / 255
+    np.testing.assert_allclose(unrolled.logits(images), vit.logits(images), rtol=1e-5, atol=1e-5)
     description = read_description(folder / "toy.safetensors")
     assert description is not None
     found = {name: description[name] for name in ("name", "top_1", "epochs", "test_data")}
@@ -230,6 +236,44 @@ def test_the_accuracy_is_compiled_once(data):
     before = training._hits._cache_size()
     assert accuracy(dataclasses.replace(CONFIG, seed=1), ViT(**MODEL), params, data) == found
     assert training._hits._cache_size() == before
+
+
+def test_muon_goes_along_the_polar_factor_of_each_blocks_gradient():
+    """The first step, against singular value decompositions in NumPy; what is no kernel of a block goes as by Adam."""
+    config = dataclasses.replace(CONFIG, optimiser="muon", warmup_epochs=0, weight_decay=0.1, clip_norm=1e9)
+    params = init_params(ViT(**MODEL), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    gradients = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
+    optimiser = OPTIMISERS["muon"](config, 100)
+    state = optimiser.update(jax.tree.map(jnp.zeros_like, params), optimiser.init(params), params)[1]  # rate 0
+    updates, _ = optimiser.update(gradients, state, params)
+    for name, part in (("attn", "qkv"), ("attn", "proj"), ("mlp", "fc1"), ("mlp", "fc2")):
+        kernel, bias = (updates["blocks"][name][part][leaf] for leaf in ("kernel", "bias"))
+        weights = np.asarray(params["blocks"][name][part]["kernel"])
+        for block, gradient in enumerate(np.asarray(gradients["blocks"][name][part]["kernel"], np.float64)):
+            u, _, vt = np.linalg.svd(gradient, full_matrices=False)
+            size = 0.2 * max(gradient.shape) ** 0.5 * CONFIG.learning_rate
+            found = -np.asarray(kernel[block]) - 0.1 * CONFIG.learning_rate * weights[block]
+            assert (found * (u @ vt)).sum() > 0.95 * np.linalg.norm(found) * np.linalg.norm(u @ vt)
+            assert 0.6 < np.linalg.norm(found) / np.linalg.norm(size * u @ vt) < 1.25
+        gradient = np.asarray(gradients["blocks"][name][part]["bias"])
+        assert (np.sign(bias) == -np.sign(gradient)).all()
+    assert (np.sign(updates["head"]["kernel"]) == -np.sign(gradients["head"]["kernel"])).all()
+
+
+@pytest.mark.slow
+def test_mixed_precision_learns_the_same(data, whole, tmp_path):
+    """The same accuracy by parameters that differ a little, and a file that loads as any other."""
+    recipe = dataclasses.replace(CONFIG, mixed_precision=True)
+    assert train(recipe, ViT(**MODEL), data, data, tmp_path / "mixed", lambda _: None) > 0.9
+    by_muon = dataclasses.replace(recipe, optimiser="muon")
+    assert train(by_muon, ViT(**MODEL), data, data, tmp_path / "muon", lambda _: None) > 0.9
+    first, second = (tm.load(checkpoint=folder / "toy.safetensors") for folder in (whole[0], tmp_path / "mixed"))
+    assert first.module == second.module
+    difference = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), first.params, second.params)
+    assert 0 < max(jax.tree.leaves(difference)) < 0.1
+    with pytest.raises(tm.InputError, match="mixed_precision"):
+        train(CONFIG, ViT(**MODEL), data, data, tmp_path / "mixed", lambda _: None)
 
 
 @pytest.mark.slow

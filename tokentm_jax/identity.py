@@ -83,10 +83,10 @@ def describe_model(vit: "LoadedViT") -> dict[str, Any]:
     import jax
     import numpy as np
 
-    fields = [field.name for field in dataclasses.fields(vit.module)]
-    architecture = {  # not those that hold functions, whose text is an address
-        name: str(getattr(vit.module, name)) for name in fields if name not in ("primitives", "parent", "name")
-    }
+    names = [field.name for field in dataclasses.fields(vit.module)]
+    # Left out are functions, whose text is an address, and what changes no number.
+    left_out = {"primitives", "unroll", "parent", "name"}
+    architecture = {name: str(getattr(vit.module, name)) for name in names if name not in left_out}
     preprocessing = vit.preprocessing.to_dict()
     state = hashlib.sha256(json.dumps([architecture, preprocessing]).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(vit.params):

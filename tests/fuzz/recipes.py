@@ -27,15 +27,15 @@ TRAIN = {"name": "'t'", "train_data": "'data'", "test_data": "'data'", "model": 
     "warmup_epochs": "0.5", "batch_size": "5"}
 MORE = ("learning_rate", "weight_decay", "beta_2", "clip_norm", "label_smoothing", "ema_decay", "crop_padding", "flip",
     "affine_colour", "crop_area", "rand_augment", "cutmix", "mixup", "teacher", "teacher_weight", "temperature",
-    "teacher_views", "patch_drop", "patch_drop_epochs", "mimetic_init", "fine_tune", "mean",
-        "std", "seed", "checkpoint_epochs")
+    "teacher_views", "patch_drop", "patch_drop_epochs", "optimiser", "mixed_precision", "mimetic_init", "fine_tune",
+    "mean", "std", "seed", "checkpoint_epochs")
 # Values that a field takes as they are.
 FINE = {
     ("name", "'x'"), ("name", "'tokentm'"), ("data", "'x'"), ("limit", "None"), ("rows", "[]"), ("model", "None"),
     ("model", "'tokentm'"), ("checkpoint", "None"), ("seed", "0"), ("batch_size", "np.int64(3)"),
-    ("seed", "np.int64(3)"),
-    ("limit", "np.int64(3)"), ("options", "{}"), ("paper", "{}"), ("random_blocks", "None"), ("random_blocks", "0"),
-    ("method", "'tokentm'"), ("flip", "True"), ("mimetic_init", "True"), ("fine_tune", "None"),
+    ("seed", "np.int64(3)"), ("limit", "np.int64(3)"), ("options", "{}"), ("paper", "{}"),
+    ("random_blocks", "None"), ("random_blocks", "0"), ("method", "'tokentm'"), ("flip", "True"),
+    ("mimetic_init", "True"), ("mixed_precision", "True"), ("fine_tune", "None"),
 }
 
 

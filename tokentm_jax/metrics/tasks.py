@@ -161,6 +161,8 @@ class EvaluateConfig:
         "channel:NUMBER"; see `LoadedViT.score`.
       label_map: the model's class (name, wnid or number) of classes that the data set names otherwise, or the file of
         such a map, see `tokentm_jax.data.labels.read_label_map`.
+      mixed_precision: what the model says of changed images is computed by `tokentm_jax.maths.mixed`, faster. Maps are
+        not, nor is what it says of whole images.
     """
 
     name: Name
@@ -179,6 +181,7 @@ class EvaluateConfig:
     seed: Annotated[int, Ge(0), Le(LARGEST_SEED)] = 0
     score: Text | None = None
     label_map: Mapping[str, str | int] | str | None = None
+    mixed_precision: bool = False
 
     @property
     def explained(self) -> tuple[str, ...]:

@@ -321,6 +321,7 @@ class ViT(nn.Module):
     stride: int | tuple[int, int] | None = None  # from patch to patch, less where they overlap; None: the patch size
     dtype: Any = None
     primitives: Primitives = PLAIN
+    unroll: int = 1  # blocks in a turn of the loop over blocks: more run faster on CPU, and compile longer
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -382,6 +383,7 @@ class ViT(nn.Module):
             variable_axes={"params": 0, "intermediates": 0, "perturbations": 0},
             split_rngs={"params": True},
             length=self.depth,
+            unroll=self.unroll,
         )
         self.blocks = scan(**self._block_fields)
         if self._norms[1]:

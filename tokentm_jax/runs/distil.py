@@ -19,12 +19,14 @@ from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import opened, reason, replace
 from tokentm_jax.identity import describe_model, digest, environment
+from tokentm_jax.maths.primitives import PLAIN, Primitives
 from tokentm_jax.models.loading import load
 from tokentm_jax.models.vit import ViT
 from tokentm_jax.runs.recipe import OF_SPECTROGRAMS, TrainConfig, resize, view
 
-# Fields of a recipe that say what the views of a photo are.
+# Fields of a recipe that say what the views of a photo are, and how they are answered.
 VIEW_FIELDS = ("crop_area", "crop_padding", "flip", "affine_colour", "rand_augment", "seed", *OF_SPECTROGRAMS)
+VIEW_FIELDS += ("mixed_precision",)
 _BATCH = 250  # photos that the teacher sees at a time
 
 
@@ -51,8 +53,10 @@ class Teacher(NamedTuple):
     identity: str
 
 
-def load_teacher(model: str | None, checkpoint: str | None, class_names: Sequence[str]) -> Teacher:
-    """A model, named as for `tm.load`, as a teacher of these classes; classes go by name.
+def load_teacher(
+    model: str | None, checkpoint: str | None, class_names: Sequence[str], primitives: Primitives = PLAIN
+) -> Teacher:
+    """A model, named as for `tm.load`, as a teacher of these classes, which go by name; it computes by `primitives`.
 
     Raises InputError for what `tm.load` refuses, and for a model that does not know all of the classes.
     """
@@ -64,7 +68,8 @@ def load_teacher(model: str | None, checkpoint: str | None, class_names: Sequenc
         raise InputError(f"the teacher {checkpoint or model} does not know each of the classes by its name: {shown}")
     order = tuple(known.index(name) for name in class_names)
     identity = digest(describe_model(vit)["identity"], order)
-    return Teacher(TeacherFunction(vit.module, vit.preprocessing, order), vit.params, vit.name, identity)
+    function = TeacherFunction(vit.module.clone(primitives=primitives), vit.preprocessing, order)
+    return Teacher(function, vit.params, vit.name, identity)
 
 
 def distillation_loss(logits: Array, hard: Array, soft: Array, weight: float, temperature: float) -> Array:

@@ -19,6 +19,7 @@ from tokentm_jax.errors import InputError
 from tokentm_jax.files import reason, require_ours, write_json, write_text
 from tokentm_jax.identity import claimed, describe_model, digest, environment, write_png
 from tokentm_jax.maths.maps import to_pixels, unit
+from tokentm_jax.maths.mixed import MIXED
 from tokentm_jax.maths.scores import Question, Versus, question
 from tokentm_jax.methods.explain import compiled
 from tokentm_jax.methods.table import METHODS
@@ -64,13 +65,19 @@ Options = tuple[tuple[str, Any], ...]
 
 @lru_cache(maxsize=64)
 def _score_program(
-    module: Any, preprocessing: Preprocessing, task: str, options: Options, row: tuple[str, Options] | None
+    module: Any,
+    preprocessing: Preprocessing,
+    task: str,
+    options: Options,
+    row: tuple[str, Options] | None,
+    mixed: bool,
 ) -> Callable[..., dict[str, Array]]:
     """(params, pixels, target, labels, masks, maps, original, reference, own) -> results per image: everything from
     map to score.
 
     Masks, `original` and `reference` are None where the task has no use for them. For a task that explains, `row` is
-    the method, or None for maps that no image changes, and `own` are its parameters.
+    the method, or None for maps that no image changes, and `own` are its parameters. With `mixed` the model answers in
+    mixed precision, but is explained as ever.
     """
     kind = TASKS[task]
     explained = None if row is None else compiled(module, {row[0]: dict(row[1])}, preprocessing=None)
@@ -101,7 +108,8 @@ def _score_program(
         inputs = inputs._replace(explain=explain if kind.explains else None)
         if not kind.raw:
             maps = to_pixels(jnp.nan_to_num(maps), preprocessing.size, tiling)
-        model = partial(predict, module, preprocessing, params)
+        answering = module.clone(primitives=MIXED) if mixed else module
+        model = partial(predict, answering, preprocessing, params)
         return {"finite": finite, **kind.compute(model, inputs, given if kind.raw else maps, **dict(options))}
 
     return jax.jit(program)
@@ -160,7 +168,7 @@ class Programs:
             suited = METHODS[row.method].suited(row.options, self.vit.preprocessing)
             explained, own = (row.method, tuple(sorted(suited.items()))), self._params(row)
         options = tuple(sorted(self._options["compute"].items()))
-        program = _score_program(*self._model, self.config.task, options, explained)
+        program = _score_program(*self._model, self.config.task, options, explained, self.config.mixed_precision)
         return program(self.vit.params, pixels, self.target(classes), *others, own)
 
     def _reference(self) -> Callable[..., Any]:
@@ -234,6 +242,10 @@ def evaluate(
     for row in config.rows:
         if row.random_blocks is not None and not 0 <= row.random_blocks <= vit.module.depth:
             raise InputError(f"random_blocks of {row.name!r} must be from 0 to {vit.module.depth} for {vit.name}")
+    if config.mixed_precision and not hasattr(vit.module, "primitives"):
+        raise InputError(
+            f"mixed_precision needs a module with the field 'primitives', as tm.ViT has, and {vit.name} has none"
+        )
     vit.require_classes() if config.score is None else vit.score(config.score)
     translate = translation(vit, source, config.label_map)
     run = describe(config, vit, source)
@@ -247,9 +259,8 @@ def _terms(run: Mapping[str, Any]) -> dict[str, Any]:
     """What must be equal for a run to go on. Not the rows, which have files of their own; nor the limit, the half and
     the batch size: an image's results do not depend on the others, and smaller batches mend a lack of memory."""
     config, made = run["config"], {name: run[name] for name in ("data", "model", "classes", "versions", "device")}
-    same = {
-        name: config[name] for name in ("task", "profile", "options", "seed", "score", "label_map") if name in config
-    }
+    names = ("task", "profile", "options", "seed", "score", "label_map", "mixed_precision")
+    same = {name: config[name] for name in names if name in config}
     rounded = any(store["dtype"] == "float16" for store in run.get("maps", ()))  # not mixed with exact maps
     return {**same, "maps": "float16" if rounded else "exact", **made}
 

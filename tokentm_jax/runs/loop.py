@@ -25,15 +25,44 @@ class Loop(NamedTuple):
 
 
 def adamw(config: Any, per_epoch: int) -> optax.GradientTransformation:
-    """The optimiser of a recipe: AdamW with clipped gradients, warm-up and a cosine to zero; kernels alone decay."""
-    steps = round(config.epochs * per_epoch)
-    warmup = min(round(config.warmup_epochs * per_epoch), steps // 2)  # short trial runs have one too
-    schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, max(warmup, 1), max(steps, 2), 0.0)
+    """AdamW with clipped gradients, warm-up and a cosine to zero; kernels alone decay."""
     decayed = partial(jax.tree_util.tree_map_with_path, lambda path, _: path[-1].key == "kernel")
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(schedule, b2=config.beta_2, weight_decay=config.weight_decay, mask=decayed),
+        optax.adamw(_schedule(config, per_epoch), b2=config.beta_2, weight_decay=config.weight_decay, mask=decayed),
     )
+
+
+def muon(config: Any, per_epoch: int) -> optax.GradientTransformation:
+    """Muon for the kernels of blocks, which decay, and Adam for all else; otherwise as `adamw`.
+
+    The gradient's moving average, orthogonalised (https://kellerjordan.github.io/posts/muon/), and scaled to the size
+    that updates of Adam have (Liu et al., 2025, arXiv 2502.16982), so that learning rates are alike.
+    """
+
+    def matrix(path: Any, _: Array) -> optax.contrib.MuonDimensionNumbers | None:
+        inside = path[0].key == "blocks" and path[-1].key == "kernel"  # [L, I, O]
+        return optax.contrib.MuonDimensionNumbers(1, 2) if inside else None
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.contrib.muon(
+            _schedule(config, per_epoch),
+            weight_decay=config.weight_decay,
+            adam_b2=config.beta_2,
+            muon_weight_dimension_numbers=partial(jax.tree_util.tree_map_with_path, matrix),
+            consistent_rms=0.2,
+        ),
+    )
+
+
+OPTIMISERS = {"adamw": adamw, "muon": muon}
+
+
+def _schedule(config: Any, per_epoch: int) -> optax.Schedule:
+    steps = round(config.epochs * per_epoch)
+    warmup = min(round(config.warmup_epochs * per_epoch), steps // 2)  # short trial runs have one too
+    return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, max(warmup, 1), max(steps, 2), 0.0)
 
 
 def run_steps(

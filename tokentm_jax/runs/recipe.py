@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ from tokentm_jax.data import augmentation
 from tokentm_jax.data.audio import Spectrogram
 from tokentm_jax.data.augmentation import STRONGEST
 from tokentm_jax.maths.maps import unit
+from tokentm_jax.maths.mixed import MIXED
+from tokentm_jax.maths.primitives import PLAIN, Primitives
 from tokentm_jax.validation import Name
 
 LARGEST_STEP = 2**31 - 1  # steps are counted in int32
@@ -44,6 +46,7 @@ class TrainConfig:
     epochs: Annotated[float, Gt(0), Le(1_000_000)]
     warmup_epochs: NotNegative = 2.0
     batch_size: Annotated[int, Ge(1), Le(2**20)] = 128
+    optimiser: Literal["adamw", "muon"] = "adamw"
     learning_rate: Positive = 1e-3
     weight_decay: NotNegative = 0.05
     beta_2: NotAll = 0.99
@@ -59,6 +62,7 @@ class TrainConfig:
     mixup: Share = 0.0  # ... or by Mixup
     patch_drop: NotAll = 0.0  # share of patches left out ...
     patch_drop_epochs: NotNegative = 0.0  # ... in the first so many epochs
+    mixed_precision: bool = False  # linear maps read bfloat16, the teacher's, too; the test accuracy is float32's
     mimetic_init: bool = False
     fine_tune: Annotated[tuple[Text, Text], Lax] | None = None  # (model name, checkpoint) to start from
     teacher: Annotated[tuple[Text | None, Text | None], Lax] | None = None  # model and checkpoint, as for `tm.load`
@@ -75,6 +79,11 @@ class TrainConfig:
     tilt: Share = 0.0  # most change of level from the lowest to the highest frequency
     hiss: Share = 0.0  # highest level of background noise
     spec_mask: Annotated[tuple[Share, Share], Lax] | None = None  # widest masks of SpecAugment: frequency and time
+
+    @property
+    def primitives(self) -> Primitives:
+        """How the model of a training computes."""
+        return MIXED if self.mixed_precision else PLAIN
 
 
 def augment(config: TrainConfig, key: Array, images: Array, size: tuple[int, int]) -> Array:

@@ -25,7 +25,7 @@ from tokentm_jax.maths.maps import unit
 from tokentm_jax.models.checkpoint import read_checkpoint, write_checkpoint
 from tokentm_jax.models.vit import ViT, init_params
 from tokentm_jax.runs.distil import Teacher, TeacherFunction, answers, distillation_loss, load_teacher
-from tokentm_jax.runs.loop import Loop, adamw, run_steps
+from tokentm_jax.runs.loop import OPTIMISERS, Loop, run_steps
 from tokentm_jax.runs.recipe import LARGEST_STEP, TrainConfig, augment, mix, resize, view
 from tokentm_jax.validation import check_fields
 
@@ -90,7 +90,7 @@ def make_step(
     `soft` is None without a teacher, the teacher's parameters, or with `teacher_views` its logits [B, classes].
     """
     normalise = preprocessing_of(config, module).normalise
-    optimiser = adamw(config, steps_per_epoch)
+    optimiser = OPTIMISERS[config.optimiser](config, steps_per_epoch)
     stored, classes = config.teacher_views > 0, module.num_classes
 
     @partial(jax.jit, donate_argnums=0, static_argnums=3)
@@ -110,7 +110,7 @@ def make_step(
             said = teacher(soft, inputs)
             targets = jnp.concatenate([targets, jax.nn.softmax(said / config.temperature)], 1)
         hard, soft_targets = targets[:, :classes], targets[:, classes:]
-        training = module.clone(patch_drop=patch_drop)
+        training = module.clone(patch_drop=patch_drop, primitives=config.primitives, unroll=module.depth)
 
         def loss_of(params: Any) -> Array:
             logits: Any = training.apply({"params": params}, normalise(inputs), rngs={"patch_drop": k_drop})
@@ -189,7 +189,7 @@ def train(config: TrainConfig, module: ViT, data: Data, test: Data, out: Path, l
     steps, per_epoch, test = _fit(config, module, data, test)
     out = out.absolute()  # as Orbax wants it
     params = initial_params(config, module)
-    teacher = None if config.teacher is None else load_teacher(*config.teacher, data.class_names)
+    teacher = None if config.teacher is None else load_teacher(*config.teacher, data.class_names, config.primitives)
     terms = _terms(config, data, test, teacher)
     with claimed(out, terms, ("checkpoints", "log.jsonl", f"{config.name}.safetensors")):
         step_fn, optimiser = make_step(config, module, per_epoch, teacher and teacher.function)
