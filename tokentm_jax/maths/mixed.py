@@ -1,8 +1,8 @@
 """Mixed precision: the products of linear maps read bfloat16 and sum in float32; all else is as in `PLAIN`.
 
 Matrix units (AMX of recent Intel processors, tensor cores, TPUs) multiply bfloat16 several times as fast as float32:
-a forward pass of DeiT-tiny takes 0.56 of the time on two CPU cores with AMX, a step of its training 0.63. Weights, gradients and sums stay float32,
-whose range bfloat16 shares, so no loss needs to be scaled.
+a forward pass of DeiT-tiny takes 0.56 of the time on two CPU cores with AMX, a step of its training 0.63. Weights,
+gradients and sums stay float32, whose range bfloat16 shares, so no loss needs to be scaled.
 """
 
 from functools import partial
