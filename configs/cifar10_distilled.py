@@ -7,8 +7,8 @@ The student: a plain ViT of 32 pixels in the shape of ViT-Lite-7/4 (Hassani et a
 patch 4, MLP ratio 2; 91.4 % after 200 epochs without a teacher), with 192 channels in place of 256: 2.1 M parameters,
 4.2 MB in half precision. Random resized crops make the close-ups that the former default model takes for other things.
 
-Why Muon. In trials of three epochs without a teacher, it had 38.9 % of the test photos right after the first, and AdamW
-28.5 % after the third; a step takes 14 % longer. (Learning rates of 6e-3 and 1.2e-2: 34.0 and 26.8 %.)
+Why Muon. In trials of three epochs without a teacher, it had 38.9 % of the test photos right after the first, and
+AdamW 28.5 % after the third; a step takes 14 % longer. (Learning rates of 6e-3 and 1.2e-2: 34.0 and 26.8 %.)
 
 Why the teacher is asked first, and its answers kept: it answers about as fast as the student learns, so to ask it at
 each step would double the time. Asked at each step it could judge mixed images as such, but in the same time the
@@ -22,7 +22,7 @@ Data: ../shared/data.
 from tokentm_jax.runs.train import TrainConfig
 
 config = TrainConfig(
-    name="cifar10_distilled",
+    name="cifar10_vit",
     train_data="../shared/data/cifar10_train.zip",
     test_data="../shared/data/cifar10_test_a.zip",
     model={

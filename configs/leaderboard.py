@@ -4,6 +4,7 @@
     tokentm leaderboard configs/leaderboard.py:data=cifar10           1000 test images, the shipped model
     tokentm leaderboard configs/leaderboard.py:data=cifar10_112       the same, DeiT-tiny fine-tuned at 112 pixels
     tokentm leaderboard configs/leaderboard.py:methods=fast           without the methods of 200 and more passes
+    tokentm leaderboard configs/leaderboard.py:precision=mixed        answers to changed images in mixed precision
 
 Perturbation takes all of the images, most yardsticks 200 of them, and those that explain an image many times 50. Max-
 sensitivity and the randomisation of parameters are for the fast methods alone.
@@ -45,11 +46,13 @@ def get_config(
     *,
     data: Literal["photos", "cifar10", "cifar10_112"] = "photos",
     methods: Literal["all", "fast"] = "all",
+    precision: Literal["float32", "mixed"] = "float32",
 ) -> LeaderboardConfig:
     rows = ALL if methods == "all" else FAST
+    given = {**DATA[data], "mixed_precision": precision == "mixed"}
 
     def run(task: str, limit: int | None, own: tuple[Row, ...] = rows, **changes: Any) -> EvaluateConfig:
-        return EvaluateConfig(**{**DATA[data], "name": task, "task": task, "rows": own, "limit": limit, **changes})
+        return EvaluateConfig(**{**given, "name": task, "task": task, "rows": own, "limit": limit, **changes})
 
     randomised = tuple(Row(row.name, row.method, row.options, DEPTH[data]) for row in FAST)
     shapley = {"patch": SQUARE[data], "value": "probability", "pairs": 16}
