@@ -71,5 +71,5 @@ def get_config(
     if data == "photos":
         masks = "../shared/data/segmentation_a.mat"
         runs.append(run("segmentation", None, data=masks, profile="reference"))
-    suffix = "" if methods == "all" else f"_{methods}"
+    suffix = ("" if methods == "all" else f"_{methods}") + ("_mixed" if precision == "mixed" else "")
     return LeaderboardConfig(f"leaderboard_{data}{suffix}", runs, ("perturbation", "aopc"))
