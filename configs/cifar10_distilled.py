@@ -22,7 +22,7 @@ Data: ../shared/data.
 from tokentm_jax.runs.train import TrainConfig
 
 config = TrainConfig(
-    name="cifar10_vit",
+    name="cifar10_distilled",
     train_data="../shared/data/cifar10_train.zip",
     test_data="../shared/data/cifar10_test_a.zip",
     model={
