@@ -5,8 +5,8 @@
 The CIFAR models of the paper are ImageNet models, fine-tuned. This is one of them, converted from timm's weights, with
 position embeddings resampled from a 14 x 14 grid to 7 x 7. It is the teacher of `cifar10_distilled.py`. Its result is
 made from foreign weights and is not part of the project. Data: ../shared/data. Measured: 92.56 % on
-`cifar10_test_a.zip`, where 93 % was the aim, in 70 minutes on 2 cores with AMX that also did other work. (Four epochs at
-half of the learning rate, a quarter of the batches mixed by CutMix, in float32: 91.66 %.)
+`cifar10_test_a.zip`, where 93 % was the aim, in 70 minutes on 2 cores with AMX that also did other work. (Four epochs
+at half of the learning rate, a quarter of the batches mixed by CutMix, in float32: 91.66 %.)
 """
 
 from tokentm_jax.runs.train import TrainConfig
