@@ -6,6 +6,7 @@ gradients and sums stay float32, whose range bfloat16 shares, so no loss needs t
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,3 +60,8 @@ def linear(x: Array, kernel: Array, bias: Array | None) -> Array:
 
 
 MIXED = PLAIN._replace(embed=linear, linear=linear)
+
+
+def in_precision(module: Any, mixed: bool) -> Any:
+    """A module with the field `primitives` in mixed precision, or as it is."""
+    return module.clone(primitives=MIXED) if mixed else module

@@ -19,14 +19,14 @@ from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import opened, reason, replace
 from tokentm_jax.identity import describe_model, digest, environment
-from tokentm_jax.maths.primitives import PLAIN, Primitives
+from tokentm_jax.maths.mixed import in_precision
 from tokentm_jax.models.loading import load
 from tokentm_jax.models.vit import ViT
 from tokentm_jax.runs.recipe import OF_SPECTROGRAMS, TrainConfig, resize, view
 
 # Fields of a recipe that say what the views of a photo are, and how they are answered.
-VIEW_FIELDS = ("crop_area", "crop_padding", "flip", "affine_colour", "rand_augment", "seed", *OF_SPECTROGRAMS)
-VIEW_FIELDS += ("mixed_precision",)
+VIEW_FIELDS = ("crop_area", "crop_padding", "flip", "affine_colour", "rand_augment", "seed")
+VIEW_FIELDS += (*OF_SPECTROGRAMS, "mixed_precision")
 _BATCH = 250  # photos that the teacher sees at a time
 
 
@@ -54,9 +54,9 @@ class Teacher(NamedTuple):
 
 
 def load_teacher(
-    model: str | None, checkpoint: str | None, class_names: Sequence[str], primitives: Primitives = PLAIN
+    model: str | None, checkpoint: str | None, class_names: Sequence[str], mixed: bool = False
 ) -> Teacher:
-    """A model, named as for `tm.load`, as a teacher of these classes, which go by name; it computes by `primitives`.
+    """A model, named as for `tm.load`, as a teacher of these classes, which go by name; `mixed`: in mixed precision.
 
     Raises InputError for what `tm.load` refuses, and for a model that does not know all of the classes.
     """
@@ -68,7 +68,7 @@ def load_teacher(
         raise InputError(f"the teacher {checkpoint or model} does not know each of the classes by its name: {shown}")
     order = tuple(known.index(name) for name in class_names)
     identity = digest(describe_model(vit)["identity"], order)
-    function = TeacherFunction(vit.module.clone(primitives=primitives), vit.preprocessing, order)
+    function = TeacherFunction(in_precision(vit.module, mixed), vit.preprocessing, order)
     return Teacher(function, vit.params, vit.name, identity)
 
 

@@ -19,7 +19,7 @@ from tokentm_jax.errors import InputError
 from tokentm_jax.files import reason, require_ours, write_json, write_text
 from tokentm_jax.identity import claimed, describe_model, digest, environment, write_png
 from tokentm_jax.maths.maps import to_pixels, unit
-from tokentm_jax.maths.mixed import MIXED
+from tokentm_jax.maths.mixed import in_precision
 from tokentm_jax.maths.scores import Question, Versus, question
 from tokentm_jax.methods.explain import compiled
 from tokentm_jax.methods.table import METHODS
@@ -108,8 +108,7 @@ def _score_program(
         inputs = inputs._replace(explain=explain if kind.explains else None)
         if not kind.raw:
             maps = to_pixels(jnp.nan_to_num(maps), preprocessing.size, tiling)
-        answering = module.clone(primitives=MIXED) if mixed else module
-        model = partial(predict, answering, preprocessing, params)
+        model = partial(predict, in_precision(module, mixed), preprocessing, params)
         return {"finite": finite, **kind.compute(model, inputs, given if kind.raw else maps, **dict(options))}
 
     return jax.jit(program)

@@ -15,8 +15,6 @@ from tokentm_jax.data import augmentation
 from tokentm_jax.data.audio import Spectrogram
 from tokentm_jax.data.augmentation import STRONGEST
 from tokentm_jax.maths.maps import unit
-from tokentm_jax.maths.mixed import MIXED
-from tokentm_jax.maths.primitives import PLAIN, Primitives
 from tokentm_jax.validation import Name
 
 LARGEST_STEP = 2**31 - 1  # steps are counted in int32
@@ -79,11 +77,6 @@ class TrainConfig:
     tilt: Share = 0.0  # most change of level from the lowest to the highest frequency
     hiss: Share = 0.0  # highest level of background noise
     spec_mask: Annotated[tuple[Share, Share], Lax] | None = None  # widest masks of SpecAugment: frequency and time
-
-    @property
-    def primitives(self) -> Primitives:
-        """How the model of a training computes."""
-        return MIXED if self.mixed_precision else PLAIN
 
 
 def augment(config: TrainConfig, key: Array, images: Array, size: tuple[int, int]) -> Array:

@@ -22,6 +22,7 @@ from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.errors import InputError
 from tokentm_jax.identity import claimed, digest, digest_files, environment
 from tokentm_jax.maths.maps import unit
+from tokentm_jax.maths.mixed import in_precision
 from tokentm_jax.models.checkpoint import read_checkpoint, write_checkpoint
 from tokentm_jax.models.vit import ViT, init_params
 from tokentm_jax.runs.distil import Teacher, TeacherFunction, answers, distillation_loss, load_teacher
@@ -110,7 +111,7 @@ def make_step(
             said = teacher(soft, inputs)
             targets = jnp.concatenate([targets, jax.nn.softmax(said / config.temperature)], 1)
         hard, soft_targets = targets[:, :classes], targets[:, classes:]
-        training = module.clone(patch_drop=patch_drop, primitives=config.primitives, unroll=module.depth)
+        training = in_precision(module, config.mixed_precision).clone(patch_drop=patch_drop, unroll=module.depth)
 
         def loss_of(params: Any) -> Array:
             logits: Any = training.apply({"params": params}, normalise(inputs), rngs={"patch_drop": k_drop})
@@ -189,7 +190,9 @@ def train(config: TrainConfig, module: ViT, data: Data, test: Data, out: Path, l
     steps, per_epoch, test = _fit(config, module, data, test)
     out = out.absolute()  # as Orbax wants it
     params = initial_params(config, module)
-    teacher = None if config.teacher is None else load_teacher(*config.teacher, data.class_names, config.primitives)
+    teacher = None
+    if config.teacher is not None:
+        teacher = load_teacher(*config.teacher, data.class_names, config.mixed_precision)
     terms = _terms(config, data, test, teacher)
     with claimed(out, terms, ("checkpoints", "log.jsonl", f"{config.name}.safetensors")):
         step_fn, optimiser = make_step(config, module, per_epoch, teacher and teacher.function)
