@@ -1,6 +1,7 @@
 """What the benchmarks share: models with random weights, timing in turns, tables in Markdown."""
 
 import argparse
+import math
 import os
 import platform
 import time
@@ -51,7 +52,7 @@ def hand_flops(module: ViT, forwards: int, backwards: int) -> float:
     n = module.prefix + patches
     linear = 2 * n * d * (3 * d + d + 2 * hidden)
     products = 2 * 2 * n * n * d
-    embedding = 2 * patches * 3 * module.patch_size**2 * d
+    embedding = 2 * patches * 3 * math.prod(module.tiling.patch) * d
     head = 2 * d * module.num_classes
     blocks = module.depth * (forwards * (linear + products) + backwards * (linear + 2 * products))
     return blocks + forwards * (embedding + head) + backwards * head

@@ -63,7 +63,8 @@ def forward_backward(module: ViT) -> Callable[[Any, Array], Any]:
         def step(tokens: Array, weights: Any) -> tuple[Array, None]:
             return block.apply({"params": weights}, tokens)[0], None
 
-        logits = module.apply({"params": params}, jax.lax.scan(step, tokens, params["blocks"])[0], method="classify")
+        tokens = jax.lax.scan(step, tokens, params["blocks"])[0]
+        logits: Any = module.apply({"params": params}, tokens, method="classify")
         return logits.max(-1).sum(), logits
 
     def gradient(params: Any, images: Array) -> Any:

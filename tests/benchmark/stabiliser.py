@@ -18,7 +18,8 @@ from tokentm_jax.methods.explain import explain_fn
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.corrcoef(*(x.ravel().argsort().argsort() for x in (a, b)))[0, 1])
+    one, other = (x.ravel().argsort().argsort() for x in (a, b))
+    return float(np.corrcoef(one, other)[0, 1])
 
 
 def main(shared: Path) -> None:

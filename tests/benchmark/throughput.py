@@ -43,9 +43,8 @@ from tokentm_jax.models.vit import ViT, init_params
 try:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # or PyTorch's idle threads take the cores while JAX is timed
     import pytorch
-    import torch
 except ImportError:
-    pytorch = torch = None
+    pytorch = None
 
 MODELS = ["deit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224"]
 METHODS = ("tokentm", "gae")
@@ -75,7 +74,7 @@ def peak(kind: str) -> tuple[float, str]:
     product = jax.jit(jnp.matmul)
     calls: dict[str, Callable[[], Any]] = {JAX: lambda: product(square, square)}
     if pytorch is not None and device.platform == "cpu":
-        other = torch.full((side, side), 0.5, dtype=getattr(torch, dtype))
+        other = pytorch.torch.full((side, side), 0.5, dtype=getattr(pytorch.torch, dtype))
         calls[TORCH] = lambda: other @ other
     fastest = {name: 2 * side**3 / times.min() for name, times in alternate(calls, 3, 5).items()}
     return max(fastest.values()), "measured: " + ", ".join(f"{n} {f / 1e12:.3g}" for n, f in fastest.items())
@@ -159,13 +158,14 @@ def main(chosen: Any) -> None:
     gpu = jax.devices()[0].platform != "cpu"
     sides = ALONE
     if pytorch is not None:
-        if gpu != torch.cuda.is_available():
+        if gpu != pytorch.torch.cuda.is_available():
             sys.exit("JAX and PyTorch must run on the same device: one sees a GPU and the other does not")
         if gpu:
-            torch.cuda.set_per_process_memory_fraction(0.45)
+            pytorch.torch.cuda.set_per_process_memory_fraction(0.45)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(cores or 1)
-        sides = f"PyTorch {torch.__version__}, timm {pytorch.timm.__version__}, eager; both sides use all cores."
+        pytorch.torch.set_num_threads(cores or 1)
+        versions = f"PyTorch {pytorch.torch.__version__}, timm {pytorch.timm.__version__}"
+        sides = f"{versions}, eager; both sides use all cores."
     else:
         print(ALONE, file=sys.stderr)
     batches = chosen.batches or ([1, 8, 64, 256, 512, 1024, 2048, 4096] if gpu else [1, 8])
@@ -174,7 +174,7 @@ def main(chosen: Any) -> None:
     for kind in kinds:
         jax.config.update("jax_default_matmul_precision", PRECISION[kind])
         if pytorch is not None:
-            torch.set_float32_matmul_precision(PRECISION[kind])
+            pytorch.torch.set_float32_matmul_precision(PRECISION[kind])
         limit, source = peak(kind)
         peaks.append(f"{kind} {limit / 1e12:.3g} TFLOP/s ({source})")
         for name in chosen.models:

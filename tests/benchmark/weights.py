@@ -5,7 +5,10 @@
 Says why TokenTM and GAE differ: a block with large weights counts for more, whatever its attention says.
 """
 
+from pathlib import Path
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 from common import SHARED, parser, publish, table
 
@@ -15,7 +18,7 @@ from tokentm_jax.maths.tokentm import TokenTM, block_weights
 
 CASES = (
     ("deit_tiny_patch16_224", SHARED / "data/deit_tiny_patch16_224.safetensors", SHARED / "data/imagenet_sample"),
-    (None, None, SHARED / "data/cifar10_test_a.zip"),
+    ("cifar10_vit", None, SHARED / "data/cifar10_test_a.zip"),
 )
 READINGS = {
     "length": TokenTM(direction="none"),
@@ -23,10 +26,10 @@ READINGS = {
 }
 
 
-def measure(model: str | None, checkpoint: str | None, data: str) -> list[list[str]]:
+def measure(model: str, checkpoint: Path | None, data: Path) -> list[list[str]]:
     vit = tm.load(model, checkpoint)
     images = next(batches(open_source(data, limit=32), vit.preprocessing, 32)).images.astype(np.float32) / 255
-    inputs = vit.preprocessing.normalise(images)
+    inputs = vit.preprocessing.normalise(jnp.asarray(images))
     blocks = jax.jit(lambda p, x: tm.capture(vit.module, p, x).blocks())(vit.params, inputs)
     rows = []
     for reading, options in READINGS.items():
