@@ -595,6 +595,9 @@ def test_an_evaluation_takes_maps_from_a_store(whole, vit, source, folder, tmp_p
     few.__dict__["_places"] = {k: v for k, v in stored._places.items() if k != key}
     partly = evaluation.evaluate(config, vit, source, tmp_path / "partly", maps=[few])
     assert partly["rows"] == plain["rows"] and computed.count("gae") == 1
+    computed.clear()  # another store has it
+    both = evaluation.evaluate(config, vit, source, tmp_path / "both", maps=[few, stored])
+    assert both["rows"] == plain["rows"] and "gae" not in computed
     finer = {**stored.provenance, "shapes": {**stored.provenance["shapes"], "maps/gae": [4, 6]}}
     Store(tmp_path / "finer", finer)
     with pytest.raises(InputError, match=r"finer holds maps \[4, 6\] of 'gae', expected \[2, 3\] for tiny"):

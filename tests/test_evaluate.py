@@ -326,6 +326,7 @@ def test_what_does_not_go_together(config, vit, folder, whole, tmp_path):
         (changed(config, rows=rows("gea")), "did you mean 'gae'"),
         (changed(config, rows=[Row("a", "gae"), Row("a", "lrp")]), "names of their own"),
         (changed(config, rows=[Row("a", "tokentm", {"fnn": False})]), "did you mean 'ffn'"),
+        (changed(config, rows=[Row("a", "combination", {"methods": "rollout,gea"})]), "did you mean 'gae'"),
         (changed(config, options={"fill": "blur"}), "unknown option"),
         (changed(config, task="insertion", options={"fill": "white"}), "must be 'black' or 'blur', got 'white'"),
         (changed(config, task="insertion", options={"steps": 0}), "'steps' of the task .* or equal to 1"),
@@ -457,6 +458,14 @@ def test_comparison(whole, config, vit, folder, tmp_path):
     assert all(e["images"] in (5, 6) and abs(e["difference"]) < 1e-4 and e["high"] < 1e-3 for e in both)
     with pytest.raises(InputError, match="holds no finished evaluation"):
         compare([tmp_path / "nothing"])
+    # The same folder with fewer images: what it holds of the others is no part of the results.
+    fewer = tmp_path / "fewer"
+    shutil.copytree(out, fewer)
+    found = evaluate(config, vit, open_source(folder, limit=6, seed=0), fewer)
+    figures = {(row["method"], row["metric"]): row for row in found["rows"]}
+    for entry in compare([fewer]):
+        figure = figures[entry["method"], entry["metric"]]
+        assert (entry["value"], entry["images"]) == (figure["value"], figure["images"]) and entry["images"] in (5, 6)
     # Beside a running evaluation: its unfinished line is not looked at, and left alone.
     running = tmp_path / "running"
     shutil.copytree(out, running)

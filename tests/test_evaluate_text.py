@@ -1,5 +1,6 @@
 """Explanations of texts: the metrics against slow loops and by hand, and evaluations that resume."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -125,6 +126,9 @@ def test_an_evaluation_resumes_and_takes_more_rows(text, data, tmp_path):
     assert {metric for method, metric in values if method == "random"} == {
         "comprehensiveness", "sufficiency", "comprehensiveness_masked", "sufficiency_masked", "kendall_leave_one_out"
     }  # fmt: skip
+    (out / "records" / "clean.jsonl").unlink()  # as the program advises where it is damaged
+    other = dataclasses.replace(config_of(data, "raw_attention", "gradient_x_input"), batch_size=3)
+    assert evaluate_text(other, text, sentences, out)["rows"] == whole["rows"]
     # What is followed is the same for all when all is there and when nothing is.
     lines = [json.loads(line) for file in (out / "records").glob("r*.jsonl") for line in file.read_text().splitlines()]
     by_key = {}
@@ -136,6 +140,30 @@ def test_an_evaluation_resumes_and_takes_more_rows(text, data, tmp_path):
     assert "| raw_attention |" in (out / "results.md").read_text()
     with pytest.raises(tm.InputError, match="data"):
         evaluate_text(config_of(data, "gae"), text, read_sentences(data, 5, 3), out)
+    last = jax.tree.map(lambda leaf: leaf.at[-1].multiply(1.5) if leaf.ndim > 1 else leaf, text.params["blocks"])
+    longer = dataclasses.replace(text.tokenizer, length=text.tokenizer.length - 1)
+    for changed in ({"params": {**text.params, "blocks": last}}, {"tokenizer": longer}):
+        with pytest.raises(tm.InputError, match="model"):
+            evaluate_text(config_of(data, "gae"), dataclasses.replace(text, **changed), sentences, out)
+
+
+def test_sentences_are_spread_evenly(data):
+    assert [read_sentences(data, 5, limit).texts for limit in (None, 5, 9)] == [tuple(SENTENCES)] * 3
+    assert read_sentences(data, 5, 2).texts == (SENTENCES[0], SENTENCES[2])
+
+
+def test_lengths_are_within_the_model_s(text):
+    """Texts as long as the model takes, which is no multiple of eight."""
+    tokenizer = dataclasses.replace(text.tokenizer, length=14)
+    tokens = tokenizer(["a funny film " * 9, "dull"])[0]
+    assert tokens.ids.shape == (2, 14)
+
+    def predict(given):
+        assert given.ids.shape[1] <= 14
+        return text.logits(given)
+
+    found = metrics.Probabilities(predict, 2)(tokens, np.array([1, 2]))
+    np.testing.assert_allclose(found, jax.nn.softmax(text.logits(tokens))[[0, 1], [1, 2]], rtol=1e-4)
 
 
 @pytest.mark.parametrize(

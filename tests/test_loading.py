@@ -109,6 +109,9 @@ def test_class_index(described):
     assert twice.class_index("3") == 2  # a name that looks like a number is a name
     with pytest.raises(InputError, match="numbers 0, 1"):
         twice.class_index("crane")
+    numbered = load(checkpoint=described, class_names=["0", "10", "2"])  # as folders called so are sorted
+    assert [numbered.class_name(i) for i in range(3)] == ["0", "10", "2"]
+    assert [numbered.class_index(c) for c in (1, "1", "10", 2, "2")] == [1, 1, 1, 2, 2]
 
 
 def test_names_are_needed_for_a_name(bare):

@@ -267,6 +267,8 @@ def test_max_sensitivity(images):
     np.testing.assert_allclose(found, [largest / np.linalg.norm(map_) for map_ in maps], rtol=1e-4)
     zero = jnp.zeros_like(maps)
     np.testing.assert_array_equal(metrics.max_sensitivity(lambda _: zero, jnp.asarray(images), zero, 0.1, 2), 0)
+    found = metrics.max_sensitivity(lambda images: images[..., 0], jnp.asarray(images), zero, 0.1, 2)
+    np.testing.assert_array_equal(found, 1)
 
 
 def test_infidelity_by_hand():

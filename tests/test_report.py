@@ -152,6 +152,38 @@ def test_a_page_of_a_run(place, tmp_path):
     assert "No pictures" in page.read_text("utf-8")
 
 
+def test_pages_of_a_score_show_its_maps(place, tmp_path):
+    """Of a run that asks for a difference of logits, and of a store that asks for a channel, which is of no class."""
+    recipe, page, out = tmp_path / "recipe.py", tmp_path / "page.html", tmp_path / "run"
+    evaluated(place, tmp_path)
+    recipe.write_text(recipe.read_text().replace("batch_size=4", "batch_size=4, score='versus:c'"))
+    made = run("evaluate", recipe, "--out", out, "--methods", "tokentm")
+    shutil.rmtree(out)
+    assert made.exit_code == 2  # another score has a folder of its own
+    assert run("evaluate", recipe, "--out", out, "--methods", "tokentm").exit_code == 0
+    found = run("report", out, "--out", page)
+    assert found.exit_code == 0 and "asked for versus:c" in page.read_text(), found.output
+    settings, details = content(page)
+    vit, shown = tm.load(None, place / "tiny.safetensors"), 0
+    for place_of, entry in details.items():
+        images = vit.read([place / "photos" / settings["photos"][place_of]["name"]])
+        (klass,) = entry["classes"]
+        expected = np.asarray(tm.explain(vit, images, "tokentm", klass, score=tm.scores.Versus(2)))[0]
+        got = unpacked(entry["maps"]["tokentm"][str(klass)])
+        np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max())
+        assert entry["curves"] == entry["blocks"] == {}
+        shown += 1
+    assert shown
+
+    made = run("dataset", place / "photos", "--out", tmp_path / "maps", "--checkpoint", place / "tiny.safetensors",
+               "--methods", "tokentm", "--batch-size", 4, "--score", "channel:1")  # fmt: skip
+    assert made.exit_code == 0, made.output
+    assert run("report", tmp_path / "maps", "--out", page).exit_code == 0
+    settings, details = content(page)
+    assert all(entry["classes"] == [-1] and entry["probability"] == {} for entry in details.values())
+    assert settings["classes"]["-1"] == "channel:1"
+
+
 def test_a_page_of_a_store(place, tmp_path):
     store, page = tmp_path / "maps", tmp_path / "store.html"
     made = run("dataset", place / "photos", "--out", store, "--checkpoint", place / "tiny.safetensors", "--methods",

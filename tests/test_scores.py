@@ -193,7 +193,7 @@ def photos(tmp_path_factory):
 def test_an_evaluation_explains_and_follows_the_score(photos, tmp_path):
     """Of a difference of logits, against a loop in NumPy over the images whose class is not the other one."""
     vit, source = tiny_vit(2), open_source(photos)
-    config = EvaluateConfig("why", "perturbation", str(photos), rows("gae"), score="versus:2", batch_size=4)
+    config = EvaluateConfig("why", "perturbation", str(photos), rows("gae", "rollout"), score="versus:2", batch_size=4)
     results = evaluate(config, vit, source, tmp_path)
     (batch,) = batches(source, vit.preprocessing, 8, indices=range(8))
     images = batch.images.astype(np.float32) / 255
@@ -215,11 +215,16 @@ def test_an_evaluation_explains_and_follows_the_score(photos, tmp_path):
     assert figures["gae", "aopc"]["value"] == pytest.approx(np.mean(drops), rel=1e-4, abs=1e-5)
     assert figures["gae", "lodds"]["value"] == pytest.approx(-np.mean(drops), rel=1e-4, abs=1e-5)
     assert figures["gae", "aopc"]["images"] == len(kept)
+    assert {row["images"] for row in results["rows"]} == {len(kept)}  # of every row, and of every column
     assert "Explained, and followed in place of the probability: versus:2." in (tmp_path / "results.md").read_text()
     entries = {(entry["method"], entry["metric"]): entry for entry in compare([tmp_path])}
     assert entries["random", "aopc"]["value"] == figures["random", "aopc"]["value"]
     with pytest.raises(tm.InputError, match="another"):
         evaluate(dataclasses.replace(config, score="versus:3"), vit, source, tmp_path)
+    only = dataclasses.replace(config, score=f"versus:{predicted[0]}", names="0.png")
+    one = open_source(photos, names="0.png")
+    with pytest.raises(tm.InputError, match="leaves out the images of its class"):
+        evaluate(only, vit, one, tmp_path / "only")
 
 
 MORE_TASKS = [pytest.param(n, marks=pytest.mark.slow) for n in ("saco", "srg", "infidelity", "sensitivity", "shapley")]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.option("--checkpoint", type=PATH, help="Weights, in place of the recipe's.")
 @click.option("--data", type=TEXT, help="Folder, zip, .mat file or tfds:NAME:SPLIT, in place of the recipe's.")
 @click.option("--methods", help="Rows of the recipe or other methods, as a,b,c.")
-@click.option("--limit", type=click.IntRange(1), help="So many images, drawn by the recipe's seed.")
+@click.option("--limit", type=click.IntRange(1), help="So many images, drawn by the seed; of texts, spread evenly.")
 @click.option("--half", type=click.Choice(["even", "odd"]), help="The images at even or at odd places alone.")
 @click.option("--names", type=TEXT, metavar="PATTERN", help="Those alone whose names match, or with ! do not.")
 @click.option("--batch-size", type=click.IntRange(1, 4096), help="In place of the recipe's.")
@@ -46,8 +46,9 @@ def evaluate(
 ) -> None:
     """Measure explanation methods by a recipe; started again with the same folder, it goes on where it stopped.
 
-    CONFIG.py is a Python file that is run, and whose `config` is an EvaluateConfig, or a TextEvaluateConfig for
-    sentences. The results are results.json, results.md and, of images, curves.png.
+    CONFIG.py is a Python file that is run, and whose `config`, or what its `get_config(KEY=VALUE, ...)` returns, is an
+    EvaluateConfig, or a TextEvaluateConfig for sentences. The results are results.json, results.md and, of images,
+    curves.png.
 
     \b
     Example:
@@ -61,8 +62,8 @@ def evaluate(
 
     config = read_recipe(recipe, EvaluateConfig, TextEvaluateConfig)
     if isinstance(config, TextEvaluateConfig):
-        unused = {"--checkpoint": checkpoint, "--half": half, "--label-map": label_map, "--classes": classes}
-        for name, value in {**unused, "--maps": maps or None}.items():
+        unused = {"--checkpoint": checkpoint, "--half": half, "--names": names, "--label-map": label_map}
+        for name, value in {**unused, "--classes": classes, "--maps": maps or None}.items():
             if value is not None:
                 raise InputError(f"{name} is for images, and the recipe {recipe} is for texts")
         changes = {"model": model, "data": data, "limit": limit, "batch_size": batch_size}

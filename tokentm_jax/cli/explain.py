@@ -83,7 +83,7 @@ def explain_audio(recordings: tuple[str, ...], model: str | None, checkpoint: Pa
 
     FILE.wav is a file, a folder or a pattern. For each recording, <name>.png (spectrogram, heatmap, both, with time
     and frequency) and <name>.npz (the map, its first row the lowest frequency, and how it was made) go to the output
-    folder; with several methods as in `tokentm explain`. Mono or stereo, of any sample rate.
+    folder; with several methods as in `tokentm explain`. Of 1 to 32 channels, at 1 to 384 kHz.
 
     \b
     Examples:

@@ -31,9 +31,10 @@ def leaderboard(
 ) -> None:
     """Measure methods by many yardsticks and rank them; started again with the same folder, it goes on.
 
-    CONFIG.py is a Python file that is run, and whose `config` is a LeaderboardConfig. The results are leaderboard.md,
-    leaderboard.json and leaderboard.png (faithfulness against cost). Every yardstick is a folder that `tokentm
-    compare` reads. The speed of the methods is measured at the end, on this machine.
+    CONFIG.py is a Python file that is run, and whose `config`, or what its `get_config(KEY=VALUE, ...)` returns, is a
+    LeaderboardConfig. The results are leaderboard.md, leaderboard.json and leaderboard.png (faithfulness against
+    cost). Every yardstick is a folder that `tokentm compare` reads. The speed of the methods is measured at the end,
+    on this machine.
 
     \b
     Example:

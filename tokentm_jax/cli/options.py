@@ -11,7 +11,9 @@ import click
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.files import reason
 
-MODELS_HELP = "Timm name, shipped model or hf-hub:timm/NAME (see `tokentm models`); default: the checkpoint's own."
+MODELS_HELP = (
+    "Timm name, shipped model, folder or hf-hub:OWNER/NAME (`tokentm models`); default: the checkpoint's own."
+)
 
 
 class Given(click.ParamType):

@@ -129,6 +129,7 @@ class Photos(NamedTuple):
     top: int  # so many of the most probable classes
     target: int | None = None  # a class beside them
     strict: bool = True  # a method that cannot explain this model is an error; else it is left out
+    score: str | None = None  # of a run, in place of the class: of the predicted one alone, and without curves
 
     def explain(self, images: np.ndarray, labels: np.ndarray) -> list[Json]:
         """What the page shows of images uint8 [B, H, W, 3] with labels [B], -1 where unknown."""
@@ -142,7 +143,7 @@ class Photos(NamedTuple):
         asked = [order[:, k] for k in range(min(self.top, order.shape[1]))]
         asked += [] if self.target is None else [np.full_like(predicted, self.target)]
         known = (labels >= 0) & (labels < logits.shape[1])
-        asked += [np.where(known, labels, predicted).astype(np.int32)] if known.any() else []
+        asked += [np.where(known, labels, predicted).astype(np.int32)] if known.any() and self.score is None else []
         found: list[Json] = [
             {
                 "size": list(vit.preprocessing.size),
@@ -159,7 +160,7 @@ class Photos(NamedTuple):
         asked = [asked[k] for k in range(len(asked)) if not any((asked[k] == own).all() for own in asked[:k])]
         for row in self.rows:
             self._add(row, numbers, asked, found)
-        for classes in asked:
+        for classes in asked if self.score is None else ():
             self._add_blocks(numbers, classes, found)
         return found
 
@@ -170,12 +171,14 @@ class Photos(NamedTuple):
     def _add(self, row: Row, images: np.ndarray, asked: Sequence[np.ndarray], found: list[Json]) -> None:
         """The maps of one method for every class that is asked for, and their curves."""
         program, options = self._compiled()[0], dict[str, Any](row.options)
+        score = None if self.score is None else self.vit.score(self.score)
         maps: Any = None
         for classes in asked:
             if maps is None or row.class_specific:
                 try:
                     with memory_errors():
-                        maps = np.asarray(explain(self.vit, images, row.method, classes, **options), np.float32)
+                        maps = explain(self.vit, images, row.method, classes, score=score, **options)
+                        maps = np.asarray(maps, np.float32)
                 except InputError as error:
                     if self.strict:
                         raise
@@ -184,6 +187,8 @@ class Photos(NamedTuple):
                 for i, entry in enumerate(found):
                     own = str(classes[i]) if row.class_specific else "every"
                     entry["maps"].setdefault(row.name, {})[own] = packed_map(maps[i])
+            if score is not None:
+                continue
             curves = np.asarray(program(self.vit.params, images, maps, classes), np.float64).round(5)
             for i, entry in enumerate(found):
                 entry["curves"].setdefault(row.name, {})[str(classes[i])] = curves[i].tolist()
@@ -235,7 +240,7 @@ def _names(photos: Sequence[tuple[Json, Json | None]], names: Sequence[str] | No
     for _, details in photos:
         if details is not None:
             found |= {c for c, _ in details["probabilities"]} | set(details["classes"])
-    return {c: printable(names[c]) if names is not None and c < len(names) else f"class {c}" for c in found}
+    return {c: printable(names[c]) if names and c < len(names) else f"class {c}" for c in found if c >= 0}
 
 
 # ---- the three kinds of pages ---------------------------------------------------------------------------------------
@@ -319,7 +324,7 @@ def run_page(
     explained = [row for row in config.rows if row.method != RANDOM and row.random_blocks is None]
     photos = None
     if vit is not None and source is not None and explained and vit.preprocessing.audio is None:
-        photos = Photos(vit, explained, 1, strict=False)
+        photos = Photos(vit, explained, 1, strict=False, score=config.score)
     page = _run_photos(run, source, photos, keys, chosen, values, notices)
     if any(details and details["probabilities"][0][0] != facts["predicted"] for facts, details in page):
         notices.append(f"The maps are of another model than the run's: {vit.name if vit else ''} answers otherwise.")
@@ -327,6 +332,7 @@ def run_page(
     shown = [row.name for row in explained if any(d and row.name in d["maps"] for _, d in page)]
     about = f"{config.task} of {len(run.keys)} images of {Path(config.data).name or config.data}"
     about += "" if vit is None else f", {vit.name}"
+    about += "" if config.score is None else f", asked for {config.score}"
     return Page(
         config.name,
         printable(about),
@@ -415,7 +421,7 @@ def _figures(run: Finished, shown: Sequence[Row]) -> tuple[Json, dict[str, dict[
         for name, column in task.columns.items()
         if any(entry["metric"] == name for entry in cells)
     }
-    labels = {} if task.plot is None else {"x": task.plot.x_label, "y": task.plot.y_label}
+    labels = {} if task.plot is None else {"x": task.plot.x_label, "y": task.plot.y_of(run.config.score)}
     curves = [{"title": title, **labels, "rows": of_rows} for title, of_rows in panels.items()]
     first = next(iter(values.values()), {}).values()
     different = {name: len({own[name] for own in first if name in own}) for name in columns}
@@ -477,8 +483,8 @@ def store_page(
             details = {
                 "size": list(maps[kept[0]].shape[1:]),
                 "probabilities": [[int(c), float(probabilities[i, c])] for c in order],
-                "classes": [int(target[i])],
-                "probability": {int(target[i]): float(probabilities[i, target[i]])},
+                "classes": [int(target[i])],  # -1: a score that is of no class
+                "probability": {int(target[i]): float(probabilities[i, target[i]])} if target[i] >= 0 else {},
                 "maps": {name: {int(target[i]): packed_map(maps[name][i])} for name in kept},
                 "curves": {},
                 "blocks": {},
@@ -490,7 +496,8 @@ def store_page(
         notices.append(f"{len(failed)} of {len(places)} pictures cannot be had: {failed[0]}")
         complain(notices[-1])
     about = f"{made['model']['name']}, {len(page)} images of {Path(made['data']['name']).name}"
-    return Page(Path(path).name or path, printable(about), page, kept, _names(page, names), None, notices)
+    classes = _names(page, names) | ({-1: printable(made["score"])} if (target < 0).any() else {})
+    return Page(Path(path).name or path, printable(about), page, kept, classes, None, notices)
 
 
 def _names_of_store(

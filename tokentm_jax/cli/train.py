@@ -30,7 +30,8 @@ def train(
 ) -> None:
     """Train a model by a recipe; started again with the same folder, it goes on where it stopped.
 
-    CONFIG.py is a Python file that is run, and whose `config` is a TrainConfig, or a TextTrainConfig for sentences.
+    CONFIG.py is a Python file that is run, and whose `config`, or what its `get_config(KEY=VALUE, ...)` returns, is a
+    TrainConfig, or a TextTrainConfig for sentences.
 
     \b
     Example:

@@ -27,6 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tokentm_jax.cli.figure import as_base64, colour_tables, data_url, shade
+from tokentm_jax.data.labels import number
 from tokentm_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -318,7 +319,8 @@ def application(
         method, name = request.query_params.get("method", methods[0]), request.query_params.get("class")
         if method not in methods:
             raise InputError(f"the method {method!r:.80} is not served here")
-        target = None if name is None else vit.class_index(name)
+        index = None if name is None else number(name)  # the page sends a number, whatever classes are called
+        target = None if name is None else vit.class_index(name if index is None else index)
         if request.headers.get("content-type") != OCTETS:
             raise HTTPException(415, f"send the photo's bytes as the body, of the type {OCTETS}")
 

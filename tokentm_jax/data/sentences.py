@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tokentm_jax.data.labels import number
+from tokentm_jax.data.sources import spread
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import read_text
 from tokentm_jax.identity import digest
@@ -46,8 +47,7 @@ def read_sentences(path: str | os.PathLike[str], classes: int, limit: int | None
         labels.append(index)
     if not texts:
         raise InputError(f"{path} holds no sentence")
-    chosen = np.arange(len(texts)) if limit is None else np.arange(min(limit, len(texts))) * len(texts) // limit
-    chosen = np.unique(np.minimum(chosen, len(texts) - 1))
+    chosen = spread(range(len(texts)), limit)
     texts = tuple(texts[i] for i in chosen)
     found = np.array([labels[i] for i in chosen], np.int32)
     return Sentences(texts, found, digest(texts, found.tolist()))

@@ -104,11 +104,6 @@ def combination(
     """
     inputs = as_inputs(module, params, inputs)
     names = _members(methods)
-    for name in names:
-        if name not in METHODS or name in COMBINED:
-            raise suggest("method", name, [m for m in METHODS if m not in COMBINED])
-    if len(set(names)) < len(names):
-        raise InputError(f"each method of a combination is named once, got {methods!r:.80}")
     try:
         numbers = [float(weight) for weight in weights.split(",")] if weights else None
     except ValueError:
@@ -140,7 +135,14 @@ COMBINED = ("combination", "tokentm_mix")
 
 
 def _members(methods: str) -> list[str]:
-    return [name.strip() for name in methods.split(",")]
+    """The methods that a combination names. Raises InputError for one that there is not, or that is named twice."""
+    names = [name.strip() for name in methods.split(",")]
+    for name in names:
+        if name not in METHODS or name in COMBINED:
+            raise suggest("method", name, [m for m in METHODS if m not in COMBINED])
+    if len(set(names)) < len(names):
+        raise InputError(f"each method of a combination is named once, got {methods!r:.80}")
+    return names
 
 
 def _classless(options: Mapping[str, Any]) -> bool:

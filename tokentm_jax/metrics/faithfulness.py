@@ -82,7 +82,7 @@ def followed(found: dict[str, Any]) -> Any:
 
 
 def confidence(predict: Predict, images: Array, target: Target) -> Array:
-    """What is followed, for images [B, H, W, C]: [B]."""
+    """What is followed, the probability of the class or the score of a question, for images [B, H, W, C]: [B]."""
     return followed(scores(predict(images), target, _nobody(images)))
 
 

@@ -22,7 +22,7 @@ def max_sensitivity(
         max_s ||E(x + d_s) - E(x)|| / ||E(x)||,   d_s uniform in [-radius, radius], the same for every image
 
     (Yeh et al., NeurIPS 2019; relative, so that maps of every scale compare.) `explain` gives maps of images, for the
-    class that was explained. A map of zeros that stays has 0.
+    class that was explained. A map of zeros that stays has 0, and one that does not has 1, as one that becomes zeros.
     """
 
     def change(key: Array) -> Array:
@@ -31,7 +31,7 @@ def max_sensitivity(
 
     largest = jax.lax.map(change, jax.random.split(jax.random.key(seed), samples)).max(0)
     size = jnp.sqrt(jnp.square(maps).sum((1, 2)))
-    return largest / jnp.maximum(size, jnp.finfo(maps.dtype).tiny)
+    return jnp.where(size > 0, largest / jnp.where(size > 0, size, 1), jnp.sign(largest))
 
 
 def random_removals(

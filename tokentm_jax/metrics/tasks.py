@@ -204,7 +204,7 @@ def check(config: EvaluateConfig) -> EvaluateConfig:
 
 
 def check_rows(table: str, rows: Sequence[Row]) -> None:
-    """InputError for a method or option that does not exist, or rows of one name."""
+    """InputError for a method, a member of one or an option that does not exist, or rows of one name."""
     for row in rows:
         if row.method == RANDOM and row.options:
             raise suggest("option", next(iter(row.options)), [], of=RANDOM)
@@ -212,6 +212,7 @@ def check_rows(table: str, rows: Sequence[Row]) -> None:
             if row.method not in METHODS:
                 raise suggest("method", row.method, [*METHODS, RANDOM])
             METHODS[row.method].bind(row.method, dict(row.options))
+            METHODS[row.method].looks_at_class(row.options)  # of a combination, this asks its members
     names = [row.name for row in rows]
     others = [row.name for row in rows if row.method != RANDOM]
     if len(set(names)) < len(names) or CLEAN in names or RANDOM in others:
@@ -280,6 +281,10 @@ class Plot(NamedTuple):
     x_label: str
     y_label: str
     curves: Callable[[Table], dict[str, tuple[np.ndarray, np.ndarray]]]  # title of a panel: x and y of the curve
+
+    def y_of(self, score: str | None) -> str:
+        """The label of y where this score is followed in place of the probability."""
+        return self.y_label if score is None else self.y_label.replace("probability", score)
 
 
 class Task(NamedTuple):
@@ -537,7 +542,8 @@ def _complexity(predict: metrics.Predict, inputs: Inputs, maps: Array) -> dict[s
 def _agreement(predict: metrics.Predict, inputs: Inputs, maps: Array) -> dict[str, Array]:
     assert inputs.reference is not None
     _, gh, gw = inputs.reference.shape
-    return {"agreement": metrics.rank_correlation(metrics.by_patch(maps, (gh, gw)), inputs.reference)}
+    tiling = inputs.tiling if (gh, gw) == inputs.grid else None  # else the reference's squares are larger
+    return {"agreement": metrics.rank_correlation(metrics.by_patch(maps, (gh, gw), tiling), inputs.reference)}
 
 
 # ---- the table of tasks --------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ class Probabilities:
         for start in range(0, len(places), self.size):
             chosen = places[start : start + self.size]
             full = chosen + chosen[-1:] * (self.size - len(chosen))
-            length = -(-int(tokens.mask[chosen[-1]].sum()) // 8) * 8
+            length = min(-(-int(tokens.mask[chosen[-1]].sum()) // 8) * 8, tokens.ids.shape[1])
             cut = [np.pad(array[full], ((0, 0), (0, length)))[:, :length] for array in tokens]
             cut[3] |= ~cut[1]
             found = np.asarray(jax.nn.softmax(self.predict(Tokens(*cut))))

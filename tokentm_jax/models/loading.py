@@ -76,14 +76,16 @@ class Classes:
         return known[text]
 
     def class_index(self, name_or_number: str | int) -> int:
-        """Index of a class given by name (any case), by number, also as text ("281"), or by wnid ("n02123045").
+        """Index of a class given by number, or as text: a name (any case), a number where no class is called so
+        ("281"), or a wnid ("n02123045").
 
         Raises InputError for a number out of range, an unknown name (with the nearest one), or an ambiguous name.
         """
         classes = self.module.num_classes
         text = str(name_or_number).strip()
         index = number(text)
-        if index is not None and not (self.class_names and text in self.class_names):
+        called = isinstance(name_or_number, str) and self.class_names is not None and text in self.class_names
+        if index is not None and not called:
             if 0 <= index < classes:
                 return index
             raise InputError(f"class {text[:20]} is out of range: {self.name} has classes 0 to {classes - 1}")

@@ -40,7 +40,7 @@ from tokentm_jax.metrics.tasks import (
 from tokentm_jax.models.loading import LoadedViT, predict
 from tokentm_jax.models.sharding import over_batch
 from tokentm_jax.models.vit import init_params
-from tokentm_jax.runs.records import KEPT, Records, record_file
+from tokentm_jax.runs.records import EXAMPLES, KEPT, Records, record_file
 from tokentm_jax.runs.report import draw, markdown, summarise
 from tokentm_jax.runs.store import Maps
 from tokentm_jax.validation import lists_of
@@ -333,6 +333,7 @@ def _evaluate(
 
     run["skipped"] = {"count": len(skipped), "examples": dict(sorted(skipped.items())[:20])}
     results = {"rows": summarise(config, clean, records, keys), "run": run}
+    write_json(out / EXAMPLES, keys, KEPT)
     write_json(out / "results.json", results, KEPT)
     write_text(out / "results.md", markdown(results), KEPT)
     write_png(draw(config, clean, records, keys), out / "curves.png", KEPT)
@@ -387,19 +388,26 @@ def _predictions(
 def _jobs(config: EvaluateConfig, source: Source, clean: Records, asked: Question | None) -> list[Job]:
     """All predicted classes, then, if wanted, the targets that are other classes.
 
-    No class is compared with itself.
+    No class is compared with itself: an image of which one is the other class of a `Versus` is left out of every row.
     """
     good = [i for i, key in enumerate(source.keys) if (key, CLEAN) in clean.places]
     if not good:
         return []
     own = [(source.keys[i], CLEAN) for i in good]
     predicted, labels = clean.take("predicted", own).tolist(), clean.take("label", own).tolist()
+    targets = TARGET in config.explained and any(row.class_specific for row in config.rows)
     examples = list(zip(good, predicted, labels, strict=True))
+    if asked is not None and isinstance(asked.score, Versus):
+        other = asked.score.other
+        examples = [(i, c, y) for i, c, y in examples if other not in ((c, y) if targets else (c,))]
+    if not examples:
+        raise InputError(
+            f"the score {config.score!r} leaves out the images of its class, and {source.name} has no other"
+        )
     jobs = [Job(source.keys[i], PREDICTED, i, y, c) for i, c, y in examples]
-    if TARGET in config.explained and any(row.class_specific for row in config.rows):
+    if targets:
         jobs += [Job(source.keys[i], TARGET, i, y, y) for i, c, y in examples if c != y]
-    other = asked.score.other if asked is not None and isinstance(asked.score, Versus) else None
-    return [job for job in jobs if job.explained_class != other]
+    return jobs
 
 
 def _open(row: Row, records: Records, group: Sequence[Job]) -> list[int]:
@@ -441,13 +449,18 @@ def _stored(
     maps: Sequence[Maps], config: EvaluateConfig, row: Row, group: Sequence[Job], places: Sequence[int]
 ) -> tuple[list[int], np.ndarray]:
     """Those places of the group whose maps are stored, and these maps [k, h, w]."""
-    store = next((store for store in maps if store.has(row.method, row.options)), None)
-    if store is None or row.random_blocks is not None or TASKS[config.task].against_original:
-        return [], np.empty((0, 1, 1), np.float32)
-    jobs = [group[i] for i in places]
-    wanted = [(job.key, job.explained_class if row.class_specific else None) for job in jobs]
-    found, stored = store.find(row.method, row.options, wanted)
-    return [places[i] for i in found], stored
+    taken: list[int] = []
+    parts: list[np.ndarray] = []
+    own = row.random_blocks is not None or TASKS[config.task].against_original  # are made anew
+    for store in () if own else maps:
+        missing = [i for i in places if i not in taken]
+        if missing and store.has(row.method, row.options):
+            jobs = [group[i] for i in missing]
+            wanted = [(job.key, job.explained_class if row.class_specific else None) for job in jobs]
+            found, stored = store.find(row.method, row.options, wanted)
+            taken += [missing[i] for i in found]
+            parts.append(stored)
+    return taken, np.concatenate(parts) if taken else np.empty((0, 1, 1), np.float32)
 
 
 @jax.jit

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax
 import numpy as np
 from annotated_types import Ge, Gt, Le, Len, Lt
 
@@ -13,7 +12,7 @@ from tokentm_jax import metrics
 from tokentm_jax.data.sentences import Sentences
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import reason, write_json, write_text
-from tokentm_jax.identity import claimed, digest, environment
+from tokentm_jax.identity import claimed, digest_files, environment, identity_of
 from tokentm_jax.methods.explain import compiled
 from tokentm_jax.metrics.tasks import CLEAN, PREDICTED, RANDOM, Number, Row, check_rows
 from tokentm_jax.metrics.texts import Probabilities, agreement, kendall, leave_one_out, read_lexicon, removal_curves
@@ -129,8 +128,7 @@ def evaluate_text(
 
 
 def _identity(text: LoadedText) -> str:
-    leaves = jax.tree.leaves(text.params)
-    return digest(str(text.module.clone(primitives=None)), *(np.asarray(leaf).tobytes().hex()[:64] for leaf in leaves))
+    return identity_of(text.module, text.params, [digest_files([text.tokenizer.file]), text.tokenizer.length])
 
 
 def _evaluate(
@@ -157,16 +155,16 @@ def _evaluate(
     for number, group in enumerate(groups, 1):
         keys = [f"{place:06d}" for place in group]
         waiting = [row for row in config.rows if any((key, PREDICTED) not in records[row.name].places for key in keys)]
-        if waiting:
+        missing = [i for i, key in enumerate(keys) if (key, CLEAN) not in clean.places]
+        if waiting or missing:
             full = group + group[-1:] * (size - len(group))
             given = [data.texts[place] for place in full]
             tokens = text.tokenizer(given)[0]
             probability = Probabilities(text.logits)
             logits = np.asarray(text.logits(tokens))
             target = logits.argmax(-1).astype(np.int32)
-            if any((key, CLEAN) not in clean.places for key in keys):
-                hits = (target == data.labels[full])[: len(group)]
-                clean.append([(key, CLEAN) for key in keys], {"hit": hits})
+            if missing:
+                clean.append([(keys[i], CLEAN) for i in missing], {"hit": (target == data.labels[full])[missing]})
             losses = leave_one_out(probability, tokens, target)
             for row in waiting:
                 scores = _scores(config, text, row, tokens, target, full)
@@ -193,7 +191,8 @@ def _scores(
         noise = [metrics.random_map(f"{place:06d}", (1, text.module.max_length), config.seed)[0] for place in places]
         return np.stack(noise)[:, : tokens.ids.shape[1]]
     program = compiled(text.module, {row.method: row.options})
-    return np.nan_to_num(np.asarray(program(text.params, tokens, target)[0][row.method]))
+    found = np.asarray(program(text.params, tokens, target)[0][row.method])
+    return np.nan_to_num(found, posinf=0, neginf=0)
 
 
 def _taus(scores: np.ndarray, losses: np.ndarray, tokens: Tokens) -> np.ndarray:

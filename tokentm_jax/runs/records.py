@@ -18,6 +18,7 @@ from tokentm_jax.validation import checked
 
 LONGEST_LINE = 64 * 2**20  # bytes
 IMAGES = 256  # of a line, at most
+EXAMPLES = "records/examples.json"  # the keys of those that the results are of
 KEPT = "; what was finished is kept, and the same command goes on from there"
 
 

@@ -26,7 +26,7 @@ from tokentm_jax.metrics.tasks import (
     check,
     clean_fields,
 )
-from tokentm_jax.runs.records import Records, record_file, table_of
+from tokentm_jax.runs.records import EXAMPLES, Records, record_file, table_of
 from tokentm_jax.validation import checked
 
 if TYPE_CHECKING:
@@ -133,8 +133,7 @@ def draw(
                 colour = colours(i / max(len(curves) - 1, 1)) if many else colours(i % 10)
                 style: dict[str, Any] = {"color": "grey", "linestyle": "--"} if name == RANDOM else {"color": colour}
                 axes.plot(*panels[title], label=name, **style)
-            label = plot.y_label if config.score is None else plot.y_label.replace("probability", config.score)
-            axes.set(title=title, xlabel=plot.x_label, ylabel=label)
+            axes.set(title=title, xlabel=plot.x_label, ylabel=plot.y_of(config.score))
             if config.score is None:
                 axes.set_ylim(0)
         for axes in figure.axes[-1:]:
@@ -218,17 +217,15 @@ Measured = tuple[list[str], dict[str, np.ndarray]]  # examples, and by metric th
 
 
 class Finished(NamedTuple):
-    """A finished evaluation: its folder, config, data set, figures, and what the model said of the whole images."""
+    """A finished evaluation: its folder, config, data set, figures, what the model said of the whole images, and which
+    of these the figures are of: the folder may hold more, of an earlier run with another limit, half or names."""
 
     out: Path
     config: EvaluateConfig
     data: DataSet
     figures: list[Figure]
     clean: Records
-
-    @property
-    def keys(self) -> list[str]:
-        return [key for key, _ in self.clean.places]
+    keys: list[str]
 
     def records(self, row: Row) -> Records:
         """The results per image of a row, from its file."""
@@ -262,10 +259,14 @@ def open_finished(out: Path) -> Finished:
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     clean = Records(out / "records" / "clean.jsonl", clean_fields(config.score is not None), (CLEAN,))
-    finished = Finished(out, config, run["data"], results["rows"], clean)
-    if not finished.keys:
-        raise InputError(f"{finished.clean.path} holds no results")
-    return finished
+    if not clean.places:
+        raise InputError(f"{clean.path} holds no results")
+    listed = out / EXAMPLES
+    keys: list[str] = checked(str(listed), list[str], read_json(listed))
+    for key in keys:
+        if (key, CLEAN) not in clean.places:
+            raise InputError(f"{listed} names {key}, of which {clean.path} holds no results")
+    return Finished(out, config, run["data"], results["rows"], clean, keys)
 
 
 def _asked(config: EvaluateConfig) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ const TRIES = 8; // how often a busy server is asked again
 let settings; // of the server: model, classes, methods, colours, examples
 let photo = null; // {name, file}: what is explained
 let shown = null; // the server's last answer, and its pictures as pixels
+let taken = 0; // how many photos were chosen: an example that comes late gives way
 let asking = null; // stops the request that is under way
 const answers = new Map(); // of this photo, by method and class
 let ready = new Set(); // methods that need no compiling
@@ -69,6 +70,7 @@ async function explain() {
   if (answers.has(key)) return show(answers.get(key));
   document.body.classList.add("waiting");
   const method = $("method").value;
+  const { name } = photo;
   const notice = ready.has(method)
     ? "Explaining"
     : `First use of ${method} here: compiling takes about ${Math.max(1, Math.round(settings.compiling))} s`;
@@ -85,7 +87,7 @@ async function explain() {
     ready.add(method);
     answer.seconds = (performance.now() - began) / 1000;
     if (stop.signal.aborted) return;
-    answers.set(key, { ...answer, pixels });
+    answers.set(key, { ...answer, pixels, name });
     show(answers.get(key));
   } catch (error) {
     if (stop.signal.aborted) return;
@@ -229,7 +231,7 @@ function put(canvas, pixels) {
 function save(blob, ending) {
   const link = document.createElement("a");
   link.href = URL.createObjectURL(blob);
-  link.download = `${photo.name}.${shown.method}.${ending}`;
+  link.download = `${shown.name}.${shown.method}.${ending}`;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }
@@ -263,6 +265,7 @@ function take(file, name, example = false) {
     return;
   }
   photo = { file, name, example };
+  taken += 1;
   answers.clear();
   for (const button of $("photos").children) button.setAttribute("aria-pressed", button.dataset.path ? example && nameOf(button.dataset.path) === name : !example);
   writeLink();
@@ -270,9 +273,12 @@ function take(file, name, example = false) {
 }
 
 async function takeExample(path) {
+  const before = (taken += 1);
   try {
     const response = await fetch(path);
-    take(await response.blob(), nameOf(path), true);
+    if (!response.ok) throw new Error();
+    const file = await response.blob();
+    if (taken === before) take(file, nameOf(path), true);
   } catch {
     $("error").textContent = "The server does not answer: it may have ended.";
   }

@@ -185,9 +185,10 @@ function showCurves() {
     const curves = shown.map(([name, [x, y]]) => ({ name, x, y, colour: rowColour(name), dashed: name === "random" }));
     const says = make("figcaption", { text: panel.title });
     const at = (x) => {
-      const near = curves[0].x.reduce((best, value, i) => (Math.abs(value - x) < Math.abs(curves[0].x[best] - x) ? i : best), 0);
-      const values = curves.filter((curve) => near < curve.x.length).sort((a, b) => b.y[near] - a.y[near]);
-      says.textContent = `${panel.title}, at ${short(curves[0].x[near])}: ${values.map((curve) => `${title(curve.name)} ${short(curve.y[near])}`).join(", ")}`;
+      const nearest = (curve) => curve.x.reduce((best, value, i) => (Math.abs(value - x) < Math.abs(curve.x[best] - x) ? i : best), 0);
+      const near = curves[0].x[nearest(curves[0])];
+      const values = curves.map((curve) => ({ name: curve.name, y: curve.y[nearest(curve)] })).sort((a, b) => b.y - a.y);
+      says.textContent = `${panel.title}, at ${short(near)}: ${values.map(({ name, y }) => `${title(name)} ${short(y)}`).join(", ")}`;
     };
     const picture = curves.length ? chart(curves, { label: `Curves: ${panel.title}`, xLabel: panel.x, yLabel: panel.y, at }) : "";
     return make("figure", {}, picture, says);
