@@ -2,8 +2,7 @@
 
     tokentm train configs/cifar10_vit.py --train cifar10_train.zip --test cifar10_test.zip --out runs/cifar10
 
-Meant for 90 % or more after about 300 epochs with strong augmentation. Not yet measured: no GPU was lent to the
-task that wrote it, and the shipped model comes from `cifar10_vit_cpu.py`.
+Meant for 90 % or more after about 300 epochs with strong augmentation. Not measured, for want of a GPU.
 """
 
 from tokentm_jax.runs.train import TrainConfig

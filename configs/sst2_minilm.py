@@ -1,4 +1,4 @@
-"""Fine-tune MiniLM as a classifier of film reviews (SST-2): a text model of one's own in a quarter of an hour.
+"""Fine-tune MiniLM as a classifier of film reviews (SST-2): a text model of one's own in 20 minutes.
 
     tokentm train configs/sst2_minilm.py --out runs/sst2_minilm
     tokentm explain-text "a stirring, funny film" --model runs/sst2_minilm

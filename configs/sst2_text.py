@@ -7,8 +7,8 @@ The classifier is that of `configs/sst2_minilm.py`.
 ERASER's comprehensiveness and sufficiency, by deleting and by masking, Kendall's tau with leave-one-out, and agreement
 with VADER's lexicon (`pip install vaderSentiment`).
 
-Data: ../shared/data/text. Run time: not measured to the end; about two hours on two CPU cores, of which the Shapley
-values take half; 20 minutes for `rows=weights`.
+Data: ../shared/data/text. Run time: more than two hours on two CPU cores without the Shapley values, which take about
+as long again; 20 minutes for `rows=weights`.
 """
 
 from typing import Literal
