@@ -105,6 +105,7 @@ def test_config_round_trip():
         ({"img_size": 10**6}, "img_size"),
         ({"patch_size": [16, 14, 3]}, "patch_size"),
         ({"patch_size": [16, 15]}, "224 is not a multiple of the patch size 15"),
+        ({"img_size": 230, "stride": 16}, "230 is not a multiple of the patch size 16"),
         ({"stride": 17}, "17 leaves gaps between patches of 16"),
         ({"stride": [16, 0]}, "stride"),
         ({"class_token": False, "global_pool": "prefix"}, "needs a token before the patches"),

@@ -138,6 +138,9 @@ def test_maps_of_overlapping_patches_stand_at_their_centres():
     changed = perturb(jnp.ones((1, *size, 1)), ranks, 3, True, 0.0, tiling)
     np.testing.assert_array_equal(changed[0, ..., 0] == 0, spread(ranks, size, tiling)[0] < 3)
 
+    squares = jnp.asarray(maps[:, :2, :3])  # larger than the patches: they divide the image
+    np.testing.assert_array_equal(to_pixels(squares, size, tiling), to_pixels(squares, size))
+    np.testing.assert_array_equal(by_patch(squares, grid, tiling), by_patch(squares, grid))
     divided = Tiling((5, 2), (5, 2))
     maps = jnp.asarray(maps[:, :2, :3])
     np.testing.assert_array_equal(to_pixels(maps, size, divided), to_pixels(maps, size))

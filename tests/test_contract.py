@@ -200,6 +200,9 @@ def test_options_with_which_the_class_does_not_matter(plain):
         assert TABLE[method].class_specific and not TABLE[method].looks_at_class(options)
         compiled = jax.jit(explain_fn(module, method, **options))
         np.testing.assert_array_equal(compiled(params, images, TARGET), compiled(params, images, TARGET[::-1]))
+    # Whose weights read the gradient of the class.
+    assert TABLE["tokentm"].looks_at_class({"attention": "plain", "weights": "alignment"})
+    assert not TABLE["tokentm"].looks_at_class({"attention": "plain", "weights": "entropy"})
 
 
 def test_another_function_under_the_same_name_is_another_program(monkeypatch):

@@ -216,6 +216,7 @@ def test_words_on_the_command_line_and_on_a_page(tmp_path):
     [
         (["a", "--model", "/nowhere"], "holds no text model"),
         (["a", "--model", GOLDENS / "distilbert", "--method", "gea"], "did you mean 'gae'"),
+        (["a", "--model", GOLDENS / "distilbert", "--method", "smooth_grad", "--option", "noise=1e38"], "no finite"),
         (["a", "--model", GOLDENS / "distilbert", "--target", "9"], "out of range"),
         (["a", "--model", GOLDENS / "bert_encoder"], "gives features and no classes"),
         ([" ", "--model", GOLDENS / "distilbert"], "text 1 must be a text with a word"),

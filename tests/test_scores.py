@@ -146,6 +146,17 @@ def test_photos_and_other_classes_without_another_program():
     assert tm.explain(vit, images, "gae", score=prompt).shape == (2, 2, 3)
 
 
+def test_whole_numbers_are_a_target_of_a_score_of_one_s_own():
+    """They are not classes: pairs of outputs here, of which there may be more than classes."""
+    vit = tiny_vit(2)
+    images = np.random.default_rng(0).random((2, 16, 24, 3)).astype(np.float32)
+    difference = lambda o, t: o[jnp.arange(2), t[:, 0]] - o[jnp.arange(2), t[:, 1] % 5]  # noqa: E731
+    found = tm.explain(vit, images, "gae", np.array([[2, 6], [3, 5]], np.int32), score=difference)
+    for i, (one, other) in enumerate(((2, 1), (3, 0))):
+        expected = tm.explain(vit, images[i : i + 1], "gae", one, score=scores.Versus(other))
+        np.testing.assert_allclose(found[i], expected[0], rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

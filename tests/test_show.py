@@ -108,6 +108,7 @@ def test_what_is_refused(vit, path):
         ((7, vit), "a photo must be a path"),
         (([], vit), "no photos"),
         ((PHOTO.astype(np.int64), vit), "a photo must be a path or an array"),
+        ((PHOTO.astype(np.uint16), vit), "of uint8 or floats"),
         ((PHOTO * 1.0, vit), r"in \[0, 1\]"),
         ((PHOTO, vit, "gea"), "did you mean 'gae'"),
         ((PHOTO, vit, "gae", 5), "out of range"),

@@ -62,6 +62,16 @@ def models():
     return params, rng.normal(size=(2, 8, 12, 3)).astype(np.float32), same
 
 
+def test_a_gradient_by_rules_is_not_ignored(models):
+    """Where a combination cannot share passes, TokenTM's gradient by the rules of a member is refused or true."""
+    params, images, _ = models
+    explain = lambda gradient: explain_fn(OwnPass(**FIELDS), "combination", methods="tokentm,gae", gradient=gradient)  # noqa: E731
+    target = jnp.array([0, 2], jnp.int32)
+    assert explain("own")(params, images, target).shape == (2, 2, 3)
+    with pytest.raises(tm.InputError, match="OwnPass has its own"):
+        explain("attn_lrp")(params, images, target)
+
+
 @pytest.mark.parametrize("method", CASES)
 def test_a_subclass_is_explained_or_refused(briefly, models, method):
     params, images, same = models

@@ -29,7 +29,12 @@ Scores = dict[int, dict[str, list[list["Word"]]]]  # class -> method -> for ever
 @click.option("--model", type=TEXT, required=True, help="Folder of a text classifier, or hf-hub:OWNER/NAME.")
 @click.option("--method", default="tokentm", show_default=True, help="A method, several as a,b,c, or 'all'.")
 @click.option("--target", help="Class to explain, by number or name; default: each text's predicted class.")
-@click.option("--out", type=PATH, metavar="PAGE.html", help="Also write a page, on which every class can be chosen.")
+@click.option(
+    "--out",
+    type=PATH,
+    metavar="PAGE.html",
+    help="Also write a page, with the best five classes of each text.",
+)
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Option of the method; repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document in place of words.")
 def explain_text(
@@ -69,13 +74,13 @@ def explain_text(
         click.echo(f"Warning: {printable(warning.message)}", err=True)
     outputs = _probabilities(text.logits(tokens))
     targets = outputs.argmax(-1) if asked is None else [asked] * len(given)
-    page = () if out is None else range(min(text.module.num_classes, SHOWN_CLASSES))
+    page = () if out is None else map(int, outputs.argsort(-1)[:, -SHOWN_CLASSES:].ravel())
     scores = _explain(text, given, tokens, chosen, sorted({*map(int, targets), *page}), settings, method == "all")
     results = [
         _described(text, given[i], outputs[i], int(targets[i]), scores[int(targets[i])], i) for i in range(len(given))
     ]
     if out is not None:
-        _write_page(out, text, given, tokens, outputs, scores, int(targets[0]))
+        _write_page(out, text, given, outputs, scores, int(targets[0]))
     if as_json:
         click.echo(json.dumps(results, indent=1))
     else:
@@ -110,6 +115,8 @@ def _explain(
     options: dict[str, Any],
     skip_unfit: bool,
 ) -> Scores:
+    import numpy as np
+
     from tokentm_jax.methods.explain import explain
     from tokentm_jax.models.texts import words
 
@@ -120,6 +127,8 @@ def _explain(
                 for index in classes:
                     with memory_errors():
                         scores = explain(text, tokens, name, index, **options)
+                    if not np.isfinite(scores).all():
+                        raise InputError(f"{name} gives no finite scores for these texts")
                     found[index][name] = words(text, given, scores)
                     step(1)
             except InputError as error:
@@ -179,9 +188,7 @@ def _style(share: float) -> str:
     return f"black on #{red:02x}{low:02x}{blue:02x}"
 
 
-def _write_page(
-    out: Path, text: "LoadedText", given: list[str], tokens: Any, outputs: Any, scores: Scores, first: int
-) -> None:
+def _write_page(out: Path, text: "LoadedText", given: list[str], outputs: Any, scores: Scores, first: int) -> None:
     try:
         from tokentm_jax.cli.templates import render
     except ImportError:
@@ -193,12 +200,12 @@ def _write_page(
         [{name: [w.score for w in scores[index][name][i]] for name in methods} for index in classes]
         for i in range(len(given))
     ]
-    full = tokens.mask.sum(-1) == text.tokenizer.length
+    cut = text.tokenizer(given)[1]
     shown = [
         {
             "parts": _parts(given[i], scores[classes[0]][methods[0]][i]),
             "said": [(text.class_name(int(k)), outputs[i][k]) for k in outputs[i].argsort()[::-1][:SHOWN_CLASSES]],
-            "cut": text.tokenizer.length if full[i] else 0,
+            "cut": text.tokenizer.length if cut[i] else 0,
         }
         for i in range(len(given))
     ]

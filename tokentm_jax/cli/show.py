@@ -176,10 +176,10 @@ def _photos(what: Any, vit: "LoadedViT") -> list[tuple[str, np.ndarray, np.ndarr
             image, title = open_photo(path), printable(path.name)
         else:
             array = np.asarray(photo)
-            if array.ndim != 3 or array.shape[-1] != 3 or array.dtype.kind not in "uf" or not array.size:
-                raise InputError(
-                    f"a photo must be a path or an array [H, W, 3], got {list(array.shape)} {array.dtype}"
-                )
+            known = array.dtype == np.uint8 or array.dtype.kind == "f"
+            if array.ndim != 3 or array.shape[-1] != 3 or not array.size or not known:
+                shape = f"{list(array.shape)} {array.dtype}"
+                raise InputError(f"a photo must be a path or an array [H, W, 3] of uint8 or floats, got {shape}")
             if array.dtype.kind == "f" and array.shape[:2] == (height, width):  # the model sees these very numbers
                 seen = np.asarray(vit.preprocessing.checked(array[None]), np.float32)[0]
                 found.append((title, seen, _enlarged((seen.clip(0, 1) * 255).round().astype(np.uint8))))

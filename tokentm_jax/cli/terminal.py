@@ -99,12 +99,15 @@ def running_table(title: str = "Batches") -> Iterator[Any]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=console)
     task = bar.add_task(escape(title), total=None)
-    began, shown = time.monotonic(), [0.0]
+    began: list[float] = []  # when the first report came, and how much was done then: a run may go on
+    shown = [0.0]
 
     with Live(bar, console=console, transient=True) as live:
 
         def report(done: int, total: int, rows: Any) -> None:
             now = time.monotonic()
+            if not began:
+                began.extend((now, done))
             bar.update(task, completed=done, total=total)
             every = 2 if console.is_terminal else 60  # figures of a large run take a while themselves
             if now - shown[0] < every:
@@ -112,8 +115,9 @@ def running_table(title: str = "Batches") -> Iterator[Any]:
             shown[0] = now
             figures = rows()
             if not console.is_terminal:
-                left = (now - began) / done * (total - done) / 60
-                click.echo(printable(f"{title}: {done} of {total}, {left:.0f} min left"), err=True)
+                left = (now - began[0]) / max(done - began[1], 1) * (total - done) / 60
+                said = f"{left:.0f} min left" if done > began[1] else "starting"
+                click.echo(printable(f"{title}: {done} of {total}, {said}"), err=True)
                 return
             metrics = list(dict.fromkeys(row["metric"] for row in figures if row["method"] != "clean"))
             table = Table(box=None)

@@ -19,6 +19,11 @@ class Tiling(NamedTuple):
     patch: tuple[int, int]
     stride: tuple[int, int]
 
+    def grid(self, size: tuple[int, ...]) -> tuple[int, int]:
+        """How many patches lie on an image of this size."""
+        down, across = ((side - p) // s + 1 for side, p, s in zip(size, self.patch, self.stride, strict=True))
+        return down, across
+
     def place(self, axis: int, count: int, pixels: Array) -> Array:
         """Where pixels are along an axis of `count` patches, in patches: 0 at the centre of the first; inside it."""
         patch, stride = self.patch[axis], self.stride[axis]
@@ -91,9 +96,9 @@ def to_pixels(maps: Array, size: tuple[int, int], tiling: Tiling | None = None) 
 
 
 def resized(maps: Array, size: tuple[int, int], tiling: Tiling | None = None) -> Array:
-    """As `to_pixels`, with the values as they are."""
+    """As `to_pixels`, with the values as they are. Maps of another grid than that of the `tiling` divide the image."""
     maps = wide(maps)
-    if tiling is None or tiling.patch == tiling.stride or maps.shape[1:] == tuple(size):
+    if tiling is None or tiling.patch == tiling.stride or maps.shape[1:] != tiling.grid(size):
         return jax.image.resize(maps, (maps.shape[0], *size), "bilinear", antialias=False)
     for axis, side in enumerate(size):
         count = maps.shape[axis + 1]

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, PartitionSpec
 from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.errors import InputError, Unfit, suggest
 from tokentm_jax.maths.maps import unit
-from tokentm_jax.maths.scores import Cosine, Function, Question, Versus, question
+from tokentm_jax.maths.scores import Cosine, Function, Question, Versus, class_logit, log_probability, question
 from tokentm_jax.methods.attention import Explanation
 from tokentm_jax.methods.table import METHODS, Method
 from tokentm_jax.models.inputs import as_inputs, readable, seen
@@ -265,9 +265,11 @@ def _target(target: Any, asked: Question | None, samples: int, count: int) -> An
     """The classes [B] of a target, or the arrays [B, ...] that a score of one's own takes."""
     if asked is not None and not asked.score.of_class:
         raise InputError("this score takes no target: leave it out")
-    own = asked is not None and isinstance(asked.score, Function)
-    if not own or all(np.asarray(leaf).dtype.kind in "iu" for leaf in jax.tree.leaves(target)):
+    score = None if asked is None else asked.score
+    if not isinstance(score, Function) or score.function in (class_logit, log_probability):
         return _classes("target", target, samples, count)
+    if isinstance(target, int | np.integer):
+        return np.full(samples, target, np.int32)
     arrays = jax.tree.map(jnp.asarray, target)
     shapes = [array.shape for array in jax.tree.leaves(arrays)]
     if any(shape[:1] != (samples,) for shape in shapes):

@@ -39,14 +39,14 @@ def shared_maps(
     target: Any,
     names: Sequence[str],
     gradient: Gradient,
-    explain: Callable[[str, Array | None], Explanation],
+    explain: Callable[[str, nn.Module, Array | None], Explanation],
 ) -> tuple[list[Array], Details]:
     """The maps of the methods called `names`, and the details of the first pass.
 
     Those that can share a pass do: a method of `ROWS` carries its row in one forward and backward pass. Where that is
     by the rules of a method of `RULES` (of `gradient`, if the row leaves it open), so that the gradient in the row is
     theirs, it gives this method's map, too. LeGrad looks at every block on the way forward. All others have passes of
-    their own, by `explain(name, target)`.
+    their own, by `explain(name, module, target)`, and so have all where the module's loop over blocks is not known.
     """
     inputs = as_inputs(module, params, inputs)
     found: dict[str, Array] = {}
@@ -56,7 +56,8 @@ def shared_maps(
     joined = {*rules.values(), "legrad"} & set(names) if rows else set()
     for name in names:
         if name not in (*rows, *joined):
-            found[name], more = explain(name, target)
+            leaves_open = name in ROWS and ROWS[name][1] is None and gradient != "own"
+            found[name], more = explain(name, ruled(module, RULES[gradient]) if leaves_open else module, target)
             details, target = details or more, more["target"]
     if "legrad" in joined and is_open(target):  # no pass before has found the predicted class
         target = explained(module.apply({"params": params}, inputs), target)[1]["target"]

@@ -108,7 +108,7 @@ def combination(
         numbers = [float(weight) for weight in weights.split(",")] if weights else None
     except ValueError:
         raise InputError(f"weights must be numbers with commas between, got {weights!r:.80}") from None
-    explain = lambda name, target: METHODS[name].bind(name, {})(module, params, inputs, target)  # noqa: E731
+    explain = lambda name, module, target: METHODS[name].bind(name, {})(module, params, inputs, target)  # noqa: E731
     maps, details = shared_maps(module, params, inputs, target, names, gradient, explain)
     mask = seen(inputs)
     return combine(maps, how, normalisation, numbers, None if mask is None else mask[:, None]), details
@@ -151,8 +151,8 @@ def _classless(options: Mapping[str, Any]) -> bool:
 
 
 def _plain(options: Mapping[str, Any]) -> bool:
-    """Whether TokenTM weighs attention without its gradient."""
-    return options.get("attention") == "plain"
+    """Whether TokenTM looks at no gradient, neither beside attention nor in its weights."""
+    return options.get("attention") == "plain" and not TokenTM(weights=options.get("weights")).takes("gradient")
 
 
 # Methods that remove pixels, and ask what black is.

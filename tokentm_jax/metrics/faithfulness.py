@@ -141,9 +141,10 @@ def noisy_linear(images: Array, removed: Array, noise: float = 0.01, seed: int =
 def by_patch(maps: Array, grid: tuple[int, int], tiling: Tiling | None = None) -> Array:
     """Means of maps [B, h, w] over the patches of a grid: [B, gh, gw]; one value a patch stays as it is.
 
-    Of patches that overlap (`tiling`, for pixel maps), over the pixels that `maths.maps.spread` gives them.
+    Of patches that overlap (`tiling`, for pixel maps), over the pixels that `maths.maps.spread` gives them. Maps of
+    neither pixels nor these patches divide the image evenly.
     """
-    if tiling is not None and tiling.patch != tiling.stride and maps.shape[1:] != grid:
+    if tiling is not None and tiling.patch != tiling.stride and tiling.grid(maps.shape[1:]) == grid:
         for axis, count in enumerate(grid):
             cells = jnp.asarray(tiling.cells(axis, count, maps.shape[axis + 1]), jnp.int32)
             inside = (cells[:, None] == jnp.arange(count, dtype=jnp.int32)).astype(maps.dtype)

@@ -436,7 +436,7 @@ def _check_together(module: ViT) -> None:
     if tokens > LARGEST_TOKENS:
         raise InputError(f"model option 'patch_size': {tokens} tokens are more than {LARGEST_TOKENS}")
     for side, patch, stride in zip(module.img_size, *module.tiling, strict=True):
-        if side < patch or (module.stride is None and side % patch):
+        if side < patch or (stride == patch and side % patch):
             raise InputError(f"model option 'img_size': {side} is not a multiple of the patch size {patch}")
         if stride > patch:
             raise InputError(f"model option 'stride': {stride} leaves gaps between patches of {patch}")

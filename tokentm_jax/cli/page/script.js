@@ -7,6 +7,7 @@ let settings; // of the server: model, classes, methods, colours, examples
 let photo = null; // {name, file}: what is explained
 let shown = null; // the server's last answer, and its pictures as pixels
 let taken = 0; // how many photos were chosen: an example that comes late gives way
+let pausing = null; // the signal of a request that waits for a busy server
 let asking = null; // stops the request that is under way
 const answers = new Map(); // of this photo, by method and class
 let ready = new Set(); // methods that need no compiling
@@ -76,6 +77,7 @@ async function explain() {
     : `First use of ${method} here: compiling takes about ${Math.max(1, Math.round(settings.compiling))} s`;
   const began = performance.now();
   const tick = () => {
+    if (stop.signal.aborted || pausing === stop.signal) return;
     const seconds = Math.floor((performance.now() - began) / 1000);
     say(`${notice} … ${seconds > 1 ? `${seconds} s` : ""}`);
   };
@@ -113,7 +115,9 @@ async function ask(method, target, signal) {
     if (response.status === 503 && left > 1) {
       const seconds = Number(response.headers.get("Retry-After")) || 2;
       say(`Many photos are waiting here; the next try is in ${seconds} s`);
+      pausing = signal;
       await new Promise((go) => setTimeout(go, seconds * 1000 * (0.75 + Math.random() / 2)));
+      if (pausing === signal) pausing = null;
       signal.throwIfAborted();
       continue;
     }
