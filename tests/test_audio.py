@@ -336,6 +336,12 @@ PREPROCESSING = {
         ({"mean": [0.1, 0.2, 0.3]}, "'mean' must be one number"),
         ({"size": [33, 12]}, "at most 32 mel bins"),
         ({"size": [8, 8000]}, "of at most 30 seconds"),
+        (
+            {"size": [16, 4096], "audio": {"sampling_rate": 384000, "window": 65536, "fft": 65536, "hop": 1}},
+            "of at most 512 frames of such length",
+        ),
+        ({"audio": {"sampling_rate": 10**400}}, "'audio' must hold numbers"),
+        ({"crop_pct": 10**400}, "'crop_pct' must be a number above 0"),
     ],
 )
 def test_a_wrong_description_is_one_sentence(change, message):

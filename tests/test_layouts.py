@@ -67,6 +67,59 @@ def test_preprocessing_is_that_of_the_folder():
     assert tm.load(str(GOLDENS / "deit")).preprocessing.crop_pct == 16 / 18
 
 
+@pytest.mark.parametrize(
+    ("name", "fields", "expected"),
+    [
+        ("clip", {"size": 18, "crop_size": 16}, (16 / 18, "center")),  # of CLIP a number is the short side's
+        ("dinov2", {"size": 20, "do_center_crop": True, "crop_size": {"height": 15, "width": 15}}, (0.75, "center")),
+        ("vit", {"size": 16}, (1.0, "squash")),
+        ("vit", {"size": [16, 16]}, (1.0, "squash")),
+    ],
+)
+def test_sizes_of_processors(tmp_path, name, fields, expected):
+    shutil.copytree(GOLDENS / name, tmp_path / name)
+    changed(tmp_path / name / "preprocessor_config.json", **fields)
+    photo = tm.load(str(tmp_path / name)).preprocessing
+    assert (photo.crop_pct, photo.crop_mode) == expected
+
+
+def test_sides_may_be_lists(folder):
+    one = tm.load(str(folder))
+    content = json.loads((folder / "config.json").read_text())
+    changed(
+        folder / "config.json",
+        vision_config={**content["vision_config"], "image_size": [16, 16], "patch_size": [4, 4]},
+    )
+    assert tm.load(str(folder)).module == one.module
+
+
+@pytest.mark.parametrize(
+    ("section", "fields"),
+    [
+        ("text_cfg", {"pool_type": "eos"}),
+        ("text_cfg", {"no_causal_mask": True}),
+        ("text_cfg", {"heads": 3}),
+        ("vision_cfg", {"act_kwargs": {"approximate": "tanh"}}),
+        ("preprocess_cfg", {"resize_mode": "longest"}),
+    ],
+)
+def test_what_open_clip_can_and_this_cannot_is_refused(tmp_path, section, fields):
+    shutil.copytree(GOLDENS / "open_clip", tmp_path / "clip")
+    file = tmp_path / "clip" / "open_clip_config.json"
+    content = json.loads(file.read_text())
+    (content if section == "preprocess_cfg" else content["model_cfg"])[section] |= fields
+    file.write_text(json.dumps(content))
+    with pytest.raises(tm.InputError, match=f"{next(iter(fields))}|number of heads, 3"):
+        tm.load(str(tmp_path / "clip"))
+
+
+def test_weights_of_two_libraries_in_one_folder(tmp_path):
+    shutil.copytree(GOLDENS / "open_clip", tmp_path / "clip")
+    shutil.copy(GOLDENS / "clip" / "model.safetensors", tmp_path / "clip")
+    one, two = tm.load(str(tmp_path / "clip")), tm.load(str(GOLDENS / "open_clip"))
+    jax.tree.map(np.testing.assert_array_equal, one.params, two.params)
+
+
 @pytest.fixture
 def folder(tmp_path):
     shutil.copytree(GOLDENS / "clip", tmp_path / "clip")
@@ -138,6 +191,12 @@ WRONG = {
         "lack 'visual_projection.weight'",
     ),
     "scale": (of_weights(lambda t: {**t, "logit_scale": np.full(3, 1.0, np.float32)}), "must be one finite number"),
+    "large scale": (
+        of_weights(lambda t: {**t, "logit_scale": np.full(1, 1e30, np.float32)}),
+        "'logit_scale' in the weights",
+    ),
+    "heads": (of_config(text_config={"num_attention_heads": 7}), "must be a multiple of the number of heads, 7"),
+    "deep": (of_config(text_config={"num_hidden_layers": 10**9}), "'num_hidden_layers' must be less than or equal to"),
     "infinite": (
         of_weights(lambda t: {**t, "visual_projection.weight": np.full((12, 24), np.inf, np.float32)}),
         "not finite numbers",
@@ -152,6 +211,8 @@ WRONG = {
     ),
     "resample": (lambda folder: changed(folder / "preprocessor_config.json", resample=9), "'resample' must be one of"),
     "size": (lambda folder: changed(folder / "preprocessor_config.json", size={}), "'shortest_edge'"),
+    "no size": (lambda folder: changed(folder / "preprocessor_config.json", size=0), "'size'"),
+    "factor": (lambda folder: changed(folder / "preprocessor_config.json", rescale_factor=1 / 127.5), "must be 1/255"),
 }
 
 

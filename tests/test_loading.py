@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import tokentm_jax as tm
 from tokentm_jax.data.preprocessing import CLIP, IMAGENET, Preprocessing
@@ -15,6 +16,7 @@ from tokentm_jax.models import loading
 from tokentm_jax.models.architectures import build
 from tokentm_jax.models.checkpoint import to_timm, write_checkpoint
 from tokentm_jax.models.loading import load
+from tokentm_jax.models.vit import init_params
 
 OPTIONS = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 1, "num_heads": 2, "num_classes": 3}
 SMALL = Preprocessing((16, 16), 0.8, **CLIP)
@@ -176,6 +178,21 @@ def test_imagenet_names_beside_the_checkpoint(bare):
     assert load(OPTIONS, bare).class_names == ("a", "b", "c")
     beside.write_text('["only one"]')
     assert load(OPTIONS, bare).class_names is None
+
+
+def test_a_plain_file_has_the_grid_of_the_options(tmp_path):
+    """16 positions are 2 x 8 where the options say so, and not the 4 x 4 of a square, before and after `img_size`."""
+    options = {**OPTIONS, "img_size": (8, 32), "patch_size": 4}
+    module = build(options, num_classes=3)
+    params = init_params(module, jax.random.key(0))
+    safetensors.numpy.save_file(to_timm(params), tmp_path / "wide.safetensors")
+    found = load(options, tmp_path / "wide.safetensors")
+    np.testing.assert_array_equal(found.params["pos_embed"], params["pos_embed"])
+    wider = load(options, tmp_path / "wide.safetensors", img_size=(8, 64)).params["pos_embed"]
+    expected = jax.image.resize(
+        params["pos_embed"][0, 1:].reshape(2, 8, -1), (2, 16, params["pos_embed"].shape[-1]), "cubic"
+    )
+    np.testing.assert_allclose(wider[0, 1:], expected.reshape(32, -1), rtol=1e-4, atol=1e-6)
 
 
 def test_shipped_models(tiny, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+import safetensors.numpy
 from conftest import CHEAP, mostly_slow
 
 import tokentm_jax as tm
@@ -260,6 +261,7 @@ def test_bad_tokens_are_one_sentence(text):
         (lambda f: edited(f, position_embedding_type="relative_key"), "nothing else is supported"),
         (lambda f: edited(f, id2label={"0": "a"}), "'id2label' names 1 classes of 5"),
         (lambda f: edited(f, num_hidden_layers=3), r"missing: blocks\.2\."),
+        (lambda f: edited(f, num_hidden_layers=10**9), "must be less than or equal to"),
         (lambda f: (f / "model.safetensors").unlink(), "has no weights"),
         (lambda f: (f / "model.safetensors").write_bytes(b"{" * 99), "damaged or incomplete"),
     ],
@@ -270,6 +272,20 @@ def test_a_wrong_folder_is_one_sentence(tmp_path, change, message):
     change(folder)
     with pytest.raises(tm.InputError, match=message):
         tm.load_text(folder)
+
+
+def test_a_classifier_s_own_layer_beside_the_pooler_that_nobody_reads(tmp_path):
+    """As in checkpoints of RoBERTa that were fine-tuned from ones with a pooler."""
+    shutil.copytree(GOLDENS / "roberta", tmp_path / "roberta")
+    file = tmp_path / "roberta" / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    for part in ("weight", "bias"):
+        tensors[f"roberta.pooler.dense.{part}"] = tensors[f"classifier.dense.{part}"] + 1
+    safetensors.numpy.save_file(tensors, file)
+    one, two = (tm.load_text(path) for path in (tmp_path / "roberta", GOLDENS / "roberta"))
+    jax.tree.map(np.testing.assert_array_equal, one.params, two.params)
+    with pytest.raises(tm.InputError, match="dtype must be a floating-point type"):
+        tm.load_text(GOLDENS / "roberta", dtype="int32")
 
 
 def edited(folder, **fields):

@@ -343,6 +343,19 @@ def test_batches_are_mixed_as_often_as_the_recipe_says():
     np.testing.assert_allclose(mixed.mean((2, 3, 4)), own, atol=1e-5)  # targets say what is in the images
 
 
+@pytest.mark.parametrize(
+    ("recipe", "model", "message"),
+    [
+        ({"patch_drop": 0.5}, {"rope_type": "cat", "num_heads": 1}, "'patch_drop' needs no rotary positions"),
+        ({"mimetic_init": True}, {"pos_embed": "none"}, "'mimetic_init' needs position embeddings"),
+    ],
+)
+def test_recipes_that_no_model_of_this_kind_can_follow(data, tmp_path, recipe, model, message):
+    config = dataclasses.replace(CONFIG, **recipe)
+    with pytest.raises(tm.InputError, match=message):
+        train(config, ViT(**{**MODEL, **model}), data, data, tmp_path, lambda _: None)
+
+
 def test_classes_that_do_not_fit_are_refused(data, tmp_path):
     with pytest.raises(tm.InputError, match="expected the 2 classes"):
         train(CONFIG, ViT(**MODEL), data, data._replace(class_names=("a", "b", "c")), tmp_path, lambda _: None)

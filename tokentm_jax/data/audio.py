@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = {".wav", ".wave"}
 LONGEST = 30  # seconds of a recording that are read, however long it is
+MOST = 2**25  # frames times samples of the transform: 256 MiB of float64
 MAX_CHANNELS = 32
 RATES = (1_000, 384_000)  # lowest and highest, in Hz
 MAX_CHUNKS = 10_000  # of a file, before its samples
@@ -92,7 +93,7 @@ class Spectrogram:
             raise InputError(f"preprocessing: 'audio' must be a mapping with the fields {', '.join(sorted(known))}")
         try:
             return check_fields(cls(**values), "preprocessing: 'audio'")
-        except TypeError:  # of the comparisons
+        except (TypeError, OverflowError):  # of the comparisons
             raise InputError("preprocessing: 'audio' must hold numbers") from None
 
     def seconds(self, frames: int) -> float:

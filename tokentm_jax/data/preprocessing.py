@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from tokentm_jax.data.audio import LONGEST, Spectrogram
+from tokentm_jax.data.audio import LONGEST, MOST, Spectrogram
 from tokentm_jax.errors import InputError, suggest
 
 Channels = tuple[float, ...]  # 3 of photos, 1 of recordings
@@ -81,6 +81,9 @@ class Preprocessing:
             bins, frames = self.size
             check(bins <= self.audio.fft // 2, "size", f"at most {self.audio.fft // 2} mel bins")
             check(self.audio.seconds(frames) <= LONGEST, "size", f"of at most {LONGEST} seconds")
+            check(
+                frames * self.audio.fft <= MOST, "size", f"of at most {MOST // self.audio.fft} frames of such length"
+            )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -163,4 +166,5 @@ class Preprocessing:
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # An int may be too large for a float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300

@@ -392,7 +392,7 @@ def build(
         if key not in OPTIONS:
             raise suggest("model option", key, OPTIONS)
         options[key] = _checked(key, value)
-    module = ViT(**options, dtype=_dtype(dtype))
+    module = ViT(**options, dtype=dtype_of(dtype))
     _check_together(module)
     return module
 
@@ -418,7 +418,8 @@ def _pair(value: Any) -> Any:
     return tuple(value) if isinstance(value, list | tuple) else (value, value)
 
 
-def _dtype(dtype: Any) -> Any:
+def dtype_of(dtype: Any) -> Any:
+    """A type of activations by its name. Raises InputError for what is no floating-point type."""
     if dtype is None:
         return None
     try:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import reason
-from tokentm_jax.models.layouts import CONFIG, INDEX, OPEN_CLIP, OTHERS, WEIGHTS, shards
+from tokentm_jax.models.layouts import CONFIG, INDEX, OPEN_CLIP, OPEN_CLIP_WEIGHTS, OTHERS, WEIGHTS, shards
 from tokentm_jax.models.text_layouts import POOLING
 
 HUB = "hf-hub:"
@@ -36,7 +36,7 @@ def download(name: str) -> Path:
     try:
         wanted = (OPEN_CLIP, CONFIG)
         folder = first_of(wanted).parent
-        wanted = (*WEIGHTS, INDEX)
+        wanted = (*(OPEN_CLIP_WEIGHTS if (folder / OPEN_CLIP).is_file() else WEIGHTS), INDEX)
         if first_of(wanted).name == INDEX:
             for shard in shards(folder):
                 wanted = (shard,)

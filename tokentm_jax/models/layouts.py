@@ -9,10 +9,10 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-from annotated_types import Ge, Le
+from annotated_types import Ge, Gt, Le, Len
 
 from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.errors import InputError
@@ -24,6 +24,7 @@ from tokentm_jax.validation import checked
 
 CONFIG, OPEN_CLIP, INDEX = "config.json", "open_clip_config.json", "model.safetensors.index.json"
 WEIGHTS = ("model.safetensors", "open_clip_model.safetensors")
+OPEN_CLIP_WEIGHTS = WEIGHTS[::-1]  # a folder may hold the other library's, too
 TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt")
 OTHERS = ("preprocessor_config.json", *TOKENIZER)
 LARGEST_SHARDS = 1000
@@ -31,6 +32,10 @@ TEXT = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra") 
 
 Names = Sequence[tuple[str, Any]]  # patterns of names, and what to put in their place
 Whole = Annotated[int, Ge(1), Le(2**31 - 1)]
+Depth = Annotated[int, Ge(1), Le(1000)]
+Side = Annotated[int, Ge(1), Le(2**16)]
+Sides = Side | Annotated[list[Side], Len(2, 2)]  # one for both, or (height, width)
+Ratio = Annotated[float, Gt(0), Le(1000)]
 
 
 class Folder(NamedTuple):
@@ -91,10 +96,10 @@ def read_folder(folder: Path) -> Folder:
     return HUGGING_FACE[kind](folder, config)
 
 
-def read_weights(folder: Path) -> Tensors:
-    """The tensors of a folder, of one file (of any name, if there is no other) or of the shards that an index lists.
-    InputError as for a checkpoint."""
-    for name in WEIGHTS:
+def read_weights(folder: Path, names: Sequence[str] = WEIGHTS) -> Tensors:
+    """The tensors of a folder, of one file (the first of the names, or any if there is no other) or of the shards that
+    an index lists. InputError as for a checkpoint."""
+    for name in names:
         if (folder / name).is_file():
             return read_safetensors(folder / name)
     if not (folder / INDEX).is_file():
@@ -123,6 +128,8 @@ def renamed(tensors: Tensors, names: Names) -> Tensors:
     for name, tensor in tensors.items():
         for pattern, replacement in names:
             name = re.sub(pattern, replacement, name)
+        if name in found:
+            raise InputError(f"two tensors of the weights are {name!r} of the model")
         if name:
             found[name] = tensor
     return found
@@ -145,7 +152,7 @@ def _activation(section: Section) -> str:
 def _common(section: Section) -> Config:
     """Options that all vision configs of Hugging Face say in the same words."""
     section.only("num_channels", 3)
-    return {"img_size": section("image_size", int | tuple[int, int]), **_blocks(section)}
+    return {"img_size": section("image_size", Sides), **_blocks(section)}
 
 
 def _blocks(section: Section) -> Config:
@@ -153,11 +160,11 @@ def _blocks(section: Section) -> Config:
     width = section("hidden_size", Whole)
     hidden = section("intermediate_size", Whole, None)
     return {
-        "patch_size": section("patch_size", int | tuple[int, int]),
+        "patch_size": section("patch_size", Sides),
         "embed_dim": width,
-        "depth": section("num_hidden_layers", Whole),
+        "depth": section("num_hidden_layers", Depth),
         "num_heads": section("num_attention_heads", Whole),
-        "mlp_ratio": section("mlp_ratio", float, 4.0) if hidden is None else _ratio(hidden, width),
+        "mlp_ratio": section("mlp_ratio", Ratio, 4.0) if hidden is None else _ratio(hidden, width),
         "qkv_bias": section("qkv_bias", bool, True),
         "norm_eps": section("layer_norm_eps", float),
         "activation": _activation(section),
@@ -176,34 +183,45 @@ def labels_of(config: Section) -> list[str] | None:
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
-def _preprocessing(folder: Path, size: Any) -> Preprocessing:
-    """Of `preprocessor_config.json`, for a model of that size."""
+def _preprocessing(folder: Path, size: Any, shortest: bool = False) -> Preprocessing:
+    """Of `preprocessor_config.json`, for a model of that size. A plain number as 'size' is the short side's
+    (`shortest`, as processors of CLIP and DINOv2 have it), or both sides'."""
     file = folder / "preprocessor_config.json"
     if not file.is_file():
         raise InputError(f"{folder} lacks preprocessor_config.json, which says how photos become the model's input")
     section = Section(str(file), read_json(file, what="preprocessing"))
     size = tuple(size) if isinstance(size, list | tuple) else (size, size)
     fields: dict[str, Any] = {"size": list(size), "crop_pct": 1.0}
-    for key in ("do_rescale", "do_normalize"):
+    for key in ("do_resize", "do_rescale", "do_normalize"):
         section.only(key, True)
+    if not math.isclose(section("rescale_factor", float, 1 / 255), 1 / 255, rel_tol=1e-4):
+        raise InputError(f"{section.where}: 'rescale_factor' must be 1/255: nothing else is supported")
     for name, key in (("mean", "image_mean"), ("std", "image_std")):
         fields[name] = section(key, list[float])
     resample = section("resample", int, 3)
     if resample not in RESAMPLE:
         raise InputError(f"{section.where}: 'resample' must be one of {', '.join(map(str, RESAMPLE))}")
     fields["interpolation"] = RESAMPLE[resample]
-    resized = section("size", int | dict[str, int], {"height": size[0], "width": size[1]})
-    if isinstance(resized, int):
-        resized = {"height": resized, "width": resized}
-    squashed = {"height", "width"} <= resized.keys()
-    height = resized["height"] if squashed else resized.get("shortest_edge")
+    resized = section("size", Sides | dict[str, Side], {"height": size[0], "width": size[1]})
+    if isinstance(resized, int) and shortest:
+        resized = {"shortest_edge": resized}
+    height, squashed = _height(resized)
     if height is None:
         raise InputError(f"{section.where}: 'size' must have 'height' and 'width', or 'shortest_edge'")
     if squashed:
         fields["crop_mode"] = "squash"
     if section("do_center_crop", bool, False):
-        fields["crop_pct"] = min(1.0, size[0] / height)
+        crop, _ = _height(section("crop_size", Sides | dict[str, Side], size[0]))
+        fields["crop_pct"] = min(1.0, (crop or size[0]) / height)
     return Preprocessing.from_dict(fields)
+
+
+def _height(size: int | list[int] | dict[str, int]) -> tuple[int | None, bool]:
+    """The height of a processor's size, and whether it says the width, too."""
+    if isinstance(size, dict):
+        both = {"height", "width"} <= size.keys()
+        return size["height"] if both else size.get("shortest_edge"), both
+    return size[0] if isinstance(size, list) else size, True
 
 
 # ---- ViT, DeiT, DINOv2 ----------------------------------------------------------------------------------------------
@@ -261,7 +279,10 @@ def _classifier(
     names = labels_of(config) if options["num_classes"] else None
     if names is not None and len(names) != options["num_classes"]:
         raise InputError(f"{config.where}: 'id2label' names {len(names)} classes of {options['num_classes']}")
-    return Folder(options, preprocessing or _preprocessing(folder, options["img_size"]), tensors, names)
+    if preprocessing is None:
+        shortest = config("model_type", str).startswith("dinov2")
+        preprocessing = _preprocessing(folder, options["img_size"], shortest)
+    return Folder(options, preprocessing, tensors, names)
 
 
 # ---- AST ------------------------------------------------------------------------------------------------------------
@@ -374,6 +395,19 @@ def _scalar(tensors: Tensors, name: str, folder: Path) -> float:
     return float(value.reshape(()))
 
 
+def _scale(tensors: Tensors, folder: Path) -> float:
+    """The factor of cosines, whose logarithm the weights hold."""
+    logarithm = _scalar(tensors, "logit_scale", folder)
+    if logarithm > 50:
+        raise InputError(f"'logit_scale' in the weights of {folder} must be at most 50, got {logarithm:g}")
+    return math.exp(logarithm)
+
+
+def _require_heads(section: Section, width: int, heads: int) -> None:
+    if width % heads:
+        raise InputError(f"{section.where}: the width {width} must be a multiple of the number of heads, {heads}")
+
+
 def _tokenizer(folder: Path, context: int, **options: Any) -> Tokenizer:
     if (folder / TOKENIZER[0]).is_file():
         return Tokenizer((folder / TOKENIZER[0],), context, **options)
@@ -384,11 +418,12 @@ def _tokenizer(folder: Path, context: int, **options: Any) -> Tokenizer:
 
 def _text(section: Section, tensors: Tensors, folder: Path, output: int, causal: bool) -> tuple[TextEncoder, Any]:
     end = section("eos_token_id", int, None) if causal else None
+    _require_heads(section, section("hidden_size", Whole), section("num_attention_heads", Whole))
     module = TextEncoder(
         vocabulary=section("vocab_size", Whole),
         context=section("max_position_embeddings", Whole),
         width=section("hidden_size", Whole),
-        depth=section("num_hidden_layers", Whole),
+        depth=section("num_hidden_layers", Depth),
         num_heads=section("num_attention_heads", Whole),
         mlp_hidden=section("intermediate_size", Whole),
         output=output,
@@ -429,11 +464,9 @@ def _clip(folder: Path, config: Section) -> Folder:
     module, params = _text(
         text, words | _head(_needed(tensors, "text_projection.weight", folder)), folder, output, True
     )
-    tower = TextTower(
-        module, params, _tokenizer(folder, module.context), math.exp(_scalar(tensors, "logit_scale", folder))
-    )
+    tower = TextTower(module, params, _tokenizer(folder, module.context), _scale(tensors, folder))
     options = _common(vision) | {"pre_norm": True, "num_classes": output}
-    return Folder(options, _preprocessing(folder, options["img_size"]), image, None, tower)
+    return Folder(options, _preprocessing(folder, options["img_size"], shortest=True), image, None, tower)
 
 
 def _positions(image: Tensors, folder: Path) -> np.ndarray:
@@ -463,7 +496,7 @@ def _siglip(folder: Path, config: Section) -> Folder:
     text = _with_defaults(config, "text_config", SIGLIP_TEXT)
     module, params = _text(text, words, folder, text("projection_size", Whole, text("hidden_size", Whole)), False)
     tokenizer = _tokenizer(folder, module.context, pad=text("pad_token_id", int, 1), canonical=True)
-    scale, bias = math.exp(_scalar(tensors, "logit_scale", folder)), _scalar(tensors, "logit_bias", folder)
+    scale, bias = _scale(tensors, folder), _scalar(tensors, "logit_bias", folder)
     options = _common(vision) | {"class_token": False, "global_pool": "map", "num_classes": 0}
     return Folder(
         options,
@@ -500,6 +533,15 @@ OPEN_CLIP_NAMES: Names = (
 )
 
 
+# What changes the forward pass and is not supported in another way; other keys are of training.
+OPEN_CLIP_VISION = {"ls_init_value": None, "attentional_pool": False, "no_ln_pre": False, "pool_type": "tok"}
+OPEN_CLIP_VISION |= {"pos_embed_type": "learnable", "final_ln_after_pool": False, "act_kwargs": None}
+OPEN_CLIP_VISION |= {"norm_kwargs": None}
+OPEN_CLIP_TEXT = {"ls_init_value": None, "embed_cls": False, "pad_id": 0, "no_causal_mask": False}
+OPEN_CLIP_TEXT |= {"final_ln_after_pool": False, "pool_type": "argmax", "proj_bias": False, "proj_type": "linear"}
+OPEN_CLIP_TEXT |= {"act_kwargs": None, "norm_kwargs": None}
+
+
 def _open_clip(folder: Path) -> Folder:
     file = Section(str(folder / OPEN_CLIP), read_json(folder / OPEN_CLIP, what="model"))
     model, photos = file.section("model_cfg"), file.section("preprocess_cfg")
@@ -508,13 +550,17 @@ def _open_clip(folder: Path) -> Folder:
         for section in (vision, text):
             if section.content.get(key):
                 raise InputError(f"{section.where}: {key!r}: only towers of OpenCLIP's own are supported")
-    tensors = read_weights(folder)
+    for section, usual in ((vision, OPEN_CLIP_VISION), (text, OPEN_CLIP_TEXT)):
+        for key, value in usual.items():
+            section.only(key, value)
+    _require_heads(text, text("width", Whole), text("heads", Whole))
+    tensors = read_weights(folder, OPEN_CLIP_WEIGHTS)
     output, width = model("embed_dim", Whole), vision("width", Whole)
     activation = "quick_gelu" if model("quick_gelu", bool, False) else "gelu"
-    size, ratio = vision("image_size", int), vision("mlp_ratio", float, 4.0)
+    size, ratio = vision("image_size", Side), vision("mlp_ratio", Ratio, 4.0)
     options: Config = {
         "img_size": size, "patch_size": vision("patch_size", Whole), "embed_dim": width, "mlp_ratio": ratio,
-        "depth": vision("layers", Whole), "num_heads": width // vision("head_width", Whole, 64),
+        "depth": vision("layers", Depth), "num_heads": width // vision("head_width", Whole, 64),
         "pre_norm": True, "norm_eps": 1e-5, "activation": activation, "num_classes": output,
     }  # fmt: skip
     image = _tower(tensors, "visual.", OPEN_CLIP_NAMES)
@@ -527,9 +573,9 @@ def _open_clip(folder: Path) -> Folder:
         vocabulary=text("vocab_size", Whole),
         context=text("context_length", Whole, 77),
         width=text("width", Whole),
-        depth=text("layers", Whole),
+        depth=text("layers", Depth),
         num_heads=text("heads", Whole),
-        mlp_hidden=int(text("width", Whole) * text("mlp_ratio", float, 4.0)),
+        mlp_hidden=int(text("width", Whole) * text("mlp_ratio", Ratio, 4.0)),
         output=output,
         causal=True,
         activation=activation,
@@ -537,10 +583,10 @@ def _open_clip(folder: Path) -> Folder:
     params = to_params(module, words, f"the text tower of {folder}")
     bias = _scalar(tensors, "logit_bias", folder) if "logit_bias" in tensors else 0.0
     tokenizer = _tokenizer(folder, module.context, pad=0)
-    tower = TextTower(module, params, tokenizer, math.exp(_scalar(tensors, "logit_scale", folder)), bias)
+    tower = TextTower(module, params, tokenizer, _scale(tensors, folder), bias)
     fields = {"size": [size, size], "mean": photos("mean", list[float]), "std": photos("std", list[float])}
     fields |= {"crop_pct": 1.0, "interpolation": photos("interpolation", str, "bicubic")}
-    if photos("resize_mode", str, "shortest") == "squash":
+    if photos("resize_mode", Literal["shortest", "squash"], "shortest") == "squash":
         fields["crop_mode"] = "squash"
     return Folder(options, Preprocessing.from_dict(fields), image, None, tower)
 

@@ -205,7 +205,7 @@ def load(
         if checkpoint is None:
             model = None  # a shipped file describes itself
         config, preprocessing, name = _described(model, description, path)
-        grid = described_grid(description)
+        grid = described_grid(description) or build(config).grid
         if description is not None:
             names = description["class_names"]
         tensors = read_tensors(path)

@@ -3,6 +3,7 @@
 As in `layouts`: a table of names and a function from `config.json` to the fields of `Bert`.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,7 +15,7 @@ from tokentm_jax.errors import InputError
 from tokentm_jax.files import read_json
 from tokentm_jax.models.bert import Bert, init_bert
 from tokentm_jax.models.checkpoint import Tensors, fused, to_params, to_timm
-from tokentm_jax.models.layouts import CONFIG, TEXT, Names, Section, Whole, labels_of, read_weights, renamed
+from tokentm_jax.models.layouts import CONFIG, TEXT, Depth, Names, Section, Whole, labels_of, read_weights, renamed
 
 # Of BERT, and of all that were made from it; DistilBERT's names are brought to these first.
 NAMES: Names = (
@@ -83,6 +84,8 @@ def read_text_folder(
     tensors = read_weights(folder)
     if kind == "distilbert":
         tensors = renamed(tensors, DISTIL)
+    if any(name.startswith("classifier.dense.") for name in tensors):  # then nobody reads the encoder's own pooler
+        tensors = {name: t for name, t in tensors.items() if not re.match(r"(\w+\.)?pooler\.", name)}
     tensors = fused(renamed(tensors, NAMES))
     fields = _distilbert(config) if kind == "distilbert" else _bert(config, kind)
     if "roberta" in kind or kind == "camembert":
@@ -129,7 +132,7 @@ def _bert(config: Section, kind: str) -> dict[str, Any]:
         "vocab_size": config("vocab_size", Whole),
         "max_length": config("max_position_embeddings", Whole),
         "embed_dim": width,
-        "depth": config("num_hidden_layers", Whole),
+        "depth": config("num_hidden_layers", Depth),
         "num_heads": config("num_attention_heads", Whole),
         "mlp_hidden": config("intermediate_size", Whole),
         "type_vocab_size": config("type_vocab_size", int, 2),
@@ -146,7 +149,7 @@ def _distilbert(config: Section) -> dict[str, Any]:
         "vocab_size": config("vocab_size", Whole),
         "max_length": config("max_position_embeddings", Whole),
         "embed_dim": config("dim", Whole),
-        "depth": config("n_layers", Whole),
+        "depth": config("n_layers", Depth),
         "num_heads": config("n_heads", Whole),
         "mlp_hidden": config("hidden_dim", Whole),
         "type_vocab_size": 0,

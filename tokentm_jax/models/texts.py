@@ -15,6 +15,7 @@ from jax import Array
 
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import as_path
+from tokentm_jax.models.architectures import dtype_of
 from tokentm_jax.models.bert import Bert
 from tokentm_jax.models.hub import HUB, download
 from tokentm_jax.models.inputs import Tokens
@@ -170,7 +171,7 @@ def load_text(
     if path.is_dir() and (path / "config.json").is_file() and not file.is_file():
         raise InputError(f"{path} has no tokenizer.json, the file of a fast tokenizer")
     mask_id = WordPieces(file).token(*MASKS) if file.is_file() else None
-    changes: dict[str, Any] = {} if dtype is None else {"dtype": jnp.dtype(dtype)}
+    changes: dict[str, Any] = {} if dtype is None else {"dtype": dtype_of(dtype)}
     module, params, names = read_text_folder(path, mask_id)
     module = module.clone(**changes)
     if class_names is not None:

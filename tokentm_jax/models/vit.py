@@ -490,7 +490,7 @@ class ViT(nn.Module):
     def _drop_patches(self, x: Array) -> Array:
         """Keep a random subset of each sample's patch tokens (PatchDropout, Liu et al., WACV 2023)."""
         patches = x[:, self.prefix :]
-        kept = round(patches.shape[1] * (1 - self.patch_drop))
+        kept = max(1, round(patches.shape[1] * (1 - self.patch_drop)))
         order = jax.random.uniform(self.make_rng("patch_drop"), patches.shape[:2]).argsort(-1)[:, :kept]
         select = jax.nn.one_hot(order, patches.shape[1], dtype=x.dtype)
         return jnp.concatenate([x[:, : self.prefix], select @ patches], axis=1)

@@ -246,6 +246,13 @@ def _fit(config: TrainConfig, module: ViT, data: Data, test: Data) -> tuple[int,
             raise InputError(
                 f"the recipe: the images have {found} channels, the model {module.in_chans}, 'mean' {len(config.mean)}"
             )
+    for given, needs, there in (
+        ("patch_drop", "no rotary positions", config.patch_drop == 0 or module.rope_type is None),
+        ("mimetic_init", "position embeddings", not config.mimetic_init or module.pos_embed == "learn"),
+        ("rand_augment", "images of three channels", config.rand_augment is None or module.in_chans == 3),
+    ):
+        if not there:
+            raise InputError(f"the recipe: {given!r} needs {needs}")
     per_epoch = len(data.labels) // config.batch_size
     if per_epoch == 0:
         raise InputError(f"{config.train_data}: {len(data.labels)} images do not fill a batch of {config.batch_size}")
