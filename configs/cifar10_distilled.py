@@ -19,9 +19,12 @@ also serve the next student, whatever its depth and width.
 Data: ../shared/data.
 """
 
+import dataclasses
+from typing import Literal
+
 from tokentm_jax.runs.train import TrainConfig
 
-config = TrainConfig(
+FIRST = TrainConfig(
     name="cifar10_distilled",
     train_data="../shared/data/cifar10_train.zip",
     test_data="../shared/data/cifar10_test_a.zip",
@@ -56,3 +59,20 @@ config = TrainConfig(
     teacher_views=6,
     checkpoint_epochs=2,
 )
+SECOND = dataclasses.replace(
+    FIRST,
+    fine_tune=("cifar10_distilled", "runs/cifar10_distilled/cifar10_distilled.safetensors"),
+    mimetic_init=False,
+    epochs=24,
+    warmup_epochs=0.5,
+    learning_rate=1e-3,
+    crop_area=(0.5, 1.0),
+    rand_augment=(1, 3.0),
+    patch_drop=0.0,
+    patch_drop_epochs=0.0,
+    teacher_views=4,
+)
+
+
+def get_config(*, stage: Literal["first", "second"] = "first") -> TrainConfig:
+    return FIRST if stage == "first" else SECOND

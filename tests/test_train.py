@@ -4,7 +4,6 @@ import dataclasses
 import errno
 import json
 import os
-import runpy
 import shutil
 import signal
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 
 import tokentm_jax as tm
+from tokentm_jax.cli.recipes import read_recipe
 from tokentm_jax.data.arrays import Data
 from tokentm_jax.identity import describe_model
 from tokentm_jax.models.checkpoint import read_description
@@ -285,11 +285,17 @@ def test_fine_tuning_starts_from_a_checkpoint_with_a_fresh_head(data, tmp_path):
     )
     config = dataclasses.replace(CONFIG, fine_tune=("old", str(path)), mimetic_init=False, epochs=1)
     module = ViT(**MODEL)
-    start = initial_params(config, module)
+    start = initial_params(config, module, data.class_names)
     np.testing.assert_array_equal(
         start["blocks"]["mlp"]["fc1"]["kernel"], old_params["blocks"]["mlp"]["fc1"]["kernel"]
     )
     assert start["head"]["kernel"].shape == (16, 2)
+    # A head of the same classes is kept.
+    own = init_params(module, jax.random.key(8))
+    photo = tm.Preprocessing((8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)
+    same = tm.write_checkpoint(tmp_path / "same.safetensors", module, own, photo, class_names=data.class_names)
+    again = dataclasses.replace(config, fine_tune=("same", str(same)))
+    jax.tree.map(np.testing.assert_array_equal, initial_params(again, module, data.class_names), own)
     # Images of another size are resized to the model's.
     larger = data._replace(images=np.repeat(np.repeat(data.images, 2, 1), 2, 2))
     assert train(config, module, larger, larger, tmp_path / "run", lambda _: None) > 0.4
@@ -493,9 +499,12 @@ def test_a_taught_run_resumes_to_the_same_numbers(data, taught, tmp_path):
         )
 
 
-@pytest.mark.parametrize(
-    "name", ["cifar10_vit", "cifar10_vit_cpu", "cifar10_finetune", "cifar10_finetune_112", "cifar10_distilled"]
-)
+RECIPES = ["cifar10_vit", "cifar10_vit_cpu", "cifar10_finetune", "cifar10_finetune_112"]
+RECIPES += ["cifar10_distilled", "cifar10_distilled:stage=second"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_the_shipped_recipes_are_valid(name):
-    config = runpy.run_path(str(CONFIGS / f"{name}.py"))["config"]
+    stem, colon, options = name.partition(":")
+    config = read_recipe(Path(f"{CONFIGS / stem}.py{colon}{options}"), TrainConfig)
     assert tm.build(config.model).num_classes == 10

@@ -23,7 +23,7 @@ from tokentm_jax.errors import InputError
 from tokentm_jax.identity import claimed, digest, digest_files, environment
 from tokentm_jax.maths.maps import unit
 from tokentm_jax.maths.mixed import in_precision
-from tokentm_jax.models.checkpoint import read_checkpoint, write_checkpoint
+from tokentm_jax.models.checkpoint import read_checkpoint, read_description, write_checkpoint
 from tokentm_jax.models.vit import ViT, init_params
 from tokentm_jax.runs.distil import Teacher, TeacherFunction, answers, distillation_loss, load_teacher
 from tokentm_jax.runs.loop import OPTIMISERS, Loop, run_steps
@@ -160,13 +160,17 @@ def accuracy(config: TrainConfig, module: ViT, params: Any, data: Data, batch_si
     return total / len(data.labels)
 
 
-def initial_params(config: TrainConfig, module: ViT) -> dict[str, Any]:
-    """Random parameters, or those of `fine_tune` with a fresh head."""
+def initial_params(config: TrainConfig, module: ViT, class_names: Sequence[str]) -> dict[str, Any]:
+    """Random parameters, or those of `fine_tune`, with a fresh head unless it is of these very classes."""
     key = jax.random.key(config.seed)
     params = init_params(module, key)
     if config.fine_tune is not None:
+        path = Path(config.fine_tune[1])
+        description = read_description(path)
+        if description is not None and tuple(description["class_names"] or ()) == tuple(class_names):
+            return read_checkpoint(module, path)
         head = {"head", "head_dist"} & params.keys()
-        body = read_checkpoint(module, Path(config.fine_tune[1]), reset_head=True)
+        body = read_checkpoint(module, path, reset_head=True)
         return {**body, **{name: params[name] for name in head}}
     if config.mimetic_init:
         params = mimetic(params, module.num_heads, module.grid, module.prefix, jax.random.fold_in(key, 1))
@@ -189,7 +193,7 @@ def train(config: TrainConfig, module: ViT, data: Data, test: Data, out: Path, l
     config = check_fields(config, "the recipe")
     steps, per_epoch, test = _fit(config, module, data, test)
     out = out.absolute()  # as Orbax wants it
-    params = initial_params(config, module)
+    params = initial_params(config, module, data.class_names)
     teacher = None
     if config.teacher is not None:
         teacher = load_teacher(*config.teacher, data.class_names, config.mixed_precision)
