@@ -57,11 +57,11 @@ def save(figure: Figure, name: str) -> None:
 
 def by_block(names: dict, attention: str, ffn: str, name: str, label: str, scale: Normalize, colours: str):
     """Two rows of fields, the attention layers' above the FFNs', on one scale."""
-    grid = names["vit"].module.grid
+    grid, depth = names["vit"].module.grid, names["vit"].module.depth
     figure = Figure((9.4, 3.2), layout="constrained")
     for row, values, layer in ((0, names[attention], "attention"), (1, names[ffn], "FFN")):
         for block, field in enumerate(np.asarray(values)[:, 1:]):
-            place = (2, 6, row * 6 + block + 1)
+            place = (2, depth, row * depth + block + 1)
             shown = panel(figure, place, field.reshape(grid), f"{layer} {block + 1}", scale, colours)
     figure.colorbar(shown, ax=figure.axes, shrink=0.8, label=label)
     save(figure, name)
@@ -69,7 +69,7 @@ def by_block(names: dict, attention: str, ffn: str, name: str, label: str, scale
 
 def tutorial() -> None:
     names = names_of("tutorials/equations.md")
-    grid = names["vit"].module.grid
+    grid, columns = names["vit"].module.grid, names["vit"].module.depth + 1
     photo = np.asarray(Image.open(PHOTO).convert("RGB"))
     side = min(photo.shape[:2])
     left = (photo.shape[1] - side) // 2
@@ -78,16 +78,16 @@ def tutorial() -> None:
     embedded = np.asarray(names["length"](names["tokens"][0]))[1:].reshape(grid)
     ratios = [np.asarray(names[n])[:, 1:] for n in ("attention_ratio", "ffn_ratio")]
     figure = Figure((10.6, 3.2), layout="constrained")
-    axes = figure.add_subplot(2, 7, 1)
+    axes = figure.add_subplot(2, columns, 1)
     axes.imshow(photo)
     axes.set_title("photo", fontsize=9)
     axes.axis("off")
-    own = panel(figure, (2, 7, 8), embedded, "L(x), embedded", Normalize(0, embedded.max()), "cividis")
+    own = panel(figure, (2, columns, columns + 1), embedded, "L(x), embedded", Normalize(0, embedded.max()), "cividis")
     figure.colorbar(own, ax=figure.axes[-1], location="bottom", shrink=0.9)
     fields = []
     for row, (values, layer) in enumerate(zip(ratios, ("attention", "FFN"), strict=True)):
         for block, field in enumerate(values):
-            place = (2, 7, row * 7 + block + 2)
+            place = (2, columns, row * columns + block + 2)
             shown = panel(figure, place, field.reshape(grid), f"{layer} {block + 1}", RATIOS)
             fields.append(figure.axes[-1])
     figure.colorbar(shown, ax=fields, shrink=0.8, label="ratio of lengths")
@@ -100,8 +100,8 @@ def tutorial() -> None:
     for i, step in enumerate(names["steps"]):
         step = np.asarray(step)
         scale = Normalize(step.min(), step.max())
-        panel(figure, (1, 7, i + 1), step, f"after block {len(names['steps']) - i}", scale, "inferno")
-    axes = figure.add_subplot(1, 7, 7)
+        panel(figure, (1, columns, i + 1), step, f"after block {len(names['steps']) - i}", scale, "inferno")
+    axes = figure.add_subplot(1, columns, columns)
     axes.imshow(blended(photo, np.asarray(names["heatmap"])))
     axes.set_title("heatmap", fontsize=9)
     axes.axis("off")

@@ -31,7 +31,11 @@ SOURCES = [path for path in sorted((ROOT / "tokentm_jax").rglob("*.py")) if ">>>
 RUN = {  # commands whose results their pages go on with; the others are parsed
     "tokentm explain cat.jpg --target cat",
     "tokentm dataset photos/ --out maps --methods tokentm,gae",
+    "tokentm evaluate configs/perturbation.py:data=cifar10_sample,model=cifar10_vit --data photos/ --maps maps",
+    "tokentm evaluate mine.py --out runs/mine",
+    "tokentm evaluate drop.py",
 }
+SAVED = re.compile(r"Save this as `(\w+\.py)`:\n\n```python\n(.*?)```", re.DOTALL)
 OTHER_PROGRAMS = {"make", "pip", "podman", "pytest", "python", "tfds"}
 INLINE = re.compile(r"`((?:tokentm|make|pytest|python) [^`]+)`")
 FOLDERS = ("configs/", "docs/", "models/", "notebooks/", "tests/")
@@ -48,6 +52,7 @@ def folder(tmp_path, monkeypatch):
     with wave.open(str(tmp_path / "seven.wav"), "wb") as sound:
         sound.setparams((1, 2, 8000, 0, "NONE", ""))
         sound.writeframes((8000 * np.sin(np.arange(4000) ** 1.5 / 100)).astype("<i2").tobytes())
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path
@@ -95,6 +100,8 @@ def parameter(page):
 def test_examples_of_a_page(page, folder):
     from tokentm_jax.metrics.tasks import TASKS
 
+    for name, recipe in SAVED.findall(page.read_text()):
+        (folder / name).write_text(recipe)
     parsers = [PythonCodeBlockParser(), CodeBlockParser("sh", run_shell), SkipParser()]
     with patch.dict(tm.METHODS), patch.dict(TASKS):  # examples may add rows
         for example in Sybil(parsers).parse(page).examples():
