@@ -55,6 +55,16 @@ def running(title: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda steps: bar.advance(task, steps)
 
 
+class _Rate:
+    """How much is done in a second since the first report: what was done before that took no time of this run."""
+
+    first: tuple[float, int] | None = None
+
+    def __call__(self, now: float, done: int) -> float:
+        self.first = self.first or (now, done)
+        return (done - self.first[1]) / max(now - self.first[0], 1e-9)
+
+
 @contextmanager
 def running_images() -> Iterator[Any]:
     """A progress bar with images per second and the time left; a line now and then where nobody looks."""
@@ -62,17 +72,14 @@ def running_images() -> Iterator[Any]:
 
     console = Console(stderr=True)
     columns = (TextColumn("Images"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
-    began: list[float] = []  # when the first report came, and how many images were finished then
-    shown = [0.0]
+    rate, shown = _Rate(), [0.0]
 
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("Images", total=None, speed="looking at what is there")
 
         def report(done: int, total: int, skipped: int) -> None:
             now = time.monotonic()
-            if not began:
-                began.extend((now, done))
-            speed = (done - began[1]) / max(now - began[0], 1e-9)
+            speed = rate(now, done)
             text = f"{speed:.1f} images/s, {_duration((total - done) / speed)} left" if speed else "starting"
             text += f", {skipped} skipped" if skipped else ""
             bar.update(task, completed=done, total=total, speed=text)
@@ -99,15 +106,13 @@ def running_table(title: str = "Batches") -> Iterator[Any]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=console)
     task = bar.add_task(escape(title), total=None)
-    began: list[float] = []  # when the first report came, and how much was done then: a run may go on
-    shown = [0.0]
+    rate, shown = _Rate(), [0.0]
 
     with Live(bar, console=console, transient=True) as live:
 
         def report(done: int, total: int, rows: Any) -> None:
             now = time.monotonic()
-            if not began:
-                began.extend((now, done))
+            speed = rate(now, done)
             bar.update(task, completed=done, total=total)
             every = 2 if console.is_terminal else 60  # figures of a large run take a while themselves
             if now - shown[0] < every:
@@ -115,8 +120,7 @@ def running_table(title: str = "Batches") -> Iterator[Any]:
             shown[0] = now
             figures = rows()
             if not console.is_terminal:
-                left = (now - began[0]) / max(done - began[1], 1) * (total - done) / 60
-                said = f"{left:.0f} min left" if done > began[1] else "starting"
+                said = f"{(total - done) / speed / 60:.0f} min left" if speed else "starting"
                 click.echo(printable(f"{title}: {done} of {total}, {said}"), err=True)
                 return
             metrics = list(dict.fromkeys(row["metric"] for row in figures if row["method"] != "clean"))

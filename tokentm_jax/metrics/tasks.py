@@ -542,8 +542,8 @@ def _complexity(predict: metrics.Predict, inputs: Inputs, maps: Array) -> dict[s
 def _agreement(predict: metrics.Predict, inputs: Inputs, maps: Array) -> dict[str, Array]:
     assert inputs.reference is not None
     _, gh, gw = inputs.reference.shape
-    tiling = inputs.tiling if (gh, gw) == inputs.grid else None  # else the reference's squares are larger
-    return {"agreement": metrics.rank_correlation(metrics.by_patch(maps, (gh, gw), tiling), inputs.reference)}
+    maps = metrics.by_patch(maps, (gh, gw), inputs.tiling)
+    return {"agreement": metrics.rank_correlation(maps, inputs.reference)}
 
 
 # ---- the table of tasks --------------------------------------------------------------------------------------------

@@ -403,7 +403,8 @@ def _scale(tensors: Tensors, folder: Path) -> float:
     return math.exp(logarithm)
 
 
-def _require_heads(section: Section, width: int, heads: int) -> None:
+def require_heads(section: Section, width: int, heads: int) -> None:
+    """InputError where heads do not divide the width of a tower that a config describes."""
     if width % heads:
         raise InputError(f"{section.where}: the width {width} must be a multiple of the number of heads, {heads}")
 
@@ -418,7 +419,7 @@ def _tokenizer(folder: Path, context: int, **options: Any) -> Tokenizer:
 
 def _text(section: Section, tensors: Tensors, folder: Path, output: int, causal: bool) -> tuple[TextEncoder, Any]:
     end = section("eos_token_id", int, None) if causal else None
-    _require_heads(section, section("hidden_size", Whole), section("num_attention_heads", Whole))
+    require_heads(section, section("hidden_size", Whole), section("num_attention_heads", Whole))
     module = TextEncoder(
         vocabulary=section("vocab_size", Whole),
         context=section("max_position_embeddings", Whole),
@@ -553,7 +554,7 @@ def _open_clip(folder: Path) -> Folder:
     for section, usual in ((vision, OPEN_CLIP_VISION), (text, OPEN_CLIP_TEXT)):
         for key, value in usual.items():
             section.only(key, value)
-    _require_heads(text, text("width", Whole), text("heads", Whole))
+    require_heads(text, text("width", Whole), text("heads", Whole))
     tensors = read_weights(folder, OPEN_CLIP_WEIGHTS)
     output, width = model("embed_dim", Whole), vision("width", Whole)
     activation = "quick_gelu" if model("quick_gelu", bool, False) else "gelu"

@@ -15,7 +15,18 @@ from tokentm_jax.errors import InputError
 from tokentm_jax.files import read_json
 from tokentm_jax.models.bert import Bert, init_bert
 from tokentm_jax.models.checkpoint import Tensors, fused, to_params, to_timm
-from tokentm_jax.models.layouts import CONFIG, TEXT, Depth, Names, Section, Whole, labels_of, read_weights, renamed
+from tokentm_jax.models.layouts import (
+    CONFIG,
+    TEXT,
+    Depth,
+    Names,
+    Section,
+    Whole,
+    labels_of,
+    read_weights,
+    renamed,
+    require_heads,
+)
 
 # Of BERT, and of all that were made from it; DistilBERT's names are brought to these first.
 NAMES: Names = (
@@ -102,8 +113,7 @@ def read_text_folder(
     if positions is not None and positions.ndim == 2:
         fields["max_length"] = min(fields["max_length"], len(positions)) or 1
     fields |= {"mask_id": mask_id, **(changes or {})}
-    if fields["embed_dim"] % fields["num_heads"]:
-        raise InputError(f"{config.where}: the width must be a multiple of the number of heads, {fields['num_heads']}")
+    require_heads(config, fields["embed_dim"], fields["num_heads"])
     module = Bert(**fields)
     if module.pooler is None:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("pooler.")}

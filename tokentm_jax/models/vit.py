@@ -326,11 +326,7 @@ class ViT(nn.Module):
     @property
     def grid(self) -> tuple[int, int]:
         """Patch grid (gh, gw)."""
-        gh, gw = (
-            (side - p) // s + 1
-            for side, p, s in zip(self.img_size, self.tiling.patch, self.tiling.stride, strict=True)
-        )
-        return gh, gw
+        return self.tiling.grid(self.img_size)
 
     @property
     def tiling(self) -> Tiling:
