@@ -117,6 +117,7 @@ def test_config_round_trip():
         ({"qkv_bias": 1}, "qkv_bias"),
         ({"class_token": False}, "needs a class token"),
         ({"distilled": True, "global_pool": "avg"}, "distilled"),
+        ({"distilled": True, "fc_norm": True}, "norm before pooling"),
         ({"patch_drop": 0.5}, "patch_drop"),
     ],
 )

@@ -201,6 +201,18 @@ def test_names_of_older_releases(tmp_path, timm_logits):
     np.testing.assert_allclose(logits, timm_logits["registers/logits"], atol=1e-5)
 
 
+def test_a_layer_before_the_classifier(plain, tmp_path):
+    """ImageNet-21k's first releases have pre_logits and a classifier of zeros, which says nothing either way."""
+    module, params = plain
+    extra = {"pre_logits.fc.weight": np.eye(24, dtype=np.float32), "pre_logits.fc.bias": np.zeros(24, np.float32)}
+    read = save(tmp_path / "read.safetensors", to_timm(params) | extra)
+    with pytest.raises(InputError, match="pre_logits, which its classifier reads, is not supported"):
+        read_checkpoint(module, read)
+    assert "head" not in read_checkpoint(module, read, reset_head=True)
+    silent = {name: t * 0 if name.startswith("head.") else t for name, t in to_timm(params).items()}
+    assert not read_checkpoint(module, save(tmp_path / "zero.safetensors", silent | extra))["head"]["kernel"].any()
+
+
 def test_reset_head(plain, tmp_path):
     module, params = plain
     body = read_checkpoint(build(KINDS["plain"], num_classes=77), GOLDENS / "plain.safetensors", reset_head=True)

@@ -288,6 +288,22 @@ def test_a_classifier_s_own_layer_beside_the_pooler_that_nobody_reads(tmp_path):
         tm.load_text(GOLDENS / "roberta", dtype="int32")
 
 
+def test_modules_of_sentence_transformers(tmp_path):
+    """The token that is pooled is read from there, and a layer behind it is refused."""
+    folder = tmp_path / "encoder"
+    shutil.copytree(GOLDENS / "bert_encoder", folder)
+    modules = [{"type": f"sentence_transformers.models.{name}"} for name in ("Transformer", "Pooling", "Normalize")]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    assert tm.load_text(folder).module.pool == "avg"
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    assert tm.load_text(folder).module.pool == "token"
+    for listed in ([*modules, {"type": "sentence_transformers.models.Dense"}], [{}], {"type": "Transformer"}):
+        (folder / "modules.json").write_text(json.dumps(listed))
+        with pytest.raises(tm.InputError, match=r"modules\.json: expected a list of modules of Transformer, Pooling"):
+            tm.load_text(folder)
+
+
 def edited(folder, **fields):
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))

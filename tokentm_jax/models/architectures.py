@@ -457,6 +457,8 @@ def _check_together(module: ViT) -> None:
         raise InputError("model option 'distilled' needs classes")
     if module.distilled and not (module.class_token and module.global_pool == "token"):
         raise InputError("model option 'distilled' needs a class token and global_pool='token'")
+    if module.distilled and module.fc_norm:
+        raise InputError("model option 'distilled' needs the norm before pooling: fc_norm=False")
 
 
 def parameter_count(module: ViT) -> int:

@@ -36,7 +36,7 @@ from tokentm_jax.models.vit import ViT
 from tokentm_jax.validation import checked
 
 Tensors = dict[str, np.ndarray]  # by timm name
-HEADS = ("head.", "head_dist.")
+HEADS = ("head.", "head_dist.", "pre_logits.")
 LARGEST_DESCRIPTION = 10_000_000  # bytes
 LARGEST_FACTOR = 50  # weights hardly compress: a file that becomes so many times its size would fill the memory
 
@@ -146,6 +146,8 @@ def to_params(
         hint = ""
         if any(n.startswith("fc_norm.") for n in missing) and any(n.startswith("norm.") for n in tensors):
             hint = "; the file normalises before pooling: set fc_norm=False"
+        if any(n.startswith("pre_logits.") for n in tensors):
+            hint = "; the layer pre_logits, which its classifier reads, is not supported"
         listed = "; ".join(f"{label}: {', '.join(_shorten(names))}" for label, names in faults)
         raise InputError(f"{source} does not fit the model ({listed}){hint}")
     for path, value in params.items():
@@ -375,10 +377,12 @@ def _read_orbax(path: Path) -> Tensors:
 
 
 def current_names(tensors: Tensors) -> Tensors:
-    """Names of other releases -> the ones here: layer scale of DeiT-3 and EVA, registers of DINOv2, the dropped
-    pre_logits, and projections of EVA-02 one by one, which here are one."""
+    """Names of other releases -> the ones here: layer scale of DeiT-3 and EVA, registers of DINOv2, and projections of
+    EVA-02 one by one, which here are one. The layer pre_logits is dropped if no classifier reads it (in ImageNet-21k's
+    releases the classifier is zero)."""
     tensors = {re.sub(r"\bgamma_(\d)$", r"ls\1.gamma", name): t for name, t in tensors.items()}
-    tensors = {name: t for name, t in tensors.items() if name != "mask_token" and "pre_logits" not in name}
+    unread = ("mask_token",) if np.any(tensors.get("head.weight", 0)) else ("mask_token", "pre_logits.")
+    tensors = {name: t for name, t in tensors.items() if not name.startswith(unread)}
     for name in [n for n in tensors if n.endswith(".attn.q_proj.weight")]:
         block = name.removesuffix("q_proj.weight")
         parts = [f"{block}{part}_proj.weight" for part in "qkv"]

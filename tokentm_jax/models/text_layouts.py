@@ -65,7 +65,8 @@ ACTIVATIONS = {
     "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu",
     "swish": "silu", "tanh": "tanh",
 }  # fmt: skip
-POOLING = "1_Pooling/config.json"  # of sentence-transformers
+MODULES, POOLING = "modules.json", "1_Pooling/config.json"  # of sentence-transformers
+SENTENCE = ("Transformer", "Pooling", "Normalize", "Dropout")  # what leaves a cosine of pooled tokens what it is
 
 
 class TextFolder(NamedTuple):
@@ -181,6 +182,13 @@ def _drop_padding(config: Section, tensors: Tensors) -> None:
 def _pooling(folder: Path) -> dict[str, Any]:
     """How an encoder without a classifier is read: as sentence-transformers says, or the mean of its tokens."""
     pool = "avg"
+    if (folder / MODULES).is_file():
+        listed = read_json(folder / MODULES, what="modules")
+        for part in listed if isinstance(listed, list) else [None]:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if not isinstance(kind, str) or kind.rpartition(".")[2] not in SENTENCE:
+                known = ", ".join(SENTENCE)
+                raise InputError(f"{folder / MODULES}: expected a list of modules of {known}, got {kind!r:.80}")
     if (folder / POOLING).is_file():
         section = Section(str(folder / POOLING), read_json(folder / POOLING, what="pooling"))
         if section("pooling_mode_cls_token", bool, False):
