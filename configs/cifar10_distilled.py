@@ -1,4 +1,4 @@
-"""CIFAR-10 from scratch on two CPU cores, taught by a fine-tuned DeiT-tiny: the recipe of the next default model.
+"""CIFAR-10 from scratch on two CPU cores, taught by a fine-tuned DeiT-tiny: the recipe of the default model.
 
     tokentm train configs/cifar10_distilled.py --out runs/cifar10_distilled
     tokentm train configs/cifar10_distilled.py:stage=second --out runs/cifar10_distilled_second
@@ -20,11 +20,11 @@ also serve the next student, whatever its depth and width.
 
 Why a second stage. At the end of the first, 87.08 % of cifar10_test_a.zip are right, 87.0 from epoch 72 on, where 88 %
 were the aim, and the loss says that the student still underfits what the strong augmentation asks. So it goes on with
-a milder one, at half of the learning rate. Not measured yet.
+a milder one, at half of the learning rate: 88.64 %.
 
 Data: ../shared/data.
 Run time: on 2 cores that multiply bfloat16 matrices (AMX), 13 minutes for the teacher's answers, then 105 seconds an
-epoch with half of the patches and 256 with all: 3.3 hours for the first stage.
+epoch with half of the patches and about 300 with all: 3.3 hours for the first stage and 2.0 for the second.
 """
 
 import dataclasses

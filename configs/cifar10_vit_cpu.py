@@ -1,4 +1,4 @@
-"""CIFAR-10 from scratch on a CPU: the recipe of the default model that the project ships.
+"""CIFAR-10 from scratch on a CPU: the recipe of models/cifar10_vit.safetensors.
 
 tokentm train configs/cifar10_vit_cpu.py --train cifar10_train.zip --test cifar10_test.zip --out runs/cifar10_cpu
 """

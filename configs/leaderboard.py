@@ -29,7 +29,7 @@ DATA: dict[str, dict[str, Any]] = {
         "checkpoint": "../shared/data/deit_tiny_patch16_224.safetensors",
         "batch_size": 16,
     },
-    "cifar10": {"data": "../shared/data/cifar10_test_a.zip", "model": "cifar10_vit", "batch_size": 50},
+    "cifar10": {"data": "../shared/data/cifar10_test_a.zip", "model": "cifar10_distilled", "batch_size": 50},
     "cifar10_112": {
         "data": "../shared/data/cifar10_test_a.zip",
         "checkpoint": "runs/finetune_112/deit_tiny_cifar10_112.safetensors",
@@ -37,7 +37,7 @@ DATA: dict[str, dict[str, Any]] = {
     },
 }
 IMAGES = {"photos": None, "cifar10": 1000, "cifar10_112": 1000}
-DEPTH = {"photos": 12, "cifar10": 6, "cifar10_112": 12}
+DEPTH = {"photos": 12, "cifar10": 7, "cifar10_112": 12}
 SQUARE = {"photos": 32, "cifar10": 4, "cifar10_112": 16}  # 49 or 64 players of the Shapley values
 SOME, FEW = 200, 50
 

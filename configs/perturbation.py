@@ -8,7 +8,7 @@
     tokentm evaluate configs/perturbation.py:rows=mixes                        candidates of tokentm_mix
     tokentm evaluate configs/perturbation.py:rows=weights                      other weights in TokenTM
     tokentm evaluate configs/perturbation.py:rows=readings,half=even           on half of the photos alone
-    tokentm evaluate configs/perturbation.py:data=cifar10_sample               5000 test images, the shipped model
+    tokentm evaluate configs/perturbation.py:data=cifar10_sample               5000 test images, cifar10_vit
 
     tokentm evaluate configs/perturbation.py:data=imagenet,model=vit_base      the paper's, also with rows=...
     tokentm evaluate configs/perturbation.py:data=imagenet,model=vit_large
@@ -46,6 +46,7 @@ DATA = {  # where it is, and the model where none is named
 MODELS = {  # name, and checkpoint where it is not the name's own
     "deit_tiny": ("deit_tiny_patch16_224", "../shared/data/deit_tiny_patch16_224.safetensors"),
     "cifar10_vit": ("cifar10_vit", None),
+    "cifar10_distilled": ("cifar10_distilled", None),
     "vit_base": ("hf-hub:timm/vit_base_patch16_224.augreg_in21k_ft_in1k", None),
     "vit_large": ("hf-hub:timm/vit_large_patch16_224.augreg_in21k_ft_in1k", None),
     "own": ("vit_base_patch16_224", None),
@@ -65,7 +66,7 @@ PAPER = {"imagenet": 58.1, "cifar10": 74.9, "cifar100": 54.8}
 def get_config(
     *,
     data: Literal["photos", "cifar10_sample", "imagenet", "cifar10", "cifar100"] = "photos",
-    model: Literal["deit_tiny", "cifar10_vit", "vit_base", "vit_large", "own"] | None = None,
+    model: Literal["deit_tiny", "cifar10_vit", "cifar10_distilled", "vit_base", "vit_large", "own"] | None = None,
     rows: Literal["paper", "components", "choices", "readings", "mixes", "weights", "depth"] = "paper",
     half: Literal["even", "odd"] | None = None,
 ) -> EvaluateConfig:

@@ -31,7 +31,7 @@ SOURCES = [path for path in sorted((ROOT / "tokentm_jax").rglob("*.py")) if ">>>
 RUN = {  # commands whose results their pages go on with; the others are parsed
     "tokentm explain cat.jpg --target cat",
     "tokentm dataset photos/ --out maps --methods tokentm,gae",
-    "tokentm evaluate configs/perturbation.py:data=cifar10_sample,model=cifar10_vit --data photos/ --maps maps",
+    "tokentm evaluate configs/perturbation.py:data=cifar10_sample,model=cifar10_distilled --data photos/ --maps maps",
     "tokentm evaluate mine.py --out runs/mine",
     "tokentm evaluate drop.py",
 }

@@ -199,10 +199,10 @@ def test_shipped_models(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "SHIPPED", (tmp_path / "none", tmp_path))
     with pytest.raises(InputError, match="not shipped"):
         load()
-    write_checkpoint(tmp_path / "cifar10_vit.safetensors", *tiny, SMALL, NAMES)
-    assert load().name == load("cifar10_vit").name == "cifar10_vit"
-    with pytest.raises(InputError, match="did you mean 'cifar10_vit'"):
-        load("cifar_vit")
+    write_checkpoint(tmp_path / "cifar10_distilled.safetensors", *tiny, SMALL, NAMES)
+    assert load().name == load("cifar10_distilled").name == "cifar10_distilled"
+    with pytest.raises(InputError, match="did you mean 'cifar10_distilled'"):
+        load("cifar_distilled")
     with pytest.raises(InputError, match="needs a checkpoint, or hf-hub:timm/deit_tiny_patch16_224"):
         load("deit_tiny_patch16_224")
     with pytest.raises(InputError, match="needs a checkpoint"):

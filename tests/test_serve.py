@@ -540,7 +540,7 @@ def test_a_signal_ends_the_server(number):
             process.send_signal(number)
             out, errors = process.communicate(timeout=20)
         assert process.returncode == 128 + number and time.monotonic() - began < 6
-        assert out == "" and errors == "Compiling rollout for cifar10_vit ...\n"
+        assert out == "" and errors == "Compiling rollout for cifar10_distilled ...\n"
 
 
 def browser():

@@ -19,6 +19,7 @@ from tokentm_jax.maths.tokentm import TokenTM, block_weights
 CASES = (
     ("deit_tiny_patch16_224", SHARED / "data/deit_tiny_patch16_224.safetensors", SHARED / "data/imagenet_sample"),
     ("cifar10_vit", None, SHARED / "data/cifar10_test_a.zip"),
+    ("cifar10_distilled", None, SHARED / "data/cifar10_test_a.zip"),
 )
 READINGS = {
     "length": TokenTM(direction="none"),
@@ -34,7 +35,7 @@ def measure(model: str, checkpoint: Path | None, data: Path) -> list[list[str]]:
     rows = []
     for reading, options in READINGS.items():
         weights = jax.vmap(jax.vmap(lambda block, options=options: block_weights(block, options)))(blocks)
-        for layer in weights._fields if reading == "length" else weights._fields[:1]:
+        for layer in ("attention", "ffn") if reading == "length" else ("attention",):
             means = np.asarray(getattr(weights, layer))[..., vit.module.prefix :].mean((1, 2))
             rows.append([vit.name, reading, layer, " ".join(f"{mean:.2f}" for mean in means)])
     return rows

@@ -23,7 +23,7 @@ from tokentm_jax.models.layouts import is_folder, read_folder
 from tokentm_jax.models.text import TextTower
 from tokentm_jax.models.vit import ViT
 
-DEFAULT_MODEL = "cifar10_vit"
+DEFAULT_MODEL = "cifar10_distilled"
 _PACKAGE = Path(__file__).parent.parent
 SHIPPED = (_PACKAGE / "_models", _PACKAGE.parent / "models")  # in an installed wheel; in a clone
 
