@@ -11,10 +11,9 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
+paths = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.ipynb"))}
 named = [name for name in sys.argv[1:] if not name.startswith("--")]
-for path in sorted(Path(__file__).parent.glob("*.ipynb")):
-    if named and path.stem not in named:
-        continue
+for path in [paths[name] for name in named] or paths.values():
     began = time.monotonic()
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute()
