@@ -632,8 +632,8 @@ def test_the_page_in_a_browser(shipped, tmp_path):
             check(tmp_path / "taken")
 
         page.click("#photos [data-path*='cat.jpg']")  # an example: the link leads to all of it
+        page.wait_for_url("**example=cat")  # until the example is here, the page shows the photo before it
         explained(page, "gradient_x_input,")
-        page.wait_for_url("**example=cat")
         wanted, link = drawn(page, "overlay"), page.url
         page.goto("about:blank")
         page.goto(link)
