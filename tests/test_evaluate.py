@@ -452,6 +452,9 @@ def test_comparison(whole, config, vit, folder, tmp_path):
     assert first["baseline"] is None and entry["baseline"] == "gae" and entry["images"] == COUNT
     assert entry["difference"] == pytest.approx(value(results, "rollout", "aopc") - value(results, "gae", "aopc"))
     assert entry["low"] <= entry["difference"] <= entry["high"]
+    (turned,) = [e for e in compare([out], "rollout") if (e["method"], e["metric"]) == ("gae", "aopc")]
+    assert [turned[key] for key in ("baseline", "difference")] == ["rollout", -entry["difference"]]
+    assert [turned["low"], turned["high"]] == pytest.approx([-entry["high"], -entry["low"]], abs=2e-3)
     evaluate(dataclasses.replace(config, rows=rows("gae")), vit, open_source(folder, limit=6, seed=0), tmp_path)
     both = [e for e in compare([out, tmp_path]) if e["run"] == str(tmp_path)]
     assert {e["method"] for e in both} == {"gae", "random"}
@@ -638,6 +641,8 @@ def test_commands(vit, folder, tmp_path):
         (["evaluate", tmp_path / "no.py"], "does not exist"),
         ([*arguments[:2], "--methods", "gaee", "--data", folder], "did you mean 'gae'"),
         (["compare", tmp_path], "holds no finished evaluation"),
+        (["compare", out, "--to", "rolout"], "did you mean 'rollout'"),
+        (["compare", out, tmp_path, "--to", "rollout"], "of several runs, every method is compared with the same"),
     ):
         result = run(*bad)
         assert result.exit_code == 2 and message in result.output

@@ -14,20 +14,21 @@ from tokentm_jax.errors import printable
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=PATH, metavar="RUN...")
+@click.option("--to", metavar="METHOD", help="The row that the others are compared with; default: the first.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document in place of a table.")
-def compare(runs: tuple[Path, ...], as_json: bool) -> None:
+def compare(runs: tuple[Path, ...], to: str | None, as_json: bool) -> None:
     """Put finished evaluations side by side, with paired differences and their 95 % intervals.
 
-    RUN is an output folder of `tokentm evaluate`. Of one run, every method is compared with the first; of several,
-    every method with the same method of the first run, over the images that both have.
+    RUN is an output folder of `tokentm evaluate`. Of one run, every method is compared with the first, or with that
+    of --to; of several, every method with the same method of the first run, over the images that both have.
 
     \b
     Example:
-      tokentm compare runs/perturbation_photos
+      tokentm compare runs/perturbation_photos --to gae
     """
     from tokentm_jax.runs.report import compare as compare_runs
 
-    entries = compare_runs(list(dict.fromkeys(runs)))
+    entries = compare_runs(list(dict.fromkeys(runs)), to)
     if as_json:
         click.echo(json.dumps(entries, indent=1))
         return
@@ -37,9 +38,9 @@ def compare(runs: tuple[Path, ...], as_json: bool) -> None:
     for entry in sorted(entries, key=lambda e: e["metric"]):  # stable: methods and runs keep their order
         compared = ("", "", "")
         if entry["baseline"] is not None:
-            interval = f"[{entry['low']:+.3f}, {entry['high']:+.3f}]"
-            compared = (f"{entry['difference']:+.3f}", interval, entry["baseline"])
+            interval = f"[{entry['low']:+.4f}, {entry['high']:+.4f}]"
+            compared = (f"{entry['difference']:+.4f}", interval, entry["baseline"])
         names = [Text(printable(entry[field])) for field in ("metric", "method", "run")]
-        row = (*names, f"{entry['value']:.3f}", *compared[:2], Text(printable(compared[2])))
+        row = (*names, f"{entry['value']:.4f}", *compared[:2], Text(printable(compared[2])))
         table.add_row(*row, str(entry["images"]))
     console().print(table)

@@ -10,7 +10,7 @@ from annotated_types import Ge, Le
 from typing_extensions import TypedDict
 
 from tokentm_jax import metrics
-from tokentm_jax.errors import InputError
+from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.files import read_json
 from tokentm_jax.metrics.tasks import (
     CLEAN,
@@ -273,15 +273,21 @@ def _asked(config: EvaluateConfig) -> tuple[Any, ...]:
     return config.task, dict(config.options), config.score
 
 
-def compare(outs: Sequence[Path]) -> list[dict[str, Any]]:
+def compare(outs: Sequence[Path], to: str | None = None) -> list[dict[str, Any]]:
     """Differences with 95 % intervals over the images that both have.
 
-    Of one run: every method less the run's first. Of several: every method less the same in the first run.
-    Entries have `run`, `method`, `metric`, `value`, `baseline` (what it is compared with), `difference`, `low`,
-    `high`, `images`. Raises InputError for a folder without results, or runs of different tasks or data sets.
+    Of one run: every method less the row `to`, or the run's first. Of several: every method less the same in the
+    first run. Entries have `run`, `method`, `metric`, `value`, `baseline` (what it is compared with), `difference`,
+    `low`, `high`, `images`. Raises InputError for a folder without results, runs of different tasks or data sets, a
+    row that the run has not, and `to` for several runs.
     """
+    if to is not None and len(outs) > 1:
+        raise InputError("of several runs, every method is compared with the same method of the first, not with a row")
     runs = [open_finished(out) for out in outs]
     first = runs[0]
+    names = [row.name for row in first.config.rows]
+    if to is not None and to not in names:
+        raise suggest("row", to, names, of=str(first.out))
     for run in runs[1:]:
         if _asked(run.config) != _asked(first.config):
             raise InputError("the runs are of different tasks, or of other options or another score of the task")
@@ -293,7 +299,7 @@ def compare(outs: Sequence[Path]) -> list[dict[str, Any]]:
     for number, run in enumerate(runs):
         for row in run.config.rows:
             done, measures = baselines[row.name] if number == 0 else run.measured(row)
-            against = first.config.rows[0].name if len(runs) == 1 else row.name
+            against = (to or names[0]) if len(runs) == 1 else row.name
             for metric, per_image in measures.items():
                 statistic = columns[metric].statistic
                 entry = {"run": str(run.out), "method": row.name, "metric": metric, "baseline": None}
