@@ -332,7 +332,7 @@ def _described(
     for run in config.runs:
         said = results[run.name]["run"]
         entry = {"name": run.name, "task": run.task, "options": dict(run.options), "data": said["data"]}
-        runs.append({**entry, "skipped": said["skipped"]["count"]})
+        runs.append({**entry, "skipped": said["skipped"]["count"], "mixed_precision": run.mixed_precision})
     size = config.runs[0].batch_size
     return {"name": config.name, "faithfulness": list(config.faithfulness), "batch_size": size, "runs": runs, **made}
 
@@ -366,12 +366,14 @@ def markdown(found: Mapping[str, Any]) -> str:
         digits = task[column[0]].columns[column[1]].digits
         return "" if figure is None else STYLES[figure["mark"]].format(f"{figure['value']:.{digits}f}")
 
-    data = [
-        f"{entry['name']}: {entry['data']['examples']} images of {entry['data']['name']}, {entry['skipped']} skipped"
-        for entry in run["runs"]
-    ]
+    data: dict[str, list[str]] = {}
+    for entry in run["runs"]:
+        precision = ", answers to changed images in mixed precision" if entry["mixed_precision"] else ""
+        images = f"{entry['data']['examples']} images of {entry['data']['name']}, {entry['skipped']} skipped{precision}"
+        data.setdefault(images, []).append(entry["name"])
+    measured = "; ".join(f"{', '.join(names)}: {images}" for images, names in data.items())
     heads = [*(head(*column) for column in columns), "passes", "images/s", "mean rank"]
-    lines = [f"# {run['name']}", "", f"{run['model']['name']}. {'; '.join(data)}.", "", LEGEND, ""]
+    lines = [f"# {run['name']}", "", f"{run['model']['name']}. {measured}.", "", LEGEND, ""]
     lines += [f"Images per second: {run['device']}, batches of {run['batch_size']}.", ""]
     lines += [f"| method | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}"]
     for method in found["methods"]:
