@@ -226,7 +226,10 @@ def test_other_tasks(config, vit, folder, tmp_path):
         assert all(np.isfinite(row["value"]) for row in results["rows"])
     similarity = {row["method"]: row["value"] for row in results["rows"] if row["metric"] == "similarity"}
     assert similarity["same"] == pytest.approx(1) == similarity["head"]  # rollout does not see the head
-    assert similarity["all"] < 0.99 and abs(similarity["random"]) < 0.9
+    assert similarity["all"] < 0.99 and similarity["random"] < 0.9
+    records = [json.loads(line) for line in next((tmp_path / task / "records").glob("random*")).read_text().splitlines()]
+    per_image = [value for record in records for value in record["fields"]["similarity"]]
+    assert len(per_image) == 4 and similarity["random"] == pytest.approx(abs(np.mean(per_image)))
 
 
 @pytest.mark.parametrize(

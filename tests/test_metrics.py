@@ -508,6 +508,7 @@ def test_bootstrap():
     assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.1)
     assert metrics.bootstrap(values) == (value, low, high) != metrics.bootstrap(values, seed=1)
     assert metrics.bootstrap(np.full((5, 10), 1.0), metrics.area) == (90, 90, 90)
+    assert metrics.bootstrap(np.array([-0.1, -0.3, 0.1]), metrics.magnitude)[0] == pytest.approx(0.1)
     # The pooled ratio, not the mean of ratios.
     counts = np.array([[1, 0, 0, 0], [0, 3, 0, 0]])
     assert metrics.bootstrap(counts, metrics.pixel_accuracy)[0] == 25

@@ -37,6 +37,7 @@ from tokentm_jax.metrics.robustness import random_removals as random_removals
 from tokentm_jax.metrics.statistics import Statistic as Statistic
 from tokentm_jax.metrics.statistics import area as area
 from tokentm_jax.metrics.statistics import bootstrap as bootstrap
+from tokentm_jax.metrics.statistics import magnitude as magnitude
 from tokentm_jax.metrics.statistics import mean as mean
 from tokentm_jax.metrics.statistics import paired as paired
 from tokentm_jax.metrics.statistics import unit_area as unit_area

@@ -17,6 +17,11 @@ def mean(average: np.ndarray) -> np.ndarray:
     return average.mean(-1)
 
 
+def magnitude(average: np.ndarray) -> np.ndarray:
+    """Mean of all features, without its sign."""
+    return np.abs(average.mean(-1))
+
+
 def area(average: np.ndarray) -> np.ndarray:
     """Trapezoid over x = 0, 0.1 ... 0.9, times 100: AUC in percent, at most 90, of accuracies [..., 10]."""
     return 10 * (average.sum(-1) - (average[..., 0] + average[..., -1]) / 2)

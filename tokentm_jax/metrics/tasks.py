@@ -609,7 +609,7 @@ TASKS: dict[str, Task] = {
     ),
     "sanity": Task(
         _sanity,
-        {"similarity": Column(lambda table: table["predicted_similarity"], better="lower", digits=3)},
+        {"similarity": Column(lambda table: table["predicted_similarity"], metrics.magnitude, "lower", digits=3)},
         lambda *_: {"similarity": lists_of(Number)},
         raw=True,
         against_original=True,
