@@ -6,21 +6,24 @@
     tokentm leaderboard configs/leaderboard.py:methods=fast           without the methods of 200 and more passes
     tokentm leaderboard configs/leaderboard.py:precision=mixed        answers to changed images in mixed precision
 
-Perturbation takes all of the images, most yardsticks 200 of them, and those that explain an image many times 50. Max-
-sensitivity and the randomisation of parameters are for the fast methods alone.
+Maps of pixels are measured as their means by patch (docs/explanation/metrics.md says why). Perturbation takes all of
+the images, most yardsticks 200 of them, and those that explain an image many times 50. Max-sensitivity and the
+randomisation of parameters are for the fast methods alone.
 Data: ../shared/data. The weights of cifar10_112 are one's own: runs/finetune_112, of a fine-tuning at 112
 pixels like that of configs/cifar10_finetune_112.py, or --checkpoint FILE.
 Run time: not measured; from passes of 11 ms on 2 cores, about 5 hours for the photos with methods=fast and
 17 with all, most of the difference for shapley and kernel_shap; with --limit 100 about 2 and 6 hours.
 """
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from tokentm_jax import METHODS, PAPER_ROWS, EvaluateConfig, LeaderboardConfig, Row
 
 SLOW = ("occlusion", "token_dropping", "rise", "shapley", "kernel_shap")
 PUBLISHED = {row.name: row for row in PAPER_ROWS}  # first blocks left out as in the published evaluation
-ALL = tuple(PUBLISHED.get(name, Row(name, name)) for name in METHODS)
+PIXELS = {n: Row(f"{n} by patch", n, by_patch=True) for n, method in METHODS.items() if method.output == "pixel map"}
+ALL = tuple(PIXELS.get(name) or PUBLISHED.get(name) or Row(name, name) for name in METHODS)
 FAST = tuple(row for row in ALL if row.method not in SLOW)
 DATA: dict[str, dict[str, Any]] = {
     "photos": {
@@ -54,7 +57,7 @@ def get_config(
     def run(task: str, limit: int | None, own: tuple[Row, ...] = rows, **changes: Any) -> EvaluateConfig:
         return EvaluateConfig(**{**given, "name": task, "task": task, "rows": own, "limit": limit, **changes})
 
-    randomised = tuple(Row(row.name, row.method, row.options, DEPTH[data]) for row in FAST)
+    randomised = tuple(replace(row, random_blocks=DEPTH[data]) for row in FAST)
     shapley = {"patch": SQUARE[data], "value": "probability", "pairs": 16}
     runs = [
         run("perturbation", IMAGES[data]),

@@ -7,6 +7,7 @@
     tokentm evaluate configs/perturbation.py:rows=readings                     readings of TokenTM, those of codes too
     tokentm evaluate configs/perturbation.py:rows=mixes                        candidates of tokentm_mix
     tokentm evaluate configs/perturbation.py:rows=weights                      other weights in TokenTM
+    tokentm evaluate configs/perturbation.py:rows=pixels                       maps of pixels, and their means by patch
     tokentm evaluate configs/perturbation.py:rows=readings,half=even           on half of the photos alone
     tokentm evaluate configs/perturbation.py:data=cifar10_sample               5000 test images, cifar10_vit
 
@@ -30,6 +31,7 @@ from tokentm_jax import (
     COMPONENT_ROWS,
     MIX_ROWS,
     PAPER_ROWS,
+    PIXEL_ROWS,
     READING_ROWS,
     WEIGHT_ROWS,
     EvaluateConfig,
@@ -58,6 +60,7 @@ ROWS = {
     "readings": READING_ROWS,
     "mixes": MIX_ROWS,
     "weights": WEIGHT_ROWS,
+    "pixels": PIXEL_ROWS,
     "depth": depth_rows(12),
 }
 PAPER = {"imagenet": 58.1, "cifar10": 74.9, "cifar100": 54.8}
@@ -67,7 +70,7 @@ def get_config(
     *,
     data: Literal["photos", "cifar10_sample", "imagenet", "cifar10", "cifar100"] = "photos",
     model: Literal["deit_tiny", "cifar10_vit", "cifar10_distilled", "vit_base", "vit_large", "own"] | None = None,
-    rows: Literal["paper", "components", "choices", "readings", "mixes", "weights", "depth"] = "paper",
+    rows: Literal["paper", "components", "choices", "readings", "mixes", "weights", "pixels", "depth"] = "paper",
     half: Literal["even", "odd"] | None = None,
 ) -> EvaluateConfig:
     where, default = DATA[data]

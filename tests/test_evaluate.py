@@ -29,7 +29,8 @@ from tokentm_jax.files import ours
 from tokentm_jax.identity import claimed
 from tokentm_jax.maths.maps import to_pixels
 from tokentm_jax.methods.explain import explain_fn
-from tokentm_jax.metrics.tasks import PAPER_ROWS, EvaluateConfig, Row, check, rows, select
+from tokentm_jax.methods.table import METHODS
+from tokentm_jax.metrics.tasks import PAPER_ROWS, TASKS, EvaluateConfig, Row, check, rows, select
 from tokentm_jax.models.architectures import build
 from tokentm_jax.models.checkpoint import write_checkpoint
 from tokentm_jax.runs import evaluate as evaluation
@@ -227,9 +228,40 @@ def test_other_tasks(config, vit, folder, tmp_path):
     similarity = {row["method"]: row["value"] for row in results["rows"] if row["metric"] == "similarity"}
     assert similarity["same"] == pytest.approx(1) == similarity["head"]  # rollout does not see the head
     assert similarity["all"] < 0.99 and similarity["random"] < 0.9
-    records = [json.loads(line) for line in next((tmp_path / task / "records").glob("random*")).read_text().splitlines()]
-    per_image = [value for record in records for value in record["fields"]["similarity"]]
+    (path,) = (tmp_path / task / "records").glob("random*")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    per_image = [value for line in lines for value in line["fields"]["similarity"]]
     assert len(per_image) == 4 and similarity["random"] == pytest.approx(abs(np.mean(per_image)))
+
+
+def test_maps_of_pixels_as_means_over_patches(config, vit, folder, tmp_path, monkeypatch):
+    """The same as a method that averages its own map, for every kind of task; maps of patches stay as they are."""
+
+    def averaged(module, params, inputs, target):
+        maps, details = METHODS["gradient_x_input"].function(module, params, inputs, target)
+        (h, w), (gh, gw) = inputs.shape[1:3], module.grid
+        return maps.reshape(-1, gh, h // gh, gw, w // gw).mean((2, 4)), details
+
+    monkeypatch.setitem(METHODS, "averaged", dataclasses.replace(METHODS["gae"], function=averaged))
+    own = [
+        Row("pixels", "gradient_x_input"),
+        Row("patches", "gradient_x_input", by_patch=True),
+        *rows("averaged", "gae"),
+        Row("gae by patch", "gae", by_patch=True),
+        Row("random pixels", "random", {"pixels": True}),
+    ]
+    for task in ("perturbation", "sensitivity", "srg"):
+        options = {"samples": 2} if task == "sensitivity" else {}
+        options |= {"steps": 3} if task == "srg" else {}
+        some = dataclasses.replace(config, task=task, options=options, rows=own)
+        results = evaluate(some, vit, open_source(folder), tmp_path / task)
+        for metric in TASKS[task].columns:
+            found = {row.name: value(results, row.name, metric) for row in own}
+            assert found["patches"] == pytest.approx(found["averaged"], rel=1e-5)
+            assert found["gae by patch"] == pytest.approx(found["gae"], rel=1e-5)
+        assert (found["pixels"] == pytest.approx(found["patches"], rel=1e-5)) == (task == "srg")  # by patch anyway
+        noise = [value(results, name, metric) for name in ("random", "random pixels")]
+        assert np.isfinite(noise).all() and (noise[0] != noise[1] or task == "sensitivity")
 
 
 @pytest.mark.parametrize(
@@ -383,6 +415,7 @@ def test_what_does_not_go_together(config, vit, folder, whole, tmp_path):
             "[0]['random_blocks'] must be a valid int",
         ),
         ("rows", [[Row("a", "gae", {}, -1)]], "[0]['random_blocks'] must be greater than or equal to 0"),
+        ("rows", [[Row("a", "gae", by_patch=1)]], "[0]['by_patch'] must be a valid bool"),
         ("rows", [[Row("", "gae")], [Row("x" * 1001, "gae")]], "[0]['name'] is wrong"),
         ("model", [3, ["a"], ""], "'model'"),
         ("checkpoint", [3, Path("x")], "must be a valid string"),
@@ -727,6 +760,14 @@ def test_the_configs_of_the_project():
         for command in commands:
             read_recipe(CONFIGS / command, kind)
     assert len(names) == len(set(names)) > 50
+
+
+@pytest.mark.parametrize(
+    "row", [Row("a", "gae", {}, 0), Row("a", "gae", by_patch=True), Row("a", "random", {"pixels": True})]
+)
+def test_rows_of_images_are_not_for_texts(row):
+    with pytest.raises(InputError, match="are for images, and 'a' has them"):
+        check_text_config(TextEvaluateConfig("t", "model", "data", [row]))
 
 
 def test_options_of_a_recipe():

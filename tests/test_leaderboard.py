@@ -331,8 +331,11 @@ def test_wrong_leaderboards(config, vit, folder, tmp_path):
     refused("names of their own, none of them 'maps'", runs=[srg, again(complexity, name="maps")])
     refused("must be of one model", runs=[srg, again(complexity, model="cifar10_vit")])
     refused("unknown task 'srgg'; did you mean 'srg'", runs=[again(srg, task="srgg")])
-    other = again(complexity, rows=[Row("rollout", "rollout", {"first_block": 1})])
-    refused("the row 'rollout' must be the same method with the same options in every run", runs=[srg, other])
+    for row in (Row("rollout", "rollout", {"first_block": 1}), Row("rollout", "rollout", by_patch=True)):
+        other = again(complexity, rows=[row])
+        refused("the row 'rollout' must be the same method with the same options in every run", runs=[srg, other])
+    noise = again(complexity, rows=[Row("random pixels", "random", {"pixels": True})])
+    refused("the row 'random pixels' is noise, which is not ranked: leave it out", runs=[srg, noise])
     refused("unknown run 'sgr' of the field 'faithfulness'; did you mean 'srg'", faithfulness=("sgr", "srg"))
     refused("unknown metric 'aopc' of 'faithfulness'; known: srg", faithfulness=("srg", "aopc"))
     refused("unknown metric 'gini' of 'faithfulness'; known: none", faithfulness=("complexity", "gini"))

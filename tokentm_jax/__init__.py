@@ -54,6 +54,7 @@ _HOMES = {
     "TextEvaluateConfig": "runs.evaluate_text",
     "TextTrainConfig": "runs.train_text",
     "MIX_ROWS": "metrics.tasks",
+    "PIXEL_ROWS": "metrics.tasks",
     "depth_rows": "metrics.tasks",
     "sanity_rows": "metrics.tasks",
     "TrainConfig": "runs.recipe",
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     from tokentm_jax.metrics.tasks import COMPONENT_ROWS as COMPONENT_ROWS
     from tokentm_jax.metrics.tasks import MIX_ROWS as MIX_ROWS
     from tokentm_jax.metrics.tasks import PAPER_ROWS as PAPER_ROWS
+    from tokentm_jax.metrics.tasks import PIXEL_ROWS as PIXEL_ROWS
     from tokentm_jax.metrics.tasks import READING_ROWS as READING_ROWS
     from tokentm_jax.metrics.tasks import TEXT_ROWS as TEXT_ROWS
     from tokentm_jax.metrics.tasks import WEIGHT_ROWS as WEIGHT_ROWS

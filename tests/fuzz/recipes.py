@@ -22,7 +22,7 @@ EVALUATE = {
     "checkpoint": repr(CHECKPOINT), "profile": "'default'", "options": "{}", "paper": "{}", "batch_size": "2",
     "limit": "None", "seed": "0",
 }
-ROW = {"name": "'r'", "method": "'rollout'", "options": "{}", "random_blocks": "None"}
+ROW = {"name": "'r'", "method": "'rollout'", "options": "{}", "random_blocks": "None", "by_patch": "False"}
 TRAIN = {"name": "'t'", "train_data": "'data'", "test_data": "'data'", "model": repr(OPTIONS), "epochs": "1",
     "warmup_epochs": "0.5", "batch_size": "5"}
 MORE = ("learning_rate", "weight_decay", "beta_2", "clip_norm", "label_smoothing", "ema_decay", "crop_padding", "flip",
@@ -34,7 +34,7 @@ FINE = {
     ("name", "'x'"), ("name", "'tokentm'"), ("data", "'x'"), ("limit", "None"), ("rows", "[]"), ("model", "None"),
     ("model", "'tokentm'"), ("checkpoint", "None"), ("seed", "0"), ("batch_size", "np.int64(3)"),
     ("seed", "np.int64(3)"), ("limit", "np.int64(3)"), ("options", "{}"), ("paper", "{}"),
-    ("random_blocks", "None"), ("random_blocks", "0"), ("method", "'tokentm'"), ("flip", "True"),
+    ("random_blocks", "None"), ("random_blocks", "0"), ("by_patch", "True"), ("method", "'tokentm'"), ("flip", "True"),
     ("mimetic_init", "True"), ("mixed_precision", "True"), ("fine_tune", "None"),
 }
 
@@ -88,7 +88,7 @@ def surely_wrong() -> Iterator[Case]:
         ("name", ("''", "1", "None")), ("method", ("1", "None", "'x'", "''")),
         ("options", ("[]", "None", "{'x': 1}", "{'first_block': 0.5}", "{'first_block': True}",
         "{'first_block': -1}")),
-        ("random_blocks", ("0.5", "True", "-1", "2", "'x'")),
+        ("random_blocks", ("0.5", "True", "-1", "2", "'x'")), ("by_patch", ("1", "'x'", "None")),
     ):
         for value in values:
             inside = ", ".join(f"{k}={v}" for k, v in {**ROW, field: value}.items())

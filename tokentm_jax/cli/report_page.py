@@ -172,12 +172,15 @@ class Photos(NamedTuple):
         """The maps of one method for every class that is asked for, and their curves."""
         program, options = self._compiled()[0], dict[str, Any](row.options)
         score = None if self.score is None else self.vit.score(self.score)
+        module: Any = self.vit.module
         maps: Any = None
         for classes in asked:
             if maps is None or row.class_specific:
                 try:
                     with memory_errors():
                         maps = explain(self.vit, images, row.method, classes, score=score, **options)
+                        if row.by_patch:
+                            maps = metrics.coarsened(maps, module.grid, getattr(module, "tiling", None))
                         maps = np.asarray(maps, np.float32)
                 except InputError as error:
                     if self.strict:

@@ -9,6 +9,7 @@ from tokentm_jax.metrics.faithfulness import STEPS as STEPS
 from tokentm_jax.metrics.faithfulness import Predict as Predict
 from tokentm_jax.metrics.faithfulness import Target as Target
 from tokentm_jax.metrics.faithfulness import by_patch as by_patch
+from tokentm_jax.metrics.faithfulness import coarsened as coarsened
 from tokentm_jax.metrics.faithfulness import confidence as confidence
 from tokentm_jax.metrics.faithfulness import gain as gain
 from tokentm_jax.metrics.faithfulness import group_drops as group_drops

@@ -158,6 +158,12 @@ def by_patch(maps: Array, grid: tuple[int, int], tiling: Tiling | None = None) -
     return maps
 
 
+def coarsened(maps: Array, grid: tuple[int, int], tiling: Tiling | None = None) -> Array:
+    """Maps [B, h, w] as they are, or where they have more values than a grid has patches, their means (`by_patch`)."""
+    finer = maps.shape[1] * maps.shape[2] > math.prod(grid)
+    return by_patch(maps, grid, tiling) if finer else maps
+
+
 def patch_removal(
     predict: Predict,
     images: Array,

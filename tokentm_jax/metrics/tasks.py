@@ -15,11 +15,12 @@ from tokentm_jax.data.sources import PROFILES, Half
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.maths.maps import Tiling
 from tokentm_jax.maths.tokentm import READINGS, WEIGHT_NAMES
-from tokentm_jax.methods.table import METHODS
+from tokentm_jax.methods.table import METHODS, PIXELS
 from tokentm_jax.validation import Name, check_fields, check_options, lists_of, options_of
 
 PREDICTED, TARGET = "predicted", "target"
 RANDOM, CLEAN = "random", "clean"  # the rows that every table has
+RANDOM_OPTIONS = {"pixels": bool}  # noise at every pixel, to measure maps of pixels by; else at every patch
 LARGEST_SEED = 2**31 - 2  # the random row has the one after it too
 
 Text = Annotated[str, Len(1, 1000)]
@@ -27,12 +28,17 @@ Text = Annotated[str, Len(1, 1000)]
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One row of a table: a method with its options, perhaps on a model whose head and last blocks are random."""
+    """One row of a table: a method with its options, perhaps on a model whose head and last blocks are random.
+
+    With `by_patch`, maps of pixels become their means over the model's patches before anything is measured: where
+    pixels are removed in the order of a map, scattered ones cost the model more than patches, whichever they are.
+    """
 
     name: Text
     method: str
     options: Mapping[str, bool | int | float | str | None] = dataclasses.field(default_factory=dict)
     random_blocks: Annotated[int, Ge(0)] | None = None  # for the sanity check: 0 is the head alone
+    by_patch: bool = False
 
     @property
     def class_specific(self) -> bool:
@@ -130,6 +136,19 @@ TEXT_ROWS = (
 )
 
 
+# Maps of pixels, as they are and as their means over patches, with noise of either kind.
+PIXEL_ROWS = (
+    *rows("tokentm", "libra_full_grad"),
+    *(
+        Row(f"{name} by patch" if by_patch else name, name, by_patch=by_patch)
+        for name, method in METHODS.items()
+        if method.output == PIXELS
+        for by_patch in (False, True)
+    ),
+    Row("random pixels", RANDOM, {"pixels": True}),
+)
+
+
 def depth_rows(depth: int) -> tuple[Row, ...]:
     """TokenTM over the first 1, 2 ... `depth` blocks."""
     return tuple(Row(f"blocks 1-{end}", "tokentm", {"end_block": end}) for end in range(1, depth + 1))
@@ -206,8 +225,8 @@ def check(config: EvaluateConfig) -> EvaluateConfig:
 def check_rows(table: str, rows: Sequence[Row]) -> None:
     """InputError for a method, a member of one or an option that does not exist, or rows of one name."""
     for row in rows:
-        if row.method == RANDOM and row.options:
-            raise suggest("option", next(iter(row.options)), [], of=RANDOM)
+        if row.method == RANDOM:
+            check_options(RANDOM, RANDOM_OPTIONS, row.options)
         if row.method != RANDOM:
             if row.method not in METHODS:
                 raise suggest("method", row.method, [*METHODS, RANDOM])

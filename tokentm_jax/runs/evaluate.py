@@ -70,14 +70,15 @@ def _score_program(
     task: str,
     options: Options,
     row: tuple[str, Options] | None,
+    by_patch: bool,
     mixed: bool,
 ) -> Callable[..., dict[str, Array]]:
     """(params, pixels, target, labels, masks, maps, original, reference, own) -> results per image: everything from
     map to score.
 
     Masks, `original` and `reference` are None where the task has no use for them. For a task that explains, `row` is
-    the method, or None for maps that no image changes, and `own` are its parameters. With `mixed` the model answers in
-    mixed precision, but is explained as ever.
+    the method, or None for maps that no image changes, and `own` are its parameters. With `by_patch`, maps finer than
+    the patches become means over them. With `mixed` the model answers in mixed precision, but is explained as ever.
     """
     kind = TASKS[task]
     explained = None if row is None else compiled(module, {row[0]: dict(row[1])}, preprocessing=None)
@@ -93,23 +94,25 @@ def _score_program(
         reference: Any,
         own: Any,
     ) -> dict[str, Array]:
-        finite = jnp.isfinite(maps).all((1, 2))
-        given = jnp.where(jnp.isfinite(maps), maps, 0)
+        tiling = getattr(module, "tiling", None)
+
+        def ready(maps: Array) -> Array:
+            maps = jnp.where(jnp.isfinite(maps), maps, 0)
+            return metrics.coarsened(maps, module.grid, tiling) if by_patch else maps
 
         def explain(images: Array) -> Array:
             if explained is None or row is None:
                 return given
-            found = explained(own, preprocessing.normalise(images), target)[0][row[0]]
-            return jnp.where(jnp.isfinite(found), found, 0)
+            return ready(explained(own, preprocessing.normalise(images), target)[0][row[0]])
 
+        finite, given = jnp.isfinite(maps).all((1, 2)), ready(maps)
+        original = None if original is None else ready(original)
         inputs = Inputs(unit(pixels), target, labels, masks, original, reference)
-        tiling = getattr(module, "tiling", None)
         inputs = inputs._replace(grid=module.grid, mean=preprocessing.mean, tiling=tiling)
         inputs = inputs._replace(explain=explain if kind.explains else None)
-        if not kind.raw:
-            maps = to_pixels(jnp.nan_to_num(maps), preprocessing.size, tiling)
+        measured = given if kind.raw else to_pixels(given, preprocessing.size, tiling)
         model = partial(predict, in_precision(module, mixed), preprocessing, params)
-        return {"finite": finite, **kind.compute(model, inputs, given if kind.raw else maps, **dict(options))}
+        return {"finite": finite, **kind.compute(model, inputs, measured, **dict(options))}
 
     return jax.jit(program)
 
@@ -145,7 +148,7 @@ class Programs:
         """The row's maps of a batch and, for a task that compares them, those without random blocks."""
         seed, compares = self.config.seed, self.task.against_original
         if row.method == RANDOM:
-            grid = self.vit.module.grid
+            grid = self.vit.preprocessing.size if row.options.get("pixels") else self.vit.module.grid
             noise = [np.stack([metrics.random_map(key, grid, s) for key in keys]) for s in (seed, seed + 1)]
             return self.place(noise[0]), self.place(noise[1]) if compares else None
         program = compiled(self.vit.module, {row.method: row.options}, preprocessing=self.vit.preprocessing)
@@ -167,7 +170,8 @@ class Programs:
             suited = METHODS[row.method].suited(row.options, self.vit.preprocessing)
             explained, own = (row.method, tuple(sorted(suited.items()))), self._params(row)
         options = tuple(sorted(self._options["compute"].items()))
-        program = _score_program(*self._model, self.config.task, options, explained, self.config.mixed_precision)
+        mixed = self.config.mixed_precision
+        program = _score_program(*self._model, self.config.task, options, explained, row.by_patch, mixed)
         return program(self.vit.params, pixels, self.target(classes), *others, own)
 
     def _reference(self) -> Callable[..., Any]:
@@ -233,7 +237,7 @@ def evaluate(
     """
     config = check(config)
     config = dataclasses.replace(config, label_map=read_label_map(config.label_map))
-    if RANDOM not in [row.method for row in config.rows]:
+    if not any(row.method == RANDOM and not row.options for row in config.rows):
         config = dataclasses.replace(config, rows=(*config.rows, Row(RANDOM, RANDOM)))
     task = TASKS[config.task]
     if task.needs and not {"labels": source.labelled, "masks": source.masked}[task.needs]:

@@ -84,8 +84,8 @@ def check_text_config(config: TextEvaluateConfig) -> TextEvaluateConfig:
     config = check_fields(config, "the evaluation")
     check_rows(config.name, config.rows)
     for row in config.rows:
-        if row.random_blocks is not None:
-            raise InputError(f"random_blocks of {row.name!r} are for images")
+        if row.random_blocks is not None or row.by_patch or (row.method == RANDOM and row.options):
+            raise InputError(f"random_blocks, by_patch and noise of pixels are for images, and {row.name!r} has them")
     if RANDOM not in [row.method for row in config.rows]:
         config = dataclasses.replace(config, rows=(*config.rows, Row(RANDOM, RANDOM)))
     return config

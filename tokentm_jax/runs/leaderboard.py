@@ -83,8 +83,10 @@ def check(config: LeaderboardConfig) -> LeaderboardConfig:
         raise InputError(f"the runs of {config.name} must be of one model")
     for run in config.runs:
         for row in run.rows:
+            if row.method == RANDOM and row.name != RANDOM:
+                raise InputError(f"the row {row.name!r} is noise, which is not ranked: leave it out ('random' stays)")
             same = config.rows.get(row.name, row)
-            if (row.method, dict(row.options)) != (same.method, dict(same.options)):
+            if (row.method, dict(row.options), row.by_patch) != (same.method, dict(same.options), same.by_patch):
                 raise InputError(f"the row {row.name!r} must be the same method with the same options in every run")
     shown, metric = config.faithfulness
     columns = {run.name: TASKS[run.task].columns for run in config.runs}
@@ -315,6 +317,7 @@ def _methods(
             "name": name,
             "method": row.method,
             "options": dict(row.options),
+            "by_patch": row.by_patch,
             "passes": METHODS[row.method].passes,
             "images_per_second": speeds[name],
             "mean_rank": ranks.get(name),
@@ -369,8 +372,8 @@ def markdown(found: Mapping[str, Any]) -> str:
     data: dict[str, list[str]] = {}
     for entry in run["runs"]:
         precision = ", answers to changed images in mixed precision" if entry["mixed_precision"] else ""
-        images = f"{entry['data']['examples']} images of {entry['data']['name']}, {entry['skipped']} skipped{precision}"
-        data.setdefault(images, []).append(entry["name"])
+        images = f"{entry['data']['examples']} images of {entry['data']['name']}, {entry['skipped']} skipped"
+        data.setdefault(images + precision, []).append(entry["name"])
     measured = "; ".join(f"{', '.join(names)}: {images}" for images, names in data.items())
     heads = [*(head(*column) for column in columns), "passes", "images/s", "mean rank"]
     lines = [f"# {run['name']}", "", f"{run['model']['name']}. {measured}.", "", LEGEND, ""]

@@ -140,4 +140,5 @@ def record_file(out: Path, row: Row) -> Path:
     """The records of a row: another method or option under the same name has another file."""
     name = "".join(c if c.isalnum() else "-" for c in row.name)[:80]
     name = name.encode()[:200].decode(errors="ignore")  # and the whole stays within the 255 bytes of a file's name
-    return out / "records" / f"{name}-{digest(row.name, row.method, dict(row.options), row.random_blocks)[:8]}.jsonl"
+    made = (row.name, row.method, dict(row.options), row.random_blocks, *(["by patch"] if row.by_patch else []))
+    return out / "records" / f"{name}-{digest(*made)[:8]}.jsonl"

@@ -176,6 +176,7 @@ class RowSettings(TypedDict):
     method: str
     options: NotRequired[dict[str, Any]]
     random_blocks: NotRequired[int | None]
+    by_patch: NotRequired[bool]
 
 
 class Settings(TypedDict):
