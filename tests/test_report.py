@@ -54,12 +54,14 @@ def place(tmp_path_factory):
 
 
 def evaluated(place, folder):
-    """A finished run of two methods on the photos."""
+    """A finished run on the photos, of a map of pixels and its means over patches too."""
     recipe = folder / "recipe.py"
     recipe.write_text(
         "import tokentm_jax as tm\n"
         f"config = tm.EvaluateConfig('tiny', 'perturbation', {str(place / 'photos')!r}, "
-        f"tm.rows('tokentm', 'rollout'), checkpoint={str(place / 'tiny.safetensors')!r}, batch_size=4)\n"
+        "(*tm.rows('tokentm', 'rollout'), tm.Row('pixels', 'gradient_x_input'), "
+        "tm.Row('patches', 'gradient_x_input', by_patch=True)), "
+        f"checkpoint={str(place / 'tiny.safetensors')!r}, batch_size=4)\n"
     )
     assert run("evaluate", recipe, "--out", folder / "run").exit_code == 0
     return folder / "run"
@@ -126,6 +128,11 @@ def test_a_page_of_a_run(place, tmp_path):
         results = [photo["results"]["tokentm"][metric] for photo in settings["photos"]]
         np.testing.assert_allclose(np.mean(results), value, atol=1e-4)
     assert 2 <= len(details) <= 4 and len(settings["photos"]) == 4
+    for own in details.values():
+        assert own["pixels"] == ["pixels"]
+        for of_pixels, of_patches in zip(own["maps"]["pixels"].values(), own["maps"]["patches"].values(), strict=True):
+            means = unpacked(of_pixels).reshape(2, 8, 3, 8).mean((1, 3))
+            np.testing.assert_allclose(unpacked(of_patches), means, atol=1e-3 * np.abs(unpacked(of_pixels)).max())
     first = figures["sortable"][0]
     results = [photo["results"]["tokentm"][first] for photo in settings["photos"]]
     assert {int(np.argmin(results)), int(np.argmax(results))} <= set(details)
@@ -263,15 +270,15 @@ def test_the_page_in_a_browser(place, tmp_path):
 
         # The run: the table sorts, and a row leaves the curves.
         first_rows = lambda: page.locator("#figures tbody th").all_text_contents()  # noqa: E731
-        assert first_rows() == ["tokentm", "rollout", "random"]
+        assert first_rows() == ["tokentm", "rollout", "pixels", "patches", "random"]
         page.locator("#figures thead button").nth(4).click()
         by_aopc = first_rows()
         page.locator("#figures thead button").nth(4).click()
         assert first_rows() == by_aopc[::-1]
         lines = page.locator("#panels polyline")
-        assert lines.count() == 6
+        assert lines.count() == 10
         page.locator("#legend input").first.uncheck()
-        assert page.locator("#panels polyline").count() == 4
+        assert page.locator("#panels polyline").count() == 8
 
         # The gallery.
         changes(names, "#only", False)
@@ -305,7 +312,10 @@ def test_the_page_in_a_browser(place, tmp_path):
                     page.locator("#class option").nth(1).get_attribute("value"))  # fmt: skip
         changes(lambda: drawn("#masked"), "#share", 60)
         changes(lambda: drawn("#masked"), "#direction", "1")
+        page.select_option("#curve-method", "pixels")
+        assert "A map of pixels" in page.locator("#curve").inner_text()
         changes(lambda: drawn("#masked"), "#curve-method", "tokentm")
+        assert "A map of pixels" not in page.locator("#curve").inner_text()
         box = page.locator("#curve svg").bounding_box()
         page.mouse.move(box["x"] + box["width"] * 0.9, box["y"] + box["height"] / 2)
         assert page.locator("#share-value").text_content() in ("80 %", "90 %")

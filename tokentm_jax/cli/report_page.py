@@ -150,6 +150,7 @@ class Photos(NamedTuple):
                 "probabilities": [[int(c), float(probabilities[i, c])] for c in order[i, :5]],
                 "classes": list(dict.fromkeys(int(classes[i]) for classes in asked)),
                 "maps": {},
+                "pixels": [],  # the rows whose maps are of pixels
                 "curves": {},
                 "blocks": {},
             }
@@ -190,6 +191,8 @@ class Photos(NamedTuple):
                 for i, entry in enumerate(found):
                     own = str(classes[i]) if row.class_specific else "every"
                     entry["maps"].setdefault(row.name, {})[own] = packed_map(maps[i])
+                    if maps.shape[1:] == images.shape[1:3] and row.name not in entry["pixels"]:
+                        entry["pixels"].append(row.name)
             if score is not None:
                 continue
             curves = np.asarray(program(self.vit.params, images, maps, classes), np.float64).round(5)

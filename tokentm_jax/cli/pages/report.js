@@ -350,6 +350,8 @@ function showCurve() {
     swatch.style.cssText = `display: inline-block; background: ${curve.colour}`;
     return [swatch, ` ${curve.name}  `];
   }));
+  if (details.pixels.includes(method))
+    legend.append(make("br"), "A map of pixels: scattered pixels cost a model more than patches, whichever they are. Do not compare this curve with that of a map of patches.");
   $("curve").replaceChildren(chart(curves, { label: `Probability of ${named(klass)} while pixels go, by ${title(method)}`, xLabel: "pixels removed [%]", yLabel: "probability", mark: share, at }), legend);
   const [h, w] = details.size, canvas = $("masked");
   const values = resized(mapOf(details, method, klass), h, w).values;
