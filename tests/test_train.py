@@ -499,8 +499,8 @@ def test_a_taught_run_resumes_to_the_same_numbers(data, taught, tmp_path):
         )
 
 
-RECIPES = ["cifar10_vit", "cifar10_vit_cpu", "cifar10_finetune", "cifar10_finetune_112"]
-RECIPES += ["cifar10_distilled", "cifar10_distilled:stage=second"]
+RECIPES = ["cifar10_vit", "cifar10_vit_cpu", "cifar10_finetune", "cifar10_finetune_112:augmentation=shifts"]
+RECIPES += ["cifar10_finetune_112", "cifar10_distilled", "cifar10_distilled:stage=second"]
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -7,7 +7,6 @@ bfloat16 matrices (AMX of recent Intel processors, tensor cores, TPUs).
 """
 
 import dataclasses
-import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from common import alternate, milliseconds, parser, publish, random_images, random_vit, spread, table
 
+from tokentm_jax.cli.recipes import read_recipe
 from tokentm_jax.maths.mixed import MIXED
 from tokentm_jax.models.architectures import build
 from tokentm_jax.models.vit import ViT, init_params
-from tokentm_jax.runs.train import Batch, State, make_step
+from tokentm_jax.runs.train import Batch, State, TrainConfig, make_step
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FORWARD = "deit_tiny_patch16_224"
@@ -39,7 +39,7 @@ def forward(batch: int) -> dict[str, Callable[[], Any]]:
 
 def step(recipe: str) -> dict[str, Callable[[], Any]]:
     """Steps of a recipe, without its teacher."""
-    made = dataclasses.replace(runpy.run_path(str(CONFIGS / recipe))["config"], teacher=None, teacher_views=0)
+    made = dataclasses.replace(read_recipe(CONFIGS / recipe, TrainConfig), teacher=None, teacher_views=0)
     module = build(made.model)
     rows = np.zeros(made.batch_size, np.int32)
     images = np.random.default_rng(0).integers(0, 256, (made.batch_size, 32, 32, 3), np.uint8)
