@@ -126,8 +126,8 @@ def test_marks_and_ranks_of_a_case_made_by_hand():
     run["runs"] = [described, {**described, "name": "sensitivity", "task": "sensitivity"}]
     method = {"passes": "1 F", "images_per_second": 12.345, "mean_rank": 1.5}
     text = markdown({"rows": found, "methods": [{**method, "name": n} for n in ("best", "far", "near")], "run": run})
-    said = "shapley, sensitivity: 4 images of a|b, 0 skipped, answers to changed images in mixed precision."
-    assert text.splitlines()[2] == f"tiny. {said}"
+    said = "shapley, sensitivity: 4 images of a|b, 0 skipped. In mixed precision: answers to changed images, in"
+    assert text.splitlines()[2] == f"tiny. {said} shapley, sensitivity."
     table = [[cell.strip() for cell in line.strip("| ").split("|")] for line in text.splitlines() if line[0:1] == "|"]
     assert table[0] == ["method", "shapley agreement ↑", "max sensitivity ↓", "passes", "images/s", "mean rank"]
     assert table[2:4] == [

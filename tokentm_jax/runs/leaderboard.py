@@ -371,10 +371,12 @@ def markdown(found: Mapping[str, Any]) -> str:
 
     data: dict[str, list[str]] = {}
     for entry in run["runs"]:
-        precision = ", answers to changed images in mixed precision" if entry["mixed_precision"] else ""
         images = f"{entry['data']['examples']} images of {entry['data']['name']}, {entry['skipped']} skipped"
-        data.setdefault(images + precision, []).append(entry["name"])
+        data.setdefault(images, []).append(entry["name"])
     measured = "; ".join(f"{', '.join(names)}: {images}" for images, names in data.items())
+    mixed = [entry["name"] for entry in run["runs"] if entry["mixed_precision"]]
+    if mixed:
+        measured += f". In mixed precision: answers to changed images, in {', '.join(mixed)}"
     heads = [*(head(*column) for column in columns), "passes", "images/s", "mean rank"]
     lines = [f"# {run['name']}", "", f"{run['model']['name']}. {measured}.", "", LEGEND, ""]
     lines += [f"Images per second: {run['device']}, batches of {run['batch_size']}.", ""]
