@@ -227,13 +227,13 @@ def check_rows(table: str, rows: Sequence[Row]) -> None:
     for row in rows:
         if row.method == RANDOM:
             check_options(RANDOM, RANDOM_OPTIONS, row.options)
-        if row.method != RANDOM:
+        else:
             if row.method not in METHODS:
                 raise suggest("method", row.method, [*METHODS, RANDOM])
             METHODS[row.method].bind(row.method, dict(row.options))
             METHODS[row.method].looks_at_class(row.options)  # of a combination, this asks its members
     names = [row.name for row in rows]
-    others = [row.name for row in rows if row.method != RANDOM]
+    others = [row.name for row in rows if row.method != RANDOM or row.options.get("pixels")]
     if len(set(names)) < len(names) or CLEAN in names or RANDOM in others:
         own = f"none is called {CLEAN!r}, and no other method {RANDOM!r}"
         raise InputError(f"the rows of {table} must have names of their own; {own}")

@@ -237,7 +237,7 @@ def evaluate(
     """
     config = check(config)
     config = dataclasses.replace(config, label_map=read_label_map(config.label_map))
-    if not any(row.method == RANDOM and not row.options for row in config.rows):
+    if not any(row.method == RANDOM and not row.options.get("pixels") for row in config.rows):
         config = dataclasses.replace(config, rows=(*config.rows, Row(RANDOM, RANDOM)))
     task = TASKS[config.task]
     if task.needs and not {"labels": source.labelled, "masks": source.masked}[task.needs]:
