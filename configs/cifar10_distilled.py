@@ -3,9 +3,9 @@
     tokentm train configs/cifar10_distilled.py --out runs/cifar10_distilled
     tokentm train configs/cifar10_distilled.py:stage=second --out runs/cifar10_distilled_second
 
-The teacher is trained before:
-`tokentm train configs/cifar10_finetune_112.py:augmentation=shifts --out runs/finetune_112`. (What that recipe gives
-without the option is better, and came after the student.)
+The teacher is trained before (what its recipe gives without the option is better, and came after the student):
+
+    tokentm train configs/cifar10_finetune_112.py:augmentation=shifts --out runs/finetune_112_shifts
 
 The student: a plain ViT of 32 pixels in the shape of ViT-Lite-7/4 (Hassani et al., 2021, arXiv 2104.05704: 7 blocks,
 patch 4, MLP ratio 2; 91.4 % after 200 epochs without a teacher), with 192 channels in place of 256: 2.1 M parameters,
@@ -63,7 +63,7 @@ FIRST = TrainConfig(
     patch_drop_epochs=62,
     mixed_precision=True,
     mimetic_init=True,
-    teacher=(None, "runs/finetune_112/deit_tiny_cifar10_112.safetensors"),
+    teacher=(None, "runs/finetune_112_shifts/deit_tiny_cifar10_112_shifts.safetensors"),
     teacher_weight=0.8,
     temperature=2.0,
     teacher_views=6,

@@ -22,7 +22,7 @@ from typing import Literal
 from tokentm_jax.runs.train import TrainConfig
 
 SHIFTS = TrainConfig(
-    name="deit_tiny_cifar10_112",
+    name="deit_tiny_cifar10_112_shifts",
     train_data="../shared/data/cifar10_train.zip",
     test_data="../shared/data/cifar10_test_a.zip",
     model={"img_size": 112, "patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3, "num_classes": 10},
@@ -40,7 +40,7 @@ SHIFTS = TrainConfig(
     mixed_precision=True,
     checkpoint_epochs=0.5,
 )
-CROPS = dataclasses.replace(SHIFTS, epochs=12, crop_padding=0, crop_area=(0.5, 1.0), cutmix=0.5)
+CROPS = dataclasses.replace(SHIFTS, name="deit_tiny_cifar10_112", epochs=12, crop_padding=0, crop_area=(0.5, 1.0), cutmix=0.5)
 
 
 def get_config(*, augmentation: Literal["crops", "shifts"] = "crops") -> TrainConfig:
