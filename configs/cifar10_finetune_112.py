@@ -40,7 +40,9 @@ SHIFTS = TrainConfig(
     mixed_precision=True,
     checkpoint_epochs=0.5,
 )
-CROPS = dataclasses.replace(SHIFTS, name="deit_tiny_cifar10_112", epochs=12, crop_padding=0, crop_area=(0.5, 1.0), cutmix=0.5)
+CROPS = dataclasses.replace(
+    SHIFTS, name="deit_tiny_cifar10_112", epochs=12, crop_padding=0, crop_area=(0.5, 1.0), cutmix=0.5
+)
 
 
 def get_config(*, augmentation: Literal["crops", "shifts"] = "crops") -> TrainConfig:
