@@ -19,12 +19,12 @@ kernel_shap; with --limit 100 about 2 and 6 hours.
 from dataclasses import replace
 from typing import Any, Literal
 
-from tokentm_jax import METHODS, PAPER_ROWS, EvaluateConfig, LeaderboardConfig, Row
+from tokentm_jax import METHODS, PAPER_ROWS, PIXEL_ROWS, EvaluateConfig, LeaderboardConfig, Row
 
 SLOW = ("occlusion", "token_dropping", "rise", "shapley", "kernel_shap")
 PUBLISHED = {row.name: row for row in PAPER_ROWS}  # first blocks left out as in the published evaluation
-PIXELS = {n: Row(f"{n} by patch", n, by_patch=True) for n, method in METHODS.items() if method.output == "pixel map"}
-ALL = tuple(PIXELS.get(name) or PUBLISHED.get(name) or Row(name, name) for name in METHODS)
+BY_PATCH = {row.method: row for row in PIXEL_ROWS if row.by_patch}
+ALL = tuple(BY_PATCH.get(name) or PUBLISHED.get(name) or Row(name, name) for name in METHODS)
 FAST = tuple(row for row in ALL if row.method not in SLOW)
 DATA: dict[str, dict[str, Any]] = {
     "photos": {

@@ -191,13 +191,13 @@ class Photos(NamedTuple):
                 for i, entry in enumerate(found):
                     own = str(classes[i]) if row.class_specific else "every"
                     entry["maps"].setdefault(row.name, {})[own] = packed_map(maps[i])
-                    if maps.shape[1:] == images.shape[1:3] and row.name not in entry["pixels"]:
-                        entry["pixels"].append(row.name)
             if score is not None:
                 continue
             curves = np.asarray(program(self.vit.params, images, maps, classes), np.float64).round(5)
             for i, entry in enumerate(found):
                 entry["curves"].setdefault(row.name, {})[str(classes[i])] = curves[i].tolist()
+        for entry in found if maps.shape[1:] == images.shape[1:3] else ():
+            entry["pixels"].append(row.name)
 
     def _add_blocks(self, images: np.ndarray, classes: np.ndarray, found: list[Json]) -> None:
         try:

@@ -69,8 +69,8 @@ class LeaderboardConfig:
 def check(config: LeaderboardConfig) -> LeaderboardConfig:
     """The config, every field as its annotation says, and every run as `tasks.check` does.
 
-    Raises InputError for one of these, runs of one name or of different models, runs with a score, a row that is not
-    the same in all of them, or a faithfulness that none of them measures.
+    Raises InputError for one of these, runs of one name or of different models, runs with a score, a row of noise
+    but `random`, a row that is not the same in all of them, or a faithfulness that none of them measures.
     """
     config = check_fields(config, "the leaderboard")
     config = dataclasses.replace(config, runs=[tasks.check(run) for run in config.runs])
