@@ -189,7 +189,7 @@ def test_road_fills_what_is_removed_from_its_neighbours(maps, images):
     # By hand: centre c = 4 + k / 12 and corner k, which has three neighbours, 5 k = 8 + c.
     removed = np.zeros((3, 3), bool)
     removed[0, 0] = removed[1, 1] = True
-    found = linear_imputation(jnp.arange(9.0).reshape(3, 3, 1), jnp.asarray(removed), 1e-7)[..., 0]
+    found = jax.jit(linear_imputation)(jnp.arange(9.0).reshape(3, 3, 1), jnp.asarray(removed), 1e-7)[..., 0]
     np.testing.assert_allclose(found, [[144 / 59, 1, 2], [3, 248 / 59, 5], [6, 7, 8]], rtol=1e-5)
     shares = np.array([0.3, 0.9, 1.0])[:, None]
     removed = np.array(maps <= np.quantile(maps.reshape(B, -1), shares.ravel(), axis=1).diagonal()[:, None, None])
@@ -203,7 +203,8 @@ def test_road_fills_what_is_removed_from_its_neighbours(maps, images):
     np.testing.assert_array_equal(compiled(images[[1, 1, 0]], removed[[1, 2, 1]])[0], found[1])
     # The noise is that of the seed, on what was removed alone, and the same in all images.
     removed = jnp.asarray(maps > 0.5)
-    noisy = [metrics.noisy_linear(jnp.asarray(images), removed, noise, 3) for noise in (0.0, 0.5)]
+    noisy_linear = jax.jit(metrics.noisy_linear)
+    noisy = [noisy_linear(images, removed, noise, 3) for noise in (0.0, 0.5)]
     noise = np.asarray(noisy[1] - noisy[0])
     grain = 0.5 * np.asarray(jax.random.normal(jax.random.key(3), (H, W, 3)))
     np.testing.assert_allclose(noise, np.where(removed[..., None], grain, 0), atol=1e-6)

@@ -6,10 +6,13 @@ estimates are written for one sample; the coalitions depend on no sample.
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from tokentm_jax.maths.multigrid import levels, times, v_cycle
 
 Grid = tuple[int, int]
 EXACT = jax.lax.Precision.HIGHEST  # differences of values are small beside the values
@@ -31,37 +34,35 @@ def blur(images: Array, sigma: float = 5.0) -> Array:
     return images
 
 
-def _neighbours(x: Array) -> Array:
-    """Sum over the neighbours of every pixel of [H, W, C]: 1/6 of the four beside, 1/12 of the four diagonal ones."""
-
-    def along(x: Array, axis: int) -> Array:  # x + (before + after) / 2
-        padded = jnp.pad(x, [(1, 1) if a == axis else (0, 0) for a in range(3)])
-        before, after = (jax.lax.slice_in_dim(padded, s, s + x.shape[axis], axis=axis) for s in (0, 2))
-        return x + (before + after) / 2
-
-    return (along(along(x, 0), 1) - x) / 3
-
-
-def linear_imputation(image: Array, removed: Array, tolerance: float = 1e-4, iterations: int = 500) -> Array:
+def linear_imputation(image: Array, removed: Array, tolerance: float = 1e-4, iterations: int = 100) -> Array:
     """Image [H, W, C] whose `removed` pixels [H, W] are each the weighted mean of their eight neighbours.
 
         (sum_j w_ij) x_i = sum_j w_ij x_j,   w = 1/6 beside, 1/12 diagonally, j inside the image
 
     for removed i, which is a sparse linear system, symmetric and positive definite while a pixel is left; conjugate
-    gradients solve it to `tolerance` (relative residual), or end after `iterations`. ROAD's imputation before its
-    noise (Rong et al., ICML 2022).
+    gradients with a multigrid cycle solve it to `tolerance` (relative residual), or end after `iterations`. ROAD's
+    imputation before its noise (Rong et al., ICML 2022).
     """
-    inside = removed[..., None].astype(image.dtype)
-    weights = _neighbours(jnp.ones_like(image))
+    colours = jnp.moveaxis(image, -1, 0)
+    inside = removed.astype(image.dtype)
+    weights = jnp.asarray([[1, 2, 1], [2, 0, 2], [1, 2, 1]], image.dtype)[..., None, None] / 12
+    weights = weights * _around(jnp.ones_like(inside))
+    system = -inside * weights * _around(inside)
+    system = system.at[1, 1].set(inside * weights.sum((0, 1)))
+    known = (1 - inside) * colours
+    seen = inside * times(weights, known)
+    mean = known.sum((1, 2), keepdims=True) / jnp.maximum((1 - inside).sum(), 1)
+    cycle = partial(v_cycle, levels(system))
+    solved, _ = jax.scipy.sparse.linalg.cg(
+        partial(times, system), seen, inside * mean, tol=tolerance, maxiter=iterations, M=cycle
+    )
+    return jnp.moveaxis(known + inside * solved, 0, -1)
 
-    def system(x: Array) -> Array:
-        return inside * (weights * x - _neighbours(inside * x))
 
-    known = (1 - inside) * image
-    seen = inside * _neighbours(known)
-    mean = known.sum((0, 1)) / jnp.maximum((1 - inside).sum((0, 1)), 1)
-    solved, _ = jax.scipy.sparse.linalg.cg(system, seen, inside * mean, tol=tolerance, maxiter=iterations)
-    return known + inside * solved
+def _around(x: Array) -> Array:
+    """[3, 3, H, W]: at [1 + dy, 1 + dx, y, x] is x[y + dy, x + dx] of x [H, W], zero outside."""
+    (h, w), padded = x.shape, jnp.pad(x, 1)
+    return jnp.stack([jnp.stack([padded[a : a + h, b : b + w] for b in range(3)]) for a in range(3)])
 
 
 # ---- coalitions -----------------------------------------------------------------------------------------------------
