@@ -35,6 +35,9 @@ from tokentm_jax.metrics.randomisation import rank_correlation as rank_correlati
 from tokentm_jax.metrics.robustness import infidelity as infidelity
 from tokentm_jax.metrics.robustness import max_sensitivity as max_sensitivity
 from tokentm_jax.metrics.robustness import random_removals as random_removals
+from tokentm_jax.metrics.robustness import removal_drops as removal_drops
+from tokentm_jax.metrics.robustness import removed_patches as removed_patches
+from tokentm_jax.metrics.robustness import removed_relevance as removed_relevance
 from tokentm_jax.metrics.statistics import Statistic as Statistic
 from tokentm_jax.metrics.statistics import area as area
 from tokentm_jax.metrics.statistics import bootstrap as bootstrap

@@ -3,6 +3,7 @@
 Functions take a batch and give results per image; images [B, H, W, 3] are in [0, 1].
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -48,18 +49,42 @@ def random_removals(
     """What `infidelity` needs: the relevance of random patches, and the drop of what is followed, each [B, samples].
 
     Each time `share` of the patches (one at least) are set to `fill`, the same ones in every image. Maps are
-    [B, gh, gw]; for `tiling` see `perturb`.
+    [B, gh, gw]; for `tiling` see `perturb`. The drops are of no map: `removed_patches`, `removed_relevance` and
+    `removal_drops` are the parts of this, for many maps of the same images.
     """
-    _, gh, gw = maps.shape
-    count = max(1, round(share * gh * gw))
+    removed = removed_patches((maps.shape[1], maps.shape[2]), samples, share, seed)
+    drop = removal_drops(predict, images, removed, target, fill, tiling)
+    return {"relevance": removed_relevance(maps, removed), "drop": drop}
 
-    def without(key: Array) -> tuple[Array, Array]:
-        ranks = jax.random.permutation(key, jnp.arange(gh * gw)).reshape(1, gh, gw)
-        relevance = jnp.where(ranks < count, maps, 0).sum((1, 2))
-        return relevance, confidence(predict, perturb(images, ranks, count, True, fill, tiling), target)
 
-    relevance, left = jax.lax.map(without, jax.random.split(jax.random.key(seed), samples))
-    return {"relevance": relevance.T, "drop": (confidence(predict, images, target) - left).T}
+def removed_patches(grid: tuple[int, int], samples: int, share: float, seed: int = 0) -> Array:
+    """Random `share` (one at least) of the patches of a grid: bool [samples, gh, gw]."""
+    patches = math.prod(grid)
+    places = lambda key: jax.random.permutation(key, jnp.arange(patches))  # noqa: E731
+    order = jax.vmap(places)(jax.random.split(jax.random.key(seed), samples))
+    return order.reshape(samples, *grid) < max(1, round(share * patches))
+
+
+def removed_relevance(maps: Array, removed: Array) -> Array:
+    """Sums [B, samples] of maps [B, gh, gw] over the patches removed [samples, gh, gw]."""
+    return jax.lax.map(lambda patches: jnp.where(patches, maps, 0).sum((1, 2)), removed).T
+
+
+def removal_drops(
+    predict: Predict,
+    images: Array,
+    removed: Array,
+    target: Target,
+    fill: Array | float,
+    tiling: Tiling | None = None,
+) -> Array:
+    """How much what is followed drops, [B, samples], where patches [samples, gh, gw] of images are set to `fill`."""
+
+    def left(patches: Array) -> Array:
+        ranks = jnp.where(patches, 0, 1)[None]
+        return confidence(predict, perturb(images, ranks, 1, True, fill, tiling), target)
+
+    return (confidence(predict, images, target) - jax.lax.map(left, removed)).T
 
 
 def infidelity(relevance: np.ndarray, drop: np.ndarray) -> np.ndarray:

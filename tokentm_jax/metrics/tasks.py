@@ -262,6 +262,7 @@ class Inputs(NamedTuple):
     masks: Array | None = None  # [B, H, W], where the task needs them
     original: Array | None = None  # maps [B, gh, gw] without `Row.random_blocks`, for a task `against_original`
     reference: Array | None = None  # maps [B, h, w] of the task's `reference`
+    shared: Any = None  # what the task's `shared` gave
     explain: Callable[[Array], Array] | None = None  # images -> maps by the row's method, for a task that `explains`
     grid: tuple[int, int] = (1, 1)  # of the model's patches
     mean: Sequence[float] = (0.5, 0.5, 0.5)  # the mean colour of the model's data
@@ -321,6 +322,7 @@ class Task(NamedTuple):
     raw: bool = False  # `maps` are as the method gives them, [B, gh, gw] or [B, H, W], and not pixel maps in [0, 1]
     against_original: bool = False  # `inputs.original` are the maps without `random_blocks`
     reference: str = ""  # a method whose maps, made once for every image and kept in the run, are `inputs.reference`
+    shared: Callable[..., Any] | None = None  # (predict, inputs, *, options) -> `inputs.shared`, once for all rows
     explains: bool = False  # `inputs.explain` is there
 
     @property
@@ -329,22 +331,27 @@ class Task(NamedTuple):
         return tuple(dict.fromkeys(column.explained for column in self.columns.values()))
 
     def check(self, name: str, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """The options of `compute` and those of the reference, as plain values that meet their annotations.
+        """The options of `compute`, of `shared` and of the reference, as plain values that meet their annotations.
 
         Raises InputError for an unknown option, or one that is not what its annotation says.
         """
-        own = options_of(self.compute)
-        known = {**own, **(METHODS[self.reference].known() if self.reference else {})}
-        values = check_options(f"the task {name!r}", known, options)
-        of_reference = {key: values.pop(key) for key in list(values) if key not in own}
+        known = {
+            "compute": options_of(self.compute),
+            "shared": options_of(self.shared) if self.shared else {},
+            "reference": METHODS[self.reference].known() if self.reference else {},
+        }
+        every = {**known["compute"], **known["shared"], **known["reference"]}
+        values = check_options(f"the task {name!r}", every, options)
+        found = {part: {key: value for key, value in values.items() if key in own} for part, own in known.items()}
         if self.reference:
-            METHODS[self.reference].bind(self.reference, of_reference)
-        return {"compute": values, "reference": of_reference}
+            METHODS[self.reference].bind(self.reference, found["reference"])
+        return found
 
     def records(self, options: Mapping[str, Any], scored: bool = False) -> Fields:
         """What stands in the files of records: what `compute` gives, with a score if one is followed in place of the
         probability, and whether the map was finite."""
-        own = {name: options[name] for name in options_of(self.compute) if name in options}
+        known = {**options_of(self.compute), **(options_of(self.shared) if self.shared else {})}
+        own = {name: options[name] for name in known if name in options}
         return {**self.fields(scored, **own), "finite": lists_of(bool)}
 
     def measure(self, table: Table) -> dict[str, np.ndarray]:
@@ -531,20 +538,24 @@ def _sensitivity(
     return {"sensitivity": metrics.max_sensitivity(inputs.explain, inputs.images, maps, radius, samples, seed)}
 
 
-def _infidelity(
+def _removals(
     predict: metrics.Predict,
     inputs: Inputs,
-    maps: Array,
     *,
     fill: AnyFill = "mean",
     samples: Samples = REMOVALS,
     share: Share = 0.1,
     seed: Seed = 0,
-) -> dict[str, Array]:
-    maps, background = metrics.by_patch(maps, inputs.grid, inputs.tiling), _background(inputs, fill)
-    return metrics.random_removals(
-        predict, inputs.images, maps, inputs.target, background, samples, share, seed, inputs.tiling
-    )
+) -> tuple[Array, Array]:
+    removed = metrics.removed_patches(inputs.grid, samples, share, seed)
+    background = _background(inputs, fill)
+    return removed, metrics.removal_drops(predict, inputs.images, removed, inputs.target, background, inputs.tiling)
+
+
+def _infidelity(predict: metrics.Predict, inputs: Inputs, maps: Array) -> dict[str, Array]:
+    removed, drop = inputs.shared
+    maps = metrics.by_patch(maps, inputs.grid, inputs.tiling)
+    return {"relevance": metrics.removed_relevance(maps, removed), "drop": drop}
 
 
 def _infidelity_fields(scored: bool, samples: int = REMOVALS, **_: Any) -> Fields:
@@ -672,6 +683,7 @@ TASKS: dict[str, Task] = {
         },
         _infidelity_fields,
         raw=True,
+        shared=_removals,
     ),
     "complexity": Task(
         _complexity,

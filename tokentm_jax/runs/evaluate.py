@@ -73,12 +73,13 @@ def _score_program(
     by_patch: bool,
     mixed: bool,
 ) -> Callable[..., dict[str, Array]]:
-    """(params, pixels, target, labels, masks, maps, original, reference, own) -> results per image: everything from
-    map to score.
+    """(params, pixels, target, labels, masks, maps, original, reference, shared, own) -> results per image: everything
+    from map to score.
 
-    Masks, `original` and `reference` are None where the task has no use for them. For a task that explains, `row` is
-    the method, or None for maps that no image changes, and `own` are its parameters. With `by_patch`, maps finer than
-    the patches become means over them. With `mixed` the model answers in mixed precision, but is explained as ever.
+    Masks, `original`, `reference` and `shared` are None where the task has no use for them. For a task that explains,
+    `row` is the method, or None for maps that no image changes, and `own` are its parameters. With `by_patch`, maps
+    finer than the patches become means over them. With `mixed` the model answers in mixed precision, but is explained
+    as ever.
     """
     kind = TASKS[task]
     explained = None if row is None else compiled(module, {row[0]: dict(row[1])}, preprocessing=None)
@@ -92,6 +93,7 @@ def _score_program(
         maps: Array,
         original: Any,
         reference: Any,
+        shared: Any,
         own: Any,
     ) -> dict[str, Array]:
         tiling = getattr(module, "tiling", None)
@@ -107,12 +109,28 @@ def _score_program(
 
         finite, given = jnp.isfinite(maps).all((1, 2)), ready(maps)
         original = None if original is None else ready(original)
-        inputs = Inputs(unit(pixels), target, labels, masks, original, reference)
+        inputs = Inputs(unit(pixels), target, labels, masks, original, reference, shared)
         inputs = inputs._replace(grid=module.grid, mean=preprocessing.mean, tiling=tiling)
         inputs = inputs._replace(explain=explain if kind.explains else None)
         measured = given if kind.raw else to_pixels(given, preprocessing.size, tiling)
         model = partial(predict, in_precision(module, mixed), preprocessing, params)
         return {"finite": finite, **kind.compute(model, inputs, measured, **dict(options))}
+
+    return jax.jit(program)
+
+
+@lru_cache(maxsize=16)
+def _shared_program(
+    module: Any, preprocessing: Preprocessing, task: str, options: Options, mixed: bool
+) -> Callable[..., Any]:
+    """(params, pixels, target, labels) -> what the task needs of the images, and no map changes."""
+    shared = TASKS[task].shared
+    assert shared is not None
+
+    def program(params: Any, pixels: Array, target: metrics.Target, labels: Array) -> Any:
+        inputs = Inputs(unit(pixels), target, labels, grid=module.grid, mean=preprocessing.mean)
+        inputs = inputs._replace(tiling=getattr(module, "tiling", None))
+        return shared(partial(predict, in_precision(module, mixed), preprocessing, params), inputs, **dict(options))
 
     return jax.jit(program)
 
@@ -164,7 +182,8 @@ class Programs:
         return randomised(self.vit.params, self._fresh, row.random_blocks)  # made anew: all of them may not fit
 
     def score(self, row: Row, pixels: Array, classes: Array, *others: Any) -> dict[str, Array]:
-        """Results per image of the row's maps; `others` are labels, masks, maps, original and reference."""
+        """Results per image of the row's maps; `others` are labels, masks, maps, original, reference and what
+        is shared."""
         explained, own = None, None
         if self.task.explains and row.method != RANDOM:
             suited = METHODS[row.method].suited(row.options, self.vit.preprocessing)
@@ -173,6 +192,14 @@ class Programs:
         mixed = self.config.mixed_precision
         program = _score_program(*self._model, self.config.task, options, explained, row.by_patch, mixed)
         return program(self.vit.params, pixels, self.target(classes), *others, own)
+
+    def shared(self, pixels: Array, classes: Array, labels: Array) -> Any:
+        """What the task's `shared` gives for a batch, None where it has none."""
+        if self.task.shared is None:
+            return None
+        options = tuple(sorted(self._options["shared"].items()))
+        program = _shared_program(*self._model, self.config.task, options, self.config.mixed_precision)
+        return program(self.vit.params, pixels, self.target(classes), labels)
 
     def _reference(self) -> Callable[..., Any]:
         methods = {self.task.reference: self._options["reference"]}
@@ -316,6 +343,7 @@ def _evaluate(
         reference = None
         if references is not None:
             reference = _kept_reference(programs, references, group, full, pixels, classes)
+        shared = programs.shared(pixels, classes, labels)
         for row in config.rows:
             places = _open(row, records[row.name], group)
             if places:
@@ -328,7 +356,7 @@ def _evaluate(
                     heatmaps = np.array(heatmaps)
                     heatmaps[taken] = stored
                     heatmaps = programs.place(heatmaps)
-                found = programs.score(row, pixels, classes, labels, masks, heatmaps, original, reference)
+                found = programs.score(row, pixels, classes, labels, masks, heatmaps, original, reference, shared)
                 found = {name: np.asarray(array)[places] for name, array in found.items()}
                 _require_finite(found, [group[i].key for i in places], f"{vit.name} on changed images ({row.name})")
                 records[row.name].append([(group[i].key, group[i].explained) for i in places], found)
