@@ -29,7 +29,7 @@ def main(model: str, batch: int, seconds: float, rounds: int) -> str:
     pixels = jnp.asarray(random.integers(0, 256, (batch, *module.img_size, 3), np.uint8))
     maps = jnp.asarray(random.random((batch, *module.grid), np.float32))
     classes = jnp.zeros(batch, jnp.int32)
-    score = _score_program(module, preprocessing, "perturbation", (), None, by_patch=False, mixed=False)
+    score = _score_program.__wrapped__(module, preprocessing, "perturbation", (), None, by_patch=False, mixed=False)
     model_of = partial(predict, module, preprocessing)
     bare = jax.jit(lambda params, pixels: model_of(params, pixels.astype(jnp.float32) / 255))
     rank = jax.jit(lambda maps: metrics.rank_pixels(tm.to_pixels(maps, module.img_size)))
