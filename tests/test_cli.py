@@ -1,6 +1,7 @@
 """The command line, from its arguments to its files, its output and its exit code."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -449,3 +450,16 @@ def test_help_starts_fast():
         [*command[:1], "-m", "tokentm_jax", "--version"], capture_output=True, text=True, check=True
     )
     assert version.stdout.startswith("tokentm, version")
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "given", "devices"),
+    [(16, {}, 4), (50, {}, 2), (7, {}, 1), (None, {}, 1), (16, {"JAX_NUM_CPU_DEVICES": "3"}, 3)],
+)
+def test_a_cpu_takes_batches_in_shares(batch_size, given, devices):
+    code = (
+        "import os; os.sched_getaffinity = lambda _: set(range(6)); import jax;"
+        f"from tokentm_jax.cli.options import start_jax; start_jax({batch_size}); print(jax.device_count())"
+    )
+    found = subprocess.run([sys.executable, "-c", code], env={**os.environ, **given}, capture_output=True, text=True)
+    assert found.stdout.split() == [str(devices)], found.stderr

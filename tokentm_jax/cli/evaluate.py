@@ -86,7 +86,7 @@ def evaluate(
     if methods is not None:
         config = select(config, names_of(methods))
     check(config)
-    start_jax()
+    start_jax(config.batch_size)
     stored = [open_maps(path) for path in maps]
     source = examples(config)
     vit = load(config.model, config.checkpoint, class_names=classes)

@@ -53,7 +53,7 @@ def leaderboard(
     if limit is not None:
         runs = [dataclasses.replace(run, limit=min(limit, run.limit or limit)) for run in runs]
     config = check(dataclasses.replace(config, runs=runs))
-    start_jax()
+    start_jax(config.runs[0].batch_size)
     stores = [open_maps(path) for path in maps]
     vit = load(config.runs[0].model, config.runs[0].checkpoint, class_names=classes)
     folder = out or Path("runs") / config.name

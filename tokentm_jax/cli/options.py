@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,22 @@ def make_folder(out: Path) -> None:
         raise InputError(f"the output folder {out} cannot be written: {reason(error)}") from None
 
 
-def start_jax() -> None:
-    """Keep compiled programs between runs where that is possible, and raise InputError where JAX finds no device."""
+SHARES = 4  # of a batch on a CPU at most: each has a copy of the parameters
+
+
+def start_jax(batch_size: int | None = None) -> None:
+    """Keep compiled programs between runs where that is possible, and raise InputError where JAX finds no device.
+
+    With the size of batches that are spread over all devices, a CPU becomes several ones, as cores allow, unless JAX
+    has been told how many: a batch in shares is computed faster than one that all cores work on.
+    """
     import jax
 
+    told = jax.config.jax_num_cpu_devices > 0 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if batch_size is not None and not told:
+        most = min(SHARES, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        with suppress(RuntimeError):  # JAX has started
+            jax.config.update("jax_num_cpu_devices", max(n for n in range(1, most + 1) if batch_size % n == 0))
     try:
         chosen = os.environ.get("JAX_COMPILATION_CACHE_DIR")
         cache = chosen or str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokentm_jax")
