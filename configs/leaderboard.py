@@ -11,9 +11,9 @@ the images, most yardsticks 200 of them, and those that explain an image many ti
 randomisation of parameters are for the fast methods alone.
 Data: ../shared/data. The weights of cifar10_112 are one's own: runs/finetune_112, of a fine-tuning at 112
 pixels by configs/cifar10_finetune_112.py, or --checkpoint FILE.
-Run time: with methods=fast and precision=mixed on 2 cores, 50 minutes for cifar10 and 90 for cifar10_112. The photos are
-not measured in full; with the same options about 4 hours, with all methods in float32 about 17, most of it for shapley
-and kernel_shap.
+Run time: with methods=fast and precision=mixed on 2 cores, 50 minutes for cifar10 and 90 for cifar10_112. The photos
+are not measured in full; with the same options about 4 hours, with all methods in float32 about 17, most of it for
+shapley and kernel_shap.
 """
 
 from dataclasses import replace
