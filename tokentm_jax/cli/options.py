@@ -97,7 +97,7 @@ def start_jax(batch_size: int | None = None) -> None:
     """
     import jax
 
-    told = jax.config.jax_num_cpu_devices > 0 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    told = jax.config.values["jax_num_cpu_devices"] > 0 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if batch_size is not None and not told:
         most = min(SHARES, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
         with suppress(RuntimeError):  # JAX has started
