@@ -97,9 +97,12 @@ def start_jax(batch_size: int | None = None) -> None:
     """
     import jax
 
-    told = jax.config.values["jax_num_cpu_devices"] > 0 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    flags, cores = os.environ.get("XLA_FLAGS", ""), os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        cores = len(os.sched_getaffinity(0))
+    told = jax.config.values["jax_num_cpu_devices"] > 0 or "host_platform_device_count" in flags
     if batch_size is not None and not told:
-        most = min(SHARES, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        most = min(SHARES, cores)
         with suppress(RuntimeError):  # JAX has started
             jax.config.update("jax_num_cpu_devices", max(n for n in range(1, most + 1) if batch_size % n == 0))
     try:
