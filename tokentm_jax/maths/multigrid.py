@@ -15,7 +15,6 @@ from jax import Array
 
 DAMPING = 0.9  # of Jacobi's iteration; eigenvalues of a Laplacian of eight neighbours over its diagonal end at 4/3
 FEW = 64  # points of a grid whose system is inverted as a matrix
-EXACT = jax.lax.Precision.HIGHEST
 
 
 class Level(NamedTuple):
@@ -36,8 +35,8 @@ def times(stencil: Array, x: Array) -> Array:
 
 def _along_both(x: Array, rows: Array, columns: Array) -> Array:
     """x [..., h, w] by rows [h, H] and columns [w, W]: [..., H, W]."""
-    x = jnp.matmul(x, columns, precision=EXACT)
-    return jnp.matmul(x.swapaxes(-1, -2), rows, precision=EXACT).swapaxes(-1, -2)
+    x = jnp.matmul(x, columns, precision="highest")
+    return jnp.matmul(x.swapaxes(-1, -2), rows, precision="highest").swapaxes(-1, -2)
 
 
 def _interpolation(n: int, dtype: jnp.dtype) -> Array:
@@ -82,7 +81,7 @@ def v_cycle(grids: list[Level], right: Array) -> Array:
     """
     (stencil, inverse, down), *coarser = grids
     if down is None:
-        return jnp.matmul(right.reshape(-1, len(inverse)), inverse, precision=EXACT).reshape(right.shape)
+        return jnp.matmul(right.reshape(-1, len(inverse)), inverse, precision="highest").reshape(right.shape)
     rows, columns = down
     x = inverse * right
     correction = v_cycle(coarser, _along_both(right - times(stencil, x), rows, columns))

@@ -330,16 +330,15 @@ class Task(NamedTuple):
         """The classes whose explanations are wanted: "predicted", perhaps "target" too."""
         return tuple(dict.fromkeys(column.explained for column in self.columns.values()))
 
+    def _own(self) -> dict[str, dict[str, Any]]:
+        return {"compute": options_of(self.compute), "shared": options_of(self.shared) if self.shared else {}}
+
     def check(self, name: str, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """The options of `compute`, of `shared` and of the reference, as plain values that meet their annotations.
 
         Raises InputError for an unknown option, or one that is not what its annotation says.
         """
-        known = {
-            "compute": options_of(self.compute),
-            "shared": options_of(self.shared) if self.shared else {},
-            "reference": METHODS[self.reference].known() if self.reference else {},
-        }
+        known = {**self._own(), "reference": METHODS[self.reference].known() if self.reference else {}}
         every = {**known["compute"], **known["shared"], **known["reference"]}
         values = check_options(f"the task {name!r}", every, options)
         found = {part: {key: value for key, value in values.items() if key in own} for part, own in known.items()}
@@ -350,8 +349,7 @@ class Task(NamedTuple):
     def records(self, options: Mapping[str, Any], scored: bool = False) -> Fields:
         """What stands in the files of records: what `compute` gives, with a score if one is followed in place of the
         probability, and whether the map was finite."""
-        known = {**options_of(self.compute), **(options_of(self.shared) if self.shared else {})}
-        own = {name: options[name] for name in known if name in options}
+        own = {name: options[name] for part in self._own().values() for name in part if name in options}
         return {**self.fields(scored, **own), "finite": lists_of(bool)}
 
     def measure(self, table: Table) -> dict[str, np.ndarray]:
