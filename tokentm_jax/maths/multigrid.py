@@ -9,7 +9,6 @@ few points (Briggs, Henson and McCormick, A Multigrid Tutorial, 2000).
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
