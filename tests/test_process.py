@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ from PIL import Image
 
 from tokentm_jax.cli.process import GRACE
 from tokentm_jax.data.preprocessing import HALF, Preprocessing
+from tokentm_jax.files import uninterrupted
 from tokentm_jax.models.architectures import build
 from tokentm_jax.models.checkpoint import write_checkpoint
 from tokentm_jax.models.vit import init_params
@@ -187,6 +189,38 @@ def test_signals_at_random_moments(number, tmp_path, shared):
             process.kill()
             process.communicate()
     assert ended > 10
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_wait_while_orbax_writes(number):
+    def interrupt(number, frame):
+        raise KeyboardInterrupt(number)
+
+    before, steps = signal.signal(number, interrupt), []
+    try:
+        with pytest.raises(KeyboardInterrupt, match=str(int(number))):
+            with uninterrupted():
+                for _ in range(2):
+                    os.kill(os.getpid(), number)
+                    steps.append("written")
+            steps.append("not reached")
+        assert steps == ["written", "written"]
+        assert signal.getsignal(number) is interrupt
+        with uninterrupted():
+            pass  # nothing waits any more
+        signal.signal(number, signal.SIG_IGN)
+        with uninterrupted():
+            os.kill(os.getpid(), number)  # is still ignored
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+    def elsewhere():  # only the main thread may set handlers
+        with uninterrupted():
+            return "written"
+
+    with ThreadPoolExecutor() as threads:
+        assert threads.submit(elsewhere).result() == "written"
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,16 @@ import json
 import os
 import re
 import shutil
+import signal
 import stat
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from tokentm_jax.errors import InputError
@@ -136,6 +139,28 @@ def replace(path: str | os.PathLike[str], write: Callable[[Path], Any], hint: st
             os.replace(old, path)
         for left in (part, old):
             remove(left)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Signals that Python code handles (Ctrl-C, SIGTERM) wait for the end of the block: for Orbax's short writing.
+
+    A KeyboardInterrupt may be raised in a callback of its event loop, where nobody can take it. Without effect
+    outside the main thread, where none is raised.
+    """
+    waiting: list[tuple[int, FrameType | None]] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    main = threading.current_thread() is threading.main_thread()
+    handlers = {number: handler for number, handler in handlers.items() if main and callable(handler)}
+    try:
+        for number in handlers:
+            signal.signal(number, lambda number, frame: waiting.append((number, frame)))
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number, frame in waiting[:1]:
+            handlers[signal.Signals(number)](number, frame)
 
 
 def remove(path: Path) -> None:

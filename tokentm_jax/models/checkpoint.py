@@ -27,7 +27,17 @@ from pydantic import JsonValue
 
 from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.errors import InputError
-from tokentm_jax.files import MARK, as_path, opened, read_json, reason, replace, require_ours, stored_size
+from tokentm_jax.files import (
+    MARK,
+    as_path,
+    opened,
+    read_json,
+    reason,
+    replace,
+    require_ours,
+    stored_size,
+    uninterrupted,
+)
 from tokentm_jax.models.architectures import LARGEST, build, config_of
 from tokentm_jax.models.bert import Bert
 from tokentm_jax.models.inputs import Tokens
@@ -546,7 +556,7 @@ def _write_orbax(folder: Path, params: Mapping[str, Any], description: str) -> N
     (folder / "description.json").write_text(description, encoding="utf-8")
     tree = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), dict(params))
     try:
-        with _quiet_orbax(), ocp.PyTreeCheckpointer() as writer:
+        with uninterrupted(), _quiet_orbax(), ocp.PyTreeCheckpointer() as writer:
             writer.save((folder / "params").resolve(), tree)
     except (ValueError, RuntimeError) as error:  # TensorStore's, for a full disk
         cause = re.search(r"([^:]+) \[os_error_code", str(error))

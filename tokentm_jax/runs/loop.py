@@ -13,7 +13,7 @@ import optax
 from jax import Array
 
 from tokentm_jax.errors import InputError
-from tokentm_jax.files import read_text, reason, remove, write_text
+from tokentm_jax.files import read_text, reason, remove, uninterrupted, write_text
 
 
 class Loop(NamedTuple):
@@ -159,7 +159,8 @@ def _save(saved: Any, step: int, state: Any) -> None:
     import orbax.checkpoint as ocp
 
     try:
-        saved.save(step, args=ocp.args.StandardSave(state))
+        with uninterrupted():
+            saved.save(step, args=ocp.args.StandardSave(state))
     except Exception as error:
         again = "; the same command goes on from the checkpoint before"
         raise InputError(f"{saved.directory / str(step)} cannot be written: {reason(error)}{again}") from None
