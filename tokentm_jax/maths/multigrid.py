@@ -10,52 +10,80 @@ import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 DAMPING = 0.9  # of Jacobi's iteration; eigenvalues of a Laplacian of eight neighbours over its diagonal end at 4/3
 FEW = 64  # points of a grid whose system is inverted as a matrix
 
 
 class Level(NamedTuple):
-    """A system, and the way to the next one, if there is one."""
+    """A system, and what its part of a cycle needs."""
 
     stencil: Array
     inverse: Array  # of the diagonal [h, w], damped, 0 where a pixel has no equation; at the last level of all [n, n]
-    down: tuple[Array, Array] | None  # rows [h, coarse h] and columns [w, coarse w] of the interpolation
 
 
 def times(stencil: Array, x: Array) -> Array:
     """The system's left side for x [..., h, w]."""
     h, w = x.shape[-2:]
-    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(1, 1), (1, 1)])
+    padded = lax.optimization_barrier(jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(1, 1), (1, 1)]))
     terms = (stencil[a, b] * padded[..., a : a + h, b : b + w] for a in range(3) for b in range(3))
     return sum(terms, jnp.zeros_like(x))
 
 
-def _along_both(x: Array, rows: Array, columns: Array) -> Array:
-    """x [..., h, w] by rows [h, H] and columns [w, W]: [..., H, W]."""
-    x = jnp.matmul(x, columns, precision="highest")
-    return jnp.matmul(x.swapaxes(-1, -2), rows, precision="highest").swapaxes(-1, -2)
+def _finer_rows(x: Array, rows: int) -> Array:
+    """The interpolation of x [..., H, w] to [..., rows, w]: every other row is one of x, and those between are means
+    of their neighbours; the last one may have one neighbour."""
+    following = jnp.concatenate([x[..., 1:, :], x[..., -1:, :]], -2)
+    pairs = jnp.stack([x, (x + following) / 2], -2)
+    return pairs.reshape(*x.shape[:-2], -1, x.shape[-1])[..., :rows, :]
 
 
-def _interpolation(n: int, dtype: jnp.dtype) -> Array:
-    """[n, coarse]: every other value is a coarse one, and those between are means of their two neighbours."""
-    fine, coarse = jnp.arange(n)[:, None], jnp.arange((n + 1) // 2)
-    weights = jnp.maximum(1 - abs(fine - 2 * coarse).astype(dtype) / 2, 0)
-    return weights / weights.sum(1, keepdims=True)  # the last one may have one neighbour
+def _coarser_rows(x: Array) -> Array:
+    """The transposed interpolation, of x [..., h, w] to [..., (h + 1) // 2, w]."""
+    even, odd = x[..., ::2, :], x[..., 1::2, :] / 2
+    if x.shape[-2] % 2 == 0:
+        odd = odd.at[..., -1, :].multiply(2)
+    around = [(0, 0)] * (x.ndim - 2) + [(1, 1), (0, 0)]
+    odd = jnp.pad(odd, around)
+    return even + odd[..., : even.shape[-2], :] + odd[..., 1 : even.shape[-2] + 1, :]
 
 
-def _coarser(stencil: Array, rows: Array, columns: Array) -> Array:
-    """The stencil of P^T A P. Points three apart do not meet in it, so combs of them tell all coefficients in nine
-    products."""
-    h, w = rows.shape[1], columns.shape[1]
-    teeth = jnp.eye(3, dtype=stencil.dtype)
-    y, x = jnp.arange(h) % 3, jnp.arange(w) % 3
-    combs = jnp.einsum("ya,xb->abyx", rows @ teeth[y], columns @ teeth[x])  # 0, 1/4, 1/2, 1: exact in any precision
-    found = _along_both(times(stencil, combs), rows, columns).reshape(9, h, w)
-    step = jnp.arange(-1, 2)
-    comb = 3 * ((y + step[:, None]) % 3)[:, None, :, None] + ((x + step[:, None]) % 3)[None, :, None, :]
-    return jnp.take_along_axis(found, comb.reshape(9, h, w), 0).reshape(3, 3, h, w)
+def _matrix(n: int, dtype: jnp.dtype) -> Array:
+    """The interpolation as a matrix [n, coarse]: products with it are faster along columns than slices are."""
+    return _finer_rows(jnp.eye((n + 1) // 2, dtype=dtype), n)
+
+
+def finer(x: Array, shape: tuple[int, int]) -> Array:
+    """The interpolation P of x [..., H, W] to [..., h, w]."""
+    return jnp.matmul(_finer_rows(x, shape[0]), _matrix(shape[1], x.dtype).T, precision="highest")
+
+
+def coarser(x: Array) -> Array:
+    """P^T of x [..., h, w]: [..., H, W]."""
+    return _coarser_rows(jnp.matmul(x, _matrix(x.shape[-1], x.dtype), precision="highest"))
+
+
+def _coarser_stencil(stencil: Array) -> Array:
+    """The stencil of P^T A P: along columns, then along rows as columns."""
+    half = _collapsed(stencil.swapaxes(0, 1))
+    return _collapsed(half.transpose(1, 0, 3, 2)).swapaxes(2, 3)
+
+
+def _collapsed(stencil: Array) -> Array:
+    """P^T A P along the columns of a stencil [3, 3, h, w] whose first offsets are those along columns: [3, 3, h, W].
+
+    Points three apart do not meet in it, so three combs of them tell all coefficients.
+    """
+    n, place, dtype = stencil.shape[-1], jnp.arange((stencil.shape[-1] + 1) // 2), stencil.dtype
+    down = _matrix(n, dtype)
+    found = []
+    for comb in range(3):
+        teeth = jnp.pad(down @ (place % 3 == comb).astype(dtype), 1)  # 0, 1/2, 1: exact in any precision
+        x = sum((stencil[b] * teeth[b : b + n] for b in range(3)), jnp.zeros_like(stencil[0]))
+        found.append(jnp.matmul(x, down, precision="highest"))
+    turns = [[((place + step) % 3 == comb).astype(dtype) for comb in range(3)] for step in (-1, 0, 1)]
+    return jnp.stack([sum(map(jnp.multiply, turn, found), jnp.zeros_like(found[0])) for turn in turns])
 
 
 def levels(stencil: Array) -> list[Level]:
@@ -64,13 +92,11 @@ def levels(stencil: Array) -> list[Level]:
     found = []
     while (points := math.prod(stencil.shape[2:])) > FEW:
         diagonal = stencil[1, 1]
-        inverse = jnp.where(diagonal > 0, DAMPING / jnp.where(diagonal > 0, diagonal, 1), 0)
-        rows, columns = (_interpolation(n, stencil.dtype) for n in diagonal.shape)
-        found.append(Level(stencil, inverse, (rows, columns)))
-        stencil = _coarser(stencil, rows, columns)
+        found.append(Level(stencil, jnp.where(diagonal > 0, DAMPING / jnp.where(diagonal > 0, diagonal, 1), 0)))
+        stencil = _coarser_stencil(stencil)
     units = jnp.eye(points, dtype=stencil.dtype).reshape(points, *stencil.shape[2:])
     matrix = times(stencil, units).reshape(points, points)
-    return [*found, Level(stencil, jnp.linalg.pinv(matrix, hermitian=True), None)]
+    return [*found, Level(stencil, jnp.linalg.pinv(matrix, hermitian=True))]
 
 
 def v_cycle(grids: list[Level], right: Array) -> Array:
@@ -78,11 +104,10 @@ def v_cycle(grids: list[Level], right: Array) -> Array:
 
     One damped Jacobi iteration, a correction from the coarser grids, and another iteration.
     """
-    (stencil, inverse, down), *coarser = grids
-    if down is None:
+    (stencil, inverse), *below = grids
+    if not below:
         return jnp.matmul(right.reshape(-1, len(inverse)), inverse, precision="highest").reshape(right.shape)
-    rows, columns = down
     x = inverse * right
-    correction = v_cycle(coarser, _along_both(right - times(stencil, x), rows, columns))
-    x = x + _along_both(correction, rows.T, columns.T)
+    correction = v_cycle(below, coarser(right - times(stencil, x)))
+    x = x + finer(correction, right.shape[-2:])
     return x + inverse * (right - times(stencil, x))
