@@ -7,12 +7,12 @@
     tokentm leaderboard configs/leaderboard.py:precision=mixed        answers to changed images in mixed precision
 
 Maps of pixels are measured as their means by patch (docs/explanation/metrics.md says why). Perturbation takes all of
-the images, most yardsticks 200 of them, and those that explain an image many times 50. Max-sensitivity and the
-randomisation of parameters are for the fast methods alone.
+the images, most yardsticks 200 of them, ROAD 50 of the photos, and those that explain an image many times 50.
+Max-sensitivity and the randomisation of parameters are for the fast methods alone.
 Data: ../shared/data. The weights of cifar10_112 are one's own: runs/finetune_112, of a fine-tuning at 112
 pixels by configs/cifar10_finetune_112.py, or --checkpoint FILE.
-Run time: with methods=fast and precision=mixed on 2 cores, 50 minutes for cifar10 and 90 for cifar10_112. The photos
-are not measured in full; with the same options about 4 hours, with all methods in float32 about 17, most of it for
+Run time: with methods=fast and precision=mixed on 2 cores, 50 minutes for cifar10, 90 for cifar10_112 and five hours
+for the photos. With all methods in float32 about 17 hours for the photos, which were not run: most of it is for
 shapley and kernel_shap.
 """
 
@@ -44,6 +44,7 @@ IMAGES = {"photos": None, "cifar10": 1000, "cifar10_112": 1000}
 DEPTH = {"photos": 12, "cifar10": 7, "cifar10_112": 12}
 SQUARE = {"photos": 32, "cifar10": 4, "cifar10_112": 16}  # 49 or 64 players of the Shapley values
 SOME, FEW = 200, 50
+IMPUTED = {"photos": FEW, "cifar10": SOME, "cifar10_112": SOME}  # a large image takes longer to fill than to classify
 
 
 def get_config(
@@ -64,7 +65,7 @@ def get_config(
         run("perturbation", IMAGES[data]),
         run("srg", SOME),
         run("insertion", SOME, options={"fill": "blur"}),
-        run("road", SOME),
+        run("road", IMPUTED[data]),
         run("saco", SOME),
         run("infidelity", SOME),
         run("shapley", FEW, options=shapley),

@@ -54,9 +54,9 @@ def _matrix(n: int, dtype: jnp.dtype) -> Array:
     return _finer_rows(jnp.eye((n + 1) // 2, dtype=dtype), n)
 
 
-def finer(x: Array, shape: tuple[int, int]) -> Array:
+def finer(x: Array, h: int, w: int) -> Array:
     """The interpolation P of x [..., H, W] to [..., h, w]."""
-    return jnp.matmul(_finer_rows(x, shape[0]), _matrix(shape[1], x.dtype).T, precision="highest")
+    return jnp.matmul(_finer_rows(x, h), _matrix(w, x.dtype).T, precision="highest")
 
 
 def coarser(x: Array) -> Array:
@@ -109,5 +109,5 @@ def v_cycle(grids: list[Level], right: Array) -> Array:
         return jnp.matmul(right.reshape(-1, len(inverse)), inverse, precision="highest").reshape(right.shape)
     x = inverse * right
     correction = v_cycle(below, coarser(right - times(stencil, x)))
-    x = x + finer(correction, right.shape[-2:])
+    x = x + finer(correction, *inverse.shape)
     return x + inverse * (right - times(stencil, x))
