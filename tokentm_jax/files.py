@@ -149,18 +149,19 @@ def uninterrupted() -> Iterator[None]:
     outside the main thread, where none is raised.
     """
     waiting: list[tuple[int, FrameType | None]] = []
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    main = threading.current_thread() is threading.main_thread()
-    handlers = {number: handler for number, handler in handlers.items() if main and callable(handler)}
+    handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
     try:
-        for number in handlers:
-            signal.signal(number, lambda number, frame: waiting.append((number, frame)))
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if callable(handler := signal.getsignal(number)):
+                    handlers[number] = handler
+                    signal.signal(number, lambda number, frame: waiting.append((number, frame)))
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         for number, frame in waiting[:1]:
-            handlers[signal.Signals(number)](number, frame)
+            handlers[number](number, frame)
 
 
 def remove(path: Path) -> None:

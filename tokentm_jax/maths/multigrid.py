@@ -44,8 +44,7 @@ def _coarser_rows(x: Array) -> Array:
     even, odd = x[..., ::2, :], x[..., 1::2, :] / 2
     if x.shape[-2] % 2 == 0:
         odd = odd.at[..., -1, :].multiply(2)
-    around = [(0, 0)] * (x.ndim - 2) + [(1, 1), (0, 0)]
-    odd = jnp.pad(odd, around)
+    odd = jnp.pad(odd, [(0, 0)] * (x.ndim - 2) + [(1, 1), (0, 0)])
     return even + odd[..., : even.shape[-2], :] + odd[..., 1 : even.shape[-2] + 1, :]
 
 
@@ -82,8 +81,7 @@ def _collapsed(stencil: Array) -> Array:
         teeth = jnp.pad(down @ (place % 3 == comb).astype(dtype), 1)  # 0, 1/2, 1: exact in any precision
         x = sum((stencil[b] * teeth[b : b + n] for b in range(3)), jnp.zeros_like(stencil[0]))
         found.append(jnp.matmul(x, down, precision="highest"))
-    turns = [[((place + step) % 3 == comb).astype(dtype) for comb in range(3)] for step in (-1, 0, 1)]
-    return jnp.stack([sum(map(jnp.multiply, turn, found), jnp.zeros_like(found[0])) for turn in turns])
+    return jnp.stack([jnp.select([(place + step) % 3 == comb for comb in range(3)], found) for step in (-1, 0, 1)])
 
 
 def levels(stencil: Array) -> list[Level]:
