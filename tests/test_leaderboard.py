@@ -20,6 +20,7 @@ from tokentm_jax.metrics.tasks import EvaluateConfig, Row, rows
 from tokentm_jax.models.checkpoint import write_checkpoint
 from tokentm_jax.runs import evaluate as evaluation
 from tokentm_jax.runs import leaderboard as module
+from tokentm_jax.runs.dataset import explain_dataset
 from tokentm_jax.runs.leaderboard import (
     LeaderboardConfig,
     check,
@@ -221,6 +222,33 @@ def test_maps_are_computed_once(whole, config, vit, tmp_path, monkeypatch):
     assert not (tmp_path / "other").exists()
 
 
+def test_a_larger_limit_computes_the_maps_that_are_missing(whole, config, vit, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "images_per_second", speeds)
+    one = select(config, ["rollout"])
+    explained, done = [], []
+
+    def run(limit):
+        explained.clear()
+        limited = [dataclasses.replace(run, limit=limit) for run in one.runs]
+        return leaderboard(dataclasses.replace(one, runs=limited), vit, tmp_path)["rows"]
+
+    def counted(settings, vit, source, *arguments):
+        if explain_dataset(settings, vit, source, *arguments).computed:
+            explained.extend(source.keys)
+
+    monkeypatch.setattr(module, "explain_dataset", counted)
+    fewer = run(2)
+    done += explained
+    assert len(done) == 2
+    more = run(3)
+    assert len(explained) == 1 and explained[0] not in done
+    figures = [{(f["run"], f["metric"], f["method"]): f["value"] for f in own} for own in (more, whole[1]["rows"])]
+    gini = "complexity", "gini", "rollout"
+    assert figures[0][gini] == figures[1][gini]  # which has three images there, too
+    assert run(2) == fewer and run(3) == more and not explained
+    assert [len(open_maps(path)) for path in sorted((tmp_path / "maps").iterdir())] == [2, 1]
+
+
 @pytest.mark.slow
 def test_an_interrupted_leaderboard_goes_on(whole, config, vit, tmp_path, monkeypatch):
     """Stopped after the first batch of each of its parts, and gone on with every time."""
@@ -271,16 +299,22 @@ def test_randomised_models_are_explained_anew(config, vit, folder, tmp_path, mon
 
 
 def test_the_speed_is_that_of_the_median_call(vit, monkeypatch):
-    """By a clock of its own: the first call of a fast method does not count, and a slow one is called once."""
+    """By a clock of its own: the first call of a fast method does not count, a slow one is called once, and one that
+    would take minutes for a batch explains one image."""
     clock, calls = [0.0], []
-    takes = {"rollout": iter([0.9, 0.1, 0.1, 0.3, 0.1, 0.1]), "raw_attention": iter([8.0])}
+    takes = {
+        "rollout": iter([0.9, 0.9, 0.1, 0.1, 0.3, 0.1, 0.1]),
+        "raw_attention": iter([14.9, 8.0]),
+        "rise": iter([16.0]),
+    }
 
     def compiled(module, methods, *, preprocessing):
         (name,) = methods
 
         def call(params, pixels, classes):
-            assert pixels.shape == (4, 16, 24, 3) and classes.shape == (4,)
-            calls.append(name)
+            size = len(pixels)
+            assert pixels.shape == (size, 16, 24, 3) and classes.shape == (size,)
+            calls.append((name, size))
             clock[0] += next(takes[name])
 
         return SimpleNamespace(lower=lambda *_: SimpleNamespace(compile=lambda: call))
@@ -289,9 +323,11 @@ def test_the_speed_is_that_of_the_median_call(vit, monkeypatch):
     monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(jax, "block_until_ready", lambda x: x)
     done = []
-    found = images_per_second(vit, {r.name: r for r in METHODS}, 4, lambda *progress: done.append(progress[:2]))
-    assert found == pytest.approx({"rollout": 40, "raw_attention": 0.5})
-    assert calls == ["rollout", "raw_attention", *["rollout"] * 5] and done == [(k, 12) for k in range(1, 13)]
+    measured = {row.name: row for row in rows("rollout", "raw_attention", "rise")}
+    found = images_per_second(vit, measured, 4, lambda *progress: done.append(progress[:2]))
+    assert found == pytest.approx({"rollout": 40, "raw_attention": 0.5, "rise": 1 / 16})
+    assert calls == [*((name, 1) for name in measured), ("rollout", 4), ("raw_attention", 4), *[("rollout", 4)] * 5]
+    assert done == [(k, 21) for k in range(1, 22)]
 
 
 @pytest.mark.parametrize("better", ["higher", "lower"])

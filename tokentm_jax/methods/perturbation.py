@@ -40,6 +40,7 @@ from tokentm_jax.models.inputs import Texts, Tokens, as_inputs
 Count = Annotated[int, Ge(1), Le(MOST)]
 Chunk = Annotated[int, Ge(1), Le(4096)]
 Seed = Annotated[int, Ge(0), Lt(2**31)]
+CACHED = 2048  # patches, of all samples together, that a CPU computes at a time
 Value = Literal["logit", "probability"]
 
 
@@ -58,14 +59,15 @@ class Removal:
         itself, blurred.
       black: the colour that black has after normalisation; ImageNet's if it is not said.
       patch: side of the squares that are removed, in pixels; None: the model's patches.
-      chunk: so many coalitions of every sample go through the model at a time, which bounds the memory.
+      chunk: so many coalitions of every sample go through the model at a time, which bounds the memory; None: 8, or
+        less on a CPU, see `_suited`.
     """
 
     value: Value = "logit"
     fill: Literal["mean", "black", "blur"] = "mean"
     black: tuple[float, ...] = _black(**IMAGENET)
     patch: Annotated[int, Ge(1)] | None = None
-    chunk: Chunk = 8
+    chunk: Chunk | None = None
 
 
 def with_black(options: Mapping[str, Any], preprocessing: Preprocessing) -> Mapping[str, Any]:
@@ -103,6 +105,13 @@ def in_chunks(function: Callable[[Array], Array], items: Array, chunk: int) -> A
     chunks = jnp.concatenate([items, padding]).reshape(-1, size, *items.shape[1:])
     found = jax.lax.map(jax.vmap(function), chunks)
     return found.reshape(-1, *found.shape[2:])[: len(items)]
+
+
+def _suited(chunk: int | None, samples: int, patches: int) -> int:
+    """The chunk that is asked for, or 8. A CPU is fastest where what it computes at a time fits into its caches."""
+    if chunk is not None:
+        return chunk
+    return 8 if jax.default_backend() != "cpu" else min(8, max(1, CACHED // (samples * patches)))
 
 
 def _valued(outputs: Any, target: Any, value: Value) -> Array:
@@ -155,7 +164,7 @@ def game(module: nn.Module, params: Any, inputs: Any, target: Array | None, opti
         return _valued(module.apply({"params": params}, changed), chosen, options.value)
 
     def values(masks: Array) -> Array:
-        return in_chunks(value, masks, options.chunk).T
+        return in_chunks(value, masks, _suited(options.chunk, len(inputs), gh * gw)).T
 
     full = _valued(logits, chosen, options.value)
     return Game(values, full, (gh, gw), details)
@@ -174,7 +183,7 @@ def _game_of_words(module: Any, params: Any, texts: Texts, target: Any, options:
         return _valued(module.apply({"params": params}, changed), details["target"], options.value)
 
     def values(masks: Array) -> Array:
-        return in_chunks(value, masks, options.chunk).T
+        return in_chunks(value, masks, _suited(options.chunk, *texts.mask.shape)).T
 
     full = _valued(logits, details["target"], options.value)
     return Game(values, full, (1, texts.mask.shape[1]), details)
@@ -231,7 +240,7 @@ def token_dropping(
     window: Count = 1,
     stride: Count = 1,
     value: Value = "logit",
-    chunk: Chunk = 8,
+    chunk: Chunk | None = None,
 ) -> Explanation:
     """Occlusion whose patches leave the sequence (Jain et al., ICLR 2022), so nothing stands in for them; signed.
 
@@ -262,13 +271,13 @@ def token_dropping(
         shown = jnp.concatenate([tokens[:, : module.prefix], tokens[:, kept]], 1)
         return _valued(read(shown), chosen, value)
 
-    values = in_chunks(remaining, removed, chunk).T
+    values = in_chunks(remaining, removed, _suited(chunk, len(tokens), left)).T
     rows = _losses(_valued(logits, chosen, value), values, removed)
     return rows.reshape(-1, *module.grid), details
 
 
 def _word_dropping(
-    module: Any, params: Any, texts: Texts, target: Any, window: int, stride: int, value: Value, chunk: int
+    module: Any, params: Any, texts: Texts, target: Any, window: int, stride: int, value: Value, chunk: int | None
 ) -> Explanation:
     """As `token_dropping`: nothing attends to a word piece that was dropped. Marks stay."""
     grid = (1, texts.mask.shape[1])
@@ -287,7 +296,7 @@ def _word_dropping(
     def remaining(gone: Array) -> Array:
         return _valued(read(texts.mask & ~(gone & ~texts.special)), details["target"], value)
 
-    values = in_chunks(remaining, removed, chunk).T
+    values = in_chunks(remaining, removed, _suited(chunk, *texts.mask.shape)).T
     rows = _losses(_valued(logits, details["target"], value), values, removed)
     return rows.reshape(-1, *grid), details
 

@@ -27,6 +27,7 @@ from tokentm_jax.metrics import tasks
 from tokentm_jax.metrics.tasks import RANDOM, TASKS, EvaluateConfig, Row
 from tokentm_jax.models.loading import LoadedViT
 from tokentm_jax.runs.dataset import DatasetConfig, explain_dataset
+from tokentm_jax.runs.dataset import Report as Counted
 from tokentm_jax.runs.evaluate import Report, evaluate, examples
 from tokentm_jax.runs.records import KEPT, record_file
 from tokentm_jax.runs.report import Finished, difference, document, in_table, open_finished
@@ -40,6 +41,7 @@ RESULTS = ("leaderboard.json", "leaderboard.md", "leaderboard.png")
 MAPS = "maps"
 BEST, LEVEL = "best", "level"
 ROUNDS, ENOUGH = 6, 2.0  # calls of a method whose speed is measured, and seconds after which it is not called again
+LONG = 60.0  # seconds that a batch may take; else its method is measured by a single image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,17 +193,35 @@ def _shared_maps(
         settings = DatasetConfig(
             (row.method,), row.options, dtype="float32", profile=largest.profile, batch_size=size, chunk_size=size
         )
-        own = digest(dataclasses.asdict(settings), source.identity, len(source), largest.half, largest.seed)
-        path = out / MAPS / f"{record_file(out, row).stem}-{own[:8]}"
+        place = out / MAPS / f"{record_file(out, row).stem}-{digest(largest.profile, source.identity)[:8]}"
         with watch(f"maps of {name} ({number} of {len(asking)})") as report:
-            explain_dataset(settings, vit, source, str(path), _counted(report))
-        store = open_maps(path)
+            filled = _filled(place, settings, vit, source, _counted(report))
         for run in runs:
-            stores[run.name].append(store)
+            stores[run.name] += filled
     return stores
 
 
-def _counted(report: Report | None) -> Callable[[int, int, int], None]:
+def _filled(place: Path, settings: DatasetConfig, vit: LoadedViT, source: Source, report: Counted) -> list[Maps]:
+    """Stores that together have the maps of all images: "`place`-0", and so on.
+
+    A store keeps the images and the batch size that it was begun with. With a larger limit the next one has the images
+    that are in none so far.
+    """
+    filled: list[Maps] = []
+    keys = source.keys
+    while keys:
+        path = place.with_name(f"{place.name}-{len(filled)}")
+        made = open_maps(path).provenance if (path / "zarr.json").exists() else None
+        if made is None or (made["keys"], made["batch_size"]) == (digest(*keys), settings.batch_size):
+            part = dataclasses.replace(source, identify=lambda: source.identity, keys=keys)
+            explain_dataset(settings, vit, part, str(path), report)
+        filled.append(open_maps(path))
+        there = {*filled[-1].keys}
+        keys = tuple(key for key in keys if key not in there)
+    return filled
+
+
+def _counted(report: Report | None) -> Counted:
     """The report of an evaluation as that of a data set, which begins before anything is done."""
 
     def images(done: int, total: int, skipped: int) -> None:
@@ -220,24 +240,38 @@ def images_per_second(
     """How many images each method explains per second, compiled and warm, on one device.
 
     The methods take turns, so that whatever else the machine does slows all of them. The figure is that of the median
-    call; of a method whose first call takes seconds, that call is the only one.
+    call; of a method whose first call takes seconds, that call is the only one. Before that each explains one image: a
+    method that would take minutes for a batch has the figure of that.
     """
-    pixels = np.random.default_rng(0).integers(0, 256, (batch_size, *vit.preprocessing.shape), np.uint8)
-    inputs = (vit.params, jnp.asarray(pixels), jnp.zeros(batch_size, jnp.int32))
-    programs: dict[str, Any] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in rows}
-    for call in range(ROUNDS):
+    batches: dict[str, Callable[[], float]] = {}
+    seconds: dict[str, list[float]] = {}  # per image
+    for call in range(1 + ROUNDS):
         for number, (name, row) in enumerate(rows.items(), 1):
-            if name not in programs:
-                explain = compiled(vit.module, {row.method: row.options}, preprocessing=vit.preprocessing)
-                programs[name] = explain.lower(*inputs).compile()  # pyright: ignore[reportFunctionMemberAccess]
-            if sum(seconds[name]) < ENOUGH:
-                start = time.perf_counter()
-                jax.block_until_ready(programs[name](*inputs))
-                seconds[name].append(time.perf_counter() - start)
+            if call == 0:
+                alone = _timed(vit, row, 1)()
+                seconds[name] = [alone] if alone * batch_size > LONG else []
+                if not seconds[name]:
+                    batches[name] = _timed(vit, row, batch_size)
+            elif name in batches and sum(seconds[name]) * batch_size < ENOUGH:
+                seconds[name].append(batches[name]() / batch_size)
             if report is not None:
-                report(call * len(rows) + number, ROUNDS * len(rows), list)
-    return {name: batch_size / median(times[1:] or times) for name, times in seconds.items()}
+                report(call * len(rows) + number, (1 + ROUNDS) * len(rows), list)
+    return {name: 1 / median(times[1:] or times) for name, times in seconds.items()}
+
+
+def _timed(vit: LoadedViT, row: Row, size: int) -> Callable[[], float]:
+    """The method compiled for so many images: explains them, and returns the seconds that it took."""
+    pixels = np.random.default_rng(0).integers(0, 256, (size, *vit.preprocessing.shape), np.uint8)
+    inputs = (vit.params, jnp.asarray(pixels), jnp.zeros(size, jnp.int32))
+    explain = compiled(vit.module, {row.method: row.options}, preprocessing=vit.preprocessing)
+    program = explain.lower(*inputs).compile()  # pyright: ignore[reportFunctionMemberAccess]
+
+    def call() -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(program(*inputs))
+        return time.perf_counter() - start
+
+    return call
 
 
 # ---- who is ahead ---------------------------------------------------------------------------------------------------
@@ -379,7 +413,8 @@ def markdown(found: Mapping[str, Any]) -> str:
         measured += f". In mixed precision: answers to changed images, in {', '.join(mixed)}"
     heads = [*(head(*column) for column in columns), "passes", "images/s", "mean rank"]
     lines = [f"# {run['name']}", "", f"{run['model']['name']}. {measured}.", "", LEGEND, ""]
-    lines += [f"Images per second: {run['device']}, batches of {run['batch_size']}.", ""]
+    slow = f"single images of methods that would take more than {LONG:.0f} s for one"
+    lines += [f"Images per second: {run['device']}, batches of {run['batch_size']}, {slow}.", ""]
     lines += [f"| method | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}"]
     for method in found["methods"]:
         rank = "" if method["mean_rank"] is None else f"{method['mean_rank']:.1f}"
