@@ -15,6 +15,7 @@ from conftest import tiny_vit
 
 import tokentm_jax as tm
 from tokentm_jax.maths import perturbation as maths
+from tokentm_jax.methods import perturbation
 from tokentm_jax.methods.explain import explain_fn
 from tokentm_jax.models.vit import ViT, init_params
 
@@ -318,10 +319,14 @@ def test_any_model_and_each_sample_for_itself(convolutions, method):
     assert np.isnan(marked[1]).all()
 
 
-def test_chunks_change_nothing(convolutions):
+def test_chunks_change_nothing(convolutions, monkeypatch):
     module, params, images = convolutions
-    functions = [explain_fn(module, "occlusion", patch=2, chunk=chunk) for chunk in (1, 7, 4096)]
+    sizes, in_chunks = [], perturbation.in_chunks
+    monkeypatch.setattr(perturbation, "CACHED", 3 * 24 * 5 + 1)  # three images of 24 patches, five times
+    monkeypatch.setattr(perturbation, "in_chunks", lambda *given: sizes.append(given[-1]) or in_chunks(*given))
+    functions = [explain_fn(module, "occlusion", patch=2, chunk=chunk) for chunk in (1, 7, 4096, None)]
     found = jax.jit(lambda *arguments: [function(*arguments) for function in functions])(params, images)
+    assert sizes == [1, 7, 4096, 5 if jax.default_backend() == "cpu" else 8]
     for other in found[1:]:
         np.testing.assert_allclose(other, found[0], rtol=1e-4, atol=1e-6)
 

@@ -2,25 +2,23 @@
 
 A stencil [3, 3, h, w] is such a system: the equation of pixel (y, x) has the coefficients [1 + dy, 1 + dx, y, x] of
 the pixels (y + dy, x + dx). Every other pixel of every other row is a point of the next, coarser grid, and the pixels
-between them are interpolated. The coarse system is P^T A P of the interpolation P, a stencil again, and so on to a
-few points (Briggs, Henson and McCormick, A Multigrid Tutorial, 2000).
+between them are interpolated. The coarse system is P^T A P of the interpolation P, a stencil again, and so on to one
+point (Briggs, Henson and McCormick, A Multigrid Tutorial, 2000).
 """
 
-import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 DAMPING = 0.9  # of Jacobi's iteration; eigenvalues of a Laplacian of eight neighbours over its diagonal end at 4/3
-FEW = 64  # points of a grid whose system is inverted as a matrix
 
 
 class Level(NamedTuple):
     """A system, and what its part of a cycle needs."""
 
     stencil: Array
-    inverse: Array  # of the diagonal [h, w], damped, 0 where a pixel has no equation; at the last level of all [n, n]
+    inverse: Array  # of the diagonal [h, w], damped, 0 where a pixel has no equation
 
 
 def times(stencil: Array, x: Array) -> Array:
@@ -86,15 +84,14 @@ def _collapsed(stencil: Array) -> Array:
 
 def levels(stencil: Array) -> list[Level]:
     """The systems from that of a stencil, symmetric and positive definite but for pixels without any equation (zeros),
-    down to a few points."""
+    down to one point."""
     found = []
-    while (points := math.prod(stencil.shape[2:])) > FEW:
+    while True:
         diagonal = stencil[1, 1]
         found.append(Level(stencil, jnp.where(diagonal > 0, DAMPING / jnp.where(diagonal > 0, diagonal, 1), 0)))
+        if diagonal.size == 1:
+            return found
         stencil = _coarser_stencil(stencil)
-    units = jnp.eye(points, dtype=stencil.dtype).reshape(points, *stencil.shape[2:])
-    matrix = times(stencil, units).reshape(points, points)
-    return [*found, Level(stencil, jnp.linalg.pinv(matrix, hermitian=True))]
 
 
 def v_cycle(grids: list[Level], right: Array) -> Array:
@@ -103,9 +100,8 @@ def v_cycle(grids: list[Level], right: Array) -> Array:
     One damped Jacobi iteration, a correction from the coarser grids, and another iteration.
     """
     (stencil, inverse), *below = grids
-    if not below:
-        return jnp.matmul(right.reshape(-1, len(inverse)), inverse, precision="highest").reshape(right.shape)
     x = inverse * right
-    correction = v_cycle(below, coarser(right - times(stencil, x)))
-    x = x + finer(correction, *inverse.shape)
+    if below:
+        correction = v_cycle(below, coarser(right - times(stencil, x)))
+        x = x + finer(correction, *inverse.shape)
     return x + inverse * (right - times(stencil, x))

@@ -138,6 +138,20 @@ def marginals(values: Array, rank: Array) -> Array:
     return (values[1:] - values[:-1])[rank]
 
 
+def inverted(matrix: Array) -> Array:
+    """The inverse of a symmetric positive definite matrix [n, n], by Gauss-Jordan elimination, which needs no pivots.
+
+    No library is called: on several CPU devices, calls of LAPACK can wait for each other for ever.
+    """
+
+    def eliminated(k: Array, a: Array) -> Array:
+        pivot, row, column = a[k, k], a[k], a[:, k]
+        a = a - jnp.outer(column, row / pivot)
+        return a.at[k].set(row / pivot).at[:, k].set(-column / pivot).at[k, k].set(1 / pivot)
+
+    return jax.lax.fori_loop(0, len(matrix), eliminated, matrix)
+
+
 def kernel_shap(masks: Array, weights: Array, values: Array, empty: Array, full: Array) -> tuple[Array, Array]:
     """KernelSHAP (Lundberg & Lee, NeurIPS 2017): Shapley values [n] as a constrained weighted least-squares fit.
 
@@ -160,7 +174,7 @@ def kernel_shap(masks: Array, weights: Array, values: Array, empty: Array, full:
     share = (weights / weights.sum() / 2).astype(values.dtype)
     gain = values - empty
     moment = jnp.einsum("m,mki,mkj->ij", share, both, both, precision=EXACT)
-    inverse = jnp.linalg.inv(moment)
+    inverse = inverted(moment)
     reach = inverse.sum(1) / inverse.sum()
     projection = inverse - inverse.sum() * jnp.outer(reach, reach)
     target = jnp.einsum("m,mki,mk->i", share, both, gain, precision=EXACT)
