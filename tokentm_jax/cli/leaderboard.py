@@ -14,6 +14,7 @@ from tokentm_jax.cli.terminal import running_table, show_results
 @click.argument("recipe", type=PATH, metavar="CONFIG.py")
 @click.option("--checkpoint", type=PATH, help="Weights, in place of the recipe's.")
 @click.option("--methods", help="Rows of the recipe, as a,b,c.")
+@click.option("--runs", help="Yardsticks of the recipe, as a,b,c.")
 @click.option("--limit", type=click.IntRange(1), help="At most so many images for every run.")
 @click.option("--batch-size", type=click.IntRange(1, 4096), help="In place of the recipe's.")
 @class_names
@@ -23,6 +24,7 @@ def leaderboard(
     recipe: Path,
     checkpoint: Path | None,
     methods: str | None,
+    runs: str | None,
     limit: int | None,
     batch_size: int | None,
     classes: Path | None,
@@ -44,15 +46,15 @@ def leaderboard(
     from tokentm_jax.runs.leaderboard import LeaderboardConfig, check, leaderboard, select
     from tokentm_jax.runs.store import open_maps
 
-    config = read_recipe(recipe, LeaderboardConfig)
-    if methods is not None:
-        config = select(config, names_of(methods))
+    chosen = {"methods": methods, "runs": runs}
+    chosen = {kind: names_of(names) for kind, names in chosen.items() if names is not None}
+    config = select(read_recipe(recipe, LeaderboardConfig), **chosen)
     given = {"checkpoint": None if checkpoint is None else str(checkpoint), "batch_size": batch_size}
     given = {name: value for name, value in given.items() if value is not None}
-    runs = [dataclasses.replace(run, **given) for run in config.runs]
+    own = [dataclasses.replace(run, **given) for run in config.runs]
     if limit is not None:
-        runs = [dataclasses.replace(run, limit=min(limit, run.limit or limit)) for run in runs]
-    config = check(dataclasses.replace(config, runs=runs))
+        own = [dataclasses.replace(run, limit=min(limit, run.limit or limit)) for run in own]
+    config = check(dataclasses.replace(config, runs=own))
     start_jax(config.runs[0].batch_size)
     stores = [open_maps(path) for path in maps]
     vit = load(config.runs[0].model, config.runs[0].checkpoint, class_names=classes)

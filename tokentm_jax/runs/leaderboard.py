@@ -6,7 +6,7 @@ keeps the maps that several of them need, and at the end the table, its numbers 
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from statistics import fmean, median
@@ -99,14 +99,22 @@ def check(config: LeaderboardConfig) -> LeaderboardConfig:
     return config
 
 
-def select(config: LeaderboardConfig, methods: Iterable[str]) -> LeaderboardConfig:
-    """The config with those of its rows that are named, and the runs that have one. InputError for no such row."""
-    chosen = dict.fromkeys(methods)
-    for name in chosen:
-        if name not in config.rows:
-            raise suggest("row", name, config.rows, of=config.name)
-    runs = [dataclasses.replace(run, rows=[row for row in run.rows if row.name in chosen]) for run in config.runs]
-    return dataclasses.replace(config, runs=[run for run in runs if run.rows])
+def select(
+    config: LeaderboardConfig, methods: Collection[str] | None = None, runs: Collection[str] | None = None
+) -> LeaderboardConfig:
+    """The config with those of its rows and runs that are named, less runs without a row. None: all of them.
+
+    Raises InputError for no such row or run.
+    """
+    known = {run.name: run for run in config.runs}
+    for kind, chosen, there in (("row", methods, config.rows), ("run", runs, known)):
+        for name in chosen or ():
+            if name not in there:
+                raise suggest(kind, name, there, of=config.name)
+    kept = [run for run in config.runs if runs is None or run.name in runs]
+    if methods is not None:
+        kept = [dataclasses.replace(run, rows=[row for row in run.rows if row.name in methods]) for run in kept]
+    return dataclasses.replace(config, runs=[run for run in kept if run.rows])
 
 
 Watch = Callable[[str], AbstractContextManager[Report | None]]
