@@ -405,5 +405,8 @@ def test_the_command(vit, folder, tmp_path, monkeypatch):
     found = json.loads((out / "leaderboard.json").read_text())
     assert {f["images"] for f in found["rows"]} == {2} and found["run"]["batch_size"] == 2
     assert "did you mean 'gae'" in run(*given, "--methods", "gaee", code=2).stderr
+    assert {f["run"] for f in json.loads((out / "leaderboard.json").read_text())["rows"]} == {"complexity", "srg"}
+    run(*given, "--methods", "rollout", "--limit", 2, "--runs", "srg")  # over the folder of both
+    assert {f["run"] for f in json.loads((out / "leaderboard.json").read_text())["rows"]} == {"srg"}
     assert "did you mean 'srg'" in run(*given, "--runs", "srgg", code=2).stderr
     assert "'faithfulness'" in run(*given, "--runs", "complexity", code=2).stderr  # which asks for srg

@@ -220,12 +220,12 @@ def _filled(place: Path, settings: DatasetConfig, vit: LoadedViT, source: Source
     while keys:
         path = place.with_name(f"{place.name}-{len(filled)}")
         made = open_maps(path).provenance if (path / "zarr.json").exists() else None
-        if made is None or (made["keys"], made["batch_size"]) == (digest(*keys), settings.batch_size):
+        if last := made is None or (made["keys"], made["batch_size"]) == (digest(*keys), settings.batch_size):
             part = dataclasses.replace(source, identify=lambda: source.identity, keys=keys)
             explain_dataset(settings, vit, part, str(path), report)
         filled.append(open_maps(path))
         there = {*filled[-1].keys}
-        keys = tuple(key for key in keys if key not in there)
+        keys = () if last else tuple(key for key in keys if key not in there)
     return filled
 
 
