@@ -421,8 +421,8 @@ def markdown(found: Mapping[str, Any]) -> str:
         measured += f". In mixed precision: answers to changed images, in {', '.join(mixed)}"
     heads = [*(head(*column) for column in columns), "passes", "images/s", "mean rank"]
     lines = [f"# {run['name']}", "", f"{run['model']['name']}. {measured}.", "", LEGEND, ""]
-    slow = f"single images of methods that would take more than {LONG:.0f} s for one"
-    lines += [f"Images per second: {run['device']}, batches of {run['batch_size']}, {slow}.", ""]
+    measured_by = f"batches of {run['batch_size']}, or one image where a batch would take more than {LONG:.0f} s"
+    lines += [f"Images per second: {run['device']}, {measured_by}.", ""]
     lines += [f"| method | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}"]
     for method in found["methods"]:
         rank = "" if method["mean_rank"] is None else f"{method['mean_rank']:.1f}"
