@@ -29,7 +29,7 @@ Quotient = Callable[[Array, Array], Array]
 
 REFERENCE_EPSILON = 1e-9
 # Of the root mean square of the sample's denominators: the smallest power of ten at which float32 and float64 agree
-# in rank to 0.9999 on DeiT-tiny (tests/benchmark/stabiliser.py).
+# in rank to 0.9999 on DeiT-tiny, in the median of many roundings (tests/benchmark/stabiliser.py).
 SIGNED_EPSILON = 1e-4
 
 
