@@ -245,8 +245,9 @@ def test_muon_goes_along_the_polar_factor_of_each_blocks_gradient():
     rng = np.random.default_rng(0)
     gradients = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
     optimiser = OPTIMISERS["muon"](config, 100)
-    state = optimiser.update(jax.tree.map(jnp.zeros_like, params), optimiser.init(params), params)[1]  # rate 0
-    updates, _ = optimiser.update(gradients, state, params)
+    update = jax.jit(optimiser.update)
+    state = update(jax.tree.map(jnp.zeros_like, params), jax.jit(optimiser.init)(params), params)[1]  # rate 0
+    updates, _ = update(gradients, state, params)
     for name, part in (("attn", "qkv"), ("attn", "proj"), ("mlp", "fc1"), ("mlp", "fc2")):
         kernel, bias = (updates["blocks"][name][part][leaf] for leaf in ("kernel", "bias"))
         weights = np.asarray(params["blocks"][name][part]["kernel"])
