@@ -161,6 +161,20 @@ def test_tokentm_of_post_norm_blocks_is_the_slow_loop(bert, options):
         np.testing.assert_allclose(scores[sample, :count], row, rtol=1e-3, atol=1e-5 * np.abs(row).max())
 
 
+def test_a_trace_holds_what_tokentm_needs(bert):
+    module, params = bert
+
+    @jax.jit
+    def both(params, tokens):
+        trace = tm.capture(module, params, tokens)
+        blocks = jax.tree.map(lambda a: a[:, 0], trace.blocks())
+        of_trace = tm.contributions(blocks, trace.tokens[0, 0], module.reads(tokens.mask)[0])
+        return of_trace, tm.explain_fn(module, "tokentm")(params, tokens)[0]
+
+    found, expected = both(params, batch([6], 6))
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
+
+
 def test_weights_are_checked(bert):
     for options, message in (
         ({"weights": "entropi"}, "'entropy', 'alignment' or 'distance_from_mean'"),

@@ -119,7 +119,7 @@ def capture(
     params: Any,
     inputs: Array,
     target: Any = None,
-    fields: Collection[str] = ALL,
+    fields: Collection[str] | None = None,
     *,
     gradients: bool = True,
 ) -> Trace:
@@ -132,7 +132,8 @@ def capture(
       target: class of each sample [B] or one class for all; None for the predicted ones; or a `Question` of
         `tokentm_jax.maths.scores`.
       fields: of `Trace`, which are wanted, and "final_tokens", which appends the output of the last block to `tokens`
-        and `token_grads`. Logits and target are always there, and the backward pass is run for gradients alone.
+        and `token_grads`; None: all but the kernels. Logits and target are always there, and the backward pass is run
+        for gradients alone.
       gradients: False leaves out those fields that are gradients.
 
     Returns:
@@ -145,6 +146,8 @@ def capture(
     check_inputs(inputs)
     if isinstance(module, nn.Module) and (not isinstance(params, Mapping) or not params):
         raise InputError("params must be the nested dictionary of the module's parameters")
+    if fields is None:
+        fields = (*ALL, *POST_NORM) if getattr(module, "post_norm", False) else ALL
     if not gradients:
         fields = [name for name in fields if name not in (*GRADIENTS, "input_grads")]
 
