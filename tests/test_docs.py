@@ -135,6 +135,19 @@ def test_links_of_the_readme():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
+def test_links_into_the_python_api():
+    """To a heading or to a name, whose anchors the site makes after its links are checked."""
+    api = (ROOT / "docs/reference/api.md").read_text()
+    headings = {re.sub(r"\W+", "-", line.lower()).strip("-") for line in re.findall(r"^#+ (.+)$", api, re.M)}
+    found = [("api.md", anchor) for anchor in re.findall(r"\]\(#([^)]+)\)", api)]
+    for page in (ROOT / "docs").rglob("*.md"):
+        found += [(page.name, anchor) for anchor in re.findall(r"api\.md#([^)]+)\)", page.read_text())]
+    assert len(found) > 5
+    for page, anchor in found:
+        package, _, name = anchor.partition(".")
+        assert anchor in headings or (package == "tokentm_jax" and hasattr(tm, name)), f"{page}: {anchor}"
+
+
 def cells(page, header):
     """The rows of the table that begins with `header`, without the backticks of their cells."""
     text = (ROOT / "docs" / page).read_text()

@@ -1,5 +1,6 @@
 """What the entry points refuse, and what they mark where nothing can be refused."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -92,6 +93,18 @@ def test_a_sample_without_a_map_leaves_the_others_their_derivatives(vit, images)
 def test_logits_that_are_not_finite_give_no_map(vit, images):
     params = {**vit.params, "head": {**vit.params["head"], "bias": jnp.array([0, 0, jnp.nan, 0, 0])}}
     assert np.isnan(jax.jit(explain_fn(vit.module, "rollout"))(params, images)).all()
+
+
+def test_a_method_that_leaves_out_a_detail_is_told(vit, images, monkeypatch):
+    def without_a_score(module, params, inputs, target):
+        details = tm.capture(module, params, inputs, target, []).details()
+        del details["score"]
+        return jnp.zeros((len(inputs), *module.grid)), details
+
+    row = dataclasses.replace(tm.METHODS["gae"], function=without_a_score)
+    monkeypatch.setitem(tm.METHODS, "mine", row)
+    with pytest.raises(tm.InputError, match="details must have 'logits', 'target' and 'score'"):
+        tm.explain(vit, images, "mine")
 
 
 def test_pixels_of_a_map_that_is_none():

@@ -349,6 +349,10 @@ def test_options_at_odds_are_refused(convolutions):
             jax.eval_shape(explain_fn(module, method, **options), params, images)
     square = ViT(img_size=(4, 4), patch_size=4, embed_dim=4, depth=1, num_heads=1, num_classes=2)
     weights = init_params(square, jax.random.key(0))
-    for method, message in (("token_dropping", "must leave a patch"), ("shapley", "two patches at least")):
+    for method, options, message in (
+        ("token_dropping", {}, "must leave a patch"),
+        ("shapley", {}, "two patches at least"),
+        ("occlusion", {"window": 2}, "'window' must be at most 1 for 1 x 1 patches, got 2"),
+    ):
         with pytest.raises(tm.InputError, match=message):
-            jax.eval_shape(explain_fn(square, method), weights, images[:, :4, :4, [0, 1, 1]])
+            jax.eval_shape(explain_fn(square, method, **options), weights, images[:, :4, :4, [0, 1, 1]])

@@ -14,7 +14,7 @@ from tokentm_jax.cli.terminal import running_table, show_results
 @click.argument("recipe", type=PATH, metavar="CONFIG.py")
 @click.option("--checkpoint", type=PATH, help="Weights, in place of the recipe's.")
 @click.option("--methods", help="Rows of the recipe, as a,b,c.")
-@click.option("--runs", help="Yardsticks of the recipe, as a,b,c.")
+@click.option("--runs", help="Yardsticks of the recipe, as a,b,c; that of its `faithfulness` must be among them.")
 @click.option("--limit", type=click.IntRange(1), help="At most so many images for every run.")
 @click.option("--batch-size", type=click.IntRange(1, 4096), help="In place of the recipe's.")
 @class_names

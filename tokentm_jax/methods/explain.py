@@ -81,6 +81,11 @@ def _explainer(module: Any, bound: Callable[..., Explanation], details: bool) ->
         except Unfit as error:
             others = ", ".join(methods_for(module, params, inputs, target)) or "no method"
             raise InputError(f"{error}; what works without is {others}") from None
+        if not {"logits", "target", "score"} <= {*found}:
+            raise InputError(
+                f"a method's details must have 'logits', 'target' and 'score', as trace.details() gives them, got "
+                f"{sorted(found)}"
+            )
         outputs, asked = found["logits"], found["target"]
         finite = [jnp.isfinite(leaf).reshape(len(leaf), -1).all(1) for leaf in jax.tree.leaves(outputs)]
         whole = functools.reduce(jnp.logical_and, finite, fine)

@@ -194,9 +194,10 @@ def _refuse_texts(inputs: Any, reason: str) -> None:
         raise Unfit(reason)
 
 
+ONE_BY_ONE = "option 'window' is for grids of patches: words are removed one by one"
+
+
 def _windows(grid: tuple[int, int], window: int, stride: int) -> Array:
-    if grid[0] == 1 and window > 1:
-        raise InputError("option 'window' is for grids of patches: words are removed one by one")
     if window > min(grid):
         raise InputError(
             f"option 'window' must be at most {min(grid)} for {grid[0]} x {grid[1]} patches, got {window}"
@@ -226,6 +227,8 @@ def occlusion(
     Windows have `window` x `window` patches and begin `stride` patches apart; the last ones end at the border. A
     patch has the mean loss of the windows that it is in.
     """
+    if window > 1:
+        _refuse_texts(inputs, ONE_BY_ONE)
     played = game(module, params, inputs, target, options)
     removed = _windows(played.grid, window, stride)
     return played.maps(_losses(played.full, played.values(~removed), removed)), played.details
@@ -244,11 +247,14 @@ def token_dropping(
 ) -> Explanation:
     """Occlusion whose patches leave the sequence (Jain et al., ICLR 2022), so nothing stands in for them; signed.
 
-    The other tokens keep their position embeddings. The embedding is computed once. Options are those of `occlusion`.
-    Raises InputError for a module whose forward pass is not that of `ViT`.
+    The other tokens keep their position embeddings. The embedding is computed once. Options are those of `occlusion`,
+    less what stands in. Raises InputError for a module whose forward pass is not that of `ViT` or `Bert`, and for
+    rotary positions.
     """
     require_streams(module, "the method 'token_dropping' takes tokens out of the sequence")
     inputs = as_inputs(module, params, inputs)
+    if window > 1:
+        _refuse_texts(inputs, ONE_BY_ONE)
     if isinstance(inputs, Texts):
         return _word_dropping(module, params, inputs, target, window, stride, value, chunk)
     if module.rope_type is not None:

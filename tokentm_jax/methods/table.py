@@ -2,9 +2,9 @@
 
 A method is a function `(module, params, inputs, target, **options) -> (maps, details)`: inputs are normalised images
 [B, H, W, 3] or `Texts`, target is a class per sample [B] or None for the predicted one, maps are [B, gh, gw] (token
-maps) or [B, H, W] (pixel maps), and for texts [B, 1, N], details is a dict of arrays with `logits` [B, classes] and
-`target` [B] at least. It treats the samples of a batch independently. Adding one: a function and a row here, and a row
-in `tests/test_contract.py`.
+maps) or [B, H, W] (pixel maps), and for texts [B, 1, N], details is a dict of arrays with `logits` [B, classes],
+`target` [B] and `score` [B] at least. It treats the samples of a batch independently. Adding one: a function and a row
+here, and a row in `tests/test_contract.py`.
 """
 
 import dataclasses

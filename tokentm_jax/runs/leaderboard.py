@@ -104,13 +104,18 @@ def select(
 ) -> LeaderboardConfig:
     """The config with those of its rows and runs that are named, less runs without a row. None: all of them.
 
-    Raises InputError for no such row or run.
+    Raises InputError for no such row or run, and where the run of `faithfulness` is left out.
     """
     known = {run.name: run for run in config.runs}
     for kind, chosen, there in (("row", methods, config.rows), ("run", runs, known)):
         for name in chosen or ():
             if name not in there:
                 raise suggest(kind, name, there, of=config.name)
+    shown = config.faithfulness[0]
+    if runs is not None and shown in known and shown not in runs:
+        raise InputError(
+            f"the runs must have {shown!r} among them, which 'faithfulness' of {config.name} is a column of"
+        )
     kept = [run for run in config.runs if runs is None or run.name in runs]
     if methods is not None:
         kept = [dataclasses.replace(run, rows=[row for row in run.rows if row.name in methods]) for run in kept]
