@@ -6,7 +6,7 @@
 
 Data: ../shared/data/audio/spoken_digits.zip, 400 recordings of theo. Silence is 0, the lowest level; the padding after
 a recording is silent already.
-Run time: 12 minutes for 18 rows of pixels on one core that others used, too.
+Run time: less than a minute for a row of pixels on one core that others used, too.
 """
 
 from typing import Literal

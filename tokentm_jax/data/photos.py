@@ -111,8 +111,8 @@ def open_photo(path: str | Path) -> Image.Image:
 
     Raises:
       InputError: the file is missing, not a file, unreadable, empty, larger than `MAX_FILE`, not an image of
-        `FORMATS`, damaged, of more than `MAX_PIXELS` pixels (checked in the header, before anything is decoded), or
-        a strip narrower than 1 : `MAX_ASPECT`.
+        `FORMATS`, damaged, of more than `MAX_PIXELS` pixels (three quarters of that for WebP; checked in the header,
+        before anything is decoded), or a strip narrower than 1 : `MAX_ASPECT`.
     """
     with opened(path) as file:
         if size_of(file) > MAX_FILE:

@@ -180,8 +180,8 @@ class EvaluateConfig:
         "channel:NUMBER"; see `LoadedViT.score`.
       label_map: the model's class (name, wnid or number) of classes that the data set names otherwise, or the file of
         such a map, see `tokentm_jax.data.labels.read_label_map`.
-      mixed_precision: what the model says of changed images is computed by `tokentm_jax.maths.mixed`, faster. Maps are
-        not, nor is what it says of whole images.
+      mixed_precision: what the model says of changed images is computed by `tokentm_jax.maths.mixed`, faster. Maps and
+        predictions are not; whole images that answers are compared with are.
     """
 
     name: Name

@@ -370,7 +370,7 @@ def build(
     """The module of a configuration (keys of timm's VisionTransformer) or of a name of the table.
 
     Args:
-        config: besides timm's keys, `distilled`, `activation` ("gelu", "quick_gelu") and `norm_eps`.
+        config: besides timm's keys, `distilled`, `activation` ("gelu", "quick_gelu", "gelu_tanh") and `norm_eps`.
         img_size: side or (height, width) in pixels, in place of the configuration's.
         num_classes: in place of the configuration's.
         dtype: type of the activations, such as "bfloat16"; None: that of the images.

@@ -26,7 +26,7 @@ Tap = Callable[[str, Array], Array]
 
 @dataclasses.dataclass(frozen=True)
 class PlainModel:
-    """A function `forward(params, images, tap) -> logits` as a model that every method may explain.
+    """A function `forward(params, images, tap) -> logits` as a model, explained by what it shows.
 
     Args:
       forward: of normalised images [B, H, W, C], with the blocks in a Python loop: what is tapped inside of `jax.jit`,
