@@ -252,7 +252,7 @@ def test_normalisations_and_weights_of_a_combination():
         pytest.param("tokentm,attn_lrp,conservative_lrp,legrad", "own", marks=pytest.mark.slow),
         pytest.param("legrad,gae,tokentm", "own", marks=pytest.mark.slow),
         pytest.param("tokentm,conservative_lrp,legrad,attn_lrp", "conservative_lrp", marks=pytest.mark.slow),
-        ("attn_lrp,gae", "attn_lrp"),
+        pytest.param("attn_lrp,gae", "attn_lrp", marks=pytest.mark.slow),
         ("legrad,libra_tokentm,conservative_lrp,tokentm", "own"),
     ],
 )
