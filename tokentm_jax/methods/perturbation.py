@@ -194,10 +194,9 @@ def _refuse_texts(inputs: Any, reason: str) -> None:
         raise Unfit(reason)
 
 
-ONE_BY_ONE = "option 'window' is for grids of patches: words are removed one by one"
-
-
-def _windows(grid: tuple[int, int], window: int, stride: int) -> Array:
+def _windows(inputs: Any, grid: tuple[int, int], window: int, stride: int) -> Array:
+    if window > 1:
+        _refuse_texts(inputs, "option 'window' is for grids of patches: words are removed one by one")
     if window > min(grid):
         raise InputError(
             f"option 'window' must be at most {min(grid)} for {grid[0]} x {grid[1]} patches, got {window}"
@@ -227,10 +226,8 @@ def occlusion(
     Windows have `window` x `window` patches and begin `stride` patches apart; the last ones end at the border. A
     patch has the mean loss of the windows that it is in.
     """
-    if window > 1:
-        _refuse_texts(inputs, ONE_BY_ONE)
     played = game(module, params, inputs, target, options)
-    removed = _windows(played.grid, window, stride)
+    removed = _windows(inputs, played.grid, window, stride)
     return played.maps(_losses(played.full, played.values(~removed), removed)), played.details
 
 
@@ -253,13 +250,11 @@ def token_dropping(
     """
     require_streams(module, "the method 'token_dropping' takes tokens out of the sequence")
     inputs = as_inputs(module, params, inputs)
-    if window > 1:
-        _refuse_texts(inputs, ONE_BY_ONE)
     if isinstance(inputs, Texts):
         return _word_dropping(module, params, inputs, target, window, stride, value, chunk)
     if module.rope_type is not None:
         raise Unfit("the method 'token_dropping' needs blocks that do not know a token's place: no rotary positions")
-    removed = _windows(module.grid, window, stride)
+    removed = _windows(inputs, module.grid, window, stride)
     left = removed.shape[1] - window * window
     if not left:
         raise InputError("the method 'token_dropping' must leave a patch: the window is the whole grid")
@@ -287,7 +282,7 @@ def _word_dropping(
 ) -> Explanation:
     """As `token_dropping`: nothing attends to a word piece that was dropped. Marks stay."""
     grid = (1, texts.mask.shape[1])
-    removed = _windows(grid, window, stride)
+    removed = _windows(texts, grid, window, stride)
     tokens = module.apply({"params": params}, texts, method="embed")
 
     def read(mask: Array) -> Array:
