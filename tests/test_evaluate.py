@@ -234,7 +234,10 @@ def test_other_tasks(config, vit, folder, tmp_path):
     assert len(per_image) == 4 and similarity["random"] == pytest.approx(abs(np.mean(per_image)))
 
 
-def test_maps_of_pixels_as_means_over_patches(config, vit, folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "task", ["perturbation", *(pytest.param(t, marks=pytest.mark.slow) for t in ("sensitivity", "srg"))]
+)
+def test_maps_of_pixels_as_means_over_patches(config, vit, folder, tmp_path, monkeypatch, task):
     """The same as a method that averages its own map, for every kind of task; maps of patches stay as they are."""
 
     def averaged(module, params, inputs, target):
@@ -250,18 +253,17 @@ def test_maps_of_pixels_as_means_over_patches(config, vit, folder, tmp_path, mon
         Row("gae by patch", "gae", by_patch=True),
         Row("random pixels", "random", {"pixels": True}),
     ]
-    for task in ("perturbation", "sensitivity", "srg"):
-        options = {"samples": 2} if task == "sensitivity" else {}
-        options |= {"steps": 3} if task == "srg" else {}
-        some = dataclasses.replace(config, task=task, options=options, rows=own)
-        results = evaluate(some, vit, open_source(folder), tmp_path / task)
-        for metric in TASKS[task].columns:
-            found = {row.name: value(results, row.name, metric) for row in own}
-            assert found["patches"] == pytest.approx(found["averaged"], rel=1e-5)
-            assert found["gae by patch"] == pytest.approx(found["gae"], rel=1e-5)
-        assert (found["pixels"] == pytest.approx(found["patches"], rel=1e-5)) == (task == "srg")  # by patch anyway
-        noise = [value(results, name, metric) for name in ("random", "random pixels")]
-        assert np.isfinite(noise).all() and (noise[0] != noise[1] or task == "sensitivity")
+    options = {"samples": 2} if task == "sensitivity" else {}
+    options |= {"steps": 3} if task == "srg" else {}
+    some = dataclasses.replace(config, task=task, options=options, rows=own)
+    results = evaluate(some, vit, open_source(folder), tmp_path / task)
+    for metric in TASKS[task].columns:
+        found = {row.name: value(results, row.name, metric) for row in own}
+        assert found["patches"] == pytest.approx(found["averaged"], rel=1e-5)
+        assert found["gae by patch"] == pytest.approx(found["gae"], rel=1e-5)
+    assert (found["pixels"] == pytest.approx(found["patches"], rel=1e-5)) == (task == "srg")  # by patch anyway
+    noise = [value(results, name, metric) for name in ("random", "random pixels")]
+    assert np.isfinite(noise).all() and (noise[0] != noise[1] or task == "sensitivity")
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,7 @@ def test_a_page_of_a_run(place, tmp_path):
     assert "No pictures" in page.read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_pages_of_a_score_show_its_maps(place, tmp_path):
     """Of a run that asks for a difference of logits, and of a store that asks for a channel, which is of no class."""
     recipe, page, out = tmp_path / "recipe.py", tmp_path / "page.html", tmp_path / "run"

@@ -73,7 +73,7 @@ def bert(request):
     return module, params
 
 
-QUICK = ("tokentm", "attn_lrp")
+QUICK = ("tokentm",)
 CASES = mostly_slow([m for m in METHODS if m not in REFUSE], QUICK)
 
 
