@@ -273,6 +273,6 @@ def test_signals_while_results_are_written(work, tmp_path, monkeypatch, command,
         assert process.returncode == 128 + number, said
         assert time.monotonic() - began < GRACE + 5
         assert "Traceback" not in said and "Exception" not in said and "Error" not in said
-        unfinished = (".part", ".old", ".__lock", ".orbax-checkpoint-tmp")
+        unfinished = (".part", ".__lock", ".orbax-checkpoint-tmp")
         assert not [path for path in out.rglob("*") if path.name.endswith(unfinished)]
         assert {path.read_text()[-1:] for path in out.rglob("*.jsonl")} <= {"", "\n"}  # no half line

@@ -1,23 +1,25 @@
-"""Files that nobody has checked, and files that appear whole or not at all.
+"""Reading untrusted files, and atomic writes that replace nothing of the user's.
 
 Everything that is read from a path goes through `opened`: it never waits for a pipe, never reads a device, and turns
-each fault into one InputError that names the file. Everything that is written goes through `replace`; where it could
-meet a file of the user, `ours` tells whether this program wrote what stands there.
+each fault into one InputError that names the file. Everything that is written goes through `replace`, or
+`replace_folder` for a checkpoint that is a folder. Both follow one rule, `require_ours`: what this program did not
+write stays, except regular files that the user allows to be overwritten.
 """
 
 import errno
-import hashlib
 import json
 import os
 import re
 import shutil
 import signal
 import stat
+import tempfile
 import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from io import BufferedReader
 from pathlib import Path
 from types import FrameType
@@ -26,10 +28,13 @@ from typing import Any
 from tokentm_jax.errors import InputError
 
 LARGEST_TEXT = 64 * 2**20  # bytes of a text, table or description
-MARK = "tokentm_jax"  # in PNG files the start of their tEXt "Software", in safetensors files a key of the header
+MARK = "tokentm_jax"  # the start of the mark of texts and figures, and a key in results and weights
 MAP_MEMBERS = {"map", "method", "options", "versions"}  # of every .npz that `tokentm explain` writes
 # What Orbax puts into a folder.
-_ORBAX = re.compile(r"_\w+|array_metadatas|commit_success\.txt|d|manifest\.ocdbt|ocdbt\.process_\d+")
+_ORBAX = re.compile(
+    r"_[A-Z_]+|_sharding|commit_success\.txt|array_metadatas(/process_\d+)?"
+    r"|(ocdbt\.process_\d+/)?(manifest\.ocdbt|d(/[0-9a-f]{32})?)|ocdbt\.process_\d+"
+)
 
 
 def reason(error: BaseException) -> str:
@@ -119,26 +124,53 @@ def read_json(path: str | os.PathLike[str], largest: int = LARGEST_TEXT, what: s
         raise InputError(f"{what} {os.fspath(path)} is not valid JSON ({reason(error)})".lstrip()) from None
 
 
-def replace(path: str | os.PathLike[str], write: Callable[[Path], Any], hint: str = "") -> None:
-    """Replace a file or folder as a whole by what `write` makes of the path that it is given.
+def replace(
+    path: str | os.PathLike[str], write: Callable[[Path], Any], hint: str = "", *, overwrite: bool = False
+) -> None:
+    """Write a file by what `write` makes of the path that it is given.
 
-    Either all of it is there afterwards, or what was there before. InputError "{path} cannot be written: ...{hint}".
+    Either all of it is there afterwards, or what was there before. InputError as for `require_ours`, and "{path}
+    cannot be written: ...{hint}".
     """
     path = Path(path)
-    tail = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]  # the name itself may leave no room for more
-    part, old = (path.with_name(f".{os.getpid()}-{tail}.{kind}") for kind in ("part", "old"))
-    try:
+    require_ours(path, overwrite)
+    with _beside(path, hint) as part:
         write(part)
-        if path.is_dir() and not path.is_symlink():
-            os.replace(path, old)
+        require_ours(path, overwrite)  # writing may have taken long
         os.replace(part, path)
+
+
+def replace_folder(path: str | os.PathLike[str], write: Callable[[Path], Any], hint: str = "") -> None:
+    """`replace` for a folder: one that this program wrote makes room for it, and nothing else."""
+    path = Path(path)
+    require_ours(path, folder=True)
+    with _beside(path, hint) as part:
+        write(part)
+        require_ours(path, folder=True)
+        if not path.exists():
+            os.replace(part, path)
+            return
+        old = part.with_name("old")
+        os.replace(path, old)
+        try:
+            os.replace(part, path)
+        except BaseException:
+            os.replace(old, path)
+            raise
+
+
+@contextmanager
+def _beside(path: Path, hint: str) -> Iterator[Path]:
+    """A free path in a new folder next to `path`, which is removed at the end with what is left in it."""
+    room = None
+    try:
+        room = Path(tempfile.mkdtemp(".part", f".{MARK}-", path.parent))
+        yield room / f"new{path.suffix}"
     except OSError as error:
         raise InputError(f"{path} cannot be written: {reason(error)}{hint}") from None
     finally:
-        if old.exists() and not path.exists():
-            os.replace(old, path)
-        for left in (part, old):
-            remove(left)
+        if room is not None:
+            remove(room)
 
 
 @contextmanager
@@ -179,45 +211,116 @@ def remove(path: Path) -> None:
         time.sleep(0.1)
 
 
-def write_text(path: str | os.PathLike[str], text: str, hint: str = "") -> None:
-    """Replace a file by a UTF-8 text, as a whole."""
-    replace(path, lambda part: part.write_text(text, encoding="utf-8"), hint)
+def write_text(path: str | os.PathLike[str], text: str, hint: str = "", *, overwrite: bool = False) -> None:
+    """Write a file of UTF-8 text with `replace`."""
+    replace(path, lambda part: part.write_text(text, encoding="utf-8"), hint, overwrite=overwrite)
 
 
-def write_json(path: str | os.PathLike[str], content: Any, hint: str = "") -> None:
-    """Replace a file by a JSON document, as a whole."""
-    write_text(path, json.dumps(content, indent=1) + "\n", hint)
+def write_json(path: str | os.PathLike[str], content: Any, hint: str = "", *, overwrite: bool = False) -> None:
+    """Write a JSON document with `replace`."""
+    write_text(path, json.dumps(content, indent=1) + "\n", hint, overwrite=overwrite)
+
+
+# ---- what this program wrote ----------------------------------------------------------------------------------------
+
+_GENERATOR = rb"(%s [\w.+-]+(?: #[0-9a-f]+)?)" % MARK.encode()
+_CARRIERS = {  # first bytes of a file -> where its mark is, in its first or last bytes
+    b"\x89PNG": rb"tEXtSoftware\0" + _GENERATOR,
+    b"%PDF": rb"/Creator \(" + _GENERATOR + rb"\)",
+    b"<?xml": rb"<cc:Agent>\s*<dc:title>" + _GENERATOR + rb"</dc:title>",  # SVG
+    b"\xff\xd8": rb"(?:\xff\xfe..|Exif\0\0.{0,4000}?)" + _GENERATOR,  # JPEG: a comment, or the EXIF "Software"
+    b"<!doctype html": rb'<meta name="generator" content="' + _GENERATOR + rb'">',
+    b"#": rb"<!-- " + _GENERATOR + rb" -->\s*\Z",  # Markdown
+}
+_LOOKED_AT = 8192  # bytes at the start and at the end
+
+
+def generator(question: str = "") -> str:
+    """The mark of a text, page or figure, by which `ours` knows it: program, version and, of a figure that answers
+    one, the digest of a question."""
+    return f"{MARK} {version_of(MARK)}{question and f' #{question}'}"
+
+
+def version_of(package: str) -> str:
+    """Version of an installed package; "unknown" for a clone that is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def ours(path: str | os.PathLike[str]) -> bool:
     """Whether this program wrote the file or Orbax folder, as a whole; False for a link, and for what is damaged."""
+    return mark_of(path) is not None
+
+
+def mark_of(path: str | os.PathLike[str]) -> str | None:
+    """The mark of a file or folder that this program wrote (see `generator`), None of anything else."""
     path = Path(path)
-    if path.is_symlink():
-        return False
     try:
+        if path.is_symlink():
+            return None
         if path.is_dir():
-            inside = {entry.name for entry in path.iterdir()}
-            params = [entry.name for entry in (path / "params").iterdir()]
-            description = read_json(path / "description.json")
-            known = isinstance(description, dict) and "architecture" in description
-            return inside == {"description.json", "params"} and known and all(map(_ORBAX.fullmatch, params))
+            return MARK if _is_orbax(path) else None
         with opened(path) as file:
-            start = file.read(1024)
-            if start.startswith(b"\x89PNG"):  # the mark comes before the picture
-                return f"tEXtSoftware\0{MARK} ".encode() in start
-            if start.startswith(b"PK"):
-                with zipfile.ZipFile(file) as archive:
-                    return {f"{name}.npy" for name in MAP_MEMBERS} <= set(archive.namelist())
-            length = int.from_bytes(start[:8], "little")
-            if start[8:9] != b"{" or length > LARGEST_TEXT:
-                return False
-            file.seek(8)
-            return MARK in json.loads(file.read(length)).get("__metadata__", ())
+            start = file.read(_LOOKED_AT)
+            for magic, carrier in _CARRIERS.items():
+                if start[: len(magic)].lower() == magic.lower():
+                    file.seek(max(len(start), size_of(file) - _LOOKED_AT))
+                    found = re.search(carrier, start + file.read(_LOOKED_AT), re.DOTALL)
+                    return found and found[1].decode()
+            file.seek(0)
+            return _mark_of_data(file, start)
     except Exception:  # damaged in some way, or of another program: zipfile and JSON raise a dozen kinds
+        return None
+
+
+def _mark_of_data(file: BufferedReader, start: bytes) -> str | None:
+    """The mark of maps (.npz), results (JSON) or weights (safetensors)."""
+    if start.startswith(b"PK"):
+        with zipfile.ZipFile(file) as archive:
+            return MARK if {f"{name}.npy" for name in MAP_MEMBERS} <= set(archive.namelist()) else None
+    length, after = int.from_bytes(start[:8], "little"), start[8:9]
+    if after == b"{" and length <= LARGEST_TEXT:
+        file.seek(8)
+        return MARK if MARK in json.loads(file.read(length)).get("__metadata__", ()) else None
+    if start.startswith(b"{") and size_of(file) <= LARGEST_TEXT:
+        content = json.loads(file.read())
+        versions = content.get("run", content).get("versions", ())
+        return MARK if MARK in content or MARK in versions else None
+    return None
+
+
+def _is_orbax(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint of `write_checkpoint` and nothing else."""
+    description = read_json(folder / "description.json")
+    if not isinstance(description, dict) or "architecture" not in description:
         return False
+    if {entry.name for entry in folder.iterdir()} != {"description.json", "params"}:
+        return False
+    entries = list((folder / "params").rglob("*"))
+    known = (_ORBAX.fullmatch(entry.relative_to(folder / "params").as_posix()) for entry in entries)
+    return not any(entry.is_symlink() for entry in (folder / "params", *entries)) and all(known)
 
 
-def require_ours(path: str | os.PathLike[str]) -> None:
-    """InputError for a place where something stands that this program did not write."""
-    if os.path.lexists(path) and not ours(path):
-        raise InputError(f"{os.fspath(path)} is there and was not written by this program: choose another name")
+def require_ours(path: str | os.PathLike[str], overwrite: bool = False, *, folder: bool = False) -> None:
+    """The rule of everything that is written: InputError unless a place is free, or holds what may be replaced.
+
+    That is a file that this program wrote; with `overwrite`, any regular file; with `folder`, a folder that it wrote.
+    It is never a link, a pipe or a device, and never a folder where a file is to be written.
+    """
+    name = os.fspath(path)
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name} cannot be written: {reason(error)}") from None
+    wanted, other = (stat.S_ISDIR, "a folder") if folder else (stat.S_ISREG, "a file")
+    if not wanted(mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFREG: "a file", stat.S_IFLNK: "a link"}
+        kind = kinds.get(stat.S_IFMT(mode), "a pipe or device")
+        raise InputError(f"{name} is {kind}, and {other} is to be written there: choose another name")
+    if not overwrite and not ours(path):
+        advice = "choose another name" + ("" if folder else ", or allow it with --overwrite")
+        raise InputError(f"{name} is there and was not written by this program: {advice}")

@@ -13,12 +13,11 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokentm_jax.errors import InputError
-from tokentm_jax.files import MARK, opened, read_json, reason, replace, write_json
+from tokentm_jax.files import generator, opened, read_json, reason, replace, version_of, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,14 +29,6 @@ PACKAGES = ("tokentm_jax", "jax", "jaxlib", "flax", "numpy", "pillow")  # that n
 _READERS = 8  # files read at a time
 
 
-def version_of(package: str) -> str:
-    """Version of an installed package; "unknown" for a clone that is not installed."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"
-
-
 def environment() -> dict[str, Any]:
     """The versions and the kind of device that results depend on."""
     import jax
@@ -46,15 +37,17 @@ def environment() -> dict[str, Any]:
     return {"device": jax.local_devices()[0].device_kind, "versions": versions}
 
 
-def write_png(figure: "Figure", path: Path, hint: str = "") -> None:
-    """Write a figure whole or not at all, with the mark and version by which `files.ours` knows it.
-
-    Raises InputError "{path} cannot be written: ...{hint}".
-    """
-    software = f"{MARK} {version_of('tokentm_jax')}"
+def write_png(figure: "Figure", path: Path, hint: str = "", *, overwrite: bool = False, question: str = "") -> None:
+    """Write a figure with `files.replace`, and with the mark of `files.generator`. Raises InputError."""
+    software = generator(question)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of letters that the font lacks
-        replace(path, lambda part: figure.savefig(part, format="png", metadata={"Software": software}), hint)
+        replace(
+            path,
+            lambda part: figure.savefig(part, format="png", metadata={"Software": software}),
+            hint,
+            overwrite=overwrite,
+        )
 
 
 def digest(*parts: Any) -> str:
@@ -126,18 +119,21 @@ def _shown(value: Any) -> str:
 def claimed(folder: Path, terms: Terms, writes: Iterable[str]) -> Iterator[None]:
     """Make a folder of results, or make sure that it holds those of the same terms; nobody else writes meanwhile.
 
-    `writes` names the files that the run will write there: one that stands in a folder without an identity is not
-    ours, and is not overwritten. Raises InputError for that, for other terms, and where another process is at work.
+    `writes` names the files that the run will write there: one that is in a folder without an identity is not ours,
+    and is not overwritten. Raises InputError for that, for other terms, and where another process is at work.
     """
     from filelock import FileLock, Timeout
 
     known = folder / "identity.json"
     foreign = [] if os.path.lexists(known) else [name for name in writes if os.path.lexists(folder / name)]
+    lock_file = folder / ".lock"  # empty, and emptied by FileLock
+    if os.path.lexists(lock_file) and (lock_file.is_symlink() or not lock_file.is_file() or lock_file.stat().st_size):
+        foreign.insert(0, lock_file.name)
     if foreign:
         raise InputError(f"{folder / foreign[0]} is not a file of this program; choose another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=0)
+        lock = FileLock(lock_file, timeout=0)
         lock.acquire()
     except Timeout:
         raise InputError(f"{folder} is being written by another process") from None

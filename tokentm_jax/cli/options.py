@@ -2,6 +2,7 @@
 
 import os
 import re
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -77,11 +78,10 @@ def parse_option(text: str) -> tuple[str, bool | int | float | str | None]:
 
 
 def make_folder(out: Path) -> None:
-    probe = out / f".{os.getpid()}.part"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=out):
+            pass
     except OSError as error:
         raise InputError(f"the output folder {out} cannot be written: {reason(error)}") from None
 

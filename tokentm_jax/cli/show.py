@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from tokentm_jax.errors import InputError, printable
-from tokentm_jax.files import as_path, replace
+from tokentm_jax.files import as_path, generator, replace
 
 if TYPE_CHECKING:
     from tokentm_jax.models.loading import LoadedViT
@@ -45,8 +46,9 @@ class Figure:
         )
 
     def _repr_png_(self) -> bytes:
-        file = io.BytesIO()
-        self.image().save(file, "PNG")
+        file, mark = io.BytesIO(), PngInfo()
+        mark.add_text("Software", generator())
+        self.image().save(file, "PNG", pnginfo=mark)
         return file.getvalue()
 
     def image(self) -> Image.Image:
@@ -69,9 +71,12 @@ class Figure:
             top += height
         return sheet
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the figure as a PNG file, whole or not at all. Raises InputError."""
-        replace(as_path(path, "the figure"), lambda part: part.write_bytes(self._repr_png_()))
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write the figure as a PNG file, whole or not at all.
+
+        Raises InputError, also where another thing than a figure of this program is; a file gives way to `overwrite`.
+        """
+        replace(as_path(path, "the figure"), lambda part: part.write_bytes(self._repr_png_()), overwrite=overwrite)
 
 
 def show(

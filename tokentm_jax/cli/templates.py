@@ -4,6 +4,8 @@ from typing import Any
 
 import jinja2
 
+from tokentm_jax.files import generator
+
 _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("tokentm_jax.cli", "pages"),
     autoescape=True,
@@ -14,7 +16,8 @@ _ENVIRONMENT.policies["json.dumps_kwargs"] = {"sort_keys": False, "separators": 
 
 
 def render(template: str, **values: Any) -> str:
-    """The page that a template makes of the values, which it may use with the package's `version`."""
+    """The page that a template makes of the values, which it may use with the package's `version`, and with the
+    `generator` by which `files.ours` knows it."""
     from tokentm_jax import __version__
 
-    return _ENVIRONMENT.get_template(template).render(version=__version__, **values)
+    return _ENVIRONMENT.get_template(template).render(version=__version__, generator=generator(), **values)

@@ -21,7 +21,8 @@ def complain(sentence: str) -> None:
 def show_results(table: Path) -> None:
     """Print the Markdown table of a finished run, and where it lies."""
     for line in table.read_text(encoding="utf-8").splitlines():
-        click.echo(printable(line))
+        if not line.startswith("<!-- "):
+            click.echo(printable(line))
     click.echo(f"The results are in {printable(table.parent)}")
 
 

@@ -34,7 +34,7 @@ from tokentm_jax.files import (
     read_json,
     reason,
     replace,
-    require_ours,
+    replace_folder,
     stored_size,
     uninterrupted,
 )
@@ -491,6 +491,8 @@ def write_checkpoint(
     class_names: list[str] | tuple[str, ...] | None = None,
     extra: Mapping[str, Any] | None = None,
     dtype: Literal["float32", "float16"] = "float32",
+    *,
+    overwrite: bool = False,
 ) -> Path:
     """Write weights with everything needed to use them again.
 
@@ -501,6 +503,7 @@ def write_checkpoint(
         class_names: one per class.
         extra: more JSON values for the description, such as the accuracy.
         dtype: in which numbers are stored, for a file of safetensors.
+        overwrite: also replace a regular file that this program did not write. A folder of others is never replaced.
 
     Returns:
         The path written. It appears whole or not at all, and replaces a checkpoint that was written here before.
@@ -530,17 +533,16 @@ def write_checkpoint(
     with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused below
         tensors = to_timm(params, module, dtype)
     to_params(module, tensors, "params")  # what could not be read again is not written
-    require_ours(path)
-
-    def write(part: Path) -> None:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix:
-            # Not save_file: it would make a file that nobody else may read.
-            part.write_bytes(safetensors.numpy.save(tensors, {MARK: text, "format": "pt"}))
-        else:
-            _write_orbax(part, params, text)
-
-    replace(path, write)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {reason(error)}") from None
+    if path.suffix:
+        data = safetensors.numpy.save(tensors, {MARK: text, "format": "pt"})
+        # Not save_file: it would make a file that nobody else may read.
+        replace(path, lambda part: part.write_bytes(data), overwrite=overwrite)
+    else:
+        replace_folder(path, lambda part: _write_orbax(part, params, text))
     return path
 
 

@@ -121,7 +121,7 @@ def answers(
             rows = np.arange(start, start + _BATCH, dtype=np.int32) % count  # one shape for all batches
             said.append(answer(teacher.params, data.images[rows], rows, np.int32(number)))
         found.append(np.concatenate(said)[:count])
-        replace(path, partial(_write, identity, np.stack(found)))
+        replace(path, partial(_write, identity, np.stack(found)), overwrite=True)  # it was read, or was not there
         left = (time.monotonic() - began) / (number + 1 - first) * (config.teacher_views - number - 1)
         log(f"teacher: view {number + 1} of {config.teacher_views}, {left / 60:.0f} min left")
     return np.stack(found)

@@ -365,7 +365,7 @@ def _evaluate(
 
     run["skipped"] = {"count": len(skipped), "examples": dict(sorted(skipped.items())[:20])}
     results = {"rows": summarise(config, clean, records, keys), "run": run}
-    write_json(out / EXAMPLES, keys, KEPT)
+    write_json(out / EXAMPLES, keys, KEPT, overwrite=True)  # a list has no mark, and the folder is claimed
     write_json(out / "results.json", results, KEPT)
     write_text(out / "results.md", markdown(results), KEPT)
     write_png(draw(config, clean, records, keys), out / "curves.png", KEPT)

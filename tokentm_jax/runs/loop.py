@@ -141,7 +141,8 @@ def _run(
             left = elapsed / (done - first) * (steps - done)
             record = {"step": done, "loss": mean_loss, "test_accuracy": top_1, "seconds": round(elapsed, 1)}
             lines.append(json.dumps(record) + "\n")
-            write_text(out / "log.jsonl", "".join(lines))  # first: a line beyond the checkpoint is dropped later
+            # First: a line beyond the checkpoint is dropped later. The folder is claimed.
+            write_text(out / "log.jsonl", "".join(lines), overwrite=True)
             _save(saved, done, state)
             log(f"epoch {done / per_epoch:.1f}: loss {mean_loss:.3f}, test {top_1:.2%}, {left / 60:.0f} min left")
     if top_1 is None:  # nothing was left to train

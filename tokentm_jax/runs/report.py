@@ -11,7 +11,7 @@ from typing_extensions import TypedDict
 
 from tokentm_jax import metrics
 from tokentm_jax.errors import InputError, suggest
-from tokentm_jax.files import read_json
+from tokentm_jax.files import generator, read_json
 from tokentm_jax.metrics.tasks import (
     CLEAN,
     FINITE_MAPS,
@@ -102,8 +102,8 @@ def in_table(name: str) -> str:
 
 
 def document(lines: Sequence[str]) -> str:
-    """The text of the lines; the path of a data set in them may be no UTF-8."""
-    return ("\n".join(lines) + "\n").encode("utf-8", "replace").decode()
+    """The text of the lines with the mark by which `files.ours` knows it; a path in them may not be UTF-8."""
+    return "\n".join([*lines, "", f"<!-- {generator()} -->", ""]).encode("utf-8", "replace").decode()
 
 
 def _cell(row: Mapping[str, Any], digits: int = 2) -> str:

@@ -168,7 +168,10 @@ def write_text_folder(
     tokenizer: Path,
     how: Mapping[str, Any],
 ) -> None:
-    """A text classifier as a folder in the layout of BertForSequenceClassification; each file as a whole."""
+    """A text classifier as a folder in the layout of BertForSequenceClassification; each file as a whole.
+
+    Files of these names are replaced: the folder must be claimed.
+    """
     tensors = write_names(jax.device_get(params))
     content = {
         "architectures": ["BertForSequenceClassification"],
@@ -188,7 +191,7 @@ def write_text_folder(
     }
     if module.embedding_size:
         content["embedding_size"] = module.embedding_size
-    write_text(out / "tokenizer.json", tokenizer.read_text(encoding="utf-8"))
+    write_text(out / "tokenizer.json", tokenizer.read_text(encoding="utf-8"), overwrite=True)
     data = safetensors.numpy.save({name: np.ascontiguousarray(a) for name, a in tensors.items()}, {"format": "pt"})
-    replace(out / "model.safetensors", lambda part: part.write_bytes(data))
-    write_json(out / "config.json", content)
+    replace(out / "model.safetensors", lambda part: part.write_bytes(data), overwrite=True)
+    write_json(out / "config.json", content, overwrite=True)
