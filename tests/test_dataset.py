@@ -363,6 +363,8 @@ def test_where_a_store_can_be(whole, folder, tmp_path):
         ("https://localhost:1/maps", "unsupported URL scheme"),
         (f"file://{tmp_path}/a.zip|zip:", "unsupported URL scheme"),
         ("gs://x", "cannot be opened: .*bucket name"),
+        ("s3://", "s3: names no store: a URL is written as s3://BUCKET/NAME"),
+        (Path("s3://bucket/maps"), "s3:/bucket/maps names no store: a URL is written as s3://BUCKET/NAME"),
         ("memory://nothing", "holds no maps; `tokentm dataset` makes them"),
         (tmp_path, "holds no maps"),
         (tmp_path / "absent/maps", "holds no maps"),

@@ -223,8 +223,8 @@ def test_bad_arguments_are_one_sentence(place, tmp_path):
         ([photos, "--best", 2], "--best is for a report on a run, not on photos"),
         ([tmp_path], "results.json lacks 'rows'"),
         ([tmp_path, photos], "is a run: a report is on one of them, or on photos"),
-        ([photos, "--checkpoint", checkpoint, "--out", tmp_path / "no" / "page.html"], "its folder must be there"),
-        ([photos, "--checkpoint", checkpoint, "--out", tmp_path], "it must be a file"),
+        ([photos, "--checkpoint", checkpoint, "--out", tmp_path / "no" / "page.html"], "its folder does not exist"),
+        ([photos, "--checkpoint", checkpoint, "--out", tmp_path], "is a folder, and a file is to be written there"),
     ):
         found = run("report", *arguments, *([] if "--out" in arguments else ["--out", tmp_path / "page.html"]))
         assert found.exit_code == 2 and re.search(sentence, found.output), found.output

@@ -115,22 +115,30 @@ def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)[:200]
 
 
+def _is_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
+def _may_take(path: Path, overwrite: bool) -> bool:
+    return not os.path.lexists(path) or (overwrite and _is_file(path))
+
+
 @contextmanager
-def claimed(folder: Path, terms: Terms, writes: Iterable[str]) -> Iterator[None]:
+def claimed(folder: Path, terms: Terms, writes: Iterable[str], overwrite: bool = False) -> Iterator[None]:
     """Make a folder of results, or make sure that it holds those of the same terms; nobody else writes meanwhile.
 
-    `writes` names the files that the run will write there: one that is in a folder without an identity is not ours,
-    and is not overwritten. Raises InputError for that, for other terms, and where another process is at work.
+    `writes` names what the run will write there: in a folder without an identity, it is not ours. Files give way with
+    `overwrite`, folders never. Raises InputError for that, for other terms, and where another process is at work.
     """
     from filelock import FileLock, Timeout
 
-    known = folder / "identity.json"
-    foreign = [] if os.path.lexists(known) else [name for name in writes if os.path.lexists(folder / name)]
-    lock_file = folder / ".lock"  # empty, and emptied by FileLock
-    if os.path.lexists(lock_file) and (lock_file.is_symlink() or not lock_file.is_file() or lock_file.stat().st_size):
-        foreign.insert(0, lock_file.name)
+    known, lock_file = folder / "identity.json", folder / ".lock"
+    foreign = [] if os.path.lexists(known) else [folder / n for n in writes if not _may_take(folder / n, overwrite)]
+    if os.path.lexists(lock_file) and not (_is_file(lock_file) and not lock_file.stat().st_size):
+        raise InputError(f"{lock_file} is not a file of this program; choose another --out")  # FileLock empties it
     if foreign:
-        raise InputError(f"{folder / foreign[0]} is not a file of this program; choose another --out")
+        advice = "choose another --out" + (", or allow it with --overwrite" if _is_file(foreign[0]) else "")
+        raise InputError(f"{foreign[0]} is not a file of this program; {advice}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(lock_file, timeout=0)

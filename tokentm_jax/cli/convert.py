@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from tokentm_jax.cli.options import MODELS_HELP, PATH, class_names, start_jax
+from tokentm_jax.cli.options import MODELS_HELP, PATH, class_names, may_overwrite, start_jax
 from tokentm_jax.errors import printable
 from tokentm_jax.files import require_ours
 
@@ -16,8 +16,15 @@ from tokentm_jax.files import require_ours
 @click.option("--img-size", type=click.IntRange(1), help="Another resolution; position embeddings are resampled.")
 @click.option("--half", is_flag=True, help="Store numbers of 16 bits, for a file of half the size.")
 @class_names
+@may_overwrite
 def convert(
-    checkpoint: Path, out: Path, model: str | None, img_size: int | None, half: bool, classes: Path | None
+    checkpoint: Path,
+    out: Path,
+    model: str | None,
+    img_size: int | None,
+    half: bool,
+    classes: Path | None,
+    overwrite: bool,
 ) -> None:
     """Write CHECKPOINT to OUT with its architecture, preprocessing and class names.
 
@@ -32,12 +39,14 @@ def convert(
     from tokentm_jax.models.layouts import is_folder
     from tokentm_jax.models.loading import load
 
-    require_ours(out)  # before minutes of reading
+    require_ours(out, overwrite, folder=not out.suffix)  # before minutes of reading
     start_jax()
     vit = load(model, checkpoint, img_size=img_size, class_names=classes)
     known = {} if is_folder(checkpoint) else read_description(checkpoint) or {}  # such as the accuracy, and the epochs
     extra = {**known, "name": vit.name}
     dtype = "float16" if half else "float32"
-    written = write_checkpoint(out, vit.module, vit.params, vit.preprocessing, vit.class_names, extra, dtype)
+    written = write_checkpoint(
+        out, vit.module, vit.params, vit.preprocessing, vit.class_names, extra, dtype, overwrite=overwrite
+    )
     millions = parameter_count(vit.module) / 1e6
     click.echo(f"{printable(written)}: {vit.name}, {millions:.1f} M parameters, {vit.module.num_classes} classes")

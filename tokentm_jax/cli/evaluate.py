@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tokentm_jax.cli.options import MODELS_HELP, PATH, TEXT, class_names, make_folder, names_of, start_jax
+from tokentm_jax.cli.options import (
+    MODELS_HELP,
+    PATH,
+    TEXT,
+    class_names,
+    make_folder,
+    may_overwrite,
+    names_of,
+    start_jax,
+)
 from tokentm_jax.cli.recipes import read_recipe
 from tokentm_jax.cli.terminal import complain, running_table, show_results
 from tokentm_jax.errors import InputError
@@ -29,6 +38,7 @@ if TYPE_CHECKING:
 @class_names
 @click.option("--maps", type=TEXT, multiple=True, help="Store of `tokentm dataset` to take maps from; repeatable.")
 @click.option("--out", type=PATH, help="Folder; default: runs/<name of the recipe>.")
+@may_overwrite
 def evaluate(
     recipe: Path,
     model: str | None,
@@ -43,6 +53,7 @@ def evaluate(
     classes: Path | None,
     maps: tuple[str, ...],
     out: Path | None,
+    overwrite: bool,
 ) -> None:
     """Measure explanation methods by a recipe; started again with the same folder, it goes on where it stopped.
 
@@ -68,7 +79,7 @@ def evaluate(
                 raise InputError(f"{name} is for images, and the recipe {recipe} is for texts")
         changes = {"model": model, "data": data, "limit": limit, "batch_size": batch_size}
         config = dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
-        _evaluate_text(config if methods is None else select(config, names_of(methods)), out)
+        _evaluate_text(config if methods is None else select(config, names_of(methods)), out, overwrite)
         return
     if model is not None or checkpoint is not None:  # another model's checkpoint would not fit
         config = dataclasses.replace(
@@ -93,7 +104,7 @@ def evaluate(
     folder = out or Path("runs") / config.name
     make_folder(folder)
     with running_table() as report:
-        results = evaluate(config, vit, source, folder, report, stored)
+        results = evaluate(config, vit, source, folder, report, stored, overwrite=overwrite)
     skipped = results["run"]["skipped"]
     for sentence in skipped["examples"].values():
         complain(f"skipped: {sentence}")
@@ -102,7 +113,7 @@ def evaluate(
     show_results(folder / "results.md")
 
 
-def _evaluate_text(config: "TextEvaluateConfig", out: Path | None) -> None:
+def _evaluate_text(config: "TextEvaluateConfig", out: Path | None, overwrite: bool) -> None:
     from tokentm_jax.data.sentences import read_sentences
     from tokentm_jax.models.texts import load_text
     from tokentm_jax.runs.evaluate_text import check_text_config, evaluate_text
@@ -114,5 +125,5 @@ def _evaluate_text(config: "TextEvaluateConfig", out: Path | None) -> None:
     folder = out or Path("runs") / config.name
     make_folder(folder)
     with running_table() as report:
-        evaluate_text(config, text, sentences, folder, report)
+        evaluate_text(config, text, sentences, folder, report, overwrite=overwrite)
     show_results(folder / "results.md")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tokentm_jax.cli.heatmaps import softmax
-from tokentm_jax.cli.options import PATH, TEXT, methods_of, parse_options, start_jax
+from tokentm_jax.cli.options import PATH, TEXT, may_overwrite, methods_of, parse_options, require_place, start_jax
 from tokentm_jax.cli.terminal import complain, console, memory_errors, running
 from tokentm_jax.errors import InputError, printable
 from tokentm_jax.files import write_text
@@ -37,6 +37,7 @@ Scores = dict[int, dict[str, list[list["Word"]]]]  # class -> method -> for ever
 )
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Option of the method; repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document in place of words.")
+@may_overwrite
 def explain_text(
     texts: tuple[str, ...],
     model: str,
@@ -45,6 +46,7 @@ def explain_text(
     out: Path | None,
     options: tuple[str, ...],
     as_json: bool,
+    overwrite: bool,
 ) -> None:
     """Show which words of texts speak for a class, and which against it.
 
@@ -62,6 +64,8 @@ def explain_text(
     chosen, settings = methods_of(method), parse_options(options)
     for name in chosen:
         TABLE[name].bind(name, settings)
+    if out is not None:
+        require_place(out, overwrite)
     given = [line for text in texts for line in (_lines() if text == "-" else [text])]
     start_jax()
     text = load_text(model)
@@ -80,7 +84,7 @@ def explain_text(
         _described(text, given[i], outputs[i], int(targets[i]), scores[int(targets[i])], i) for i in range(len(given))
     ]
     if out is not None:
-        _write_page(out, text, given, outputs, scores, int(targets[0]))
+        _write_page(out, text, given, outputs, scores, int(targets[0]), overwrite)
     if as_json:
         click.echo(json.dumps(results, indent=1))
     else:
@@ -188,7 +192,9 @@ def _style(share: float) -> str:
     return f"black on #{red:02x}{low:02x}{blue:02x}"
 
 
-def _write_page(out: Path, text: "LoadedText", given: list[str], outputs: Any, scores: Scores, first: int) -> None:
+def _write_page(
+    out: Path, text: "LoadedText", given: list[str], outputs: Any, scores: Scores, first: int, overwrite: bool
+) -> None:
     try:
         from tokentm_jax.cli.templates import render
     except ImportError:
@@ -219,7 +225,7 @@ def _write_page(out: Path, text: "LoadedText", given: list[str], outputs: Any, s
         first=classes.index(first),
         model=text.name,
     )
-    write_text(out, page)
+    write_text(out, page, overwrite=overwrite)
 
 
 def _parts(given: str, words: list["Word"]) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from tokentm_jax.cli.options import PATH, TEXT, class_names, make_folder, names_of, start_jax
+from tokentm_jax.cli.options import PATH, TEXT, class_names, make_folder, may_overwrite, names_of, start_jax
 from tokentm_jax.cli.recipes import read_recipe
 from tokentm_jax.cli.terminal import running_table, show_results
 
@@ -20,6 +20,7 @@ from tokentm_jax.cli.terminal import running_table, show_results
 @class_names
 @click.option("--maps", type=TEXT, multiple=True, help="Store of `tokentm dataset` to take maps from; repeatable.")
 @click.option("--out", type=PATH, help="Folder; default: runs/<name of the recipe>.")
+@may_overwrite
 def leaderboard(
     recipe: Path,
     checkpoint: Path | None,
@@ -30,6 +31,7 @@ def leaderboard(
     classes: Path | None,
     maps: tuple[str, ...],
     out: Path | None,
+    overwrite: bool,
 ) -> None:
     """Measure methods by many yardsticks and rank them; started again with the same folder, it goes on.
 
@@ -60,5 +62,5 @@ def leaderboard(
     vit = load(config.runs[0].model, config.runs[0].checkpoint, class_names=classes)
     folder = out or Path("runs") / config.name
     make_folder(folder)
-    leaderboard(config, vit, folder, stores, running_table)
+    leaderboard(config, vit, folder, stores, running_table, overwrite=overwrite)
     show_results(folder / "leaderboard.md")

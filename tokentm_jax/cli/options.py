@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from tokentm_jax.errors import InputError, suggest
-from tokentm_jax.files import reason
+from tokentm_jax.files import reason, require_ours
 
 MODELS_HELP = (
     "Timm name, shipped model, folder or hf-hub:OWNER/NAME (`tokentm models`); default: the checkpoint's own."
@@ -33,6 +33,9 @@ class Given(click.ParamType):
 
 PATH, TEXT = Given(Path), Given(str)
 class_names = click.option("--classes", type=PATH, help="Class names: .json, or .txt with one per line.")
+may_overwrite = click.option(
+    "--overwrite", is_flag=True, help="Also replace files that this program did not write; folders never."
+)
 
 
 def names_of(text: str) -> list[str]:
@@ -75,6 +78,13 @@ def parse_option(text: str) -> tuple[str, bool | int | float | str | None]:
     if re.fullmatch(r"[+-]?([0-9]{1,18}\.?[0-9]{0,30}|\.[0-9]{1,30})(e[+-]?[0-9]{1,2})?", value, re.IGNORECASE):
         return key, float(value)
     return key, value
+
+
+def require_place(out: Path, overwrite: bool) -> None:
+    """InputError where a page cannot be written: before the work, and not after it."""
+    require_ours(out, overwrite)
+    if not out.parent.is_dir():
+        raise InputError(f"the page {out} cannot be written: its folder does not exist")
 
 
 def make_folder(out: Path) -> None:

@@ -7,7 +7,17 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from tokentm_jax.cli.options import MODELS_HELP, PATH, TEXT, class_names, methods_of, names_of, start_jax
+from tokentm_jax.cli.options import (
+    MODELS_HELP,
+    PATH,
+    TEXT,
+    class_names,
+    may_overwrite,
+    methods_of,
+    names_of,
+    require_place,
+    start_jax,
+)
 from tokentm_jax.errors import InputError, printable
 
 METHODS_SHOWN = ("tokentm", "gae", "attn_lrp", "legrad", "transformer_attribution", "rollout")
@@ -30,6 +40,7 @@ METHODS_SHOWN = ("tokentm", "gae", "attn_lrp", "legrad", "transformer_attributio
     help="Of a run: so many of the best and of the worst images of each method are explained.",
 )  # fmt: skip
 @class_names
+@may_overwrite
 def report(
     what: tuple[str, ...],
     out: Path,
@@ -42,6 +53,7 @@ def report(
     limit: int | None,
     best: int,
     classes: Path | None,
+    overwrite: bool,
 ) -> None:
     """Write a page that shows what a model looks at.
 
@@ -81,8 +93,7 @@ def report(
     ):
         if source(option) is ParameterSource.COMMANDLINE and kind not in kinds:
             raise InputError(f"--{option} is for a report on {' or '.join(kinds)}, not on {kind}")
-    if out.is_dir() or not out.parent.is_dir():
-        raise InputError(f"the page {out} cannot be written: its folder must be there, and it must be a file")
+    require_place(out, overwrite)
     start_jax()
     if kind == "photos":
         vit = load(model, checkpoint, class_names=classes)
@@ -93,19 +104,20 @@ def report(
         page = run_page(Path(what[0]), model, checkpoint, classes, chosen, data, limit, best)
     else:
         page = store_page(what[0], classes, chosen, data, limit)
-    write_page(out, page)
+    write_page(out, page, overwrite)
     click.echo(f"The page is {printable(out)} ({out.stat().st_size / 2**20:.1f} MiB)")
 
 
 def _kind(what: Sequence[str]) -> str:
     """What was given: "photos", "a run" or "a store"."""
-    first = what[0]
-    if "://" in first or os.path.lexists(Path(first) / "zarr.json"):
-        kind = "a store"
-    elif os.path.lexists(Path(first) / "results.json"):
-        kind = "a run"
-    else:
-        return "photos"
-    if len(what) > 1:
-        raise InputError(f"{first} is {kind}: a report is on one of them, or on photos")
-    return kind
+    for each in what:
+        kind = "photos"
+        if "://" in each or os.path.lexists(Path(each) / "zarr.json"):
+            kind = "a store"
+        elif os.path.lexists(Path(each) / "results.json"):
+            kind = "a run"
+        if kind != "photos":
+            if len(what) > 1:
+                raise InputError(f"{each} is {kind}: a report is on one of them, or on photos")
+            return kind
+    return "photos"

@@ -502,7 +502,8 @@ def store_page(
         notices.append(f"{len(failed)} of {len(places)} pictures cannot be had: {failed[0]}")
         complain(notices[-1])
     about = f"{made['model']['name']}, {len(page)} images of {Path(made['data']['name']).name}"
-    classes = _names(page, names) | ({-1: printable(made["score"])} if (target < 0).any() else {})
+    unnamed = printable(str(made.get("score") or "no class"))
+    classes = _names(page, names) | ({-1: unnamed} if (target < 0).any() else {})
     return Page(Path(path).name or path, printable(about), page, kept, classes, None, notices)
 
 
@@ -513,20 +514,21 @@ def _names_of_store(
     model's. None where they are not known."""
     if given is not None:
         return read_class_names(given, count)[0]
-    if source is not None and made["classes"] == digest(source.class_names, None):
+    known = made.get("classes")
+    if source is not None and known == digest(source.class_names, None):
         return source.class_names
     try:
         vit = load(made["model"]["name"])
     except InputError:
         return None
-    return vit.class_names if made["classes"] == digest(vit.class_names, vit.wnids) else None
+    return vit.class_names if known == digest(vit.class_names, vit.wnids) else None
 
 
 # ---- the page itself ------------------------------------------------------------------------------------------------
 
 
-def write_page(out: Path, page: Page) -> None:
-    """Write the page whole or not at all. Raises InputError where that cannot be."""
+def write_page(out: Path, page: Page, overwrite: bool = False) -> None:
+    """Write the page with `files.replace`. Raises InputError."""
     settings = {
         "methods": page.methods,
         "classes": page.classes,
@@ -535,4 +537,4 @@ def write_page(out: Path, page: Page) -> None:
         "photos": [listed | {"details": details is not None} for listed, details in page.photos],
         "papers": {name: f"{METHODS[name].paper} {METHODS[name].year}" for name in page.methods if name in METHODS},
     }
-    write_text(out, render("report.html.j2", page=page, settings=settings))
+    write_text(out, render("report.html.j2", page=page, settings=settings), overwrite=overwrite)

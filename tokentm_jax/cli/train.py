@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from tokentm_jax.cli.options import PATH, TEXT, make_folder, start_jax
+from tokentm_jax.cli.options import PATH, TEXT, make_folder, may_overwrite, start_jax
 from tokentm_jax.cli.recipes import read_recipe
 from tokentm_jax.errors import InputError, printable
 
@@ -20,6 +20,7 @@ from tokentm_jax.errors import InputError, printable
 @click.option("--out", type=PATH, help="Folder; default: runs/<name of the recipe>.")
 @click.option("--epochs", type=click.FloatRange(0, min_open=True), help="In place of the recipe's.")
 @click.option("--limit", type=click.IntRange(1), help="Use so many images of each set.")
+@may_overwrite
 def train(
     recipe: Path,
     train_data: str | None,
@@ -27,6 +28,7 @@ def train(
     out: Path | None,
     epochs: float | None,
     limit: int | None,
+    overwrite: bool,
 ) -> None:
     """Train a model by a recipe; started again with the same folder, it goes on where it stopped.
 
@@ -52,7 +54,7 @@ def train(
         data, test = (read_sentences(path, count, limit) for path in (config.train_data, config.test_data))
         start_jax()
         make_folder(folder)
-        top_1 = train_text(config, data, test, folder, click.echo)
+        top_1 = train_text(config, data, test, folder, click.echo, overwrite=overwrite)
         click.echo(f"test accuracy {top_1:.2%}; the model is in {printable(folder)}")
         return
     module = build(config.model)
@@ -72,7 +74,7 @@ def train(
     start_jax()
     make_folder(folder)
     try:
-        top_1 = training.train(config, module, data, test, folder, click.echo)
+        top_1 = training.train(config, module, data, test, folder, click.echo, overwrite=overwrite)
     except InputError:
         raise
     except ValueError as error:  # numbers of the recipe that do not go together

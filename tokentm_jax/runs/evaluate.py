@@ -41,7 +41,7 @@ from tokentm_jax.models.loading import LoadedViT, predict
 from tokentm_jax.models.sharding import over_batch
 from tokentm_jax.models.vit import init_params
 from tokentm_jax.runs.records import EXAMPLES, KEPT, Records, record_file
-from tokentm_jax.runs.report import draw, markdown, summarise
+from tokentm_jax.runs.report import draw, markdown, summarise, with_kept_rows
 from tokentm_jax.runs.store import Maps
 from tokentm_jax.validation import lists_of
 
@@ -248,8 +248,12 @@ def evaluate(
     out: Path,
     report: Report | None = None,
     maps: Sequence[Maps] = (),
+    *,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Run an evaluation to its end, or from where `out` stopped on; returns the content of `results.json`.
+
+    Rows that an earlier run left in `out`, and that the config does not have, stay in the results.
 
     Args:
       config: what to compute on `vit` and `source`, which stand for its `model`, `checkpoint`, `data`, `limit`,
@@ -257,6 +261,7 @@ def evaluate(
       out: a folder, for the results and, in `records`, the results per image of every finished batch.
       report: called after every batch with (done, total, a function that gives the rows so far).
       maps: stores of this model and data set that maps are taken from; those that none has are computed.
+      overwrite: also replace files in `out` that this program did not write.
 
     Raises:
       InputError: a config, data set, model and maps that do not go together, a full disk, or an `out` that holds
@@ -281,8 +286,8 @@ def evaluate(
     run = describe(config, vit, source)
     if maps:
         run["maps"] = [_check_maps(store, run, config, vit) for store in maps]
-    with claimed(out, _terms(run), (*RESULTS, "records")):
-        return _evaluate(config, vit, source, out, translate, run, report, maps)
+    with claimed(out, _terms(run), (*RESULTS, "records"), overwrite):
+        return _evaluate(config, vit, source, out, translate, run, report, maps, overwrite)
 
 
 def _terms(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -304,10 +309,13 @@ def _evaluate(
     run: dict[str, Any],
     report: Report | None,
     maps: Sequence[Maps],
+    overwrite: bool,
 ) -> dict[str, Any]:
     """`evaluate` in a folder that is held."""
     task = TASKS[config.task]
-    require_ours(out / "curves.png")
+    for name in RESULTS:
+        require_ours(out / name, overwrite)
+    whole = with_kept_rows(config, out)
     try:
         (out / "records").mkdir(exist_ok=True)
     except OSError as error:
@@ -319,7 +327,7 @@ def _evaluate(
         raise InputError(f"{source.name} has no image that can be read: {next(iter(skipped.values()), 'it is empty')}")
     keys = [job.key for job in jobs if job.explained == PREDICTED]
     fields = task.records(config.options, config.score is not None)
-    records = {row.name: Records(record_file(out, row), fields) for row in config.rows}
+    records = {row.name: Records(record_file(out, row), fields) for row in whole.rows}
     references = None
     if task.reference:
         references = Records(out / "records" / "reference.jsonl", programs.reference_fields())
@@ -364,11 +372,12 @@ def _evaluate(
             report(number + 1, len(groups), lambda: summarise(config, clean, records, keys, final=False))
 
     run["skipped"] = {"count": len(skipped), "examples": dict(sorted(skipped.items())[:20])}
-    results = {"rows": summarise(config, clean, records, keys), "run": run}
+    run["config"] |= {name: settings_of(whole)[name] for name in ("rows", "paper")}
+    results = {"rows": summarise(whole, clean, records, keys), "run": run}
     write_json(out / EXAMPLES, keys, KEPT, overwrite=True)  # a list has no mark, and the folder is claimed
-    write_json(out / "results.json", results, KEPT)
-    write_text(out / "results.md", markdown(results), KEPT)
-    write_png(draw(config, clean, records, keys), out / "curves.png", KEPT)
+    write_json(out / "results.json", results, KEPT, overwrite=overwrite)
+    write_text(out / "results.md", markdown(results), KEPT, overwrite=overwrite)
+    write_png(draw(whole, clean, records, keys), out / "curves.png", KEPT, overwrite=overwrite)
     return results
 
 
@@ -510,15 +519,20 @@ def randomised(params: Any, fresh: Any, blocks: Array | int) -> Any:
 
 def describe(config: EvaluateConfig, vit: LoadedViT, source: Source) -> dict[str, Any]:
     """The `run` object of the results. It has no times, so that equal runs give equal files."""
-    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    settings["rows"] = [dataclasses.asdict(row) for row in config.rows]
-    settings["paper"] = [[row, metric, value] for (row, metric), value in config.paper.items()]
-    settings["options"] = dict(config.options)
     return {
         **environment(),
         "seed": config.seed,
-        "config": settings,
+        "config": settings_of(config),
         "data": {"name": source.name, "identity": source.identity, "examples": len(source)},
         "model": describe_model(vit),
         "classes": digest(vit.class_names, vit.wnids),
     }
+
+
+def settings_of(config: EvaluateConfig) -> dict[str, Any]:
+    """The config as JSON."""
+    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    settings["rows"] = [dataclasses.asdict(row) for row in config.rows]
+    settings["paper"] = [[row, metric, value] for (row, metric), value in config.paper.items()]
+    settings["options"] = dict(config.options)
+    return settings

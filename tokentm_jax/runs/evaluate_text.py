@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt, Le, Len, Lt
 from tokentm_jax import metrics
 from tokentm_jax.data.sentences import Sentences
 from tokentm_jax.errors import InputError
-from tokentm_jax.files import reason, write_json, write_text
+from tokentm_jax.files import ours, read_json, reason, require_ours, write_json, write_text
 from tokentm_jax.identity import claimed, digest_files, environment, identity_of
 from tokentm_jax.methods.explain import compiled
 from tokentm_jax.metrics.tasks import CLEAN, PREDICTED, RANDOM, Number, Row, check_rows
@@ -20,8 +20,8 @@ from tokentm_jax.models.inputs import Tokens
 from tokentm_jax.models.texts import LoadedText, words
 from tokentm_jax.runs.recipe import Text
 from tokentm_jax.runs.records import Records, record_file
-from tokentm_jax.runs.report import document, in_table
-from tokentm_jax.validation import Name, check_fields, lists_of
+from tokentm_jax.runs.report import RowSettings, document, in_table, joined
+from tokentm_jax.validation import Name, check_fields, checked, lists_of
 
 Share = Annotated[float, Ge(-1), Le(1)]
 
@@ -97,10 +97,14 @@ def evaluate_text(
     data: Sentences,
     out: Path,
     report: Callable[[int, int, Callable[[], list[dict[str, Any]]]], None] | None = None,
+    *,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Run an evaluation to its end, or from where `out` stopped on; returns the content of `results.json`.
 
-    The class that is predicted is explained. Results per sentence are kept after every batch, in `records`.
+    The class that is predicted is explained. Results per sentence are kept after every batch, in `records`. Rows that
+    an earlier run left in `out`, and that the config does not have, stay in the results. `overwrite` also replaces
+    files in `out` that this program did not write.
 
     Raises:
       InputError: a config and model that do not go together, no lexicon where `ratings` need it, a full disk, or an
@@ -119,12 +123,14 @@ def evaluate_text(
         "ratings": config.ratings and list(config.ratings),
     }
     terms = {**run, "data": {"name": Path(config.data).name, "identity": data.identity}}
-    with claimed(out, terms, (*RESULTS, "records")):
+    with claimed(out, terms, (*RESULTS, "records"), overwrite):
+        for name in RESULTS:
+            require_ours(out / name, overwrite)
         try:
             (out / "records").mkdir(exist_ok=True)
         except OSError as error:
             raise InputError(f"{out / 'records'} cannot be written: {reason(error)}") from None
-        return _evaluate(config, text, data, out, run, lexicon, report)
+        return _evaluate(config, text, data, out, run, lexicon, report, overwrite)
 
 
 def _identity(text: LoadedText) -> str:
@@ -139,10 +145,12 @@ def _evaluate(
     run: dict[str, Any],
     lexicon: Mapping[str, float] | None,
     report: Any,
+    overwrite: bool,
 ) -> dict[str, Any]:
     ways = 1 if text.module.mask_id is None else 2
     fields = _fields(ways, lexicon is not None)
-    records = {row.name: Records(record_file(out, row), fields, (PREDICTED,)) for row in config.rows}
+    whole = _with_kept_rows(config, out)
+    records = {row.name: Records(record_file(out, row), fields, (PREDICTED,)) for row in whole.rows}
     clean = Records(out / "records" / "clean.jsonl", {"hit": list[bool]}, (CLEAN,))
     # By length, so that little of a batch is padding; every group has the same sentences whatever is done already.
     order = np.argsort([len(each) for each in data.texts], kind="stable")
@@ -150,7 +158,7 @@ def _evaluate(
     groups = [order[i : i + size].tolist() for i in range(0, len(order), size)]
 
     def figures(final: bool = False) -> list[dict[str, Any]]:
-        return _figures(config, clean, records, ways, lexicon is not None, final)
+        return _figures(whole if final else config, clean, records, ways, lexicon is not None, final)
 
     for number, group in enumerate(groups, 1):
         keys = [f"{place:06d}" for place in group]
@@ -177,10 +185,22 @@ def _evaluate(
                 records[row.name].append([(keys[i], PREDICTED) for i in new], parts)
         if report is not None:
             report(number, len(groups), figures)
-    results = {"run": run, "rows": figures(True), "differences": _differences(config, records, ways, lexicon)}
-    write_json(out / "results.json", results)
-    write_text(out / "results.md", text_markdown(config, results))
+    run["methods"] = [dataclasses.asdict(row) for row in whole.rows]
+    results = {"run": run, "rows": figures(True), "differences": _differences(whole, records, ways, lexicon)}
+    write_json(out / "results.json", results, overwrite=overwrite)
+    write_text(out / "results.md", text_markdown(whole, results), overwrite=overwrite)
     return results
+
+
+def _with_kept_rows(config: TextEvaluateConfig, out: Path) -> TextEvaluateConfig:
+    """As `report.with_kept_rows`; a row whose records are gone is left out."""
+    path = out / "results.json"
+    if not ours(path):
+        return config
+    listed = read_json(path)["run"].get("methods", [])  # not in results of earlier versions
+    kept = [Row(**row) for row in checked(f"{path}: 'methods'", list[RowSettings], listed)]
+    kept = [row for row in kept if record_file(out, row).is_file()]
+    return check_text_config(dataclasses.replace(config, rows=joined(kept, config.rows)))
 
 
 def _scores(

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from annotated_types import Len
+from annotated_types import Gt, Len
+from typing_extensions import TypedDict
 
 from tokentm_jax.data.sources import Source
 from tokentm_jax.errors import InputError, suggest
-from tokentm_jax.files import require_ours, write_json, write_text
+from tokentm_jax.files import ours, read_json, require_ours, write_json, write_text
 from tokentm_jax.identity import claimed, describe_model, digest, environment, write_png
 from tokentm_jax.methods.explain import compiled
 from tokentm_jax.methods.table import METHODS
@@ -32,7 +33,7 @@ from tokentm_jax.runs.evaluate import Report, evaluate, examples
 from tokentm_jax.runs.records import KEPT, record_file
 from tokentm_jax.runs.report import Finished, difference, document, in_table, open_finished
 from tokentm_jax.runs.store import Maps, open_maps
-from tokentm_jax.validation import Name, check_fields
+from tokentm_jax.validation import Name, check_fields, checked
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -87,8 +88,7 @@ def check(config: LeaderboardConfig) -> LeaderboardConfig:
         for row in run.rows:
             if row.method == RANDOM and row.name != RANDOM:
                 raise InputError(f"the row {row.name!r} is noise, which is not ranked: leave it out ('random' stays)")
-            same = config.rows.get(row.name, row)
-            if (row.method, dict(row.options), row.by_patch) != (same.method, dict(same.options), same.by_patch):
+            if not _same(row, config.rows.get(row.name, row)):
                 raise InputError(f"the row {row.name!r} must be the same method with the same options in every run")
     shown, metric = config.faithfulness
     columns = {run.name: TASKS[run.task].columns for run in config.runs}
@@ -131,14 +131,19 @@ def leaderboard(
     out: Path,
     maps: Sequence[Maps] = (),
     watch: Watch = lambda _: nullcontext(),
+    *,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Run a leaderboard to its end, or from where `out` stopped on; returns the content of `leaderboard.json`.
+
+    Methods that an earlier run left in `out`, and that the config does not have, stay in the table.
 
     Args:
       config: what to compute on `vit`, which stands for its `model` and `checkpoint`.
       out: a folder, for the table, the picture, a folder of every run, and the maps that several runs need.
       maps: stores that maps are taken from, too; each is of the data and the profile of at least one run.
       watch: gives a context for the part of that name, and in it what to call after every batch, as in `evaluate`.
+      overwrite: also replace files in `out` that this program did not write.
 
     Raises:
       InputError: as `check` and `evaluate` do, and for stores that are of no run.
@@ -151,25 +156,61 @@ def leaderboard(
             data = store.provenance["data"]["name"]
             raise InputError(f"{store.path} holds maps of {data} that no run of {config.name} has a use for")
     made = {"kind": "leaderboard", "model": describe_model(vit), **environment()}
-    with claimed(out, made, (*RESULTS, MAPS, *sources)):
-        require_ours(out / RESULTS[2])
+    with claimed(out, made, (*RESULTS, MAPS, *sources), overwrite):
+        for name in RESULTS:
+            require_ours(out / name, overwrite)
         stores = _shared_maps(config, vit, sources, given, out, watch)
         results: dict[str, Mapping[str, Any]] = {}
         for number, run in enumerate(config.runs, 1):
             with watch(f"{run.name} ({number} of {len(config.runs)})") as report:
                 results[run.name] = evaluate(run, vit, sources[run.name], out / run.name, report, stores[run.name])
+        finished = {run.name: open_finished(out / run.name) for run in config.runs}
+        whole = _whole(config, finished)
         with watch("speed") as report:
-            speeds = images_per_second(vit, config.rows, config.runs[0].batch_size, report)
-        figures = standings({run.name: open_finished(out / run.name) for run in config.runs}, results)
+            speeds = _speeds_before(out)  # of rows that only earlier runs had
+            measured = {name: row for name, row in whole.rows.items() if name in config.rows or name not in speeds}
+            speeds |= images_per_second(vit, measured, config.runs[0].batch_size, report)
+        figures = standings({run.name: finished[run.name]._replace(config=run) for run in whole.runs}, results)
         found = {
             "rows": figures,
-            "methods": _methods(config, figures, speeds),
+            "methods": _methods(whole, figures, speeds),
             "run": _described(config, made, results),
         }
-        write_json(out / RESULTS[0], found, KEPT)
-        write_text(out / RESULTS[1], markdown(found), KEPT)
-        write_png(draw(found), out / RESULTS[2], KEPT)
+        write_json(out / RESULTS[0], found, KEPT, overwrite=overwrite)
+        write_text(out / RESULTS[1], markdown(found), KEPT, overwrite=overwrite)
+        write_png(draw(found), out / RESULTS[2], KEPT, overwrite=overwrite)
     return found
+
+
+def _whole(config: LeaderboardConfig, finished: Mapping[str, Finished]) -> LeaderboardConfig:
+    """The config with the rows that earlier runs left, except other methods under the name of one of its rows."""
+    named = dict(config.rows)
+    runs = []
+    for run in config.runs:
+        rows = finished[run.name].config.rows
+        kept = [row for row in rows if row.method == RANDOM or _same(row, named.setdefault(row.name, row))]
+        runs.append(dataclasses.replace(run, rows=kept))
+    return dataclasses.replace(config, runs=runs)
+
+
+class _Speed(TypedDict):
+    name: str
+    images_per_second: Annotated[float, Gt(0)]
+
+
+class _Before(TypedDict):
+    methods: list[_Speed]
+
+
+def _speeds_before(out: Path) -> dict[str, float]:
+    """Images per second of the methods in the table that is there."""
+    path = out / RESULTS[0]
+    before = checked(str(path), _Before, read_json(path))["methods"] if ours(path) else []
+    return {method["name"]: method["images_per_second"] for method in before}
+
+
+def _same(a: Row, b: Row) -> bool:
+    return (a.method, dict(a.options), a.by_patch) == (b.method, dict(b.options), b.by_patch)
 
 
 # ---- maps that several runs need ------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """From results per image to numbers with intervals, tables, curves and comparisons."""
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing_extensions import TypedDict
 
 from tokentm_jax import metrics
 from tokentm_jax.errors import InputError, suggest
-from tokentm_jax.files import generator, read_json
+from tokentm_jax.files import generator, ours, read_json
 from tokentm_jax.metrics.tasks import (
     CLEAN,
     FINITE_MAPS,
@@ -87,8 +88,10 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"| method | {' | '.join(heads.values())} |",
         f"| --- |{' ---: |' * len(heads)}",
     ]
+    images = {row["method"]: row["images"] for row in others}
     for name in dict.fromkeys(row["method"] for row in others):
-        lines.append(f"| {in_table(name)} | {' | '.join(cells.get((name, c), '') for c in heads)} |")
+        fewer = f" ({images[name]} images)" if images[name] < max(images.values()) else ""
+        lines.append(f"| {in_table(name)}{fewer} | {' | '.join(cells.get((name, c), '') for c in heads)} |")
     return document(lines)
 
 
@@ -248,10 +251,7 @@ def open_finished(out: Path) -> Finished:
     path = out / "results.json"
     if not os.path.lexists(path):
         raise InputError(f"{out} holds no finished evaluation (results.json)")
-    content = read_json(path)
-    if isinstance(content, dict) and isinstance(content.get("run"), dict) and "ratings" in content["run"]:
-        raise InputError(f"{out} is an evaluation of texts, and this is for those of images")
-    results: Results = checked(str(path), Results, content)
+    results = _read_results(path)
     run = results["run"]
     given = run["config"]
     try:
@@ -268,6 +268,35 @@ def open_finished(out: Path) -> Finished:
         if (key, CLEAN) not in clean.places:
             raise InputError(f"{listed} names {key}, of which {clean.path} holds no results")
     return Finished(out, config, run["data"], results["rows"], clean, keys)
+
+
+def _read_results(path: Path) -> Results:
+    content = read_json(path)
+    if isinstance(content, dict) and isinstance(content.get("run"), dict) and "ratings" in content["run"]:
+        raise InputError(f"{path.parent} is an evaluation of texts, and this is for those of images")
+    return checked(str(path), Results, content)
+
+
+def with_kept_rows(config: EvaluateConfig, out: Path) -> EvaluateConfig:
+    """The config with the rows that the results in `out` have besides, in the order of these; `random` is last.
+
+    Raises InputError for results that are damaged.
+    """
+    path = out / "results.json"
+    if not ours(path):
+        return config
+    results = _read_results(path)
+    kept = [Row(**row) for row in results["run"]["config"]["rows"]]
+    paper = {(f["method"], f["metric"]): f["paper"] for f in results["rows"] if "paper" in f}
+    return check(dataclasses.replace(config, rows=joined(kept, config.rows), paper={**paper, **config.paper}))
+
+
+def joined(kept: Sequence[Row], new: Sequence[Row]) -> tuple[Row, ...]:
+    """The rows of two runs; of one name, the new one."""
+    rows = {row.name: row for row in (*kept, *new)}
+    if len(rows) > len(kept) and RANDOM in rows:
+        rows[RANDOM] = rows.pop(RANDOM)
+    return tuple(rows.values())
 
 
 def _asked(config: EvaluateConfig) -> tuple[Any, ...]:

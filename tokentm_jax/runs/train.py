@@ -20,6 +20,7 @@ from jax import Array
 from tokentm_jax.data.arrays import Data
 from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.errors import InputError
+from tokentm_jax.files import require_ours
 from tokentm_jax.identity import claimed, digest, digest_files, environment
 from tokentm_jax.maths.maps import unit
 from tokentm_jax.maths.mixed import in_precision
@@ -180,10 +181,20 @@ def initial_params(config: TrainConfig, module: ViT, class_names: Sequence[str])
 # ---- a run ----------------------------------------------------------------------------------------------------------
 
 
-def train(config: TrainConfig, module: ViT, data: Data, test: Data, out: Path, log: Callable[[str], None]) -> float:
+def train(
+    config: TrainConfig,
+    module: ViT,
+    data: Data,
+    test: Data,
+    out: Path,
+    log: Callable[[str], None],
+    *,
+    overwrite: bool = False,
+) -> float:
     """Train to the end, or from where `out` stopped on to the end; returns the average's test accuracy in [0, 1].
 
-    `out` holds the Orbax checkpoints, `log.jsonl` and, at the end, `<name>.safetensors`.
+    `out` holds the Orbax checkpoints, `log.jsonl` and, at the end, `<name>.safetensors`. `overwrite` also replaces
+    files of these names that this program did not write.
 
     Raises:
       InputError: a recipe whose fields are not what their annotations say, data that do not fit the model, a full
@@ -198,7 +209,9 @@ def train(config: TrainConfig, module: ViT, data: Data, test: Data, out: Path, l
     if config.teacher is not None:
         teacher = load_teacher(*config.teacher, data.class_names, config.mixed_precision)
     terms = _terms(config, data, test, teacher)
-    with claimed(out, terms, ("checkpoints", "log.jsonl", f"{config.name}.safetensors")):
+    model = out / f"{config.name}.safetensors"
+    with claimed(out, terms, ("checkpoints", "log.jsonl", "teacher.npz", model.name), overwrite):
+        require_ours(model, overwrite)
         step_fn, optimiser = make_step(config, module, per_epoch, teacher and teacher.function)
         soft: Any = None if teacher is None else teacher.params
         if teacher is not None and config.teacher_views:
@@ -219,16 +232,10 @@ def train(config: TrainConfig, module: ViT, data: Data, test: Data, out: Path, l
             out,
             log,
         )
-        _write_model(config, module, state.average, data.class_names, top_1, out / f"{config.name}.safetensors")
+        how = {"name": config.name, "top_1": top_1, "epochs": config.epochs, "test_data": Path(config.test_data).name}
+        params, made = jax.device_get(state.average), preprocessing_of(config, module)
+        write_checkpoint(model, module, params, made, tuple(data.class_names), how, overwrite=overwrite)
     return top_1
-
-
-def _write_model(
-    config: TrainConfig, module: ViT, params: Any, class_names: Sequence[str], top_1: float, path: Path
-) -> None:
-    """The trained model as a checkpoint that describes itself and says how well it does."""
-    how = {"name": config.name, "top_1": top_1, "epochs": config.epochs, "test_data": Path(config.test_data).name}
-    write_checkpoint(path, module, jax.device_get(params), preprocessing_of(config, module), tuple(class_names), how)
 
 
 def _fit(config: TrainConfig, module: ViT, data: Data, test: Data) -> tuple[int, int, Data]:

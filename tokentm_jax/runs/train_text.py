@@ -103,11 +103,18 @@ def text_accuracy(module: Bert, params: Any, tokenize: Callable[..., Any], data:
 
 
 def train_text(
-    config: TextTrainConfig, data: Sentences, test: Sentences, out: Path, log: Callable[[str], None]
+    config: TextTrainConfig,
+    data: Sentences,
+    test: Sentences,
+    out: Path,
+    log: Callable[[str], None],
+    *,
+    overwrite: bool = False,
 ) -> float:
     """Fine-tune to the end, or from where `out` stopped on; returns the test accuracy in [0, 1].
 
-    `out` becomes a folder that `load_text` loads, in BERT's layout, beside the checkpoints and `log.jsonl`.
+    `out` becomes a folder that `load_text` loads, in BERT's layout, next to the checkpoints and `log.jsonl`.
+    `overwrite` also replaces files of these names that this program did not write.
 
     Raises:
       InputError: an encoder that cannot be read, too few sentences, or what `tokentm_jax.runs.train.train` raises.
@@ -143,7 +150,7 @@ def train_text(
         updates, new = optimiser.update(gradients, state.optimiser, state.params)
         return TextState(state.step + 1, optax.apply_updates(state.params, updates), new), loss
 
-    with claimed(out := out.absolute(), json.loads(json.dumps(terms)), written):
+    with claimed(out := out.absolute(), json.loads(json.dumps(terms)), written, overwrite):
         params = jax.tree.map(jnp.asarray, params)
         state = TextState(jnp.zeros((), jnp.int32), params, optimiser.init(params))
         state, top_1 = run_steps(
