@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-kills fuzz bench lint docs lock lowest clean
+.PHONY: demo test test-slow test-kills fuzz bench lint docs lock lowest newest clean
 
 # The environment that was tested: every package at the version of requirements.lock.
 .venv/ready: requirements.lock pyproject.toml
@@ -13,7 +13,10 @@ BIN := .venv/bin
 	touch $@
 
 demo: .venv/ready  ## explain a photo of a cat with the shipped model: why cat?
-	$(BIN)/tokentm explain notebooks/chelsea.png --target cat --out out/demo
+	$(BIN)/tokentm explain notebooks/chelsea_face.jpg --out out/demo
+	@echo
+	@echo "Look at out/demo/chelsea_face.png. Next: an ImageNet model on this photo or on yours; the weights are downloaded."
+	@echo "  $(BIN)/tokentm explain notebooks/coffee.jpg --model deit_tiny_patch16_224"
 
 # Two processes; each goes on where its tests share what they set up.
 TOGETHER := -n 2 --dist worksteal
@@ -62,6 +65,13 @@ lowest:  ## a part of the tests with the lowest versions that pyproject.toml all
 	uv pip install --quiet --python out/lowest/bin/python -r out/lowest.txt pytest hypothesis sybil equinox
 	uv pip install --quiet --python out/lowest/bin/python --no-deps .
 	out/lowest/bin/python -m pytest -p no:anyio -o filterwarnings= $(LOWEST:%=tests/test_%.py)
+
+newest:  ## the same part of the tests with the newest versions that there are, below no bound of requirements.lock
+	$(PYTHON) -m venv --clear out/newest
+	out/newest/bin/pip install --quiet --upgrade pip
+	out/newest/bin/pip install --quiet --upgrade --upgrade-strategy eager ".[serve]" pytest hypothesis sybil equinox
+	out/newest/bin/python -c "import flax, jax; print('jax', jax.__version__, 'flax', flax.__version__)"
+	out/newest/bin/python -m pytest -p no:anyio -o filterwarnings= $(LOWEST:%=tests/test_%.py)
 
 clean:
 	rm -rf .venv out

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import tokentm_jax as tm
 from tokentm_jax.data.arrays import load_dataset
@@ -47,12 +48,37 @@ def test_the_default_knows_the_cat_and_explains_it():
 
 
 def test_the_demo_writes_a_picture_and_a_map(tmp_path):
-    command = [sys.executable, "-m", "tokentm_jax", "explain", "notebooks/chelsea.png", "--out", str(tmp_path)]
+    recipe = re.findall(r"^demo:.*\n\t\$\(BIN\)/tokentm (.+) --out out/demo\n", (ROOT / "Makefile").read_text(), re.M)
+    command = [sys.executable, "-m", "tokentm_jax", *recipe[0].split(), "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "chelsea.png").stat().st_size > 10_000
-    with np.load(tmp_path / "chelsea.npz", allow_pickle=False) as saved:
-        assert saved["map"].shape == (8, 8)
+    assert (tmp_path / "chelsea_face.png").stat().st_size > 10_000
+    with np.load(tmp_path / "chelsea_face.npz", allow_pickle=False) as saved:
+        heat = saved["map"]
+    assert heat.shape == (8, 8)
+
+    # What the pages say of this picture: the hottest patches are at the eyes and the muzzle, none at the edge.
+    eyes_and_muzzle = ((46, 75, 45), (178, 96, 45), (80, 195, 45), (165, 195, 45))  # x, y, radius in the photo's 240 pixels
+    order = np.argsort(-heat.ravel())
+    for patch in order[:3]:
+        y, x = (30 * (index + 0.5) for index in divmod(int(patch), 8))
+        assert any((x - a) ** 2 + (y - b) ** 2 <= r**2 for a, b, r in eyes_and_muzzle), (x, y)
+        assert 30 < x < 210 and 30 < y < 210
+
+
+def test_the_demo_ends_with_the_next_command():
+    demo = re.search(r"^demo:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)
+    assert demo is not None
+    *_, last = demo[1].splitlines()
+    words = last.partition("tokentm ")[2].strip('"').split()
+    assert words[0] == "explain" and (ROOT / words[1]).exists()
+    assert words[words.index("--model") + 1] in tm.ARCHITECTURES
+
+
+def test_the_photo_of_the_demo_is_a_part_of_the_photo_of_the_cat():
+    whole = Image.open(ROOT / "notebooks" / "chelsea.png").convert("RGB").crop((140, 40, 380, 280))
+    part = Image.open(ROOT / "notebooks" / "chelsea_face.jpg").convert("RGB")
+    assert np.abs(np.asarray(whole, float) - np.asarray(part, float)).mean() < 4
 
 
 @pytest.mark.slow
