@@ -18,7 +18,8 @@ from PIL import Image, ImageOps
 from tokentm_jax.cli.main import main
 
 ROOT = Path(__file__).resolve().parent.parent
-PICTURES = ("cat.jpg", "espresso.jpg", "methods.jpg")  # of notebooks/, where the README shows them, too
+PICTURES = ("methods.jpg",)  # of notebooks/
+BADGE = re.compile(r"\[!\[Open in Colab\]\([^)]*\)\]\(([^)]+)\)")  # its picture lies on another server
 # What pymdownx.arithmatex makes of $...$ and of $$...$$.
 EQUATION = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
@@ -36,6 +37,7 @@ def _notebook(path):
     """A notebook as a page, and its pictures: name and content of each."""
     place = {"unique_key": path.stem, "output_files_dir": path.stem}
     text, resources = MarkdownExporter().from_filename(str(path), resources=place)
+    text = BADGE.sub(r"[Open this notebook in Colab](\1)", text)
     text = text.replace("](../docs/", "](../").replace("![jpeg](", "![What the cell drew](")
     pictures = resources["outputs"]
     covers = [(f"{path.stem}/cover.jpg", _cover(list(pictures.values())[-1]))] if pictures else []

@@ -1,7 +1,7 @@
 """Draw the pictures of docs/images. Those of the tutorial show the arrays of its own code.
 
     python docs/pictures.py                                # the tutorials'
-    python docs/pictures.py DEIT_TINY.safetensors          # and the one of the metrics, with DeiT-tiny
+    python docs/pictures.py DEIT_TINY.safetensors          # and those of the README and the metrics, with DeiT-tiny
 
 They are committed, since the site is built without computing anything.
 """
@@ -24,7 +24,7 @@ from PIL import Image
 import tokentm_jax as tm
 
 DOCS = Path(__file__).resolve().parent
-PHOTO = DOCS.parent / "notebooks" / "chelsea.png"
+PHOTO = DOCS.parent / "notebooks" / "chelsea_face.jpg"
 RATIOS = LogNorm(0.1, 10)  # ratios of lengths and weights
 
 
@@ -107,11 +107,17 @@ def tutorial() -> None:
     axes.axis("off")
     save(figure, "contributions.png")
 
-    with tempfile.TemporaryDirectory() as folder:  # the demo's picture, as the command draws it
-        command = [sys.executable, "-m", "tokentm_jax", "explain", str(PHOTO), "--target", "cat", "--out", folder]
+    explained("demo.jpg", PHOTO)  # the demo's picture
+
+
+
+def explained(name: str, photo: Path, *options: str) -> None:
+    """The picture that `tokentm explain` draws."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "tokentm_jax", "explain", str(photo), *options, "--out", folder]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        drawn = Image.open(Path(folder) / "chelsea.png").convert("RGB")
-        drawn.resize((1000, round(drawn.height * 1000 / drawn.width))).save(DOCS / "images/demo.jpg", quality=82)
+        drawn = Image.open(Path(folder) / f"{photo.stem}.png").convert("RGB")
+        drawn.save(DOCS / "images" / name, quality=85, optimize=True)
 
 
 def blended(photo: np.ndarray, heatmap: np.ndarray) -> np.ndarray:
@@ -164,3 +170,6 @@ if __name__ == "__main__":
     tutorial()
     for given in sys.argv[1:]:
         perturbation(given)
+        model = ("--model", "deit_tiny_patch16_224", "--checkpoint", given)
+        methods = ("--method", "tokentm,libra_tokentm,legrad,tokentm_mix")
+        explained("espresso.jpg", DOCS.parent / "notebooks" / "coffee.jpg", *model, *methods)

@@ -173,7 +173,7 @@ def test_a_model_of_other_channels_is_stored_whole(overlapping, tmp_path):
         jax.tree.map(lambda a, b, t=tolerance: np.testing.assert_allclose(a, b, atol=t), vit.params, params)
     assert (tmp_path / "c.safetensors").stat().st_size < (tmp_path / "a.safetensors").stat().st_size
     with pytest.raises(tm.InputError, match="a photo has 3 channels, and the model takes images of 2"):
-        vit.read(Path(__file__).parent.parent / "notebooks/cat.jpg")
+        vit.read(Path(__file__).parent.parent / "notebooks/coffee.jpg")
     with pytest.raises(tm.InputError, match="written in float32"):
         write_checkpoint(tmp_path / "d", OVERLAPPING, params, made, dtype="float16")
 
@@ -515,7 +515,7 @@ def test_explain_audio(recordings, tones, tmp_path):
         assert picture.width > 800
     for command, file, message in (
         ("explain", tmp_path / "a.wav", "takes recordings: use `tokentm explain-audio`"),
-        ("explain-audio", Path(__file__).parent.parent / "notebooks/cat.jpg", "is not a WAV file"),
+        ("explain-audio", Path(__file__).parent.parent / "notebooks/coffee.jpg", "is not a WAV file"),
     ):
         done = CliRunner().invoke(main, [command, str(file), *arguments[3:], "--out", str(tmp_path / "none")])
         assert done.exit_code == 2 and message in done.output

@@ -58,7 +58,8 @@ def test_the_demo_writes_a_picture_and_a_map(tmp_path):
     assert heat.shape == (8, 8)
 
     # What the pages say of this picture: the hottest patches are at the eyes and the muzzle, none at the edge.
-    eyes_and_muzzle = ((46, 75, 45), (178, 96, 45), (80, 195, 45), (165, 195, 45))  # x, y, radius in the photo's 240 pixels
+    # Circles in the photo of 240 x 240 pixels: x, y, radius.
+    eyes_and_muzzle = ((46, 75, 45), (178, 96, 45), (80, 195, 45), (165, 195, 45))
     order = np.argsort(-heat.ravel())
     for patch in order[:3]:
         y, x = (30 * (index + 0.5) for index in divmod(int(patch), 8))
