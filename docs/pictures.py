@@ -110,7 +110,6 @@ def tutorial() -> None:
     explained("demo.jpg", PHOTO)  # the demo's picture
 
 
-
 def explained(name: str, photo: Path, *options: str) -> None:
     """The picture that `tokentm explain` draws."""
     with tempfile.TemporaryDirectory() as folder:

@@ -7,9 +7,12 @@ Python examples are run, page by page, in a folder with a photo `cat.jpg`, label
 import base64
 import dataclasses
 import io
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 import wave
 from pathlib import Path
 from unittest.mock import patch
@@ -40,6 +43,7 @@ RUN = {  # commands whose results their pages go on with; the others are parsed
 SAVED = re.compile(r"Save this as `(\w+\.py)`:\n\n```python\n(.*?)```", re.DOTALL)
 OTHER_PROGRAMS = {"make", "pip", "podman", "pytest", "python", "tfds"}
 INLINE = re.compile(r"`((?:tokentm|make|pytest|python) [^`]+)`")
+REPOSITORY = "tokentm-jax/tokentm_jax"
 FOLDERS = ("configs/", "docs/", "models/", "notebooks/", "tests/")
 
 
@@ -146,9 +150,14 @@ def test_every_page_says_for_whom_it_is():
 
 
 def test_claims_that_did_not_hold_elsewhere_are_corrected():
-    """On photos that are not part of the project's data: what the pages must no longer say, and what they say instead."""
+    """By photos that are not part of the project's data: what no page may say, and what is said instead."""
     pages = {path: " ".join(path.read_text().split()) for path in [*PAGES, ROOT / "CHANGELOG.md"]}
-    gone = ("level with `libra_gae`", "else is ahead of it anywhere", "better ones than TokenTM", "and TokenTM on photos.")
+    gone = (
+        "level with `libra_gae`",
+        "else is ahead of it anywhere",
+        "better ones than TokenTM",
+        "and TokenTM on photos.",
+    )
     for path, text in pages.items():
         assert not [claim for claim in gone if claim in text], path
     for name in ("README.md", "docs/explanation/choosing.md", "docs/explanation/measured.md"):
@@ -157,6 +166,27 @@ def test_claims_that_did_not_hold_elsewhere_are_corrected():
         assert "ranks, not amounts" in text or "they are not amounts" in text, name
     speed = pages[ROOT / "docs/explanation/speed.md"].partition("Beside PyTorch")[2]
     assert "AMD EPYC" in speed and "Xeon" in speed and "0.66 to 0.94" in speed
+
+
+@pytest.mark.slow
+def test_the_site_searches_and_asks_no_other_server_when_its_pages_are_opened_as_files(tmp_path):
+    api = pytest.importorskip("playwright.sync_api", reason="needs Playwright")
+    pytest.importorskip("mkdocs", reason="needs MkDocs")
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("needs Chromium")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, timeout=300)
+    with api.sync_playwright() as running:
+        chromium = running.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        page, asked = chromium.new_page(), []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto((tmp_path / "index.html").as_uri())
+        page.locator("input.md-search__input").click()
+        page.keyboard.type("rollout")
+        page.locator(".md-search-result__item", has_text="rollout").first.wait_for(timeout=30_000)
+        chromium.close()
+    assert asked and all(address.startswith(("file:", "data:", "blob:")) for address in asked)
 
 
 def test_links_into_the_python_api():
@@ -234,7 +264,9 @@ def test_notebooks_are_executed_small_and_pages():
         nbformat.validate(notebook)
         first, *_ = notebook.cells
         assert first.cell_type == "markdown" and "At the end of this page you " in first.source, file
-        assert f"colab.research.google.com/github/tokentm-jax/tokentm_jax/blob/main/notebooks/{file.name}" in first.source
+        assert (
+            f"colab.research.google.com/github/tokentm-jax/tokentm_jax/blob/main/notebooks/{file.name}" in first.source
+        )
         assert "%pip install" in notebook.cells[1].source, file
         assert file.stat().st_size < 200_000, file
         assert f"notebooks/{file.stem}.md" in nav
