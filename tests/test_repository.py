@@ -93,7 +93,7 @@ def test_addresses_are_those_of_one_repository():
     urls = project()["urls"]
     assert {"Homepage", "Documentation", "Source", "Issues", "Changelog"} <= set(urls)
     assert urls["Source"] == ADDRESS and urls["Issues"] == f"{ADDRESS}/issues"
-    pages = ["README.md", "SECURITY.md", "CONTRIBUTING.md", "mkdocs.yml", ".zenodo.json", ".github/SUPPORT.md"]
+    pages = ["README.md", "SECURITY.md", "CITATION.cff", "mkdocs.yml", ".zenodo.json", ".github/SUPPORT.md"]
     for page in pages:
         for owner, name in re.findall(r"github\.com/([\w-]+)/([\w-]*tokentm[\w-]*)", (ROOT / page).read_text()):
             assert f"https://github.com/{owner}/{name}" == ADDRESS, page
