@@ -18,6 +18,14 @@ PYTHONS = ["3.11", "3.12", "3.13"]
 MAKEFILE = (ROOT / "Makefile").read_text()
 
 
+def module(path):
+    """A Python file that belongs to no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
 def workflow(name):
     content = yaml.safe_load((ROOT / ".github" / "workflows" / name).read_text())
     content["on"] = content.pop(True)  # YAML 1.1 reads the key `on` as a truth value
@@ -68,10 +76,7 @@ def test_a_release_is_published_for_the_tag_of_its_version():
 
 @pytest.fixture
 def check_version():
-    spec = importlib.util.spec_from_file_location("check_version", ROOT / ".ci" / "check_version.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module(ROOT / ".ci" / "check_version.py")
 
 
 def test_the_tag_is_compared_with_every_file(check_version, tmp_path):
@@ -107,3 +112,20 @@ def test_read_the_docs_and_zenodo():
     assert zenodo["license"] == project()["license"] and zenodo["version"] == tm.__version__
     for name in ("CODE_OF_CONDUCT.md", "SECURITY.md", ".github/SUPPORT.md"):
         assert len((ROOT / name).read_text().split()) > 50, name
+
+
+def test_the_readme_on_pypi_has_absolute_addresses():
+    pytest.importorskip("hatchling")
+    hook = module(ROOT / "hatch_build.py")
+    text = "[a](docs/a.md#b) ![p](x/p.jpg) [![i](https://e.org/i.svg)](LICENSE) [c](#c) [d](https://e.org)"
+    raw = ADDRESS.replace("github.com", "raw.githubusercontent.com")
+    assert hook.absolute(text, ADDRESS) == (
+        f"[a]({ADDRESS}/blob/main/docs/a.md#b) ![p]({raw}/main/x/p.jpg) "
+        f"[![i](https://e.org/i.svg)]({ADDRESS}/blob/main/LICENSE) [c](#c) [d](https://e.org)"
+    )
+    metadata = {"urls": project()["urls"]}
+    hook.ReadmeHook(str(ROOT), {}).update(metadata)
+    assert metadata["readme"]["content-type"] == "text/markdown"
+    targets = re.findall(r"\]\(([^)]+)\)", metadata["readme"]["text"])
+    assert len(targets) > 20 and all(target.startswith("https://") for target in targets)
+    assert "readme" in project()["dynamic"]
