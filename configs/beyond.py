@@ -11,13 +11,13 @@
     tokentm evaluate configs/beyond.py:task=complexity       sparseness and entropy of maps
     tokentm evaluate configs/beyond.py:task=shapley          agreement with Shapley values of 7 x 7 squares, 50 photos
 
-Data: ../shared/data/imagenet_sample and ../shared/data/deit_tiny_patch16_224.safetensors.
+Data: `tokentm data fetch photos deit_tiny`.
 Run time: not measured.
 """
 
 from typing import Any, Literal
 
-from tokentm_jax import PAPER_ROWS, EvaluateConfig, Row, sanity_rows
+from tokentm_jax import PAPER_ROWS, EvaluateConfig, Row, sample_data, sanity_rows
 
 SHAPLEY: dict[str, Any] = {"patch": 32, "value": "probability", "pairs": 16}
 OPTIONS: dict[str, dict[str, Any]] = {"insertion": {"fill": "blur"}, "shapley": SHAPLEY}
@@ -38,9 +38,9 @@ def get_config(
     return EvaluateConfig(
         name=f"{task}_photos",
         task=task,
-        data="../shared/data/imagenet_sample",
+        data=sample_data("photos"),
         model="deit_tiny_patch16_224",
-        checkpoint="../shared/data/deit_tiny_patch16_224.safetensors",
+        checkpoint=sample_data("deit_tiny"),
         rows=rows,
         options=OPTIONS.get(task, {}),
         limit=50 if task in FEW else None,

@@ -24,7 +24,7 @@ Why a second stage. At the end of the first, 87.08 % of cifar10_test_a.zip are r
 were the aim, and the loss says that the student still underfits what the strong augmentation asks. So it goes on with
 a milder one, at half of the learning rate: 88.64 %.
 
-Data: ../shared/data.
+Data: `tokentm data fetch cifar10`.
 Run time: on 2 cores that multiply bfloat16 matrices (AMX), 13 minutes for the teacher's answers, then 105 seconds an
 epoch with half of the patches and about 300 with all: 3.3 hours for the first stage and 2.0 for the second.
 """
@@ -32,12 +32,13 @@ epoch with half of the patches and about 300 with all: 3.3 hours for the first s
 import dataclasses
 from typing import Literal
 
+from tokentm_jax import sample_data
 from tokentm_jax.runs.train import TrainConfig
 
 FIRST = TrainConfig(
     name="cifar10_distilled",
-    train_data="../shared/data/cifar10_train.zip",
-    test_data="../shared/data/cifar10_test_a.zip",
+    train_data=sample_data("cifar10", "train"),
+    test_data=sample_data("cifar10", "test"),
     model={
         "img_size": 32,
         "patch_size": 4,

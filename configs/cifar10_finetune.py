@@ -1,19 +1,20 @@
 """Fine-tune an ImageNet checkpoint on CIFAR-10 at 224 pixels: how the paper's CIFAR models are made.
 
-    tokentm train configs/cifar10_finetune.py --train cifar10_train.zip --test cifar10_test.zip --out runs/finetune
+    tokentm train configs/cifar10_finetune.py --out runs/finetune
 
 For another backbone change `model` and `fine_tune`; for CIFAR-100 also `num_classes` and the data. Not measured:
 it wants a GPU.
 """
 
+from tokentm_jax import sample_data
 from tokentm_jax.runs.train import TrainConfig
 
 config = TrainConfig(
     name="deit_tiny_cifar10",
-    train_data="../shared/data/cifar10_train.zip",
-    test_data="../shared/data/cifar10_test_a.zip",
+    train_data=sample_data("cifar10", "train"),
+    test_data=sample_data("cifar10", "test"),
     model={"img_size": 224, "patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3, "num_classes": 10},
-    fine_tune=("deit_tiny_patch16_224", "../shared/data/deit_tiny_patch16_224.safetensors"),
+    fine_tune=("deit_tiny_patch16_224", sample_data("deit_tiny")),
     epochs=10,
     warmup_epochs=1,
     batch_size=256,

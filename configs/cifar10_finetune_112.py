@@ -12,21 +12,22 @@ With shifts alone, 92.56 % after eight epochs, where the loss has all but reache
 `cifar10_distilled`. (Four epochs of shifts at half of the learning rate, a quarter of the batches mixed by CutMix, in
 float32: 91.66 %.)
 
-Data: ../shared/data.
+Data: `tokentm data fetch cifar10 deit_tiny`.
 Run time: on 2 cores with AMX that also did other work, 93 minutes; 70 with shifts.
 """
 
 import dataclasses
 from typing import Literal
 
+from tokentm_jax import sample_data
 from tokentm_jax.runs.train import TrainConfig
 
 SHIFTS = TrainConfig(
     name="deit_tiny_cifar10_112_shifts",
-    train_data="../shared/data/cifar10_train.zip",
-    test_data="../shared/data/cifar10_test_a.zip",
+    train_data=sample_data("cifar10", "train"),
+    test_data=sample_data("cifar10", "test"),
     model={"img_size": 112, "patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3, "num_classes": 10},
-    fine_tune=("deit_tiny_patch16_224", "../shared/data/deit_tiny_patch16_224.safetensors"),
+    fine_tune=("deit_tiny_patch16_224", sample_data("deit_tiny")),
     epochs=8,
     warmup_epochs=0.4,
     batch_size=128,

@@ -1,16 +1,17 @@
 """CIFAR-10 from scratch on a GPU.
 
-    tokentm train configs/cifar10_vit.py --train cifar10_train.zip --test cifar10_test.zip --out runs/cifar10
+    tokentm train configs/cifar10_vit.py --out runs/cifar10
 
 Meant for 90 % or more after about 300 epochs with strong augmentation. Not measured, for want of a GPU.
 """
 
+from tokentm_jax import sample_data
 from tokentm_jax.runs.train import TrainConfig
 
 config = TrainConfig(
     name="cifar10_vit",
-    train_data="../shared/data/cifar10_train.zip",
-    test_data="../shared/data/cifar10_test_a.zip",
+    train_data=sample_data("cifar10", "train"),
+    test_data=sample_data("cifar10", "test"),
     model={"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 9, "num_heads": 3, "num_classes": 10},
     epochs=300,
     warmup_epochs=10,

@@ -1,14 +1,15 @@
 """CIFAR-10 from scratch on a CPU: the recipe of models/cifar10_vit.safetensors.
 
-tokentm train configs/cifar10_vit_cpu.py --train cifar10_train.zip --test cifar10_test.zip --out runs/cifar10_cpu
+tokentm train configs/cifar10_vit_cpu.py --out runs/cifar10_cpu
 """
 
+from tokentm_jax import sample_data
 from tokentm_jax.runs.train import TrainConfig
 
 config = TrainConfig(
     name="cifar10_vit",
-    train_data="../shared/data/cifar10_train.zip",
-    test_data="../shared/data/cifar10_test_a.zip",
+    train_data=sample_data("cifar10", "train"),
+    test_data=sample_data("cifar10", "test"),
     model={"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4, "num_classes": 10},
     epochs=30,
     warmup_epochs=2,

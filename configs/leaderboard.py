@@ -9,8 +9,8 @@
 Maps of pixels are measured as their means by patch (docs/explanation/metrics.md says why). Perturbation takes all of
 the images, most yardsticks 200 of them, ROAD 50 of the photos, and those that explain an image many times 50.
 Max-sensitivity and the randomisation of parameters are for the fast methods alone.
-Data: ../shared/data. The weights of cifar10_112 are one's own: runs/finetune_112, of a fine-tuning at 112
-pixels by configs/cifar10_finetune_112.py, or --checkpoint FILE.
+Data: `tokentm data fetch photos masks deit_tiny`, or cifar10. The weights of cifar10_112 are custom ones:
+runs/finetune_112, of a fine-tuning at 112 pixels by configs/cifar10_finetune_112.py, or --checkpoint FILE.
 Run time: with methods=fast and precision=mixed on 2 cores, 50 minutes for cifar10, 90 for cifar10_112 and five hours
 for the photos. The methods of a pass for each patch, and more, take 7 s for an image of cifar10 and over a minute for
 a photo: take them with --limit and --batch-size 4.
@@ -19,7 +19,7 @@ a photo: take them with --limit and --batch-size 4.
 from dataclasses import replace
 from typing import Any, Literal
 
-from tokentm_jax import METHODS, PAPER_ROWS, PIXEL_ROWS, EvaluateConfig, LeaderboardConfig, Row
+from tokentm_jax import METHODS, PAPER_ROWS, PIXEL_ROWS, EvaluateConfig, LeaderboardConfig, Row, sample_data
 
 SLOW = ("occlusion", "token_dropping", "rise", "shapley", "kernel_shap")
 PUBLISHED = {row.name: row for row in PAPER_ROWS}  # first blocks left out as in the published evaluation
@@ -28,14 +28,14 @@ ALL = tuple(BY_PATCH.get(name) or PUBLISHED.get(name) or Row(name, name) for nam
 FAST = tuple(row for row in ALL if row.method not in SLOW)
 DATA: dict[str, dict[str, Any]] = {
     "photos": {
-        "data": "../shared/data/imagenet_sample",
+        "data": sample_data("photos"),
         "model": "deit_tiny_patch16_224",
-        "checkpoint": "../shared/data/deit_tiny_patch16_224.safetensors",
+        "checkpoint": sample_data("deit_tiny"),
         "batch_size": 16,
     },
-    "cifar10": {"data": "../shared/data/cifar10_test_a.zip", "model": "cifar10_distilled", "batch_size": 50},
+    "cifar10": {"data": sample_data("cifar10", "test"), "model": "cifar10_distilled", "batch_size": 50},
     "cifar10_112": {
-        "data": "../shared/data/cifar10_test_a.zip",
+        "data": sample_data("cifar10", "test"),
         "checkpoint": "runs/finetune_112/deit_tiny_cifar10_112.safetensors",
         "batch_size": 50,
     },
@@ -76,7 +76,7 @@ def get_config(
         run("complexity", SOME),
     ]
     if data == "photos":
-        masks = "../shared/data/segmentation_a.mat"
+        masks = sample_data("masks")
         runs.append(run("segmentation", None, data=masks, profile="reference"))
     suffix = ("" if methods == "all" else f"_{methods}") + ("_mixed" if precision == "mixed" else "")
     return LeaderboardConfig(f"leaderboard_{data}{suffix}", runs, ("perturbation", "aopc"))

@@ -16,7 +16,7 @@
     tokentm evaluate configs/perturbation.py:data=cifar10 --checkpoint FILE    a ViT-B of one's own, fine-tuned on it
     tokentm evaluate configs/perturbation.py:data=cifar100 --checkpoint FILE
 
-Data: photos and cifar10_sample lie in ../shared/data. The others are prepared once by
+Data: `tokentm data fetch photos deit_tiny`, or cifar10 for cifar10_sample. The others are prepared once by
 `tfds build imagenet2012 --file_format=array_record` (or cifar10, cifar100).
 Paper: negative AUC up to 58.1 (ImageNet), 74.9 (CIFAR-10) and 54.8 (CIFAR-100), AOPC up to 0.764; for which explained
 class and model is not known here.
@@ -36,17 +36,18 @@ from tokentm_jax import (
     WEIGHT_ROWS,
     EvaluateConfig,
     depth_rows,
+    sample_data,
 )
 
 DATA = {  # where it is, and the model where none is named
-    "photos": ("../shared/data/imagenet_sample", "deit_tiny"),
-    "cifar10_sample": ("../shared/data/cifar10_test_a.zip", "cifar10_vit"),
+    "photos": (sample_data("photos"), "deit_tiny"),
+    "cifar10_sample": (sample_data("cifar10", "test"), "cifar10_vit"),
     "imagenet": ("tfds:imagenet2012:validation", "vit_base"),
     "cifar10": ("tfds:cifar10:test", "own"),
     "cifar100": ("tfds:cifar100:test", "own"),
 }
 MODELS = {  # name, and checkpoint where it is not the name's own
-    "deit_tiny": ("deit_tiny_patch16_224", "../shared/data/deit_tiny_patch16_224.safetensors"),
+    "deit_tiny": ("deit_tiny_patch16_224", sample_data("deit_tiny")),
     "cifar10_vit": ("cifar10_vit", None),
     "cifar10_distilled": ("cifar10_distilled", None),
     "vit_base": ("hf-hub:timm/vit_base_patch16_224.augreg_in21k_ft_in1k", None),

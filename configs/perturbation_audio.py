@@ -4,14 +4,14 @@
     tokentm evaluate configs/perturbation_audio.py:task=srg        patches, set to the mean of the training set
     tokentm evaluate configs/perturbation_audio.py:model=own,speaker=lucas --checkpoint FILE
 
-Data: ../shared/data/audio/spoken_digits.zip, 400 recordings of theo. Silence is 0, the lowest level; the padding after
-a recording is silent already.
+Data: `tokentm data fetch recordings`; 400 of theo are used. Silence is 0, the lowest level; the padding after a
+recording is silent already.
 Run time: less than a minute for a row of pixels on one core that others used, too.
 """
 
 from typing import Literal
 
-from tokentm_jax import PAPER_ROWS, EvaluateConfig, rows
+from tokentm_jax import PAPER_ROWS, EvaluateConfig, rows, sample_data
 
 CHEAP = (
     *PAPER_ROWS,
@@ -39,7 +39,7 @@ def get_config(
     return EvaluateConfig(
         name="_".join([task, "audio", *(part for part in (speaker, model) if part not in ("theo", "shipped"))]),
         task=task,
-        data="../shared/data/audio/spoken_digits.zip",
+        data=sample_data("recordings"),
         model="spoken_digits" if model == "shipped" else None,
         names=f"*_{speaker}_*",
         rows=CHEAP,

@@ -10,7 +10,7 @@
 
     tokentm evaluate configs/segmentation.py:data=imagenet                     the paper's, ViT-B; also with rows=...
 
-Data: the sample is ../shared/data/segmentation_a.mat: 33 COCO images chosen by this very model's predictions, so its
+Data: `tokentm data fetch masks deit_tiny`. They are 33 COCO images chosen by this very model's predictions, so its
 class is in every picture, and the figures say nothing about other data. For imagenet: gtsegs_ijcv.mat
 (ImageNet-Segmentation, 4276 images) in the working folder, or --data.
 Paper: pixel accuracy up to 81.8 (which of its models has it is not known here).
@@ -28,13 +28,14 @@ from tokentm_jax import (
     WEIGHT_ROWS,
     EvaluateConfig,
     depth_rows,
+    sample_data,
 )
 
 DATA = {  # where it is, and the model with its checkpoint where that is not the name's own
     "sample": (
-        "../shared/data/segmentation_a.mat",
+        sample_data("masks"),
         "deit_tiny_patch16_224",
-        "../shared/data/deit_tiny_patch16_224.safetensors",
+        sample_data("deit_tiny"),
     ),
     "imagenet": ("gtsegs_ijcv.mat", "hf-hub:timm/vit_base_patch16_224.augreg_in21k_ft_in1k", None),
 }

@@ -4,17 +4,18 @@
     tokentm explain-text "a stirring, funny film" --model runs/sst2_minilm
 
 The encoder is sentence-transformers' all-MiniLM-L6-v2 (Apache-2.0). The result is made from foreign weights and is not
-part of the project; nor are the sentences, which have no licence. Meant for 88 % or more on `sst2_dev.tsv`. Data:
-../shared/data/text.
+part of the project; nor are the sentences, which have no licence. Meant for 88 % or more on `sst2_dev.tsv`.
+Data: `tokentm data fetch sentences minilm`.
 """
 
+from tokentm_jax import sample_data
 from tokentm_jax.runs.train_text import TextTrainConfig
 
 config = TextTrainConfig(
     name="sst2_minilm",
-    encoder="../shared/data/text",
-    train_data="../shared/data/text/sst2_train.tsv",
-    test_data="../shared/data/text/sst2_dev.tsv",
+    encoder=sample_data("minilm"),
+    train_data=sample_data("sentences", "train"),
+    test_data=sample_data("sentences", "dev"),
     class_names=("negative", "positive"),
     epochs=3,
     batch_size=32,

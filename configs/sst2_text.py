@@ -7,12 +7,13 @@ The classifier is that of `configs/sst2_minilm.py`.
 ERASER's comprehensiveness and sufficiency, by deleting and by masking, Kendall's tau with leave-one-out, and agreement
 with VADER's lexicon (`pip install vaderSentiment`).
 
-Data: ../shared/data/text. Run time: more than two hours on two CPU cores without the Shapley values, which take about
-as long again; 20 minutes for `rows=weights`.
+Data: `tokentm data fetch sentences`.
+Run time: more than two hours on two CPU cores without the Shapley values, which take about as long again; 20 minutes for `rows=weights`.
 """
 
 from typing import Literal
 
+from tokentm_jax import sample_data
 from tokentm_jax.metrics.tasks import TEXT_ROWS, WEIGHT_ROWS
 from tokentm_jax.runs.evaluate_text import TextEvaluateConfig
 
@@ -21,7 +22,7 @@ def get_config(*, rows: Literal["all", "weights"] = "all", model: str = "runs/ss
     return TextEvaluateConfig(
         name="sst2_text" if rows == "all" else f"sst2_text_{rows}",
         model=model,
-        data="../shared/data/text/sst2_dev.tsv",
+        data=sample_data("sentences", "dev"),
         rows=TEXT_ROWS if rows == "all" else WEIGHT_ROWS,
         ratings=(-1, 1),
     )

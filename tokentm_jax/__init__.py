@@ -59,6 +59,7 @@ _HOMES = {
     "sanity_rows": "metrics.tasks",
     "TrainConfig": "runs.recipe",
     "LeaderboardConfig": "runs.leaderboard",
+    "sample_data": "samples",
 }
 
 __all__ = [*_HOMES, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
@@ -116,6 +117,7 @@ if TYPE_CHECKING:
     from tokentm_jax.runs.recipe import TrainConfig as TrainConfig
     from tokentm_jax.runs.store import open_maps as open_maps
     from tokentm_jax.runs.train_text import TextTrainConfig as TextTrainConfig
+    from tokentm_jax.samples import sample_data as sample_data
 
 
 def __getattr__(name: str) -> Any:

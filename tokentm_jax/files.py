@@ -26,6 +26,7 @@ from types import FrameType
 from typing import Any
 
 from tokentm_jax.errors import InputError
+from tokentm_jax.samples import hint
 
 LARGEST_TEXT = 64 * 2**20  # bytes of a text, table or description
 MARK = "tokentm_jax"  # the start of the mark of texts and figures, and a key in results and weights
@@ -68,7 +69,7 @@ def opened(path: str | os.PathLike[str], what: str = "") -> Iterator[BufferedRea
     except InputError:
         raise
     except FileNotFoundError:
-        raise InputError(f"{name} does not exist") from None
+        raise InputError(f"{name} does not exist{hint(path)}") from None
     except OSError as error:
         raise InputError(f"{name} cannot be read: {reason(error)}") from None
     except ValueError as error:

@@ -9,7 +9,9 @@ import click
 
 from tokentm_jax import __version__
 from tokentm_jax.cli.compare import compare
+from tokentm_jax.cli.completion import add_completion
 from tokentm_jax.cli.convert import convert
+from tokentm_jax.cli.data import data
 from tokentm_jax.cli.dataset import dataset
 from tokentm_jax.cli.evaluate import evaluate
 from tokentm_jax.cli.explain import explain, explain_audio
@@ -64,30 +66,38 @@ class Commands(click.Group):
             ctx.exit(INTERRUPTED)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="tokentm")
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Explain what a Vision Transformer sees: TokenTM heatmaps and other methods.
 
     \b
     Example:
       tokentm explain cat.jpg
     """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
-for command in (
-    explain,
-    explain_text,
-    explain_audio,
-    models,
-    methods,
-    convert,
-    train,
-    dataset,
-    evaluate,
-    compare,
-    leaderboard,
-    report,
-    serve,
-):
+# Every command with what it does, in one line of a terminal of 80 columns.
+COMMANDS = {
+    explain: "Show the top five classes of photos and write heatmaps.",
+    explain_text: "Show which words of a text speak for a class.",
+    explain_audio: "Show the top five classes of recordings and write heatmaps.",
+    serve: "Serve a page that explains the photos dropped on it.",
+    report: "Write a page about photos, an evaluation or a store.",
+    models: "List the models that are shipped or can be loaded.",
+    methods: "List the explanation methods.",
+    data: "List and fetch the sample data of the configs.",
+    dataset: "Write the maps of a whole data set to a store.",
+    evaluate: "Measure explanation methods by a recipe.",
+    compare: "Compare finished evaluations, with intervals.",
+    leaderboard: "Rank methods by many metrics.",
+    train: "Train a model by a recipe.",
+    convert: "Write a checkpoint that describes itself.",
+}
+for command, summary in COMMANDS.items():
+    command.short_help = summary
     main.add_command(command)
+add_completion(list(COMMANDS))

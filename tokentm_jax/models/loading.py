@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tokentm_jax.data.labels import number
+from tokentm_jax.data.labels import alike, number
 from tokentm_jax.data.preprocessing import IMAGENET, Preprocessing, Statistics
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.files import as_path, read_json, read_text
@@ -76,8 +76,8 @@ class Classes:
         return known[text]
 
     def class_index(self, name_or_number: str | int) -> int:
-        """Index of a class given by number, or as text: a name (any case), a number where no class is called so
-        ("281"), or a wnid ("n02123045").
+        """Index of a class given by number, or as text: a name (any case, underscores as spaces), a number where no
+        class is called so ("281"), or a wnid ("n02123045").
 
         Raises InputError for a number out of range, an unknown name (with the nearest one), or an ambiguous name.
         """
@@ -94,6 +94,7 @@ class Classes:
         lowered = [name.lower() for name in self.class_names]
         found = [i for i, name in enumerate(lowered) if name == text.lower()]
         found = found or [i for i, wnid in enumerate(self.wnids or ()) if wnid == text]
+        found = found or [i for i, name in enumerate(lowered) if alike(name) == alike(text)]
         if not found:
             raise suggest("class", text, lowered)
         if len(found) > 1:

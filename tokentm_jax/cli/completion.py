@@ -1,0 +1,94 @@
+"""Completion of names by the shell: methods, models, classes and sample data; and of files for every other text.
+
+Click does the rest: `eval "$(_TOKENTM_COMPLETE=bash_source tokentm)"`.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from tokentm_jax.errors import InputError
+from tokentm_jax.samples import SAMPLES
+
+FILES = ("photos", "recordings", "what", "data", "recipe", "checkpoint", "out", "classes", "runs", "maps", "label_map")
+
+
+def _methods(ctx: click.Context) -> Iterable[str]:
+    from tokentm_jax.methods.table import METHODS
+
+    return [*METHODS, "all"]
+
+
+def _models(ctx: click.Context) -> Iterable[str]:
+    from tokentm_jax.models.architectures import ARCHITECTURES
+    from tokentm_jax.models.loading import SHIPPED
+
+    return [*(file.stem for folder in SHIPPED for file in sorted(folder.glob("*.safetensors"))), *ARCHITECTURES]
+
+
+def _classes(ctx: click.Context) -> Iterable[str]:
+    """The classes of the model that is named, or of the default one; of ImageNet where the model is not shipped."""
+    from tokentm_jax.models.checkpoint import read_description
+    from tokentm_jax.models.loading import DEFAULT_MODEL, SHIPPED
+    from tokentm_jax.models.loading import _read_names as read_names
+
+    name, checkpoint = ctx.params.get("model"), ctx.params.get("checkpoint")
+    if ctx.params.get("classes"):
+        return read_names(Path(ctx.params["classes"]))[0]
+    name = name or (DEFAULT_MODEL if ctx.command.name != "explain-audio" else "spoken_digits")
+    own = [folder / f"{name}.safetensors" for folder in SHIPPED] if checkpoint is None else [Path(checkpoint)]
+    description = next((read_description(file) for file in own if file.is_file()), None)
+    if description is not None and description["class_names"]:
+        return description["class_names"]
+    return read_names(IMAGENET_CLASSES)[0] if IMAGENET_CLASSES.is_file() else ()
+
+
+IMAGENET_CLASSES = Path(__file__).resolve().parent.parent / "data" / "imagenet_1k.json"
+SEVERAL = ("method", "methods")  # as a,b,c
+NAMES: dict[str, Callable[[click.Context], Iterable[str]]] = {
+    "method": _methods,
+    "methods": _methods,
+    "model": _models,
+    "target": _classes,
+    "versus": _classes,
+}
+
+
+class Completed(click.ParamType):
+    """Another type, with completion."""
+
+    def __init__(self, kind: click.ParamType, names: Callable[[click.Context], Iterable[str]] | None) -> None:
+        self._kind, self._names = kind, names
+        self.name = kind.name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return self._kind.convert(value, param, ctx)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        if self._names is None:
+            return [CompletionItem(incomplete, type="file")]
+        before, comma, last = incomplete.rpartition(",") if param.name in SEVERAL else ("", "", incomplete)
+        try:
+            names = ["_".join(name.split()) for name in self._names(ctx)]
+        except (InputError, OSError):  # of a file that is no checkpoint: there is nothing to complete
+            return []
+        found = [name for name in dict.fromkeys(names) if name.casefold().startswith(last.casefold())]
+        items = [CompletionItem(f"{before}{comma}{name}") for name in found]
+        return items if items or param.name != "model" else [CompletionItem(incomplete, type="file")]
+
+
+def add_completion(commands: Sequence[click.Command]) -> None:
+    """Give the options and arguments of commands completion, by their names."""
+    for command in commands:
+        for param in command.params:
+            if param.name in NAMES:
+                param.type = Completed(param.type, NAMES[param.name])
+            elif param.name in FILES:
+                param.type = Completed(param.type, None)
+        if isinstance(command, click.Group):
+            add_completion(list(command.commands.values()))
+            for param in (p for own in command.commands.values() for p in own.params if p.name == "names"):
+                param.type = Completed(param.type, lambda ctx: [*SAMPLES, "all"])

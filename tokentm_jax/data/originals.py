@@ -1,0 +1,408 @@
+"""From the public originals to the sample data of `tokentm_jax.samples`: downloaded, checked and derived.
+
+The originals of a set are files of a public repository at one commit, which come as GitHub's zip archive of it, or of
+an installed Python package. The bytes of an archive may change, so what is pinned is the content of the files in it:
+`Sample.sha256` is the SHA-256 of the lines that `sha256sum` prints for them, sorted by path:
+
+    git ls-tree -r --name-only COMMIT | grep PATTERN | LC_ALL=C sort | xargs sha256sum | sha256sum
+
+Nothing is extracted. Files are read in memory, by names and up to sizes that are known beforehand.
+"""
+
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from filelock import FileLock, Timeout
+from PIL import Image
+
+from tokentm_jax.errors import InputError
+from tokentm_jax.files import opened, reason
+from tokentm_jax.samples import SAMPLES, Sample, cache, folder_of
+
+TIMEOUT = 30.0  # seconds without a byte
+UNFINISHED = ".fetching-"
+PIECE = 2**16  # bytes that are read at a time
+SLACK = 200 * 2**20  # bytes that an archive may be larger than was seen
+NEEDS = "pip install 'tokentm_jax[data]'"
+Watch = Callable[[str, int], AbstractContextManager[Callable[[int], Any]]]
+
+
+class Originals(Protocol):
+    """Files by path, in order; `read` gives the content."""
+
+    paths: list[str]
+
+    def read(self, path: str) -> bytes: ...
+
+
+def fetch(name: str, watch: Watch = lambda *_: nullcontext(lambda _: None)) -> Path:
+    """The data folder that has a set, to which it is fetched where no folder has it yet.
+
+    Args:
+      name: of `SAMPLES`.
+      watch: gives a context for a title and a number of steps, and in it what to call with steps that are done.
+
+    Raises:
+      InputError: no such set, no network, files that are not those that are pinned, no room, a package that is
+        missing. Nothing unfinished remains.
+    """
+    if (folder := folder_of(name)) is not None:
+        return folder
+    sample, folder = SAMPLES[name], cache()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock", timeout=0), ExitStack() as stack:
+            for left in folder.glob(f"{UNFINISHED}*"):  # by a process that was killed: nobody else has the lock
+                shutil.rmtree(left, ignore_errors=True)
+            work = stack.enter_context(tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder))
+            originals = stack.enter_context(_originals(name, sample, Path(work), watch))
+            made = Path(work) / "made"
+            with watch(f"{name}: made", len(originals.paths)) as step:
+                RECIPES[name].make(originals, made, step)
+            for place in sample.made:
+                target = folder / place
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if not os.path.lexists(target):
+                    os.rename(made / place, target)
+    except Timeout:
+        raise InputError(f"{folder} is being written by another process") from None
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {reason(error)}") from None
+    return folder
+
+
+# ---- downloaded, and checked ----------------------------------------------------------------------------------------
+
+
+class Archive:
+    """Files of a zip archive, without the folder that all of them are in."""
+
+    def __init__(self, path: Path, pick: Callable[[str], bool]) -> None:
+        try:
+            self._zip = zipfile.ZipFile(path)
+            entries = {info.filename.partition("/")[2]: info for info in self._zip.infolist()}
+        except Exception as error:  # what zipfile raises for a damaged file has no common type
+            raise InputError(f"the archive is damaged: {reason(error)}") from None
+        self._entries = {name: entries[name] for name in sorted(entries) if pick(name)}
+        self.paths = list(self._entries)
+        self.size = sum(info.file_size for info in self._entries.values())
+
+    def read(self, path: str) -> bytes:
+        info = self._entries[path]
+        try:
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise InputError("neither stored nor deflated")
+            with self._zip.open(info) as file:
+                return file.read(info.file_size)
+        except Exception as error:
+            raise InputError(f"the archive is damaged: {path}: {reason(error)}") from None
+
+    def close(self) -> None:
+        self._zip.close()
+
+
+class Package:
+    """Files of an installed Python package."""
+
+    def __init__(self, sample: Sample, pick: Callable[[str], bool]) -> None:
+        wanted = f"pip install {sample.origin}=={sample.version}"
+        try:
+            files = importlib.metadata.files(sample.origin) or []
+        except importlib.metadata.PackageNotFoundError:
+            raise InputError(f"it is made of the package {sample.origin}: {wanted}") from None
+        self._files = {str(file): Path(str(file.locate())) for file in files if pick(str(file))}
+        self.paths = sorted(self._files)
+        try:
+            self.size = sum(os.path.getsize(path) for path in self._files.values())
+        except OSError as error:
+            raise InputError(f"the package {sample.origin} is damaged ({reason(error)}): {wanted}") from None
+
+    def read(self, path: str) -> bytes:
+        with opened(self._files[path]) as file:
+            return file.read()
+
+    def close(self) -> None:
+        pass
+
+
+@contextmanager
+def _originals(name: str, sample: Sample, work: Path, watch: Watch) -> Iterator[Archive | Package]:
+    """The originals of a set, whose content is what is pinned."""
+    pick = RECIPES[name].pick
+    try:
+        if sample.download:
+            with watch(f"{name}: downloaded", sample.download) as step:
+                path = _download(sample, work, step)
+            found = Archive(path, pick)
+        else:
+            found = Package(sample, pick)
+        with closing(found):
+            if found.size != sample.originals or hashed(found) != sample.sha256:
+                raise InputError(f"{sample.address} has other files than those that were pinned by SHA-256")
+            yield found
+    except InputError as error:
+        raise InputError(f"the sample data {name!r} cannot be fetched: {error}") from None
+
+
+def hashed(originals: Originals) -> str:
+    """The SHA-256 of the lines of `sha256sum`, in the order of the paths."""
+    lines = hashlib.sha256()
+    for path in originals.paths:
+        lines.update(f"{hashlib.sha256(originals.read(path)).hexdigest()}  {path}\n".encode())
+    return lines.hexdigest()
+
+
+def _download(sample: Sample, work: Path, step: Callable[[int], Any]) -> Path:
+    """The archive of a repository, in the folder `work`."""
+    try:
+        import pooch
+        import requests
+    except ImportError:
+        raise InputError(f"it needs the optional packages: {NEEDS}") from None
+
+    def download(address: str, output: str, _: Any) -> None:
+        with open(output, "wb") as file:
+            limited = _Limited(file, SLACK + sample.download, step)
+            pooch.HTTPDownloader(chunk_size=PIECE, timeout=TIMEOUT)(address, limited, None)  # pyright: ignore
+
+    pooch.get_logger().setLevel("ERROR")
+    try:
+        own: Any = download  # pooch's type has other names of the parameters
+        return Path(pooch.retrieve(sample.address, None, "archive.zip", work, downloader=own))
+    except requests.RequestException as error:
+        raise InputError(f"{sample.address}: {reason(error)}") from None
+
+
+class _Limited:
+    """A file that takes so many bytes at most, and tells of them."""
+
+    def __init__(self, file: Any, limit: int, step: Callable[[int], Any]) -> None:
+        self._file, self._left, self._step = file, limit, step
+
+    def write(self, piece: bytes) -> None:
+        self._left -= len(piece)
+        if self._left < 0:
+            raise InputError("the server sends more than the archive can have")
+        self._file.write(piece)
+        self._step(len(piece))
+
+    def flush(self) -> None:
+        pass
+
+
+# ---- derived --------------------------------------------------------------------------------------------------------
+
+SHORT_SIDE, QUALITY = 288, 95
+
+
+def _photos(originals: Originals, out: Path, step: Callable[[int], Any]) -> None:
+    """Every second photo: its short side reduced to 288 pixels, bicubic, where it is larger; JPEG of quality 95."""
+    folder = out / "imagenet_sample"
+    folder.mkdir(parents=True)
+    rows = ["file,class_index"]
+    for number, path in enumerate(originals.paths):
+        if number % 2 == 0:
+            with Image.open(io.BytesIO(originals.read(path))) as image:
+                photo = image.convert("RGB")
+            scale = SHORT_SIDE / min(photo.size)
+            if scale < 1:
+                photo = photo.resize(
+                    (round(photo.width * scale), round(photo.height * scale)), Image.Resampling.BICUBIC
+                )
+            rows.append(f"{number:04d}_{Path(path).stem}.jpg,{number}")
+            photo.save(folder / rows[-1].partition(",")[0], "JPEG", quality=QUALITY)
+        step(1)
+    (folder / "labels.csv").write_text("\n".join(rows) + "\n")
+
+
+def _zipped(file: Path, originals: Originals, names: Mapping[str, str], step: Callable[[int], Any]) -> None:
+    """A zip of originals under other names, of which equal files give equal bytes."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(file, "w") as archive:
+        for path, name in sorted(names.items(), key=lambda item: item[1]):
+            archive.writestr(zipfile.ZipInfo(name), originals.read(path))
+            step(1)
+
+
+def _cifar10(originals: Originals, out: Path, step: Callable[[int], Any]) -> None:
+    for split, file in (("train", "cifar10_train.zip"), ("test", "cifar10_test_a.zip")):
+        own = {path: path.partition("/")[2] for path in originals.paths if path.startswith(f"{split}/")}
+        _zipped(out / file, originals, own, step)
+
+
+def _recordings(originals: Originals, out: Path, step: Callable[[int], Any]) -> None:
+    """`7_theo_12.wav` goes into the folder of the digit."""
+    names = {path: f"{(own := path.rpartition('/')[2])[0]}/{own}" for path in originals.paths}
+    _zipped(out / "audio/spoken_digits.zip", originals, names, step)
+
+
+def _sentences(originals: Originals, out: Path, step: Callable[[int], Any]) -> None:
+    (out / "text").mkdir(parents=True)
+    for path in originals.paths:
+        (out / f"text/sst2_{Path(path).name}").write_bytes(originals.read(path))
+        step(1)
+
+
+def _minilm(originals: Originals, out: Path, step: Callable[[int], Any]) -> None:
+    """The package's files; weights in float16, which changes none of them by more than 1e-3."""
+    import safetensors.numpy
+
+    (out / "text").mkdir(parents=True)
+    for path in originals.paths:
+        name, content = Path(path).name, originals.read(path)
+        if name == "model.safetensors":
+            tensors = safetensors.numpy.load(content)
+            halved = {key: t.astype(np.float16) if t.dtype == np.float32 else t for key, t in tensors.items()}
+            name, content = "minilm_l6.safetensors", safetensors.numpy.save(halved)
+        (out / "text" / name).write_bytes(content)
+        step(1)
+
+
+_TENSORS = (  # path of a file, and timm's name of its tensor
+    (r".*/block_(\d+)/blocks_\d+_(attn|mlp)_(qkv|proj|fc1|fc2)_(weight|bias)_fl_\d+\.mat", r"blocks.\1.\2.\3.\4"),
+    (r".*/block_(\d+)/cpu_p_qudq_\d*[02468]_LN_(weight|bias)_fl_\d+\.mat", r"blocks.\1.norm1.\2"),
+    (r".*/block_(\d+)/cpu_p_qudq_\d*[13579]_LN_(weight|bias)_fl_\d+\.mat", r"blocks.\1.norm2.\2"),
+    (r".*/Head/head_(weight|bias)_fl_\d+\.mat", r"head.\1"),
+    (r".*/Norm/cpu_p_qudq_24_LN_(weight|bias)_fl_\d+\.mat", r"norm.\1"),
+    (r".*/clsANDpos/p_cls_token_expand_B_neg1_neg1\.mat", "cls_token"),
+    (r".*/clsANDpos/p_pos_embed_cpu\.mat", "pos_embed"),
+    (r".*/patch_embed_proj_(weight|bias)_\d+\.mat", r"patch_embed.proj.\1"),
+)
+
+
+def _tensor_name(path: str) -> str | None:
+    return next((match.expand(name) for form, name in _TENSORS if (match := re.fullmatch(form, path))), None)
+
+
+def _deit_tiny(originals: Originals, out: Path, step: Callable[[int], Any]) -> None:
+    """One tensor of each MATLAB file, under timm's names."""
+    import safetensors.numpy
+    import scipy.io
+
+    tensors = {}
+    for path in originals.paths:
+        name = _tensor_name(path)
+        values = np.ascontiguousarray(scipy.io.loadmat(io.BytesIO(originals.read(path)))["data"])
+        flat = name is not None and values.ndim == 2 and len(values) == 1  # MATLAB knows no vectors
+        tensors[name] = values.ravel() if flat else values
+        step(1)
+    out.mkdir()
+    (out / "deit_tiny_patch16_224.safetensors").write_bytes(safetensors.numpy.save(tensors))
+
+
+# COCO's photos in which DeiT-tiny's first class is there, with at least 2 % of the pixels: split, number, category.
+MASKED = tuple(
+    tuple(line.split(maxsplit=2))
+    for line in """
+val2017 000000000285 bear
+val2017 000000000776 teddy bear
+val2017 000000001675 keyboard
+val2017 000000002006 bus
+val2017 000000002587 banana
+val2017 000000003501 broccoli
+val2017 000000004395 tie
+val2017 000000004795 cat
+val2017 000000005503 toilet
+val2017 000000006012 banana
+val2017 000000006894 elephant
+val2017 000000007108 elephant
+val2017 000000007816 motorcycle
+val2017 000000008211 motorcycle
+val2017 000000009400 laptop
+train2017 000000000030 vase
+train2017 000000000036 umbrella
+train2017 000000000064 clock
+train2017 000000000073 motorcycle
+train2017 000000000078 clock
+train2017 000000000089 oven
+train2017 000000000143 bird
+train2017 000000000194 pizza
+train2017 000000000263 elephant
+train2017 000000000307 dog
+train2017 000000000315 umbrella
+train2017 000000000349 train
+train2017 000000000387 laptop
+train2017 000000000397 pizza
+train2017 000000000450 pizza
+train2017 000000000490 dog
+train2017 000000000510 bench
+train2017 000000000532 bus
+""".strip().splitlines()
+)
+_PANOPTIC = "panoptic_segmentation/annotations/panoptic_"
+
+
+def _of_masks(split: str, number: str) -> tuple[str, str, str]:
+    """Paths of a photo, of its segments, and of what the segments are."""
+    return f"images/{split}/{number}.jpg", f"{_PANOPTIC}{split}/{number}.png", f"{_PANOPTIC}{split}.json"
+
+
+def _masks(originals: Originals, out: Path, step: Callable[[int], Any]) -> None:
+    """Photos, and masks of the pixels of one category, in the layout of `gtsegs_ijcv.mat`."""
+    import h5py
+
+    annotations: dict[str, Any] = {}
+    out.mkdir()
+    with h5py.File(out / "segmentation_a.mat", "w") as file:
+        values, kept = file.create_group("value"), file.create_group("#refs#")
+        tables = {name: values.create_dataset(name, (len(MASKED), 1), h5py.ref_dtype) for name in ("img", "gt", "id")}
+        for place, (split, number, category) in enumerate(MASKED):
+            photo, segments, described = _of_masks(split, number)
+            if split not in annotations:
+                annotations[split] = json.loads(originals.read(described))
+            pixels = np.asarray(Image.open(io.BytesIO(originals.read(photo))).convert("RGB"))
+            of_segment = np.asarray(Image.open(io.BytesIO(originals.read(segments))).convert("RGB")) @ [1, 256, 65536]
+            mask = np.isin(of_segment, _segments_of(annotations[split], number, category)).astype(np.uint8)
+            name = np.frombuffer(f"coco_{split}_{number}_{category}".encode(), np.uint8)[:, None].astype(np.uint16)
+            tables["img"][place, 0] = kept.create_dataset(
+                f"i{place}", data=pixels.transpose(2, 1, 0), compression="gzip"
+            ).ref
+            cell = kept.create_dataset(f"g{place}", (1, 1), h5py.ref_dtype)
+            cell[0, 0] = kept.create_dataset(f"m{place}", data=mask.T, compression="gzip").ref
+            tables["gt"][place, 0] = cell.ref
+            tables["id"][place, 0] = kept.create_dataset(f"n{place}", data=name).ref
+            step(2)
+
+
+def _segments_of(annotations: Mapping[str, Any], number: str, category: str) -> list[int]:
+    """The numbers of a photo's segments of one category, in COCO's panoptic annotations."""
+    names = {entry["id"]: entry["name"] for entry in annotations["categories"]}
+    own = next(entry for entry in annotations["annotations"] if entry["file_name"] == f"{number}.png")
+    return [segment["id"] for segment in own["segments_info"] if names[segment["category_id"]] == category]
+
+
+class Recipe(NamedTuple):
+    """Which files are a set's originals, and how it is made of them, in a folder."""
+
+    pick: Callable[[str], bool]
+    make: Callable[[Originals, Path, Callable[[int], Any]], None]
+
+
+def _matching(pattern: str) -> Callable[[str], bool]:
+    return lambda path: re.fullmatch(pattern, path) is not None
+
+
+_PATHS_OF_MASKS = frozenset(path for split, number, _ in MASKED for path in _of_masks(split, number))
+RECIPES: dict[str, Recipe] = {
+    "photos": Recipe(_matching(r"n\d{8}_[^/]+\.JPEG"), _photos),
+    "masks": Recipe(_PATHS_OF_MASKS.__contains__, _masks),
+    "deit_tiny": Recipe(lambda path: _tensor_name(path) is not None, _deit_tiny),
+    "cifar10": Recipe(_matching(r"train/\w+/\d{4}\.jpg|test/\w+/\d{3}[02468]\.jpg"), _cifar10),
+    "sentences": Recipe(_matching(r"data/SST2/(train|dev)\.tsv"), _sentences),
+    "minilm": Recipe(_matching(r".*/model/(config\.json|model\.safetensors|tokenizer\.json|vocab\.txt)"), _minilm),
+    "recordings": Recipe(_matching(r"recordings/\d_(jackson|lucas|nicolas|theo|yweweler)_[123]?\d\.wav"), _recordings),
+}
