@@ -8,7 +8,8 @@ ERASER's comprehensiveness and sufficiency, by deleting and by masking, Kendall'
 with VADER's lexicon (`pip install vaderSentiment`).
 
 Data: `tokentm data fetch sentences`.
-Run time: more than two hours on two CPU cores without the Shapley values, which take about as long again; 20 minutes for `rows=weights`.
+Run time: more than two hours on two CPU cores without the Shapley values, which take about as long again; 20 minutes
+for `rows=weights`.
 """
 
 from typing import Literal

@@ -62,7 +62,10 @@ def on_page_content(content, **_):
 
 def _helps():
     """A section of Markdown for each command: what `--help` prints. (mkdocs-click loses <names> and examples.)"""
-    for name, command in main.commands.items():
+    commands = dict(main.commands)
+    for name, group in main.commands.items():
+        commands |= {f"{name} {own}": command for own, command in getattr(group, "commands", {}).items()}
+    for name, command in sorted(commands.items()):
         context = click.Context(command, info_name=f"tokentm {name}", max_content_width=88, terminal_width=88)
         context.help_option_names = ["-h", "--help"]
         yield f"## tokentm {name}\n\n```text\n{command.get_help(context)}\n```"

@@ -77,6 +77,7 @@ def runs(mesh: jax.sharding.Mesh, vit: tm.LoadedViT) -> None:
     rows += [*tm.rows("gae"), *tm.depth_rows(12), *tm.sanity_rows(12, "gae")]
     for config in (tm.EvaluateConfig, tm.TrainConfig, tm.LeaderboardConfig, tm.TextEvaluateConfig, tm.TextTrainConfig):
         assert_type(config.__name__, str)
+    assert_type(tm.sample_data("photos"), str)
     tm.over_devices(tm.explain_fn(vit.module))
     tm.over_width(vit.params, mesh)
     try:

@@ -58,7 +58,7 @@ def data(ctx: click.Context, as_json: bool) -> None:
     )
 
 
-@data.command()
+@data.command(short_help="Download sample data and check their SHA-256.")
 @click.argument("names", nargs=-1, required=True, type=TEXT, metavar="NAME...|all")
 def fetch(names: tuple[str, ...]) -> None:
     """Download sample data and check their SHA-256; what is here already is left as it is.

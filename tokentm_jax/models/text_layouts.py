@@ -27,6 +27,7 @@ from tokentm_jax.models.layouts import (
     renamed,
     require_heads,
 )
+from tokentm_jax.samples import hint
 
 # Of BERT, and of all that were made from it; DistilBERT's names are brought to these first.
 NAMES: Names = (
@@ -88,7 +89,8 @@ def read_text_folder(
     Raises InputError for what is no such folder, or is not supported, or is damaged.
     """
     if not (folder / CONFIG).is_file():
-        raise InputError(f"{folder} holds no text model: expected {CONFIG} beside the weights and tokenizer.json")
+        expected = f"expected {CONFIG} beside the weights and tokenizer.json{hint(folder / CONFIG)}"
+        raise InputError(f"{folder} holds no text model: {expected}")
     config = Section(str(folder / CONFIG), read_json(folder / CONFIG, what="model"))
     kind = config("model_type", str)
     if kind not in TEXT:
