@@ -4,6 +4,7 @@ python notebooks/execute.py                       # all
 python notebooks/execute.py 2_equations --write   # one; with its outputs it replaces the file
 """
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
+os.environ.setdefault("TOKENTM_DATA", str(Path(__file__).resolve().parents[2] / "shared/data"))
 paths = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.ipynb"))}
 named = [name for name in sys.argv[1:] if not name.startswith("--")]
 for path in [paths[name] for name in named] or paths.values():

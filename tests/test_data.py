@@ -111,7 +111,7 @@ def test_what_is_not_a_data_set(tmp_path):
         (tmp_path / "listed", "no names of classes"),
         (tmp_path / "missing", "does not exist"),
         (text, "no folder, zip of class folders"),
-        (empty, "no images in class folders"),
+        (empty, "no images and no recordings"),
         (sizes, r"differing size \(6 x 4 and 5 x 5 pixels\)"),
         ("tfds:cifar10", "tfds:NAME:SPLIT"),
     ]:

@@ -562,11 +562,12 @@ def test_labels_are_explained_where_the_model_knows_them(vit, source):
     found = open_maps("memory://labels")
     assert found.target[:].tolist() == found.label[:].tolist() == [3, -1, 3, 3]
     assert found.skipped == {source.keys[1]: "its label is no class of the model"}
-    named = dataclasses.replace(some, class_names=("a", "b"))
-    with pytest.raises(InputError, match="2 classes, tiny has 5"):
+    named = dataclasses.replace(some, class_names=tuple("abcde"))
+    with pytest.raises(InputError, match="5 classes, tiny has 5"):
         explain_dataset(config, vit, named, "memory://named")
     config = dataclasses.replace(config, target="predicted")
-    explain_dataset(config, vit, named, "memory://named")
+    with pytest.warns(UserWarning, match="does not know 5 of its 5 classes: 'a', 'b'"):
+        explain_dataset(config, vit, named, "memory://named")
     assert (open_maps("memory://named").label[:] == -1).all()
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+import zipfile
 
 import numpy as np
 import pytest
@@ -149,6 +151,66 @@ def test_evaluations_and_stores_use_and_record_the_map(vit, folder, tmp_path):
     wrong = dataclasses.replace(stored, label_map={"lorry": "lorry"}, target="predicted")
     with pytest.raises(InputError, match="the label map gives 'lorry' a class that the model lacks"):
         explain_dataset(wrong, vit, data, "memory://labels-wrong")
+
+
+def test_a_store_keeps_the_labels_that_the_model_knows(vit, folder):
+    config = DatasetConfig(("rollout",), batch_size=4, chunk_size=4)
+    with pytest.warns(UserWarning, match="stored as -1 .* does not know 1 of its 2 classes: 'lorry'"):
+        explain_dataset(config, vit, open_source(folder), "memory://labels-known")
+    assert open_maps("memory://labels-known").label[:].tolist() == [2, 2, -1, -1]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected", "unknown"),
+    [
+        (("airplane", "lorry", "truck"), [0, -1, 4], "1 of its 3 classes: 'lorry'"),
+        (("crane", "Truck", "truck"), [-1, 4, 4], "1 of its 3 classes: 'crane'"),  # of two classes of the model
+        (NAMES, None, None),
+        (("n02012849",), [1], None),
+    ],
+)
+def test_classes_that_are_known(vit, names, expected, unknown):
+    table, said = labels.known_classes(vit, source(*names))
+    assert (table if table is None else table.tolist()) == expected
+    assert unknown in said if unknown else said == ""
+    nameless = dataclasses.replace(vit, class_names=None, wnids=None)
+    table, said = labels.known_classes(nameless, source("cat", "004", "5"))
+    assert table is not None and table.tolist() == [-1, 4, -1] and "'cat', '5'" in said
+
+
+def test_photos_in_no_folder_of_a_class(vit, folder, tmp_path):
+    """They have no labels, which a store and many tasks do not need."""
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for number, photo in enumerate(sorted(folder.rglob("*.png"))):
+        shutil.copy(photo, flat / f"{number}.png")
+    with zipfile.ZipFile(tmp_path / "flat.zip", "w") as archive:
+        for photo in sorted(flat.iterdir()):
+            archive.write(photo, photo.name)
+    checkpoint = write_checkpoint(tmp_path / "m.safetensors", vit.module, vit.params, vit.preprocessing, NAMES)
+    maps = []
+    for data in (flat, tmp_path / "flat.zip"):
+        out = tmp_path / f"maps of {data.name}"
+        command = ["dataset", data, "--checkpoint", checkpoint, "--out", out, "--methods", "rollout"]
+        result = CliRunner().invoke(main, [*map(str, command), "--batch-size", "4", "--chunk-size", "4"])
+        assert result.exit_code == 0, result.output
+        maps.append(open_maps(str(out)))
+        assert maps[-1].keys == tuple(f"{i}.png" for i in range(4)) and (maps[-1].label[:] == -1).all()
+    np.testing.assert_array_equal(maps[0].read("rollout"), maps[1].read("rollout"))
+    refused = CliRunner().invoke(main, [*map(str, command[:-3]), str(tmp_path / "no"), "--target", "label"])
+    assert refused.exit_code == 2 and "has no labels to explain" in refused.stderr
+    recipe = tmp_path / "recipe.py"
+    for task, options, code in (("saco", {"groups": 2}, 0), ("perturbation", {}, 2)):
+        recipe.write_text(
+            "from tokentm_jax import EvaluateConfig, rows\n"
+            f"config = EvaluateConfig('x', {task!r}, {str(flat)!r}, rows('random'), checkpoint={str(checkpoint)!r},\n"
+            f"    options={options}, batch_size=4)\n"
+        )
+        result = CliRunner().invoke(main, ["evaluate", str(recipe), "--out", str(tmp_path / task)])
+        assert result.exit_code == code, result.output
+        assert code == 0 or "has no labels, which the task 'perturbation' needs" in result.stderr
+    rows_ = json.loads((tmp_path / "saco/results.json").read_text())["rows"]
+    assert [row["images"] for row in rows_] == [4] and "accuracy" not in {row["metric"] for row in rows_}
 
 
 def test_the_option_of_the_commands(vit, folder, tmp_path):

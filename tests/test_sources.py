@@ -546,7 +546,7 @@ def test_what_is_no_data_set(tmp_path):
     (tmp_path / "file.zip").write_bytes(b"no zip")
     for spec, message in (
         (tmp_path / "nothing", "does not exist"),
-        (tmp_path / "empty", "no images in class folders"),
+        (tmp_path / "empty", "no images and no recordings"),
         (tmp_path / "file.zip", "no folder, zip of class folders"),
         ("tfds:cifar10", "tfds:NAME:SPLIT"),
         ("", "is empty"),

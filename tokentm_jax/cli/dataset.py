@@ -53,9 +53,9 @@ def dataset(
 ) -> None:
     """Explain a whole data set; started again with the same store, it goes on where it stopped.
 
-    SOURCE is a folder or zip of class folders, a folder with labels.csv, a .mat file or tfds:NAME:SPLIT. STORE becomes
-    a zarr v3 group with maps, logits, labels, predictions and provenance, which `tokentm_jax.open_maps` reads. Images
-    that cannot be read or explained are skipped and listed in it.
+    SOURCE is a folder or zip of photos, in class folders or without labels, a folder with labels.csv, a .mat file or
+    tfds:NAME:SPLIT. STORE becomes a zarr v3 group with maps, logits, labels, predictions and provenance, which
+    `tokentm_jax.open_maps` reads. Images that cannot be read or explained are skipped and listed in it.
 
     On several machines, the same command with --coordinator, --processes and --process runs on each, and they share
     the work. A store may be finished by another number of them.

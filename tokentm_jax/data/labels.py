@@ -5,7 +5,7 @@ import difflib
 import io
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,34 +101,60 @@ def translation(vit: "LoadedViT", source: "Source", label_map: LabelMap | str | 
     return np.array([found[name] for name in names], np.int32)
 
 
-def _by_name(vit: "LoadedViT", source: "Source", names: list[str]) -> dict[str, int]:
+def known_classes(vit: "LoadedViT", source: "Source") -> tuple[np.ndarray | None, str]:
+    """As `translation` without a label map, but -1 for every class that the model does not have.
+
+    Returns:
+      The model's class of each of the source's classes [classes], or None, and a sentence that names those that the
+      model does not have, "" where it has all.
+    """
+    names = source.class_names
+    if names is None or not source.named or names == vit.class_names:
+        return None, ""
+    classes = _candidates(vit, names)
+    unknown = [name for name, found in classes.items() if len(found) != 1]
+    table = np.array([classes[name][0] if len(classes[name]) == 1 else -1 for name in names], np.int32)
+    return table, _unknown(vit, source, unknown) if unknown else ""
+
+
+def _candidates(vit: "LoadedViT", names: Iterable[str]) -> dict[str, list[int]]:
+    """The model's classes that each name can be: by its exact name, else its wnid, else a name alike; by number where
+    the model's names are unknown."""
+    if vit.class_names is None:
+        numbers = {name: number(name) for name in names}
+        return {name: [n] if n is not None and 0 <= n < vit.module.num_classes else [] for name, n in numbers.items()}
     known: tuple[dict[str, list[int]], ...] = ({}, {}, {})  # the exact names, the wnids, the names alike
-    assert vit.class_names is not None
     for i, name in enumerate(vit.class_names):
         known[0].setdefault(name, []).append(i)
         known[2].setdefault(alike(name), []).append(i)
     for i, wnid in enumerate(vit.wnids or ()):
         known[1].setdefault(wnid, []).append(i)
+    return {name: known[0].get(name) or known[1].get(name) or known[2].get(alike(name), []) for name in names}
+
+
+def _unknown(vit: "LoadedViT", source: "Source", unknown: Sequence[str]) -> str:
+    shown = ", ".join(f"{name[:60]!r}{_nearest(name, vit.class_names or ())}" for name in unknown[:SHOWN])
+    more = f", and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
+    count = f"{len(unknown)} of its {len(source.class_names or ())} classes"
+    return f"{source.name}: {vit.name} does not know {count}: {shown}{more}; {_ADVICE}"
+
+
+def _by_name(vit: "LoadedViT", source: "Source", names: list[str]) -> dict[str, int]:
     found: dict[str, int] = {}
     owner: dict[int, str] = {}
-    unknown = []
-    for name in names:
-        classes = known[0].get(name) or known[1].get(name) or known[2].get(alike(name), [])
-        if not classes:
-            unknown.append(name)
-            continue
+    candidates = _candidates(vit, names)
+    for name, classes in candidates.items():
         if len(classes) > 1:
             several = ", ".join(map(str, classes))
             raise InputError(f"{source.name}: {vit.name} has the classes {several} of the name {name!r}; {_ADVICE}")
-        other = owner.setdefault(classes[0], name)
-        if other != name:
-            raise InputError(f"{source.name}: {other!r} and {name!r} are both class {classes[0]} of {vit.name}")
-        found[name] = classes[0]
+        for index in classes:
+            other = owner.setdefault(index, name)
+            if other != name:
+                raise InputError(f"{source.name}: {other!r} and {name!r} are both class {index} of {vit.name}")
+            found[name] = index
+    unknown = [name for name in names if not candidates[name]]
     if unknown:
-        shown = ", ".join(f"{name[:60]!r}{_nearest(name, vit.class_names)}" for name in unknown[:SHOWN])
-        more = f", and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
-        count = f"{len(unknown)} of its {len(names)} classes"
-        raise InputError(f"{source.name}: {vit.name} does not know {count}: {shown}{more}; {_ADVICE}")
+        raise InputError(_unknown(vit, source, unknown))
     return found
 
 

@@ -93,9 +93,9 @@ def open_source(
 
     Args:
       spec: a folder or zip of class folders (`cat/1.jpg` or `train/cat/1.jpg`; classes in the order of their names;
-        links to folders are not followed), a folder with `labels.csv` (columns `file` and `class_index`), a `.mat`
-        file laid out as ImageNet-Segmentation's `gtsegs_ijcv.mat`, or "tfds:NAME:SPLIT" for a prepared TensorFlow
-        data set. A zip is never extracted: its entries are read in memory, so their names can do no harm.
+        links to folders are not followed) or of images without labels, a folder with `labels.csv` (columns `file` and
+        `class_index`), a `.mat` file laid out as ImageNet-Segmentation's `gtsegs_ijcv.mat`, or "tfds:NAME:SPLIT" for a
+        prepared TensorFlow data set. A zip is never extracted: its entries are read in memory, so their names can do no harm.
       limit: take so many examples.
       seed: choose them at random, so that a larger limit only adds examples; None: spread evenly over the set.
       half: take the examples at even or at odd places alone, counted from 0 before the limit: to choose on one half,
@@ -150,12 +150,17 @@ def _in_classes(
     identify: Callable[[list[str]], str],
     read: Callable[[str], Image.Image | Recording],
 ) -> Source:
-    """A source whose images are named "…/class/image". `identify` is given the names of the images."""
+    """A source whose images are named "…/class/image"; without labels where none is in a folder. `identify` is given
+    the names of the images."""
     found = [n for n in names if _is_a(n, SUFFIXES)] or [n for n in names if _is_a(n, audio.SUFFIXES)]
+    if not found:
+        raise InputError(f"{name} holds no images and no recordings")
     labels = {n: PurePosixPath(n).parent.name for n in sorted(found)}
     labels = {n: label for n, label in labels.items() if label not in ("", "..")}
     if not labels:
-        raise InputError(f"{name} holds no images in class folders, and no recordings")
+        flat = tuple(sorted(found))
+        identity = functools.cache(lambda: identify(list(flat)))
+        return Source(name, identity, flat, lambda key: Example(key, read(key)), labelled=False)
     classes = tuple(sorted(set(labels.values())))
     index = {label: i for i, label in enumerate(classes)}
     keys = tuple(labels)

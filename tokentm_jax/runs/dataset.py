@@ -5,6 +5,7 @@ nor on what was finished before: a store that was interrupted ends with the same
 """
 
 import dataclasses
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tokentm_jax.data.labels import read_label_map, translation
+from tokentm_jax.data.labels import known_classes, read_label_map, translation
 from tokentm_jax.data.sources import PROFILES, Batch, Source, batches
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.identity import describe_model, digest, environment
@@ -204,13 +205,13 @@ def provenance(config: DatasetConfig, vit: LoadedViT, source: Source) -> dict[st
 
 
 def _translation(config: DatasetConfig, vit: LoadedViT, source: Source) -> Callable[[np.ndarray], np.ndarray]:
-    """From the source's classes to the model's; -1 for what the model does not know."""
-    try:
+    """From the source's classes to the model's; -1 for what the model does not know, of which a warning tells."""
+    if config.target == "label" or config.label_map is not None:
         table = translation(vit, source, config.label_map)
-    except InputError:
-        if config.target == "label" or config.label_map is not None:
-            raise
-        return lambda labels: np.full_like(labels, -1)
+    else:  # labels are stored, and nothing depends on them
+        table, unknown = known_classes(vit, source)
+        if unknown:
+            warnings.warn(f"labels are stored as -1 where they are unknown: {unknown}", stacklevel=3)
 
     def translate(labels: np.ndarray) -> np.ndarray:
         known = labels if table is None else np.where(labels < 0, -1, table[labels])
