@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, get_args, get_origin, get_type_hints
+from unittest.mock import patch
 
 import jax
 import jax.numpy as jnp
@@ -814,3 +815,92 @@ def test_the_random_row_is_the_same_everywhere(whole, vit):
     keys = [key for key, _ in record["keys"]]
     maps = to_pixels(jnp.asarray(np.stack([metrics.random_map(key, vit.module.grid) for key in keys])), (16, 24))
     assert maps.shape == (4, 16, 24) and np.shape(record["fields"]["hit"]) == (4, 2, 9)
+
+
+# ---- which direction is better, and who really is ------------------------------------------------------------------
+
+
+def test_results_and_comparisons_show_directions_and_significance(whole, tmp_path):
+    """Records of three methods whose difference is known: one far ahead, one tied with it, one far behind."""
+    out = tmp_path / "out"
+    shutil.copytree(whole[0], out)
+    results = json.loads((out / "results.json").read_text())
+    keys = json.loads((out / "records/examples.json").read_text())
+    random = np.random.default_rng(0)
+    noise = random.normal(size=len(keys)) * 1e-3
+    chosen = {"near": -1.0 + noise, "far": np.full(len(keys), -0.1), "first": np.full(len(keys), -1.0)}
+    config = EvaluateConfig(**{**results["run"]["config"], "rows": [Row(name, "gae") for name in chosen], "paper": {}})
+    records = {}
+    for row in config.rows:
+        path = records_module.record_file(out, row)
+        fields = TASKS["perturbation"].records({})
+        records[row.name] = records_module.Records(path, fields)
+        log = np.broadcast_to(chosen[row.name][:, None, None], (len(keys), 2, 9))
+        hit, finite = np.ones((len(keys), 2, 9), bool), np.ones(len(keys), bool)
+        for explained in ("predicted", "target"):
+            found = {"log_probability": log, "hit": hit, "finite": finite}
+            records[row.name].append([(key, explained) for key in keys], found)
+    clean = records_module.Records(out / "records/clean.jsonl", evaluation.clean_fields(), ("clean",))
+    results["rows"] = evaluation.summarise(config, clean, records, keys)
+    marks = {(row["method"], row["metric"]): row.get("mark") for row in results["rows"]}
+    # AOPC is better where it is higher, and the log-odds where they are lower; the accuracies are all the same.
+    assert marks["far", "aopc"] is None and {marks["near", "aopc"], marks["first", "aopc"]} == {"best", "level"}
+    assert marks["far", "lodds"] is None and {marks["near", "lodds"], marks["first", "lodds"]} == {"best", "level"}
+    assert marks["clean", "accuracy"] is None
+    results["run"]["config"]["rows"] = [dataclasses.asdict(row) for row in config.rows]
+    text = evaluation.markdown(results)
+    assert "| positive auc predicted ↓ | negative auc predicted ↑ |" in text and "| aopc ↑ | lodds ↓ |" in text
+    (far,) = [line for line in text.splitlines() if line.startswith("| far |")]
+    assert not far.split("|")[-2].strip().startswith("*") and far.split("|")[2].strip().startswith("*")
+    assert "**bold** is the best method" in text
+    (out / "results.json").write_text(json.dumps(results))
+    verdicts = {(e["method"], e["metric"]): e.get("verdict") for e in compare([out], "first")}
+    assert verdicts["far", "aopc"] == verdicts["far", "lodds"] == "worse"
+    assert verdicts["near", "aopc"] == "tie" and verdicts["first", "aopc"] is None
+    other = {(e["method"], e["metric"]): e["verdict"] for e in compare([out], "far") if e["method"] != "far"}
+    assert other["near", "aopc"] == other["first", "lodds"] == "better"
+    shown = CliRunner().invoke(main, ["compare", str(out), "--to", "first"]).output
+    assert re.search(r"aopc ↑ +far .* worse +first", shown) and re.search(r"lodds ↓ +near .* tie +first", shown)
+
+
+def test_a_comparison_needs_all_records_that_the_figures_are_of(whole, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole[0], out)
+    (path,) = (out / "records").glob("gae-*.jsonl")
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(lines[0])
+    with pytest.raises(InputError, match=rf"{re.escape(path.name)} holds the results of \d of the {COUNT} images"):
+        compare([out])
+    path.unlink()
+    for command in (["compare", out], ["compare", out, whole[0]], ["report", out, "--out", tmp_path / "page.html"]):
+        result = CliRunner().invoke(main, [str(a) for a in command])
+        assert result.exit_code == 2 and f"{path} holds the results of no image: it is gone" in result.stderr
+
+
+def test_a_task_of_a_recipe_is_compared_and_reported(vit, folder, tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "tiny.safetensors", vit.module, vit.params, vit.preprocessing)
+    recipe, out, page = tmp_path / "own.py", tmp_path / "out", tmp_path / "page.html"
+    recipe.write_text(
+        "from tokentm_jax import EvaluateConfig, rows\n"
+        "from tokentm_jax.metrics.tasks import TASKS, Column, Task\n"
+        "from tokentm_jax.validation import lists_of\n"
+        "TASKS['middle'] = Task(lambda predict, inputs, maps: {'middle': maps.mean((1, 2))},\n"
+        "    {'middle': Column(lambda table: table['predicted_middle'], better='lower', digits=3)},\n"
+        "    lambda scored, **_: {'middle': lists_of(float)})\n"
+        f"config = EvaluateConfig('own', 'middle', {str(folder)!r}, rows('rollout'), checkpoint={str(checkpoint)!r},\n"
+        "    batch_size=4)\n"
+    )
+
+    def run(*arguments, code=0):
+        with patch.dict(TASKS):  # as in another process
+            result = CliRunner().invoke(main, [str(a) for a in arguments])
+        assert result.exit_code == code, result.output
+        return result
+
+    assert "| method | middle ↓ |" in run("evaluate", recipe, "--out", out).output
+    for command in (["compare", out], ["report", out, "--out", page]):
+        assert "unknown task 'middle'" in (error := run(*command, code=2).stderr) and "--recipe FILE" in error
+    entries = json.loads(run("compare", out, "--recipe", recipe, "--json").stdout)
+    assert [entries[0][name] for name in ("method", "metric", "better")] == ["rollout", "middle", "lower"]
+    run("report", out, "--recipe", recipe, "--out", page, "--best", 0)
+    assert "middle" in page.read_text()

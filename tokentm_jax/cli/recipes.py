@@ -60,6 +60,15 @@ def read_recipe(recipe: Path, *kinds: type) -> Any:
     return check_fields(config, f"the recipe {path}")
 
 
+def read_task(recipe: Path | None) -> None:
+    """Run a recipe for the task that it defines, where one is given. Raises InputError as `read_recipe`."""
+    if recipe is not None:
+        from tokentm_jax.metrics.tasks import EvaluateConfig
+        from tokentm_jax.runs.leaderboard import LeaderboardConfig
+
+        read_recipe(recipe, EvaluateConfig, LeaderboardConfig)
+
+
 def _said(error: BaseException) -> str:
     try:
         return f": {error}"

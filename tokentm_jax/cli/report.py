@@ -39,6 +39,7 @@ METHODS_SHOWN = ("tokentm", "gae", "attn_lrp", "legrad", "transformer_attributio
     "--best", type=click.IntRange(0, 50), default=3, show_default=True,
     help="Of a run: so many of the best and of the worst images of each method are explained.",
 )  # fmt: skip
+@click.option("--recipe", type=PATH, metavar="CONFIG.py", help="Recipe that defines the task of the run; it is run.")
 @class_names
 @may_overwrite
 def report(
@@ -52,6 +53,7 @@ def report(
     data: str | None,
     limit: int | None,
     best: int,
+    recipe: Path | None,
     classes: Path | None,
     overwrite: bool,
 ) -> None:
@@ -77,6 +79,7 @@ def report(
         if str(error.name).startswith("tokentm_jax"):
             raise
         raise InputError(f"tokentm report needs the package {error.name}: pip install 'tokentm-jax[report]'") from None
+    from tokentm_jax.cli.recipes import read_task
     from tokentm_jax.metrics.tasks import rows
     from tokentm_jax.models.loading import load
 
@@ -89,11 +92,13 @@ def report(
         ("model", "photos", "a run"),
         ("checkpoint", "photos", "a run"),
         ("best", "a run"),
+        ("recipe", "a run"),
         ("data", "a run", "a store"),
     ):
         if source(option) is ParameterSource.COMMANDLINE and kind not in kinds:
             raise InputError(f"--{option} is for a report on {' or '.join(kinds)}, not on {kind}")
     require_place(out, overwrite)
+    read_task(recipe)
     start_jax()
     if kind == "photos":
         vit = load(model, checkpoint, class_names=classes)

@@ -95,7 +95,8 @@ def open_source(
       spec: a folder or zip of class folders (`cat/1.jpg` or `train/cat/1.jpg`; classes in the order of their names;
         links to folders are not followed) or of images without labels, a folder with `labels.csv` (columns `file` and
         `class_index`), a `.mat` file laid out as ImageNet-Segmentation's `gtsegs_ijcv.mat`, or "tfds:NAME:SPLIT" for a
-        prepared TensorFlow data set. A zip is never extracted: its entries are read in memory, so their names can do no harm.
+        prepared TensorFlow data set. A zip is never extracted: its entries are read in
+        memory, so their names can do no harm.
       limit: take so many examples.
       seed: choose them at random, so that a larger limit only adds examples; None: spread evenly over the set.
       half: take the examples at even or at odd places alone, counted from 0 before the limit: to choose on one half,

@@ -31,7 +31,7 @@ from tokentm_jax.runs.dataset import DatasetConfig, explain_dataset
 from tokentm_jax.runs.dataset import Report as Counted
 from tokentm_jax.runs.evaluate import Report, evaluate, examples
 from tokentm_jax.runs.records import KEPT, record_file
-from tokentm_jax.runs.report import Finished, difference, document, in_table, open_finished
+from tokentm_jax.runs.report import ARROWS, STYLES, Finished, document, in_table, open_finished, standing
 from tokentm_jax.runs.store import Maps, open_maps
 from tokentm_jax.validation import Name, check_fields, checked
 
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 RESULTS = ("leaderboard.json", "leaderboard.md", "leaderboard.png")
 MAPS = "maps"
-BEST, LEVEL = "best", "level"
 ROUNDS, ENOUGH = 6, 2.0  # calls of a method whose speed is measured, and seconds after which it is not called again
 LONG = 60.0  # seconds that a batch may take; else its method is measured by a single image
 
@@ -345,21 +344,11 @@ def standings(runs: Mapping[str, Finished], results: Mapping[str, Mapping[str, A
         measured = {row.name: run.measured(row) for row in run.config.rows}
         for metric, column in TASKS[run.config.task].columns.items():
             own = [figures[row, metric] for row in measured if (row, metric) in figures]
-            rivals = [figure for figure in own if column.better and figure["method"] != RANDOM]
-            sign = -1 if column.better == "lower" else 1
-            best = max(rivals, key=lambda figure: sign * figure["value"])["method"] if rivals else None
+            rivals = [figure for figure in own if figure["method"] != RANDOM]
+            found = standing(rivals, measured, column, run.config.seed)
             for figure in own:
                 entry = {"run": name, **{k: figure[k] for k in ("method", "metric", "value", "low", "high", "images")}}
-                entry |= {"better": column.better, "mark": None}
-                if figure["method"] == best:
-                    entry["mark"] = BEST
-                elif best is not None and figure in rivals:
-                    pair = measured[figure["method"]], measured[best]
-                    behind = difference(*pair, metric, column.statistic, run.config.seed)
-                    entry |= {"behind": behind}
-                    if behind and behind["low"] <= 0 <= behind["high"]:
-                        entry["mark"] = LEVEL
-                entries.append(entry)
+                entries.append({**entry, "better": column.better, "mark": None, **found.get(figure["method"], {})})
     return entries
 
 
@@ -430,8 +419,6 @@ def _described(
 
 # ---- the table and the picture --------------------------------------------------------------------------------------
 
-ARROWS = {"higher": "↑", "lower": "↓", None: ""}
-STYLES = {BEST: "**{}**", LEVEL: "*{}*", None: "{}"}
 LEGEND = """In each column **bold** is the best figure, and *slanted* are those whose paired difference to it has a
 95 % interval that includes zero; arrows say which direction is better. Passes are forward (F) and backward (B) passes
 of the model for a map with the method's default options. The mean rank averages a method's rank over the columns of a

@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NotRequired
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NotRequired
 
 import numpy as np
 from annotated_types import Ge, Le
@@ -41,6 +41,7 @@ def summarise(
     the images with another prediction come last."""
     task = TASKS[config.task]
     rows: list[dict[str, Any]] = []
+    measured: dict[str, Measured] = {}
 
     def add(row: str, metric: str, per_image: np.ndarray, statistic: metrics.Statistic) -> None:
         value, low, high = metrics.bootstrap(per_image, statistic, config.seed, 1000 if final else 1)
@@ -55,11 +56,54 @@ def summarise(
     for row in config.rows:
         explained = config.explained if final else (PREDICTED,)
         done, table = table_of(row, explained, clean, records[row.name], keys)
-        for metric, per_image in (task.measure(table) if done else {}).items():
+        measured[row.name] = done, task.measure(table) if done else {}
+        for metric, per_image in measured[row.name][1].items():
             add(row.name, metric, per_image, task.columns[metric].statistic)
         if done and not table["predicted_finite"].all():
             add(row.name, "finite_maps", FINITE_MAPS.values(table), FINITE_MAPS.statistic)
+    noise = {row.name for row in config.rows if row.method == RANDOM}
+    if final and len(config.rows) - len(noise) > 1:
+        for metric, column in task.columns.items():
+            own = [entry for entry in rows if entry["metric"] == metric and entry["method"] not in noise]
+            found = standing(own, measured, column, config.seed)
+            for entry in own:
+                entry |= {"mark": found[entry["method"]]["mark"]} if entry["method"] in found else {}
     return rows
+
+
+def standing(
+    figures: Sequence[Mapping[str, Any]], measured: Mapping[str, "Measured"], column: Column, seed: int
+) -> dict[str, dict[str, Any]]:
+    """How the methods of a column stand.
+
+    Args:
+      figures: of one metric, with `method`, `metric` and `value`; noise is not among them.
+      measured: the results per image of every method.
+
+    Returns:
+      By method, `mark`: `BEST`, or `LEVEL` where the 95 % interval of the paired difference to the best includes zero,
+      or None; and `behind`, that difference. Empty where no direction is better.
+    """
+    if column.better is None or not figures:
+        return {}
+    sign = -1 if column.better == "lower" else 1
+    best = max(figures, key=lambda figure: sign * figure["value"])["method"]
+    found: dict[str, dict[str, Any]] = {best: {"mark": BEST}}
+    for figure in figures:
+        if (name := figure["method"]) != best:
+            behind = difference(measured[name], measured[best], figure["metric"], column.statistic, seed)
+            level = behind and behind["low"] <= 0 <= behind["high"]
+            found[name] = {"mark": LEVEL if level else None, "behind": behind}
+    return found
+
+
+ARROWS = {"higher": "↑", "lower": "↓", None: ""}
+BEST, LEVEL = "best", "level"
+STYLES = {BEST: "**{}**", LEVEL: "*{}*", None: "{}"}
+LEGEND = (
+    "Arrows show which direction is better. In each column **bold** is the best method, and *slanted* are those that "
+    "tie with it: the 95 % interval of their paired difference to it includes zero."
+)
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -70,8 +114,13 @@ def markdown(results: Mapping[str, Any]) -> str:
     others = [row for row in rows if row["method"] != CLEAN]
     known = TASKS[config["task"]].columns
     columns = list(dict.fromkeys(row["metric"] for row in others))
-    cells = {(r["method"], r["metric"]): _cell(r, known.get(r["metric"], FINITE_MAPS).digits) for r in others}
-    heads = {c: c.replace("_", " ") for c in columns}
+    cells = {
+        (r["method"], r["metric"]): STYLES[r.get("mark")].format(
+            _cell(r, known.get(r["metric"], FINITE_MAPS).digits),
+        )
+        for r in others
+    }
+    heads = {c: f"{c.replace('_', ' ')} {ARROWS[known.get(c, FINITE_MAPS).better]}".strip() for c in columns}
     for row in others:
         if "paper" in row:
             heads[f"paper: {row['metric']}"] = f"paper: {row['metric']}".replace("_", " ")
@@ -84,6 +133,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"{_asked_in_words(config.get('score'))}"
         "In brackets: 95 % intervals over images.",
         *(f"Clean accuracy: {_cell(row)} %." for row in clean),
+        *([LEGEND] if any(row.get("mark") for row in others) else []),
         "",
         f"| method | {' | '.join(heads.values())} |",
         f"| --- |{' ---: |' * len(heads)}",
@@ -170,6 +220,7 @@ class Figure(TypedDict):
     high: float
     images: int
     paper: NotRequired[float]
+    mark: NotRequired[Literal["best", "level"] | None]
 
 
 class RowSettings(TypedDict):
@@ -237,9 +288,16 @@ class Finished(NamedTuple):
         return Records(record_file(self.out, row), task.records(self.config.options, scored))
 
     def measured(self, row: Row, records: Records | None = None) -> Measured:
-        """The finished examples of a row and its results per image; `records` are the row's, if read already."""
+        """The finished examples of a row and its results per image; `records` are the row's, if read already.
+
+        Raises InputError where results per image are gone that the figures are of.
+        """
         records = self.records(row) if records is None else records
         done, table = table_of(row, self.config.explained, self.clean, records, self.keys)
+        wanted = max((figure["images"] for figure in self.figures if figure["method"] == row.name), default=0)
+        if len(done) < wanted:
+            here = f"{len(done)} of the {wanted} images" if os.path.lexists(records.path) else "no image: it is gone"
+            raise InputError(f"{records.path} holds the results of {here}; `tokentm evaluate` computes them again")
         return done, TASKS[self.config.task].measure(table) if done else {}
 
 
@@ -254,6 +312,9 @@ def open_finished(out: Path) -> Finished:
     results = _read_results(path)
     run = results["run"]
     given = run["config"]
+    if given["task"] not in TASKS:
+        known = suggest("task", given["task"], TASKS)
+        raise InputError(f"{path}: {known}; --recipe FILE names the recipe that defines a task of yours")
     try:
         rows = [Row(**row) for row in given["rows"]]
         config = check(EvaluateConfig(**{**given, "rows": rows}))
@@ -306,10 +367,11 @@ def _asked(config: EvaluateConfig) -> tuple[Any, ...]:
 def compare(outs: Sequence[Path], to: str | None = None) -> list[dict[str, Any]]:
     """Differences with 95 % intervals over the images that both have.
 
-    Of one run: every method less the row `to`, or the run's first. Of several: every method less the same in the
-    first run. Entries have `run`, `method`, `metric`, `value`, `baseline` (what it is compared with), `difference`,
-    `low`, `high`, `images`. Raises InputError for a folder without results, runs of different tasks or data sets, a
-    row that the run has not, and `to` for several runs.
+    Of one run: every method less the row `to`, or the run's first. Of several: every method less the same in the first
+    run. Entries have `run`, `method`, `metric`, `value`, `better` ("higher", "lower" or None), `baseline` (what it is
+    compared with), `difference`, `low`, `high`, `images`, and `verdict`: "better" or "worse" where the interval
+    excludes zero, "tie" where it includes it, None where no direction is better. Raises InputError for a folder
+    without results, runs of different tasks or data sets, a row that the run has not, and `to` for several runs.
     """
     if to is not None and len(outs) > 1:
         raise InputError("of several runs, every method is compared with the same method of the first, not with a row")
@@ -332,13 +394,27 @@ def compare(outs: Sequence[Path], to: str | None = None) -> list[dict[str, Any]]
             against = (to or names[0]) if len(runs) == 1 else row.name
             for metric, per_image in measures.items():
                 statistic = columns[metric].statistic
-                entry = {"run": str(run.out), "method": row.name, "metric": metric, "baseline": None}
+                better = columns[metric].better
+                entry = {"run": str(run.out), "method": row.name, "metric": metric, "better": better, "baseline": None}
                 entry |= {"value": metrics.bootstrap(per_image, statistic, seed, 1)[0], "images": len(done)}
                 if (number or len(runs) == 1) and (number, row.name) != (0, against):
                     found = difference((done, measures), baselines.get(against, ([], {})), metric, statistic, seed)
-                    entry |= found and {"baseline": against if len(runs) == 1 else str(first.out), **found}
+                    if found:
+                        verdict = None if better is None else _verdict(better, found["low"], found["high"])
+                        entry |= {
+                            "baseline": against if len(runs) == 1 else str(first.out),
+                            **found,
+                            "verdict": verdict,
+                        }
                 entries.append(entry)
     return entries
+
+
+def _verdict(better: str, low: float, high: float) -> str:
+    """Of a difference with its interval, where the one or the other direction is better."""
+    if low <= 0 <= high:
+        return "tie"
+    return "better" if (low > 0) == (better == "higher") else "worse"
 
 
 def difference(
