@@ -114,12 +114,11 @@ def markdown(results: Mapping[str, Any]) -> str:
     others = [row for row in rows if row["method"] != CLEAN]
     known = TASKS[config["task"]].columns
     columns = list(dict.fromkeys(row["metric"] for row in others))
-    cells = {
-        (r["method"], r["metric"]): STYLES[r.get("mark")].format(
-            _cell(r, known.get(r["metric"], FINITE_MAPS).digits),
-        )
-        for r in others
-    }
+
+    def marked(row: Mapping[str, Any]) -> str:
+        return STYLES[row.get("mark")].format(_cell(row, known.get(row["metric"], FINITE_MAPS).digits))
+
+    cells = {(row["method"], row["metric"]): marked(row) for row in others}
     heads = {c: f"{c.replace('_', ' ')} {ARROWS[known.get(c, FINITE_MAPS).better]}".strip() for c in columns}
     for row in others:
         if "paper" in row:
@@ -295,7 +294,7 @@ class Finished(NamedTuple):
         records = self.records(row) if records is None else records
         done, table = table_of(row, self.config.explained, self.clean, records, self.keys)
         wanted = max((figure["images"] for figure in self.figures if figure["method"] == row.name), default=0)
-        if len(done) < wanted:
+        if len(done) < wanted or not os.path.lexists(records.path):
             here = f"{len(done)} of the {wanted} images" if os.path.lexists(records.path) else "no image: it is gone"
             raise InputError(f"{records.path} holds the results of {here}; `tokentm evaluate` computes them again")
         return done, TASKS[self.config.task].measure(table) if done else {}
