@@ -9,6 +9,7 @@ import resource
 import sys
 import threading
 import zipfile
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -200,6 +201,22 @@ def test_a_full_disk(sentences, home):
     assert [path.name for path in home.rglob("*")] == [".lock"]
 
 
+def test_an_interrupt(sentences, home):
+    for stage in ("downloaded", "made"):
+
+        @contextmanager
+        def watch(title, total, stage=stage):
+            def step(_):
+                if title == f"sentences: {stage}":
+                    raise KeyboardInterrupt
+
+            yield step
+
+        with pytest.raises(KeyboardInterrupt):
+            originals.fetch("sentences", watch)
+        assert [path.name for path in home.rglob("*")] == [".lock"]
+
+
 def test_one_process_at_a_time_and_what_a_killed_one_left(sentences, home):
     (home / ".fetching-abc").mkdir(parents=True)
     (home / ".fetching-abc" / "archive.zip").write_bytes(b"half")
@@ -231,7 +248,7 @@ def test_who_misses_data_is_told_the_command(home, monkeypatch):
     with pytest.raises(tm.InputError, match="unknown part 'x' of the sample data 'sentences'"):
         sample_data("sentences", "x")
     monkeypatch.setitem(sys.modules, "pooch", None)
-    assert "pip install 'tokentm_jax[data]'" in run("data", "fetch", "photos", code=2).stderr
+    assert "need the package pooch: pip install 'tokentm_jax[data]'" in run("data", "fetch", "photos", code=2).stderr
 
 
 def test_every_config_can_be_read_without_data(home):

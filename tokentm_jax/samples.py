@@ -63,7 +63,7 @@ SAMPLES = {
     ),
     "masks": Sample(
         about="33 COCO photos with a mask of the object that DeiT-tiny names",
-        licence="annotations CC BY 4.0, photos as on Flickr",
+        licence="CC BY 4.0 (annotations), photos as on Flickr",
         origin="lightly-ai/coco128_yolo",
         version="6d6f7a059ea63efffdbe48aca2d52c04d4c510e9",
         sha256="4d89d56f7d1f82c479ec63f1bb8eb662a9699a52e7094afec82148777aaba682",

@@ -13,7 +13,21 @@ from click.shell_completion import CompletionItem
 from tokentm_jax.errors import InputError
 from tokentm_jax.samples import SAMPLES
 
-FILES = ("photos", "recordings", "what", "data", "recipe", "checkpoint", "out", "classes", "runs", "maps", "label_map")
+FILES = (
+    "photos",
+    "recordings",
+    "what",
+    "data",
+    "recipe",
+    "checkpoint",
+    "out",
+    "classes",
+    "runs",
+    "maps",
+    "label_map",
+    "train_data",
+    "test_data",
+)
 
 
 def _methods(ctx: click.Context) -> Iterable[str]:

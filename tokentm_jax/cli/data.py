@@ -45,12 +45,13 @@ def data(ctx: click.Context, as_json: bool) -> None:
         click.echo(json.dumps(rows, indent=1))
         return
     table = Table(box=None)
-    for column in ("Name", "What it is", "Download", "Licence", "Origin", "Here"):
-        table.add_column(column, no_wrap=column == "Name")
+    for column in ("Name", "Here", "Download", "What it is"):
+        table.add_column(column, no_wrap=column != "What it is")
     for row in rows:
-        size = f"{row['download'] / 1e6:.3g} MB" if row["download"] else "a package"
-        origin = SAMPLES[row["name"]].origin
-        table.add_row(row["name"], row["about"], size, row["licence"], origin, "yes" if row["folder"] else "no")
+        sample = SAMPLES[row["name"]]
+        size = f"{sample.download / 1e6:.3g} MB" if sample.download else "a package"
+        what = Text(sample.about).append(f"\n{sample.origin}; licence: {sample.licence}", style="dim")
+        table.add_row(row["name"], "yes" if row["folder"] else "no", size, what)
     out = console()
     out.print(table)
     out.print(

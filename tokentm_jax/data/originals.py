@@ -80,6 +80,8 @@ def fetch(name: str, watch: Watch = lambda *_: nullcontext(lambda _: None)) -> P
         raise InputError(f"{folder} is being written by another process") from None
     except InputError:
         raise
+    except ImportError as error:
+        raise InputError(f"the sample data {name!r} need the package {error.name}: {NEEDS}") from None
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {reason(error)}") from None
     return folder
@@ -168,11 +170,8 @@ def hashed(originals: Originals) -> str:
 
 def _download(sample: Sample, work: Path, step: Callable[[int], Any]) -> Path:
     """The archive of a repository, in the folder `work`."""
-    try:
-        import pooch
-        import requests
-    except ImportError:
-        raise InputError(f"it needs the optional packages: {NEEDS}") from None
+    import pooch
+    import requests
 
     def download(address: str, output: str, _: Any) -> None:
         with open(output, "wb") as file:
