@@ -5,21 +5,19 @@
 Says why TokenTM and GAE differ: a block with large weights counts for more, whatever its attention says.
 """
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import SHARED, parser, publish, table
+from common import parser, publish, table
 
 import tokentm_jax as tm
 from tokentm_jax.data.sources import batches, open_source
 from tokentm_jax.maths.tokentm import TokenTM, block_weights
 
 CASES = (
-    ("deit_tiny_patch16_224", SHARED / "data/deit_tiny_patch16_224.safetensors", SHARED / "data/imagenet_sample"),
-    ("cifar10_vit", None, SHARED / "data/cifar10_test_a.zip"),
-    ("cifar10_distilled", None, SHARED / "data/cifar10_test_a.zip"),
+    ("deit_tiny_patch16_224", tm.sample_data("deit_tiny"), tm.sample_data("photos")),
+    ("cifar10_vit", None, tm.sample_data("cifar10", "test")),
+    ("cifar10_distilled", None, tm.sample_data("cifar10", "test")),
 )
 READINGS = {
     "length": TokenTM(direction="none"),
@@ -27,7 +25,7 @@ READINGS = {
 }
 
 
-def measure(model: str, checkpoint: Path | None, data: Path) -> list[list[str]]:
+def measure(model: str, checkpoint: str | None, data: str) -> list[list[str]]:
     vit = tm.load(model, checkpoint)
     images = next(batches(open_source(data, limit=32), vit.preprocessing, 32)).images.astype(np.float32) / 255
     inputs = vit.preprocessing.normalise(jnp.asarray(images))
