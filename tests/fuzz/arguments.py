@@ -26,6 +26,7 @@ START = {
     "compare": ("compare", "run"),
     "models": ("models",),
     "methods": ("methods",),
+    "data": ("data",),
     "train": ("train", "train.py", "--out", "out"),
 }
 FILES = {name: base(name) for name in ("photo.png", "tiny.safetensors", "data", "evaluate.py", "train.py")}
@@ -41,7 +42,7 @@ def surely() -> Iterator[Case]:
         yield command(f"{name} as it is", *start, expect=GOOD)
         yield command(f"{name} --help", name, "--help", expect=GOOD)
         yield command(f"{name} --nothing", *start, "--nothing", expect=BAD)
-        yield command(f"{name} of nothing", name, expect=GOOD if name in ("models", "methods") else BAD)
+        yield command(f"{name} of nothing", name, expect=GOOD if name in ("models", "methods", "data") else BAD)
         yield command(f"{name} of an empty name", name, "", expect=BAD)
         yield command(f"{name} of a NUL", name, "a\0b", expect=BAD)
     for name in ("", "x", "\0", "\x1b[31m", "é" * 200, "--nothing", "-9"):
