@@ -66,7 +66,7 @@ def server(monkeypatch):
     commit; `asked` has what was asked for."""
 
     class Handler(BaseHTTPRequestHandler):
-        answers, asked = {}, []
+        answers, asked = {}, []  # of this server: the class is made anew for each
 
         def do_GET(self):
             self.asked.append(self.path)
@@ -188,6 +188,29 @@ def test_what_is_not_the_original_is_refused_and_nothing_of_it_remains(case, sen
     assert {path.name for path in tmp_path.iterdir()} == {"cache"}
     sentences.answers["commit"] = zipped(FILES)  # and the same command goes on
     run("data", "fetch", "sentences")
+
+
+def test_the_archive_may_be_elsewhere_and_of_unknown_length(sentences, home):
+    """As GitHub answers: another address, and pieces without their sum."""
+
+    def elsewhere(handler):
+        handler.send_response(302)
+        handler.send_header("Location", handler.path.replace("commit.zip", "moved.zip"))
+        handler.end_headers()
+
+    def in_pieces(handler):
+        handler.protocol_version = "HTTP/1.1"
+        handler.send_response(200)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.send_header("Connection", "close")
+        handler.end_headers()
+        content = zipped(FILES)
+        for piece in (content[:100], content[100:], b""):
+            handler.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+
+    sentences.answers |= {"commit": elsewhere, "moved": in_pieces}
+    run("data", "fetch", "sentences")
+    assert len(sentences.asked) == 2 and (home / "text/sst2_dev.tsv").read_bytes() == FILES["data/SST2/dev.tsv"]
 
 
 def test_a_full_disk(sentences, home):
