@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from click.testing import CliRunner
 
 import tokentm_jax as tm
@@ -188,10 +190,73 @@ def run(*arguments, **options):
     return CliRunner().invoke(main, list(map(str, arguments)), **options)
 
 
+def settings_of(page):
+    """What the script of a page of texts reads."""
+    html = page.read_text("utf-8")
+    start = html.index('type="application/json">') + len('type="application/json">')
+    return json.loads(html[start : html.index("</script>", start)])
+
+
+def apart(folder, texts):
+    """A classifier that gives two texts different classes."""
+    shutil.copytree(GOLDENS / "distilbert", folder)
+    text, file = tm.load_text(GOLDENS / "distilbert"), folder / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    middle = np.asarray(text.logits(text.read(texts))).mean(0)
+    tensors["classifier.bias"] = 200 * (tensors["classifier.bias"] - middle)
+    tensors["classifier.weight"] = 200 * tensors["classifier.weight"]
+    safetensors.numpy.save_file(tensors, file)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_page_of_texts_in_a_browser(tmp_path):
+    api = pytest.importorskip("playwright.sync_api", reason="needs Playwright")
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("needs Chromium")
+    texts, file = ["a funny film", "dull"], tmp_path / "page.html"
+    arguments = ["explain-text", *texts, "--model", apart(tmp_path / "apart", texts), "--json"]
+    found = run(*arguments, "--out", file, "--method", "tokentm,gradient_x_input")
+    assert found.exit_code == 0, found.output
+    names = [entry["target"]["name"] for entry in json.loads(found.stdout)]
+    asked = tmp_path / "asked.html"
+    assert run(*arguments, "--out", asked, "--target", names[1]).exit_code == 0
+    with api.sync_playwright() as running:
+        chromium = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        page = chromium.new_context(viewport={"width": 390, "height": 844}).new_page()
+        complaints: list[str] = []
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda r: r.url.startswith(("file:", "data:")) or complaints.append(r.url))
+        page.goto(file.as_uri())
+        explained = lambda: page.locator(".explained").all_text_contents()  # noqa: E731
+        colours = lambda: page.locator(".word").evaluate_all("all => all.map(e => e.style.background)")  # noqa: E731
+        assert all(line.startswith(f"Explained: {name},") for line, name in zip(explained(), names, strict=True))
+        assert page.locator(".caution:visible").count() == 0
+        # A map without signs is importance, in one colour; one with signs is for and against.
+        assert "more important" in page.inner_text("#legend") and "against" not in page.inner_text("#legend")
+        assert all("--important" in colour for colour in colours())
+        page.select_option("#method", "gradient_x_input")
+        assert "speaks for the class" in page.inner_text("#legend") and "against" in page.inner_text("#legend")
+        assert any("--against" in colour for colour in colours())
+        assert not any("--important" in colour for colour in colours())
+        page.select_option("#class", label=names[0])  # one class for all: of the second text it is improbable
+        assert all(line.startswith(f"Explained: {names[0]},") for line in explained())
+        assert page.locator(".caution:visible").count() == 1
+        page.reload()  # the address keeps the choice
+        assert page.input_value("#method") == "gradient_x_input" and "against" in page.inner_text("#legend")
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        page.goto(asked.as_uri())  # a class that the command was asked for is that of all texts
+        assert all(line.startswith(f"Explained: {names[1]},") for line in explained())
+        assert complaints == []
+        chromium.close()
+
+
 def test_words_on_the_command_line_and_on_a_page(tmp_path):
     page = tmp_path / "page.html"
     hostile = "a funny </script><script>alert(1)</script> film <b>well</b> שלום 漢字 😀"
-    arguments = ["explain-text", hostile, "dull", "--model", GOLDENS / "distilbert"]
+    arguments = ["explain-text", hostile, "dull", "--model", apart(tmp_path / "apart", [hostile, "dull"])]
     found = run(*arguments, "--method", "raw_attention,gradient_x_input", "--out", page, "--json")
     assert found.exit_code == 0, found.output
     first, second = json.loads(found.stdout)
@@ -200,9 +265,14 @@ def test_words_on_the_command_line_and_on_a_page(tmp_path):
     assert all(hostile[w["start"] : w["end"]] == w["word"] for w in words) and len(words) > 10
     html = page.read_text("utf-8")
     assert "alert(1)</script>" not in html and "&lt;</span>" in html
-    start = html.index('type="application/json">') + len('type="application/json">')
-    scores = json.loads(html[start : html.index("</script>", start)])
+    settings = settings_of(page)
+    scores = settings["scores"]
     assert len(scores) == 2 and len(scores[0]) == 5
+    assert settings["signed"] == {"raw_attention": False, "gradient_x_input": True}
+    assert first["target"]["class"] != second["target"]["class"] and settings["first"] == ""  # each begins with its own
+    for entry, result in zip(settings["texts"], (first, second), strict=True):
+        assert settings["classes"][entry["own"]] == result["target"]["name"]
+        assert entry["probability"][entry["own"]] == pytest.approx(result["target"]["probability"])
     target = int(first["target"]["class"])
     np.testing.assert_allclose(scores[0][target]["gradient_x_input"], [w["score"] for w in words])
 

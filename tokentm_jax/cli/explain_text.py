@@ -50,8 +50,9 @@ def explain_text(
 ) -> None:
     """Show which words of texts speak for a class, and which against it.
 
-    TEXT is a text; "-" reads one from each line of the standard input. On a terminal the words are coloured, red for
-    the class and blue against it; elsewhere each has a line with its score.
+    TEXT is a text; "-" reads one from each line of the standard input. On a terminal the words are coloured: red for
+    the class and blue against it, or yellow for importance where a method gives no signs. Elsewhere each has a line
+    with its score.
 
     \b
     Examples:
@@ -84,12 +85,12 @@ def explain_text(
         _described(text, given[i], outputs[i], int(targets[i]), scores[int(targets[i])], i) for i in range(len(given))
     ]
     if out is not None:
-        _write_page(out, text, given, outputs, scores, int(targets[0]), overwrite)
+        _write_page(out, text, given, outputs, scores, asked, overwrite)
     if as_json:
         click.echo(json.dumps(results, indent=1))
     else:
         for result in results:
-            _print(result)
+            _print(result, _signed(scores))
     if out is not None and not as_json:
         click.echo(f"The page is {printable(out)}")
 
@@ -157,7 +158,17 @@ def _described(
     }
 
 
-def _print(result: dict[str, Any]) -> None:
+def _signed(scores: Scores) -> set[str]:
+    """The methods whose scores have signs; those of the others are importance."""
+    return {
+        name
+        for found in scores.values()
+        for name, texts in found.items()
+        if any(word.score < 0 for words in texts for word in words)
+    }
+
+
+def _print(result: dict[str, Any], signed: set[str]) -> None:
     from rich.text import Text
 
     out = console()
@@ -169,7 +180,7 @@ def _print(result: dict[str, Any]) -> None:
             line, end = Text(f"{name}: " if len(result["methods"]) > 1 else ""), 0
             for word in words:
                 line.append(printable(result["text"][end : word["start"]]))
-                line.append(printable(word["word"]), style=_style(word["score"] / most))
+                line.append(printable(word["word"]), style=_style(word["score"] / most, name in signed))
                 end = word["end"]
             line.append(printable(result["text"][end:]), style="dim")
             out.print(line)
@@ -184,21 +195,24 @@ def _print(result: dict[str, Any]) -> None:
             )
 
 
-def _style(share: float) -> str:
-    """Background of a score in [-1, 1]: towards red for the class, towards blue against it."""
+def _style(share: float, signed: bool) -> str:
+    """Background of a score in [-1, 1]: towards red for the class, towards blue against it; of a map without signs
+    towards yellow."""
     strength = min(abs(share), 1)
     low = round(255 * (1 - strength))
     red, blue = (255, low) if share >= 0 else (low, 255)
-    return f"black on #{red:02x}{low:02x}{blue:02x}"
+    return f"black on #{red:02x}{low if signed else 255:02x}{blue:02x}"
 
 
 def _write_page(
-    out: Path, text: "LoadedText", given: list[str], outputs: Any, scores: Scores, first: int, overwrite: bool
+    out: Path, text: "LoadedText", given: list[str], outputs: Any, scores: Scores, asked: int | None, overwrite: bool
 ) -> None:
+    """Write the page, which begins with the class `asked`; None: with the predicted class of each text."""
     try:
         from tokentm_jax.cli.templates import render
     except ImportError:
         raise InputError("a page needs a template library: pip install 'tokentm_jax[text]'") from None
+    from tokentm_jax.methods.titles import title_of
 
     classes = list(scores)
     methods = list(scores[classes[0]])
@@ -215,14 +229,25 @@ def _write_page(
         }
         for i in range(len(given))
     ]
+    names, signed = [text.class_name(index) for index in classes], _signed(scores)
+    settings = {
+        "scores": numbers,
+        "signed": {name: name in signed for name in methods},
+        "sentences": {name: title_of(name).sentence for name in methods},
+        "classes": names,
+        "texts": [
+            {"own": classes.index(int(own.argmax())), "probability": [float(own[index]) for index in classes]}
+            for own in outputs
+        ],
+        "first": "" if asked is None else str(classes.index(asked)),
+    }
     page = render(
         "text.html.j2",
-        title=f"Which words speak for a class? {text.name}",
-        methods=methods,
-        classes=[text.class_name(index) for index in classes],
+        title="Which words matter for a class?",
+        methods=[(name, title_of(name).name) for name in methods],
+        classes=names,
         texts=shown,
-        scores=numbers,
-        first=classes.index(first),
+        settings=settings,
         model=text.name,
     )
     write_text(out, page, overwrite=overwrite)

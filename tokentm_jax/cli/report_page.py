@@ -33,6 +33,7 @@ from tokentm_jax.maths.maps import to_pixels
 from tokentm_jax.methods.by_block import Layer, by_block
 from tokentm_jax.methods.explain import explain
 from tokentm_jax.methods.table import METHODS
+from tokentm_jax.methods.titles import title_of
 from tokentm_jax.metrics.tasks import CLEAN, PREDICTED, RANDOM, TASKS, Row
 from tokentm_jax.models.loading import LoadedViT, load, predict, read_class_names
 from tokentm_jax.runs.evaluate import examples
@@ -535,6 +536,11 @@ def write_page(out: Path, page: Page, overwrite: bool = False) -> None:
         "colours": colour_tables(),
         "figures": page.figures,
         "photos": [listed | {"details": details is not None} for listed, details in page.photos],
-        "papers": {name: f"{METHODS[name].paper} {METHODS[name].year}" for name in page.methods if name in METHODS},
+        "titles": {name: _title(name) for name in page.methods if name in METHODS},
     }
     write_text(out, render("report.html.j2", page=page, settings=settings), overwrite=overwrite)
+
+
+def _title(method: str) -> Json:
+    title, row = title_of(method), METHODS[method]
+    return {"title": title.name, "note": f"{title.sentence} {row.paper} {row.year}; on the command line: {method}."}

@@ -1,4 +1,4 @@
-"""Pages from templates of `cli/pages`. Without the template library, the import of this module fails."""
+"""Pages from templates of `cli/pages`, in the look of `cli/page`. Without the template library, the import fails."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import jinja2
 from tokentm_jax.files import generator
 
 _ENVIRONMENT = jinja2.Environment(
-    loader=jinja2.PackageLoader("tokentm_jax.cli", "pages"),
+    loader=jinja2.ChoiceLoader([jinja2.PackageLoader("tokentm_jax.cli", name) for name in ("pages", "page")]),
     autoescape=True,
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,

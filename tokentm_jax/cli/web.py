@@ -386,13 +386,18 @@ FAULTS: dict[Any, Any] = {
 def _described(vit: "LoadedViT", methods: Sequence[str]) -> dict[str, Any]:
     """What the page has to know of the model, the methods and the colours."""
     from tokentm_jax.methods.table import METHODS
+    from tokentm_jax.methods.titles import RECOMMENDED, title_of
 
-    fields = ("summary", "paper", "year", "passes", "class_specific", "output")
+    def entry(name: str) -> dict[str, Any]:
+        title, fields = title_of(name), ("paper", "year", "passes", "class_specific")
+        words = {"title": title.name, "sentence": title.sentence, "recommended": name == RECOMMENDED}
+        return {"name": name, **words, **{field: getattr(METHODS[name], field) for field in fields}}
+
     return {
         "model": vit.name,
         "size": vit.preprocessing.size,
         "classes": [vit.class_name(i) for i in range(vit.module.num_classes)],
-        "methods": [{"name": name, **{f: getattr(METHODS[name], f) for f in fields}} for name in methods],
+        "methods": [entry(name) for name in methods],
         "colours": colour_tables(),
     }
 

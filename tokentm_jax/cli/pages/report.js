@@ -7,9 +7,10 @@ const CARDS = 60; // added at a time
 const CYCLE = ["#2663be", "#c2571a", "#2f8f4e", "#8a4fc4", "#b3354c", "#1c8d94", "#8b6b1f", "#c9479b", "#5b6b7a", "#6f9a1d", "#3f51b5", "#a1887f"];
 const bytesOf = (text) => Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
 const tables = Object.fromEntries(Object.entries(settings.colours).map(([name, both]) => [name, both.map(bytesOf)]));
-const title = (name) => name.replaceAll("_", " ");
+const UNSURE = 0.05; // probability below which the page cautions
+const title = (name) => settings.titles[name]?.title ?? name.replaceAll("_", " ");
 const named = (index) => classes[index] ?? `class ${index}`;
-const percent = (share) => `${(100 * share).toFixed(1)} %`;
+const percent = (share) => (share > 0 && share < 0.0005 ? "<\u00a00.1\u00a0%" : `${(100 * share).toFixed(1)}\u00a0%`);
 
 function make(tag, facts = {}, ...children) {
   const node = document.createElement(tag);
@@ -59,14 +60,22 @@ function resized(map, h, w) {
   return { h, w, values: out };
 }
 
-// Values in [0, 1], or in [-1, 1] where some are negative; `range` is that of several maps that are compared.
+// Values in [0, 1], or in [-1, 1] where some are negative, as `shade` of tokentm_jax/cli/figure.py: few extreme values do
+// not hide the rest of a signed map. `range` is that of several maps that are compared.
 function shaded(map, range) {
-  let low = Infinity, high = -Infinity;
-  for (const value of map.values) { low = Math.min(low, value); high = Math.max(high, value); }
-  if (range) [low, high] = range;
-  const signed = low < 0, most = Math.max(-low, high) || 1, spread = high - low || 1;
+  const [low, high] = range ?? [map.values.reduce((a, b) => Math.min(a, b)), map.values.reduce((a, b) => Math.max(a, b))];
+  const signed = low < 0, spread = high - low || 1, largest = Math.max(-low, high);
+  const most = (signed && !range && percentile(map.values.map(Math.abs), 0.995)) || largest || 1;
   const shade = signed ? (value) => Math.min(Math.max(value / most, -1), 1) : (value) => Math.min(Math.max((value - low) / spread, 0), 1);
   return { ...map, values: map.values.map(shade), signed };
+}
+
+// [place of the colour in the scale, how much of it covers the photo], as `blend` of tokentm_jax/cli/figure.py has them.
+// Where a signed map is zero, nothing covers the photo; next to it the colours are not the scale's whites, which are fog.
+function covering(value, signed) {
+  if (!signed) return [Math.round(255 * value), (1 + 2 * Math.sqrt(value)) / 3];
+  const outer = Math.sign(value) * (0.5 + 0.5 * Math.abs(value));
+  return [Math.round(127.5 * (outer + 1)), (1.15 * value ** 2) / (value ** 2 + 0.15)];
 }
 
 function paint(canvas, shade, opacity) {
@@ -75,14 +84,35 @@ function paint(canvas, shade, opacity) {
   const colours = tables[$("colours").value][shade.signed ? 1 : 0];
   const picture = new ImageData(shade.w, shade.h);
   shade.values.forEach((value, i) => {
-    const step = 3 * Math.round(255 * (shade.signed ? (value + 1) / 2 : value));
-    const strength = opacity === null ? 1 : opacity * (shade.signed ? Math.abs(value) ** 0.7 : 0.35 + 0.65 * Math.sqrt(value));
-    picture.data.set([colours[step], colours[step + 1], colours[step + 2], 255 * strength], 4 * i);
+    const [place, weight] = opacity === null ? [Math.round(255 * (shade.signed ? (value + 1) / 2 : value)), 1] : covering(value, shade.signed);
+    picture.data.set([...colours.slice(3 * place, 3 * place + 3), 255 * weight * (opacity ?? 1)], 4 * i);
   });
   canvas.getContext("2d").putImageData(picture, 0, 0);
 }
 
 const overlay = (canvas, map, range) => paint(canvas, shaded(resized(map, 96, Math.round((96 * map.w) / map.h)), range), $("opacity").value / 100);
+
+// The colour scales of maps, signed or not, and what their colours mean.
+function scales(place, kinds, what, ends = null) {
+  const line = (signed) => {
+    const colours = tables[$("colours").value][signed ? 1 : 0];
+    const ramp = make("canvas", { class: "ramp", width: 256, height: 1, "aria-hidden": "true" });
+    const picture = new ImageData(256, 1);
+    for (let i = 0; i < 256; i++) picture.data.set([...colours.slice(3 * i, 3 * i + 3), 255], 4 * i);
+    ramp.getContext("2d").putImageData(picture, 0, 0);
+    const swatch = (step) => {
+      const node = make("span", { class: "swatch", "aria-hidden": "true" });
+      node.style.background = `rgb(${colours.slice(3 * step, 3 * step + 3).join(" ")})`;
+      return node;
+    };
+    const [low, high] = ends ?? (signed ? ["against", "for"] : ["low", "high"]);
+    const means = ends ? [what] : signed ? [swatch(225), ` speaks for ${what}, `, swatch(30), " against it."] : [`The brighter, the more important for ${what}.`];
+    return make("p", { class: "scale" }, low, ramp, high, make("span", {}, ...means));
+  };
+  place.replaceChildren(...[false, true].filter((signed) => kinds.has(signed)).map(line));
+}
+
+const kindsOf = (maps) => new Set(maps.filter(Boolean).map((packed) => packed.low < 0));
 
 const read = new Map();
 function detailsOf(index) {
@@ -94,9 +124,14 @@ function detailsOf(index) {
   return read.get(index);
 }
 
-function mapOf(details, method, klass) {
+function packedOf(details, method, klass) {
   const own = details.maps[method];
-  return own && unpacked(own[klass] ?? own.every ?? Object.values(own)[0]);
+  return own && (own[klass] ?? own.every ?? Object.values(own)[0]);
+}
+
+function mapOf(details, method, klass) {
+  const own = packedOf(details, method, klass);
+  return own && unpacked(own);
 }
 
 // ---- pictures of numbers ----
@@ -113,7 +148,7 @@ function ticks(low, high) {
   for (let k = Math.ceil(low / step - 1e-9); k * step <= high + 1e-9 * step; k++) found.push(k * step);
   return found;
 }
-const short = (value) => (Math.abs(value) >= 100 ? value.toFixed(0) : Math.abs(value) >= 1 || value === 0 ? String(+value.toFixed(2)) : value.toPrecision(2));
+const short = (value) => (Math.abs(value) >= 100 ? value.toFixed(0) : Math.abs(value) >= 1 || value === 0 ? String(+value.toFixed(2)) : Math.abs(value) >= 0.001 ? value.toPrecision(2) : value.toExponential(1));
 
 // Curves {name, x, y, colour, dashed} in one picture; `at` is told which x is under the cursor.
 function chart(curves, { label, xLabel, yLabel, mark = null, at = null, zero = true }) {
@@ -166,15 +201,16 @@ function showTable() {
     const state = sorted?.metric === metric ? (sorted.down ? "descending" : "ascending") : "none";
     return make("th", { scope: "col", "aria-sort": state }, button);
   });
-  const lines = rows.map((row) => make("tr", {}, make("th", { scope: "row", text: row }), ...columns.map(([metric, { digits }]) => {
+  const lines = rows.map((row) => make("tr", {}, make("th", { scope: "row", text: title(row), title: row }), ...columns.map(([metric, { digits }]) => {
     const cell = cells.get(`${row} ${metric}`);
     if (!cell) return make("td");
     const value = make(cell.value === best[metric] ? "strong" : "span", { text: cell.value.toFixed(digits) });
     return make("td", {}, value, make("small", { text: ` [${cell.low.toFixed(digits)}, ${cell.high.toFixed(digits)}]` }));
   })));
   const clean = figures.cells.find((cell) => cell.method === "clean");
-  const caption = clean ? [make("caption", { text: `Clean accuracy ${clean.value.toFixed(2)} % [${clean.low.toFixed(2)}, ${clean.high.toFixed(2)}]` })] : [];
-  $("figures").replaceChildren(...caption, make("thead", {}, make("tr", {}, make("th", { scope: "col", text: "method" }), ...heads)), make("tbody", {}, ...lines));
+  $("clean").hidden = !clean;
+  if (clean) $("clean").textContent = `Clean accuracy: ${clean.value.toFixed(2)} % [${clean.low.toFixed(2)}, ${clean.high.toFixed(2)}]`;
+  $("figures").replaceChildren(make("thead", {}, make("tr", {}, make("th", { scope: "col", text: "method" }), ...heads)), make("tbody", {}, ...lines));
 }
 
 function showCurves() {
@@ -271,7 +307,14 @@ function showGallery() {
   $("count").textContent = `${chosen.length} of ${photos.length} photos`;
   drawn = 0;
   $("gallery").replaceChildren();
+  showScale();
   addCards();
+}
+
+// The scale of the gallery's maps, as the first of them have it.
+function showScale() {
+  const first = explained().slice(0, 8).map(detailsOf);
+  scales($("gallery-scales"), kindsOf(first.map((details) => packedOf(details, $("method").value, details.classes[0]))), "the predicted class");
 }
 
 // ---- one photo ----
@@ -287,7 +330,7 @@ function open(index) {
   const wrong = photo.label >= 0 && photo.label !== photo.predicted ? ` The data set says ${named(photo.label)}.` : "";
   $("said").textContent = `The model's answer.${wrong}`;
   $("top").replaceChildren(...details.probabilities.map(([klass, share]) => make("li", { text: `${named(klass)} ${percent(share)}` })));
-  options($("class"), details.classes.map((klass) => [klass, named(klass)]), $("class").value);
+  options($("class"), details.classes.map((klass) => [klass, named(klass)]), details.classes[0]); // each photo's own first
   options($("curve-method"), methods.filter((name) => details.curves[name]).map((name) => [name, title(name)]), $("curve-method").value || $("method").value);
   $("curve-section").hidden = !Object.keys(details.curves).length;
   const blocks = Object.values(details.blocks)[0];
@@ -315,9 +358,15 @@ function step(by) {
 const pictureOf = () => current.details.picture ?? photos[current.index].thumb;
 
 function showPhoto() {
-  const { details } = current, klass = $("class").value;
+  const { details } = current, klass = $("class").value, probability = details.probability[klass];
+  const predicted = details.probabilities[0][0] === Number(klass);
+  $("caution").hidden = !(probability < UNSURE);
+  $("caution").textContent = predicted
+    ? `Caution: the model is unsure. Even its best class, “${named(klass)}”, has only ${percent(probability)}.`
+    : `Caution: the probability of “${named(klass)}” is only ${percent(probability)}. The maps show what would count for this class, not what the model recognises.`;
+  scales($("map-scales"), kindsOf(methods.map((name) => packedOf(details, name, klass))), `“${named(klass)}”`);
   $("maps").replaceChildren(
-    ...(pictureOf() ? [make("figure", {}, make("div", { class: "stack" }, make("img", { src: pictureOf(), alt: `What the model sees of ${photos[current.index].name}` })), make("figcaption", { text: "What the model sees" }))] : []),
+    ...(pictureOf() ? [make("figure", {}, make("div", { class: "stack" }, make("img", { src: pictureOf(), alt: `What the model receives of ${photos[current.index].name}` })), make("figcaption", { text: "What the model receives" }))] : []),
     ...methods.filter((name) => details.maps[name]).map((name) => {
       const canvas = make("canvas", { role: "img", "aria-label": `${title(name)} for ${named(klass)}` });
       overlay(canvas, mapOf(details, name, klass));
@@ -325,7 +374,7 @@ function showPhoto() {
       const below = pictureOf() ? [make("img", { src: pictureOf(), alt: "" })] : [];
       const stack = make("div", { class: "stack" }, ...below, canvas);
       if (!below.length) canvas.style.position = "static";
-      return make("figure", {}, stack, make("figcaption", { text: title(name) + same, title: settings.papers[name] ?? "" }));
+      return make("figure", {}, stack, make("figcaption", { text: title(name) + same, title: settings.titles[name]?.note ?? name }));
     }));
   showCurve();
   showBlocks();
@@ -351,8 +400,8 @@ function showCurve() {
     return [swatch, ` ${curve.name}  `];
   }));
   if (details.pixels.includes(method))
-    legend.append(make("br"), "A map of pixels: scattered pixels cost a model more than patches, whichever they are. Do not compare this curve with that of a map of patches.");
-  $("curve").replaceChildren(chart(curves, { label: `Probability of ${named(klass)} while pixels go, by ${title(method)}`, xLabel: "pixels removed [%]", yLabel: "probability", mark: share, at }), legend);
+    legend.append(make("br"), "A map of pixels: removing scattered pixels harms a model more than removing patches, whichever they are. Do not compare this curve with that of a map of patches.");
+  $("curve").replaceChildren(chart(curves, { label: `Probability of ${named(klass)} as pixels are removed, by ${title(method)}`, xLabel: "pixels removed [%]", yLabel: "probability", mark: share, at }), legend);
   const [h, w] = details.size, canvas = $("masked");
   const values = resized(mapOf(details, method, klass), h, w).values;
   const order = [...values.keys()].sort((a, b) => values[b] - values[a] || a - b);
@@ -370,13 +419,13 @@ function showCurve() {
 }
 
 const NOTES = {
-  contribution: "TokenTM's heatmap when the blocks up to this one are aggregated. Each has colours of its own range.",
+  contribution: "TokenTM's heatmap when the blocks up to this one are aggregated. Each block has its own range of colours.",
   length: "Ratio of the token's length after the layer and before. One range for all blocks.",
   necc: "Normalised exponential cosine correlation: above 1, a token keeps its direction more than the mean one does.",
   weight: "The transformation weight: ratio of lengths times NECC. One range for all blocks.",
 };
 
-const percentile = (values, share) => [...values].sort((a, b) => a - b)[Math.floor(share * (values.length - 1))];
+const percentile = (values, share) => values.slice().sort()[Math.floor(share * (values.length - 1))]; // of a typed array
 
 function showBlocks() {
   if ($("block-section").hidden) return;
@@ -400,6 +449,9 @@ function showBlocks() {
   }));
   if (pictureOf()) $("block-photo").src = pictureOf();
   overlay($("block-map"), part(map, block - 1), range);
+  const signed = (range ? range[0] : Math.min(...part(map, block - 1).values)) < 0;
+  const most = range && Math.max(-range[0], range[1]);
+  scales($("block-scales"), new Set([signed]), range ? quantity : `“${named(klass)}”`, range && (signed ? [-most, most] : range).map(short));
   const says = `${quantity}, block ${block}, for ${named(klass)}`;
   $("block-map").setAttribute("aria-label", says);
   $("block-says").textContent = says;
@@ -419,6 +471,7 @@ function showBlocks() {
 
 function restyle() {
   $("opacity-value").textContent = `${$("opacity").value} %`;
+  showScale();
   document.querySelectorAll("#gallery button[data-photo]").forEach((card) => { if (photos[card.dataset.photo].details) seen.observe(card); });
   if ($("photo").open) showPhoto();
 }
