@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ import tokentm_jax as tm
 from tokentm_jax.cli.figure import COLOURS, shade
 from tokentm_jax.cli.main import main
 from tokentm_jax.data.photos import MAX_PIXELS, fit, view
+from tokentm_jax.methods.table import METHODS
 
 for package in ("starlette", "uvicorn"):
     pytest.importorskip(package, reason="needs the extra [serve]")
@@ -132,6 +134,7 @@ def test_the_page_and_what_it_needs(vit, port):
     assert not re.search(r"<script[^>]*>[^<]|<style|\son\w+=|\sstyle=|https?://", page.decode())  # CSP forbids these
     settings = json.loads(ask(port, path="/settings")[2])
     assert [row["name"] for row in settings["methods"]] == list(NAMES)
+    assert [row["title"] for row in settings["methods"]] == ["TokenTM", "Gradient × input", "Attention rollout"]
     assert settings["classes"] == [vit.class_name(i) for i in range(5)] and settings["size"] == [16, 24]
     assert settings["largest"] == LARGEST
     assert set(settings["colours"]) == set(COLOURS)
@@ -139,6 +142,18 @@ def test_the_page_and_what_it_needs(vit, port):
         status, headers, content = ask(port, path=f"/{example}")
         assert status == 200 and headers["content-type"] == "image/jpeg"
         assert explain(port, content)[0] == 200
+
+
+def test_every_method_has_a_readable_name_and_a_sentence():
+    """And one of them is marked as recommended, which is that of the page of choices."""
+    rows = web._described(tiny_vit(1), list(METHODS))["methods"]
+    assert [row["name"] for row in rows] == list(METHODS)
+    assert len({row["title"] for row in rows}) == len({row["sentence"] for row in rows}) == len(rows)
+    for row in rows:
+        assert "_" not in row["title"] and row["sentence"].endswith(".") and len(row["sentence"]) < 100, row
+    (recommended,) = (row["name"] for row in rows if row["recommended"])
+    choosing = (ROOT / "docs/explanation/choosing.md").read_text()
+    assert f"do not want to think about it | `{recommended}`" in choosing
 
 
 def test_methods_become_ready(vit):
@@ -599,10 +614,11 @@ def test_the_page_in_a_browser(shipped, tmp_path):
     with opened(port, accept_downloads=True) as page:
         page.locator("#file").set_input_files(tmp_path / "mine.png")
         page.locator("#top button").first.wait_for()
-        page.select_option("#class", label="dog")
+        page.fill("#class", "dog")
+        page.press("#class", "Enter")
         explained(page, "dog")
         page.select_option("#method", "gradient_x_input")
-        explained(page, "gradient_x_input,")
+        explained(page, "Gradient × input,")
         heatmap = np.asarray(tm.explain(vit, images, "gradient_x_input", vit.class_index("dog")))[0]
         values, signed = shade(heatmap, seen.shape[:2])
         assert signed and page.inner_text("#low") == "against"
@@ -622,18 +638,21 @@ def test_the_page_in_a_browser(shipped, tmp_path):
 
         for button, check in (
             ("#save-map", lambda path: np.testing.assert_array_equal(np.load(path), heatmap)),
-            ("#save-picture", lambda path: np.testing.assert_array_equal(read(path), drawn(page, "overlay"))),
-            ("#save-heat", lambda path: np.testing.assert_array_equal(read(path), drawn(page, "heat"))),
+            ("#save-picture", lambda path: captioned(read(path), drawn(page, "overlay"))),
+            ("#save-heat", lambda path: captioned(read(path), drawn(page, "heat"))),
         ):
             with page.expect_download() as download:
                 page.click(button)
-            assert download.value.suggested_filename.startswith("mine.gradient_x_input.")
+            assert download.value.suggested_filename.startswith("mine.gradient_x_input.dog.")
             download.value.save_as(tmp_path / "taken")
             check(tmp_path / "taken")
 
         page.click("#photos [data-path*='cat.jpg']")  # an example: the link leads to all of it
         page.wait_for_url("**example=cat")  # until the example is here, the page shows the photo before it
-        explained(page, "gradient_x_input,")
+        explained(page, "Gradient × input,")
+        page.fill("#class", "dog")  # not the class of the photo before it, but one that is chosen for this one
+        page.press("#class", "Enter")
+        explained(page, "dog")
         wanted, link = drawn(page, "overlay"), page.url
         page.goto("about:blank")
         page.goto(link)
@@ -645,9 +664,16 @@ def test_the_page_in_a_browser(shipped, tmp_path):
         name = page.locator("#top button").nth(3).locator("span").first.inner_text()
         page.keyboard.press("Enter")
         explained(page, name)
-        assert page.locator("#class").evaluate("select => select.selectedOptions[0].textContent") == name
+        assert page.input_value("#class") == name
         assert page.locator("#top button").nth(3).get_attribute("aria-pressed") == "true"
-        assert f"gradient_x_input for {name}" in (page.locator("#overlay").get_attribute("aria-label") or "")
+        assert f"Gradient × input for {name}" in (page.locator("#overlay").get_attribute("aria-label") or "")
+
+
+def captioned(picture, wanted):
+    """A picture is the wanted one, with something written below it."""
+    np.testing.assert_array_equal(picture[: len(wanted)], wanted)
+    below = picture[len(wanted) :].astype(int)
+    assert len(below) > 60 and (below[0] == 255).all() and (below.sum(-1) < 300).mean() > 0.01
 
 
 def read(path):
@@ -670,7 +696,7 @@ def test_dropped_pasted_and_wrong_files_in_a_browser(shipped):
         page.locator("#method option").nth(2).wait_for(state="attached")
         for kind, photo in (("drop", PHOTO), ("paste", PHOTO[::-1])):
             page.evaluate(give, [kind, base64.b64encode(encoded(photo)).decode()])
-            explained(page, "tokentm,")
+            explained(page, "TokenTM,")
             assert np.abs(drawn(page, "photo").mean((0, 1)) - photo[:, 10:50].mean((0, 1))).max() < 12
             page.locator("#status").evaluate("e => e.textContent = ''")
     wrong = []
@@ -678,7 +704,8 @@ def test_dropped_pasted_and_wrong_files_in_a_browser(shipped):
         with opened(port) as page:
             page.locator("#method option").nth(2).wait_for(state="attached")
             page.evaluate(give, ["drop", base64.b64encode(PNG[:300]).decode()])
-            page.locator("#error", has_text="damaged").wait_for()
+            page.locator("#error", has_text="drop: The photo is damaged").wait_for()
+            assert page.locator("#drop").is_visible() and page.locator("#photos [aria-pressed=true]").count() == 0
     except AssertionError as error:  # the browser itself notes the answer 400
         wrong.append(str(error))
     assert all("400" in text for text in wrong)
@@ -690,14 +717,15 @@ def test_small_screens_and_colours_in_a_browser(shipped, scheme):
     _, port = shipped
     with opened(port, viewport={"width": 360, "height": 700}, color_scheme=scheme) as page:
         page.click("#photos [data-path*='cat.jpg']")
-        explained(page, "tokentm,")
+        explained(page, "TokenTM,")
+        page.click("#class")
         assert page.evaluate("document.documentElement.scrollWidth") == 360
         small = "all => all.filter(e => e.offsetParent && e.getBoundingClientRect().height < 24).map(e => e.outerHTML)"
         assert page.locator("button, select, input").evaluate_all(small) == []
         bare = "all => all.filter(e => !e.labels?.length && !e.ariaLabel).map(e => e.outerHTML)"
         assert page.locator("select, input").evaluate_all(bare) == []
         pairs = page.evaluate(
-            """() => [...document.querySelectorAll('h1, p, label, button span, button.main, figcaption, footer')]
+            """() => [...document.querySelectorAll('h1, p, label, button span, button.main, #own, figcaption, li span, small, footer')]
               .filter(e => e.offsetParent && e.textContent.trim()).map(e => {
                 let ground = e;
                 while (getComputedStyle(ground).backgroundColor === 'rgba(0, 0, 0, 0)') ground = ground.parentElement;
@@ -714,3 +742,233 @@ def luminance(colour):
     parts = np.array([int(n) for n in re.findall(r"\d+", colour)[:3]]) / 255
     linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
     return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+# What the page does with answers, in a browser: those that follow have no model behind them.
+
+CLASSES = [*(f"kind {i}" for i in range(997)), "tabby", "tiger cat", "table lamp"]
+SCALE = np.linspace(0, 255, 256).round().astype(np.uint8)[None].repeat(32, 0)  # every value of a shaded map
+
+
+class Answers:
+    """Answers without a model: photo 1, 2, ... has class 1, 2, ... The map is a ramp, which is signed for one method."""
+
+    def __init__(self):
+        self.go, self.asked = threading.Event(), []
+        self.go.set()
+
+    def __call__(self, vit, content, method, target):
+        photo = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+        predicted = int(photo[0, 0, 0])
+        self.asked.append((predicted, method, target))
+        assert self.go.wait(20)
+        entry = lambda c, p: {"class": c, "name": CLASSES[c], "probability": p}  # noqa: E731
+        top = [entry(predicted, 0.9), *(entry(c, 0.02) for c in (101, 102, 103, 104))]
+        url = lambda picture: f"data:image/png;base64,{base64.b64encode(encoded(picture)).decode()}"  # noqa: E731
+        return {
+            "method": method,
+            "top5": top,
+            "target": top[0] if target in (None, predicted) else entry(target, 0.0001),
+            "photo": url(photo[:32].repeat(32 // len(photo[:32]), 0)[:, :1].repeat(256, 1)),
+            "shade": url(SCALE),
+            "signed": method == "gradient_x_input",
+            "map": {"shape": [1, 2], "data": base64.b64encode(np.array([1, 2], "<f4").tobytes()).decode()},
+        }
+
+
+@pytest.fixture
+def answers():
+    """(answers, port) of a server whose model has a thousand classes."""
+    answer = Answers()
+    with serving(web.application(Thousand(), [*NAMES, "tokentm_mix"], ready=METHODS, answer=answer)) as number:
+        yield answer, number
+
+
+class Thousand:
+    """What the server asks of a model."""
+
+    name, preprocessing, module = "thousand", tiny_vit(1).preprocessing, SimpleNamespace(num_classes=1000)
+
+    def class_name(self, index):
+        return CLASSES[index]
+
+    def class_index(self, index):
+        return index
+
+
+def numbered(folder, *numbers):
+    """Files of photos: grey, with the number as red of the first pixel."""
+    paths = []
+    for number in numbers:
+        photo = np.full((32, 32, 3), 0, np.uint8)
+        photo[0, 0, 0] = number
+        paths.append(folder / f"photo {number}.png")
+        paths[-1].write_bytes(encoded(photo))
+    return paths
+
+
+@pytest.mark.slow
+def test_each_photo_has_its_own_class_in_a_browser(answers, tmp_path):
+    answer, port = answers
+    with opened(port, viewport={"width": 390, "height": 844}) as page:
+        page.locator("#method option").nth(2).wait_for(state="attached")
+        page.locator("#file").set_input_files(numbered(tmp_path, 1, 2, 3))
+        explained(page, "kind 1, 90.0")
+        strip = page.locator("#photos button:not([data-path]):not([data-choose])")
+        assert strip.all_inner_texts() == ["photo 1", "photo 2", "photo 3"] and page.input_value("#class") == ""
+        assert "kind 1 (predicted)" in (page.get_attribute("#class", "placeholder") or "")
+        assert "the more important for “kind 1”" in page.inner_text("#meaning") and not page.is_visible("#caution")
+
+        page.fill("#class", "tabby")
+        page.press("#class", "Enter")
+        explained(page, "tabby")
+        assert "class=" not in page.url  # a class belongs to its photo, and that is not part of a link
+        assert "the probability of “tabby” is only <\xa00.1\xa0%" in page.inner_text("#caution")
+        strip.nth(1).click()
+        explained(page, "kind 2, 90.0")
+        assert page.input_value("#class") == "" and not page.is_visible("#caution")
+        assert [one.get_attribute("aria-pressed") for one in strip.all()] == ["false", "true", "false"]
+        page.select_option("#method", "gradient_x_input")
+        explained(page, "Gradient × input,")
+        assert "speaks for “kind 2”" in page.inner_text("#meaning") and "against it" in page.inner_text("#meaning")
+        page.select_option("#method", "rollout")
+        explained(page, "Attention rollout,")
+        assert "whatever the class" in page.inner_text("#meaning")
+        assert "same for every class" in page.inner_text("#method-note")
+        page.locator("#file").set_input_files(numbered(tmp_path, 4))
+        explained(page, "kind 4, 90.0")
+        strip.nth(0).click()  # its own choice is kept
+        explained(page, "tabby")
+        assert page.input_value("#class") == "tabby"
+        assert "TokenTM mix (recommended)" in page.locator("#method option").all_text_contents()
+    assert [(p, t) for p, _, t in answer.asked] == [
+        (1, None), (1, 997), (2, None), (2, None), (2, None), (4, None), (1, 997)
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_menu_of_a_thousand_classes_in_a_browser(answers, tmp_path):
+    _, port = answers
+    with opened(port) as page:
+        page.locator("#method option").nth(2).wait_for(state="attached")
+        assert page.is_disabled("#class")  # before there is a photo
+        page.locator("#file").set_input_files(numbered(tmp_path, 1))
+        explained(page, "kind 1")
+        options = page.locator("#classes [role=option]")
+        names = lambda: page.locator("#classes [role=option] span").all_text_contents()  # noqa: E731
+        marked = lambda: page.locator("#classes [aria-selected=true] span").text_content()  # noqa: E731
+
+        page.focus("#class")
+        page.keyboard.press("ArrowDown")
+        assert page.get_attribute("#class", "aria-expanded") == "true"
+        assert names()[:3] == ["the predicted one", "kind 1", "kind 101"] and marked() == "the predicted one"
+        assert options.count() == 100 and "1000 classes" in page.inner_text("#class-note")
+        page.keyboard.press("ArrowDown")
+        active = page.get_attribute("#class", "aria-activedescendant")
+        assert page.inner_text(f"#{active} span") == marked() == "kind 1"
+        page.keyboard.press("Escape")
+        assert options.first.is_hidden() and page.get_attribute("#class", "aria-expanded") == "false"
+
+        page.keyboard.type("TA")  # names that begin so come first
+        assert names()[:2] == ["tabby", "table lamp"] and marked() == "tabby"
+        page.keyboard.type("ble")
+        assert names() == ["table lamp"] and "1 class matches" in page.inner_text("#class-note")
+        page.keyboard.press("Escape")
+        page.fill("#class", "cat ti")  # words in any order
+        assert names() == ["tiger cat"]
+        page.fill("#class", "nothing of it")
+        assert options.count() == 0 and "No classes match" in page.inner_text("#class-note")
+        page.keyboard.press("Enter")  # chooses nothing
+        page.fill("#class", "kind")
+        assert "997 classes match; the first 100 are listed" in page.inner_text("#class-note")
+        page.fill("#class", "998")  # a number is a class, too
+        assert names() == ["tiger cat"]
+        page.keyboard.press("Enter")
+        explained(page, "tiger cat")
+        page.fill("#class", "lamp")
+        page.focus("#method")  # going away changes nothing
+        assert page.input_value("#class") == "tiger cat"
+        page.fill("#class", "lamp")
+        options.first.click()
+        explained(page, "table lamp")
+        page.fill("#class", "")
+        page.keyboard.press("Enter")
+        explained(page, "kind 1, 90.0")
+        assert page.input_value("#class") == ""
+
+
+@pytest.mark.slow
+def test_progress_and_cancel_in_a_browser(answers, tmp_path):
+    answer, port = answers
+    large = tmp_path / "large.bmp"
+    photo = np.full((500, 1000, 3), 7, np.uint8)
+    large.write_bytes(encoded(photo, "BMP"))  # 1.5 MB
+    with opened(port) as page:
+        page.locator("#method option").nth(2).wait_for(state="attached")
+        page.locator("#file").set_input_files(numbered(tmp_path, 1))
+        explained(page, "kind 1")
+        assert not page.is_visible("#cancel")
+        network = page.context.new_cdp_session(page)
+        network.send("Network.enable")
+        limits = {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": 500_000}
+        network.send("Network.emulateNetworkConditions", limits)
+        page.locator("#file").set_input_files(large)
+        page.wait_for_function(
+            "() => { const bar = document.getElementById('progress');"
+            " return bar.position > 0 && bar.position < 1 && /^Sending large … [1-9]/.test(status_()); }".replace(
+                "status_()", "document.getElementById('status').textContent"
+            )
+        )
+        answer.go.clear()
+        page.locator("#status", has_text="Explaining large").wait_for()  # all of it is sent
+        assert page.evaluate("document.getElementById('progress').position") == -1
+        page.click("#cancel")
+        explained(page, "Cancelled.")
+        assert not page.is_visible("#cancel") and page.evaluate("document.activeElement.title") == "photo 1"
+        assert page.locator("#photos [aria-pressed=true]").inner_text() == "photo 1"
+        page.select_option("#method", "rollout")
+        page.click("#cancel")  # the method is again that of the picture
+        explained(page, "Cancelled.")
+        assert page.input_value("#method") == "tokentm" and page.is_visible("#pictures")
+        answer.go.set()
+        page.click("#photos [title=large]")  # it is still there
+        explained(page, "kind 7")
+
+
+@pytest.mark.slow
+def test_overlays_and_captions_in_a_browser(answers, tmp_path):
+    """A signed map covers nothing where it is zero, and little next to it; on a black photo that is brightness."""
+    _, port = answers
+    words = """() => { window.written = []; const fill = CanvasRenderingContext2D.prototype.fillText;
+      CanvasRenderingContext2D.prototype.fillText = function (text, ...rest) { written.push(text); return fill.call(this, text, ...rest); }; }"""
+    with opened(port, accept_downloads=True) as page:
+        page.locator("#method option").nth(2).wait_for(state="attached")
+        page.evaluate(words)
+        page.locator("#file").set_input_files(numbered(tmp_path, 1))
+        explained(page, "TokenTM,")
+        page.select_option("#method", "gradient_x_input")
+        explained(page, "Gradient × input,")
+        page.locator("#opacity").fill("85")
+        share = SCALE[0] / 127.5 - 1
+        place = (127.5 * (1 + np.sign(share) * (0.5 + 0.5 * np.abs(share)))).round().astype(int)
+        for name in COLOURS:
+            page.select_option("#colours", name)
+            row = drawn(page, "overlay")[5]
+            assert row[np.abs(share) < 0.01].max() == 0 and row[np.abs(share) <= 0.05].max() <= 5, name
+            colour = colormaps[COLOURS[name][1]](place, bytes=True)[:, :3].astype(float)
+            weight = 0.85 * 1.15 * share**2 / (share**2 + 0.15)
+            np.testing.assert_allclose(row, weight[:, None] * colour, atol=4)  # one step of the scale
+        page.select_option("#colours", "inferno")
+        with page.expect_download() as download:
+            page.click("#save-picture")
+        assert download.value.suggested_filename == "photo_1.gradient_x_input.kind_1.png"
+        said = " ".join(page.evaluate("written"))
+        for part in (
+            "kind 1, 90.0\xa0%",
+            "Gradient × input (gradient_x_input)",
+            "photo 1",
+            "thousand",
+            "against",
+            "for",
+        ):
+            assert part in said

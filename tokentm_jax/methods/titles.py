@@ -15,7 +15,9 @@ class Title(NamedTuple):
 _BALANCED = "on LibraGrad's balanced backward pass."
 TITLES: dict[str, Title] = {
     "tokentm": Title("TokenTM", "Attention times its gradient, weighted by how each layer changes the tokens."),
-    "gae": Title("Generic attention (GAE)", "The positive part of attention times its gradient, added up over blocks."),
+    "gae": Title(
+        "Generic attention (GAE)", "The positive part of attention times its gradient, added up over blocks."
+    ),
     "transformer_attribution": Title(
         "Transformer Attribution", "The relevance of attention times its gradient, multiplied over blocks."
     ),
