@@ -231,14 +231,82 @@ def test_bad_arguments_are_one_sentence(place, tmp_path):
         assert "Traceback" not in found.output and not (tmp_path / "page.html").exists()
 
 
-@pytest.mark.slow
-def test_the_page_in_a_browser(place, tmp_path):
+def browser():
+    """Playwright and the path of Chromium, or a reason to skip."""
     api = pytest.importorskip("playwright.sync_api", reason="needs Playwright")
     path = shutil.which("chromium") or shutil.which("google-chrome")
     if path is None:
         pytest.skip("needs Chromium")
+    return api, path
+
+
+PIXELS = "c => [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]"
+
+
+@pytest.mark.slow
+def test_each_photo_has_its_own_class_in_a_browser(place, tmp_path):
+    """And the page cautions where a class is improbable; a signed map covers nothing where it is zero."""
+    api, path = browser()
+    file = tmp_path / "photos.html"
+    given = ["--checkpoint", place / "tiny.safetensors", "--methods", METHODS, "--top", 5]
+    assert run("report", place / "photos" / "a", *given, "--out", file).exit_code == 0
+    details = content(file)[1]
+    # The shares of a model that is sure, and different classes first.
+    text = file.read_text("utf-8")
+    for i, own in details.items():
+        order = [c for c, _ in own["probabilities"]]
+        order = order if i else order[::-1]
+        changed = {
+            **own,
+            "classes": order,
+            "probability": {c: (0.9, 0.06, 0.03, 0.01, 0.0001)[k] for k, c in enumerate(order)},
+        }
+        changed["probabilities"] = [[c, changed["probability"][c]] for c in order]
+        old = re.search(rf'<script id="details-{i}" type="application/json">(.*?)</script>', text)
+        assert old is not None
+        text = text.replace(old[1], json.dumps(changed))
+    file.write_text(text, "utf-8")
+    with api.sync_playwright() as running:
+        chromium = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        page = chromium.new_context(viewport={"width": 1280, "height": 800}).new_page()
+        complaints: list[str] = []
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto(file.as_uri())
+        page.locator("#gallery button").first.click()
+        first = page.input_value("#class")
+        assert not page.is_visible("#caution")
+        last = page.locator("#class option").last.get_attribute("value")
+        page.select_option("#class", last)
+        assert re.search("Caution: the probability of “.” is only <.0.1.%", page.inner_text("#caution"))
+        page.keyboard.press("Escape")
+        page.locator("#gallery button").nth(1).click()
+        assert page.input_value("#class") not in (first,) and not page.is_visible("#caution")
+        assert page.input_value("#class") == last  # which is this photo's best
+        page.click("#previous")
+        assert page.input_value("#class") == first
+
+        page.locator("#photo").press("Escape")
+        page.fill("#opacity", "100")
+        page.locator("#gallery button").first.click()
+        signed = page.locator("#maps canvas").nth(2)
+        pixels = np.array(signed.evaluate(PIXELS)).reshape(-1, 4)
+        alone = page.evaluate(
+            "() => { const d = detailsOf(0), m = mapOf(d, 'gradient_x_input', document.getElementById('class').value);"
+            " return [...shaded(resized(m, 96, Math.round(96 * m.w / m.h))).values]; }"
+        )
+        share = np.array(alone)
+        assert share.min() < 0 < share.max() and np.abs(share).max() == 1
+        np.testing.assert_allclose(pixels[:, 3] / 255, 1.15 * share**2 / (share**2 + 0.15), atol=0.005)
+        assert complaints == []
+        chromium.close()
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser(place, tmp_path):
+    api, path = browser()
     out, page_file = evaluated(place, tmp_path), tmp_path / "run.html"
     assert run("report", out, "--out", page_file, "--best", 1).exit_code == 0
+    results = json.loads((out / "results.json").read_text())
     with api.sync_playwright() as running:
         chromium = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
         page = chromium.new_context(viewport={"width": 360, "height": 800}).new_page()
@@ -271,7 +339,14 @@ def test_the_page_in_a_browser(place, tmp_path):
 
         # The run: the table sorts, and a row leaves the curves.
         first_rows = lambda: page.locator("#figures tbody th").all_text_contents()  # noqa: E731
-        assert first_rows() == ["tokentm", "rollout", "pixels", "patches", "random"]
+        assert first_rows() == ["TokenTM", "Attention rollout", "pixels", "patches", "random"]
+        clean = next(row for row in results["rows"] if row["method"] == "clean")  # seen on a phone without scrolling
+        assert page.inner_text("#clean").startswith(f"Clean accuracy: {clean['value']:.2f} % [")
+        box = page.locator("#clean").bounding_box()
+        assert box is not None and box["x"] >= 0 and box["x"] + box["width"] <= 360
+        scale = page.locator("#gallery-scales")
+        assert "low" in scale.inner_text() and "the more important for the predicted class" in scale.inner_text()
+        ramp = lambda: page.locator("#gallery-scales canvas").evaluate("c => c.toDataURL()")  # noqa: E731
         page.locator("#figures thead button").nth(4).click()
         by_aopc = first_rows()
         page.locator("#figures thead button").nth(4).click()
@@ -293,7 +368,7 @@ def test_the_page_in_a_browser(place, tmp_path):
         page.locator("#right").select_option("")
         card = "#gallery button:not([aria-disabled]) canvas"
         page.locator(card).first.scroll_into_view_if_needed()
-        changes(lambda: drawn(card), "#colours", "viridis")
+        changes(lambda: (drawn(card), ramp()), "#colours", "viridis")
         changes(lambda: drawn(card), "#opacity", 20)
         changes(lambda: drawn(card), "#method", "rollout")
 
@@ -301,16 +376,14 @@ def test_the_page_in_a_browser(place, tmp_path):
         page.locator("#gallery button:not([aria-disabled])").first.focus()
         page.keyboard.press("Enter")
         assert page.locator("#photo").get_attribute("open") is not None
-        assert page.locator("#maps figcaption").all_text_contents()[1].startswith("tokentm")
+        assert page.locator("#maps figcaption").all_text_contents()[1] == "TokenTM"
+        scales = page.locator("#map-scales").inner_text()  # of maps without signs, and of those with signs
+        assert "the more important for" in scales and "speaks for" in scales and "against it" in scales
         assert page.evaluate("document.getElementById('photo').scrollWidth <= innerWidth")
         name = page.locator("#photo-name").text_content()
         page.keyboard.press("ArrowRight")
         assert page.locator("#photo-name").text_content() != name
         page.keyboard.press("ArrowLeft")
-        classes = page.locator("#class option").count()
-        if classes > 1:
-            changes(lambda: page.locator("#block-says").text_content(), "#class",
-                    page.locator("#class option").nth(1).get_attribute("value"))  # fmt: skip
         changes(lambda: drawn("#masked"), "#share", 60)
         changes(lambda: drawn("#masked"), "#direction", "1")
         page.select_option("#curve-method", "pixels")

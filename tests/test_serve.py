@@ -725,7 +725,8 @@ def test_small_screens_and_colours_in_a_browser(shipped, scheme):
         bare = "all => all.filter(e => !e.labels?.length && !e.ariaLabel).map(e => e.outerHTML)"
         assert page.locator("select, input").evaluate_all(bare) == []
         pairs = page.evaluate(
-            """() => [...document.querySelectorAll('h1, p, label, button span, button.main, #own, figcaption, li span, small, footer')]
+            """() => [...document.querySelectorAll('h1, p, label, button span, button.main, #own, figcaption,'
+                  + ' li span, small, footer')]
               .filter(e => e.offsetParent && e.textContent.trim()).map(e => {
                 let ground = e;
                 while (getComputedStyle(ground).backgroundColor === 'rgba(0, 0, 0, 0)') ground = ground.parentElement;
@@ -751,7 +752,7 @@ SCALE = np.linspace(0, 255, 256).round().astype(np.uint8)[None].repeat(32, 0)  #
 
 
 class Answers:
-    """Answers without a model: photo 1, 2, ... has class 1, 2, ... The map is a ramp, which is signed for one method."""
+    """Answers without a model: photo 1, 2, ... has class 1, 2, ...; maps are a ramp, signed for one method."""
 
     def __init__(self):
         self.go, self.asked = threading.Event(), []
@@ -940,7 +941,8 @@ def test_overlays_and_captions_in_a_browser(answers, tmp_path):
     """A signed map covers nothing where it is zero, and little next to it; on a black photo that is brightness."""
     _, port = answers
     words = """() => { window.written = []; const fill = CanvasRenderingContext2D.prototype.fillText;
-      CanvasRenderingContext2D.prototype.fillText = function (text, ...rest) { written.push(text); return fill.call(this, text, ...rest); }; }"""
+      CanvasRenderingContext2D.prototype.fillText = function (text, ...rest) {
+      written.push(text); return fill.call(this, text, ...rest); }; }"""
     with opened(port, accept_downloads=True) as page:
         page.locator("#method option").nth(2).wait_for(state="attached")
         page.evaluate(words)
