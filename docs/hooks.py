@@ -1,5 +1,5 @@
 """What MkDocs does beside its plugins: equations become MathML, the help of the commands becomes a page, and so does
-every notebook, as it was executed.
+every notebook, as it was executed. The colours and the type are those of the package's own pages.
 
 MathML is made when the site is built, so that a page needs neither JavaScript nor another server to show it.
 """
@@ -27,6 +27,8 @@ EQUATION = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>'
 def on_files(files, config):
     for name in PICTURES:
         files.append(File.generated(config, f"images/{name}", abs_src_path=str(ROOT / "notebooks" / name)))
+    look = ROOT / "tokentm_jax" / "cli" / "page" / "look.css"
+    files.append(File.generated(config, "look.css", abs_src_path=str(look)))
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         for name, content in _notebook(path):
             files.append(File.generated(config, f"notebooks/{name}", content=content))

@@ -1,6 +1,6 @@
-"""Take the pictures serve.jpg and report.jpg of docs/images, with the shipped model and Chromium.
+"""Take the pictures serve.jpg and report.jpg of docs/images, with Chromium and DeiT-tiny, whose weights are given.
 
-python docs/screens.py
+python docs/screens.py deit_tiny_patch16_224.safetensors
 """
 
 import io
@@ -16,6 +16,7 @@ from playwright.sync_api import sync_playwright
 
 DOCS = Path(__file__).resolve().parent
 PHOTO = "notebooks/chelsea.png"
+MODEL = ["--model", "deit_tiny_patch16_224", "--checkpoint", sys.argv[1]]
 TOKENTM = [sys.executable, "-m", "tokentm_jax"]
 
 
@@ -28,21 +29,22 @@ def save(content: bytes, name: str, width: int) -> None:
 with sync_playwright() as running, tempfile.TemporaryDirectory() as folder:
     chromium = running.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
 
-    command = [*TOKENTM, "serve", "--port", "0"]
+    command = [*TOKENTM, "serve", "--port", "0", *MODEL]
     with subprocess.Popen(command, cwd=DOCS.parent, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
             address = re.findall(r"http://\S+", server.stdout.readline())[0]
             page = chromium.new_page(viewport={"width": 1180, "height": 800})
             page.goto(address)
-            page.locator('[data-path$="/cat.jpg"]').click()
-            page.locator("body:not(.waiting) #status", has_text="tokentm").wait_for()
+            page.locator('[data-path$="/cat_and_cup.jpg"]').click()
+            page.locator("body:not(.waiting) #status", has_text="TokenTM").wait_for()
+            page.mouse.move(0, 0)
             save(page.screenshot(), "serve.jpg", 1180)
         finally:
             server.terminate()
 
     out = f"{folder}/report.html"
-    subprocess.run([*TOKENTM, "report", PHOTO, "--target", "cat", "--out", out], cwd=DOCS.parent, check=True)
+    subprocess.run([*TOKENTM, "report", PHOTO, "--out", out, *MODEL], cwd=DOCS.parent, check=True)
     page = chromium.new_page(viewport={"width": 1200, "height": 1628})
     page.goto(f"file://{out}")
     page.locator("#gallery button").first.click()

@@ -60,7 +60,7 @@ def report(
     """Write a page that shows what a model looks at.
 
     PHOTO is a file, a folder or a pattern: each is explained by several methods for its most probable classes, block
-    by block, with the curve of what the model says while pixels go. RUN is the folder of a finished `tokentm
+    by block, with the curve of its probability as pixels are removed. RUN is the folder of a finished `tokentm
     evaluate`: its tables and curves, and the best and worst images of every method. STORE is what `tokentm dataset`
     wrote.
 

@@ -233,10 +233,12 @@ function show(answer) {
 }
 
 function caution({ target, top5 }) {
-  $("caution").hidden = target.probability >= UNSURE;
+  const unsure = `Caution: the model is unsure. Even its best class, “${target.name}”, has only ${percent(target.probability)}.`;
   $("caution").textContent =
-    target.class === top5[0].class
-      ? `Caution: the model is unsure. Even its best class, “${target.name}”, has only ${percent(target.probability)}.`
+    target.probability >= UNSURE
+      ? ""
+      : target.class === top5[0].class
+      ? unsure
       : `Caution: the probability of “${target.name}” is only ${percent(target.probability)}. The map shows what would count for this class, not what the model recognises.`;
 }
 
@@ -404,7 +406,7 @@ function press() {
 
 function addPhoto(facts, source, label) {
   const one = { target: "", ...facts };
-  const image = make("img", { alt: "", src: source });
+  const image = make("img", { alt: "", loading: "lazy", decoding: "async", src: source });
   one.button = make("button", { type: "button", title: label }, image, make("span", { textContent: one.path ? words(one.name) : one.name }));
   if (one.path) one.button.dataset.path = one.path;
   one.button.setAttribute("aria-label", label);

@@ -152,7 +152,7 @@ const short = (value) => (Math.abs(value) >= 100 ? value.toFixed(0) : Math.abs(v
 
 // Curves {name, x, y, colour, dashed} in one picture; `at` is told which x is under the cursor.
 function chart(curves, { label, xLabel, yLabel, mark = null, at = null, zero = true }) {
-  const W = 430, H = 250, left = 46, right = 10, top = 12, bottom = 36;
+  const W = 430, H = 250, left = 54, right = 10, top = 12, bottom = 36;
   const xs = curves.flatMap((curve) => curve.x), ys = curves.flatMap((curve) => curve.y);
   const x0 = Math.min(...xs), x1 = Math.max(...xs), y1 = Math.max(...ys), y0 = zero ? Math.min(0, ...ys) : Math.min(...ys);
   const px = (x) => left + ((W - left - right) * (x - x0)) / (x1 - x0 || 1);
@@ -360,10 +360,8 @@ const pictureOf = () => current.details.picture ?? photos[current.index].thumb;
 function showPhoto() {
   const { details } = current, klass = $("class").value, probability = details.probability[klass];
   const predicted = details.probabilities[0][0] === Number(klass);
-  $("caution").hidden = !(probability < UNSURE);
-  $("caution").textContent = predicted
-    ? `Caution: the model is unsure. Even its best class, “${named(klass)}”, has only ${percent(probability)}.`
-    : `Caution: the probability of “${named(klass)}” is only ${percent(probability)}. The maps show what would count for this class, not what the model recognises.`;
+  const unsure = `Caution: the model is unsure. Even its best class, “${named(klass)}”, has only ${percent(probability)}.`;
+  $("caution").textContent = !(probability < UNSURE) ? "" : predicted ? unsure : `Caution: the probability of “${named(klass)}” is only ${percent(probability)}. The maps show what would count for this class, not what the model recognises.`;
   scales($("map-scales"), kindsOf(methods.map((name) => packedOf(details, name, klass))), `“${named(klass)}”`);
   $("maps").replaceChildren(
     ...(pictureOf() ? [make("figure", {}, make("div", { class: "stack" }, make("img", { src: pictureOf(), alt: `What the model receives of ${photos[current.index].name}` })), make("figcaption", { text: "What the model receives" }))] : []),
@@ -471,6 +469,7 @@ function showBlocks() {
 
 function restyle() {
   $("opacity-value").textContent = `${$("opacity").value} %`;
+  document.documentElement.style.setProperty("--pale", (0.6 * $("opacity").value) / 100);
   showScale();
   document.querySelectorAll("#gallery button[data-photo]").forEach((card) => { if (photos[card.dataset.photo].details) seen.observe(card); });
   if ($("photo").open) showPhoto();
