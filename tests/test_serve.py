@@ -838,12 +838,20 @@ def test_each_photo_has_its_own_class_in_a_browser(answers, tmp_path):
         assert "same for every class" in page.inner_text("#method-note")
         page.locator("#file").set_input_files(numbered(tmp_path, 4))
         explained(page, "kind 4, 90.0")
+        name = (
+            "<img src=x onerror=alert(1)> \u202egnp.\u0007"  # names of files are text, and turn no other text around
+        )
+        content = (tmp_path / "photo 4.png").read_bytes()
+        page.locator("#file").set_input_files([{"name": f"{name}.png", "mimeType": "image/png", "buffer": content}])
+        explained(page, "kind 4, 90.0")
+        assert strip.all_inner_texts()[-1] == name.replace("\u202e", "\ufffd").replace("\u0007", "\ufffd")
+        assert page.locator("#photos img[src=x]").count() == 0
         strip.nth(0).click()  # its own choice is kept
         explained(page, "tabby")
         assert page.input_value("#class") == "tabby"
         assert "TokenTM mix (recommended)" in page.locator("#method option").all_text_contents()
     assert [(p, t) for p, _, t in answer.asked] == [
-        (1, None), (1, 997), (2, None), (2, None), (2, None), (4, None), (1, 997)
+        (1, None), (1, 997), (2, None), (2, None), (2, None), (4, None), (4, None), (1, 997)
     ]  # fmt: skip
 
 
