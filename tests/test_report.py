@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from conftest import tiny_vit
 from PIL import Image
 
 import tokentm_jax as tm
+from tokentm_jax.cli import report_page
 from tokentm_jax.cli.main import main
 from tokentm_jax.cli.report_page import packed, packed_map
 
@@ -111,6 +113,23 @@ def test_a_page_of_photos(place):
         growing = unpacked(own["blocks"][str(klass)]["contribution"])
         expected = np.asarray(tm.explain(vit, images, "tokentm", klass, end_block=1))[0]
         np.testing.assert_allclose(growing[0], expected, rtol=1e-3, atol=1e-4 * growing.max())
+
+
+def test_pages_have_one_look():
+    """Colours, type and spacing of all pages come from one file, and no style sheet has colours besides it."""
+    folder = Path(report_page.__file__).parent
+    look = (folder / "page" / "look.css").read_text()
+    for template in ("report.html.j2", "text.html.j2"):
+        assert '{% include "look.css" %}' in (folder / "pages" / template).read_text()
+    assert "look.css" in (folder / "page" / "index.html").read_text()
+    root = Path(__file__).resolve().parent.parent
+    assert "  - look.css" in (root / "mkdocs.yml").read_text() and "var(--ink)" in (root / "docs/site.css").read_text()
+    for sheet in ("page/base.css", "page/style.css", "pages/report.css"):
+        text = (folder / sheet).read_text()
+        assert not re.search(r":[^;{]*#[0-9a-f]{3,8}\b", text), sheet
+        assert {f"--{name}" for name in re.findall(r"var\(--([a-z-]+)", text)} - {"--pale"} <= set(
+            re.findall(r"--[a-z-]+(?=:)", look)
+        )
 
 
 def test_a_page_of_a_run(place, tmp_path):
