@@ -74,6 +74,70 @@ def test_tiff_whose_zero_is_white(tmp_path, dtype, top):
     np.testing.assert_allclose(np.asarray(open_photo(path))[..., 1], 255 - values / top * 255, atol=0.51)
 
 
+def tiff(values, bits, sample, order="<"):
+    """An uncompressed TIFF of one strip and one or three channels, written by hand."""
+    height, width, *channels = values.shape
+    (count,) = channels or [1]
+    tags = {256: [width], 257: [height], 258: [bits] * count, 259: [1], 262: [2 if count == 3 else 1], 273: [1024],
+            277: [count], 278: [height], 279: [values.nbytes], 284: [1], 339: [sample] * count}  # fmt: skip
+    table, far = struct.pack(f"{order}H", len(tags)), b""
+    for tag, numbers in tags.items():
+        content = struct.pack(f"{order}{len(numbers)}I", *numbers)
+        if len(content) > 4:  # behind the table
+            content, far = struct.pack(f"{order}I", 512 + len(far)), far + content
+        table += struct.pack(f"{order}HHI", tag, 4, len(numbers)) + content
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8)
+    pixels = values.astype(values.dtype.newbyteorder(order)).tobytes()
+    return (head + table).ljust(512, b"\0") + far.ljust(512, b"\0") + pixels
+
+
+WIDE = [  # type, SampleFormat, byte order, the values that are black and white, and the smallest and largest ones
+    ("uint8", 1, "<", (0, 255), (0, 200)),
+    ("uint16", 1, "<", (0, 65535), (0, 60000)),
+    ("uint16", 1, ">", (0, 65535), (0, 60000)),
+    ("int16", 2, "<", (0, 32767), (0, 30000)),
+    ("int16", 2, ">", (-20000, 32767), (-20000, 30000)),
+    ("uint32", 1, "<", (0, 255), (0, 240)),  # a photo of 8 bits in a wider type: not black
+    ("uint32", 1, "<", (0, 2**32 - 1), (0, 2**32 - 1)),  # beyond int32, which Pillow takes it for
+    ("int32", 2, "<", (0, 255), (0, 255)),
+    ("int32", 2, "<", (0, 1), (0, 1)),
+    ("int32", 2, "<", (0, 4000), (0, 4000)),
+    ("int32", 2, ">", (0, 2**31 - 1), (0, 2**31 - 1)),
+    ("int32", 2, "<", (-1000, 3000), (-1000, 3000)),
+    ("float32", 3, "<", (0, 1), (0, 0.5)),
+    ("float32", 3, ">", (0, 255), (0, 200)),
+    ("float32", 3, "<", (-1, 1), (-1, 1)),
+    ("float32", 3, "<", (0, 9e5), (0, 9e5)),
+]
+
+
+@pytest.mark.parametrize(("kind", "sample", "order", "scale", "ends"), WIDE)
+def test_every_depth_of_a_grey_tiff(tmp_path, kind, sample, order, scale, ends):
+    values = np.linspace(*ends, 20).reshape(4, 5).astype(kind)
+    (tmp_path / "a.tif").write_bytes(tiff(values, values.itemsize * 8, sample, order))
+    black, white = scale
+    expected = (values.astype(np.float64) - black) / (white - black) * 255
+    np.testing.assert_allclose(np.asarray(open_photo(tmp_path / "a.tif"))[..., 2], expected, atol=0.51)
+
+
+def test_a_grey_tiff_of_12_bits(tmp_path):
+    packed = np.frombuffer(bytes([0xFF, 0xF8, 0x00] * 8), np.uint8).reshape(4, 6)  # 4095 and 2048, four in a row
+    content = tiff(packed, 12, 1).replace(struct.pack("<HHII", 256, 4, 1, 6), struct.pack("<HHII", 256, 4, 1, 4))
+    (tmp_path / "a.tif").write_bytes(content)
+    assert np.asarray(open_photo(tmp_path / "a.tif"))[..., 0].tolist() == [[255, 128] * 2] * 4
+
+
+def test_tiffs_in_colour(tmp_path):
+    values = np.random.default_rng(0).random((4, 5, 3))
+    (tmp_path / "a.tif").write_bytes(tiff((values * 65535).astype(np.uint16), 16, 1))
+    np.testing.assert_allclose(np.asarray(open_photo(tmp_path / "a.tif")), values * 255, atol=1)
+    for kind, sample in (("float32", 3), ("uint32", 1), ("float64", 3)):
+        content = tiff((values * 255).astype(kind), np.dtype(kind).itemsize * 8, sample)
+        (tmp_path / "a.tif").write_bytes(content)
+        with pytest.raises(InputError, match=r"a\.tif is a TIFF of another kind than 8 or 16 bits per channel"):
+            open_photo(tmp_path / "a.tif")
+
+
 def test_conversion_in_strips_is_that_of_the_whole(tmp_path, monkeypatch):
     random = np.random.default_rng(0)
     pictures = {

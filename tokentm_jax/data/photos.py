@@ -7,9 +7,9 @@ import math
 import os
 import threading
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -30,7 +30,8 @@ MEMORY = 2**30  # bytes that decoding takes at a time, in all threads together
 PIXEL = 12  # bytes that decoding takes for a pixel, at most: an image of 4, and a decoder's own or the RGB image
 _LARGE = MEMORY // 8  # bytes, of which several threads must not keep as many each
 _WEBP_PIXEL = 16  # its decoder keeps two canvases
-_PHOTOMETRIC, _TILE_WIDTH, _TILE_LENGTH = 262, 322, 323  # tags of TIFF
+_BITS, _PHOTOMETRIC, _TILE_WIDTH, _TILE_LENGTH, _SAMPLE_FORMAT = 258, 262, 322, 323, 339  # tags of TIFF
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _STRIP = 2**20  # pixels of a strip that is converted at a time
 
 
@@ -106,8 +107,9 @@ _quiet = _Quiet()
 def open_photo(path: str | Path) -> Image.Image:
     """A photo as an upright RGB image, whatever its file holds.
 
-    EXIF orientation is applied, transparency is put on white, 16-bit values are scaled to 8 bits, and of an
-    animation the first frame is taken.
+    EXIF orientation is applied, transparency is put on white, and of an animation the first frame is taken. Grey
+    values of 12 or 16 bits are scaled to 8 bits. Those of 32 bits, integers or floats, have no fixed white: it is 1 or
+    255 where no value is larger, else the largest value. Black is 0, or the smallest value where that is negative.
 
     Raises:
       InputError: the file is missing, not a file, unreadable, empty, larger than `MAX_FILE`, not an image of
@@ -141,8 +143,12 @@ def decode(file: BinaryIO, name: str) -> Image.Image:
             image = Image.open(file, formats=FORMATS)
             tags = getattr(image, "tag_v2", {})
             tile = tags.get(_TILE_WIDTH, 1) * tags.get(_TILE_LENGTH, 1)  # decoded whole, however small the photo
-            white_is_zero = tags.get(_PHOTOMETRIC) == 0
         except UnidentifiedImageError:
+            file.seek(0)
+            if file.read(4) in _TIFF:
+                raise InputError(
+                    f"{name} is a TIFF of another kind than 8 or 16 bits per channel, or one channel of 32 bits"
+                ) from None
             raise InputError(
                 f"{name} is not an image in a known format (JPEG, PNG, WebP, BMP, GIF, TIFF, PPM)"
             ) from None
@@ -163,12 +169,13 @@ def decode(file: BinaryIO, name: str) -> Image.Image:
         with contextlib.suppress(Exception):  # broken metadata does not make a photo unreadable
             image = ImageOps.exif_transpose(image)
         try:
-            return _to_rgb(image, white_is_zero)
+            return _to_rgb(image, tags)
         except Exception:
             raise InputError(f"{name} has colours that cannot be turned into RGB (mode {image.mode})") from None
 
 
-def _to_rgb(image: Image.Image, white_is_zero: bool) -> Image.Image:
+def _to_rgb(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
+    """A loaded image as RGB; `tags` are those of a TIFF."""
     wide = image.mode in ("F", "I") or image.mode.startswith("I;16")
     if image.mode == "RGB" and "transparency" not in image.info:
         return image.copy()  # free of its file
@@ -177,14 +184,12 @@ def _to_rgb(image: Image.Image, white_is_zero: bool) -> Image.Image:
     # In strips, since the images and arrays between would take many times the memory of the photo.
     rows = max(1, _STRIP // image.width)
     boxes = [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
-    if wide:
-        # Pillow's own conversion clips at 255. Integers beyond 16 bits and floats have no fixed white.
-        white = max(1.0 if image.mode == "F" else 65535.0, *(_values(image, box).max() for box in boxes))
+    black, white = _black_and_white(image, tags, boxes) if wide else (0.0, 255.0)
     photo = Image.new("RGB", image.size)
     for box in boxes:
-        if wide:
-            grey = _values(image, box) * (255 / white)
-            grey = 255 - grey if white_is_zero else grey  # Pillow turns only narrower TIFFs around
+        if wide:  # Pillow's own conversion clips at 255
+            grey = (_values(image, tags, box) - black) * (255 / (white - black))
+            grey = 255 - grey if tags.get(_PHOTOMETRIC) == 0 else grey  # Pillow turns only narrower TIFFs around
             part = Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
         else:
             part = image.crop(box).convert("RGBA")
@@ -193,10 +198,31 @@ def _to_rgb(image: Image.Image, white_is_zero: bool) -> Image.Image:
     return photo
 
 
-def _values(image: Image.Image, box: tuple[int, int, int, int]) -> np.ndarray:
-    """Numbers from 0 on, in a part of a grey image."""
-    values = np.asarray(image.crop(box)).astype(np.float64)
-    return np.nan_to_num(values, posinf=0, neginf=0).clip(0)
+def _sample(tags: Mapping[int, Any]) -> tuple[int, bool]:
+    """Bits of a value, and whether it is an unsigned integer; 16 bits for a file that is no TIFF."""
+    return tags.get(_BITS, (16,))[0], tags.get(_SAMPLE_FORMAT, (1,))[0] == 1
+
+
+def _black_and_white(
+    image: Image.Image, tags: Mapping[int, Any], boxes: Iterable[tuple[int, int, int, int]]
+) -> tuple[float, float]:
+    """The values of a grey image of more than 8 bits that are black and white, as `open_photo` states."""
+    ends = [(values.min(), values.max()) for values in (_values(image, tags, box) for box in boxes)]
+    smallest, largest = float(min(low for low, _ in ends)), float(max(high for _, high in ends))
+    bits, unsigned = _sample(tags)
+    if image.mode == "F" or bits == 32:
+        white = next((white for white in (1.0, 255.0) if largest <= white), largest)
+    else:
+        white = 2.0 ** (bits if unsigned else bits - 1) - 1
+    return min(0.0, smallest), white
+
+
+def _values(image: Image.Image, tags: Mapping[int, Any], box: tuple[int, int, int, int]) -> np.ndarray:
+    """Finite numbers, in a part of a grey image."""
+    values = np.asarray(image.crop(box))
+    if image.mode == "I" and _sample(tags) == (32, True):  # Pillow has no such mode: large values would be negative
+        values = values.view(np.uint32)
+    return np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0)
 
 
 def fit(image: Image.Image, preprocessing: "Preprocessing") -> np.ndarray:
