@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -138,6 +139,83 @@ def test_explain_a_chosen_class(folder, checkpoint):
     assert str(np.load("explanations/a.npz")["target_name"]) == "cat $x$"
 
 
+def test_several_classes_give_one_figure(folder, checkpoint):
+    """Each class has its map, whose file carries the class; a name with commas is one class."""
+    import tokentm_jax as tm
+
+    names = ["great white shark, white shark", "cat", "crane, bird", "crane, machine", "dog", "each/every"]
+    (folder / "names.json").write_text(json.dumps(names))
+    arguments = ("explain", "photos/a.png", "photos/b.jpg", "--checkpoint", checkpoint, "--classes", "names.json")
+    arguments = (*arguments, "--batch-size", 2, "--json")
+    targets = ("--target", names[0], "--target", "dog, CAT", "--target", "2", "--target", "dog")
+    photos = json.loads(run(*arguments, *targets, "--format", "svg", "--title", "Why $5?").stdout)
+    parts = ["great-white-shark", "dog", "cat", "crane-2"]
+    maps = sorted(f"{photo}.{part}.npz" for photo in "ab" for part in parts)
+    assert files(folder / "explanations") == [*maps, "sheet.svg"]
+    vit = tm.load(checkpoint=checkpoint)
+    images = vit.read(["photos/a.png", "photos/b.jpg"])
+    shares = np.asarray(jax.nn.softmax(vit.logits(images)))
+    for i, photo in enumerate(photos):
+        assert [entry["class"] for entry in photo["targets"]] == [0, 4, 1, 2]
+        assert photo["target"] == photo["targets"][0]
+        for part, target in zip(parts, (0, 4, 1, 2), strict=True):
+            stored = np.load(f"explanations/{'ab'[i]}.{part}.npz")
+            expected = tm.explain(vit, images, target=target)[i]
+            np.testing.assert_allclose(stored["map"], expected, rtol=1e-4, atol=1e-6)
+            assert (int(stored["target"]), str(stored["target_name"])) == (target, names[target])
+            assert float(stored["probability"]) == pytest.approx(shares[i, target], rel=1e-4)
+    written = {*re.findall(r"<text[^>]*>([^<]*)</text>", (folder / "explanations/sheet.svg").read_text())}
+    assert {"Why $5?", "a.png", "b.jpg", "dog", "cat", "crane, bird"} <= written
+    assert {f"{share:.1%}" for share in shares[:, [0, 4, 1, 2]].ravel()} <= written
+    table = run(*arguments[:-1], "--target", "cat,dog", "--method", "tokentm,rollout", "--out", "both").stdout
+    assert table.count("<- explained") == 4
+    both = [
+        f"{photo}.{method}.{part}.npz"
+        for photo in "ab"
+        for method in ("tokentm", "rollout")
+        for part in ("cat", "dog")
+    ]
+    assert files(folder / "both") == sorted([*both, "sheet.png"])
+
+
+def test_each_class(folder, checkpoint, monkeypatch):
+    arguments = ("explain", "photos/a.png", "--checkpoint", checkpoint, "--target", "each", "--json")
+    (photo,) = json.loads(run(*arguments).stdout)
+    assert [entry["class"] for entry in photo["targets"]] == list(range(6))
+    named = ["a.png", "a.ant.npz", "a.bee.npz", "a.cat-x.npz", "a.dog.npz", "a.eel.npz", "a.fox.npz"]
+    assert files(folder / "explanations") == sorted(named)
+    monkeypatch.setattr("tokentm_jax.cli.heatmaps.FEW", 5)  # as of a model of many classes
+    (photo,) = json.loads(run(*arguments, "--out", "top").stdout)
+    assert photo["targets"] == photo["top5"]
+    assert files(folder / "top") == ["a.png", *[f"a.top-{k}.npz" for k in range(1, 6)]]
+    assert int(np.load("top/a.top-2.npz")["target"]) == photo["top5"][1]["class"]
+    assert "name the classes of --target" in run(*arguments, "--versus", "fox", code=2).stderr
+
+
+def test_formats_and_looks(folder, checkpoint):
+    """One figure for each photo, in the format and the colours that are asked for."""
+    from tokentm_jax.cli.figure import COLOURS
+
+    arguments = ("explain", "photos/a.png", "--checkpoint", checkpoint, "--target", "2")
+    pictures = {}
+    for name, more in (
+        ("smooth", ()),
+        ("squares", ("--squares",)),
+        ("grey", ("--colours", "grey")),
+        ("no", ("--title", "")),
+    ):
+        run(*arguments, *more, "--out", name)
+        pictures[name] = (folder / name / "a.png").read_bytes()
+    assert len(set(pictures.values())) == 4
+    run(*arguments, "--format", "pdf", "--out", "pdf")
+    assert files(folder / "pdf") == ["a.npz", "a.pdf"] and (folder / "pdf/a.pdf").read_bytes().startswith(b"%PDF")
+    run(*arguments, "--format", "svg", "--out", "svg")
+    text = (folder / "svg/a.svg").read_text()
+    assert ">cat $x$ " in text and "a.png · tiny · tokentm<" in text
+    listed = run("explain", "--help").stdout
+    assert all(name in listed for name in COLOURS)
+
+
 def test_several_methods_give_one_sheet(folder, checkpoint):
     methods = ("--method", "tokentm, rollout", "--batch-size", 2)
     run("explain", "photos/a.png", "photos/b.jpg", "--checkpoint", checkpoint, *methods)
@@ -237,6 +315,10 @@ def test_long_names(tmp_path):
         (["--out", "photos/a.png"], "cannot be written"),
         (["--out", "/proc/nothing"], "cannot be written"),
         (["--classes", "missing.txt"], "missing.txt"),
+        (["--target", "dog,fos"], "did you mean 'fox'"),
+        (["--target", "dog,"], "unknown class ''"),
+        (["--colours", "infreno"], "did you mean 'inferno'"),
+        (["--format", "gif"], "'gif' is not one of 'png', 'pdf', 'svg'"),
         (["--batch-size", "0"], "batch-size"),
         (["--method", ""], "unknown method ''"),
         (["--option", "ffn=true", "--option", "ffn=false"], "'ffn' is given twice"),

@@ -1,6 +1,7 @@
 """`tm.show`: its pictures are those of the maps that `tm.explain` gives."""
 
 import base64
+import html
 import io
 import re
 
@@ -83,23 +84,63 @@ def test_what_explain_gave(vit, path):
 
 
 def test_one_picture_of_all(vit, path, tmp_path):
-    figure = tm.show([path, PHOTO[:, ::-1]], vit, METHODS)
+    figure = tm.show([path, PHOTO[:, ::-1]], vit, METHODS, title="what $x$ is")
     whole = np.asarray(figure.image())
-    assert whole.shape[1] == 3 * (224 + 12) + 12
     for row in figure.rows:  # every panel is in it, pixel by pixel
         for panel in row:
             height, width = panel.picture.shape[:2]
-            corner = panel.picture[0, :20]
-            places = [
-                (y, x)
-                for y in range(whole.shape[0] - height + 1)
-                for x in range(12, whole.shape[1] - width + 1, 236)
-                if (whole[y, x : x + 20] == corner).all()
-            ]
-            assert any((whole[y : y + height, x : x + width] == panel.picture).all() for y, x in places)
-    assert Image.open(io.BytesIO(figure._repr_png_())).size == figure.image().size
+            assert max(height, width) == 224
+            windows = np.lib.stride_tricks.sliding_window_view(whole[:, :, 0], (1, 20))[:, :, 0]
+            places = np.argwhere((windows == panel.picture[height // 2, :20, 0]).all(-1)) - [height // 2, 0]
+            assert any((whole[y : y + height, x : x + width] == panel.picture).all() for y, x in places.clip(0))
+    assert Image.open(io.BytesIO(figure._repr_png_())).size == whole.shape[1::-1]
     figure.save(tmp_path / "figure.png")
-    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "figure.png")), whole)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "figure.png").convert("RGB")), whole)
+    figure.save(tmp_path / "a.svg")
+    text = (tmp_path / "a.svg").read_text()
+    written = {html.unescape(line) for line in re.findall(r"<text[^>]*>([^<]*)</text>", text)}
+    assert {"what $x$ is", "a <b> $x$.png", "photo 2", *METHODS} <= written  # a name for each row and column
+    with pytest.raises(tm.InputError, match=r"a figure is written as \.png, .* got 'a\.gif'"):
+        figure.save(tmp_path / "a.gif")
+
+
+def test_several_classes(vit, path):
+    """Columns of one method are classes; several methods have a row for each class."""
+    images = vit.read(path)
+    photo = view(Image.fromarray(PHOTO), vit.preprocessing, 224)
+    logits = np.asarray(vit.logits(images), np.float64)[0]
+    shares = np.exp(logits) / np.exp(logits).sum()
+
+    def overlay(method, target):
+        return blend(photo, *shade(np.asarray(tm.explain(vit, images, method, target))[0], photo.shape[:2]))
+
+    for targets in ([4, 1], "4,1", ["4", 1, "4"]):
+        (row,) = tm.show(path, vit, target=targets).rows
+        assert [(panel.title, panel.note) for panel in row[1:]] == [
+            (f"class {index}", f"{shares[index]:.1%}") for index in (4, 1)
+        ]
+        for panel, index in zip(row[1:], (4, 1), strict=True):
+            np.testing.assert_array_equal(panel.picture, overlay("tokentm", index))
+    rows = tm.show([path, path], vit, METHODS, [4, 1]).rows
+    assert [[panel.title for panel in row] for row in rows] == [[path.name, *METHODS]] * 4
+    notes = [f"class {index} {shares[index]:.1%}" for index in (4, 1, 4, 1)]
+    assert [{panel.note for panel in row[1:]} for row in rows] == [{note} for note in notes]
+    np.testing.assert_array_equal(rows[3][2].picture, overlay(METHODS[1], 1))
+    assert [panel.title for panel in tm.show(path, vit, target="each").rows[0][1:]] == [f"class {i}" for i in range(5)]
+
+
+def test_the_look_of_maps(vit, path):
+    heatmap = np.asarray(tm.explain(vit, vit.read(path), "gradient_x_input", 1))[0]
+    photo = view(Image.fromarray(PHOTO), vit.preprocessing, 224)
+    large = tm.show(path, vit, "gradient_x_input", 1, side=448).rows[0][1].picture
+    np.testing.assert_array_equal(
+        large, blend(view(Image.fromarray(PHOTO), vit.preprocessing, 448), *shade(heatmap, large.shape[:2]))
+    )
+    panel = tm.show(path, vit, "gradient_x_input", 1, colours="viridis", squares=True).rows[0][1]
+    np.testing.assert_array_equal(panel.picture, blend(photo, *shade(heatmap, photo.shape[:2], True), "viridis"))
+    by_itself = tm.show(np.array([[0.0, 1.0], [0.5, 0.25]]), squares=True, colours="grey").rows[0][0].picture
+    grey = [[0, 255], [128, 64]]
+    np.testing.assert_allclose(by_itself[..., 0], np.kron(grey, np.ones((112, 112))), atol=1)
 
 
 def test_what_is_refused(vit, path):
@@ -115,6 +156,15 @@ def test_what_is_refused(vit, path):
     ):
         with pytest.raises(tm.InputError, match=message):
             tm.show(*arguments)
+    for options, message in (
+        ({"colours": "infreno"}, "did you mean 'inferno'"),
+        ({"colours": None}, "unknown colours"),
+        ({"side": 0}, "side must be a whole number of pixels"),
+        ({"target": ["each", 7]}, "out of range"),
+        ({"target": "1,x"}, "class 'x'"),
+    ):
+        with pytest.raises(tm.InputError, match=message):
+            tm.show(PHOTO, vit, **options)
     for maps in (np.zeros((2, 2, 3)), np.zeros(3), "maps", np.zeros((1, 2, 3), int)):
         with pytest.raises(tm.InputError, match="the maps 'heatmap'"):
             tm.show(PHOTO, vit, maps=maps)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokentm_jax.errors import InputError
-from tokentm_jax.files import generator, opened, read_json, reason, replace, version_of, write_json
+from tokentm_jax.files import MARK, generator, opened, read_json, reason, replace, version_of, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,17 +37,37 @@ def environment() -> dict[str, Any]:
     return {"device": jax.local_devices()[0].device_kind, "versions": versions}
 
 
-def write_png(figure: "Figure", path: Path, hint: str = "", *, overwrite: bool = False, question: str = "") -> None:
-    """Write a figure with `files.replace`, and with the mark of `files.generator`. Raises InputError."""
+FIGURES = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".pdf": "pdf", ".svg": "svg"}  # formats by suffix
+
+
+def write_figure(figure: "Figure", path: Path, hint: str = "", *, overwrite: bool = False, question: str = "") -> None:
+    """Write a figure with `files.replace`, in the format of its suffix, one of `FIGURES`.
+
+    It has the mark of `files.generator`: in PNG as "Software", in PDF and SVG as the creator, in JPEG as the comment.
+    Text in PDF and SVG stays text, and pictures keep their pixels. Equal figures make equal files. Raises InputError,
+    also for another suffix.
+    """
+    from matplotlib import rc_context
+
+    kind = FIGURES.get(path.suffix.lower())
+    if kind is None:
+        *others, last = FIGURES
+        raise InputError(f"a figure is written as {', '.join(others)} or {last}, got {path.name!r:.80}")
     software = generator(question)
-    with warnings.catch_warnings():
+    options: dict[str, Any] = {
+        "png": {"metadata": {"Software": software}},
+        "jpg": {"pil_kwargs": {"comment": software, "quality": 92}},
+        "pdf": {"metadata": {"Creator": software, "CreationDate": None}},
+        "svg": {"metadata": {"Creator": software, "Date": None}},
+    }
+    if kind in ("pdf", "svg"):
+        for axes in figure.axes:
+            for image in axes.images:
+                image.set_interpolation("none")  # all of its pixels, not those of the figure's resolution
+    styles: Any = {"pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": MARK}
+    with warnings.catch_warnings(), rc_context(styles):
         warnings.simplefilter("ignore")  # of letters that the font lacks
-        replace(
-            path,
-            lambda part: figure.savefig(part, format="png", metadata={"Software": software}),
-            hint,
-            overwrite=overwrite,
-        )
+        replace(path, lambda part: figure.savefig(part, format=kind, **options[kind]), hint, overwrite=overwrite)
 
 
 def digest(*parts: Any) -> str:

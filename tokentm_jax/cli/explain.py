@@ -8,31 +8,49 @@ from typing import Any
 
 import click
 
-from tokentm_jax.cli.heatmaps import Writer, columns_of, fail, output_names, print_result, sheet_names
+from tokentm_jax.cli.heatmaps import (
+    Pictures,
+    Writer,
+    classes_asked,
+    columns_of,
+    fail,
+    output_names,
+    print_result,
+    prompts_asked,
+    sheet_names,
+)
 from tokentm_jax.cli.options import MODELS_HELP, PATH, class_names, make_folder, methods_of, parse_options, start_jax
 from tokentm_jax.cli.terminal import running
 from tokentm_jax.errors import InputError
 
 OF_OPTION = "Option of the method; repeatable."
+OF_COLOURS = "Of the maps: inferno, magma, viridis, cividis, turbo or grey."
 HEARS = "spoken_digits"  # the shipped model of recordings
 
 
 def _shared(thing: str, model: str, checkpoint: str, *more: Any, target: Sequence[str] = ("--target",)) -> Any:
     """The options of both commands, in the order of their help, with `more` in their midst."""
-    of_target = f"Class to explain, by number or name; default: each {thing}'s predicted class."
+    of_target = (
+        f"Class to explain, by number or name; several as a,b,c, or repeat; 'each': all classes of a model with up to "
+        f"10, else each {thing}'s top five. Default: each {thing}'s predicted class."
+    )
     of_method = "A method, several as a,b,c, or 'all'."
     options = [
         click.option("--model", help=model),
         click.option("--checkpoint", type=PATH, help=checkpoint),
         click.option("--method", default="tokentm", show_default=True, help=of_method),
-        click.option(*target, "target", help=of_target),
+        click.option(*target, "targets", multiple=True, metavar="CLASS", help=of_target),
         click.option("--versus", metavar="CLASS", help="Explain why the class, and not this other one."),
         *more,
         click.option("--out", type=PATH, default="explanations", show_default=True, help="Folder."),
         click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help=OF_OPTION),
         click.option("--batch-size", type=click.IntRange(1, 1024), default=8, show_default=True),
         class_names,
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON document in place of tables."),
+        click.option("--format", "kind", type=click.Choice(["png", "pdf", "svg"]), default="png", show_default=True),
+        click.option("--title", help="Line above a picture; default: what it explains. Empty for none."),
+        click.option("--colours", default="inferno", show_default=True, help=OF_COLOURS),
+        click.option("--squares", is_flag=True, help="Show each patch as a square, not smoothly."),
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables."),
     ]
 
     def add(command: Any) -> Any:
@@ -55,14 +73,16 @@ def explain(photos: tuple[str, ...], **given: Any) -> None:
     """Show the top five classes of photos and write heatmaps.
 
     PHOTO is a file, a folder or a pattern. For each photo, <name>.png (photo, heatmap, both) and <name>.npz (the
-    map and how it was made) go to the output folder. With several methods or prompts, each batch of photos gives one
-    comparison picture, and each photo <name>.<method>.npz, with the number of the prompt.
+    map and how it was made) go to the output folder. With several methods, classes or prompts, each batch of photos
+    gives one picture, a grid with a name for each row and column, and each photo <name>.<method>.<class>.npz, or the
+    number of the prompt, of which a name has what differs.
 
     \b
     Examples:
       tokentm explain cat.jpg
       tokentm explain photos/ --model deit_tiny_patch16_224 --checkpoint deit_tiny.safetensors
       tokentm explain cat.jpg --method tokentm,rollout,gae --target "tabby cat"
+      tokentm explain cat.jpg dog.jpg --target cat,dog --format pdf --squares
       tokentm explain cat.jpg --versus dog
       tokentm explain cat.jpg --model hf-hub:openai/clip-vit-base-patch32 --text "a cat" --text "whiskers"
       tokentm explain cat.jpg --option ffn=false --json
@@ -103,16 +123,21 @@ def _explain(
     model: str | None,
     checkpoint: Path | None,
     method: str,
-    target: str | None,
+    targets: tuple[str, ...],
     versus: str | None,
     out: Path,
     options: tuple[str, ...],
     batch_size: int,
     classes: Path | None,
+    kind: str,
+    title: str | None,
+    colours: str,
+    squares: bool,
     as_json: bool,
     prompts: tuple[str, ...] = (),
 ) -> None:
     """What both commands do; `what` is "photo" or "recording"."""
+    from tokentm_jax.cli.figure import look_of
     from tokentm_jax.data import audio
     from tokentm_jax.data.photos import SUFFIXES, find_photos
     from tokentm_jax.methods.table import METHODS
@@ -121,20 +146,27 @@ def _explain(
     chosen, settings = methods_of(method), parse_options(options)
     for name in chosen:
         METHODS[name].bind(name, settings)  # an unknown option is noticed before any work
-    if prompts and (target, versus) != (None, None):
+    if prompts and (targets or versus is not None):
         raise InputError("--text explains a prompt: leave out --target and --versus")
+    pictures = Pictures(title, kind, look_of(colours, squares))
     start_jax()
     vit = load(model, checkpoint, class_names=classes)
     hears = vit.preprocessing.audio is not None
     if hears != (what == "recording"):
         kind, command = ("recordings", "explain-audio") if hears else ("photos", "explain")
         raise InputError(f"{vit.name} takes {kind}: use `tokentm {command}`")
-    class_index, other = (None if name is None else vit.class_index(name) for name in (target, versus))
-    if other is not None and other == class_index:
+    asked = prompts_asked(vit, list(dict.fromkeys(prompts))) if prompts else classes_asked(vit, targets)
+    other = None if versus is None else vit.class_index(versus)
+    if other is not None and other in (one.index for one in asked):
         raise InputError(f"--target and --versus are the same class, {vit.class_name(other)!r}")
+    if other is not None and any(one.rank for one in asked):
+        raise InputError("--versus compares with one class: name the classes of --target instead of 'each'")
+    tiling = getattr(vit.module, "tiling", None)
+    if squares and tiling is not None and tiling.patch != tiling.stride:
+        raise InputError(f"the patches of {vit.name} overlap: leave out --squares")
     if not prompts:
         vit.require_classes()
-    columns = columns_of(vit, chosen, list(dict.fromkeys(prompts)))
+    columns = columns_of(chosen, asked)
     make_folder(out)
 
     results: dict[str, dict[str, Any]] = {}
@@ -146,12 +178,13 @@ def _explain(
         except InputError as error:
             fail(results, argument, error)
     results |= {str(path): {} for path in paths}
-    names = output_names(paths, out, [column.suffix for column in columns.values()])
+    names = output_names(paths, out, [f".{kind}", *(column.suffix for column in columns)])
     batches = [paths[i : i + batch_size] for i in range(0, len(paths), batch_size)]
-    sheets = list(names.values()) if len(paths) == 1 else sheet_names(len(batches), paths, out)
+    sheets = list(names.values()) if len(paths) == 1 else sheet_names(len(batches), paths, out, f".{kind}")
     with running("Explaining", len(paths)) as step:
         for sheet, batch in zip(sheets, batches, strict=True):
-            writer = Writer(vit, columns, settings, class_index, other, out, names, sheet, min(batch_size, len(paths)))
+            rows = min(batch_size, len(paths))
+            writer = Writer(vit, columns, settings, other, out, names, sheet, rows, pictures)
             writer.write(batch, results, skip_unfit=method == "all")
             step(len(batch))
 

@@ -1,9 +1,10 @@
 """Pictures of heatmaps over photos and spectrograms."""
 
 import base64
+import dataclasses
 import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,20 +17,60 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
 from PIL import Image
 
-from tokentm_jax.errors import printable
+from tokentm_jax.errors import printable, suggest
 
 DPI = 130
 INK, GREY = "#1c1c1c", "#666666"
 PANEL = 3.0  # inches
-CELL = 2.0
+SIDE = 224  # units of the long side of a picture in a grid, where all lengths are whole units
+UNIT = 2.0 / SIDE  # inches
 
 
 COLOURS = {  # name: the scale of maps without negative values, and that of signed ones
     "inferno": ("inferno", "RdBu_r"),
+    "magma": ("magma", "PiYG_r"),
     "viridis": ("viridis", "PRGn_r"),
     "cividis": ("cividis", "PuOr_r"),
+    "turbo": ("turbo", "seismic"),
     "grey": ("gray", "coolwarm"),
 }
+
+
+class Look(NamedTuple):
+    """How maps are drawn: the name of their `COLOURS`, and whether each patch is a square, not smooth."""
+
+    colours: str = "inferno"
+    squares: bool = False
+
+
+SMOOTH = Look()
+
+
+def look_of(colours: Any, squares: bool) -> Look:
+    """A look whose colours exist. Raises InputError."""
+    if not isinstance(colours, str) or colours not in COLOURS:
+        raise suggest("colours", colours, COLOURS)
+    return Look(colours, bool(squares))
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """A picture uint8 [h, w, 3] with its name and a smaller line. `signed` is None for a photo, which has no map."""
+
+    picture: np.ndarray
+    title: str
+    note: str = ""
+    signed: bool | None = None
+
+
+class Explained(NamedTuple):
+    """The maps of all photos by one method for one question, and for each photo the class and its probability."""
+
+    method: str
+    question: str
+    maps: Sequence[np.ndarray]
+    names: Sequence[str]
+    values: Sequence[str]
 
 
 def as_base64(content: bytes) -> str:
@@ -62,20 +103,20 @@ class Scales(NamedTuple):
     y: Sequence[tuple[float, str]]
 
 
-def shade(heatmap: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, bool]:
+def shade(heatmap: np.ndarray, size: tuple[int, int], squares: bool = False) -> tuple[np.ndarray, bool]:
     """A token or pixel map [gh, gw] as values to show on `size` (h, w) pixels, and whether it is signed.
 
     Maps without negative values are stretched to [0, 1] (smallest to largest; a constant map is 0). Signed maps are
     divided by the 99.5th percentile of their magnitude and cut to [-1, 1], so that zero stays in the middle and few
-    extreme pixels do not hide the rest. What is not finite counts as 0.
+    extreme pixels do not hide the rest. What is not finite counts as 0. Values between the centres of patches are
+    interpolated, or with `squares` those of the nearest patch.
     """
     values = np.nan_to_num(np.asarray(heatmap, np.float64), posinf=0, neginf=0)
     values = values / (np.abs(values).max(initial=0) or 1)
     signed = bool((values < 0).any())
     # Bilinear with half-pixel centres, as `to_pixels`; that one's min-max would move the zero of a signed map.
-    values = np.asarray(
-        Image.fromarray(values.astype(np.float32)).resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    )
+    way = Image.Resampling.NEAREST if squares else Image.Resampling.BILINEAR
+    values = np.asarray(Image.fromarray(values.astype(np.float32)).resize((size[1], size[0]), way))
     if signed:
         limit = np.percentile(np.abs(values), 99.5) or np.abs(values).max() or 1
         return np.clip(values / limit, -1, 1), True
@@ -83,19 +124,26 @@ def shade(heatmap: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, bool]
     return (values - low) / (high - low if high > low else 1), False
 
 
-def scale_of(signed: bool) -> ScalarMappable:
+def scale_of(signed: bool, colours: str = "inferno") -> ScalarMappable:
     """The colour scale of a shaded map."""
-    return ScalarMappable(Normalize(-1 if signed else 0, 1), "RdBu_r" if signed else "inferno")
+    return ScalarMappable(Normalize(-1 if signed else 0, 1), COLOURS[colours][signed])
 
 
-def blend(photo: np.ndarray, values: np.ndarray, signed: bool) -> np.ndarray:
-    """The photo uint8 [h, w, 3] under its shaded map [h, w]: the stronger the value, the less photo shows."""
+def blend(photo: np.ndarray, values: np.ndarray, signed: bool, colours: str = "inferno") -> np.ndarray:
+    """The photo uint8 [h, w, 3], a little paler, under its shaded map [h, w]: the stronger the value, the less photo
+    shows. Of a signed map, a value of 0 has no weight, and weights next to it grow with the value's square."""
     base = photo.astype(np.float64) / 255
     grey = base @ np.array([0.299, 0.587, 0.114])
     base = 0.4 * base + 0.6 * grey[..., None]  # a paler photo, so that colour means heat
-    colours = scale_of(signed).to_rgba(values)[..., :3]
-    weight = 0.85 * np.abs(values) ** 0.7 if signed else 0.25 + 0.5 * np.sqrt(values)
-    mixed = base * (1 - weight[..., None]) + colours * weight[..., None]
+    if signed:
+        # Small values have the scale's whites, which would be fog on the photo: the outer halves are taken, and the
+        # weight makes them pale.
+        shown, squared = np.sign(values) * (0.5 + 0.5 * np.abs(values)), values**2
+        weight = 0.98 * squared / (squared + 0.15)
+    else:
+        shown, weight = values, 0.25 + 0.5 * np.sqrt(values)
+    colour = scale_of(signed, colours).to_rgba(shown)[..., :3]
+    mixed = base * (1 - weight[..., None]) + colour * weight[..., None]
     return (mixed.clip(0, 1) * 255).round().astype(np.uint8)
 
 
@@ -106,24 +154,26 @@ def overlay_figure(
     subtitle: str = "",
     what: str = "Photo",
     scales: Scales | None = None,
+    look: Look = SMOOTH,
 ) -> Figure:
     """Photo, heatmap, and photo with heatmap, side by side.
 
     Args:
       photo: uint8 [h, w, 3], the part of the photo that the model saw.
       heatmap: token map [gh, gw] or pixel map of the same part.
-      title: usually the explained class and its probability.
+      title: usually the explained class and its probability; empty for none.
       subtitle: a smaller line below it.
-      what: is shown, such as a spectrogram in place of a photo.
+      what: the kind of picture, such as a spectrogram instead of a photo.
       scales: of its axes.
+      look: of the maps.
     """
-    values, signed = shade(heatmap, (photo.shape[0], photo.shape[1]))
+    values, signed = shade(heatmap, (photo.shape[0], photo.shape[1]), look.squares)
     aspect = photo.shape[0] / photo.shape[1]
     width, height = (PANEL, PANEL * aspect) if aspect < 1.6 else (PANEL * 1.6 / aspect, PANEL * 1.6)
     gap, margin, bar, labels = 0.12, 0.2, 0.13, 0.55
     left, below = (margin, margin) if scales is None else (margin + 0.55, margin + 0.38)
     total = left + margin + 3 * width + 3 * gap + bar + labels
-    lines = _wrap(title, total - 2 * margin, 2, 14, "bold")
+    lines = _wrap(title, total - 2 * margin, 2, 14, "bold") if title else []
     above = 0.22 + 0.27 * len(lines) + (0.22 if subtitle else 0.0)
     tall = above + 0.28 + height + below
     figure = Figure((total, tall), dpi=DPI, facecolor="white")
@@ -131,64 +181,139 @@ def overlay_figure(
     if subtitle:
         y = 1 - (0.22 + 0.27 * len(lines)) / tall
         _text(figure, margin / total, y, *_wrap(subtitle, total - 2 * margin, 1, 10), size=10, color=GREY)
-    mappable = scale_of(signed)
-    panels = {what: photo, "Heatmap": mappable.to_rgba(values), f"{what} and heatmap": blend(photo, values, signed)}
+    heat = scale_of(signed, look.colours).to_rgba(values)
+    panels = {what: photo, "Heatmap": heat, f"{what} and heatmap": blend(photo, values, signed, look.colours)}
     for i, (caption, picture) in enumerate(panels.items()):
         axes = _picture(figure, picture, left + i * (width + gap), below, width, height)
-        axes.set_title(caption, fontsize=11, color=INK, pad=5)
+        axes.set_title(caption, fontsize=11, color=INK, pad=5, parse_math=False)
         if scales is not None:
             _scale(axes, scales, photo.shape[:2], i == 0)
     x = left + 3 * (width + gap)
     axes = figure.add_axes((x / total, below / tall, bar / total, height / tall))
-    _bar(axes, signed, "vertical")
+    _bar(axes, signed, look.colours, "vertical")
     return figure
 
 
-def sheet(
-    photos: Sequence[np.ndarray], titles: Sequence[str], maps: Mapping[str, Sequence[np.ndarray]], heading: str = ""
+def arranged(photos: Sequence[Panel], explained: Sequence[Explained], look: Look = SMOOTH) -> list[list[Panel]]:
+    """Rows of a grid: a photo and its overlays, in a column for each method, or for each question of one method.
+    With several of both, each photo has a row for each question, and a column is a method."""
+    methods, questions = ({one[k]: None for one in explained} for k in (0, 1))
+    shared = len(questions) > 1 and len(methods) == 1
+    rows = []
+    for i, photo in enumerate(photos):
+        for question in questions if len(methods) > 1 else [None]:
+            row = [photo]
+            for one in explained:
+                if question in (None, one.question):
+                    values, signed = shade(one.maps[i], photo.picture.shape[:2], look.squares)
+                    picture, both = (
+                        blend(photo.picture, values, signed, look.colours),
+                        f"{one.names[i]} {one.values[i]}",
+                    )
+                    title, note = (one.names[i], one.values[i]) if shared else (one.method, both.strip())
+                    row.append(Panel(picture, title, note, signed))
+            rows.append(row)
+    return rows
+
+
+_GAP, _MARGIN, _HEADING, _LINE, _BARS = 11, 22, 36, 18, 62  # units: between pictures, around all, of lines, of scales
+
+
+class _Layout(NamedTuple):
+    """Where the panels of a grid are, in units from the upper left corner, and what is written next to them."""
+
+    columns: int  # pictures in a line
+    size: tuple[int, int]  # height and width of a picture
+    above: int  # room for a title, and below a picture for a note
+    below: int
+    shared: bool  # titles are above the first row only
+    names: list[list[tuple[str, bool]]]  # of each row, its lines, and which are bold
+    left: int
+    top: int
+    block: int  # height of a row
+
+    def place(self, row: int, cell: int) -> tuple[int, int]:
+        """(left, top) of a picture."""
+        line, column = divmod(cell, self.columns)
+        step = self.size[0] + self.below + _GAP + (0 if self.shared else self.above)
+        top = self.top + row * self.block + line * step + (0 if self.shared else self.above)
+        return self.left + column * (self.size[1] + _GAP), top
+
+
+def _layout(rows: Sequence[Sequence[Panel]], heading: str, widest: int) -> _Layout:
+    cells, labelled = len(rows[0]), rows[0][0].signed is None
+    columns = cells if cells <= widest else widest - 1
+    lines = -(-cells // columns)
+    sides = rows[0][0].picture.shape[:2]
+    height, width = (max(1, round(side * SIDE / max(sides))) for side in sides)
+    maps = [row[labelled:] for row in rows]
+    shared = lines == 1 and all(len({panel.title for panel in column}) == 1 for column in zip(*maps, strict=True))
+    above = max(len(_wrap(panel.title, width * UNIT, 2, 9.5)) for row in maps for panel in row) * _LINE + 4
+    # A note that the maps of each row share is part of the row's name.
+    noted = labelled and all(len({panel.note for panel in row}) == 1 for row in maps)
+    names: list[list[tuple[str, bool]]] = []
+    for photo, first, *_ in rows if labelled else []:
+        room = (lines * height + (lines - 1) * _GAP) * UNIT
+        bold = _wrap(photo.title, room, 1, 9.5, "bold") if photo.title else []
+        plain = _wrap(first.note, room, 2, 9.5) if noted and first.note else []
+        names.append([*((text, True) for text in bold), *((text, False) for text in plain)])
+    below = 0 if noted or not any(panel.note for row in maps for panel in row) else _LINE
+    left = _MARGIN + max((len(name) * _LINE + 4 for name in names if name), default=0)
+    top = _MARGIN // 2 + (_HEADING if heading else 0) + (above if shared else 0)
+    block = lines * (height + below + _GAP + (0 if shared else above))
+    return _Layout(columns, (height, width), above, below, shared, names, left, top, block)
+
+
+def grid(
+    rows: Sequence[Sequence[Panel]], heading: str = "", look: Look = SMOOTH, dpi: float = DPI, widest: int = 6
 ) -> Figure:
-    """A comparison: one block per photo, in it the photo and then its overlay for each method, up to six a row.
+    """Rows of pictures with a name for each row and column, and the colour scales below.
+
+    The name of a row is that of the photo at its start, with the note that its maps share; the name of a column is the
+    title that its maps share. Titles and notes that differ are next to their pictures, and so are all titles where
+    rows of more than `widest` panels are broken.
 
     Args:
-      photos: uint8 [h, w, 3] each, all of one size.
-      titles: one per photo, above it; usually the class and its probability.
-      maps: for each method's name one token or pixel map per photo.
+      rows: panels, as many in each row, with pictures of one size.
       heading: a line above all.
+      look: of the maps, for the scales.
+      dpi: dots per inch. With `SIDE / 2` a picture of `SIDE` pixels is drawn pixel by pixel.
+      widest: pictures in a line, at most.
     """
-    cells = 1 + len(maps)
-    columns = cells if cells <= 6 else 5
-    rows = -(-cells // columns)
-    aspect = photos[0].shape[0] / photos[0].shape[1]
-    width, height = (CELL, CELL * aspect) if aspect <= 1.5 else (CELL * 1.5 / aspect, CELL * 1.5)
-    gap, margin, title_height, name_height, below = 0.1, 0.2, 0.42, 0.24, 0.55
-    above = 0.36 if heading else 0.1
-    total = 2 * margin + columns * width + (columns - 1) * gap
-    block = title_height + rows * height + (rows - 1) * (name_height + gap) + gap
-    tall = above + len(photos) * block + below
-    figure = Figure((total, tall), dpi=DPI, facecolor="white")
+    plan = _layout(rows, heading, widest)
+    height, width = plan.size
+    total = _MARGIN + max(plan.left + plan.columns * (width + _GAP) - _GAP, _MARGIN + SIDE)
+    tall = plan.top + len(rows) * plan.block + _BARS
+    figure = Figure((total * UNIT, tall * UNIT), dpi=dpi, facecolor="white")
+
+    def write(text: str, x: float, y: float, size: float = 9.5, **style: Any) -> None:
+        _text(figure, x / total, 1 - y / tall, text, size=size, **style)
+
     if heading:
-        line = _wrap(heading, total - 2 * margin, 1, 13, "bold")
-        _text(figure, margin / total, 1 - 0.15 / tall, *line, size=13, weight="bold")
-    any_signed = any_unsigned = False
-    for i, photo in enumerate(photos):
-        shaded = {name: shade(per_photo[i], (photo.shape[0], photo.shape[1])) for name, per_photo in maps.items()}
-        any_signed |= any(signed for _, signed in shaded.values())
-        any_unsigned |= any(not signed for _, signed in shaded.values())
-        pictures = [photo, *(blend(photo, *pair) for pair in shaded.values())]
-        for cell, picture in enumerate(pictures):
-            row, column = divmod(cell, columns)
-            top = above + i * block + title_height + row * (height + name_height + gap)
-            axes = _picture(figure, picture, margin + column * (width + gap), tall - top - height, width, height)
-            if cell == 0:
-                lines = _wrap(titles[i], width, 2, 9.5, "bold")
-                axes.set_title("\n".join(lines), fontsize=9.5, color=INK, pad=4, weight="bold", parse_math=False)
-            elif i == 0 or rows > 1:
-                (name,) = _wrap(list(maps)[cell - 1], width, 1, 9.5)
-                axes.set_title(name, fontsize=9.5, color=INK, pad=4, parse_math=False)
-    bars = [signed for signed, present in ((False, any_unsigned), (True, any_signed)) if present]
-    for i, signed in enumerate(bars):
-        axes = figure.add_axes(((margin + 2.6 * i) / total, 0.32 / tall, 2.0 / total, 0.1 / tall))
-        _bar(axes, signed, "horizontal")
+        (line,) = _wrap(heading, (total - 2 * _MARGIN) * UNIT, 1, 13, "bold")
+        write(line, _MARGIN, _MARGIN // 2, 13, weight="bold")
+    for i, row in enumerate(rows):
+        for k, (text, bold) in enumerate(plan.names[i] if plan.names else ()):
+            middle = (plan.place(i, 0)[1] + plan.place(i, len(row) - 1)[1] + height) / 2
+            style: dict[str, Any] = {"weight": "bold"} if bold else {"color": GREY}
+            write(text, _MARGIN + (k + 0.5) * _LINE, middle, rotation=90, ha="center", va="center", **style)
+        for k, panel in enumerate(row):
+            x, y = plan.place(i, k)
+            _picture(figure, panel.picture, x * UNIT, (tall - y - height) * UNIT, width * UNIT, height * UNIT)
+            if panel.signed is None:
+                continue
+            if i == 0 or not plan.shared:
+                lines = _wrap(panel.title, width * UNIT, 2, 9.5)
+                write("\n".join(lines), x + width / 2, y - 3, ha="center", va="bottom")
+            if plan.below and panel.note:
+                (line,) = _wrap(panel.note, width * UNIT, 1, 9)
+                write(line, x + width / 2, y + height + 2, 9, ha="center", color=GREY)
+    kinds = sorted({panel.signed for row in rows for panel in row if panel.signed is not None})
+    length = min(SIDE, (total - 2 * _MARGIN - 4 * _GAP * (len(kinds) - 1)) // len(kinds))
+    for i, signed in enumerate(kinds):
+        x = _MARGIN + i * (length + 4 * _GAP)
+        axes = figure.add_axes((x / total, 36 / tall, length / total, _GAP / tall))
+        _bar(axes, signed, look.colours, "horizontal")
     return figure
 
 
@@ -214,8 +339,8 @@ def _scale(axes: Axes, scales: Scales, size: tuple[int, ...], first: bool) -> No
         axes.set_ylabel(scales.y_label, fontsize=9.5, color=INK, labelpad=2)
 
 
-def _bar(axes: Axes, signed: bool, orientation: str) -> None:
-    bar = axes.figure.colorbar(scale_of(signed), cax=axes, orientation=orientation)
+def _bar(axes: Axes, signed: bool, colours: str, orientation: str) -> None:
+    bar = axes.figure.colorbar(scale_of(signed, colours), cax=axes, orientation=orientation)
     bar.set_ticks([-1, 0, 1] if signed else [0, 1], labels=["against", "0", "for"] if signed else ["low", "high"])
     bar.outline.set_visible(False)
     axes.tick_params(labelsize=9.5, length=0, colors=INK, pad=4)
@@ -227,7 +352,7 @@ def _bar(axes: Axes, signed: bool, orientation: str) -> None:
 
 def _text(figure: Figure, x: float, y: float, text: str, **style: object) -> None:
     # Class and file names are plain text: a dollar sign in them starts no formula.
-    figure.text(x, y, text, va="top", ha="left", parse_math=False, **{"color": INK, **style})
+    figure.text(x, y, text, parse_math=False, **{"va": "top", "ha": "left", "color": INK, **style})
 
 
 def _wrap(text: str, room: float, most: int, size: float, weight: str = "normal") -> list[str]:

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,27 +27,95 @@ if TYPE_CHECKING:
     from tokentm_jax.models.loading import LoadedViT
 
 
+EACH = "each"  # the target that is several classes
+FEW = 10  # classes of a model for which these are all of them; of other models they are the most probable `TOP`
+TOP = 5
+
+
+class Asked(NamedTuple):
+    """What maps explain: a class by its number or its rank, or a prompt with its embedding [E]; `part` is in the names
+    of files."""
+
+    index: int | None = None
+    rank: int = 0  # among a photo's classes, of which the predicted one has rank 0
+    prompt: str | None = None
+    embedding: Any = None
+    part: str = ""
+
+    def classes(self, outputs: "np.ndarray") -> "np.ndarray":
+        """The class of each photo [B] by the model's outputs [B, C], int32."""
+        import numpy as np
+
+        if self.index is not None:
+            return np.full(len(outputs), self.index, np.int32)
+        return np.argsort(-outputs, axis=-1, kind="stable")[:, self.rank].astype(np.int32)
+
+
+def classes_asked(vit: "LoadedViT", targets: Sequence[str | int]) -> list[Asked]:
+    """The classes that targets name, each once; the predicted one without a target.
+
+    A target is a class by name or number, several of them with commas between (a name that has commas is one class),
+    or "each": all classes of a model with up to `FEW`, and else the `TOP` most probable ones of each photo. Raises
+    InputError.
+    """
+    found = [asked for target in targets for asked in _classes_of(vit, target)]
+    return list(dict.fromkeys(found)) if targets else [Asked()]
+
+
+def _classes_of(vit: "LoadedViT", target: str | int) -> list[Asked]:
+    try:
+        index = vit.class_index(target)
+        return [Asked(index, part=class_part(vit, index))]
+    except InputError:
+        if target == EACH:
+            count = vit.module.num_classes
+            if count <= FEW:
+                return [Asked(index, part=class_part(vit, index)) for index in range(count)]
+            return [Asked(rank=rank, part=f"top-{rank + 1}") for rank in range(TOP)]
+        if not isinstance(target, str) or "," not in target:
+            raise
+    return [asked for part in target.split(",") for asked in _classes_of(vit, part.strip())]
+
+
+def class_part(vit: "LoadedViT", index: int) -> str:
+    """How names of files call a class: its name before the first comma, with its number where the model has another
+    class of that name."""
+    named = [re.sub(r"\W+", "-", name.split(",")[0].lower()).strip("-")[:40] for name in vit.class_names or ()]
+    if not named or not named[index]:
+        return f"class-{index}"
+    return named[index] if named.count(named[index]) == 1 else f"{named[index]}-{index}"
+
+
+def prompts_asked(vit: "LoadedViT", prompts: Sequence[str]) -> list[Asked]:
+    """Raises InputError as `embed_text`."""
+    pairs = enumerate(zip(prompts, vit.embed_text(prompts), strict=True), 1)
+    return [Asked(prompt=prompt, embedding=e, part=f"text-{k}") for k, (prompt, e) in pairs]
+
+
 class Column(NamedTuple):
-    """One map of every photo: its method, what its prompt means to the model [E] (None: a class is explained), and how
-    its file ends."""
+    """One map of every photo: its method, what it explains, and how its file ends."""
 
     method: str
-    prompt: str | None
-    embedding: Any
+    asked: Asked
     suffix: str
 
 
-def columns_of(vit: "LoadedViT", methods: Sequence[str], prompts: Sequence[str]) -> dict[str, Column]:
-    """A column for every method, or for every method and prompt, by its title. InputError as `embed_text`."""
-    if not prompts:
-        return {m: Column(m, None, None, f".{m}.npz" if len(methods) > 1 else ".npz") for m in methods}
-    columns = {}
-    for k, (prompt, embedding) in enumerate(zip(prompts, vit.embed_text(prompts), strict=True), 1):
+def columns_of(methods: Sequence[str], asked: Sequence[Asked]) -> list[Column]:
+    """A column for each method and question."""
+    columns = []
+    for one in asked:
         for method in methods:
-            title = prompt if len(methods) == 1 else f"{method}: {prompt}"
-            parts = [method] * (len(methods) > 1) + [f"text-{k}"] * (len(prompts) > 1) + ["npz"]
-            columns[title] = Column(method, prompt, embedding, "." + ".".join(parts))
+            parts = [method] * (len(methods) > 1) + [one.part] * (len(asked) > 1) + ["npz"]
+            columns.append(Column(method, one, "." + ".".join(parts)))
     return columns
+
+
+class Pictures(NamedTuple):
+    """How pictures are drawn: the title (None: what is explained), the format, and the look of maps."""
+
+    title: str | None
+    kind: str
+    look: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,21 +123,18 @@ class Writer:
     """Makes the files of a batch of photos, or of recordings for a model that takes these."""
 
     vit: "LoadedViT"
-    columns: dict[str, Column]
+    columns: list[Column]
     options: dict[str, Any]
-    target: int | None
     versus: int | None
     out: Path
     names: dict[Path, str]
     sheet: str
-    rows: int  # every batch is filled up to so many photos: another shape would be compiled again
+    rows: int  # every batch is filled up to this number of photos: another shape would be compiled again
+    pictures: Pictures
 
     def write(self, paths: Sequence[Path], results: dict[str, dict[str, Any]], skip_unfit: bool) -> None:
         """Explain photos and write their files; `results` gets an entry for each: classes and files, or an error."""
         import numpy as np
-
-        from tokentm_jax.maths.scores import Cosine, Versus
-        from tokentm_jax.methods.explain import explain
 
         good, inputs, views = [], [], []
         for path in paths:
@@ -83,36 +149,59 @@ class Writer:
             return
         images = np.stack(inputs + inputs[-1:] * (self.rows - len(inputs)))
         outputs = np.asarray(self.vit.logits(images), np.float64)
-        targets = outputs.argmax(-1) if self.target is None else np.full(len(outputs), self.target)
-        maps: dict[str, np.ndarray] = {}
-        for title, column in self.columns.items():
-            score, target = None if self.versus is None else Versus(self.versus), targets.astype(np.int32)
-            if column.prompt is not None:
-                score, target = Cosine(column.embedding), None
+        maps: list[tuple[Column, np.ndarray]] = []
+        for column in self.columns:
             try:
-                with memory_errors():
-                    found = explain(self.vit, images, column.method, target, score=score, **self.options)
-                maps[title] = np.asarray(found, np.float32)
+                maps.append((column, self._explain(images, outputs, column)))
             except InputError as error:
                 if not skip_unfit:
                     raise
-                complain(f"{title} is left out: {error}")
+                complain(f"{column.method} is left out: {error}")
         if not maps:
             raise InputError("no method can explain this model")
         kept = []
         for i, path in enumerate(good):
-            if self.versus is not None and targets[i] == self.versus:
+            targets = self._targets(outputs[i])
+            if self.versus is not None and self.versus in targets:
                 name = self.vit.class_name(self.versus)
                 fail(results, str(path), InputError(f"{path}: {name!r} is the predicted class itself; name a target"))
-            elif np.isfinite(outputs[i]).all() and all(np.isfinite(m[i]).all() for m in maps.values()):
-                results[str(path)] = self._describe(outputs[i], int(targets[i]))
-                self._write_maps(path, results[str(path)], {title: m[i] for title, m in maps.items()})
+            elif np.isfinite(outputs[i]).all() and all(np.isfinite(m[i]).all() for _, m in maps):
+                results[str(path)] = self._describe(outputs[i], targets)
+                self._write_maps(path, results[str(path)], [(column, m[i]) for column, m in maps])
                 kept.append(i)
             else:
                 fail(results, str(path), InputError(f"the model gives no finite numbers for {path}"))
         if kept:
             entries = [results[str(good[i])] for i in kept]
-            self._draw([good[i] for i in kept], entries, [views[i] for i in kept], {m: maps[m][kept] for m in maps})
+            self._draw([good[i] for i in kept], entries, [views[i] for i in kept], [(c, m[kept]) for c, m in maps])
+
+    def _explain(self, images: "np.ndarray", outputs: "np.ndarray", column: Column) -> "np.ndarray":
+        import numpy as np
+
+        from tokentm_jax.maths.scores import Cosine, Versus
+        from tokentm_jax.methods.explain import explain
+
+        asked = column.asked
+        if asked.prompt is not None:
+            score, target = Cosine(asked.embedding), None
+        else:
+            score, target = None if self.versus is None else Versus(self.versus), asked.classes(outputs)
+        with memory_errors():
+            return np.asarray(
+                explain(self.vit, images, column.method, target, score=score, **self.options), np.float32
+            )
+
+    def _asked(self) -> list[Asked]:
+        """The questions, each once."""
+        return list({column.asked.part: column.asked for column in self.columns}.values())
+
+    def _place(self, column: Column) -> int:
+        """Of a column's question among all."""
+        return [asked.part for asked in self._asked()].index(column.asked.part)
+
+    def _targets(self, outputs: "np.ndarray") -> list[int]:
+        """The classes that are explained for a photo, by the model's outputs [C]."""
+        return [int(asked.classes(outputs[None])[0]) for asked in self._asked() if asked.prompt is None]
 
     def _look(self, path: Path) -> tuple["np.ndarray", "np.ndarray"]:
         """What the model sees of a file, float32 [H, W, C] in [0, 1], and a picture of that. Raises InputError."""
@@ -142,35 +231,49 @@ class Writer:
 
         if self.vit.preprocessing.audio is None:
             return heatmap
+        if self.pictures.look.squares:
+            return heatmap[::-1]
         size, tiling = self.vit.preprocessing.size, self.vit.module.tiling
         return np.asarray(resized(jnp.asarray(heatmap[None]), size, tiling))[0, ::-1]
 
-    def _describe(self, outputs: "np.ndarray", target: int) -> dict[str, Any]:
+    def _describe(self, outputs: "np.ndarray", targets: list[int]) -> dict[str, Any]:
         import numpy as np
 
-        prompts = {c.prompt: c.embedding for c in self.columns.values() if c.prompt is not None}
+        prompts = {asked.prompt: asked.embedding for asked in self._asked() if asked.prompt is not None}
         if not prompts:
-            return describe(self.vit, outputs, target, self.versus)
+            return describe(self.vit, outputs, targets, self.versus)
         direction = outputs / np.linalg.norm(outputs)
         return {"prompts": [{"text": t, "cosine": float(direction @ e)} for t, e in prompts.items()], "files": []}
 
-    def _write_maps(self, path: Path, result: dict[str, Any], maps: dict[str, "np.ndarray"]) -> None:
+    def _answer(self, result: dict[str, Any], column: Column) -> tuple[str, str]:
+        """What a map of a photo explains, and the number that the model gives for it: of a class the name and the
+        probability, of a prompt the text and the cosine."""
+        place = self._place(column)
+        if column.asked.prompt is not None:
+            return column.asked.prompt, f"{result['prompts'][place]['cosine']:.3f}"
+        target = result["targets"][place]
+        versus = result.get("versus")
+        other = "" if versus is None else f" versus {versus['name']} {versus['probability']:.1%}"
+        return target["name"], f"{target['probability']:.1%}{other}"
+
+    def _write_maps(self, path: Path, result: dict[str, Any], maps: Sequence[tuple[Column, "np.ndarray"]]) -> None:
         import numpy as np
 
         versions = {name: version_of(name) for name in ("tokentm_jax", "jax", "flax")}
-        for title, heatmap in maps.items():
-            column = self.columns[title]
+        for column, heatmap in maps:
             file = self.out / f"{self.names[path]}{column.suffix}"
-            if column.prompt is None:
+            place = self._place(column)
+            if column.asked.prompt is None:
+                target = result["targets"][place]
                 asked = {
-                    "target": np.int32(result["target"]["class"]),
-                    "target_name": result["target"]["name"],
-                    "probability": np.float32(result["target"]["probability"]),
+                    "target": np.int32(target["class"]),
+                    "target_name": target["name"],
+                    "probability": np.float32(target["probability"]),
                     "versus": result["versus"]["name"] if "versus" in result else "",
                 }
             else:
-                cosines = {entry["text"]: entry["cosine"] for entry in result["prompts"]}
-                asked = {"prompt": column.prompt, "cosine": np.float32(cosines[column.prompt])}
+                entry = result["prompts"][place]
+                asked = {"prompt": entry["text"], "cosine": np.float32(entry["cosine"])}
             members = {  # `files.ours` knows the file by them
                 "map": heatmap,
                 **asked,
@@ -193,30 +296,37 @@ class Writer:
         paths: list[Path],
         results: list[dict[str, Any]],
         views: list["np.ndarray"],
-        maps: dict[str, "np.ndarray"],
+        maps: Sequence[tuple[Column, "np.ndarray"]],
     ) -> None:
-        from tokentm_jax.cli.figure import overlay_figure, sheet
-        from tokentm_jax.identity import write_png
+        from tokentm_jax.cli.figure import Explained, Panel, arranged, grid, overlay_figure
+        from tokentm_jax.identity import write_figure
 
-        titles = [_title(result) for result in results]
+        title, kind, look = self.pictures
         if len(self.columns) > 1:
-            file = self.out / f"{self.sheet}.png"
-            shown = {title: [self._shown(heatmap) for heatmap in found] for title, found in maps.items()}
-            write_png(sheet(views, titles, shown, self.vit.name), file)
+            explained = []
+            for column, found in maps:
+                answers = [self._answer(result, column) for result in results]
+                names, values = zip(*answers, strict=True)
+                shown = [self._shown(heatmap) for heatmap in found]
+                explained.append(Explained(column.method, column.asked.part, shown, names, values))
+            photos = [Panel(shown, printable(path.name)) for path, shown in zip(paths, views, strict=True)]
+            file = self.out / f"{self.sheet}.{kind}"
+            heading = self.vit.name if title is None else title
+            write_figure(grid(arranged(photos, explained, look), heading, look), file)
             for result in results:
                 result["files"].insert(0, str(file))
             return
+        ((column, found),) = maps
+        what, scales = "Photo", None
+        if self.vit.preprocessing.audio is not None:
+            what, scales = "Spectrogram", scales_of(self.vit.preprocessing)
         for i, (path, result) in enumerate(zip(paths, results, strict=True)):
-            ((title, column),) = self.columns.items()
             parts = [printable(path.name), self.vit.name, column.method]
-            if column.prompt is None and (best := result["top5"][0])["class"] != result["target"]["class"]:
+            if column.asked.prompt is None and (best := result["top5"][0])["class"] != result["target"]["class"]:
                 parts.insert(0, f"predicted: {best['name']} {best['probability']:.1%}")
-            file = self.out / f"{self.names[path]}.png"
-            what, scales = "Photo", None
-            if self.vit.preprocessing.audio is not None:
-                what, scales = "Spectrogram", scales_of(self.vit.preprocessing)
-            heatmap = self._shown(maps[title][i])
-            write_png(overlay_figure(views[i], heatmap, titles[i], " · ".join(parts), what, scales), file)
+            above = (" ".join(self._answer(result, column)), " · ".join(parts)) if title is None else (title, "")
+            file = self.out / f"{self.names[path]}.{kind}"
+            write_figure(overlay_figure(views[i], self._shown(found[i]), *above, what, scales, look), file)
             result["files"].insert(0, str(file))
 
 
@@ -244,14 +354,6 @@ def scales_of(preprocessing: "Preprocessing") -> "Scales":
     return Scales("time [s]", [tick for tick in x if 0 <= tick[0] <= 1], "frequency [Hz]", y)
 
 
-def _title(result: dict[str, Any]) -> str:
-    """What is explained: the class with its probability, and the other one; or the prompts with their cosines."""
-    if "prompts" in result:
-        return "; ".join(f"{entry['text']} {entry['cosine']:.3f}" for entry in result["prompts"])
-    classes = [result["target"], *([result["versus"]] if "versus" in result else [])]
-    return " versus ".join(f"{entry['name']} {entry['probability']:.1%}" for entry in classes)
-
-
 def softmax(logits: "np.ndarray") -> "np.ndarray":
     """Probabilities [..., classes] of logits, in float64."""
     import numpy as np
@@ -261,8 +363,11 @@ def softmax(logits: "np.ndarray") -> "np.ndarray":
     return odds / odds.sum(-1, keepdims=True)
 
 
-def describe(vit: "LoadedViT", logits: "np.ndarray", target: int, versus: int | None = None) -> dict[str, Any]:
-    """The top five classes of one photo, the explained one and the one it is compared with, from logits [classes]."""
+def describe(
+    vit: "LoadedViT", logits: "np.ndarray", targets: Sequence[int], versus: int | None = None
+) -> dict[str, Any]:
+    """The top five classes of one photo, the explained ones ("target" is the first of the "targets") and the one that
+    they are compared with, from logits [classes]."""
     import numpy as np
 
     probabilities = softmax(logits)
@@ -271,17 +376,24 @@ def describe(vit: "LoadedViT", logits: "np.ndarray", target: int, versus: int | 
         return {"class": index, "name": vit.class_name(index), "probability": float(probabilities[index])}
 
     top = np.argsort(-probabilities, kind="stable")[:5]
+    explained = [entry(target) for target in targets]
     compared = {} if versus is None else {"versus": entry(versus)}
-    return {"top5": [entry(int(i)) for i in top], "target": entry(target), **compared, "files": []}
+    return {
+        "top5": [entry(int(i)) for i in top],
+        "target": explained[0],
+        "targets": explained,
+        **compared,
+        "files": [],
+    }
 
 
-def output_names(paths: Sequence[Path], out: Path, suffixes: Iterable[str] = (".npz",)) -> dict[Path, str]:
+def output_names(paths: Sequence[Path], out: Path, suffixes: Iterable[str] = (".png", ".npz")) -> dict[Path, str]:
     """A file name without suffix for each photo: its own, with a number where two would meet or where something
     stands that may not be replaced."""
     stems = {path: _cut(path.stem) for path in paths}
     own = {stem.lower() for stem in stems.values()}  # file systems that ignore case would join them
     photos = _real(paths)
-    suffixes = [".png", *suffixes]
+    suffixes = list(suffixes)
     used: set[str] = set()
     names: dict[Path, str] = {}
     for path, stem in stems.items():
@@ -295,13 +407,13 @@ def output_names(paths: Sequence[Path], out: Path, suffixes: Iterable[str] = (".
     return names
 
 
-def sheet_names(count: int, paths: Sequence[Path], out: Path) -> list[str]:
-    """A file name without suffix for each of so many comparison pictures, where nothing stands that may not be
+def sheet_names(count: int, paths: Sequence[Path], out: Path, suffix: str = ".png") -> list[str]:
+    """A file name without suffix for each of `count` comparison pictures, where nothing is that may not be
     replaced."""
     photos = _real(paths)
     numbered = (f"sheet-{i}" for i in itertools.count(1))
     candidates = itertools.chain(["sheet"], itertools.islice(numbered, 1, None)) if count == 1 else numbered
-    free = (name for name in candidates if _may_write(out / f"{name}.png", photos))
+    free = (name for name in candidates if _may_write(out / f"{name}{suffix}", photos))
     return list(itertools.islice(free, count))
 
 
@@ -331,9 +443,6 @@ def fail(results: dict[str, dict[str, Any]], path: str, error: InputError) -> No
     complain(str(error))
 
 
-MARKS = {"target": "<- explained", "versus": "<- compared with"}
-
-
 def print_result(path: str, result: dict[str, Any]) -> None:
     table = Table(title=Text(printable(path)), title_justify="left", title_style="bold", box=None)
     if "prompts" in result:
@@ -353,11 +462,10 @@ def _list_classes(table: Table, result: dict[str, Any]) -> None:
     table.add_column("Class")
     table.add_column("Probability", justify="right")
     table.add_column("")
-    marks = {result[name]["class"]: mark for name, mark in MARKS.items() if name in result}
-    entries = [
-        *result["top5"],
-        *(result[name] for name in MARKS if name in result and result[name] not in result["top5"]),
-    ]
-    for entry in entries:
+    marks = {entry["class"]: "<- explained" for entry in result["targets"]}
+    compared = [result["versus"]] if "versus" in result else []
+    marks |= {entry["class"]: "<- compared with" for entry in compared}
+    others = [entry for entry in (*result["targets"], *compared) if entry not in result["top5"]]
+    for entry in (*result["top5"], *others):
         explained = marks.get(entry["class"], "")
         table.add_row(Text(printable(entry["name"])), f"{entry['probability']:.1%}", explained)

@@ -1,49 +1,61 @@
-"""`tm.show`: photos and their heatmaps as a figure in a notebook, made of Pillow's pictures."""
+"""`tm.show`: photos and their heatmaps as a figure, for notebooks and papers."""
 
 import dataclasses
 import html
 import io
 import os
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from tokentm_jax.cli.figure import (
+    SIDE,
+    SMOOTH,
+    UNIT,
+    Explained,
+    Look,
+    Panel,
+    arranged,
+    data_url,
+    grid,
+    look_of,
+    scale_of,
+    shade,
+)
 from tokentm_jax.errors import InputError, printable
-from tokentm_jax.files import as_path, generator, replace
+from tokentm_jax.files import as_path, generator
+from tokentm_jax.identity import write_figure
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure as MatplotlibFigure
+
     from tokentm_jax.models.loading import LoadedViT
 
-SIDE = 224  # pixels of a picture's long side
-_GAP, _LINE = 12, 18  # pixels between pictures, and of a line of text
-
-
-@dataclasses.dataclass(frozen=True)
-class Panel:
-    """A picture uint8 [h, w, 3] with the line above it, and a smaller one below that."""
-
-    picture: np.ndarray
-    title: str
-    note: str = ""
+_GAP = 12  # pixels between pictures on a page
 
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """Rows of pictures, which a notebook shows. `rows` has the pictures as arrays; `save` writes one PNG of all."""
+    """Rows of pictures, which a notebook shows. `rows` has the pictures as arrays; `save` writes a file of all."""
 
     rows: tuple[tuple[Panel, ...], ...]
+    title: str = ""
+    look: Look = SMOOTH
 
     def _repr_html_(self) -> str:
-        return "".join(
+        rows = (
             f'<div style="display:flex;flex-wrap:wrap;gap:{_GAP}px;margin-bottom:{_GAP}px">'
             + "".join(map(_html, row))
             + "</div>"
             for row in self.rows
         )
+        heading = f"<p><b>{html.escape(printable(self.title))}</b></p>" if self.title else ""
+        return heading + "".join(rows)
 
     def _repr_png_(self) -> bytes:
         file, mark = io.BytesIO(), PngInfo()
@@ -51,43 +63,42 @@ class Figure:
         self.image().save(file, "PNG", pnginfo=mark)
         return file.getvalue()
 
+    def _drawn(self) -> "MatplotlibFigure":
+        """The grid, with as many dots as its pictures have pixels."""
+        side = max(self.rows[0][0].picture.shape[:2])
+        return grid(self.rows, self.title, self.look, side / (SIDE * UNIT))
+
     def image(self) -> Image.Image:
-        """All rows as one picture."""
-        text = 2 * _LINE + 4
-        widths = [sum(panel.picture.shape[1] + _GAP for panel in row) + _GAP for row in self.rows]
-        heights = [max(panel.picture.shape[0] for panel in row) + text + _GAP for row in self.rows]
-        sheet = Image.new("RGB", (max(widths), sum(heights) + _GAP), "white")
-        draw, top = ImageDraw.Draw(sheet), _GAP
-        fonts = ImageFont.load_default(14), ImageFont.load_default(12)
-        for row, height in zip(self.rows, heights, strict=True):
-            left = _GAP
-            for panel in row:
-                lines = ((panel.title, fonts[0], "#1c1c1c"), (panel.note, fonts[1], "#666666"))
-                for i, (line, font, colour) in enumerate(lines):
-                    cut = _cut(line, lambda part, font=font: font.getlength(part), panel.picture.shape[1])
-                    draw.text((left, top + i * _LINE), cut, colour, font)
-                sheet.paste(Image.fromarray(panel.picture), (left, top + text))
-                left += panel.picture.shape[1] + _GAP
-            top += height
-        return sheet
+        """The whole figure as one picture. Panels whose long side is a multiple of 224 pixels are in it unchanged."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        canvas = FigureCanvasAgg(self._drawn())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of letters that the font lacks
+            canvas.draw()
+        return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write the figure as a PNG file, whole or not at all.
+        """Write the figure as a .png, .jpg, .pdf or .svg file, whole or not at all.
 
         Raises InputError, also where another thing than a figure of this program is; a file gives way to `overwrite`.
         """
-        replace(as_path(path, "the figure"), lambda part: part.write_bytes(self._repr_png_()), overwrite=overwrite)
+        write_figure(self._drawn(), as_path(path, "the figure"), overwrite=overwrite)
 
 
 def show(
     what: Any,
     model: "LoadedViT | str | None" = None,
     methods: str | Sequence[str] = "tokentm",
-    target: int | str | None = None,
+    target: int | str | Sequence[int | str] | None = None,
     *,
     maps: Any = None,
+    title: str = "",
+    colours: str = "inferno",
+    squares: bool = False,
+    side: int = SIDE,
 ) -> Figure:
-    """A figure of photos and their heatmaps, for a notebook: with nothing more to install.
+    """A figure of photos and their heatmaps: a grid of photos and methods, or of photos and classes.
 
     Args:
       what: a photo or several: a path, an array [H, W, 3] or [B, H, W, 3] (uint8, or floating-point numbers in [0, 1],
@@ -95,51 +106,84 @@ def show(
         [h, w] or [B, h, w], or `(maps, details)`. An array of three axes whose last is 3 long is a photo.
       model: from `tokentm_jax.load`, or what it takes as the name of a model; None for the shipped one.
       methods: a name of `METHODS`, or several, a list or with commas between.
-      target: a class by number or name, for all photos; None for each photo's predicted class.
-      maps: what `tokentm_jax.explain` gave for the photos, in place of methods and target; or several results by the
+      target: a class by number or name, for all photos; several of them, a list or with commas between; "each" for
+        every class of a model with up to 10 of them, and for each photo's five most probable ones of other models;
+        None for each photo's predicted class.
+      maps: what `tokentm_jax.explain` gave for the photos, instead of methods and target; or several results by the
         names to show.
+      title: a line above the figure.
+      colours: of the maps: "inferno", "magma", "viridis", "cividis", "turbo" or "grey". Each is a scale for maps
+        without negative values, and one for signed maps.
+      squares: show each patch as a square, instead of interpolating between patches.
+      side: pixels of a picture's long side, best a multiple of 224; 448 or more for print.
 
     Returns:
-      A `Figure`: a row for each photo, with its heatmaps over it. Its `save(path)` writes a PNG, `image()` gives a
-      Pillow image.
+      A `Figure`: a row for each photo, with its heatmaps over it, one for each method, or for each class of one
+      method. With several of both, each photo has a row for each class. Its `save(path)` writes a PNG, JPEG, PDF or
+      SVG file, `image()` gives a Pillow image.
 
     Raises:
-      InputError: no photo, as `vit.read` says it; no such class, method or model; maps that are none, or as many as
-        the photos are not.
+      InputError: no photo, as `vit.read` says it; no such class, method, colours or model; maps that are none, or as
+        many as the photos are not.
 
     Examples:
         >>> import tokentm_jax as tm
         >>> figure = tm.show("cat.jpg", methods="tokentm,gae", target="cat")  # the last line of a cell shows it
         >>> [panel.title for panel in figure.rows[0]]
         ['cat.jpg', 'tokentm', 'gae']
+        >>> figure.save("figure.pdf")
+        >>> figure = tm.show("cat.jpg", target=["cat", "dog"], squares=True)
+        >>> [panel.title for panel in figure.rows[0]]
+        ['cat.jpg', 'cat', 'dog']
     """
+    look = look_of(colours, squares)
+    if not isinstance(side, int) or not 16 <= side <= 4096:
+        raise InputError(f"side must be a whole number of pixels from 16 to 4096, got {side!r:.80}")
     if maps is None and _is_explanation(what):
         found, details = what if isinstance(what, tuple) else (what, {})
-        notes = _notes(model if model is not None and not isinstance(model, str) else None, details)
         stacked = _stacked(found, "the explanation")
-        return Figure(tuple((Panel(_heat(m), "heatmap", notes(i)),) for i, m in enumerate(stacked)))
+        of = model if model is not None and not isinstance(model, str) else None
+        panels = []
+        for heatmap, name, value in zip(stacked, *_described(of, details, len(stacked)), strict=True):
+            picture, signed = _heat(heatmap, look, side)
+            panels.append(Panel(picture, "heatmap", f"{name} {value}".strip(), signed))
+        return Figure(tuple((panel,) for panel in panels), title, look)
     vit = model if model is not None and not isinstance(model, str) else _loaded(model)
-    photos = _photos(what, vit)
+    photos = _photos(what, vit, side)
     images = np.stack([seen for _, seen, _ in photos])
-    results: dict[str, Any] = {}
     if maps is None:
-        from tokentm_jax.methods.explain import explain
-
-        names = methods.split(",") if isinstance(methods, str) else methods
-        index = None if target is None else vit.class_index(target)
-        for name in dict.fromkeys(name.strip() for name in names):
-            results[name] = explain(vit, images, name, index, details=True)
+        results = _explained(vit, images, methods, target)
     else:
-        results = dict(maps) if isinstance(maps, Mapping) else {"heatmap": maps}
-    rows: list[list[Panel]] = [[Panel(shown, title)] for title, _, shown in photos]
-    for name, result in results.items():
+        given = dict(maps) if isinstance(maps, Mapping) else {"heatmap": maps}
+        results = {(str(name), ""): result for name, result in given.items()}
+    explained = []
+    for (method, question), result in results.items():
         found, details = result if isinstance(result, tuple) else (result, {})
-        stacked, notes = _stacked(found, f"the maps {name!r}"), _notes(vit, details)
-        if len(stacked) != len(rows):
-            raise InputError(f"the maps {name!r} are of {len(stacked)} photos, and {len(rows)} are to be shown")
-        for i, (row, heatmap) in enumerate(zip(rows, stacked, strict=True)):
-            row.append(Panel(_heat(heatmap, row[0].picture), str(name), notes(i)))
-    return Figure(tuple(map(tuple, rows)))
+        stacked = _stacked(found, f"the maps {method!r}")
+        if len(stacked) != len(photos):
+            raise InputError(f"the maps {method!r} are of {len(stacked)} photos, and {len(photos)} are to be shown")
+        explained.append(Explained(method, question, list(stacked), *_described(vit, details, len(photos))))
+    rows = arranged([Panel(shown, title) for title, _, shown in photos], explained, look)
+    return Figure(tuple(map(tuple, rows)), title, look)
+
+
+def _explained(vit: "LoadedViT", images: np.ndarray, methods: Any, target: Any) -> dict[tuple[str, str], Any]:
+    """What `tokentm_jax.explain` gives for each method and question."""
+    from tokentm_jax.cli.heatmaps import classes_asked
+    from tokentm_jax.methods.explain import explain
+
+    names = methods.split(",") if isinstance(methods, str) else methods
+    names = list(dict.fromkeys(name.strip() for name in names))
+    several = [target] if isinstance(target, str) or not isinstance(target, Sequence) else target
+    asked = classes_asked(vit, [] if target is None else several)
+    ranked = any(one.rank for one in asked)
+    outputs = np.asarray(vit.logits(images)) if ranked else np.zeros((len(images), 1))
+    found = {}
+    for one in asked:
+        chosen = None if target is None else one.classes(outputs)
+        for name in names:
+            found[name, one.part] = explain(vit, images, name, chosen, details=True)
+    return found
 
 
 @lru_cache(maxsize=1)
@@ -163,7 +207,7 @@ def _stacked(maps: Any, name: str) -> np.ndarray:
     return array[None] if array.ndim == 2 else array
 
 
-def _photos(what: Any, vit: "LoadedViT") -> list[tuple[str, np.ndarray, np.ndarray]]:
+def _photos(what: Any, vit: "LoadedViT", side: int) -> list[tuple[str, np.ndarray, np.ndarray]]:
     """Title, what the model sees (float32 [H, W, 3] in [0, 1]) and what is shown (uint8 [h, w, 3]) of each photo."""
     from tokentm_jax.data.photos import fit, open_photo, view
 
@@ -187,7 +231,7 @@ def _photos(what: Any, vit: "LoadedViT") -> list[tuple[str, np.ndarray, np.ndarr
                 raise InputError(f"a photo must be a path or an array [H, W, 3] of uint8 or floats, got {shape}")
             if array.dtype.kind == "f" and array.shape[:2] == (height, width):  # the model sees these very numbers
                 seen = np.asarray(vit.preprocessing.checked(array[None]), np.float32)[0]
-                found.append((title, seen, _enlarged((seen.clip(0, 1) * 255).round().astype(np.uint8))))
+                found.append((title, seen, _enlarged((seen.clip(0, 1) * 255).round().astype(np.uint8), side)))
                 continue
             if array.dtype.kind == "f":
                 if not (np.isfinite(array).all() and array.min() >= -0.5 and array.max() <= 1.5):
@@ -195,52 +239,42 @@ def _photos(what: Any, vit: "LoadedViT") -> list[tuple[str, np.ndarray, np.ndarr
                 array = (array.clip(0, 1) * 255).round()
             image = Image.fromarray(array.astype(np.uint8))
         pixels = fit(image, vit.preprocessing)
-        found.append((title, pixels.astype(np.float32) / 255, view(image, vit.preprocessing, SIDE)))
+        found.append((title, pixels.astype(np.float32) / 255, view(image, vit.preprocessing, side)))
     return found
 
 
-def _enlarged(picture: np.ndarray) -> np.ndarray:
-    """With a long side of `SIDE` pixels."""
+def _enlarged(picture: np.ndarray, side: int) -> np.ndarray:
+    """With a long side of `side` pixels."""
     height, width = picture.shape[:2]
-    scale = SIDE / max(height, width)
+    scale = side / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
     return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
 
 
-def _heat(heatmap: np.ndarray, photo: np.ndarray | None = None) -> np.ndarray:
-    """A map [h, w] in colours: over a photo, or by itself."""
-    from tokentm_jax.cli.figure import blend, scale_of, shade
-
-    if photo is not None:
-        return blend(photo, *shade(heatmap, photo.shape[:2]))
-    scale = SIDE / max(heatmap.shape)
-    height, width = (max(1, round(side * scale)) for side in heatmap.shape)
-    values, signed = shade(heatmap, (height, width))
-    return scale_of(signed).to_rgba(values, bytes=True)[..., :3]
+def _heat(heatmap: np.ndarray, look: Look, side: int) -> tuple[np.ndarray, bool]:
+    """A map [h, w] in colours, by itself, and whether it is signed."""
+    scale = side / max(heatmap.shape)
+    height, width = (max(1, round(length * scale)) for length in heatmap.shape)
+    values, signed = shade(heatmap, (height, width), look.squares)
+    return scale_of(signed, look.colours).to_rgba(values, bytes=True)[..., :3], signed
 
 
-def _notes(vit: "LoadedViT | None", details: Mapping[str, Any]) -> Callable[[int], str]:
-    """For each sample the class that is explained and its probability, as far as the details say them."""
+def _described(vit: "LoadedViT | None", details: Mapping[str, Any], count: int) -> tuple[list[str], list[str]]:
+    """For each sample the class that is explained, and its probability, as far as the details have them."""
     from tokentm_jax.cli.heatmaps import softmax
 
     target, logits = details.get("target"), details.get("logits")
-
-    def note(i: int) -> str:
-        if target is None or np.ndim(target) != 1 or np.asarray(target).dtype.kind not in "iu":
-            return ""
-        index = int(np.asarray(target)[i])
-        name = f"class {index}" if vit is None else vit.class_name(index)
-        if logits is None or np.ndim(logits) != 2:
-            return name
-        values = np.asarray(logits, np.float64)[i]
-        return f"{name} {softmax(values)[index]:.1%}"
-
-    return note
+    if target is None or np.ndim(target) != 1 or np.asarray(target).dtype.kind not in "iu":
+        return [""] * count, [""] * count
+    indices = [int(index) for index in np.asarray(target)]
+    names = [f"class {index}" if vit is None else vit.class_name(index) for index in indices]
+    if logits is None or np.ndim(logits) != 2:
+        return names, [""] * count
+    shares = softmax(np.asarray(logits, np.float64))
+    return names, [f"{shares[i, index]:.1%}" for i, index in enumerate(indices)]
 
 
 def _html(panel: Panel) -> str:
-    from tokentm_jax.cli.figure import data_url
-
     title, note = (html.escape(printable(text)) for text in (panel.title, panel.note))
     height, width = panel.picture.shape[:2]
     below = f'<br><span style="opacity:.7">{note}</span>' if note else "<br>&nbsp;"
@@ -250,13 +284,3 @@ def _html(panel: Panel) -> str:
         f'<img width="{width}" height="{height}" style="max-width:100%;height:auto" '
         f'alt="{title} {note}" src="{data_url(Image.fromarray(panel.picture), "PNG")}"></figure>'
     )
-
-
-def _cut(text: str, length: Callable[[str], float], room: float) -> str:
-    """The text, or as much of it as has room, with an ellipsis."""
-    text = printable(text)
-    if length(text) <= room:
-        return text
-    while text and length(text + "…") > room:
-        text = text[:-1]
-    return text + "…"

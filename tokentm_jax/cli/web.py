@@ -161,7 +161,7 @@ def explained(vit: "LoadedViT", content: bytes, method: str, target: int | None)
         raise InputError("the model gives no finite numbers for the photo")
     values, signed = shade(heatmap, seen.shape[:2])
     grey = ((values + 1) / 2 if signed else values) * 255
-    found = describe(vit, outputs, target)
+    found = describe(vit, outputs, [target])
     return {
         "method": method,
         "top5": found["top5"],

@@ -17,7 +17,7 @@ from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.data.sources import Source, batches, open_source
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import reason, require_ours, write_json, write_text
-from tokentm_jax.identity import claimed, describe_model, digest, environment, write_png
+from tokentm_jax.identity import claimed, describe_model, digest, environment, write_figure
 from tokentm_jax.maths.maps import to_pixels, unit
 from tokentm_jax.maths.mixed import in_precision
 from tokentm_jax.maths.scores import Question, Versus, question
@@ -377,7 +377,7 @@ def _evaluate(
     write_json(out / EXAMPLES, keys, KEPT, overwrite=True)  # a list has no mark, and the folder is claimed
     write_json(out / "results.json", results, KEPT, overwrite=overwrite)
     write_text(out / "results.md", markdown(results), KEPT, overwrite=overwrite)
-    write_png(draw(whole, clean, records, keys), out / "curves.png", KEPT, overwrite=overwrite)
+    write_figure(draw(whole, clean, records, keys), out / "curves.png", KEPT, overwrite=overwrite)
     return results
 
 

@@ -21,7 +21,7 @@ from typing_extensions import TypedDict
 from tokentm_jax.data.sources import Source
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.files import ours, read_json, require_ours, write_json, write_text
-from tokentm_jax.identity import claimed, describe_model, digest, environment, write_png
+from tokentm_jax.identity import claimed, describe_model, digest, environment, write_figure
 from tokentm_jax.methods.explain import compiled
 from tokentm_jax.methods.table import METHODS
 from tokentm_jax.metrics import tasks
@@ -177,7 +177,7 @@ def leaderboard(
         }
         write_json(out / RESULTS[0], found, KEPT, overwrite=overwrite)
         write_text(out / RESULTS[1], markdown(found), KEPT, overwrite=overwrite)
-        write_png(draw(found), out / RESULTS[2], KEPT, overwrite=overwrite)
+        write_figure(draw(found), out / RESULTS[2], KEPT, overwrite=overwrite)
     return found
 
 
