@@ -242,8 +242,8 @@ class _Layout(NamedTuple):
 
 def _layout(rows: Sequence[Sequence[Panel]], heading: str, widest: int) -> _Layout:
     cells, labelled = len(rows[0]), rows[0][0].signed is None
-    columns = cells if cells <= widest else widest - 1
-    lines = -(-cells // columns)
+    lines = -(-cells // widest)
+    columns = -(-cells // lines)
     sides = rows[0][0].picture.shape[:2]
     height, width = (max(1, round(side * SIDE / max(sides))) for side in sides)
     maps = [row[labelled:] for row in rows]

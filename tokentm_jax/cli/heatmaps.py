@@ -311,7 +311,8 @@ class Writer:
                 explained.append(Explained(column.method, column.asked.part, shown, names, values))
             photos = [Panel(shown, printable(path.name)) for path, shown in zip(paths, views, strict=True)]
             file = self.out / f"{self.sheet}.{kind}"
-            heading = self.vit.name if title is None else title
+            methods = {column.method for column in self.columns}
+            heading = " · ".join([self.vit.name, *(methods if len(methods) == 1 else ())]) if title is None else title
             write_figure(grid(arranged(photos, explained, look), heading, look), file)
             for result in results:
                 result["files"].insert(0, str(file))
