@@ -6,6 +6,8 @@ import warnings
 
 import numpy as np
 import pytest
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 from PIL import Image
 
 from tokentm_jax.cli.figure import (
@@ -21,6 +23,7 @@ from tokentm_jax.cli.figure import (
     shade,
 )
 from tokentm_jax.errors import InputError
+from tokentm_jax.files import ours
 from tokentm_jax.identity import write_figure
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
@@ -97,7 +100,7 @@ def test_files_have_the_format_of_their_name(tmp_path, kind):
         contents.append((tmp_path / f"a.{kind.upper()}").read_bytes())
     start, creator = FORMATS[kind]
     assert contents[0].startswith(start) and b"tokentm_jax " in creator(contents[0])
-    assert contents[0] == contents[1]
+    assert contents[0] == contents[1] and ours(tmp_path / f"a.{kind.upper()}")
     if kind == "svg":
         text = contents[0].decode()
         assert {name, "tokentm", "what $x$ is", "low", "high"} <= set(re.findall(r"<text[^>]*>([^<]*)</text>", text))
@@ -105,6 +108,17 @@ def test_files_have_the_format_of_their_name(tmp_path, kind):
     if kind == "pdf":
         assert b"/FontFile2" in contents[0] and b"/Type3" not in contents[0]  # TrueType: text can be edited
         assert b"/Width 128" in contents[0]
+
+
+def test_a_pdf_of_many_pictures_is_known(tmp_path):
+    """Its list of objects is behind the mark."""
+    figure = Figure()
+    for i in range(700):
+        figure.figimage(np.zeros((1, 1, 3), np.uint8), i, 0)
+    with rc_context({"image.composite_image": False}):
+        write_figure(figure, tmp_path / "a.pdf")
+    assert (tmp_path / "a.pdf").read_bytes().count(b"/Subtype /Image") > 600
+    assert ours(tmp_path / "a.pdf")
 
 
 @pytest.mark.parametrize("name", ["a", "a.gif", "a.ps", "thesis.png.txt", ".png"])
