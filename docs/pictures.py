@@ -1,7 +1,7 @@
 """Draw the pictures of docs/images. Those of the tutorial show the arrays of its own code.
 
     python docs/pictures.py                                # the tutorials'
-    python docs/pictures.py DEIT_TINY.safetensors          # and those of the README and the metrics, with DeiT-tiny
+    python docs/pictures.py DEIT_TINY.safetensors          # and those of README, metrics and figures, with DeiT-tiny
 
 They are committed, since the site is built without computing anything.
 """
@@ -165,6 +165,14 @@ def perturbation(checkpoint: str) -> None:
     save(figure, "perturbation.jpg")
 
 
+def grid_of_classes(checkpoint: str) -> None:
+    """The example of "Figures for papers": Egyptian cat and tabby, by three methods."""
+    vit = tm.load("deit_tiny_patch16_224", checkpoint)
+    figure = tm.show(PHOTO, vit, ["tokentm", "libra_gae", "attn_lrp"], [285, 281], side=448)
+    drawn = figure.image()
+    drawn.resize((1000, round(drawn.height * 1000 / drawn.width))).save(DOCS / "images" / "figure.jpg", quality=85)
+
+
 if __name__ == "__main__":
     tutorial()
     for given in sys.argv[1:]:
@@ -172,3 +180,4 @@ if __name__ == "__main__":
         model = ("--model", "deit_tiny_patch16_224", "--checkpoint", given)
         methods = ("--method", "tokentm,libra_tokentm,legrad,tokentm_mix")
         explained("espresso.jpg", DOCS.parent / "notebooks" / "coffee.jpg", *model, *methods)
+        grid_of_classes(given)

@@ -24,6 +24,7 @@ from tokentm_jax.cli.terminal import running
 from tokentm_jax.errors import InputError
 
 OF_OPTION = "Option of the method; repeatable."
+KINDS = click.Choice(["png", "pdf", "svg"])
 OF_COLOURS = "Of the maps: inferno, magma, viridis, cividis, turbo or grey."
 HEARS = "spoken_digits"  # the shipped model of recordings
 
@@ -46,9 +47,9 @@ def _shared(thing: str, model: str, checkpoint: str, *more: Any, target: Sequenc
         click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help=OF_OPTION),
         click.option("--batch-size", type=click.IntRange(1, 1024), default=8, show_default=True),
         class_names,
-        click.option("--format", "kind", type=click.Choice(["png", "pdf", "svg"]), default="png", show_default=True),
+        click.option("--format", "kind", type=KINDS, default="png", show_default=True, help="Format of pictures."),
         click.option("--title", help="Line above a picture; default: what it explains. Empty for none."),
-        click.option("--colours", default="inferno", show_default=True, help=OF_COLOURS),
+        click.option("--colours", metavar="NAME", default="inferno", show_default=True, help=OF_COLOURS),
         click.option("--squares", is_flag=True, help="Show each patch as a square, not smoothly."),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables."),
     ]
@@ -74,8 +75,8 @@ def explain(photos: tuple[str, ...], **given: Any) -> None:
 
     PHOTO is a file, a folder or a pattern. For each photo, <name>.png (photo, heatmap, both) and <name>.npz (the
     map and how it was made) go to the output folder. With several methods, classes or prompts, each batch of photos
-    gives one picture, a grid with a name for each row and column, and each photo <name>.<method>.<class>.npz, or the
-    number of the prompt, of which a name has what differs.
+    gives one picture, a grid with a name for each row and column, and each map has its own file: <name>.<method>.npz,
+    <name>.<class>.npz or <name>.<method>.<class>.npz, with the number of a prompt instead of a class.
 
     \b
     Examples:
