@@ -511,8 +511,27 @@ def test_explain_audio(recordings, tones, tmp_path):
         expected = tm.explain(vit, vit.read(tmp_path / "a.wav"), "gae", 1)[0]
         np.testing.assert_allclose(saved["map"], expected, rtol=1e-5, atol=1e-7)
         assert saved["target_name"] == "low"
-    with Image.open(tmp_path / "out/a.png") as picture:
-        assert picture.width > 800
+    squares = [
+        *arguments[:2],
+        *arguments[3:],
+        "--method",
+        "gae",
+        "--class",
+        "low",
+        "--squares",
+        "--out",
+        str(tmp_path / "s"),
+    ]
+    assert CliRunner().invoke(main, squares).exit_code == 0
+    pictures = []
+    for folder in ("out", "s"):
+        with Image.open(tmp_path / folder / "a.png") as picture:
+            assert picture.width > 800
+            pictures.append(np.asarray(picture.convert("L"), float))
+    assert (pictures[0] != pictures[1]).any()
+    assert np.corrcoef(pictures[0].ravel(), pictures[1].ravel())[0, 1] > 0.9  # the same way up
+    done = CliRunner().invoke(main, [*squares[:2], "--model", str(AST), "--squares"])
+    assert done.exit_code == 2 and "the patches of ast overlap: leave out --squares" in done.stderr
     for command, file, message in (
         ("explain", tmp_path / "a.wav", "takes recordings: use `tokentm explain-audio`"),
         ("explain-audio", Path(__file__).parent.parent / "notebooks/coffee.jpg", "is not a WAV file"),
