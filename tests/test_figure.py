@@ -206,6 +206,12 @@ def test_grids(tmp_path, photos, methods, questions):
         assert not any(a.overlaps(b) for b in boxes[i + 1 :])
 
 
+def test_a_long_grid_has_a_size_that_files_can_have():
+    row = [Panel(PHOTO, "a.png"), Panel(PHOTO, "tokentm", signed=False)]
+    figure = grid([row] * 3, dpi=2e4)
+    assert 50_000 < max(figure.get_size_inches()) * figure.dpi < 2**16
+
+
 def test_texts_do_not_overlap(tmp_path):
     maps = {name: [np.eye(4)] * 2 for name in ("transformer_attribution", "integrated_gradients", "conservative_lrp")}
     dogs = ["Staffordshire bullterrier, Staffordshire bull terrier", "cat"]

@@ -162,6 +162,13 @@ def test_what_is_refused(vit, path):
         ({"side": 0}, "side must be a whole number of pixels"),
         ({"target": ["each", 7]}, "out of range"),
         ({"target": "1,x"}, "class 'x'"),
+        ({"target": []}, "target is an empty list"),
+        ({"target": b"cat"}, "class"),
+        ({"target": [[1]]}, "class"),
+        ({"methods": []}, "no maps to show"),
+        ({"methods": None}, "unknown method 'None'"),
+        ({"methods": [5]}, "unknown method '5'"),
+        ({"maps": {}}, "no maps to show"),
     ):
         with pytest.raises(tm.InputError, match=message):
             tm.show(PHOTO, vit, **options)

@@ -216,6 +216,7 @@ def arranged(photos: Sequence[Panel], explained: Sequence[Explained], look: Look
     return rows
 
 
+_LONGEST = 60_000  # pixels: no file of a picture can have 2**16
 _GAP, _MARGIN, _HEADING, _LINE, _BARS = 11, 22, 36, 18, 62  # units: between pictures, around all, of lines, of scales
 
 
@@ -277,13 +278,14 @@ def grid(
       rows: panels, as many in each row, with pictures of one size.
       heading: a line above all.
       look: of the maps, for the scales.
-      dpi: dots per inch. With `SIDE / 2` a picture of `SIDE` pixels is drawn pixel by pixel.
+      dpi: dots per inch, fewer for a long grid. With `1 / UNIT` a picture of `SIDE` pixels is drawn pixel by pixel.
       widest: pictures in a line, at most.
     """
     plan = _layout(rows, heading, widest)
     height, width = plan.size
     total = _MARGIN + max(plan.left + plan.columns * (width + _GAP) - _GAP, _MARGIN + SIDE)
     tall = plan.top + len(rows) * plan.block + _BARS
+    dpi = min(dpi, _LONGEST / (max(total, tall) * UNIT))
     figure = Figure((total * UNIT, tall * UNIT), dpi=dpi, facecolor="white")
 
     def write(text: str, x: float, y: float, size: float = 9.5, **style: Any) -> None:

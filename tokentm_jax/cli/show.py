@@ -136,7 +136,7 @@ def show(
         >>> [panel.title for panel in figure.rows[0]]
         ['cat.jpg', 'cat', 'dog']
     """
-    look = look_of(colours, squares)
+    look, title = look_of(colours, squares), "" if title is None else str(title)
     if not isinstance(side, int) or not 16 <= side <= 4096:
         raise InputError(f"side must be a whole number of pixels from 16 to 4096, got {side!r:.80}")
     if maps is None and _is_explanation(what):
@@ -156,6 +156,8 @@ def show(
     else:
         given = dict(maps) if isinstance(maps, Mapping) else {"heatmap": maps}
         results = {(str(name), ""): result for name, result in given.items()}
+    if not results:
+        raise InputError("there are no maps to show: name a method")
     explained = []
     for (method, question), result in results.items():
         found, details = result if isinstance(result, tuple) else (result, {})
@@ -172,9 +174,11 @@ def _explained(vit: "LoadedViT", images: np.ndarray, methods: Any, target: Any) 
     from tokentm_jax.cli.heatmaps import classes_asked
     from tokentm_jax.methods.explain import explain
 
-    names = methods.split(",") if isinstance(methods, str) else methods
-    names = list(dict.fromkeys(name.strip() for name in names))
-    several = [target] if isinstance(target, str) or not isinstance(target, Sequence) else target
+    names = methods.split(",") if isinstance(methods, str) else methods if isinstance(methods, Sequence) else [methods]
+    names = list(dict.fromkeys(str(name).strip() for name in names))
+    several = [target] if isinstance(target, str | bytes) or not isinstance(target, Sequence) else target
+    if not several:
+        raise InputError("target is an empty list: name a class, or leave it out for the predicted one")
     asked = classes_asked(vit, [] if target is None else several)
     ranked = any(one.rank for one in asked)
     outputs = np.asarray(vit.logits(images)) if ranked else np.zeros((len(images), 1))
