@@ -233,7 +233,7 @@ _CARRIERS = {  # first bytes of a file -> where its mark is, in its first or las
     b"<!doctype html": rb'<meta name="generator" content="' + _GENERATOR + rb'">',
     b"#": rb"<!-- " + _GENERATOR + rb" -->\s*\Z",  # Markdown
 }
-_LOOKED_AT = 2**16  # bytes at the start and at the end; the list of the objects of a PDF is behind its mark
+_LOOKED_AT = 65536  # bytes at the start and at the end, where a PDF has its mark before the table of its objects
 
 
 def generator(question: str = "") -> str:

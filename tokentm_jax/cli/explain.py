@@ -75,8 +75,8 @@ def explain(photos: tuple[str, ...], **given: Any) -> None:
 
     PHOTO is a file, a folder or a pattern. For each photo, <name>.png (photo, heatmap, both) and <name>.npz (the
     map and how it was made) go to the output folder. With several methods, classes or prompts, each batch of photos
-    gives one picture, a grid with a name for each row and column, and each map has its own file: <name>.<method>.npz,
-    <name>.<class>.npz or <name>.<method>.<class>.npz, with the number of a prompt instead of a class.
+    gives one picture, a grid with a name for each row and column, and each photo <name>.<method>.<class>.npz, or the
+    number of the prompt, of which a name has what differs.
 
     \b
     Examples:
