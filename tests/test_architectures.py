@@ -11,7 +11,15 @@ from conftest import mostly_slow
 
 from tokentm_jax.data.preprocessing import IMAGENET, Preprocessing
 from tokentm_jax.errors import InputError
-from tokentm_jax.models.architectures import ARCHITECTURES, architecture, build, config_of, parameter_count
+from tokentm_jax.models.architectures import (
+    ARCHITECTURES,
+    architecture,
+    build,
+    config_of,
+    parameter_count,
+    repository_of,
+    tags_of,
+)
 
 TIMM = json.loads((Path(__file__).parent / "goldens/architectures.json").read_text())
 
@@ -56,11 +64,28 @@ def test_tag_changes_the_preprocessing(name):
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 def test_preprocessing_is_timms(name):
-    for tag, (height, crop_pct, interpolation, mean, std) in TIMM[name]["tags"].items():
+    for tag, (height, crop_pct, interpolation, mean, std, crop_mode, _) in TIMM[name]["tags"].items():
         ours = architecture(f"{name}.{tag}")[1]
         assert (ours.size, ours.interpolation) == ((height, height), interpolation), tag
         assert (list(ours.mean), list(ours.std)) == (mean, std), tag
-        assert ours.crop_pct == crop_pct, tag
+        assert (ours.crop_pct, ours.crop_mode) == (crop_pct, crop_mode), tag
+    if tags_of(name):
+        assert architecture(name)[1] == architecture(f"{name}.{next(iter(TIMM[name]['tags']))}")[1]
+
+
+def test_repositories_of_weights_are_timms():
+    """Of every tag, and which one a name without tag means; what is on no hub is refused."""
+    for name, found in TIMM.items():
+        places = {tag: fields[-1] for tag, fields in found["tags"].items() if fields[-1]}
+        assert tags_of(name) == list(places)
+        for tag, place in places.items():
+            assert repository_of(f"{name}.{tag}") == (f"{name}.{tag}", place)
+        if places:
+            assert repository_of(name) == (f"{name}.{next(iter(places))}", next(iter(places.values())))
+    with pytest.raises(InputError, match="no weights of 'vit_large_patch14_224' on the hub"):
+        repository_of("vit_large_patch14_224")
+    with pytest.raises(InputError, match="unknown weights 'dinov' of vit_base_patch16_224; did you mean 'dino'"):
+        repository_of("vit_base_patch16_224.dinov")
 
 
 def test_overrides_reach_the_preprocessing():

@@ -1,12 +1,15 @@
 """Make the files of this folder with timm, the reference for what a model computes.
 
-    python tests/goldens/make_timm_goldens.py    (torch 2.13.0, timm 1.0.31; the project itself is not needed)
+    python tests/goldens/make_timm_goldens.py          (torch 2.13.0, timm 1.0.31; the project itself is not needed)
+    python tests/goldens/make_timm_goldens.py table    only architectures.json and the package's list of weights
 
 architectures.json    per table name: parameter count with 1000 classes, and [height, crop_pct, interpolation, mean,
-                      std] of every set of weights that timm knows under it (by tag)
+                      std, crop_mode, repository on the hub or null] of every set of weights that timm knows under it
+                      (by tag; the default one is the first)
 KIND.safetensors      random weights of a tiny model of each kind
 google.npz            random weights in the layout of Google's ViT releases
 big_vision.npz        random weights of an attention-pooled model in the layout of big_vision, blocks stacked
+tokentm_jax/models/timm_tags.json    per table name the tags of weights that are on the hub
 timm_logits.npz       KIND/images [2, H, W, 3] normalised, KIND/logits [2, 5]; KIND@HxW: the same weights at
                       another resolution, positions resampled by timm
 """
@@ -219,19 +222,34 @@ def main() -> None:
     kinds = {k: {**TINY, **v} for k, v in {**KINDS, **LATER}.items()}
     (HERE / "kinds.json").write_text(json.dumps(kinds, indent=1) + "\n")
 
-    lines = []
-    for name in sys.argv[1:] or json.loads((HERE / "architectures.json").read_text()):
+
+def repository(name: str, tag: str, hub_id: str | None) -> str | None:
+    """Where timm downloads these weights from: an identifier that ends with "/" stands for its own name there."""
+    return f"{hub_id}{name}.{tag}" if hub_id and hub_id.endswith("/") else hub_id or None
+
+
+def table() -> None:
+    """What timm knows of every name of the table."""
+    lines, listed = [], {}
+    for name in json.loads((HERE / "architectures.json").read_text()):
         with torch.device("meta"):
             model = timm.create_model(name, num_classes=1000)
         count = sum(p.numel() for p in model.parameters())
-        module = next(module for module in (deit, vision_transformer, eva) if name in module.default_cfgs)
+        known = next(module for module in (deit, vision_transformer, eva) if name in module.default_cfgs)
+        weights = known.default_cfgs[name]
+        assert weights.tags[0] == weights.default_with_tag[0]
         tags = {
-            tag: [cfg.input_size[1], cfg.crop_pct, cfg.interpolation, list(cfg.mean), list(cfg.std)]
-            for tag, cfg in module.default_cfgs[name].cfgs.items()
-        }
+            str(tag): [cfg.input_size[1], cfg.crop_pct, cfg.interpolation, list(cfg.mean), list(cfg.std),
+                       cfg.crop_mode, repository(name, tag, cfg.hf_hub_id)]
+            for tag, cfg in ((tag, weights.cfgs[tag]) for tag in weights.tags)
+        }  # fmt: skip
         lines.append(f"{json.dumps(name)}: {json.dumps({'parameters': count, 'tags': tags})}")
+        listed[name] = [tag for tag, fields in tags.items() if fields[-1]]
     (HERE / "architectures.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
-
+    rows = [f"{json.dumps(name)}: {json.dumps(tags)}" for name, tags in listed.items()]
+    (HERE.parents[1] / "tokentm_jax/models/timm_tags.json").write_text("{\n" + ",\n".join(rows) + "\n}\n")
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] != ["table"]:
+        main()
+    table()

@@ -6,7 +6,9 @@ module = build(config, num_classes=10)
 
 import dataclasses
 import fnmatch
+import functools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from annotated_types import Ge, Le
 
 from tokentm_jax.data.preprocessing import CLIP, HALF, IMAGENET, Preprocessing, Statistics
 from tokentm_jax.errors import InputError, suggest
+from tokentm_jax.files import read_json
 from tokentm_jax.models.vit import ViT
 from tokentm_jax.validation import checked
 
@@ -263,8 +266,8 @@ ARCHITECTURES: dict[str, tuple[Config, Preprocessing]] = {
     "vit_intern300m_patch14_448": _row("large", 14, 448, 1.0, IMAGENET, {"init_values": 0.1, "final_norm": False}),
 }
 
-# Weights whose preprocessing is not that of their architecture's row: pattern of "name.tag" -> fields; the last
-# that matches wins.
+# Weights whose preprocessing is not that of their architecture's row: pattern of "name.tag" -> fields; of two that
+# match and set the same field, the last wins.
 TAGS: dict[str, dict[str, Any]] = {
     "vit_*.dino": {**IMAGENET},
     "vit_*.mae": {**IMAGENET},
@@ -280,9 +283,18 @@ TAGS: dict[str, dict[str, Any]] = {
     "vit_base_patch16_clip*_224.openai*": {"crop_pct": 0.9},
     "vit_base_patch16_clip_224.*_ft_in12k": {"crop_pct": 0.9},
     "vit_base_patch16_clip_224.*_ft_in12k_in1k": {"crop_pct": 0.95},
-    "vit_base_patch*_clip_384.openai_ft_in12k_in1k": {"crop_pct": 0.95},
+    "vit_base_patch*_clip_384.openai_ft_in12k_in1k": {"crop_pct": 0.95, "crop_mode": "squash"},
     "vit_base_patch32_clip*_224.datacompxl": {"crop_pct": 1.0},
     "vit_base_patch32_clip*_224.metaclip_*": {"crop_pct": 1.0},
+    **dict.fromkeys(
+        (
+            "vit_medium_patch16_gap_384.*", "vit_so150m2_patch16_reg1_gap_448.*", "vit_so400m_*_378.webli_ft_in1k",
+            "eva_large_patch14_336.*", "eva_giant_patch14_336.*", "eva_giant_patch14_560.*",
+            "vit_base_patch16_clip_384.*", "vit_large_patch14_clip_336.*_in1k", "vit_huge_patch14_clip_336.*",
+            "*_clip_378.metaclip2_worldwide", "eva02_*_448.*_ft_in22k*", "vit_*_lingbot.*",
+        ),
+        {"crop_mode": "squash"},
+    ),
 }
 # fmt: on
 LARGEST = {
@@ -342,18 +354,51 @@ ONLY: dict[str, Any] = {
 }
 
 
+@functools.cache
+def _tags() -> dict[str, list[str]]:
+    tags: dict[str, list[str]] = read_json(Path(__file__).with_name("timm_tags.json"))
+    return tags
+
+
+def tags_of(base: str) -> list[str]:
+    """The tags of timm's weights on the hub of a name of the table; the default one is the first.
+
+    Made by `tests/goldens/make_timm_goldens.py`, from timm itself.
+    """
+    return _tags()[base]
+
+
+def repository_of(name: str) -> tuple[str, str]:
+    """("deit_tiny_patch16_224.fb_in1k", its repository on the hub), for a name of the table with or without tag.
+
+    Raises InputError for a tag that timm does not know, and for a name without weights on the hub.
+    """
+    base, _, tag = name.partition(".")
+    tags = tags_of(base)
+    if not tags:
+        raise InputError(f"timm offers no weights of {base!r} on the hub: give a checkpoint")
+    if tag and tag not in tags:
+        raise suggest("weights", tag, tags, of=base)
+    name = f"{base}.{tag or tags[0]}"
+    # Two models that differ in the activation share a file's name; one family is not uploaded by timm.
+    owner = "belfner" if base.endswith("_lingbot") else "timm"
+    return name, f"{owner}/{name.replace('_quickgelu', '')}"
+
+
 def architecture(name: str, **overrides: Any) -> tuple[Config, Preprocessing]:
     """Configuration and preprocessing of a timm name, with or without tag ("vit_base_patch16_224.dino").
 
-    `overrides` replace entries of the configuration; the preprocessing follows `img_size`.
+    Without a tag, the preprocessing is that of timm's default weights, as with `timm.create_model`. `overrides`
+    replace entries of the configuration; the preprocessing follows `img_size`.
     Raises InputError, with the nearest known name, when the table lacks `name`.
     """
     base, _, tag = str(name).partition(".")
     if base not in ARCHITECTURES:
         raise suggest("model", base, ARCHITECTURES)
     config, preprocessing = ARCHITECTURES[base]
+    tag = tag or next(iter(tags_of(base)), "")
     for pattern, fields in TAGS.items():
-        if tag and fnmatch.fnmatchcase(f"{base}.{tag}", pattern):
+        if fnmatch.fnmatchcase(f"{base}.{tag}", pattern):
             preprocessing = dataclasses.replace(preprocessing, **fields)
     config = config | overrides
     if "img_size" in overrides:
