@@ -98,3 +98,27 @@ def tiny_vit(depth):
     module = build(dict(img_size=[16, 24], patch_size=8, embed_dim=16, depth=depth, num_heads=2, num_classes=5))
     params = jax.tree.map(lambda a: a * 8 if a.ndim > 2 else a, init_params(module, jax.random.key(0)))
     return LoadedViT(module, params, Preprocessing((16, 24), 1.0, "bilinear", **HALF), None, "tiny")
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hugging Face Hub on the loopback (`hub.Hub`), which serves the folder `hub.folder` to the real client."""
+    client = pytest.importorskip("huggingface_hub")
+    from hub import Hub
+
+    folder, cache = tmp_path / "served", tmp_path / "cache"
+    folder.mkdir()
+    server = Hub(folder)
+    for name, value in {
+        "ENDPOINT": server.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(cache),
+        "HF_HUB_OFFLINE": False,
+    }.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # between its attempts
+    yield server
+    server.stop()
+    client.close_session()

@@ -1,5 +1,6 @@
 """Weights read from every layout agree with timm; damaged and hostile files end in one sentence."""
 
+import argparse
 import contextlib
 import io
 import json
@@ -522,6 +523,44 @@ def test_torch_files(wrap, legacy, plain, tmp_path):
     path.write_bytes(path.read_bytes()[:-3000])
     with pytest.raises(InputError, match=r"model\.pth"):
         read_checkpoint(plain[0], path)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "backbone.", "_orig_mod.module."])
+def test_wrappers_of_training_code_are_left_out(prefix, plain, tmp_path):
+    """Of all names or, as with a head of the own beside a backbone, of some; but not where two become one."""
+    tensors = to_timm(plain[1])
+    for some in (lambda name: True, lambda name: not name.startswith("head.")):
+        wrapped = {prefix + name if some(name) else name: tensor for name, tensor in tensors.items()}
+        assert equal(read_checkpoint(plain[0], save(tmp_path / "model.safetensors", wrapped)), plain[1])
+    wrapped["norm.bias"] = tensors["norm.bias"] + 1
+    with pytest.raises(InputError, match=r"model\.safetensors holds 'norm\.bias' twice, as '.*norm\.bias' and as '"):
+        read_checkpoint(plain[0], save(tmp_path / "model.safetensors", wrapped))
+
+
+def test_a_checkpoint_of_timms_training_script(plain, tmp_path):
+    """Its arguments are a Namespace; with averaged weights beside the last ones, these are taken, as timm does."""
+    torch = pytest.importorskip("torch")
+    tensors = {name: torch.from_numpy(t) for name, t in to_timm(plain[1]).items()}
+    other = {name: t + 1 for name, t in tensors.items()}
+    args = argparse.Namespace(model="vit_tiny_patch16_224", lr=0.1, data=["a"], nested=argparse.Namespace(x=None))
+    made = {"epoch": 3, "arch": "vit", "optimizer": {"state": {}}, "version": 2, "args": args, "metric": 71.5}
+    path = tmp_path / "last.pth.tar"
+    for held in ({"state_dict": other, "state_dict_ema": tensors}, {"state_dict": tensors}, {"model": tensors}):
+        torch.save({**made, **held}, path)
+        assert equal(read_checkpoint(plain[0], path), plain[1])
+    args.model = Malicious(tmp_path / "ran")
+    torch.save({**made, "state_dict": tensors}, path)
+    with pytest.raises(InputError, match="refused as unsafe"):
+        read_checkpoint(plain[0], path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_torch_file_with_a_name_and_the_same_in_a_wrapper(plain, tmp_path):
+    torch = pytest.importorskip("torch")
+    tensors = {name: torch.from_numpy(t) for name, t in to_timm(plain[1]).items()}
+    torch.save({**tensors, "module.head.bias": tensors["head.bias"] + 1}, tmp_path / "model.pth")
+    with pytest.raises(InputError, match=r"holds 'head\.bias' twice, as 'head\.bias' and as 'module\.head\.bias'"):
+        read_checkpoint(plain[0], tmp_path / "model.pth")
 
 
 def test_malicious_torch_file_runs_nothing(plain, tmp_path):

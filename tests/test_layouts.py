@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from conftest import mostly_slow
+from hub import COMMIT
 
 import tokentm_jax as tm
 from tokentm_jax.models import layouts
@@ -18,6 +21,7 @@ from tokentm_jax.models.checkpoint import to_timm
 
 GOLDENS = Path(__file__).parent / "goldens/layouts"
 ANSWERS = dict(np.load(GOLDENS / "answers.npz"))
+RESIZED = dict(np.load(GOLDENS / "resized.npz"))
 PROMPTS = json.loads((GOLDENS / "prompts.json").read_text())
 NAMES = sorted(path.name for path in GOLDENS.iterdir() if path.is_dir())
 WITH_TEXT = ("clip", "open_clip", "siglip")
@@ -37,6 +41,17 @@ def test_outputs_are_those_of_the_library(name):
     assert (vit.text is not None) == (name in WITH_TEXT) and vit.name == name
     labelled = name in ("vit", "deit", "deit_teacher", "dinov2", "ast")
     assert vit.class_names == (tuple(f"label {i}" for i in range(5)) if labelled else None)
+
+
+@pytest.mark.parametrize(
+    "case", mostly_slow(sorted({key.partition("/")[0] for key in RESIZED}), ["vit@24x16", "dinov2_registers@8x12"])
+)
+def test_another_size_is_resampled_as_the_library_does_it(case):
+    name, _, size = case.partition("@")
+    vit = tm.load(str(GOLDENS / name), img_size=tuple(map(int, size.split("x"))))
+    outputs = jax.jit(lambda p, x: vit.module.apply({"params": p}, x))(vit.params, RESIZED[f"{case}/images"])
+    outputs = unit(outputs) if name in WITH_TEXT else np.asarray(outputs)
+    np.testing.assert_allclose(outputs, RESIZED[f"{case}/outputs"], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", mostly_slow(WITH_TEXT, ["clip"]))
@@ -71,7 +86,7 @@ def test_preprocessing_is_that_of_the_folder():
     ("name", "fields", "expected"),
     [
         ("clip", {"size": 18, "crop_size": 16}, (16 / 18, "center")),  # of CLIP a number is the short side's
-        ("dinov2", {"size": 20, "do_center_crop": True, "crop_size": {"height": 15, "width": 15}}, (0.75, "center")),
+        ("dinov2", {"size": 16, "do_center_crop": True, "crop_size": {"height": 12, "width": 12}}, (0.75, "center")),
         ("vit", {"size": 16}, (1.0, "squash")),
         ("vit", {"size": [16, 16]}, (1.0, "squash")),
     ],
@@ -351,24 +366,6 @@ def test_the_pool_that_reads_both(folder):
 # ---- timm's folders, and the hub ------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A stand-in for the hub: (folder that it serves, files asked for)."""
-    huggingface_hub = pytest.importorskip("huggingface_hub")
-    from huggingface_hub.errors import EntryNotFoundError
-
-    asked = []
-
-    def fetch(repository, file, revision=None):
-        asked.append((repository, file, revision))
-        if not (tmp_path / file).exists():
-            raise EntryNotFoundError("404 not found")
-        return str(tmp_path / file)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
-    return tmp_path, asked
-
-
 def card(**changes):
     pretrained = {"tag": "fb_in1k", "input_size": [3, 8, 8], "crop_pct": 0.875, "mean": [0.1, 0.2, 0.3]}
     arguments = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 1}
@@ -382,12 +379,14 @@ def tiny_weights(path, **options):
 
 
 def test_a_timm_model_of_the_hub(hub):
-    folder, asked = hub
+    folder = hub.folder
     (folder / "config.json").write_text(json.dumps(card(label_names=["a", "b", "c"])))
     tiny_weights(folder / "model.safetensors")
     vit = tm.load("hf-hub:timm/some_vit@abc")
-    assert {(repository, revision) for repository, _, revision in asked} == {("timm/some_vit", "abc")}
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file for _, file, _ in asked}
+    assert {(repository, revision) for repository, revision, _ in hub.asked} == {
+        ("timm/some_vit", "abc"), ("timm/some_vit", COMMIT)
+    }  # fmt: skip
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file for *_, file in hub.asked}
     assert (vit.class_names, vit.module.num_classes, vit.name) == (("a", "b", "c"), 3, "timm/some_vit@abc")
     assert (vit.preprocessing.crop_pct, vit.preprocessing.mean) == (0.875, (0.1, 0.2, 0.3))
     with pytest.raises(tm.InputError, match="leave out the checkpoint"):
@@ -398,23 +397,26 @@ def test_a_timm_model_of_the_hub(hub):
 
 
 def test_a_model_of_the_hub_in_shards(hub):
-    folder, asked = hub
+    folder = hub.folder
     shutil.copytree(GOLDENS / "vit", folder, dirs_exist_ok=True)
     (folder / "model.safetensors").rename(folder / "part-1.safetensors")
     (folder / layouts.INDEX).write_text(json.dumps({"weight_map": {"x": "part-1.safetensors"}}))
     assert tm.load("hf-hub:google/vit").class_names is not None
-    assert "part-1.safetensors" in [file for _, file, _ in asked]
+    assert "part-1.safetensors" in [file for *_, file in hub.asked]
 
 
 def test_the_hub_fails_with_a_sentence(hub):
-    folder, _ = hub
-    with pytest.raises(tm.InputError, match=r"config\.json of hf-hub:timm/x could not be downloaded \(404"):
+    folder = hub.folder
+    with pytest.raises(tm.InputError, match=r"config\.json of hf-hub:timm/x could not be downloaded \(the repository"):
         tm.load("hf-hub:timm/x")
     (folder / "config.json").write_text("{}")
     with pytest.raises(tm.InputError, match=r"model\.safetensors or .* of hf-hub:timm/x could not be downloaded"):
         tm.load("hf-hub:timm/x")
-    (folder / "model.safetensors").write_bytes(b"weights")
-    for content, words in [
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
         ("[]", "must be an object"),
         ("{", "is not valid JSON"),
         ("[" * 10**5, "is not valid JSON"),
@@ -424,7 +426,89 @@ def test_the_hub_fails_with_a_sentence(hub):
         (json.dumps(card(num_classes=-1)), "num_classes"),
         (json.dumps(card(model_args={}, pretrained_cfg={"input_size": 3})), "is not a timm model's"),
         (json.dumps(card(pretrained_cfg={"std": [0, 0, 0]})), "'std'"),
-    ]:
-        (folder / "config.json").write_text(content)
+        (json.dumps(card(pretrained_cfg={"crop_mode": "border"})), "unknown crop_mode 'border'"),
+    ],
+)
+def test_a_wrong_card_is_one_sentence(tmp_path, content, words):
+    (tmp_path / "config.json").write_text(content)
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(tm.InputError, match=words):
+        tm.load(str(tmp_path))
+
+
+def test_a_model_of_the_cache_needs_no_network(hub, capfd, monkeypatch):
+    """What the hub lacks is known there, too; the client's attempts are not shown, and not repeated."""
+    (hub.folder / "config.json").write_text(json.dumps(card()))
+    tiny_weights(hub.folder / "model.safetensors")
+    first = tm.load("hf-hub:timm/some_vit")
+    hub.stop()
+    again = tm.load("hf-hub:timm/some_vit")
+    jax.tree.map(np.testing.assert_array_equal, first.params, again.params)
+    capfd.readouterr()
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: pytest.fail("waited for another attempt"))
+    with pytest.raises(tm.InputError, match=r"of hf-hub:timm/other could not be downloaded \(.*refused\)$"):
+        tm.load("hf-hub:timm/other")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "modules.json", "1_Pooling/config.json", "model.safetensors"])
+def test_a_network_that_drops_is_one_sentence(hub, capfd, file):
+    """At a file that a model can do without, too: without it, another model would be loaded."""
+    shutil.copytree(GOLDENS.parent / "texts/bert_encoder", hub.folder, dirs_exist_ok=True)
+    (hub.folder / "modules.json").write_text("[]")
+    (hub.folder / "1_Pooling").mkdir()
+    (hub.folder / "1_Pooling/config.json").write_text('{"pooling_mode": "cls"}')
+    hub.silent.add(file)
+    with pytest.raises(tm.InputError, match=f"^{file} of hf-hub:a/b could not be downloaded"):
+        tm.load_text("hf-hub:a/b")
+    assert capfd.readouterr() == ("", "")
+    hub.silent.clear()
+    assert tm.load_text("hf-hub:a/b").module.pool == "token"
+
+
+def test_the_pooling_of_the_hub_is_where_its_modules_say(hub):
+    shutil.copytree(GOLDENS.parent / "texts/bert_encoder", hub.folder, dirs_exist_ok=True)
+    modules = [{"type": "a.Transformer", "path": ""}, {"type": "a.Pooling", "path": "2_Pooling"}]
+    (hub.folder / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(tm.InputError, match=r"lacks 2_Pooling/config\.json"):
+        tm.load_text("hf-hub:a/b")
+    (hub.folder / "2_Pooling").mkdir()
+    (hub.folder / "2_Pooling/config.json").write_text('{"pooling_mode_cls_token": true}')
+    assert tm.load_text("hf-hub:a/c").module.pool == "token"
+
+
+def test_a_silent_network_is_not_waited_for(hub, monkeypatch):
+    """A firewall that drops packets, and a name server that answers nothing, end no request."""
+    monkeypatch.setattr("tokentm_jax.models.hub.PATIENCE", 0.1)
+    done = threading.Event()
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *_, **__: done.wait(60))
+    with pytest.raises(tm.InputError, match=r"config\.json of hf-hub:a/b .* \(no answer within 0\.2 seconds\)"):
+        tm.load("hf-hub:a/b")
+    done.set()
+
+
+def test_a_name_is_enough(hub, shared):
+    """timm's default weights come from the hub, their names from the package."""
+    (hub.folder / "model.safetensors").symlink_to(shared / "data/deit_tiny_patch16_224.safetensors")
+    vit = tm.load("deit_tiny_patch16_224")
+    assert hub.asked[-1] == ("timm/deit_tiny_patch16_224.fb_in1k", "main", "model.safetensors")
+    assert (vit.name, vit.module.num_classes) == ("deit_tiny_patch16_224.fb_in1k", 1000)
+    assert vit.class_index("tabby") == vit.class_index("n02123045") == 281 and vit.class_name(149) == "dugong"
+    assert vit.preprocessing == tm.ARCHITECTURES["deit_tiny_patch16_224"][1]
+
+
+def test_a_name_without_weights_is_one_sentence(hub, monkeypatch):
+    for name, words in (
+        ("vit_base_patch16_plus_240", "offers no weights of 'vit_base_patch16_plus_240' on the hub"),
+        ("deit_tiny_patch16_224.fb_in2k", "did you mean 'fb_in1k'"),
+        ("deit_tiny_patch16_224", r"model\.safetensors of deit_tiny_patch16_224\.fb_in1k could not be downloaded"),
+    ):
         with pytest.raises(tm.InputError, match=words):
-            tm.load("hf-hub:timm/x")
+            tm.load(name)
+    hub.stop()
+    with pytest.raises(tm.InputError, match=r"could not be downloaded \(.*refused\)"):
+        tm.load("deit_small_patch16_224")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    for name in ("deit_tiny_patch16_224", "hf-hub:a/b"):
+        with pytest.raises(tm.InputError, match=rf"^{name} needs .*tokentm_jax\[hub\]"):
+            tm.load(name)

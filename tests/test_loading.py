@@ -203,10 +203,38 @@ def test_shipped_models(tiny, tmp_path, monkeypatch):
     assert load().name == load("cifar10_distilled").name == "cifar10_distilled"
     with pytest.raises(InputError, match="did you mean 'cifar10_distilled'"):
         load("cifar_distilled")
-    with pytest.raises(InputError, match="needs a checkpoint, or hf-hub:timm/deit_tiny_patch16_224"):
-        load("deit_tiny_patch16_224")
     with pytest.raises(InputError, match="needs a checkpoint"):
         load(OPTIONS)
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+def test_an_empty_name_is_refused(name, described):
+    """On the command line, too: `tests/test_cli.py`."""
+    for checkpoint in (None, described):
+        with pytest.raises(InputError, match="the model must be a name or options"):
+            load(name, checkpoint)
+
+
+def test_weights_that_do_not_fit_are_answered_with_a_name(shared, tmp_path):
+    file = shared / "data/deit_tiny_patch16_224.safetensors"
+    options = {"embed_dim": 192, "depth": 11, "num_heads": 3}
+    for model in (None, "deit_tiny_distilled_patch16_224", "deit_small_patch16_224", options):
+        with pytest.raises(InputError, match="; width 192, depth 12: vit_tiny_patch16_224 or deit_tiny_patch16_224[?]$"):
+            load(model, file)
+    tensors = safetensors.numpy.load_file(file)
+    del tensors["norm.bias"]  # here another name does not help
+    safetensors.numpy.save_file(tensors, tmp_path / "cut.safetensors")
+    with pytest.raises(InputError, match=r"\(missing: norm\.bias\)$"):
+        load("deit_tiny_patch16_224", tmp_path / "cut.safetensors")
+
+
+def test_thousand_classes_of_timm_have_names(shared, tmp_path):
+    """Those of ImageNet-1k, which the package has; not with options, whose classes may be any thousand."""
+    (tmp_path / "weights.safetensors").symlink_to(shared / "data/deit_tiny_patch16_224.safetensors")
+    vit = load("deit_tiny_patch16_224", tmp_path / "weights.safetensors")
+    assert (vit.class_index("dugong"), vit.class_index("n02123045"), vit.class_name(0)) == (149, 281, "tench")
+    options = {"embed_dim": 192, "depth": 12, "num_heads": 3}
+    assert load(options, tmp_path / "weights.safetensors").class_names is None
 
 
 def test_checkpoint_without_classifier(tiny, tmp_path):

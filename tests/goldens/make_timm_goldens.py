@@ -249,6 +249,7 @@ def table() -> None:
     rows = [f"{json.dumps(name)}: {json.dumps(tags)}" for name, tags in listed.items()]
     (HERE.parents[1] / "tokentm_jax/models/timm_tags.json").write_text("{\n" + ",\n".join(rows) + "\n}\n")
 
+
 if __name__ == "__main__":
     if sys.argv[1:] != ["table"]:
         main()

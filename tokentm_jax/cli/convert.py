@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from tokentm_jax.cli.options import MODELS_HELP, PATH, class_names, may_overwrite, start_jax
+from tokentm_jax.cli.options import MODELS_HELP, PATH, TEXT, class_names, may_overwrite, start_jax
 from tokentm_jax.errors import printable
 from tokentm_jax.files import require_ours
 
@@ -12,7 +12,7 @@ from tokentm_jax.files import require_ours
 @click.command()
 @click.argument("checkpoint", type=PATH)
 @click.argument("out", type=PATH)
-@click.option("--model", help=MODELS_HELP)
+@click.option("--model", type=TEXT, help=MODELS_HELP)
 @click.option("--img-size", type=click.IntRange(1), help="Another resolution; position embeddings are resampled.")
 @click.option("--half", is_flag=True, help="Store numbers of 16 bits, for a file of half the size.")
 @class_names

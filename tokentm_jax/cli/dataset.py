@@ -15,7 +15,7 @@ from tokentm_jax.errors import InputError
 @click.option(
     "--out", type=TEXT, required=True, metavar="STORE", help="Folder, or a URL that TensorStore knows (gs://, s3://)."
 )
-@click.option("--model", help=MODELS_HELP)
+@click.option("--model", type=TEXT, help=MODELS_HELP)
 @click.option("--checkpoint", type=PATH, help="Weights; default: the shipped model.")
 @click.option("--img-size", type=click.IntRange(1), help="Another resolution; position embeddings are resampled.")
 @click.option("--methods", default="tokentm", show_default=True, help="One or several, as a,b,c.")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("recipe", type=PATH, metavar="CONFIG.py")
-@click.option("--model", help=MODELS_HELP)
+@click.option("--model", type=TEXT, help=MODELS_HELP)
 @click.option("--checkpoint", type=PATH, help="Weights, in place of the recipe's.")
 @click.option("--data", type=TEXT, help="Folder, zip, .mat file or tfds:NAME:SPLIT, in place of the recipe's.")
 @click.option("--methods", help="Rows of the recipe or other methods, as a,b,c.")

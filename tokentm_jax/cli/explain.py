@@ -19,7 +19,16 @@ from tokentm_jax.cli.heatmaps import (
     prompts_asked,
     sheet_names,
 )
-from tokentm_jax.cli.options import MODELS_HELP, PATH, class_names, make_folder, methods_of, parse_options, start_jax
+from tokentm_jax.cli.options import (
+    MODELS_HELP,
+    PATH,
+    TEXT,
+    class_names,
+    make_folder,
+    methods_of,
+    parse_options,
+    start_jax,
+)
 from tokentm_jax.cli.terminal import running
 from tokentm_jax.errors import InputError
 
@@ -37,7 +46,7 @@ def _shared(thing: str, model: str, checkpoint: str, *more: Any, target: Sequenc
     )
     of_method = "A method, several as a,b,c, or 'all'."
     options = [
-        click.option("--model", help=model),
+        click.option("--model", type=TEXT, help=model),
         click.option("--checkpoint", type=PATH, help=checkpoint),
         click.option("--method", default="tokentm", show_default=True, help=of_method),
         click.option(*target, "targets", multiple=True, metavar="CLASS", help=of_target),
@@ -65,7 +74,7 @@ def _shared(thing: str, model: str, checkpoint: str, *more: Any, target: Sequenc
 @_shared(
     "photo",
     MODELS_HELP,
-    "Weights; default: the shipped model.",
+    "Weights; default: the shipped model's, or timm's of a timm name, from the Hugging Face Hub.",
     click.option(
         "--text", "prompts", multiple=True, metavar="PROMPT", help="Explain a prompt, with CLIP or SigLIP; repeatable."
     ),
@@ -81,7 +90,7 @@ def explain(photos: tuple[str, ...], **given: Any) -> None:
     \b
     Examples:
       tokentm explain cat.jpg
-      tokentm explain photos/ --model deit_tiny_patch16_224 --checkpoint deit_tiny.safetensors
+      tokentm explain photos/ --model deit_tiny_patch16_224
       tokentm explain cat.jpg --method tokentm,rollout,gae --target "tabby cat"
       tokentm explain cat.jpg dog.jpg --target cat,dog --format pdf --squares
       tokentm explain cat.jpg --versus dog

@@ -26,7 +26,7 @@ METHODS_SHOWN = ("tokentm", "gae", "attn_lrp", "legrad", "transformer_attributio
 @click.command()
 @click.argument("what", nargs=-1, required=True, metavar="PHOTO...|RUN|STORE")
 @click.option("--out", type=PATH, default="report.html", show_default=True, help="The page.")
-@click.option("--model", help=f"{MODELS_HELP[:-1]}, or the run's.")
+@click.option("--model", type=TEXT, help=f"{MODELS_HELP[:-1]}, or the run's.")
 @click.option("--checkpoint", type=PATH, help="Weights; default: the shipped model, or the run's.")
 @click.option("--methods", help=f"As a,b,c; default: {', '.join(METHODS_SHOWN)}; or those of the run or store.")
 @click.option("--target", help="Class to explain in photos, by number or name, beside the most probable ones.")

@@ -313,7 +313,7 @@ def run_page(
     vit, source = None, None
     try:
         own = checkpoint if checkpoint is not None or model is not None else config.checkpoint
-        vit = load(model or config.model, own, class_names=class_names)
+        vit = load(config.model if model is None else model, own, class_names=class_names)
     except InputError as error:
         notices.append(f"Nothing is explained anew, for the model cannot be had: {error}")
     try:

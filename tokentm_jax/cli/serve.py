@@ -28,7 +28,7 @@ QUICK = (  # methods of a few passes, each family once or twice
 
 
 @click.command()
-@click.option("--model", help=MODELS_HELP)
+@click.option("--model", type=TEXT, help=MODELS_HELP)
 @click.option("--checkpoint", type=PATH, help="Weights; default: the shipped model.")
 @click.option("--methods", help="Methods to choose from, as a,b,c, or 'all'; the first is shown first.")
 @class_names

@@ -13,7 +13,7 @@ from tokentm_jax.cli.terminal import console
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document in place of a table.")
 def models(as_json: bool) -> None:
-    """List the shipped models and the architectures that a checkpoint can be loaded into.
+    """List the shipped models, and timm's: with weights on the Hugging Face Hub, or only for a checkpoint.
 
     \b
     Example:
@@ -27,7 +27,7 @@ def models(as_json: bool) -> None:
     for column in ("Model", "Parameters", "Resolution", "Patch", "Weights"):
         table.add_column(column, justify="left" if column in ("Model", "Weights") else "right", no_wrap=True)
     for row in rows:
-        weights = "shipped" if row["shipped"] else "needs a checkpoint"
+        weights = "shipped" if row["shipped"] else row["tags"][0] if row["tags"] else "needs a checkpoint"
         table.add_row(
             row["name"],
             f"{row['parameters'] / 1e6:.1f} M",
@@ -44,7 +44,7 @@ def _sides(size: int | Sequence[int]) -> str:
 
 
 def _model_rows() -> Iterator[dict[str, Any]]:
-    from tokentm_jax.models.architectures import ARCHITECTURES, build, parameter_count
+    from tokentm_jax.models.architectures import ARCHITECTURES, build, parameter_count, tags_of
     from tokentm_jax.models.checkpoint import read_description
     from tokentm_jax.models.loading import SHIPPED
 
@@ -59,6 +59,7 @@ def _model_rows() -> Iterator[dict[str, Any]]:
             "resolution": list(module.img_size),
             "patch_size": module.patch_size,
             "shipped": is_shipped,
+            "tags": [] if is_shipped else tags_of(name),
         }
 
 

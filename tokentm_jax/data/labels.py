@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tokentm_jax.data.sources import Source
     from tokentm_jax.models.loading import LoadedViT
 
+IMAGENET_1K = Path(__file__).with_name("imagenet_1k.json")  # {"wnid": [...], "name": [...]} of its 1000 classes
 LabelMap = Mapping[str, str | int]
 SHOWN = 5  # classes that an error names
 _ADVICE = "give a label map (--label-map FILE), or class names to the model"

@@ -266,6 +266,12 @@ ARCHITECTURES: dict[str, tuple[Config, Preprocessing]] = {
     "vit_intern300m_patch14_448": _row("large", 14, 448, 1.0, IMAGENET, {"init_values": 0.1, "final_norm": False}),
 }
 
+SQUASHED = (
+    *("vit_medium_patch16_gap_384.*", "vit_so150m2_patch16_reg1_gap_448.*", "vit_so400m_*_378.webli_ft_in1k"),
+    *("eva_large_patch14_336.*", "eva_giant_patch14_336.*", "eva_giant_patch14_560.*", "eva02_*_448.*_ft_in22k*"),
+    *("vit_base_patch16_clip_384.*", "vit_large_patch14_clip_336.*_in1k", "vit_huge_patch14_clip_336.*"),
+    *("*_clip_378.metaclip2_worldwide", "vit_*_lingbot.*"),
+)
 # Weights whose preprocessing is not that of their architecture's row: pattern of "name.tag" -> fields; of two that
 # match and set the same field, the last wins.
 TAGS: dict[str, dict[str, Any]] = {
@@ -286,15 +292,7 @@ TAGS: dict[str, dict[str, Any]] = {
     "vit_base_patch*_clip_384.openai_ft_in12k_in1k": {"crop_pct": 0.95, "crop_mode": "squash"},
     "vit_base_patch32_clip*_224.datacompxl": {"crop_pct": 1.0},
     "vit_base_patch32_clip*_224.metaclip_*": {"crop_pct": 1.0},
-    **dict.fromkeys(
-        (
-            "vit_medium_patch16_gap_384.*", "vit_so150m2_patch16_reg1_gap_448.*", "vit_so400m_*_378.webli_ft_in1k",
-            "eva_large_patch14_336.*", "eva_giant_patch14_336.*", "eva_giant_patch14_560.*",
-            "vit_base_patch16_clip_384.*", "vit_large_patch14_clip_336.*_in1k", "vit_huge_patch14_clip_336.*",
-            "*_clip_378.metaclip2_worldwide", "eva02_*_448.*_ft_in22k*", "vit_*_lingbot.*",
-        ),
-        {"crop_mode": "squash"},
-    ),
+    **{pattern: {"crop_mode": "squash"} for pattern in SQUASHED},
 }
 # fmt: on
 LARGEST = {

@@ -4,6 +4,7 @@ Every layout is first brought to timm's names (`read_tensors`), then to the modu
 check exists once. Files are untrusted: nothing in them is executed, and every fault is one InputError.
 """
 
+import argparse
 import functools
 import json
 import logging
@@ -38,7 +39,7 @@ from tokentm_jax.files import (
     stored_size,
     uninterrupted,
 )
-from tokentm_jax.models.architectures import LARGEST, build, config_of
+from tokentm_jax.models.architectures import ARCHITECTURES, LARGEST, build, config_of
 from tokentm_jax.models.bert import Bert
 from tokentm_jax.models.inputs import Tokens
 from tokentm_jax.models.text import TextEncoder
@@ -120,14 +121,17 @@ def to_params(
     source: str,
     reset_head: bool = False,
     old_grid: tuple[int, int] | None = None,
+    antialias: bool = True,
 ) -> dict[str, Any]:
     """timm's names -> the tree of `module`, float32; position embeddings of another grid are resampled.
 
     `source` names the file in errors. With `reset_head` the classifier is ignored and left out of the result.
     `old_grid` is the patch grid of the file; None: the module's if the count agrees and is no square, else a square.
+    `antialias`: how positions are resampled, as timm and OpenCLIP do it, or as most of Hugging Face's models.
     Raises InputError listing every missing, unexpected and wrongly shaped parameter.
     """
     tensors = {name: t for name, t in tensors.items() if not (reset_head and name.startswith(HEADS))}
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     missing, wrong, params = [], [], {}
     grid = None  # of the position embeddings, where it is another
     for path, shape in _shapes(module).items():  # pyright: ignore[reportArgumentType] - modules are hashable
@@ -158,13 +162,14 @@ def to_params(
             hint = "; the file normalises before pooling: set fc_norm=False"
         if any(n.startswith("pre_logits.") for n in tensors):
             hint = "; the layer pre_logits, which its classifier reads, is not supported"
+        hint = hint or names_that_fit(shapes, module)
         listed = "; ".join(f"{label}: {', '.join(_shorten(names))}" for label, names in faults)
         raise InputError(f"{source} does not fit the model ({listed}){hint}")
     for path, value in params.items():
         if not np.isfinite(value).all():
             raise InputError(f"{source}: parameter {_timm_name(path)!r} holds values that are not finite numbers")
     if grid and isinstance(module, ViT):  # last: a small file that is otherwise wrong takes no memory for positions
-        params[("pos_embed",)] = _resample(module, params[("pos_embed",)], grid)
+        params[("pos_embed",)] = _resample(module, params[("pos_embed",)], grid, antialias)
     return traverse_util.unflatten_dict(params)
 
 
@@ -174,6 +179,42 @@ def _shorten(names: list[str]) -> list[str]:
     for name in names:
         groups.setdefault(re.sub(r"^blocks\.\d+\.", "blocks.*.", name), []).append(name)
     return [group[0] if len(group) == 1 else f"{key} ({len(group)} times)" for key, group in groups.items()]
+
+
+def names_that_fit(shapes: Mapping[str, tuple[int, ...]], module: Any = None) -> str:
+    """Which names of the table weights of these shapes may be of: "; width 192, depth 12: deit_tiny_patch16_224?".
+
+    Nothing where none has their width and depth, or where no other fits better than `module` does.
+    """
+    patches = shapes.get("patch_embed.proj.weight", ())
+    depth = len({name.split(".")[1] for name in shapes if re.match(r"blocks\.\d+\.", name)})
+    if len(patches) != 4 or not depth:
+        return ""
+    classes = shapes.get("head.weight", (0,))[:1]
+    known = {
+        name: build(config, num_classes=classes[0] if classes else 0)
+        for name, (config, _) in ARCHITECTURES.items()
+        if (config["embed_dim"], config["depth"]) == (patches[0], depth) and config["patch_size"] == patches[2]
+    }
+    unlike = {name: _unlike(one, shapes) for name, one in known.items()}
+    if not unlike:
+        return f"; width {patches[0]}, depth {depth}"
+    least = min(unlike.values())
+    if isinstance(module, ViT) and module.depth == depth and _unlike(module, shapes) <= least:
+        return ""
+    fitting = [name for name, count in unlike.items() if count == least]
+    shown = " or ".join(fitting[:3]) + (" ..." if len(fitting) > 3 else "")
+    return f"; width {patches[0]}, depth {depth}: {shown}?"
+
+
+def _unlike(module: Any, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """In how many names and shapes the parameters of a module differ, of its blocks only those of the first."""
+    own = {
+        _timm_name(path): _timm_shape(module, path, shape[path[0] == "blocks" :])
+        for path, shape in _shapes(module).items()
+    }
+    found = {name: tuple(shape) for name, shape in shapes.items() if re.match(r"(?!blocks\.)|blocks\.0\.", name)}
+    return len(own.items() ^ found.items())
 
 
 def _other_grid(module: ViT, positions: np.ndarray, stated: tuple[int, int] | None) -> tuple[int, int] | None:
@@ -187,13 +228,32 @@ def _other_grid(module: ViT, positions: np.ndarray, stated: tuple[int, int] | No
     return None if count < 1 or grid[0] * grid[1] != count or grid == module.grid else grid
 
 
-def _resample(module: ViT, positions: np.ndarray, old_grid: tuple[int, int]) -> np.ndarray:
-    """Bicubic resampling of position embeddings [1, N, D] to the module's grid; prefix tokens are kept."""
+def _resample(module: ViT, positions: np.ndarray, old_grid: tuple[int, int], antialias: bool) -> np.ndarray:
+    """Bicubic resampling of position embeddings [1, N, D] to the module's grid; prefix tokens are kept.
+
+    With `antialias` the kernel widens as the grid shrinks, and is Keys' of a = -1/2; without, it is that of PyTorch's
+    `interpolate(mode="bicubic")`, a = -3/4, whose border is repeated.
+    """
     prefix = 0 if module.no_embed_class else module.prefix
     gh, gw = module.grid
     grid = positions[0, prefix:].reshape(*old_grid, -1)
-    grid = jax.image.resize(grid, (gh, gw, grid.shape[-1]), "cubic", antialias=True)
-    return np.concatenate([positions[:, :prefix], np.asarray(grid).reshape(1, gh * gw, -1)], 1)
+    if antialias:
+        grid = np.asarray(jax.image.resize(grid, (gh, gw, grid.shape[-1]), "cubic", antialias=True))
+    else:
+        rows, columns = (_bicubic(old, new) for old, new in zip(old_grid, (gh, gw), strict=True))
+        grid = np.einsum("ih,hwd,jw->ijd", rows, grid, columns, optimize=True).astype(np.float32)
+    return np.concatenate([positions[:, :prefix], grid.reshape(1, gh * gw, -1)], 1)
+
+
+def _bicubic(old: int, new: int, a: float = -0.75) -> np.ndarray:
+    """[new, old]: the share of each old place in each new one, by Keys' cubic convolution (1981) of four places."""
+    centres = (np.arange(new) + 0.5) * old / new - 0.5
+    places = np.floor(centres)[:, None] + np.arange(-1, 3)
+    x = np.abs(centres[:, None] - places)
+    near, far = ((a + 2) * x - (a + 3)) * x * x + 1, a * (((x - 5) * x + 8) * x - 4)
+    shares = np.zeros((new, old))
+    np.add.at(shares, (np.arange(new)[:, None], places.clip(0, old - 1).astype(int)), np.where(x <= 1, near, far))
+    return shares
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
@@ -224,7 +284,22 @@ def read_tensors(path: str | os.PathLike[str]) -> Tensors:
     path = Path(path)
     kind = _kind(path)
     readers = {"safetensors": read_safetensors, "torch": _read_torch, "npz": _read_npz, "orbax": _read_orbax}
-    return current_names(readers[kind](path))
+    return current_names(_without_wrappers(readers[kind](path), path))
+
+
+# What training code wraps a model in: its attribute, PyTorch's DataParallel and compile.
+WRAPPERS = re.compile(r"^((module|model|backbone|_orig_mod)\.)+")
+
+
+def _without_wrappers(tensors: Tensors, path: Path) -> Tensors:
+    """The names without what wraps the model. InputError where two of them become one."""
+    found: dict[str, str] = {}
+    for name in tensors:
+        bare = WRAPPERS.sub("", name)
+        if bare in found:
+            raise InputError(f"checkpoint {path} holds {bare!r} twice, as {found[bare]!r} and as {name!r}")
+        found[bare] = name
+    return {bare: tensors[name] for bare, name in found.items()}
 
 
 def _kind(path: Path) -> str:
@@ -275,7 +350,7 @@ def _require_room(path: Path, unpacked: int) -> None:
 
 def read_safetensors(path: Path) -> Tensors:
     try:
-        with safetensors.safe_open(path, "np") as file:
+        with opened(path, "checkpoint"), safetensors.safe_open(path, "np") as file:  # which would wait for a pipe
             names = file.keys()
             _require_room(path, sum(4 * math.prod(file.get_slice(n).get_shape()) for n in names))
             return {name: file.get_tensor(name) for name in names}
@@ -321,16 +396,19 @@ def _read_torch(path: Path) -> Tensors:
     except ImportError:
         raise InputError(f"reading {path} needs PyTorch: pip install 'tokentm_jax[torch]'") from None
     try:
-        with warnings.catch_warnings():
+        # timm's training keeps its arguments beside the weights: a Namespace only holds values.
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # about old pickle protocols: what is refused is said below
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with opened(path, "checkpoint") as file:
+                content = torch.load(file, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except Exception as error:  # torch raises many kinds; weights_only executes nothing
         if "weights_only" in str(error) or "Unsupported" in str(error):
             raise InputError(f"checkpoint {path} holds more than plain tensors and is refused as unsafe") from None
         raise _damaged(path, error) from None
-    for key in ("model", "state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+    while isinstance(content, Mapping) and (held := [content[k] for k in HELD if isinstance(content.get(k), Mapping)]):
+        content = held[0]
     if not isinstance(content, Mapping) or not any(isinstance(v, torch.Tensor) for v in content.values()):
         raise InputError(f"{path} is not a checkpoint: expected a dictionary of tensors")
     tensors = {str(name): t for name, t in content.items() if isinstance(t, torch.Tensor)}
@@ -341,8 +419,11 @@ def _read_torch(path: Path) -> Tensors:
         if t.layout is not torch.strided or t.is_nested or t.is_quantized or t.is_meta:
             raise InputError(f"checkpoint {path}: {name!r} is not a plain tensor")
         t = t.detach().resolve_conj().resolve_neg()
-        read[name.removeprefix("module.")] = (t.float() if t.is_floating_point() else t).numpy()
+        read[name] = (t.float() if t.is_floating_point() else t).numpy()
     return read
+
+
+HELD = ("state_dict_ema", "model_ema", "state_dict", "model")  # keys of the weights, in timm's order of preference
 
 
 @contextmanager

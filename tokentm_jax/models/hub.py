@@ -1,54 +1,136 @@
-"""Models of the Hugging Face Hub, as folders of its cache."""
+"""Models of the Hugging Face Hub, through its client's cache: whole folders, and timm's weights by their name."""
 
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import reason
+from tokentm_jax.models.architectures import repository_of
 from tokentm_jax.models.layouts import CONFIG, INDEX, OPEN_CLIP, OPEN_CLIP_WEIGHTS, OTHERS, WEIGHTS, shards
-from tokentm_jax.models.text_layouts import POOLING
+from tokentm_jax.models.text_layouts import MODULES, pooling_file
 
 HUB = "hf-hub:"
+PATIENCE = 5.0  # seconds for each step of the hub's first answer
 
 
 def download(name: str) -> Path:
     """The folder of "hf-hub:OWNER/NAME" or "hf-hub:OWNER/NAME@REVISION", through the hub's cache.
 
-    Only the files that `layouts` reads are fetched. Raises InputError when the hub cannot be reached, or has no such
-    model.
+    Only the files that `layouts` reads are fetched, all of one commit. Raises InputError when the hub has no such
+    model, or cannot be reached and its cache lacks a file.
     """
+    client = _client(f"{name} needs the hub's client: pip install 'tokentm_jax[hub]'")
+    repository, _, revision = name.removeprefix(HUB).partition("@")
+    with _quiet_client():
+        files = _Repository(client, name, repository, revision or None)
+        folder = files.first(OPEN_CLIP, CONFIG).parent
+        weights = files.first(*(OPEN_CLIP_WEIGHTS if (folder / OPEN_CLIP).is_file() else WEIGHTS), INDEX)
+        for shard in shards(folder) if weights.name == INDEX else ():
+            files.first(shard)
+        for file in (*OTHERS, MODULES):
+            files.find(file)
+        files.find(pooling_file(folder))  # which the modules name
+    return folder
+
+
+def download_weights(name: str) -> tuple[str, Path]:
+    """A name of timm's table -> the name with its tag, and the file of timm's weights; by default of the default tag.
+
+    Raises InputError as `download`, and for weights that timm does not offer.
+    """
+    tagged, repository = repository_of(name)
+    advice = "pip install 'tokentm_jax[hub]' to download its weights"
+    client = _client(f"{name} needs a checkpoint, or {advice}")
+    with _quiet_client():
+        return tagged, _Repository(client, tagged, repository, None).first(WEIGHTS[0])
+
+
+def _client(needed: str) -> Any:
     try:
         import huggingface_hub
-        from huggingface_hub.errors import EntryNotFoundError
     except ImportError:
-        raise InputError(f"{name} needs the hub's client: pip install 'tokentm_jax[hub]'") from None
-    repository, _, revision = name.removeprefix(HUB).partition("@")
+        raise InputError(needed) from None
+    return huggingface_hub
 
-    def first_of(files: tuple[str, ...]) -> Path:
-        """The first of the files that the hub has."""
-        try:
-            return Path(huggingface_hub.hf_hub_download(repository, files[0], revision=revision or None))
-        except EntryNotFoundError:
-            if len(files) == 1:
-                raise
-            return first_of(files[1:])
 
-    wanted: tuple[str, ...] = ()
+@contextmanager
+def _quiet_client() -> Iterator[None]:
+    """The client logs each of its attempts; what comes of them is one sentence here."""
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
-        wanted = (OPEN_CLIP, CONFIG)
-        folder = first_of(wanted).parent
-        wanted = (*(OPEN_CLIP_WEIGHTS if (folder / OPEN_CLIP).is_file() else WEIGHTS), INDEX)
-        if first_of(wanted).name == INDEX:
-            for shard in shards(folder):
-                wanted = (shard,)
-                first_of(wanted)
-        for file in (*OTHERS, POOLING):
-            wanted = (file,)
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+class _Repository:
+    """The files of one revision of a repository. Where the hub does not answer, those of the client's cache."""
+
+    def __init__(self, client: Any, name: str, repository: str, revision: str | None) -> None:
+        self.client, self.name, self.repository, self.revision = client, name, repository, revision
+        self.silence = self._asked()  # why the hub does not answer; None: it does
+
+    def _asked(self) -> str | None:
+        """One request. The client itself would retry for a minute, and wait for a name server that says nothing."""
+        from huggingface_hub.errors import HfHubHTTPError
+
+        answer: list[str | None] = []
+
+        def ask() -> None:
             try:
-                first_of(wanted)
+                url = self.client.hf_hub_url(self.repository, CONFIG, revision=self.revision)
+                self.client.get_hf_file_metadata(url, timeout=PATIENCE)
+                answer.append(None)
+            except HfHubHTTPError as error:  # an answer: what it means is seen file by file
+                down = error.response is not None and error.response.status_code >= 500
+                answer.append(reason(error) if down else None)
+            except Exception as error:  # the client lets errors of several network libraries through
+                answer.append(reason(error))
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(2 * PATIENCE)
+        return answer[0] if answer else f"no answer within {2 * PATIENCE:g} seconds"
+
+    def first(self, *files: str) -> Path:
+        """The first of these files that the repository has. InputError where it has none."""
+        found = self.find(*files)
+        if found is None:
+            raise self._fault(" or ".join(files), "the repository has no such file")
+        return found
+
+    def find(self, *files: str) -> Path | None:
+        """As `first`, but None where it has none of them. InputError where that cannot be known."""
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+        offline = self.silence is not None
+        for file in files:
+            try:
+                where = {"revision": self.revision, "local_files_only": offline}
+                found = Path(self.client.hf_hub_download(self.repository, file, **where))
+            except LocalEntryNotFoundError as error:  # an EntryNotFoundError, too: nobody knows whether there is one
+                if not (offline and self._known_to_lack(file)):
+                    raise self._fault(file, self.silence or reason(error.__cause__ or error)) from None
             except EntryNotFoundError:
                 continue
-    except InputError:
-        raise
-    except Exception as error:  # the client lets errors of several network libraries through
-        raise InputError(f"{' or '.join(wanted)} of {name} could not be downloaded ({reason(error)})") from None
-    return folder
+            except Exception as error:
+                raise self._fault(file, reason(error)) from None
+            else:
+                if len(Path(file).parts) == 1:
+                    self.revision = found.parent.name  # a folder of the cache is a commit: the others are of it, too
+                return found
+        return None
+
+    def _known_to_lack(self, file: str) -> bool:
+        """Whether the cache holds that this revision has no such file."""
+        known = self.client.try_to_load_from_cache(self.repository, file, revision=self.revision)
+        return known is not None and not isinstance(known, str)
+
+    def _fault(self, files: str, cause: str) -> InputError:
+        return InputError(f"{files} of {self.name} could not be downloaded ({cause})")

@@ -16,7 +16,7 @@ from annotated_types import Ge, Gt, Le, Len
 
 from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.errors import InputError
-from tokentm_jax.files import read_json
+from tokentm_jax.files import read_json, read_text
 from tokentm_jax.models.architectures import Config, architecture, build
 from tokentm_jax.models.checkpoint import Tensors, current_names, fused, read_safetensors, to_params
 from tokentm_jax.models.text import TextEncoder, TextTower, Tokenizer
@@ -28,10 +28,14 @@ OPEN_CLIP_WEIGHTS = WEIGHTS[::-1]  # a folder may hold the other library's, too
 TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt")
 OTHERS = ("preprocessor_config.json", *TOKENIZER)
 LARGEST_SHARDS = 1000
-TEXT = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra")  # of `text_layouts`
+TEXT = {  # of `text_layouts`: model type -> how names of its architectures begin
+    "bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert",
+    "distilbert": "DistilBert", "electra": "Electra",
+}  # fmt: skip
 
 Names = Sequence[tuple[str, Any]]  # patterns of names, and what to put in their place
 Whole = Annotated[int, Ge(1), Le(2**31 - 1)]
+Count = Annotated[int, Ge(0), Le(2**31 - 1)]  # or the number of one of them
 Depth = Annotated[int, Ge(1), Le(1000)]
 Side = Annotated[int, Ge(1), Le(2**16)]
 Sides = Side | Annotated[list[Side], Len(2, 2)]  # one for both, or (height, width)
@@ -39,13 +43,17 @@ Ratio = Annotated[float, Gt(0), Le(1000)]
 
 
 class Folder(NamedTuple):
-    """A model as a folder describes it, under timm's names."""
+    """A model as it is stored, in a folder or a file, under timm's names."""
 
     config: Config
     preprocessing: Preprocessing
     tensors: Tensors
     class_names: list[str] | None
     text: TextTower | None = None
+    of_timm: bool = False  # one of timm's own: its 1000 classes are ImageNet-1k's unless it says otherwise
+    grid: tuple[int, int] | None = None  # of its position embeddings; None: that of `config`
+    antialias: bool = True  # whether the library resamples position embeddings so
+    notes: tuple[str, ...] = ()  # what differs from what the folder describes, for whoever loads it
 
 
 class Section:
@@ -73,16 +81,38 @@ class Section:
             raise InputError(f"{self.where}: {key!r} must be {value!r}: nothing else is supported")
 
 
+def present(folder: Path, name: str) -> bool:
+    """Whether a folder has an entry of this name, which may be something that cannot be read."""
+    return os.path.lexists(folder / name)
+
+
+def architecture_of(config: Section, families: Mapping[str, str], known: Mapping[str, bool]) -> bool | None:
+    """Whether the architecture that a config names has a classifier; None where it names none.
+
+    `families` are the beginnings of the names, `known` their ends with the answer. Raises InputError for another.
+    """
+    listed = config("architectures", list[str], None)
+    if not listed:
+        return None
+    beginnings = "|".join(sorted(families.values(), key=len, reverse=True))
+    kind = re.sub(rf"^(TF|Flax)?({beginnings})", "", listed[0])
+    if kind not in known or kind == listed[0]:
+        family = families[config("model_type", str)]
+        names = ", ".join(f"{family}{kind}" for kind in known)
+        raise InputError(f"{config.where}: the architecture {listed[0]!r:.80} is not supported; known: {names}")
+    return known[kind]
+
+
 def is_folder(path: str | os.PathLike[str]) -> bool:
     """Whether a path is a folder that says which model it holds."""
-    return any(os.path.isfile(os.path.join(path, name)) for name in (CONFIG, OPEN_CLIP))
+    return any(os.path.lexists(os.path.join(path, name)) for name in (CONFIG, OPEN_CLIP))
 
 
 def read_folder(folder: Path) -> Folder:
     """A folder of timm, Hugging Face or OpenCLIP. InputError for what is none, or is not supported, or is damaged."""
-    if (folder / OPEN_CLIP).is_file():
+    if present(folder, OPEN_CLIP):
         return _open_clip(folder)
-    if not (folder / CONFIG).is_file():
+    if not present(folder, CONFIG):
         raise InputError(f"{folder} holds no model: expected {CONFIG} or {OPEN_CLIP} beside the weights")
     config = Section(str(folder / CONFIG), read_json(folder / CONFIG, what="model"))
     if "pretrained_cfg" in config.content:
@@ -93,16 +123,21 @@ def read_folder(folder: Path) -> Folder:
     if kind not in HUGGING_FACE:
         known = ", ".join(HUGGING_FACE)
         raise InputError(f"{config.where}: the model type {kind!r} is not supported; known: {known}")
-    return HUGGING_FACE[kind](folder, config)
+    read, family, architectures = HUGGING_FACE[kind]
+    classifies = architecture_of(config, {kind: family}, architectures)
+    found = read(folder, config)
+    if classifies and "head.weight" not in found.tensors:
+        raise InputError(f"the weights of {folder} lack the classifier of {config.content['architectures'][0]}")
+    return found
 
 
 def read_weights(folder: Path, names: Sequence[str] = WEIGHTS) -> Tensors:
     """The tensors of a folder, of one file (the first of the names, or any if there is no other) or of the shards that
     an index lists. InputError as for a checkpoint."""
     for name in names:
-        if (folder / name).is_file():
+        if present(folder, name):
             return read_safetensors(folder / name)
-    if not (folder / INDEX).is_file():
+    if not present(folder, INDEX):
         only = sorted(folder.glob("*.safetensors"))
         if len(only) != 1:
             raise InputError(f"{folder} has no weights: expected {WEIGHTS[0]} or {INDEX}")
@@ -183,15 +218,18 @@ def labels_of(config: Section) -> list[str] | None:
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
-def _preprocessing(folder: Path, size: Any, shortest: bool = False) -> Preprocessing:
-    """Of `preprocessor_config.json`, for a model of that size. A plain number as 'size' is the short side's
-    (`shortest`, as processors of CLIP and DINOv2 have it), or both sides'."""
+def _preprocessing(folder: Path, size: Any, shortest: bool = False, any_size: bool = False) -> Preprocessing:
+    """Of `preprocessor_config.json`, for a model of that size, or with `any_size` of the size that it cuts photos to.
+
+    A plain number as 'size' is the short side's (`shortest`, as processors of CLIP and DINOv2 have it), or both
+    sides'.
+    """
     file = folder / "preprocessor_config.json"
-    if not file.is_file():
+    if not present(folder, file.name):
         raise InputError(f"{folder} lacks preprocessor_config.json, which says how photos become the model's input")
     section = Section(str(file), read_json(file, what="preprocessing"))
     size = tuple(size) if isinstance(size, list | tuple) else (size, size)
-    fields: dict[str, Any] = {"size": list(size), "crop_pct": 1.0}
+    fields: dict[str, Any] = {"crop_pct": 1.0}
     for key in ("do_resize", "do_rescale", "do_normalize"):
         section.only(key, True)
     if not math.isclose(section("rescale_factor", float, 1 / 255), 1 / 255, rel_tol=1e-4):
@@ -205,23 +243,27 @@ def _preprocessing(folder: Path, size: Any, shortest: bool = False) -> Preproces
     resized = section("size", Sides | dict[str, Side], {"height": size[0], "width": size[1]})
     if isinstance(resized, int) and shortest:
         resized = {"shortest_edge": resized}
-    height, squashed = _height(resized)
-    if height is None:
+    sides, squashed = _sides(resized)
+    if sides is None:
         raise InputError(f"{section.where}: 'size' must have 'height' and 'width', or 'shortest_edge'")
     if squashed:
         fields["crop_mode"] = "squash"
+    cut = sides if squashed else None
     if section("do_center_crop", bool, False):
-        crop, _ = _height(section("crop_size", Sides | dict[str, Side], size[0]))
-        fields["crop_pct"] = min(1.0, (crop or size[0]) / height)
+        cut = _sides(section("crop_size", Sides | dict[str, Side], list(size)))[0] or size
+        fields["crop_pct"] = min(1.0, cut[0] / sides[0])
+    fields["size"] = list(cut if any_size and cut is not None else size)
     return Preprocessing.from_dict(fields)
 
 
-def _height(size: int | list[int] | dict[str, int]) -> tuple[int | None, bool]:
-    """The height of a processor's size, and whether it says the width, too."""
+def _sides(size: int | list[int] | dict[str, int]) -> tuple[tuple[int, int] | None, bool]:
+    """(height, width) of a processor's size, twice the short side's where it is of that alone; and whether it is of
+    both sides."""
     if isinstance(size, dict):
         both = {"height", "width"} <= size.keys()
-        return size["height"] if both else size.get("shortest_edge"), both
-    return size[0] if isinstance(size, list) else size, True
+        short = size.get("shortest_edge")
+        return (size["height"], size["width"]) if both else None if short is None else (short, short), both
+    return (size[0], size[1]) if isinstance(size, list) else (size, size), True
 
 
 # ---- ViT, DeiT, DINOv2 ----------------------------------------------------------------------------------------------
@@ -252,7 +294,8 @@ VIT_NAMES: Names = (
 
 def _vit(folder: Path, config: Section) -> Folder:
     kind = config("model_type", str)
-    tensors = current_names(fused(renamed(read_weights(folder), VIT_NAMES)))
+    stored = read_weights(folder)
+    tensors = current_names(fused(renamed(stored, VIT_NAMES)))
     options = _common(config)
     if "dist_token" in tensors and "head_dist.weight" not in tensors:  # a token that no head reads
         tensors["reg_token"] = tensors.pop("dist_token")
@@ -264,11 +307,23 @@ def _vit(folder: Path, config: Section) -> Folder:
             hidden = int(int(options["embed_dim"] * options["mlp_ratio"]) * 2 / 3)
             hidden = (hidden + 7) // 8 * 8
             options |= {"mlp_layer": "swiglu_packed", "mlp_ratio": _ratio(hidden, options["embed_dim"])}
-        registers = config("num_register_tokens", int, 0) if "registers" in kind else 0
+        registers = config("num_register_tokens", Count, 0) if "registers" in kind else 0
         options |= {"reg_tokens": registers, "no_embed_class": registers > 0}
         if "head.weight" in tensors:
             options["global_pool"] = "cat"
-    return _classifier(folder, config, options, tensors)
+    found = _classifier(folder, config, options, tensors)
+    if kind.startswith("dinov2"):
+        found = _at_the_processors_size(found)
+    pooler = any(re.match(r"(\w+\.)?pooler\.", name) for name in stored)
+    note = f"{folder}: left out of its weights: pooler; the outputs are the features that it reads"
+    return found._replace(antialias="registers" in kind, notes=found.notes + (note,) * pooler)
+
+
+def _at_the_processors_size(found: Folder) -> Folder:
+    """DINOv2 takes photos of any size, and the library those of the processor: its position embeddings may be of
+    another."""
+    grid = build(found.config, num_classes=0).grid
+    return found._replace(config=found.config | {"img_size": list(found.preprocessing.size)}, grid=grid)
 
 
 def _classifier(
@@ -280,8 +335,8 @@ def _classifier(
     if names is not None and len(names) != options["num_classes"]:
         raise InputError(f"{config.where}: 'id2label' names {len(names)} classes of {options['num_classes']}")
     if preprocessing is None:
-        shortest = config("model_type", str).startswith("dinov2")
-        preprocessing = _preprocessing(folder, options["img_size"], shortest)
+        any_size = config("model_type", str).startswith("dinov2")
+        preprocessing = _preprocessing(folder, options["img_size"], shortest=any_size, any_size=any_size)
     return Folder(options, preprocessing, tensors, names)
 
 
@@ -321,7 +376,7 @@ def _ast(folder: Path, config: Section) -> Folder:
 def _sound(folder: Path, size: list[int]) -> Preprocessing:
     """Of AST's `preprocessor_config.json`. What it calls features are log energies, and 0 where a recording ended."""
     file = folder / "preprocessor_config.json"
-    if not file.is_file():
+    if not present(folder, file.name):
         raise InputError(f"{folder} lacks {file.name}, which says how recordings become the model's input")
     section = Section(str(file), read_json(file, what="preprocessing"))
     section.only("feature_size", 1)
@@ -410,15 +465,16 @@ def require_heads(section: Section, width: int, heads: int) -> None:
 
 
 def _tokenizer(folder: Path, context: int, **options: Any) -> Tokenizer:
-    if (folder / TOKENIZER[0]).is_file():
-        return Tokenizer((folder / TOKENIZER[0],), context, **options)
-    files = tuple(folder / name for name in TOKENIZER[1:])
-    problem = None if all(file.is_file() for file in files) else f"{folder} has no {TOKENIZER[0]} for its prompts"
-    return Tokenizer(files, context, problem=problem, **options)
+    names = TOKENIZER[:1] if present(folder, TOKENIZER[0]) else TOKENIZER[1:]
+    files = tuple(folder / name for name in names)
+    if not all(present(folder, name) for name in names):
+        return Tokenizer(files, (), context, problem=f"{folder} has no {TOKENIZER[0]} for its prompts", **options)
+    contents = tuple(read_text(file, what="tokenizer") for file in files)
+    return Tokenizer(files, contents, context, **options)
 
 
 def _text(section: Section, tensors: Tensors, folder: Path, output: int, causal: bool) -> tuple[TextEncoder, Any]:
-    end = section("eos_token_id", int, None) if causal else None
+    end = section("eos_token_id", Count, None) if causal else None
     require_heads(section, section("hidden_size", Whole), section("num_attention_heads", Whole))
     module = TextEncoder(
         vocabulary=section("vocab_size", Whole),
@@ -467,7 +523,8 @@ def _clip(folder: Path, config: Section) -> Folder:
     )
     tower = TextTower(module, params, _tokenizer(folder, module.context), _scale(tensors, folder))
     options = _common(vision) | {"pre_norm": True, "num_classes": output}
-    return Folder(options, _preprocessing(folder, options["img_size"], shortest=True), image, None, tower)
+    photos = _preprocessing(folder, options["img_size"], shortest=True)
+    return Folder(options, photos, image, None, tower, antialias=False)
 
 
 def _positions(image: Tensors, folder: Path) -> np.ndarray:
@@ -496,7 +553,7 @@ def _siglip(folder: Path, config: Section) -> Folder:
     words["positional_embedding"] = words.pop("embeddings.position_embedding.weight", np.zeros(0))
     text = _with_defaults(config, "text_config", SIGLIP_TEXT)
     module, params = _text(text, words, folder, text("projection_size", Whole, text("hidden_size", Whole)), False)
-    tokenizer = _tokenizer(folder, module.context, pad=text("pad_token_id", int, 1), canonical=True)
+    tokenizer = _tokenizer(folder, module.context, pad=text("pad_token_id", Count, 1), canonical=True)
     scale, bias = _scale(tensors, folder), _scalar(tensors, "logit_bias", folder)
     options = _common(vision) | {"class_token": False, "global_pool": "map", "num_classes": 0}
     return Folder(
@@ -505,14 +562,20 @@ def _siglip(folder: Path, config: Section) -> Folder:
         image,
         None,
         TextTower(module, params, tokenizer, scale, bias),
+        antialias=False,
     )
 
 
-HUGGING_FACE: dict[str, Callable[[Path, Section], Folder]] = {
-    **dict.fromkeys(("vit", "deit", "dinov2", "dinov2_with_registers"), _vit),
-    "audio-spectrogram-transformer": _ast,
-    "clip": _clip,
-    "siglip": _siglip,
+PHOTOS = {"ForImageClassification": True, "Model": False}
+# Model type -> its reader; how names of its architectures begin; how they end, with whether they have a classifier.
+HUGGING_FACE: dict[str, tuple[Callable[[Path, Section], Folder], str, Mapping[str, bool]]] = {
+    "vit": (_vit, "ViT", PHOTOS),
+    "deit": (_vit, "DeiT", PHOTOS | {"ForImageClassificationWithTeacher": True}),
+    "dinov2": (_vit, "Dinov2", PHOTOS),
+    "dinov2_with_registers": (_vit, "Dinov2WithRegisters", PHOTOS),
+    "audio-spectrogram-transformer": (_ast, "AST", {"ForAudioClassification": True, "Model": False}),
+    "clip": (_clip, "CLIP", {"Model": False}),
+    "siglip": (_siglip, "Siglip", {"Model": False}),
 }
 
 
@@ -615,7 +678,7 @@ def _timm(folder: Path, card: Section) -> Folder:
         raise InputError(f"{card.where} is not a timm model's ({type(error).__name__}: {error})") from None
     labels = card.content.get("label_names")
     names = list(map(str, labels)) if isinstance(labels, list) else None
-    return Folder(config, preprocessing, current_names(read_weights(folder)), names)
+    return Folder(config, preprocessing, current_names(read_weights(folder)), names, of_timm=True)
 
 
 PRETRAINED = ("crop_pct", "crop_mode", "interpolation", "mean", "std")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,15 +12,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tokentm_jax.data.labels import alike, number
+from tokentm_jax.data.labels import IMAGENET_1K, alike, number
 from tokentm_jax.data.preprocessing import IMAGENET, Preprocessing, Statistics
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.files import as_path, read_json, read_text
 from tokentm_jax.maths import scores
 from tokentm_jax.models.architectures import ARCHITECTURES, Config, architecture, build
-from tokentm_jax.models.checkpoint import described_grid, read_description, read_tensors, to_params
-from tokentm_jax.models.hub import HUB, download
-from tokentm_jax.models.layouts import is_folder, read_folder
+from tokentm_jax.models.checkpoint import (
+    Tensors,
+    described_grid,
+    names_that_fit,
+    read_description,
+    read_tensors,
+    to_params,
+)
+from tokentm_jax.models.hub import HUB, download, download_weights
+from tokentm_jax.models.layouts import Folder, is_folder, read_folder
 from tokentm_jax.models.text import TextTower
 from tokentm_jax.models.vit import ViT
 
@@ -165,7 +173,8 @@ def load(
         model: a timm name ("deit_tiny_patch16_224"), options of timm's VisionTransformer, the name of a shipped
             model, a folder in the layout of timm, Hugging Face or OpenCLIP (`tokentm_jax.models.layouts`), or
             "hf-hub:OWNER/NAME" for such a one. None: what the checkpoint describes, or the shipped default.
-        checkpoint: weights; needed with a timm name or options. A file's own preprocessing goes before the
+        checkpoint: weights; needed with options. None with a timm name: timm's weights, from the Hugging Face Hub
+            (extra `[hub]`); without a tag, timm's default ones. A file's own preprocessing goes before the
             model's; for options without either it is ImageNet's statistics, or 0.5 for
             other than 3 channels (`dataclasses.replace` changes it).
         img_size: other resolution, side or (height, width); position embeddings are resampled.
@@ -173,7 +182,7 @@ def load(
             gives features, which a score explains.
         class_names: one per class, or a file: `.json` (a list, or index -> name) or `.txt` (one per line). A name may
             be [wnid, name]. None: those in the checkpoint, else of `imagenet_classes.json` beside it if the counts
-            agree.
+            agree, else ImageNet-1k's for a timm name with 1000 classes.
         dtype: type of the activations, such as "bfloat16".
 
     Raises:
@@ -181,14 +190,32 @@ def load(
 
     Examples:
         >>> import tokentm_jax as tm
-        >>> vit = tm.load()  # the shipped model; tm.load("deit_tiny_patch16_224", "deit_tiny.safetensors") is another
+        >>> vit = tm.load()  # the shipped model; tm.load("deit_tiny_patch16_224") is another
         >>> vit.logits(vit.read(["cat.jpg"])).shape
         (1, 10)
     """
-    names: Sequence[str] | None = None
-    wnids: Sequence[str] | None = None
-    text: TextTower | None = None
-    if not isinstance(model, str | Mapping | None):
+    found, name, path, grid = _found(model, checkpoint)
+    if num_classes is None:
+        head = found.tensors.get("head.weight")
+        num_classes = head.shape[0] if head is not None and head.ndim else 0
+    module = build(found.config, img_size, num_classes, dtype)
+    if module.in_chans != len(found.preprocessing.mean):
+        channels = f"{module.in_chans} channels, and the preprocessing has {len(found.preprocessing.mean)}"
+        raise InputError(f"{path}: the model has {channels}")
+    params = to_params(module, found.tensors, str(path), old_grid=grid, antialias=found.antialias)
+    params = jax.tree.map(jnp.asarray, params)
+    preprocessing = dataclasses.replace(found.preprocessing, size=module.img_size)
+    names, wnids = _names(class_names, found, path, module.num_classes)
+    for note in found.notes:
+        warnings.warn(note, stacklevel=2)
+    return LoadedViT(module, params, preprocessing, names, name, wnids, found.text)
+
+
+def _found(
+    model: str | Mapping[str, Any] | None, checkpoint: str | os.PathLike[str] | None
+) -> tuple[Folder, str, Path, tuple[int, int]]:
+    """What `load` is asked for, as it is stored: its content, its name, its place, and its grid of patches."""
+    if not isinstance(model, str | Mapping | None) or (isinstance(model, str) and not model.strip()):
         raise InputError(f"the model must be a name or options of timm's VisionTransformer, got {model!r:.80}")
     if model is None and checkpoint is not None and is_folder(checkpoint):
         model, checkpoint = os.fspath(checkpoint), None
@@ -198,40 +225,22 @@ def load(
         on_hub = model.startswith(HUB)
         path = download(model) if on_hub else as_path(model, "the model")
         name = model.removeprefix(HUB) if on_hub else os.path.basename(os.path.abspath(model))
-        config, preprocessing, tensors, names, text = read_folder(path)
-        grid = build(config).grid
+        folder = read_folder(path)
+        return folder, name, path, folder.grid or build(folder.config).grid
+    if checkpoint is None:
+        model, path = _weights(model)
     else:
-        path = _shipped(model) if checkpoint is None else as_path(checkpoint, "the checkpoint")
-        description = read_description(path)
-        if checkpoint is None:
-            model = None  # a shipped file describes itself
-        config, preprocessing, name = _described(model, description, path)
-        grid = described_grid(description) or build(config).grid
-        if description is not None:
-            names = description["class_names"]
-        tensors = read_tensors(path)
-    if num_classes is None:
-        head = tensors.get("head.weight")
-        num_classes = head.shape[0] if head is not None and head.ndim else 0
-    module = build(config, img_size, num_classes, dtype)
-    if module.in_chans != len(preprocessing.mean):
-        found = f"{module.in_chans} channels, and the preprocessing has {len(preprocessing.mean)}"
-        raise InputError(f"{path}: the model has {found}")
-    params = to_params(module, tensors, str(path), old_grid=grid)
-    preprocessing = dataclasses.replace(preprocessing, size=module.img_size)
-    if class_names is not None:
-        names, wnids = read_class_names(class_names, module.num_classes)
-    elif names is None and (path.parent / "imagenet_classes.json").is_file():
-        names, wnids = _read_names(path.parent / "imagenet_classes.json")
-    if names is not None and len(names) != module.num_classes:  # the model was given another number of classes
-        names = wnids = None
-    params = jax.tree.map(jnp.asarray, params)
-    names, wnids = (None if n is None else tuple(n) for n in (names, wnids))
-    return LoadedViT(module, params, preprocessing, names, name, wnids, text)
+        path = as_path(checkpoint, "the checkpoint")
+    description = read_description(path)
+    tensors = read_tensors(path)
+    config, preprocessing, name = _described(model, description, path, tensors)
+    names = None if description is None else description["class_names"]
+    content = Folder(config, preprocessing, tensors, names, of_timm=isinstance(model, str))
+    return content, name, path, described_grid(description) or build(config).grid
 
 
 def _described(
-    model: str | Mapping[str, Any] | None, description: Mapping[str, Any] | None, path: Path
+    model: str | Mapping[str, Any] | None, description: Mapping[str, Any] | None, path: Path, tensors: Tensors
 ) -> tuple[Config, Preprocessing, str]:
     """Configuration, preprocessing and name, from what the caller says first and from the file second."""
     stored = None if description is None else Preprocessing.from_dict(description["preprocessing"])
@@ -243,26 +252,45 @@ def _described(
         usual = IMAGENET if channels == 3 else Statistics(mean=(0.5,) * channels, std=(0.5,) * channels)
         return dict(model), stored or Preprocessing((224, 224), **usual), path.stem
     if description is None or stored is None:
-        raise InputError(f"checkpoint {path} does not say which architecture it is for: name the model")
+        fitting = names_that_fit({name: tensor.shape for name, tensor in tensors.items()})
+        raise InputError(f"checkpoint {path} does not say which architecture it is for: name the model{fitting}")
     return description["architecture"], stored, path.stem
 
 
-def _shipped(model: str | Mapping[str, Any] | None) -> Path:
-    """File of a shipped model (None: the default)."""
+def _weights(model: str | Mapping[str, Any] | None) -> tuple[str | None, Path]:
+    """The model and the file of its weights, without a checkpoint: a shipped one (None: the default), which describes
+    itself, or timm's, from the hub."""
     if model is not None and not isinstance(model, str):
         raise InputError("a model given by its options needs a checkpoint")
     name = DEFAULT_MODEL if model is None else model
     files = {path.stem: path for folder in reversed(SHIPPED) for path in sorted(folder.glob("*.safetensors"))}
     if name in files:
-        return files[name]
+        return None, files[name]
     if name.partition(".")[0] in ARCHITECTURES:
-        raise InputError(f"model {name!r} needs a checkpoint, or {HUB}timm/{name} to download one")
+        return download_weights(name)
     if not files:
         raise InputError(f"model {name!r} is not shipped with this installation: give a checkpoint")
     raise suggest("model", name, {**files, **ARCHITECTURES})
 
 
 Names = tuple[list[str], list[str] | None]  # of classes, and their wnids if these are known
+
+
+def _names(given: Any, found: Folder, path: Path, count: int) -> tuple[tuple[str, ...] | None, ...]:
+    """Names and wnids of the classes: those given, else the model's, else those beside it, else ImageNet-1k's for a
+    model of timm with 1000 classes; None where they are unknown, or of another number of classes."""
+    beside = path.parent / "imagenet_classes.json"
+    names: Sequence[str] | None = found.class_names
+    wnids: Sequence[str] | None = None
+    if given is not None:
+        names, wnids = read_class_names(given, count)
+    elif names is None and beside.is_file():
+        names, wnids = _read_names(beside)
+    elif names is None and found.of_timm and count == 1000:
+        names, wnids = _read_names(IMAGENET_1K)
+    if names is None or len(names) != count:  # the model was given another number of classes
+        return None, None
+    return tuple(names), None if wnids is None else tuple(wnids)
 
 
 def read_class_names(names: Sequence[Any] | str | os.PathLike[str], count: int) -> Names:

@@ -5,6 +5,7 @@ Axes, besides those of `vit`: T prompts, C tokens of a prompt, V vocabulary, W w
 
 import dataclasses
 import functools
+import json
 import re
 import string
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ import numpy as np
 from jax import Array
 
 from tokentm_jax.errors import InputError
-from tokentm_jax.files import read_json, read_text, reason
+from tokentm_jax.files import reason
 from tokentm_jax.maths.primitives import PLAIN, wide
 from tokentm_jax.models.vit import Affine, Block, Norm, trunc_normal
 
@@ -94,10 +95,11 @@ def _embed(module: TextEncoder, params: Any, ids: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """Prompts -> token ids, with the files of a model; they are read at the first prompt.
+    """Prompts -> token ids, with the files of a model as they were when it was loaded.
 
     Attributes:
       files: `tokenizer.json`, or CLIP's `vocab.json` and `merges.txt`.
+      contents: their texts.
       context: number C of ids; longer prompts are cut, and keep their last special token.
       pad: id behind shorter prompts; None: that of the prompt's own last token, which is the end of text.
       canonical: lower the case and leave out punctuation, as SigLIP's processor does.
@@ -105,6 +107,7 @@ class Tokenizer:
     """
 
     files: tuple[Path, ...]
+    contents: tuple[str, ...] = dataclasses.field(repr=False)
     context: int
     pad: int | None = None
     canonical: bool = False
@@ -114,7 +117,7 @@ class Tokenizer:
         """[T] -> ids [T, C] int32. Raises InputError for files that are missing or damaged, and without the extra."""
         if self.problem is not None:
             raise InputError(self.problem)
-        pieces = engine(self.files, self.context)
+        pieces = engine(self.contents, self.context, *self.files)
         texts = [_canonical(prompt) for prompt in prompts] if self.canonical else list(prompts)
         with one_sentence(self.files):
             found = [encoding.ids for encoding in pieces.encode_batch(texts)]
@@ -147,23 +150,22 @@ def one_sentence(files: tuple[Path, ...]) -> Iterator[None]:
 
 
 @functools.lru_cache(maxsize=4)
-def engine(files: tuple[Path, ...], context: int) -> Any:
-    """A `tokenizers.Tokenizer` that cuts texts to `context` tokens. InputError for damaged files, and without the
-    extra."""
+def engine(contents: tuple[str, ...], context: int, *files: Path) -> Any:
+    """A `tokenizers.Tokenizer` of these texts of files that cuts texts to `context` tokens. InputError for damaged
+    ones, and without the extra."""
     try:
         import tokenizers  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise InputError("texts need a tokenizer: pip install 'tokentm_jax[text]'") from None
-    texts = [read_text(file, what="tokenizer") for file in files]
     with one_sentence(files):
-        found = tokenizers.Tokenizer.from_str(texts[0]) if len(files) == 1 else _byte_pairs(files[0], texts[1])
+        found = tokenizers.Tokenizer.from_str(contents[0]) if len(contents) == 1 else _byte_pairs(*contents, files[0])
         found.no_padding()
         found.enable_truncation(context)
     return found
 
 
-def _byte_pairs(vocabulary: Path, merges: str) -> Any:
-    """CLIP's tokenizer from its vocabulary and the merges, one pair a line, below a line with the version."""
+def _byte_pairs(vocabulary: str, merges: str, where: Path) -> Any:
+    """CLIP's tokenizer from its vocabulary (JSON) and the merges, one pair a line, below a line with the version."""
     from tokenizers import (  # pyright: ignore[reportMissingImports]
         Regex,
         Tokenizer,
@@ -173,9 +175,9 @@ def _byte_pairs(vocabulary: Path, merges: str) -> Any:
         processors,
     )
 
-    ids = read_json(vocabulary, what="tokenizer")
+    ids = json.loads(vocabulary)
     if not isinstance(ids, dict) or not {_START, _END} <= ids.keys():
-        raise InputError(f"{vocabulary} must be an object from token to id, with {_START} and {_END}")
+        raise InputError(f"{where} must be an object from token to id, with {_START} and {_END}")
     pairs: Any = [
         tuple(line.split()) for line in merges.splitlines() if line.strip() and not line.startswith("#version")
     ]

@@ -18,21 +18,25 @@ from tokentm_jax.models.checkpoint import Tensors, fused, to_params, to_timm
 from tokentm_jax.models.layouts import (
     CONFIG,
     TEXT,
+    Count,
     Depth,
     Names,
     Section,
     Whole,
+    architecture_of,
     labels_of,
+    present,
     read_weights,
     renamed,
     require_heads,
 )
 from tokentm_jax.samples import hint
+from tokentm_jax.validation import Name, checked
 
 # Of BERT, and of all that were made from it; DistilBERT's names are brought to these first.
 NAMES: Names = (
     (r"^(bert|roberta|electra|distilbert)\.", ""),
-    (r"^(cls|lm_head|generator_.*|discriminator_predictions|vocab_.*)\..*$", ""),
+    (r"^(cls|lm_head|generator_\w+|discriminator_predictions|vocab_\w+)\..*$", ""),
     (r"^embeddings\.position_ids$", ""),
     (r"^embeddings\.word_embeddings\.weight$", "word_embeddings"),
     (r"^embeddings\.position_embeddings\.weight$", "position_embeddings"),
@@ -67,7 +71,14 @@ ACTIVATIONS = {
     "swish": "silu", "tanh": "tanh",
 }  # fmt: skip
 MODULES, POOLING = "modules.json", "1_Pooling/config.json"  # of sentence-transformers
+POOLS = {"cls": "token", "mean": "avg"}  # its modes that are computed here
+LEGACY_POOLS = {"cls_token": "cls", "mean_tokens": "mean", "lasttoken": "lasttoken"}  # of pooling_mode_NAME: true
+LEGACY_POOLS |= {f"{name}_tokens": name for name in ("max", "mean_sqrt_len", "weightedmean")}
 SENTENCE = ("Transformer", "Pooling", "Normalize", "Dropout")  # what leaves a cosine of pooled tokens what it is
+
+
+# What is read of the architectures of Hugging Face: whether they have a classifier.
+ARCHITECTURES = {"ForSequenceClassification": True, "Model": False, "ForMaskedLM": False, "ForPreTraining": False}
 
 
 class TextFolder(NamedTuple):
@@ -76,6 +87,7 @@ class TextFolder(NamedTuple):
     module: Bert
     params: dict[str, Any]
     class_names: list[str] | None
+    notes: tuple[str, ...] = ()  # what differs from what the folder describes, for whoever loads it
 
 
 def read_text_folder(
@@ -88,23 +100,27 @@ def read_text_folder(
 
     Raises InputError for what is no such folder, or is not supported, or is damaged.
     """
-    if not (folder / CONFIG).is_file():
+    if not present(folder, CONFIG):
         expected = f"expected {CONFIG} beside the weights and tokenizer.json{hint(folder / CONFIG)}"
         raise InputError(f"{folder} holds no text model: {expected}")
     config = Section(str(folder / CONFIG), read_json(folder / CONFIG, what="model"))
     kind = config("model_type", str)
     if kind not in TEXT:
         raise InputError(f"{config.where}: the model type {kind!r} is not supported; known: {', '.join(TEXT)}")
+    classifies = architecture_of(config, TEXT, ARCHITECTURES) if changes is None else None
     tensors = read_weights(folder)
     if kind == "distilbert":
         tensors = renamed(tensors, DISTIL)
     if any(name.startswith("classifier.dense.") for name in tensors):  # then nobody reads the encoder's own pooler
         tensors = {name: t for name, t in tensors.items() if not re.match(r"(\w+\.)?pooler\.", name)}
+    left_out = _unread_heads(tensors)
     tensors = fused(renamed(tensors, NAMES))
     fields = _distilbert(config) if kind == "distilbert" else _bert(config, kind)
     if "roberta" in kind or kind == "camembert":
         _drop_padding(config, tensors)
     head = tensors.get("head.weight")
+    if head is None and classifies:
+        raise InputError(f"the weights of {folder} lack the classifier of {config.content['architectures'][0]}")
     if head is None:
         fields |= {"num_classes": 0, **_pooling(folder)}
     else:
@@ -119,13 +135,27 @@ def read_text_folder(
     require_heads(config, fields["embed_dim"], fields["num_heads"])
     module = Bert(**fields)
     if module.pooler is None:
+        if "pooler.weight" in tensors and not present(folder, pooling_file(folder)):
+            left_out.append("pooler")
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("pooler.")}
     if changes is not None:
         fresh = to_timm(init_bert(module, jax.random.key(seed)))
         tensors |= {name: a for name, a in fresh.items() if name.startswith("head.")}
         tensors = {**{name: a for name, a in fresh.items() if name.startswith("pooler.")}, **tensors}
         names = None
-    return TextFolder(module, to_params(module, tensors, str(folder)), names)
+    notes = []
+    if left_out:
+        outputs = "the classes" if module.num_classes else "the mean of the tokens"
+        notes.append(f"{folder}: left out of its weights: {', '.join(left_out)}; the outputs are {outputs}")
+    if classifies is None and head is not None:
+        notes.append(f"{config.where} names no architecture: its classifier is taken for one of whole texts")
+    return TextFolder(module, to_params(module, tensors, str(folder)), names, tuple(notes))
+
+
+def _unread_heads(tensors: Tensors) -> list[str]:
+    """Heads in the weights that are of other tasks: "cls.predictions", "lm_head"."""
+    found = (re.match(r"cls\.\w+|lm_head|generator_\w+|discriminator_predictions|vocab_\w+", name) for name in tensors)
+    return sorted({match[0] for match in found if match})
 
 
 def _activation(section: Section, key: str) -> str:
@@ -148,7 +178,7 @@ def _bert(config: Section, kind: str) -> dict[str, Any]:
         "depth": config("num_hidden_layers", Depth),
         "num_heads": config("num_attention_heads", Whole),
         "mlp_hidden": config("intermediate_size", Whole),
-        "type_vocab_size": config("type_vocab_size", int, 2),
+        "type_vocab_size": config("type_vocab_size", Count, 2),
         "embedding_size": None if embedding == width else embedding,
         "activation": _activation(config, "hidden_act"),
         "norm_eps": config("layer_norm_eps", float, 1e-12),
@@ -174,30 +204,48 @@ def _distilbert(config: Section) -> dict[str, Any]:
 
 def _drop_padding(config: Section, tensors: Tensors) -> None:
     """RoBERTa counts positions from its padding's number on; the ones up to there are never used."""
-    positions, first = tensors.get("position_embeddings"), config("pad_token_id", int, 1) + 1
+    positions, first = tensors.get("position_embeddings"), config("pad_token_id", Count, 1) + 1
     if positions is not None and positions.ndim == 2:
         if not 0 <= first < len(positions):
             raise InputError(f"{config.where}: 'pad_token_id' must be one of the {len(positions)} positions")
         tensors["position_embeddings"] = positions[first:]
 
 
+def pooling_file(folder: Path) -> str:
+    """The file of a folder of sentence-transformers that says how tokens are pooled, as its modules name it.
+
+    Raises InputError for modules that change a cosine of pooled tokens.
+    """
+    if not present(folder, MODULES):
+        return POOLING
+    listed = read_json(folder / MODULES, what="modules")
+    places = []
+    for part in listed if isinstance(listed, list) else [None]:
+        kind = part.get("type") if isinstance(part, dict) else None
+        kind = kind.rpartition(".")[2] if isinstance(kind, str) else kind
+        if kind not in SENTENCE:
+            known = ", ".join(SENTENCE)
+            raise InputError(f"{folder / MODULES}: expected a list of modules of {known}, got {kind!r:.80}")
+        if kind == "Pooling":
+            places.append(checked(f"{folder / MODULES}: 'path'", Name, part.get("path", "1_Pooling")))
+    return f"{places[0]}/{CONFIG}" if places else POOLING
+
+
 def _pooling(folder: Path) -> dict[str, Any]:
     """How an encoder without a classifier is read: as sentence-transformers says, or the mean of its tokens."""
-    pool = "avg"
-    if (folder / MODULES).is_file():
-        listed = read_json(folder / MODULES, what="modules")
-        for part in listed if isinstance(listed, list) else [None]:
-            kind = part.get("type") if isinstance(part, dict) else None
-            if not isinstance(kind, str) or kind.rpartition(".")[2] not in SENTENCE:
-                known = ", ".join(SENTENCE)
-                raise InputError(f"{folder / MODULES}: expected a list of modules of {known}, got {kind!r:.80}")
-    if (folder / POOLING).is_file():
-        section = Section(str(folder / POOLING), read_json(folder / POOLING, what="pooling"))
-        if section("pooling_mode_cls_token", bool, False):
-            pool = "token"
-        elif not section("pooling_mode_mean_tokens", bool, True):
-            raise InputError(f"{section.where}: only the mean of the tokens and the first token are supported")
-    return {"pool": pool, "pooler": None}
+    file = pooling_file(folder)
+    if not present(folder, file):
+        if present(folder, MODULES):
+            raise InputError(f"{folder} lacks {file}, which says how its tokens are pooled")
+        return {"pool": "avg", "pooler": None}
+    section = Section(str(folder / file), read_json(folder / file, what="pooling"))
+    named = section("pooling_mode", str | list[str], None)
+    legacy = [mode for mode in LEGACY_POOLS if section(f"pooling_mode_{mode}", bool, False)]
+    modes = [named] if isinstance(named, str) else named or [LEGACY_POOLS[mode] for mode in legacy] or ["mean"]
+    if len(modes) != 1 or modes[0] not in POOLS:
+        found = " and ".join(map(repr, modes))
+        raise InputError(f"{section.where}: the pooling must be one of {', '.join(POOLS)}, got {found:.200}")
+    return {"pool": POOLS[modes[0]], "pooler": None}
 
 
 def write_names(params: Mapping[str, Any]) -> Tensors:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import os
 import warnings
 from collections.abc import Sequence
@@ -14,11 +15,12 @@ import numpy as np
 from jax import Array
 
 from tokentm_jax.errors import InputError
-from tokentm_jax.files import as_path
+from tokentm_jax.files import as_path, read_text
 from tokentm_jax.models.architectures import dtype_of
 from tokentm_jax.models.bert import Bert
 from tokentm_jax.models.hub import HUB, download
 from tokentm_jax.models.inputs import Tokens
+from tokentm_jax.models.layouts import CONFIG, present
 from tokentm_jax.models.loading import Classes
 from tokentm_jax.models.text import engine, one_sentence
 from tokentm_jax.models.text_layouts import read_text_folder
@@ -42,17 +44,32 @@ class Word(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class WordPieces:
-    """Texts -> word pieces, with the `tokenizer.json` of a model.
+    """Texts -> word pieces, with the `tokenizer.json` of a model as it was when it was loaded (`read`).
 
     `length` is the most tokens that the model takes; longer texts are cut.
     """
 
     file: Path
+    content: str = dataclasses.field(repr=False)
     length: int = 512
+
+    @classmethod
+    def read(cls, file: Path, length: int = 512) -> "WordPieces":
+        """Raises InputError for a file that cannot be read; what it holds is looked at when it is first used."""
+        return cls(file, read_text(file, what="tokenizer"), length)
+
+    @property
+    def digest(self) -> str:
+        """A hash of the content."""
+        return hashlib.sha256(self.content.encode()).hexdigest()
+
+    @property
+    def _engine(self) -> Any:
+        return engine((self.content,), self.length, self.file)
 
     def token(self, *names: str) -> int | None:
         """The number of the first of these tokens that there is."""
-        known = (engine((self.file,), self.length).token_to_id(name) for name in names)
+        known = (self._engine.token_to_id(name) for name in names)
         return next((number for number in known if number is not None), None)
 
     def encode(self, texts: Any) -> list[Any]:
@@ -69,7 +86,7 @@ class WordPieces:
             if any("\ud800" <= character <= "\udfff" for part in parts for character in part):
                 raise InputError(f"text {number} is no valid Unicode: it holds half of a surrogate pair")
         with one_sentence((self.file,)):
-            return engine((self.file,), self.length).encode_batch(list(listed))
+            return self._engine.encode_batch(list(listed))
 
     def __call__(self, texts: Any) -> tuple[Tokens, list[bool]]:
         """The tokens, padded to one length, and which of the texts were cut."""
@@ -167,12 +184,15 @@ def load_text(
     name = os.fspath(folder) if isinstance(folder, str | os.PathLike) else folder
     on_hub = isinstance(name, str) and name.startswith(HUB)
     path = download(name) if on_hub else as_path(folder, "the folder of a text model")
-    file = path / "tokenizer.json"
-    if path.is_dir() and (path / "config.json").is_file() and not file.is_file():
+    if not present(path, CONFIG):
+        raise InputError(f"{path} holds no text model: expected {CONFIG} beside the weights and tokenizer.json")
+    if not present(path, "tokenizer.json"):
         raise InputError(f"{path} has no tokenizer.json, the file of a fast tokenizer")
-    mask_id = WordPieces(file).token(*MASKS) if file.is_file() else None
+    pieces = WordPieces.read(path / "tokenizer.json")
     changes: dict[str, Any] = {} if dtype is None else {"dtype": dtype_of(dtype)}
-    module, params, names = read_text_folder(path, mask_id)
+    module, params, names, notes = read_text_folder(path, pieces.token(*MASKS))
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
     module = module.clone(**changes)
     if class_names is not None:
         names = list(class_names)
@@ -180,7 +200,7 @@ def load_text(
             raise InputError(f"class_names must be {module.num_classes} texts, one per class, got {len(names)}")
     title = name.removeprefix(HUB) if on_hub else os.path.basename(os.path.abspath(path))
     params = jax.tree.map(jnp.asarray, params)
-    pieces = WordPieces(file, module.max_length)
+    pieces = dataclasses.replace(pieces, length=module.max_length)
     return LoadedText(module, params, pieces, None if names is None else tuple(names), title)
 
 

@@ -12,7 +12,7 @@ from tokentm_jax import metrics
 from tokentm_jax.data.sentences import Sentences
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import ours, read_json, reason, require_ours, write_json, write_text
-from tokentm_jax.identity import claimed, digest_files, environment, identity_of
+from tokentm_jax.identity import claimed, environment, identity_of
 from tokentm_jax.methods.explain import compiled
 from tokentm_jax.metrics.tasks import CLEAN, PREDICTED, RANDOM, Number, Row, check_rows
 from tokentm_jax.metrics.texts import Probabilities, agreement, kendall, leave_one_out, read_lexicon, removal_curves
@@ -134,7 +134,7 @@ def evaluate_text(
 
 
 def _identity(text: LoadedText) -> str:
-    return identity_of(text.module, text.params, [digest_files([text.tokenizer.file]), text.tokenizer.length])
+    return identity_of(text.module, text.params, [[text.tokenizer.digest], text.tokenizer.length])
 
 
 def _evaluate(

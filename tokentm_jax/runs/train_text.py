@@ -121,11 +121,11 @@ def train_text(
     """
     config = check_fields(config, "the recipe")
     folder = Path(config.encoder)
-    pieces = WordPieces(folder / "tokenizer.json")
+    pieces = WordPieces.read(folder / "tokenizer.json")
     changes = {"num_classes": len(config.class_names), "pool": config.pool}
     changes |= {"pooler": "tanh" if config.pool == "token" else None}
-    module, params, _ = read_text_folder(folder, pieces.token(*MASKS), changes, config.seed)
-    tokenize = WordPieces(folder / "tokenizer.json", min(config.max_length, module.max_length))
+    module, params, *_ = read_text_folder(folder, pieces.token(*MASKS), changes, config.seed)
+    tokenize = dataclasses.replace(pieces, length=min(config.max_length, module.max_length))
     per_epoch = len(data.texts) // config.batch_size
     steps = round(config.epochs * per_epoch)
     if not steps:
@@ -163,7 +163,7 @@ def train_text(
             log,
         )
         how = {"accuracy": top_1, "epochs": config.epochs, "test_data": Path(config.test_data).name}
-        write_text_folder(out, module, state.params, config.class_names, folder / "tokenizer.json", how)
+        write_text_folder(out, module, state.params, config.class_names, pieces.content, how)
     return top_1
 
 
@@ -172,7 +172,7 @@ def write_text_folder(
     module: Bert,
     params: Mapping[str, Any],
     class_names: Sequence[str],
-    tokenizer: Path,
+    tokenizer: str,
     how: Mapping[str, Any],
 ) -> None:
     """A text classifier as a folder in the layout of BertForSequenceClassification; each file as a whole.
@@ -198,7 +198,7 @@ def write_text_folder(
     }
     if module.embedding_size:
         content["embedding_size"] = module.embedding_size
-    write_text(out / "tokenizer.json", tokenizer.read_text(encoding="utf-8"), overwrite=True)
+    write_text(out / "tokenizer.json", tokenizer, overwrite=True)
     data = safetensors.numpy.save({name: np.ascontiguousarray(a) for name, a in tensors.items()}, {"format": "pt"})
     replace(out / "model.safetensors", lambda part: part.write_bytes(data), overwrite=True)
     write_json(out / "config.json", content, overwrite=True)
