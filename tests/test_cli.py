@@ -325,6 +325,7 @@ def test_long_names(tmp_path):
         (["--option", "ffn=" + "x" * 10**5], "must be a valid bool"),
         (["--target", "9" * 5000], "classes 0 to 5"),
         (["--checkpoint", "/dev/zero"], "is no regular file"),
+        (["--model", ""], "must be a name that a file can have"),
         (["--checkpoint", ""], "must be a name that a file can have"),
         (["--classes", ""], "must be a name that a file can have"),
         (["--out", ""], "must be a name that a file can have"),
@@ -336,6 +337,16 @@ def test_wrong_arguments(folder, checkpoint, arguments, sentence):
     assert sentence in result.stderr
     assert result.stdout == ""
     assert not (folder / "explanations/a.png").exists()
+
+
+WITH_MODEL = [name for name, command in main.commands.items() if any("--model" in p.opts for p in command.params)]
+
+
+@pytest.mark.parametrize("command", WITH_MODEL)
+def test_an_empty_name_of_a_model_is_refused(folder, command):
+    arguments = ("photos/a.png", "out") if command in ("convert", "dataset") else () if command == "serve" else ("x",)
+    assert "must be a name that a file can have" in run(command, *arguments, "--model", "", code=2).stderr
+    assert not list(folder.glob("o*"))
 
 
 @pytest.mark.parametrize(
@@ -358,7 +369,9 @@ def test_models_and_methods(folder):
     rows = {row["name"]: row for row in json.loads(run("models", "--json").stdout)}
     assert rows["deit_tiny_patch16_224"]["parameters"] == 5_717_416
     assert rows["vit_base_patch16_224"]["parameters"] == 86_567_656
-    assert "needs a checkpoint" in run("models").stdout
+    assert rows["deit_tiny_patch16_224"]["tags"] == ["fb_in1k"] and not rows["vit_large_patch14_224"]["tags"]
+    table = run("models").stdout
+    assert "needs a checkpoint" in table and "fb_in1k" in table and "shipped" in table
     methods = {row["name"]: row for row in json.loads(run("methods", "--json").stdout)}
     assert methods["tokentm"]["year"] == 2024 and methods["tokentm"]["class_specific"]
     assert "tokentm" in run("methods").stdout

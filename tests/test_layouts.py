@@ -1,6 +1,7 @@
 """Folders in the layouts of other libraries, against what these libraries answer; hostile folders; prompts."""
 
 import json
+import os
 import shutil
 import sys
 import threading
@@ -96,6 +97,89 @@ def test_sizes_of_processors(tmp_path, name, fields, expected):
     changed(tmp_path / name / "preprocessor_config.json", **fields)
     photo = tm.load(str(tmp_path / name)).preprocessing
     assert (photo.crop_pct, photo.crop_mode) == expected
+
+
+def test_dinov2_takes_photos_of_the_processors_size(tmp_path):
+    """As `transformers` does: its position embeddings are resampled, whatever size the config says."""
+    shutil.copytree(GOLDENS / "dinov2", tmp_path / "dinov2")
+    changed(
+        tmp_path / "dinov2/preprocessor_config.json", size={"shortest_edge": 32}, do_center_crop=True, crop_size=28
+    )
+    vit = tm.load(str(tmp_path / "dinov2"))
+    assert (vit.module.img_size, vit.preprocessing.size, vit.preprocessing.crop_pct) == ((28, 28), (28, 28), 28 / 32)
+    told = tm.load(str(GOLDENS / "dinov2"), img_size=28)  # whose outputs are the library's: the test above
+    jax.tree.map(np.testing.assert_array_equal, vit.params, told.params)
+    assert tm.load(str(tmp_path / "dinov2"), img_size=16).module.img_size == (16, 16)
+    changed(tmp_path / "dinov2/preprocessor_config.json", size={"height": 20, "width": 24}, do_center_crop=False)
+    assert tm.load(str(tmp_path / "dinov2")).module.img_size == (20, 24)
+    changed(tmp_path / "dinov2/preprocessor_config.json", size={"shortest_edge": 32})  # of any proportions
+    assert tm.load(str(tmp_path / "dinov2")).module.img_size == (16, 16)
+
+
+HUGGING_FACE = json.loads((GOLDENS.parent / "architectures_hf.json").read_text())
+OF_PHOTOS = {kind: kind for kind in ("vit", "deit", "dinov2", "clip", "siglip")}
+OF_PHOTOS |= {"dinov2_with_registers": "dinov2_registers", "audio-spectrogram-transformer": "ast"}
+READ = {"CLIPModel", "SiglipModel", "DeiTForImageClassificationWithTeacher", "ASTForAudioClassification", "ASTModel"}
+READ |= {
+    f"{name}{end}"
+    for name in ("ViT", "DeiT", "Dinov2", "Dinov2WithRegisters")
+    for end in ("ForImageClassification", "Model")
+}
+
+
+@pytest.mark.parametrize("kind", OF_PHOTOS)
+def test_architectures_that_are_not_read_are_refused_by_name(tmp_path, kind):
+    """Every one that `transformers` has."""
+    folder = tmp_path / kind
+    shutil.copytree(GOLDENS / OF_PHOTOS[kind], folder)
+    for name in [*set(HUGGING_FACE[kind]) - READ, "Model", "ViTForEverything"]:
+        changed(folder / "config.json", architectures=[name])
+        with pytest.raises(tm.InputError, match=f"the architecture '{name}' is not supported; known: "):
+            tm.load(str(folder))
+    for name in [name for name in HUGGING_FACE[kind] if name in READ and name.endswith("Model")]:
+        changed(folder / "config.json", architectures=[name])
+        tm.load(str(folder))
+
+
+def test_what_weights_lack_or_have_beside_the_model_is_told(tmp_path):
+    for name, known in (("vit", "ViTForImageClassification"), ("dinov2", "Dinov2ForImageClassification")):
+        shutil.copytree(GOLDENS / name, tmp_path / name)
+        file = tmp_path / name / "model.safetensors"
+        tensors = {n: t for n, t in safetensors.numpy.load_file(file).items() if not n.startswith("classifier.")}
+        safetensors.numpy.save_file(tensors, file)
+        with pytest.raises(tm.InputError, match=f"lack the classifier of {known}"):
+            tm.load(str(tmp_path / name))
+    pooler = {"pooler.dense.bias": np.zeros(24, np.float32), "pooler.dense.weight": np.zeros((24, 24), np.float32)}
+    safetensors.numpy.save_file({**tensors, **pooler}, file)
+    changed(tmp_path / "dinov2/config.json", architectures=["Dinov2Model"])
+    with pytest.warns(UserWarning, match="dinov2: left out of its weights: pooler; the outputs are the features that"):
+        assert not tm.load(str(tmp_path / "dinov2")).module.num_classes
+
+
+def test_a_tokenizer_is_known_by_its_content(folder):
+    pytest.importorskip("tokenizers")
+    first, file = tm.load(str(folder)), folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    words = content["model"]["vocab"]
+    words["cat"], words["dog"] = words["dog"], words["cat"]
+    file.write_text(json.dumps(content))
+    second = tm.load(str(folder))
+    np.testing.assert_array_equal(first.text.tokenizer(["a cat"]), second.text.tokenizer(["a dog"]))
+    assert not np.array_equal(first.text.tokenizer(["a cat"]), second.text.tokenizer(["a cat"]))
+
+
+FILES = ["config.json", "preprocessor_config.json", "model.safetensors", "tokenizer.json", "vocab.json", layouts.INDEX]
+
+
+@pytest.mark.parametrize("name", [*FILES, "part.safetensors", "open_clip_config.json"])
+def test_a_pipe_in_a_folder_is_not_waited_for(folder, name):
+    if name in ("vocab.json", layouts.INDEX, "part.safetensors"):  # which are looked at where the usual file is not
+        (folder / ("tokenizer.json" if name == "vocab.json" else "model.safetensors")).unlink()
+        (folder / "merges.txt").write_text("#version")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(tm.InputError, match=f"{name} is no regular file"):
+        tm.load(str(folder))
 
 
 def test_sides_may_be_lists(folder):
@@ -375,7 +459,10 @@ def card(**changes):
 
 def tiny_weights(path, **options):
     module = tm.build({**card()["model_args"], "num_classes": 3, **options})
-    safetensors.numpy.save_file(to_timm(tm.init_params(module, jax.random.key(0))), path)
+    shapes = jax.eval_shape(lambda key: tm.init_params(module, key), jax.random.key(0))
+    random = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: random.standard_normal(leaf.shape, np.float32), shapes)
+    safetensors.numpy.save_file(to_timm(params), path)
 
 
 def test_a_timm_model_of_the_hub(hub):

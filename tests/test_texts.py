@@ -1,6 +1,7 @@
 """Text models: what `transformers` answers, the contract of every method, TokenTM of post-norm blocks, words."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -27,9 +28,17 @@ KINDS = sorted(path.name for path in GOLDENS.iterdir() if path.is_dir())
 REFUSE = {"rise": "grid of patches", "kernel_shap": "texts differ in"}
 
 
+def encoder():
+    """One whose weights have a pooler, which is not read."""
+    with pytest.warns(
+        UserWarning, match=r"bert_encoder: left out of its weights: pooler; the outputs are the mean of"
+    ):
+        return tm.load_text(GOLDENS / "bert_encoder")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_outputs_are_those_of_the_library(kind):
-    text = tm.load_text(GOLDENS / kind)
+    text = encoder() if kind == "bert_encoder" else tm.load_text(GOLDENS / kind)
     tokens = text.read(TEXTS[kind])
     mask = ANSWERS[f"{kind}/mask"]
     assert tokens.ids.shape[1] == 16 and not tokens.mask[:, mask.shape[1] :].any()
@@ -217,10 +226,10 @@ def test_a_text_like_a_photo(text):
     versus = tm.explain(text, tokens, score=tm.scores.Versus(1), target=0)
     assert np.isfinite(versus).all() and not np.allclose(versus, scores)
     assert text.class_name(2) == "label 2"
-    encoder = tm.load_text(GOLDENS / "bert_encoder")
+    features = encoder()
     with pytest.raises(tm.InputError, match="gives features and no classes"):
-        tm.explain(encoder, encoder.read("a film"))
-    assert tm.explain(encoder, encoder.read("a film"), score=tm.scores.Channel(1)).shape == (1, 16)
+        tm.explain(features, features.read("a film"))
+    assert tm.explain(features, features.read("a film"), score=tm.scores.Channel(1)).shape == (1, 16)
 
 
 def test_long_texts_are_cut_with_a_notice(text):
@@ -271,6 +280,9 @@ def test_bad_tokens_are_one_sentence(text):
         (lambda f: edited(f, model_type="vit"), "model type 'vit' is not supported"),
         (lambda f: edited(f, model_type="roberta", pad_token_id=99), "'pad_token_id' must be one of the 24 positions"),
         (lambda f: edited(f, num_attention_heads=3), "must be a multiple of the number of heads, 3"),
+        (lambda f: edited(f, type_vocab_size=-1), "'type_vocab_size' must be greater than or equal to 0, got -1"),
+        (lambda f: edited(f, type_vocab_size=10**12), "'type_vocab_size' must be less than or equal to 2147483647"),
+        (lambda f: edited(f, type_vocab_size=2**31 - 1), r"type_embeddings \[2, 16\] in place of \[2147483647, 16\]"),
         (lambda f: edited(f, hidden_act="mish"), "'hidden_act' must be one of"),
         (lambda f: edited(f, position_embedding_type="relative_key"), "nothing else is supported"),
         (lambda f: edited(f, id2label={"0": "a"}), "'id2label' names 1 classes of 5"),
@@ -308,14 +320,118 @@ def test_modules_of_sentence_transformers(tmp_path):
     shutil.copytree(GOLDENS / "bert_encoder", folder)
     modules = [{"type": f"sentence_transformers.models.{name}"} for name in ("Transformer", "Pooling", "Normalize")]
     (folder / "modules.json").write_text(json.dumps(modules))
-    assert tm.load_text(folder).module.pool == "avg"
+    with pytest.raises(tm.InputError, match=r"lacks 1_Pooling/config\.json, which says how its tokens are pooled"):
+        tm.load_text(folder)
     (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
-    assert tm.load_text(folder).module.pool == "token"
+    for fields, pool in (
+        ({}, "avg"),
+        ({"pooling_mode_cls_token": True}, "token"),
+        ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, "avg"),
+        ({"pooling_mode": "cls", "pooling_mode_mean_tokens": True}, "token"),  # the newer key counts
+        ({"pooling_mode": ["mean"]}, "avg"),
+    ):
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(fields))
+        assert tm.load_text(folder).module.pool == pool
+    for fields, words in (
+        (
+            {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True},
+            "must be one of cls, mean, got 'cls' and 'mean'",
+        ),
+        ({"pooling_mode": ["mean", "cls"]}, "got 'mean' and 'cls'"),
+        ({"pooling_mode_max_tokens": True}, "got 'max'"),
+        ({"pooling_mode": "lasttoken"}, "got 'lasttoken'"),
+        ({"pooling_mode": 3}, "'pooling_mode' must be"),
+        ({"pooling_mode_cls_token": "yes"}, "'pooling_mode_cls_token' must be"),
+    ):
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(fields))
+        with pytest.raises(tm.InputError, match=words):
+            tm.load_text(folder)
     for listed in ([*modules, {"type": "sentence_transformers.models.Dense"}], [{}], {"type": "Transformer"}):
         (folder / "modules.json").write_text(json.dumps(listed))
         with pytest.raises(tm.InputError, match=r"modules\.json: expected a list of modules of Transformer, Pooling"):
             tm.load_text(folder)
+    (folder / "modules.json").write_text(json.dumps([{"type": "Pooling", "path": "../elsewhere"}]))
+    with pytest.raises(tm.InputError, match=r"modules\.json: 'path' .*plain name"):
+        tm.load_text(folder)
+
+
+# ---- architectures --------------------------------------------------------------------------------------------------
+
+HUGGING_FACE = json.loads((GOLDENS.parent / "architectures_hf.json").read_text())
+READ = ("ForSequenceClassification", "Model", "ForMaskedLM", "ForPreTraining")
+OF_TEXTS = {
+    "xlm-roberta": "roberta",
+    "camembert": "roberta",
+    **{k: k for k in ("bert", "roberta", "distilbert", "electra")},
+}
+
+
+@pytest.mark.parametrize("kind", OF_TEXTS)
+def test_architectures_that_are_not_read_are_refused_by_name(tmp_path, kind):
+    """Every one that `transformers` has: a classifier of tokens would be taken for one of texts."""
+    folder = tmp_path / kind
+    shutil.copytree(GOLDENS / OF_TEXTS[kind], folder)
+    names = HUGGING_FACE[kind]
+    refused = [name for name in names if not name.endswith(READ) or name.endswith("LMHeadModel")]
+    assert len(refused) >= 3 and any("ForTokenClassification" in name for name in refused)
+    for name in [*refused, f"{names[0]}Of2Texts", "Model"]:
+        edited(folder, model_type=kind, architectures=[name])
+        with pytest.raises(tm.InputError, match=f"the architecture '{name}' is not supported; known: "):
+            tm.load_text(folder)
+    for name in (f"TF{name}" for name in names if name not in refused and not name.endswith("Classification")):
+        edited(folder, model_type=kind, architectures=[name])
+        assert tm.load_text(folder).module.num_classes == 5  # what the weights have is read
+
+
+def test_heads_of_other_tasks_are_not_left_out_in_silence(tmp_path):
+    shutil.copytree(GOLDENS / "bert_encoder", tmp_path / "bert")
+    file = tmp_path / "bert/model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    extra = {f"cls.{name}": np.zeros(3, np.float32) for name in ("predictions.bias", "seq_relationship.bias")}
+    safetensors.numpy.save_file({**tensors, **extra}, file)
+    edited(tmp_path / "bert", architectures=["BertForPreTraining"])
+    left_out = r"cls\.predictions, cls\.seq_relationship, pooler"
+    with pytest.warns(
+        UserWarning, match=f"left out of its weights: {left_out}; the outputs are the mean of the tokens"
+    ):
+        tm.load_text(tmp_path / "bert")
+    edited(tmp_path / "bert", architectures=["BertForSequenceClassification"])
+    with pytest.raises(tm.InputError, match="lack the classifier of BertForSequenceClassification"):
+        tm.load_text(tmp_path / "bert")
+    shutil.copytree(GOLDENS / "bert", tmp_path / "other")
+    edited(tmp_path / "other", architectures=None)
+    with pytest.warns(UserWarning, match="names no architecture: its classifier is taken for one of whole texts"):
+        tm.load_text(tmp_path / "other")
+
+
+def test_a_tokenizer_is_known_by_its_content(tmp_path):
+    """One that is replaced is another one when the model is loaded again, and none for a model that is loaded."""
+    folder = tmp_path / "bert"
+    shutil.copytree(GOLDENS / "bert", folder)
+    first, file = tm.load_text(folder), folder / "tokenizer.json"
+    before = first.read("a film is dull")
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["film"], vocabulary["dull"] = vocabulary["dull"], vocabulary["film"]
+    file.write_text(json.dumps(content))
+    second = tm.load_text(folder)
+    assert second.tokenizer.digest != first.tokenizer.digest
+    np.testing.assert_array_equal(first.read("a film is dull").ids, before.ids)
+    np.testing.assert_array_equal(second.read("a dull is film").ids, before.ids)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "modules.json", "1_Pooling/config.json"]
+)
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path, name, kind):
+    folder = tmp_path / "encoder"
+    shutil.copytree(GOLDENS / "bert_encoder", folder)
+    (folder / "1_Pooling").mkdir()
+    (folder / name).unlink(missing_ok=True)
+    {"pipe": os.mkfifo, "folder": os.mkdir, "device": lambda path: os.symlink("/dev/zero", path)}[kind](folder / name)
+    with pytest.raises(tm.InputError, match=f"{name} is (no regular file|a folder)"):
+        tm.load_text(folder)
 
 
 def edited(folder, **fields):

@@ -158,7 +158,11 @@ def engine(contents: tuple[str, ...], context: int, *files: Path) -> Any:
     except ImportError:
         raise InputError("texts need a tokenizer: pip install 'tokentm_jax[text]'") from None
     with one_sentence(files):
-        found = tokenizers.Tokenizer.from_str(contents[0]) if len(contents) == 1 else _byte_pairs(*contents, files[0])
+        found = (
+            tokenizers.Tokenizer.from_str(contents[0])
+            if len(contents) == 1
+            else _byte_pairs(contents[0], contents[1], files[0])
+        )
         found.no_padding()
         found.enable_truncation(context)
     return found

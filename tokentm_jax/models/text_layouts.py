@@ -221,7 +221,8 @@ def pooling_file(folder: Path) -> str:
     listed = read_json(folder / MODULES, what="modules")
     places = []
     for part in listed if isinstance(listed, list) else [None]:
-        kind = part.get("type") if isinstance(part, dict) else None
+        part = part if isinstance(part, dict) else {}
+        kind = part.get("type")
         kind = kind.rpartition(".")[2] if isinstance(kind, str) else kind
         if kind not in SENTENCE:
             known = ", ".join(SENTENCE)
