@@ -569,7 +569,7 @@ def test_a_silent_network_is_not_waited_for(hub, monkeypatch):
     monkeypatch.setattr("tokentm_jax.models.hub.PATIENCE", 0.1)
     done = threading.Event()
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *_, **__: done.wait(60))
-    with pytest.raises(tm.InputError, match=r"config\.json of hf-hub:a/b .* \(no answer within 0\.2 seconds\)"):
+    with pytest.raises(tm.InputError, match=r"config\.json of hf-hub:a/b .* \(the Hugging Face Hub does not answer within 0\.2 seconds\)"):
         tm.load("hf-hub:a/b")
     done.set()
 
@@ -593,7 +593,7 @@ def test_a_name_without_weights_is_one_sentence(hub, monkeypatch):
         with pytest.raises(tm.InputError, match=words):
             tm.load(name)
     hub.stop()
-    with pytest.raises(tm.InputError, match=r"could not be downloaded \(.*refused\)"):
+    with pytest.raises(tm.InputError, match=r"could not be downloaded \(the Hugging Face Hub does not answer: .*refused\)"):
         tm.load("deit_small_patch16_224")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     for name in ("deit_tiny_patch16_224", "hf-hub:a/b"):

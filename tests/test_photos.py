@@ -322,6 +322,17 @@ def test_the_crop_is_centred_and_covered(size, photo_size):
     assert fit(photo, preprocessing).shape == (*size, 3)
 
 
+@pytest.mark.parametrize(("crop_pct", "scaled", "corner"), [(1.0, (30, 20), (0, 0)), (0.8, (37, 25), (4, 2))])
+def test_squashing_is_a_resize_of_both_sides(tmp_path, crop_pct, scaled, corner):
+    """As timm's transform of crop_mode "squash" does it, with Pillow's own resize: equal to the last bit."""
+    noise = np.random.default_rng(0).integers(0, 256, (90, 130, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    whole = np.asarray(Image.fromarray(noise).resize(scaled, Image.Resampling.BICUBIC), np.float32) / 255
+    expected = whole[corner[1] : corner[1] + 20, corner[0] : corner[0] + 30]
+    preprocessing = Preprocessing((20, 30), crop_pct, crop_mode="squash", **IMAGENET)
+    np.testing.assert_array_equal(read_photos([tmp_path / "noise.png"], preprocessing)[0], expected)
+
+
 def test_view_shows_the_same_part_sharply():
     noise = np.random.default_rng(1).integers(0, 256, (300, 400, 3), dtype=np.uint8)
     photo = Image.fromarray(noise).resize((1200, 900), Image.Resampling.BICUBIC)

@@ -81,6 +81,7 @@ class _Repository:
         from huggingface_hub.errors import HfHubHTTPError
 
         answer: list[str | None] = []
+        silent = "the Hugging Face Hub does not answer"
 
         def ask() -> None:
             try:
@@ -89,14 +90,14 @@ class _Repository:
                 answer.append(None)
             except HfHubHTTPError as error:  # an answer: what it means is seen file by file
                 down = error.response is not None and error.response.status_code >= 500
-                answer.append(reason(error) if down else None)
+                answer.append(f"{silent}: {reason(error)}" if down else None)
             except Exception as error:  # the client lets errors of several network libraries through
-                answer.append(reason(error))
+                answer.append(f"{silent}: {reason(error)}")
 
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         asking.join(2 * PATIENCE)
-        return answer[0] if answer else f"no answer within {2 * PATIENCE:g} seconds"
+        return answer[0] if answer else f"{silent} within {2 * PATIENCE:g} seconds"
 
     def first(self, *files: str) -> Path:
         """The first of these files that the repository has. InputError where it has none."""
