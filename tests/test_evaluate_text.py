@@ -285,6 +285,7 @@ def test_words_on_the_command_line_and_on_a_page(tmp_path):
     assert bars.output.count("%") == 2
 
 
+@pytest.mark.filterwarnings("ignore:.*left out of its weights")  # a pooler
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
