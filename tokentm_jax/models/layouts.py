@@ -218,8 +218,11 @@ def labels_of(config: Section) -> list[str] | None:
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
-def _preprocessing(folder: Path, size: Any, shortest: bool = False, any_size: bool = False) -> Preprocessing:
-    """Of `preprocessor_config.json`, for a model of that size, or with `any_size` of the size that it cuts photos to.
+def _preprocessing(
+    folder: Path, size: Any, shortest: bool = False, any_size: bool = False
+) -> tuple[Preprocessing, tuple[str, ...]]:
+    """Of `preprocessor_config.json`, for a model of that size, or with `any_size` of the size that it cuts photos to;
+    and a note where the two differ.
 
     A plain number as 'size' is the short side's (`shortest`, as processors of CLIP and DINOv2 have it), or both
     sides'.
@@ -252,8 +255,13 @@ def _preprocessing(folder: Path, size: Any, shortest: bool = False, any_size: bo
     if section("do_center_crop", bool, False):
         cut = _sides(section("crop_size", Sides | dict[str, Side], list(size)))[0] or size
         fields["crop_pct"] = min(1.0, cut[0] / sides[0])
-    fields["size"] = list(cut if any_size and cut is not None else size)
-    return Preprocessing.from_dict(fields)
+    notes = ()
+    if any_size:
+        size = cut or size
+    elif cut not in (None, size):
+        shown = [" x ".join(map(str, sides)) for sides in (cut, size)]
+        notes = (f"{section.where} makes photos of {shown[0]} pixels; the model takes {shown[1]}, which they become",)
+    return Preprocessing.from_dict({**fields, "size": list(size)}), notes
 
 
 def _sides(size: int | list[int] | dict[str, int]) -> tuple[tuple[int, int] | None, bool]:
@@ -334,10 +342,11 @@ def _classifier(
     names = labels_of(config) if options["num_classes"] else None
     if names is not None and len(names) != options["num_classes"]:
         raise InputError(f"{config.where}: 'id2label' names {len(names)} classes of {options['num_classes']}")
+    notes: tuple[str, ...] = ()
     if preprocessing is None:
         any_size = config("model_type", str).startswith("dinov2")
-        preprocessing = _preprocessing(folder, options["img_size"], shortest=any_size, any_size=any_size)
-    return Folder(options, preprocessing, tensors, names)
+        preprocessing, notes = _preprocessing(folder, options["img_size"], shortest=any_size, any_size=any_size)
+    return Folder(options, preprocessing, tensors, names, notes=notes)
 
 
 # ---- AST ------------------------------------------------------------------------------------------------------------
@@ -523,8 +532,8 @@ def _clip(folder: Path, config: Section) -> Folder:
     )
     tower = TextTower(module, params, _tokenizer(folder, module.context), _scale(tensors, folder))
     options = _common(vision) | {"pre_norm": True, "num_classes": output}
-    photos = _preprocessing(folder, options["img_size"], shortest=True)
-    return Folder(options, photos, image, None, tower, antialias=False)
+    photos, notes = _preprocessing(folder, options["img_size"], shortest=True)
+    return Folder(options, photos, image, None, tower, antialias=False, notes=notes)
 
 
 def _positions(image: Tensors, folder: Path) -> np.ndarray:
@@ -556,14 +565,9 @@ def _siglip(folder: Path, config: Section) -> Folder:
     tokenizer = _tokenizer(folder, module.context, pad=text("pad_token_id", Count, 1), canonical=True)
     scale, bias = _scale(tensors, folder), _scalar(tensors, "logit_bias", folder)
     options = _common(vision) | {"class_token": False, "global_pool": "map", "num_classes": 0}
-    return Folder(
-        options,
-        _preprocessing(folder, options["img_size"]),
-        image,
-        None,
-        TextTower(module, params, tokenizer, scale, bias),
-        antialias=False,
-    )
+    photos, notes = _preprocessing(folder, options["img_size"])
+    tower = TextTower(module, params, tokenizer, scale, bias)
+    return Folder(options, photos, image, None, tower, antialias=False, notes=notes)
 
 
 PHOTOS = {"ForImageClassification": True, "Model": False}
