@@ -146,9 +146,9 @@ def test_architectures_that_are_not_read_are_refused_by_name(tmp_path, kind):
         changed(folder / "config.json", architectures=[name])
         with pytest.raises(tm.InputError, match=f"the architecture '{name}' is not supported; known: "):
             tm.load(str(folder))
-    for name in [name for name in HUGGING_FACE[kind] if name in READ and name.endswith("Model")]:
-        changed(folder / "config.json", architectures=[name])
-        tm.load(str(folder))
+    if kind == "vit":  # the weights say the rest
+        changed(folder / "config.json", architectures=["ViTModel"])
+        assert tm.load(str(folder)).module.num_classes == 5
 
 
 def test_what_weights_lack_or_have_beside_the_model_is_told(tmp_path):

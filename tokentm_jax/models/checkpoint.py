@@ -281,7 +281,7 @@ def read_checkpoint(module: ViT, path: str | os.PathLike[str], reset_head: bool 
 
 def read_tensors(path: str | os.PathLike[str]) -> Tensors:
     """All tensors of a checkpoint under timm's names, whatever its layout. Raises InputError."""
-    path = Path(path)
+    path = as_path(path, "the checkpoint")
     kind = _kind(path)
     readers = {"safetensors": read_safetensors, "torch": _read_torch, "npz": _read_npz, "orbax": _read_orbax}
     return current_names(_without_wrappers(readers[kind](path), path))
@@ -651,7 +651,7 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any] | None:
 
     None for a checkpoint that does not describe itself. Raises InputError when a description is there and invalid.
     """
-    path = Path(path)
+    path = as_path(path, "the checkpoint")
     kind = _kind(path)
     text: str | None = None
     try:

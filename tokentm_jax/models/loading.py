@@ -217,20 +217,18 @@ def _found(
     """What `load` is asked for, as it is stored: its content, its name, its place, and its grid of patches."""
     if not isinstance(model, str | Mapping | None) or (isinstance(model, str) and not model.strip()):
         raise InputError(f"the model must be a name or options of timm's VisionTransformer, got {model!r:.80}")
-    if model is None and checkpoint is not None and is_folder(checkpoint):
-        model, checkpoint = os.fspath(checkpoint), None
+    weights = None if checkpoint is None else as_path(checkpoint, "the checkpoint")
+    if model is None and weights is not None and is_folder(weights):
+        model, weights = os.fspath(weights), None
     if isinstance(model, str) and (model.startswith(HUB) or is_folder(model)):
-        if checkpoint is not None:
-            raise InputError(f"{model} brings its own weights: leave out the checkpoint {checkpoint}")
+        if weights is not None:
+            raise InputError(f"{model} brings its own weights: leave out the checkpoint {weights}")
         on_hub = model.startswith(HUB)
         path = download(model) if on_hub else as_path(model, "the model")
         name = model.removeprefix(HUB) if on_hub else os.path.basename(os.path.abspath(model))
         folder = read_folder(path)
         return folder, name, path, folder.grid or build(folder.config).grid
-    if checkpoint is None:
-        model, path = _weights(model)
-    else:
-        path = as_path(checkpoint, "the checkpoint")
+    model, path = _weights(model) if weights is None else (model, weights)
     description = read_description(path)
     tensors = read_tensors(path)
     config, preprocessing, name = _described(model, description, path, tensors)

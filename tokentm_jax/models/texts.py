@@ -21,7 +21,7 @@ from tokentm_jax.models.bert import Bert
 from tokentm_jax.models.hub import HUB, download
 from tokentm_jax.models.inputs import Tokens
 from tokentm_jax.models.layouts import CONFIG, present
-from tokentm_jax.models.loading import Classes
+from tokentm_jax.models.loading import Classes, read_class_names
 from tokentm_jax.models.text import engine, one_sentence
 from tokentm_jax.models.text_layouts import read_text_folder
 
@@ -162,7 +162,10 @@ def _logits(module: Bert, params: Any, tokens: Tokens) -> Array:
 
 
 def load_text(
-    folder: str | os.PathLike[str], *, class_names: Sequence[str] | None = None, dtype: Any = None
+    folder: str | os.PathLike[str],
+    *,
+    class_names: Sequence[str] | str | os.PathLike[str] | None = None,
+    dtype: Any = None,
 ) -> LoadedText:
     """A text model ready to use.
 
@@ -170,7 +173,7 @@ def load_text(
       folder: in Hugging Face's layout: `config.json` of a BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT or
         ELECTRA, weights in safetensors, and a fast tokenizer, `tokenizer.json`. Or "hf-hub:OWNER/NAME".
         An encoder without a classifier gives features: the mean of its tokens, or what sentence-transformers says.
-      class_names: one per class; None: those of the config.
+      class_names: one per class, or a file as for `load`; None: those of the config.
       dtype: type of the activations, such as "bfloat16".
 
     Raises:
@@ -195,9 +198,7 @@ def load_text(
         warnings.warn(note, stacklevel=2)
     module = module.clone(**changes)
     if class_names is not None:
-        names = list(class_names)
-        if len(names) != module.num_classes or not all(isinstance(each, str) for each in names):
-            raise InputError(f"class_names must be {module.num_classes} texts, one per class, got {len(names)}")
+        names, _ = read_class_names(class_names, module.num_classes)
     title = name.removeprefix(HUB) if on_hub else os.path.basename(os.path.abspath(path))
     params = jax.tree.map(jnp.asarray, params)
     pieces = dataclasses.replace(pieces, length=module.max_length)
