@@ -555,6 +555,15 @@ def test_a_checkpoint_of_timms_training_script(plain, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_torch_file_that_holds_itself(plain, tmp_path):
+    torch = pytest.importorskip("torch")
+    content = {"x": torch.zeros(1)}
+    content["model"] = content["state_dict"] = content
+    torch.save(content, tmp_path / "model.pth")
+    with pytest.raises(InputError, match="does not fit the model"):
+        read_checkpoint(plain[0], tmp_path / "model.pth")
+
+
 def test_a_torch_file_with_a_name_and_the_same_in_a_wrapper(plain, tmp_path):
     torch = pytest.importorskip("torch")
     tensors = {name: torch.from_numpy(t) for name, t in to_timm(plain[1]).items()}

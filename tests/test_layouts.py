@@ -121,7 +121,7 @@ def test_a_processor_of_another_size_than_the_models_is_told(tmp_path):
     shutil.copytree(GOLDENS / "vit", tmp_path / "vit")
     changed(tmp_path / "vit/preprocessor_config.json", size={"height": 24, "width": 24})
     with pytest.warns(
-        UserWarning, match=r"makes photos of 24 x 24 pixels; the model takes 16 x 16, which they become"
+        UserWarning, match=r"makes photos of 24 x 24 pixels, and the model takes 16 x 16: used is 16 x 16"
     ):
         assert tm.load(str(tmp_path / "vit")).preprocessing.size == (16, 16)
 

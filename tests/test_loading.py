@@ -242,6 +242,10 @@ def test_weights_that_do_not_fit_are_answered_with_a_name(shared, tmp_path):
         ):
             load(model, file)
     tensors = safetensors.numpy.load_file(file)
+    bare = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
+    safetensors.numpy.save_file(bare, tmp_path / "bare.safetensors")
+    with pytest.raises(InputError, match=r"; width 192, depth 12: vit_tiny_patch16_224 or deit_tiny_patch16_224\?$"):
+        load(checkpoint=tmp_path / "bare.safetensors")
     del tensors["norm.bias"]  # here another name does not help
     safetensors.numpy.save_file(tensors, tmp_path / "cut.safetensors")
     with pytest.raises(InputError, match=r"\(missing: norm\.bias\)$"):

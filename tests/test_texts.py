@@ -321,7 +321,9 @@ def test_modules_of_sentence_transformers(tmp_path):
     shutil.copytree(GOLDENS / "bert_encoder", folder)
     modules = [{"type": f"sentence_transformers.models.{name}"} for name in ("Transformer", "Pooling", "Normalize")]
     (folder / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(tm.InputError, match=r"lacks 1_Pooling/config\.json, which says how its tokens are pooled"):
+    with pytest.raises(
+        tm.InputError, match=r"lacks 1_Pooling/config\.json, which specifies how its tokens are pooled"
+    ):
         tm.load_text(folder)
     (folder / "1_Pooling").mkdir()
     for fields, pool in (

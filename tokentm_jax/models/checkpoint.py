@@ -190,9 +190,9 @@ def names_that_fit(shapes: Mapping[str, tuple[int, ...]], module: Any = None) ->
     depth = len({name.split(".")[1] for name in shapes if re.match(r"blocks\.\d+\.", name)})
     if len(patches) != 4 or not depth:
         return ""
-    classes = shapes.get("head.weight", (0,))[:1]
+    classes = min(max([1, *shapes.get("head.weight", ())[:1]]), LARGEST["num_classes"])
     known = {
-        name: build(config, num_classes=classes[0] if classes else 0)
+        name: build(config, num_classes=classes)
         for name, (config, _) in ARCHITECTURES.items()
         if (config["embed_dim"], config["depth"]) == (patches[0], depth) and config["patch_size"] == patches[2]
     }
@@ -407,8 +407,9 @@ def _read_torch(path: Path) -> Tensors:
         if "weights_only" in str(error) or "Unsupported" in str(error):
             raise InputError(f"checkpoint {path} holds more than plain tensors and is refused as unsafe") from None
         raise _damaged(path, error) from None
-    while isinstance(content, Mapping) and (held := [content[k] for k in HELD if isinstance(content.get(k), Mapping)]):
-        content = held[0]
+    for _ in HELD:  # one may hold another, and a hostile one itself
+        held = [content[key] for key in HELD if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)]
+        content = held[0] if held else content
     if not isinstance(content, Mapping) or not any(isinstance(v, torch.Tensor) for v in content.values()):
         raise InputError(f"{path} is not a checkpoint: expected a dictionary of tensors")
     tensors = {str(name): t for name, t in content.items() if isinstance(t, torch.Tensor)}

@@ -77,7 +77,7 @@ class _Repository:
         self.silence = self._asked()  # why the hub does not answer; None: it does
 
     def _asked(self) -> str | None:
-        """One request. The client itself would retry for a minute, and wait for a name server that says nothing."""
+        """One request. The client itself would retry for a minute, and wait for a name server that is silent."""
         from huggingface_hub.errors import HfHubHTTPError
 
         answer: list[str | None] = []
@@ -88,7 +88,7 @@ class _Repository:
                 url = self.client.hf_hub_url(self.repository, CONFIG, revision=self.revision)
                 self.client.get_hf_file_metadata(url, timeout=PATIENCE)
                 answer.append(None)
-            except HfHubHTTPError as error:  # an answer: what it means is seen file by file
+            except HfHubHTTPError as error:  # an answer, whose meaning is decided file by file
                 down = error.response is not None and error.response.status_code >= 500
                 answer.append(f"{silent}: {reason(error)}" if down else None)
             except Exception as error:  # the client lets errors of several network libraries through

@@ -50,7 +50,7 @@ class Folder(NamedTuple):
     tensors: Tensors
     class_names: list[str] | None
     text: TextTower | None = None
-    of_timm: bool = False  # one of timm's own: its 1000 classes are ImageNet-1k's unless it says otherwise
+    of_timm: bool = False  # one of timm's own: its 1000 classes are ImageNet-1k's unless it names others
     grid: tuple[int, int] | None = None  # of its position embeddings; None: that of `config`
     antialias: bool = True  # whether the library resamples position embeddings so
     notes: tuple[str, ...] = ()  # what differs from what the folder describes, for whoever loads it
@@ -260,13 +260,15 @@ def _preprocessing(
         size = cut or size
     elif cut not in (None, size):
         shown = [" x ".join(map(str, sides)) for sides in (cut, size)]
-        notes = (f"{section.where} makes photos of {shown[0]} pixels; the model takes {shown[1]}, which they become",)
+        notes = (
+            f"{section.where} makes photos of {shown[0]} pixels, and the model takes {shown[1]}: used is {shown[1]}",
+        )
     return Preprocessing.from_dict({**fields, "size": list(size)}), notes
 
 
 def _sides(size: int | list[int] | dict[str, int]) -> tuple[tuple[int, int] | None, bool]:
-    """(height, width) of a processor's size, twice the short side's where it is of that alone; and whether it is of
-    both sides."""
+    """(height, width) of a processor's size, where both are the short side's if only that is given; and whether both
+    are given."""
     if isinstance(size, dict):
         both = {"height", "width"} <= size.keys()
         short = size.get("shortest_edge")

@@ -90,6 +90,13 @@ class TextFolder(NamedTuple):
     notes: tuple[str, ...] = ()  # what differs from what the folder describes, for whoever loads it
 
 
+def require_config(folder: Path) -> None:
+    """InputError for a folder without config.json."""
+    if not present(folder, CONFIG):
+        expected = f"expected {CONFIG} beside the weights and tokenizer.json{hint(folder / CONFIG)}"
+        raise InputError(f"{folder} holds no text model: {expected}")
+
+
 def read_text_folder(
     folder: Path, mask_id: int | None, changes: Mapping[str, Any] | None = None, seed: int = 0
 ) -> TextFolder:
@@ -100,9 +107,7 @@ def read_text_folder(
 
     Raises InputError for what is no such folder, or is not supported, or is damaged.
     """
-    if not present(folder, CONFIG):
-        expected = f"expected {CONFIG} beside the weights and tokenizer.json{hint(folder / CONFIG)}"
-        raise InputError(f"{folder} holds no text model: {expected}")
+    require_config(folder)
     config = Section(str(folder / CONFIG), read_json(folder / CONFIG, what="model"))
     kind = config("model_type", str)
     if kind not in TEXT:
@@ -212,7 +217,7 @@ def _drop_padding(config: Section, tensors: Tensors) -> None:
 
 
 def pooling_file(folder: Path) -> str:
-    """The file of a folder of sentence-transformers that says how tokens are pooled, as its modules name it.
+    """The file of a folder of sentence-transformers that specifies how tokens are pooled, as its modules name it.
 
     Raises InputError for modules that change a cosine of pooled tokens.
     """
@@ -237,7 +242,7 @@ def _pooling(folder: Path) -> dict[str, Any]:
     file = pooling_file(folder)
     if not present(folder, file):
         if present(folder, MODULES):
-            raise InputError(f"{folder} lacks {file}, which says how its tokens are pooled")
+            raise InputError(f"{folder} lacks {file}, which specifies how its tokens are pooled")
         return {"pool": "avg", "pooler": None}
     section = Section(str(folder / file), read_json(folder / file, what="pooling"))
     named = section("pooling_mode", str | list[str], None)

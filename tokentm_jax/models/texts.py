@@ -20,10 +20,10 @@ from tokentm_jax.models.architectures import dtype_of
 from tokentm_jax.models.bert import Bert
 from tokentm_jax.models.hub import HUB, download
 from tokentm_jax.models.inputs import Tokens
-from tokentm_jax.models.layouts import CONFIG, present
+from tokentm_jax.models.layouts import present
 from tokentm_jax.models.loading import Classes, read_class_names
 from tokentm_jax.models.text import engine, one_sentence
-from tokentm_jax.models.text_layouts import read_text_folder
+from tokentm_jax.models.text_layouts import read_text_folder, require_config
 
 LARGEST_TEXT = 1_000_000  # characters
 STEP = 16  # texts are padded to a multiple of so many tokens, so that few lengths have to be compiled
@@ -187,8 +187,7 @@ def load_text(
     name = os.fspath(folder) if isinstance(folder, str | os.PathLike) else folder
     on_hub = isinstance(name, str) and name.startswith(HUB)
     path = download(name) if on_hub else as_path(folder, "the folder of a text model")
-    if not present(path, CONFIG):
-        raise InputError(f"{path} holds no text model: expected {CONFIG} beside the weights and tokenizer.json")
+    require_config(path)
     if not present(path, "tokenizer.json"):
         raise InputError(f"{path} has no tokenizer.json, the file of a fast tokenizer")
     pieces = WordPieces.read(path / "tokenizer.json")
