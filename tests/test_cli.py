@@ -271,9 +271,43 @@ def test_files_of_others_are_never_replaced(folder, checkpoint):
         run(*arguments)
         run(*arguments, "--method", "tokentm,rollout", "--batch-size", 2)
     written = {"a-2.npz", "a-2.png", "b-2.npz", "b-2.png", "sheet-2.png"}  # nothing is in the way of a.tokentm.npz
-    written |= {f"{name}.{method}.npz" for name in ("a", "b-2") for method in ("tokentm", "rollout")}
+    written |= {f"{name}.{method}.npz" for name in ("a", "b") for method in ("tokentm", "rollout")}
     assert set(files(out)) == {path.name for path in before} | written
     assert before == {path: path.read_bytes() for path in before} and (out / "b.png").is_symlink()
+
+
+@pytest.mark.parametrize(
+    "other",
+    mostly_slow(
+        [
+            "--target 2",
+            "--versus 2",
+            "--method rollout",
+            "--option ffn=false",
+            "--method rollout,tokentm",
+            "--photo other/a.png",
+        ],
+        {"--target 2"},
+    ),
+)
+def test_another_question_has_other_files(other, folder, checkpoint):
+    """The answers to both stay, and each command replaces its own."""
+    photo, out, other = "photos/a.png", folder / "out", other.split()
+    first = ("--checkpoint", checkpoint, "--out", "out", "--target", "1")
+    run("explain", photo, *first)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    assert files(out) == ["a.npz", "a.png"]
+    if other[0] == "--photo":
+        (folder / "other").mkdir()
+        (folder / other[1]).write_bytes((folder / "photos/b.jpg").read_bytes())
+        photo, other = other[1], ()
+    for _ in range(2):
+        run("explain", photo, *first, *other)
+    new = {"a-2.png", *({"a-2.rollout.npz", "a-2.tokentm.npz"} if "rollout,tokentm" in other else {"a-2.npz"})}
+    assert set(files(out)) == {"a.npz", "a.png"} | new
+    assert {path: path.read_bytes() for path in before} == before
+    run("explain", folder / "photos/a.png", *first)  # the same photo by another path
+    assert set(files(out)) == {"a.npz", "a.png"} | new
 
 
 def test_names_for_photos_of_any_name(tmp_path):

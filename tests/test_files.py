@@ -131,9 +131,9 @@ def test_figures_and_pages_are_known_by_their_metadata(tmp_path):
         "jpg": lambda mark: {"pil_kwargs": {"comment": mark}},
     }
     for suffix, given in how.items():
-        for mark in (files.generator(), files.generator("0123abcd")):
-            Figure().savefig(tmp_path / f"x.{suffix}", **given(mark))
-            assert files.mark_of(tmp_path / f"x.{suffix}") == mark
+        for question in ("", "0123456789abcdef", "f" * 16):
+            Figure().savefig(tmp_path / f"x.{suffix}", **given(files.generator(question)))
+            assert files.question_in(tmp_path / f"x.{suffix}") == question
         Figure().savefig(tmp_path / f"x.{suffix}", **given("another program, not tokentm_jax"))
         assert not files.ours(tmp_path / f"x.{suffix}")
     exif = Image.Exif()

@@ -224,7 +224,7 @@ def write_json(path: str | os.PathLike[str], content: Any, hint: str = "", *, ov
 
 # ---- what this program wrote ----------------------------------------------------------------------------------------
 
-_GENERATOR = rb"(%s [\w.+-]+(?: #[0-9a-f]+)?)" % MARK.encode()
+_GENERATOR = rb"%s [\w.+-]+(?: #([0-9a-f]{16}))?" % MARK.encode()
 _CARRIERS = {  # first bytes of a file -> where its mark is, in its first or last bytes
     b"\x89PNG": rb"tEXtSoftware\0" + _GENERATOR,
     b"%PDF": rb"/Creator \(" + _GENERATOR + rb"\)",
@@ -252,44 +252,50 @@ def version_of(package: str) -> str:
 
 def ours(path: str | os.PathLike[str]) -> bool:
     """Whether this program wrote the file or Orbax folder, as a whole; False for a link, and for what is damaged."""
-    return mark_of(path) is not None
+    return question_in(path) is not None
 
 
-def mark_of(path: str | os.PathLike[str]) -> str | None:
-    """The mark of a file or folder that this program wrote (see `generator`), None of anything else."""
+def question_in(path: str | os.PathLike[str]) -> str | None:
+    """The question (see `generator`) of a file or folder that this program wrote, "" where it answers none; None of
+    anything else."""
     path = Path(path)
     try:
         if path.is_symlink():
             return None
         if path.is_dir():
-            return MARK if _is_orbax(path) else None
+            return "" if _is_orbax(path) else None
         with opened(path) as file:
             start = file.read(_LOOKED_AT)
             for magic, carrier in _CARRIERS.items():
                 if start[: len(magic)].lower() == magic.lower():
                     file.seek(max(len(start), size_of(file) - _LOOKED_AT))
                     found = re.search(carrier, start + file.read(_LOOKED_AT), re.DOTALL)
-                    return found and found[1].decode()
+                    return found and (found[1] or b"").decode()
             file.seek(0)
-            return _mark_of_data(file, start)
+            return _question_in_data(file, start)
     except Exception:  # damaged in some way, or of another program: zipfile and JSON raise a dozen kinds
         return None
 
 
-def _mark_of_data(file: BufferedReader, start: bytes) -> str | None:
-    """The mark of maps (.npz), results (JSON) or weights (safetensors)."""
+def _question_in_data(file: BufferedReader, start: bytes) -> str | None:
+    """`question_in` of maps (.npz), results (JSON) or weights (safetensors)."""
     if start.startswith(b"PK"):
         with zipfile.ZipFile(file) as archive:
-            return MARK if {f"{name}.npy" for name in MAP_MEMBERS} <= set(archive.namelist()) else None
-    length, after = int.from_bytes(start[:8], "little"), start[8:9]
-    if after == b"{" and length <= LARGEST_TEXT:
+            names = archive.namelist()
+            if not {f"{name}.npy" for name in MAP_MEMBERS} <= set(names):
+                return None
+            if "question.npy" not in names:  # of earlier versions
+                return ""
+            with archive.open("question.npy") as member:  # it ends with 16 characters of UTF-32
+                return member.read(1000)[-64:].decode("utf-32-le")
+    length, content = int.from_bytes(start[:8], "little"), {}
+    if start[8:9] == b"{" and length <= LARGEST_TEXT:
         file.seek(8)
-        return MARK if MARK in json.loads(file.read(length)).get("__metadata__", ()) else None
-    if start.startswith(b"{") and size_of(file) <= LARGEST_TEXT:
+        content = json.loads(file.read(length)).get("__metadata__", {})
+    elif start.startswith(b"{") and size_of(file) <= LARGEST_TEXT:
         content = json.loads(file.read())
-        versions = content.get("run", content).get("versions", ())
-        return MARK if MARK in content or MARK in versions else None
-    return None
+        content |= content.get("run", content).get("versions", {})
+    return "" if MARK in content else None
 
 
 def _is_orbax(folder: Path) -> bool:

@@ -1,6 +1,7 @@
 """`tokentm explain` and `tokentm explain-audio`: heatmaps of photos and of recordings."""
 
 import json
+import os
 from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
@@ -31,6 +32,7 @@ from tokentm_jax.cli.options import (
 )
 from tokentm_jax.cli.terminal import running
 from tokentm_jax.errors import InputError
+from tokentm_jax.identity import digest
 
 OF_OPTION = "Option of the method; repeatable."
 KINDS = click.Choice(["png", "pdf", "svg"])
@@ -85,7 +87,8 @@ def explain(photos: tuple[str, ...], **given: Any) -> None:
     PHOTO is a file, a folder or a pattern. For each photo, <name>.png (photo, heatmap, both) and <name>.npz (the
     map and how it was made) go to the output folder. With several methods, classes or prompts, each batch of photos
     gives one picture, a grid with a name for each row and column, and each photo <name>.<method>.<class>.npz, or the
-    number of the prompt, of which a name has what differs.
+    number of the prompt, of which a name has what differs. The same command replaces its files; where another question
+    was answered before, or a file of yours is, <name>-2 is the next name.
 
     \b
     Examples:
@@ -181,20 +184,25 @@ def _explain(
 
     results: dict[str, dict[str, Any]] = {}
     paths: list[Path] = []
-    suffixes = audio.SUFFIXES if hears else SUFFIXES
     for argument in files:
         try:
-            paths += [path for path in find_photos([argument], suffixes, what) if path not in paths]
+            found = find_photos([argument], audio.SUFFIXES if hears else SUFFIXES, what)
+            paths += [path for path in found if path not in paths]
         except InputError as error:
             fail(results, argument, error)
     results |= {str(path): {} for path in paths}
-    names = output_names(paths, out, [f".{kind}", *(column.suffix for column in columns)])
+    weights = None if checkpoint is None else os.path.realpath(checkpoint)
+    question = digest(vit.name, weights, chosen, settings, [one.identity for one in asked], other)
+    suffixes = [column.suffix for column in columns]
+    if len(columns) == 1 or len(paths) == 1:  # else a picture is of a batch, and has another name
+        suffixes.append(f".{kind}")
+    names = output_names(paths, out, suffixes, question)
     batches = [paths[i : i + batch_size] for i in range(0, len(paths), batch_size)]
-    sheets = list(names.values()) if len(paths) == 1 else sheet_names(len(batches), paths, out, f".{kind}")
+    sheets = list(names.values()) if len(paths) == 1 else sheet_names(batches, out, f".{kind}", question)
     with running("Explaining", len(paths)) as step:
         for sheet, batch in zip(sheets, batches, strict=True):
             rows = min(batch_size, len(paths))
-            writer = Writer(vit, columns, settings, other, out, names, sheet, rows, pictures)
+            writer = Writer(vit, columns, settings, other, out, names, sheet, question, rows, pictures)
             writer.write(batch, results, skip_unfit=method == "all")
             step(len(batch))
 

@@ -16,8 +16,8 @@ from rich.text import Text
 
 from tokentm_jax.cli.terminal import complain, console, memory_errors
 from tokentm_jax.errors import InputError, printable
-from tokentm_jax.files import ours, replace
-from tokentm_jax.identity import version_of
+from tokentm_jax.files import question_in, replace, version_of
+from tokentm_jax.identity import digest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,6 +41,11 @@ class Asked(NamedTuple):
     prompt: str | None = None
     embedding: Any = None
     part: str = ""
+
+    @property
+    def identity(self) -> list[Any]:
+        """What tells it from other questions, as JSON."""
+        return [self.index, self.rank, self.prompt]
 
     def classes(self, outputs: "np.ndarray") -> "np.ndarray":
         """The class of each photo [B] by the model's outputs [B, C], int32."""
@@ -129,6 +134,7 @@ class Writer:
     out: Path
     names: dict[Path, str]
     sheet: str
+    question: str  # about every photo, as `question_of` takes it
     rows: int  # every batch is filled up to this number of photos: another shape would be compiled again
     pictures: Pictures
 
@@ -274,7 +280,8 @@ class Writer:
             else:
                 entry = result["prompts"][place]
                 asked = {"prompt": entry["text"], "cosine": np.float32(entry["cosine"])}
-            members = {  # `files.ours` knows the file by them
+            members = {  # `files.question_in` knows the file by them
+                "question": question_of([path], self.question),
                 "map": heatmap,
                 **asked,
                 "photo": printable(path),
@@ -288,6 +295,7 @@ class Writer:
                 with part.open("wb") as stream:  # a name without .npz would get it
                     np.savez_compressed(stream, **members)
 
+            require_free(file, question_of([path], self.question))
             replace(file, write)
             result["files"].append(str(file))
 
@@ -313,7 +321,8 @@ class Writer:
             file = self.out / f"{self.sheet}.{kind}"
             methods = {column.method for column in self.columns}
             heading = " · ".join([self.vit.name, *(methods if len(methods) == 1 else ())]) if title is None else title
-            write_figure(grid(arranged(photos, explained, look), heading, look), file)
+            drawn = grid(arranged(photos, explained, look), heading, look)
+            write_figure(drawn, file, question=question_of(paths, self.question))
             for result in results:
                 result["files"].insert(0, str(file))
             return
@@ -327,7 +336,8 @@ class Writer:
                 parts.insert(0, f"predicted: {best['name']} {best['probability']:.1%}")
             above = (" ".join(self._answer(result, column)), " · ".join(parts)) if title is None else (title, "")
             file = self.out / f"{self.names[path]}.{kind}"
-            write_figure(overlay_figure(views[i], self._shown(found[i]), *above, what, scales, look), file)
+            drawn = overlay_figure(views[i], self._shown(found[i]), *above, what, scales, look)
+            write_figure(drawn, file, question=question_of([path], self.question))
             result["files"].insert(0, str(file))
 
 
@@ -388,34 +398,43 @@ def describe(
     }
 
 
-def output_names(paths: Sequence[Path], out: Path, suffixes: Iterable[str] = (".png", ".npz")) -> dict[Path, str]:
-    """A file name without suffix for each photo: its own, with a number where two would meet or where something
-    stands that may not be replaced."""
+def question_of(paths: Sequence[Path], question: str) -> str:
+    """The digest by which a file is known to answer a question about these photos."""
+    return digest([os.path.realpath(path) if "\0" not in str(path) else str(path) for path in paths], question)
+
+
+def output_names(
+    paths: Sequence[Path], out: Path, suffixes: Sequence[str] = (".png", ".npz"), question: str = ""
+) -> dict[Path, str]:
+    """A file name without suffix for each photo: that of the photo, with a number where two would meet, or where a
+    file of others or the answer to another question is."""
     stems = {path: _cut(path.stem) for path in paths}
     own = {stem.lower() for stem in stems.values()}  # file systems that ignore case would join them
     photos = _real(paths)
-    suffixes = list(suffixes)
     used: set[str] = set()
     names: dict[Path, str] = {}
     for path, stem in stems.items():
         for number in itertools.count(1):
             name = stem if number == 1 else f"{stem}-{number}"
             taken = name.lower() in used or (number > 1 and name.lower() in own)
-            if not taken and all(_may_write(out / f"{name}{suffix}", photos) for suffix in suffixes):
+            of_photo = question_of([path], question)
+            if not taken and all(_may_write(out / f"{name}{suffix}", photos, of_photo) for suffix in suffixes):
                 break
         used.add(name.lower())
         names[path] = name
     return names
 
 
-def sheet_names(count: int, paths: Sequence[Path], out: Path, suffix: str = ".png") -> list[str]:
-    """A file name without suffix for each of `count` comparison pictures, where nothing is that may not be
-    replaced."""
-    photos = _real(paths)
+def sheet_names(batches: Sequence[Sequence[Path]], out: Path, suffix: str, question: str) -> list[str]:
+    """A file name without suffix for the comparison picture of each batch of photos, as `output_names`."""
+    photos = _real(itertools.chain(*batches))
     numbered = (f"sheet-{i}" for i in itertools.count(1))
-    candidates = itertools.chain(["sheet"], itertools.islice(numbered, 1, None)) if count == 1 else numbered
-    free = (name for name in candidates if _may_write(out / f"{name}{suffix}", photos))
-    return list(itertools.islice(free, count))
+    candidates = itertools.chain(["sheet"], itertools.islice(numbered, 1, None)) if len(batches) == 1 else numbered
+    questions = [question_of(batch, question) for batch in batches]
+    return [
+        next(name for name in candidates if _may_write(out / f"{name}{suffix}", photos, of_batch))
+        for of_batch in questions
+    ]
 
 
 def _cut(stem: str) -> str:
@@ -434,9 +453,17 @@ def _real(paths: Iterable[Path]) -> set[str]:
     return found
 
 
-def _may_write(file: Path, photos: set[str]) -> bool:
-    """Whether a file is not there, or is one that this program wrote and nobody asked to explain."""
-    return not os.path.lexists(file) or (ours(file) and os.path.realpath(file) not in photos)
+def _may_write(file: Path, photos: set[str], question: str) -> bool:
+    """Whether a file is not there, or is this program's answer to the question and nobody asked to explain it."""
+    if not os.path.lexists(file):
+        return True
+    return question_in(file) == question and os.path.realpath(file) not in photos
+
+
+def require_free(file: Path, question: str) -> None:
+    """InputError where another process has written a file since its name was chosen."""
+    if not _may_write(file, set(), question):
+        raise InputError(f"{file} is there by now, and answers another question: run the same command again")
 
 
 def fail(results: dict[str, dict[str, Any]], path: str, error: InputError) -> None:

@@ -210,7 +210,7 @@ def train(
         teacher = load_teacher(*config.teacher, data.class_names, config.mixed_precision)
     terms = _terms(config, data, test, teacher)
     model = out / f"{config.name}.safetensors"
-    with claimed(out, terms, ("checkpoints", "log.jsonl", "teacher.npz", model.name), overwrite):
+    with claimed(out, terms, ("checkpoints", "log.jsonl", model.name), overwrite):
         require_ours(model, overwrite)
         step_fn, optimiser = make_step(config, module, per_epoch, teacher and teacher.function)
         soft: Any = None if teacher is None else teacher.params
