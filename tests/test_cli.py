@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from conftest import mostly_slow
 from PIL import Image
 
 from tokentm_jax.cli.heatmaps import output_names

@@ -480,6 +480,30 @@ def test_nobody_else_s_files_and_no_other_run(config, vit, folder, whole, tmp_pa
     assert [path.name for path in foreign.iterdir()] == ["results.md"]
 
 
+def test_rows_of_an_earlier_run_stay(config, vit, folder, whole, tmp_path):
+    """A run of one row into the folder of all of them changes nothing; a new row, of fewer images, joins the others.
+    Its name is no formula to the picture, whatever is in it."""
+    out, before = tmp_path / "out", whole[1]
+    shutil.copytree(whole[0], out)
+    source, name = open_source(folder), r"a $\frac{ row $"
+    again = evaluate(select(config, ["rollout"]), vit, source, out)
+    assert json.loads(json.dumps(again)) == json.loads(json.dumps(before))
+    for file in ("results.json", "results.md"):
+        assert (out / file).read_bytes() == (whole[0] / file).read_bytes()
+    new = dataclasses.replace(config, rows=(Row(name, "rollout", {}), Row("random", "random")))
+    found = evaluate(new, vit, source, out)
+    values = {(row["method"], row["metric"]): row for row in found["rows"]}
+    assert list(dict.fromkeys(row["method"] for row in found["rows"]))[-4:] == ["gae", "rollout", name, "random"]
+    for row in before["rows"]:
+        assert values[row["method"], row["metric"]] == row
+    assert [e["method"] for e in compare([out]) if e["metric"] == "aopc"] == ["gae", "rollout", name, "random"]
+    shutil.rmtree(out)
+    evaluate(select(config, ["gae"]), vit, open_source(folder, limit=6, seed=0), out)
+    evaluate(select(config, ["rollout"]), vit, source, out)
+    text = (out / "results.md").read_text()
+    assert re.search(r"\| gae \([56] images\) \|", text) and "| rollout |" in text
+
+
 def test_labels_go_by_name(vit, folder):
     source = dataclasses.replace(open_source(folder), class_names=("cat", "ant"))
     named = dataclasses.replace(vit, class_names=("ant", "bee", "cat", "dog", "eel"))

@@ -122,6 +122,7 @@ def test_an_evaluation_resumes_and_takes_more_rows(text, data, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         evaluate_text(config_of(data, "raw_attention"), text, sentences, out, stop)
     assert evaluate_text(config_of(data, "raw_attention", "gradient_x_input"), text, sentences, out) == whole
+    assert evaluate_text(config_of(data, "gradient_x_input"), text, sentences, out) == whole  # the other row stays
     values = {(row["method"], row["metric"]): row for row in whole["rows"]}
     assert values["clean", "accuracy"]["value"] == 100 * float(
         np.mean(np.asarray(text.logits(text.read(SENTENCES))).argmax(-1) == sentences.labels)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -197,6 +198,20 @@ def test_a_leaderboard(whole, config, vit, tmp_path):
     assert methods["rollout"]["pareto"] and figures["rollout"] != figures["raw_attention"]
     assert methods["raw_attention"]["pareto"] == (figures["raw_attention"] > figures["rollout"])
     assert "| rollout |" in (out / "leaderboard.md").read_text() and ours(out / "leaderboard.png")
+
+
+def test_methods_of_an_earlier_run_stay(whole, config, vit, tmp_path, monkeypatch):
+    """A run of one method into the folder of all of them measures its speed alone, and the table keeps all."""
+    out, found = tmp_path / "out", whole[1]
+    shutil.copytree(whole[0], out)
+    measured = []
+    monkeypatch.setattr(
+        module, "images_per_second", lambda vit, rows, *_: measured.append([*rows]) or {"rollout": 4.0}
+    )
+    again = leaderboard(select(config, ["rollout"]), vit, out)
+    assert measured == [["rollout"]] and again["rows"] == found["rows"]
+    assert {m["name"]: m["images_per_second"] for m in again["methods"]} == {"rollout": 4.0, "raw_attention": 1.0}
+    assert "| raw_attention |" in (out / "leaderboard.md").read_text()
 
 
 def test_maps_are_computed_once(whole, config, vit, tmp_path, monkeypatch):

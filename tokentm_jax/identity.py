@@ -44,10 +44,12 @@ def write_figure(figure: "Figure", path: Path, hint: str = "", *, overwrite: boo
     """Write a figure with `files.replace`, in the format of its suffix, one of `FIGURES`.
 
     It has the mark of `files.generator`: in PNG as "Software", in PDF and SVG as the creator, in JPEG as the comment.
-    Text in PDF and SVG stays text, and pictures keep their pixels. Equal figures make equal files. Raises InputError,
-    also for another suffix.
+    Text in PDF and SVG stays text, and pictures keep their pixels. Equal figures make equal files. Texts hold names
+    that anyone chose, so none is read as a formula, whatever dollar signs it has. Raises InputError, also for another
+    suffix.
     """
     from matplotlib import rc_context
+    from matplotlib.text import Text
 
     kind = FIGURES.get(path.suffix.lower())
     if kind is None:
@@ -64,7 +66,10 @@ def write_figure(figure: "Figure", path: Path, hint: str = "", *, overwrite: boo
         for axes in figure.axes:
             for image in axes.images:
                 image.set_interpolation("none")  # all of its pixels, not those of the figure's resolution
-    styles: Any = {"pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": MARK}
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # pyright: ignore[reportAttributeAccessIssue]
+    # The last is for texts that are made while it is drawn.
+    styles: Any = {"pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": MARK, "text.parse_math": False}
     with warnings.catch_warnings(), rc_context(styles):
         warnings.simplefilter("ignore")  # of letters that the font lacks
         replace(path, lambda part: figure.savefig(part, format=kind, **options[kind]), hint, overwrite=overwrite)

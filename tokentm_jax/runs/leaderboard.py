@@ -470,6 +470,7 @@ def draw(found: Mapping[str, Any]) -> "Figure":
     """The picture: the faithfulness of the methods with its intervals over the seconds that a map takes, and the
     front of those that no other one beats in both."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     name, metric = found["run"]["faithfulness"]
     figures = {f["method"]: f for f in found["rows"] if (f["run"], f["metric"]) == (name, metric)}
@@ -503,6 +504,8 @@ def draw(found: Mapping[str, Any]) -> "Figure":
     if RANDOM in figures:
         axes.axhline(figures[RANDOM]["value"], color="grey", linestyle="--", linewidth=1, label=RANDOM)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")  # the default would be a formula
+    axes.xaxis.set_minor_formatter(LogFormatter())
     if better == "lower":
         axes.invert_yaxis()
     axes.set(xlabel="seconds per image", ylabel=f"{metric.replace('_', ' ')} ({better} is better)")
