@@ -80,6 +80,7 @@ def report(
             raise
         raise InputError(f"tokentm report needs the package {error.name}: pip install 'tokentm-jax[report]'") from None
     from tokentm_jax.cli.recipes import read_task
+    from tokentm_jax.data.photos import find_photos
     from tokentm_jax.metrics.tasks import rows
     from tokentm_jax.models.loading import load
 
@@ -99,6 +100,8 @@ def report(
             raise InputError(f"--{option} is for a report on {' or '.join(kinds)}, not on {kind}")
     require_place(out, overwrite)
     read_task(recipe)
+    if kind == "photos" and overwrite and os.path.realpath(out) in map(os.path.realpath, find_photos(what)):
+        raise InputError(f"the page {out} is one of the photos: choose another name")
     start_jax()
     if kind == "photos":
         vit = load(model, checkpoint, class_names=classes)
