@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,7 +125,7 @@ def test_figures_and_pages_are_known_by_their_metadata(tmp_path):
     """As Matplotlib and Pillow write it; the same formats by others are not."""
     from matplotlib.figure import Figure
 
-    how = {
+    how: dict[str, Any] = {
         "png": lambda mark: {"metadata": {"Software": mark}},
         "svg": lambda mark: {"metadata": {"Creator": mark}},
         "pdf": lambda mark: {"metadata": {"Creator": mark}},

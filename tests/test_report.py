@@ -229,6 +229,14 @@ def test_a_page_of_a_store(place, tmp_path):
         expected = stored.read("rollout", np.array([row]))[0]
         np.testing.assert_allclose(unpacked(entry["maps"]["rollout"][klass]), expected, atol=1e-4 * expected.max())
         assert settings["classes"][klass] in "vwxyz"
+    # Without the checksum of its class names, which a store need not have, classes are shown by their numbers.
+    root = json.loads((store / "zarr.json").read_text())
+    del root["attributes"]["tokentm"]["classes"]
+    (store / "zarr.json").write_text(json.dumps(root))
+    found = run("report", store, "--out", page, "--limit", 2)
+    assert found.exit_code == 0, found.output
+    settings, _ = content(page)
+    assert all(re.search(r"\d", name) for name in settings["classes"].values())
 
 
 def test_bad_arguments_are_one_sentence(place, tmp_path):
@@ -242,6 +250,7 @@ def test_bad_arguments_are_one_sentence(place, tmp_path):
         ([photos, "--best", 2], "--best is for a report on a run, not on photos"),
         ([tmp_path], "results.json lacks 'rows'"),
         ([tmp_path, photos], "is a run: a report is on one of them, or on photos"),
+        ([photos, tmp_path], "is a run: a report is on one of them, or on photos"),
         ([photos, "--checkpoint", checkpoint, "--out", tmp_path / "no" / "page.html"], "its folder does not exist"),
         ([photos, "--checkpoint", checkpoint, "--out", tmp_path], "is a folder, and a file is to be written there"),
     ):

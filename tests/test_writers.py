@@ -276,6 +276,20 @@ def test_mount_points_stay(tmp_path):
             with pytest.raises(InputError, match="choose another name"):
                 write(path, "new")
         assert (path / "mine").read_text() == "mine"
+    mine, file = tmp_path / "mine", tmp_path / "file.html"
+    mine.write_text("<!doctype html>" + TAG)
+    file.touch()
+    subprocess.run(["mount", "--bind", mine, file], check=True)
+    try:
+        with pytest.raises(InputError, match="cannot be written"):
+            files.write_text(file, "new")
+    finally:
+        subprocess.run(["umount", file], check=True)
+    assert mine.read_text().endswith(TAG) and {p.name for p in tmp_path.iterdir()} == {
+        "page.html",
+        "mine",
+        "file.html",
+    }
 
 
 def test_many_writers_of_one_file(tmp_path):
