@@ -11,6 +11,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -97,6 +98,8 @@ def world(tmp_path_factory):
 def inside(world, monkeypatch):
     monkeypatch.chdir(world)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(world / "cache"))
+    with jax.numpy_dtype_promotion("standard"):  # Optax mixes integer counts with floats
+        yield
 
 
 def run(*arguments):
@@ -145,7 +148,8 @@ def test_a_command_leaves_what_is_there(command, name, kind, inside, tmp_path):
             assert found.exit_code == 2 and "choose another name" in found.output
             assert not [p for p in tmp_path.rglob("*") if p.name.endswith(".part")]
         elif name and not command.startswith("explain"):
-            assert found.exit_code == 2 or kind in FOLDERS, found.output
+            taken = kind in FOLDERS or (name, kind) == (".lock", "empty file")  # such a lock is empty, too
+            assert found.exit_code == 2 or taken, found.output
 
 
 @pytest.mark.parametrize("place", [".", "..", "/", "/dev", "/dev/null", "/dev/stdout", "/dev/shm"])

@@ -11,7 +11,7 @@ from annotated_types import Len
 from typing_extensions import TypedDict
 
 from tokentm_jax.errors import InputError
-from tokentm_jax.files import opened, reason
+from tokentm_jax.files import opened, reason, require_ours
 from tokentm_jax.identity import digest
 from tokentm_jax.metrics.tasks import CLEAN, PREDICTED, TARGET, Fields, Row
 from tokentm_jax.validation import checked
@@ -71,6 +71,7 @@ class Records:
             for s in parts
         ]
         text = "".join(json.dumps(line) + "\n" for line in lines)  # ASCII
+        require_ours(self.path, overwrite=True)  # what is there was read; a link would lead elsewhere
         try:
             with self.path.open("a") as file:
                 file.truncate(self._end)
