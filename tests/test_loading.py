@@ -216,7 +216,7 @@ def test_an_empty_name_is_refused(name, described):
             load(name, checkpoint)
 
 
-@pytest.mark.parametrize("wrong", [5, 5.5, [], {}, b"x", True, (), object(), "", "\0"], ids=repr)
+@pytest.mark.parametrize("wrong", [5, 5.5, [], {}, b"x", True, (), object(), "", "\0"])
 def test_impossible_types_are_one_sentence(wrong):
     text = Path(__file__).parent / "goldens/texts/bert"
     for call in (
