@@ -1,6 +1,8 @@
 """What the entry points refuse, and what they mark where nothing can be refused."""
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -125,3 +127,86 @@ def test_pixels_of_a_map_that_is_none():
 def test_every_public_name_is_in_the_program_whose_types_are_checked():
     program = (Path(__file__).parent / "typed_use.py").read_text()
     assert [name for name in tm.__all__ if f"tm.{name}" not in program] == []
+
+
+def test_every_public_name_is_there_at_first_use():
+    """In a fresh process: those of each module before all else of the package is imported, and all at once."""
+    program = """
+import sys
+import tokentm_jax
+for home in {*tokentm_jax._HOMES.values()}:
+    for module in [module for module in sys.modules if module.split(".")[0] == "tokentm_jax"]:
+        del sys.modules[module]
+    import tokentm_jax
+    for name in tokentm_jax._HOMES:
+        if tokentm_jax._HOMES[name] == home:
+            getattr(tokentm_jax, name)
+from tokentm_jax import *
+print(*{*tokentm_jax.__all__} - {*globals()})
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr, done.returncode) == ("", "", 0)
+
+
+# ---- targets ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def named(vit):
+    return dataclasses.replace(vit, class_names=("Tabby", "dugong", "tabby", "7", "owl"), wnids=tuple("vwxyz"))
+
+
+def test_targets_by_name(named, images):
+    """A name or a number for all, or a list of both; wherever a class may stand."""
+    for target, classes in (
+        ("dugong", [1, 1]),
+        ("OWL", [4, 4]),
+        ("z", [4, 4]),
+        ("7", [3, 3]),  # a class is called so
+        (["owl", 1], [4, 1]),
+        (("dugong", np.int64(0)), [1, 0]),
+        (np.array(["owl", "dugong"]), [4, 1]),
+        (np.array([4, 1], np.uint8), [4, 1]),
+        (2, [2, 2]),
+    ):
+        maps, details = tm.explain(named, images, "gae", target, details=True)
+        np.testing.assert_array_equal(details["target"], classes)
+        np.testing.assert_array_equal(maps, tm.explain(named, images, "gae", np.array(classes, np.int32)))
+    versus = [tm.explain(named, images, "gae", "owl", score=tm.scores.Versus(o)) for o in ("dugong", 1, ["dugong", 1])]
+    np.testing.assert_array_equal(versus[0], versus[1])
+    np.testing.assert_array_equal(versus[0], versus[2])
+    # A custom score receives numbers.
+    custom = tm.explain(named, images, "gae", "owl", score=lambda outputs, target: 2 * outputs[jnp.arange(2), target])
+    np.testing.assert_allclose(custom, 2 * tm.explain(named, images, "gae", 4), rtol=1e-4, atol=1e-7)
+    traced = jax.jit(lambda target: tm.explain(named, images, "gae", target))(jnp.array([4, 1]))
+    np.testing.assert_allclose(traced, tm.explain(named, images, "gae", [4, 1]), rtol=1e-5, atol=1e-7)
+
+
+WRONG_TARGETS = [1.5, [1.0, 2.0], [[1], [2, 3]], [1, 2, 3], [[1, 2]], True, {"a": 1}, object(), [None, 1], b"owl", 1j]
+
+
+@pytest.mark.parametrize("target", WRONG_TARGETS, ids=repr)
+def test_targets_that_are_none(named, images, target):
+    one = r"target must be one class or one per sample \(2\), as whole numbers"
+    for call in (
+        lambda: tm.explain(named, images, "gae", target),
+        lambda: explain_fn(named.module, "gae")(named.params, images, target),
+        lambda: tm.capture(named.module, named.params, images, target, []),
+        lambda: tm.explain(named, images, "gae", target, score=tm.scores.log_probability),
+    ):
+        with pytest.raises(tm.InputError, match=one):
+            call()
+    with pytest.raises(tm.InputError, match="the other class must be"):
+        tm.explain(named, images, "gae", score=tm.scores.Versus(target))
+
+
+def test_names_of_classes_that_are_none(named, images):
+    for target, message in (
+        ("dugon", "unknown class 'dugon'; did you mean 'dugong'"),
+        ("tabby", "ambiguous: give one of the numbers 0, 2"),
+        (["owl", "cat"], "unknown class 'cat'"),
+        ("5", "class 5 is out of range: tiny has classes 0 to 4"),
+        ([4, 5], "target must be a class from 0 to 4"),
+    ):
+        with pytest.raises(tm.InputError, match=message):
+            tm.explain(named, images, "gae", target)

@@ -162,7 +162,10 @@ def test_whole_numbers_are_a_target_of_a_score_of_one_s_own():
     [
         ({"score": scores.Versus(5)}, "the other class must be a class from 0 to 4, got 5"),
         ({"score": scores.Versus([1, 2, 3])}, "the other class must be one class or one per sample (2)"),
-        ({"score": scores.Versus("dog")}, "the other class must be one class or one per sample (2)"),
+        ({"score": scores.Versus("dog")}, "class 'dog': the class names of tiny are unknown; give a number"),
+        ({"score": int}, "the score must be a function (outputs, target) -> [B] or outputs -> [B], got the class int"),
+        ({"score": 5}, "the score must be a function (outputs, target) -> [B] or outputs -> [B], got 5"),
+        ({"score": max}, "the score must be a function (outputs, target) -> [B] or outputs -> [B], got <built-in"),
         (
             {"score": scores.Cosine(np.ones(7))},
             "the embedding must be [5] or one per sample, like the model's features",

@@ -7,3 +7,4 @@ Axes, for the whole project:
 """
 
 from tokentm_jax.maths import scores as scores
+from tokentm_jax.maths import weights as weights

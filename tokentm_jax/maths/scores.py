@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from tokentm_jax.errors import InputError
@@ -96,6 +97,13 @@ class Question(NamedTuple):
         """Whether the predicted class, which only the model's answer tells, is the target."""
         return self.score.of_class and self.target is None
 
+    @property
+    def of_logits(self) -> bool:
+        """Whether the target is a class of the model, and not what else a custom score takes."""
+        if isinstance(self.score, Function):
+            return self.score.function in (class_logit, log_probability)
+        return self.score.of_class
+
 
 CLASS_LOGIT = Function(class_logit, True)
 
@@ -104,16 +112,40 @@ def question(score: Callable[..., Any] | None, target: Any = None) -> Question:
     """A score and its target in one. Raises InputError for a score that cannot be called so."""
     if score is None:
         return Question(CLASS_LOGIT, target)
+    if isinstance(score, type):
+        raise InputError(f"{_SCORE}, got the class {score.__name__}")
     if hasattr(score, "of_class"):
         return Question(score, target)
-    if not callable(score):
-        raise InputError(f"the score must be a function (outputs, target) -> [B] or outputs -> [B], got {score!r:.80}")
     try:
-        inspect.signature(score).bind(None, None)
-        of_class = True
+        return Question(Function(score, _binds(inspect.signature(score), None, None)), target)
+    except (TypeError, ValueError):  # not callable; a class or built-in without a signature
+        raise InputError(f"{_SCORE}, got {score!r:.80}") from None
+
+
+_SCORE = "the score must be a function (outputs, target) -> [B] or outputs -> [B]"
+
+
+def _binds(signature: inspect.Signature, *arguments: Any) -> bool:
+    """Whether a function takes these arguments."""
+    try:
+        signature.bind(*arguments)
     except TypeError:
-        of_class = False
-    return Question(Function(score, of_class), target)
+        return False
+    return True
+
+
+def classes_of(target: Any, samples: int, what: str = "target") -> Array | np.ndarray:
+    """A class for all samples or one per sample, as an array [B] of whole numbers, known or traced.
+
+    Raises InputError for anything else; a number that is not a class of the model is for the caller to find.
+    """
+    try:
+        found = target if isinstance(target, jax.Array) else np.asarray(target)
+    except (TypeError, ValueError):  # a ragged list, an object that fails to become an array
+        found = None
+    if found is None or found.dtype.kind not in "iu" or found.shape not in ((), (samples,)):
+        raise InputError(f"{what} must be one class or one per sample ({samples}), as whole numbers")
+    return np.broadcast_to(found, samples) if isinstance(found, np.ndarray) else jnp.broadcast_to(found, samples)
 
 
 def explained(outputs: Any, target: Any = None) -> tuple[Array, dict[str, Any]]:
@@ -139,6 +171,8 @@ def explained(outputs: Any, target: Any = None) -> tuple[Array, dict[str, Any]]:
     if asked.score.of_class:
         if asked.target is None and is_table:
             asked = asked._replace(target=outputs.argmax(-1))
+        elif asked.of_logits:
+            asked = asked._replace(target=jnp.asarray(classes_of(asked.target, samples)))
         elif getattr(asked.target, "ndim", 1) == 0 or isinstance(asked.target, int):
             asked = asked._replace(target=jnp.broadcast_to(jnp.asarray(asked.target), (samples,)))
         own = asked.score(outputs, asked.target)

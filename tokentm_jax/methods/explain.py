@@ -14,7 +14,7 @@ from jax.sharding import AxisType, PartitionSpec
 from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.errors import InputError, Unfit, suggest
 from tokentm_jax.maths.maps import unit
-from tokentm_jax.maths.scores import Cosine, Function, Question, Versus, class_logit, log_probability, question
+from tokentm_jax.maths.scores import Cosine, Question, Versus, classes_of, question
 from tokentm_jax.methods.attention import Explanation
 from tokentm_jax.methods.table import METHODS, Method
 from tokentm_jax.models.inputs import as_inputs, readable, seen
@@ -217,8 +217,8 @@ def explain(
       images: array [B, H, W, 3] in [0, 1], as `vit.read` gives them; normalisation is inside. For a text model, the
         `Tokens` that its `read` gives.
       method: a name of `METHODS`.
-      target: a class for all samples, or one per sample [B]; None for each sample's predicted class. A score of your
-        own may take other arrays, with the batch first.
+      target: a class for all samples, or one per sample [B], by number or by name; None for each sample's predicted
+        class. A custom score may take other arrays, with the batch first.
       score: what is explained, as in `explain_fn`; None for the logit of the class.
       text: a prompt for all samples, or one per sample, in place of a score: the cosine of what the prompt and the
         image mean to a model with a text tower, such as CLIP.
@@ -254,28 +254,29 @@ def explain(
         score = Cosine(embeddings[0] if len(embeddings) == 1 else embeddings)
     if score is None:
         vit.require_classes()
-    asked = None if score is None else question(score)
+    asked = question(score)
     if target is not None:
-        target = _target(target, asked, samples, vit.module.num_classes)
-    if asked is not None:
-        if isinstance(asked.score, Versus):
-            other = _classes("the other class", asked.score.other, samples, vit.module.num_classes)
-            asked = asked._replace(score=Versus(other))
+        target = _target(vit, target, asked, samples)
+    if isinstance(asked.score, Versus):
+        asked = asked._replace(score=Versus(_classes(vit, "the other class", asked.score.other, samples)))
+    if score is not None:
         target = asked._replace(target=target)
     maps, found = program(vit.params, inputs, target)
     return (maps[method], found) if details else maps[method]
 
 
-def _target(target: Any, asked: Question | None, samples: int, count: int) -> Any:
-    """The classes [B] of a target, or the arrays [B, ...] that a score of one's own takes."""
-    if asked is not None and not asked.score.of_class:
+def _target(vit: "LoadedViT | LoadedText", target: Any, asked: Question, samples: int) -> Any:
+    """The classes [B] of a target, or the arrays [B, ...] that a custom score takes."""
+    if not asked.score.of_class:
         raise InputError("this score takes no target: leave it out")
-    score = None if asked is None else asked.score
-    if not isinstance(score, Function) or score.function in (class_logit, log_probability):
-        return _classes("target", target, samples, count)
+    if asked.of_logits or _named(target):
+        return _classes(vit, "target", target, samples)
     if isinstance(target, int | np.integer):
         return np.full(samples, target, np.int32)
-    arrays = jax.tree.map(jnp.asarray, target)
+    try:
+        arrays = jax.tree.map(jnp.asarray, target)
+    except (TypeError, ValueError):
+        raise InputError(f"target must be arrays with the {samples} samples first, got {target!r:.80}") from None
     shapes = [array.shape for array in jax.tree.leaves(arrays)]
     if any(shape[:1] != (samples,) for shape in shapes):
         found = ", ".join(str(list(shape)) for shape in shapes)
@@ -283,11 +284,21 @@ def _target(target: Any, asked: Question | None, samples: int, count: int) -> An
     return arrays
 
 
-def _classes(what: str, classes: Any, samples: int, count: int) -> np.ndarray:
-    """A class for all samples, or one per sample, as an array [B]. Raises InputError for one that there is not."""
-    classes = np.asarray(classes)
-    if classes.dtype.kind not in "iu" or classes.shape not in ((), (samples,)):
-        raise InputError(f"{what} must be one class or one per sample ({samples}), as whole numbers")
-    if classes.size and not (classes.min() >= 0 and classes.max() < count):
-        raise InputError(f"{what} must be a class from 0 to {count - 1}, got {classes.tolist()}")
-    return np.broadcast_to(classes, (samples,))
+def _named(classes: Any) -> bool:
+    """Whether classes are given by name, at least one of them."""
+    if isinstance(classes, np.ndarray):
+        return classes.dtype.kind == "U"
+    return any(isinstance(each, str) for each in (classes if isinstance(classes, list | tuple) else [classes]))
+
+
+def _classes(vit: "LoadedViT | LoadedText", what: str, classes: Any, samples: int) -> Any:
+    """A class for all samples, or one per sample, by number or by name, as an array [B]. Raises InputError for one
+    that there is not; the numbers of a traced array are not looked at."""
+    if isinstance(classes, str):
+        classes = vit.class_index(classes)
+    elif _named(classes):
+        classes = [vit.class_index(each) if isinstance(each, str) else each for each in classes]
+    found, last = classes_of(classes, samples, what), vit.module.num_classes - 1
+    if isinstance(found, np.ndarray) and found.size and not (found.min() >= 0 and found.max() <= last):
+        raise InputError(f"{what} must be a class from 0 to {last}, got {np.asarray(classes).tolist()}")
+    return found
