@@ -168,27 +168,83 @@ def test_the_predicted_class_is_the_default(plain):
 # The derivative of a map is that of a gradient: long to compile, so all are with the slow tests.
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_differentiable_or_said_not_to_be(plain, method):
+def test_true_derivatives_or_none(plain, method):
     module, params, images = plain
-    if not TABLE[method].differentiable:
-        pytest.skip("said not to be")
     with jax.enable_x64(True):
         params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), params)
         image = jnp.asarray(images[:1], jnp.float64)
         target = jnp.array([3], jnp.int32)
         function = explain_fn(module, method, **METHODS[method])
         weights = jnp.asarray(np.random.default_rng(1).normal(size=(16, 24)))
+        direction = jnp.asarray(np.random.default_rng(2).normal(size=image.shape))
 
-        def total(image):
+        def total(function, image):
             maps = function(params, image, target)
             return (maps * weights[: maps.shape[1], : maps.shape[2]]).sum()
 
-        both = jax.jit(jax.value_and_grad(total))
-        direction = jnp.asarray(np.random.default_rng(2).normal(size=image.shape))
-        value, gradient = both(image)
-        step = 1e-6
-        slope = (both(image + step * direction)[0] - both(image - step * direction)[0]) / (2 * step)
-        np.testing.assert_allclose((gradient * direction).sum(), slope, rtol=1e-4, atol=1e-7 * abs(float(value)))
+        def slopes(function):
+            both = jax.jit(jax.value_and_grad(functools.partial(total, function)))
+            value, gradient = both(image)
+            step = 1e-6
+            differences = [both(image + sign * step * direction)[0] for sign in (1, -1)]
+            return value, (gradient * direction).sum(), (differences[0] - differences[1]) / (2 * step)
+
+        if TABLE[method].has_derivative(METHODS[method]):
+            value, slope, expected = slopes(function)
+            np.testing.assert_allclose(slope, expected, rtol=1e-4, atol=1e-7 * abs(float(value)))
+        else:
+            with pytest.raises(tm.InputError, match=f"maps of '{method}' have no true derivative"):
+                slopes(function)
+            _, slope, expected = slopes(explain_fn(module, method, differentiate_anyway=True, **METHODS[method]))
+            assert abs(slope - expected) > 1e-3 * abs(expected)  # it is refused for a reason
+
+
+REFUSING = {
+    "conservative_lrp": {},
+    "attn_lrp": {},
+    "tokentm_mix": {},
+    "combination": {"methods": "libra_gae,rollout"},
+}
+
+
+@pytest.mark.parametrize("method", mostly_slow(REFUSING, ("conservative_lrp", "combination")))
+def test_maps_without_a_derivative_refuse_to_be_differentiated(plain, method):
+    module, params, images = plain
+    explain = explain_fn(module, method, **REFUSING[method])
+    refused = pytest.raises(tm.InputError, match=f"maps of '{method}' have no true derivative.*differentiate_anyway")
+    score = explain_fn(module, method, details=True, **REFUSING[method])
+    for differentiated in (
+        jax.grad(lambda params, x: explain(params, x, TARGET).sum(), 1),
+        lambda params, x: jax.jvp(lambda x: jax.jit(explain)(params, x), (x,), (x,)),
+        jax.grad(lambda params, x: score(params, x)[1]["score"].sum()),
+    ):
+        with refused:
+            jax.eval_shape(differentiated, params, images)
+    assert not TABLE[method].has_derivative(REFUSING[method])
+
+
+def test_what_does_not_differentiate_meets_no_refusal(plain):
+    """Of a map that refuses: jit, vmap, scan, export; and no derivative is asked for behind a stop_gradient."""
+    module, params, images = plain
+    explain = explain_fn(module, "conservative_lrp")
+    still = jax.lax.stop_gradient(params)
+
+    def program(images, target):
+        maps = explain(params, images, target)
+        alone = jax.vmap(lambda x, t: explain(params, x[None], t[None])[0])(images, target)
+        _, turns = jax.lax.scan(lambda _, x: (None, explain(params, x[0][None], x[1][None])[0]), None, (images, target))
+
+        def loss(x):
+            noted = explain(still, jax.lax.stop_gradient(x), target)
+            return jnp.square(x).sum() + noted.sum(), noted
+
+        return maps, alone, turns, jax.value_and_grad(loss, has_aux=True)(images)
+
+    found = jax.export.export(jax.jit(program))(images, TARGET).call(images, TARGET)
+    maps, alone, turns, ((_, noted), gradient) = found
+    for same in (alone, turns, noted):
+        np.testing.assert_allclose(same, maps, rtol=1e-4, atol=1e-6 * float(jnp.abs(maps).max()))
+    np.testing.assert_allclose(gradient, 2 * images)
 
 
 def test_options_with_which_the_class_does_not_matter(plain):

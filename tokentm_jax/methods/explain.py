@@ -1,8 +1,7 @@
 """The entry points: `explain` for photos and a loaded model, `explain_fn` for pipelines, `compiled` for runs."""
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial, reduce
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -30,9 +29,10 @@ def explain_fn(
     *,
     score: Callable[..., Any] | None = None,
     details: bool = False,
+    differentiate_anyway: bool = False,
     **options: Any,
 ) -> Callable[..., Any]:
-    """A pure function `(params, inputs, target=None) -> maps` to `jit`, `vmap`, differentiate or shard.
+    """A pure function `(params, inputs, target=None) -> maps` to `jit`, `vmap`, shard, export or differentiate.
 
     Args:
       module: the ViT (or any module that `tokentm_jax.models.capture` can read).
@@ -40,6 +40,8 @@ def explain_fn(
       score: what is explained, a function `(outputs, target) -> [B]` or `outputs -> [B]` of what the module gives,
         such as those of `tokentm_jax.maths.scores`; None for the logit of the class.
       details: return `(maps, details)`, with `logits`, `target`, `score` and what else the method reports.
+      differentiate_anyway: let JAX differentiate maps without a true derivative (`METHODS[method].differentiable` is
+        False), with what the rules hold constant held constant. By default their differentiation raises InputError.
       **options: the method's options.
 
     Returns:
@@ -53,9 +55,10 @@ def explain_fn(
       logits, and the classes, stay what they are where only the class is wrong.
 
     Raises:
-      InputError: no such method or option; when called, a score of another shape or type than [B] floats.
+      InputError: no such method or option; when called, a score of another shape or type than [B] floats; when
+        differentiated, a map without a true derivative.
     """
-    explainer = _explainer(module, _method(method).bind(method, options), details)
+    explainer = _explainer(module, method, _method(method), options, details, differentiate_anyway)
     if score is None:
         return explainer
     asked = question(score)
@@ -69,15 +72,34 @@ def _method(name: Any) -> Method:
     return METHODS[name]
 
 
-def _explainer(module: Any, bound: Callable[..., Explanation], details: bool) -> Callable[..., Any]:
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _without_derivative(method: str, found: Any) -> Any:
+    """What a method has found, as it is; its differentiation raises InputError."""
+    return found
+
+
+@_without_derivative.defjvp
+def _refuse(method: str, found: Any, changes: Any) -> Any:
+    raise InputError(
+        f"maps of '{method}' have no true derivative, since its rules hold values constant: use a method with "
+        "`tm.METHODS[name].differentiable`, put jax.lax.stop_gradient around its parameters and inputs where no "
+        "derivative is wanted, or give explain_fn the option differentiate_anyway=True"
+    )
+
+
+def _explainer(
+    module: Any, method: str, row: Method, options: Mapping[str, Any], details: bool, anyway: bool = False
+) -> Callable[..., Any]:
     """What `explain_fn` returns, of a method with its options."""
+    bound = row.bind(method, options)
+    shown = (lambda found: found) if anyway or row.has_derivative(options) else partial(_without_derivative, method)
 
     def explain_inputs(params: Any, inputs: Array, target: Any = None) -> Any:
         inputs = as_inputs(module, params, inputs)
         # Zeros go through in place of what cannot be read: no NaN is left to meet a zero in a derivative.
-        fine, shown = readable(inputs)
+        fine, read = readable(inputs)
         try:
-            maps, found = bound(module, params, shown, target)
+            maps, found = shown(bound(module, params, read, target))
         except Unfit as error:
             others = ", ".join(methods_for(module, params, inputs, target)) or "no method"
             raise InputError(f"{error}; what works without is {others}") from None
@@ -88,7 +110,7 @@ def _explainer(module: Any, bound: Callable[..., Explanation], details: bool) ->
             )
         outputs, asked = found["logits"], found["target"]
         finite = [jnp.isfinite(leaf).reshape(len(leaf), -1).all(1) for leaf in jax.tree.leaves(outputs)]
-        whole = functools.reduce(jnp.logical_and, finite, fine)
+        whole = reduce(jnp.logical_and, finite, fine)
         true = whole & jnp.isfinite(found["score"])  # which is NaN for a class that the model does not have
         if seen(inputs) is not None:
             shape = maps.shape
@@ -100,7 +122,7 @@ def _explainer(module: Any, bound: Callable[..., Explanation], details: bool) ->
             return _nan_unless(true, maps)
         marked = {name: _nan_unless(true, array) for name, array in found.items() if name not in ("logits", "target")}
         target = asked.target if isinstance(asked, Question) else asked
-        outputs = jax.tree.map(functools.partial(_nan_unless, whole), outputs)
+        outputs = jax.tree.map(partial(_nan_unless, whole), outputs)
         return _nan_unless(true, maps), {**marked, "logits": outputs, "target": target}
 
     def placed(params: Any, inputs: Array, target: Any = None) -> Any:
@@ -128,11 +150,11 @@ def methods_for(module: Any, params: Any, inputs: Any, target: Any = None) -> li
       inputs: normalised images [B, H, W, C], or a `jax.ShapeDtypeStruct` of them; or `Tokens` of texts.
       target: as for `explain_fn`'s function.
     """
-    inputs = jax.eval_shape(functools.partial(as_inputs, module), params, inputs)
+    inputs = jax.eval_shape(partial(as_inputs, module), params, inputs)
     found = []
     for name, row in METHODS.items():
         try:
-            jax.eval_shape(functools.partial(row.bind(name, {}), module), params, inputs, target)
+            jax.eval_shape(partial(row.bind(name, {}), module), params, inputs, target)
             found.append(name)
         except InputError:
             continue
@@ -183,7 +205,7 @@ def _compiled(
     details: tuple[str, ...] | None,
     preprocessing: Preprocessing | None,
 ) -> Callable[..., tuple[dict[str, Array], dict[str, Array]]]:
-    explainers = {name: _explainer(module, row.bind(name, dict(options)), True) for name, row, options in methods}
+    explainers = {name: _explainer(module, name, row, dict(options), True) for name, row, options in methods}
 
     def program(params: Any, inputs: Array, target: Any) -> tuple[dict[str, Array], dict[str, Array]]:
         if preprocessing is not None:

@@ -14,16 +14,19 @@ from functools import partial
 from typing import Any, Literal
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 from jax import Array
 
 from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.maths.maps import Normalisation, combine
+from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.tokentm import TokenTM
 from tokentm_jax.methods import attention, gradient, libra, perturbation
 from tokentm_jax.methods import lrp as relevance
 from tokentm_jax.methods.attention import Explanation
-from tokentm_jax.methods.mix import Gradient, shared_maps
+from tokentm_jax.methods.mix import ROWS, Gradient, shared_maps
 from tokentm_jax.methods.perturbation import Removal
 from tokentm_jax.models.inputs import as_inputs, seen
 from tokentm_jax.validation import check_options, options_of
@@ -41,7 +44,9 @@ class Method:
     passes: str = "1 F + 1 B"
     class_specific: bool = True  # with the default options; see `looks_at_class`
     output: str = TOKENS
-    differentiable: bool = True  # whether a map's own derivative is true (not where a rule holds values constant)
+    differentiable: bool = True  # whether a map has a true derivative (no rule holds values constant); see below
+    held: Callable[[Mapping[str, Any]], bool] | None = None  # the options with which it has none
+    float32: bool = False  # computed in float32 at least, whatever the model's type: its rule has no meaning in less
     options: type | None = None  # a frozen dataclass of options, where the function takes one
     classless: Callable[[Mapping[str, Any]], bool] | None = None  # the options with which the class does not matter
     suit: Callable[[Mapping[str, Any], Preprocessing], Mapping[str, Any]] | None = None  # see `suited`
@@ -54,6 +59,10 @@ class Method:
     def looks_at_class(self, options: Mapping[str, Any]) -> bool:
         """Whether a map with these options depends on the class that is explained."""
         return self.class_specific and not (self.classless is not None and self.classless(options))
+
+    def has_derivative(self, options: Mapping[str, Any]) -> bool:
+        """Whether a map with these options has a true derivative; JAX differentiates no other unless asked twice."""
+        return self.differentiable and not (self.held is not None and self.held(options))
 
     def known(self) -> dict[str, Any]:
         """Annotation of every option: the function's keyword-only arguments, and the fields of its dataclass."""
@@ -74,14 +83,31 @@ class Method:
     def bind(self, name: str, options: Mapping[str, Any]) -> Callable[..., Explanation]:
         """The function with its options checked and bound. Raises InputError as `check`, and for choices at odds."""
         values = self.check(name, options)
+        function = at_least_float32(self.function) if self.float32 else self.function
         if self.options is None:
-            return partial(self.function, **values)
+            return partial(function, **values)
         fields = {field.name for field in dataclasses.fields(self.options)}
         choices = {key: values.pop(key) for key in fields & values.keys()}
         try:
-            return partial(self.function, options=self.options(**choices), **values)
+            return partial(function, options=self.options(**choices), **values)
         except ValueError as error:
             raise InputError(f"method '{name}': {error}") from None
+
+
+def at_least_float32(function: Callable[..., Explanation]) -> Callable[..., Explanation]:
+    """A method on the same model in float32, or in float64 where it is that: parameters, inputs and activations."""
+
+    def widened(module: Any, params: Any, inputs: Any, target: Any, **options: Any) -> Explanation:
+        if getattr(module, "dtype", None) is not None and jnp.finfo(module.dtype).bits < 32:
+            module = module.clone(dtype=jnp.float32)
+        params, inputs = jax.tree.map(_wide_floats, (params, inputs))
+        return function(module, params, inputs, target, **options)
+
+    return widened
+
+
+def _wide_floats(a: Any) -> Any:
+    return wide(a) if jnp.issubdtype(a.dtype, jnp.floating) else a
 
 
 def combination(
@@ -150,6 +176,13 @@ def _classless(options: Mapping[str, Any]) -> bool:
     return not any(METHODS[name].looks_at_class({}) for name in _members(options.get("methods", "tokentm")))
 
 
+def _held(options: Mapping[str, Any]) -> bool:
+    """Whether a member of a combination holds values constant, or the pass that members share does: see `ROWS`."""
+    names = _members(options.get("methods", "tokentm,grad_cam"))
+    noted = "legrad" in names and not ROWS.keys().isdisjoint(names)
+    return noted or options.get("gradient", "own") != "own" or not all(METHODS[name].differentiable for name in names)
+
+
 def _plain(options: Mapping[str, Any]) -> bool:
     """Whether TokenTM looks at no gradient, neither beside attention nor in its weights."""
     return options.get("attention") == "plain" and not TokenTM(weights=options.get("weights")).takes("gradient")
@@ -167,11 +200,13 @@ METHODS: dict[str, Method] = {
         classless=_plain,
     ),
     "gae": Method(attention.gae, "Chefer et al., ICCV", 2021),
-    "transformer_attribution": Method(relevance.transformer_attribution, "Chefer et al., CVPR", 2021, "2 F + 2 B"),
+    "transformer_attribution": Method(
+        relevance.transformer_attribution, "Chefer et al., CVPR", 2021, "2 F + 2 B", float32=True
+    ),
     "attcat": Method(attention.attcat, "Qiang et al., NeurIPS", 2022),
     "conservative_lrp": Method(relevance.conservative_lrp, "Ali et al., ICML", 2022, differentiable=False),
-    "lrp": Method(relevance.full_lrp, "Bach et al., PLOS ONE", 2015, output=PIXELS),
-    "partial_lrp": Method(relevance.partial_lrp, "Voita et al., ACL", 2019),
+    "lrp": Method(relevance.full_lrp, "Bach et al., PLOS ONE", 2015, output=PIXELS, float32=True),
+    "partial_lrp": Method(relevance.partial_lrp, "Voita et al., ACL", 2019, float32=True),
     "rollout": Method(attention.rollout, "Abnar & Zuidema, ACL", 2020, "1 F", class_specific=False),
     "raw_attention": Method(attention.raw_attention, "Vaswani et al., NeurIPS", 2017, "1 F", class_specific=False),
     "grad_cam": Method(attention.grad_cam, "Selvaraju et al., ICCV", 2017),
@@ -212,6 +247,11 @@ METHODS: dict[str, Method] = {
         classless=_classless,
     ),
     "combination": Method(
-        combination, "named as future work by Wu et al.", 2024, "those of its methods", classless=_classless
+        combination,
+        "named as future work by Wu et al.",
+        2024,
+        "those of its methods",
+        classless=_classless,
+        held=_held,
     ),
 }
