@@ -232,7 +232,7 @@ def test_what_does_not_differentiate_meets_no_refusal(plain):
     def program(images, target):
         maps = explain(params, images, target)
         alone = jax.vmap(lambda x, t: explain(params, x[None], t[None])[0])(images, target)
-        _, turns = jax.lax.scan(lambda _, x: (None, explain(params, x[0][None], x[1][None])[0]), None, (images, target))
+        turns = jax.lax.map(lambda one: explain(params, one[0][None], one[1][None])[0], (images, target))
 
         def loss(x):
             noted = explain(still, jax.lax.stop_gradient(x), target)

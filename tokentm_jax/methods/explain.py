@@ -14,7 +14,6 @@ from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.errors import InputError, Unfit, suggest
 from tokentm_jax.maths.maps import unit
 from tokentm_jax.maths.scores import Cosine, Question, Versus, classes_of, question
-from tokentm_jax.methods.attention import Explanation
 from tokentm_jax.methods.table import METHODS, Method
 from tokentm_jax.models.inputs import as_inputs, readable, seen
 
