@@ -118,11 +118,12 @@ def erf(x):
     return np.vectorize(one)(x)
 
 
-def vit(module, params, image, change=None, read_block=None, patches_left=None, held=None):
+def vit(module, params, image, change=None, read_block=None, patches_left=None, held=None, mean=False):
     """Logits [classes] of one normalised image [H, W, 3] by a plain class-token ViT, in float64.
 
     `change` maps (name, block) to what is added to "tokens", "normalised", "attention" or the result of a linear map
-    or norm there; `read_block` reads the head after that block already; `patches_left` are the patches whose tokens
+    or norm there; `read_block` reads the head after that block already, and `mean` gives it the
+    mean of all tokens in place of the class token; `patches_left` are the patches whose tokens
     enter the first. `held`, values of another run, are what the softmax, the deviations of the norms and the gates of
     GELU give in place of their own. Also returns all values by (name, block).
     """
@@ -172,6 +173,8 @@ def vit(module, params, image, change=None, read_block=None, patches_left=None, 
         x = x + point("fc2", l, y @ b["mlp"]["fc2"]["kernel"] + b["mlp"]["fc2"]["bias"])
         if read_block == l:
             break
+    if mean:
+        x = x.mean(0, keepdims=True)
     x = point("norm", None, norm("norm", None, x, params["norm"]))
     return x[0] @ params["head"]["kernel"] + params["head"]["bias"], seen
 

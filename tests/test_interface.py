@@ -124,6 +124,19 @@ def test_pixels_of_a_map_that_is_none():
     np.testing.assert_array_equal(np.asarray(tm.to_pixels(jnp.asarray(maps), (9, 8)))[0], expected[0])
 
 
+def test_pixels_of_a_map_of_the_largest_numbers():
+    """Differences and sums of such values are infinite, and their normalised maps are not."""
+    maps = np.random.default_rng(0).uniform(-1, 1, size=(2, 3, 4)).astype(np.float32)
+    huge = jnp.asarray(maps / np.abs(maps).max() * np.finfo(np.float32).max)
+    for size in ((9, 8), (3, 4)):
+        np.testing.assert_allclose(tm.to_pixels(huge, size), tm.to_pixels(jnp.asarray(maps), size), atol=1e-6)
+    for normalisation in ("min_max", "sum"):
+        found, expected = (tm.combine([m], "mean", normalisation) for m in (huge, jnp.asarray(maps)))
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    both = jnp.asarray([[[3e38, -3e38, 0.0]]], jnp.float32)
+    np.testing.assert_allclose(tm.to_pixels(both, (1, 3))[0, 0], [1, 0, 0.5], atol=1e-6)
+
+
 def test_every_public_name_is_in_the_program_whose_types_are_checked():
     program = (Path(__file__).parent / "typed_use.py").read_text()
     assert [name for name in tm.__all__ if f"tm.{name}" not in program] == []
@@ -210,3 +223,88 @@ def test_names_of_classes_that_are_none(named, images):
     ):
         with pytest.raises(tm.InputError, match=message):
             tm.explain(named, images, "gae", target)
+
+
+# ---- impossible types ------------------------------------------------------------------------------------------
+
+IMPOSSIBLE = [None, 5, 1.5, b"x", object(), [1, [2, 3]], {}, [], "", "a\0b", np.nan, int, np.array("x"), True]
+CALLS = {  # what is called with a value of a wrong type -> the values that it takes
+    "load": (lambda vit, w: tm.load(w), [None]),
+    "load checkpoint": (lambda vit, w: tm.load(checkpoint=w), [None]),
+    "load_text": (lambda vit, w: tm.load_text(w), []),
+    "open_maps": (lambda vit, w: tm.open_maps(w), []),
+    "read_checkpoint": (lambda vit, w: tm.read_checkpoint(vit.module, w), []),
+    "write_checkpoint": (lambda vit, w: tm.write_checkpoint(w, vit.module, vit.params, vit.preprocessing), []),
+    "read": (lambda vit, w: vit.read(w), []),
+    "score": (lambda vit, w: vit.score(w), []),
+    "explain": (lambda vit, w: tm.explain(w, np.ones((1, 16, 24, 3))), []),
+    "explain images": (lambda vit, w: tm.explain(vit, w), []),
+    "explain score": (lambda vit, w: tm.explain(vit, np.ones((1, 16, 24, 3)), score=w), [None]),
+    "explain Cosine": (lambda vit, w: tm.explain(vit, np.ones((1, 16, 24, 3)), score=tm.scores.Cosine(w)), []),
+    "explain Channel": (
+        lambda vit, w: tm.explain(vit, np.ones((1, 16, 24, 3)), "rollout", score=tm.scores.Channel(w)),
+        [5],  # NaN: there is no such channel
+    ),
+    "explain_fn": (lambda vit, w: tm.explain_fn(w), []),
+    "explain_fn params": (lambda vit, w: tm.explain_fn(vit.module)(w, np.ones((1, 16, 24, 3), np.float32)), []),
+    "explain_fn inputs": (lambda vit, w: tm.explain_fn(vit.module)(vit.params, w), []),
+    "methods_for": (lambda vit, w: tm.methods_for(w, vit.params, np.ones((1, 16, 24, 3), np.float32)), []),
+    "methods_for inputs": (lambda vit, w: tm.methods_for(vit.module, vit.params, w), []),
+    "capture": (lambda vit, w: tm.capture(w, vit.params, np.ones((1, 16, 24, 3), np.float32)), []),
+    "capture inputs": (lambda vit, w: tm.capture(vit.module, vit.params, w), []),
+    "capture fields": (
+        lambda vit, w: tm.capture(vit.module, vit.params, np.ones((1, 16, 24, 3), np.float32), 0, w),
+        [None, {}, []],
+    ),
+    "to_pixels": (lambda vit, w: tm.to_pixels(w, (4, 4)), []),
+    "to_pixels size": (lambda vit, w: tm.to_pixels(jnp.ones((1, 2, 2)), w), []),
+    "combine": (lambda vit, w: tm.combine(w), []),
+    "combine normalisation": (lambda vit, w: tm.combine([jnp.ones((1, 2, 2))], "mean", w), []),
+    "combine weights": (lambda vit, w: tm.combine([jnp.ones((1, 2, 2))], "mean", weights=w), [None]),
+    "over_devices": (lambda vit, w: tm.over_devices(w), [int]),
+    "PlainModel": (lambda vit, w: tm.PlainModel(w, (2, 3)), [int]),
+    "PlainModel grid": (lambda vit, w: tm.PlainModel(print, w), []),
+    "PlainModel prefix": (lambda vit, w: tm.PlainModel(print, (2, 3), w), [5]),
+    "PlainModel readout": (lambda vit, w: tm.PlainModel(print, (2, 3), 0, w), []),
+    "depth_rows": (lambda vit, w: tm.depth_rows(w), [5]),
+    "words": (lambda vit, w: tm.words(w, ["x"], np.ones((1, 3))), []),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_values_of_impossible_types_are_one_sentence(vit, call):
+    function, right = CALLS[call]
+    for wrong in IMPOSSIBLE:
+        if not any(wrong is value or (type(wrong) is type(value) and wrong == value) for value in right):
+            with pytest.raises(tm.InputError) as raised:
+                function(vit, wrong)
+            assert str(raised.value).strip() and "\n" not in str(raised.value)
+
+
+def test_models_of_other_kinds_are_told_what_to_do(vit, images):
+    from flax import nnx
+
+    class Network(nnx.Module):
+        def __init__(self, rngs):
+            self.head = nnx.Linear(16 * 24 * 3, 5, rngs=rngs)
+
+        def __call__(self, x):
+            return self.head(x.reshape(len(x), -1))
+
+    network = Network(nnx.Rngs(0))
+    plain = tm.PlainModel(lambda params, x, tap: vit.module.apply({"params": params}, x), (2, 3))
+    with pytest.raises(tm.InputError, match=r"got the NNX module Network: split it, `graph, state = nnx.split"):
+        tm.explain_fn(network)
+    with pytest.raises(tm.InputError, match=r"got a function: give tm.PlainModel\(lambda params, images, tap"):
+        tm.explain_fn(lambda x: x)
+    with pytest.raises(tm.InputError, match="got a LoadedViT: give its `module`, and then its `params`"):
+        tm.explain_fn(vit)
+    with pytest.raises(tm.InputError, match=r"got a PlainModel: use tm.explain_fn\(module\)\(params, inputs\), or"):
+        tm.explain(plain, images)
+    # The advice works.
+    graph, state = nnx.split(network)
+    model = tm.PlainModel(lambda state, images, tap: nnx.merge(graph, state)(images), (2, 3))
+    assert tm.explain_fn(model, "input_gradient")(state, jnp.asarray(images)).shape == (2, 16, 24)
+    own = tm.LoadedViT(plain, vit.params, vit.preprocessing, ("a",) * 5, "own")
+    own = dataclasses.replace(own, module=dataclasses.replace(plain, num_classes=5))
+    assert tm.explain(own, images, "input_gradient").shape == (2, 16, 24)

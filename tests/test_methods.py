@@ -104,6 +104,64 @@ def test_legrad(small):
     np.testing.assert_allclose(run(small, "legrad").ravel(), expected[1:], rtol=1e-6, atol=1e-9)
 
 
+def test_legrad_of_the_mean_of_all_tokens_as_published_for_clip(small):
+    expected = np.maximum(slope(small, "attention", 1, read_block=1, mean=True), 0).mean((0, 1))
+    got = run(small, "legrad", read="mean", first_block=1)
+    np.testing.assert_allclose(got.ravel(), expected[1:], rtol=1e-6, atol=1e-9)
+    both = expected + np.maximum(slope(small, "attention", 0, read_block=0, mean=True), 0).mean((0, 1))
+    np.testing.assert_allclose(run(small, "legrad", read="mean").ravel(), both[1:], rtol=1e-6, atol=1e-9)
+
+
+def test_legrad_of_the_pool_as_published_for_siglip(small):
+    """The pool of SigLIP in NumPy, on the tokens of every block as they are, and the cosine with an embedding."""
+    module = small[0].clone(class_token=False, reg_tokens=1, global_pool="map", num_classes=0)
+    rng = np.random.default_rng(3)
+    shapes = jax.eval_shape(lambda key: tm.init_params(module, key), jax.random.key(0))
+    params = jax.tree.map(lambda s: rng.normal(size=s.shape) * 0.6, shapes)
+    embedding, images = rng.normal(size=8), np.stack([small[2], -small[2]])
+    with jax.enable_x64(True):
+        trace = jax.jit(lambda p, x: tm.capture(module, p, x, jnp.zeros(2, jnp.int32), ["tokens", "final_tokens"]))
+        tokens = np.asarray(trace(params, jnp.asarray(images)).tokens)  # [L + 1, B, N, D]
+        function = explain_fn(module, "legrad", score=tm.scores.Cosine(embedding), read="pool")
+        maps = np.asarray(jax.jit(function)(params, jnp.asarray(images)))
+    p = params["attn_pool"]
+
+    def cosine(x, change):
+        affine = lambda x, q: x @ q["kernel"] + q["bias"]  # noqa: E731
+        query, (key, value) = affine(p["latent"][0], p["q"]), np.split(affine(x, p["kv"]), 2, -1)
+        mixed = []
+        for h in range(2):
+            own = slice(4 * h, 4 * h + 4)
+            e = np.exp(query[:, own] @ key[:, own].T / 2)
+            mixed.append((e / e.sum() + change[h]) @ value[:, own])
+        pooled = affine(np.concatenate(mixed, -1), p["proj"])
+        hidden = affine(oracle.layer_norm(pooled, p["norm"], module.norm_eps), p["mlp"]["fc1"])
+        pooled = (pooled + affine(hidden * 0.5 * (1 + oracle.erf(hidden / np.sqrt(2))), p["mlp"]["fc2"]))[0]
+        return pooled @ embedding / oracle.norm2(pooled) / oracle.norm2(embedding)
+
+    for i in range(2):
+        expected = np.zeros(6)
+        for after in tokens[1:, i, 1:]:
+            gradient = oracle.difference_quotients(lambda d, x=after: cosine(x, d), (2, 1, 6))
+            expected += np.maximum(gradient, 0).mean((0, 1))
+        np.testing.assert_allclose(maps[i].ravel(), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_forms_of_legrad_that_a_model_does_not_have(small, briefly):
+    module, _, image = small
+    for other, read, message in (
+        (module, "pool", "read='pool' reads the attention of a pool"),
+        (
+            module.clone(global_pool="avg"),
+            "mean",
+            "read='mean' puts the mean of all tokens in the class token's place",
+        ),
+    ):
+        shapes = jax.eval_shape(lambda key, module=other: tm.init_params(module, key), jax.random.key(0))
+        with pytest.raises(tm.InputError, match=message):
+            jax.eval_shape(explain_fn(other, "legrad", read=read), shapes, image[None])
+
+
 def test_libra_full_grad(small):
     """Every product of a token or bias with its gradient, one at a time; what is held makes the model linear."""
     module, params, image = small
@@ -144,12 +202,13 @@ def test_libra_forms_of_other_methods(small):
         np.testing.assert_allclose(run(small, method).ravel(), expected[1:], rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("variant", ["head", "token"])
-def test_beyond_intuition(small, variant):
+@pytest.mark.parametrize(("variant", "from_zero"), [("head", False), ("token", False), ("head", True)])
+def test_beyond_intuition(small, variant, from_zero):
     module, params, image = small
     seen = oracle.vit(module, params, image)[1]
     perception = np.eye(7)
-    for l in range(2):
+    first = int(from_zero)  # as published, the inputs begin at zero, and the blocks not with the first
+    for l in range(first, 2):
         a = seen["attention", l]
         if variant == "head":
             g = slope(small, "attention", l)
@@ -162,9 +221,10 @@ def test_beyond_intuition(small, variant):
             ]
             mixed = a.mean(0) @ np.diag(weights)
         perception = perception + mixed @ perception
-    mean = sum(slope((module, params, image * k / 3), "attention", 1) for k in (1, 2, 3)) / 3
+    shares = (0, 1 / 2, 1) if from_zero else (1 / 3, 2 / 3, 1)
+    mean = sum(slope((module, params, image * share), "attention", 1) for share in shares) / 3
     feedback = np.maximum(mean, 0).mean(0)
-    got = run(small, "beyond_intuition", variant=variant, steps=3)
+    got = run(small, "beyond_intuition", variant=variant, steps=3, from_zero=from_zero, first_block=first)
     np.testing.assert_allclose(got.ravel(), (feedback * perception)[0, 1:], rtol=1e-5, atol=1e-9)
 
 

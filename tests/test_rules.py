@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from conftest import mostly_slow
 
+import tokentm_jax as tm
 from tokentm_jax.maths import primitives
 from tokentm_jax.maths.relevance import (
     REFERENCE_EPSILON,
@@ -16,6 +17,7 @@ from tokentm_jax.maths.relevance import (
     res_lrp,
 )
 from tokentm_jax.methods.explain import explain_fn
+from tokentm_jax.models.bert import init_bert
 from tokentm_jax.models.vit import ViT, init_params
 
 
@@ -285,3 +287,23 @@ def test_res_lrp_without_gamma_is_attn_lrp(small):
         for method, options in (("attn_lrp", {}), ("res_lrp", {"gamma": 0.0}))
     )
     np.testing.assert_allclose(gamma, plain, rtol=1e-6, atol=1e-9)
+
+
+def test_a_pooler_of_texts_by_its_gradient_as_published():
+    """`tanh z` with its derivative is `z tanh'(z)`: the identity rule of a head whose weights say so for this text."""
+    module = tm.Bert(20, 8, embed_dim=8, depth=1, num_heads=2, mlp_hidden=16, num_classes=3)
+    ids = jnp.array([[3, 7, 1, 12]], jnp.int32)
+    tokens = tm.Tokens(ids, ids > 0, 0 * ids, ids < 0)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda a: rng.normal(size=a.shape) * 0.6, init_bert(module, jax.random.key(0)))
+    body = {name: a for name, a in params.items() if name != "head"}
+    pooled = np.asarray(module.clone(num_classes=0).apply({"params": body}, tokens))[0]
+    gain = (1 - pooled**2) * np.arctanh(pooled) / pooled
+    other = {**params, "head": {**params["head"], "kernel": params["head"]["kernel"] * gain[:, None]}}
+
+    def run(params, **options):
+        return jax.jit(explain_fn(module, "conservative_lrp", **options))(params, tokens, jnp.array([1], jnp.int32))
+
+    expected = run(other)
+    np.testing.assert_allclose(run(params, pooler="gradient"), expected, rtol=1e-9)
+    assert np.abs(expected - run(params)).max() > 0.1 * np.abs(expected).max()

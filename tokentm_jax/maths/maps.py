@@ -1,6 +1,8 @@
 """Images and maps: pixels to numbers; rows over tokens to token maps, to pixels, and several maps to one."""
 
+import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -61,9 +63,17 @@ def token_map(module: Any, rows: Array) -> Array:
     return rows[:, module.prefix :].reshape(-1, *grid)
 
 
+def _in_range(maps: Array) -> Array:
+    """Maps [B, H, W] whose differences and sums are finite: those with very large values times a power of two, which
+    normalised maps do not show."""
+    largest = jnp.abs(maps).max((1, 2), keepdims=True)
+    return maps * jnp.where(largest > 2.0**64, jnp.asarray(2.0**-64, maps.dtype), 1)
+
+
 def min_max(maps: Array, where: Array | None = None) -> Array:
     """Each map of [B, H, W] scaled to [0, 1] by its values `where` True, or all; a constant map becomes zeros, and one
     that is not finite NaN."""
+    maps = _in_range(maps)
     low = maps.min((1, 2), keepdims=True, where=where, initial=None if where is None else jnp.inf)
     high = maps.max((1, 2), keepdims=True, where=where, initial=None if where is None else -jnp.inf)
     spread = high > low
@@ -92,7 +102,7 @@ def to_pixels(maps: Array, size: tuple[int, int], tiling: Tiling | None = None) 
     whole = isinstance(size, tuple | list) and len(size) == 2 and all(hasattr(s, "__index__") for s in size)
     if not whole or not all(1 <= s <= LARGEST_SIDE for s in size):
         raise InputError(f"the size must be (height, width), each from 1 to {LARGEST_SIDE} pixels, got {size!r:.80}")
-    return min_max(resized(maps, size, tiling))
+    return min_max(resized(_in_range(wide(maps)), size, tiling))
 
 
 def resized(maps: Array, size: tuple[int, int], tiling: Tiling | None = None) -> Array:
@@ -126,6 +136,7 @@ def ranks(maps: Array, where: Array | None = None) -> Array:
 
 def shares(maps: Array, where: Array | None = None) -> Array:
     """Each map of [B, H, W] over the sum of its absolute values (those `where` True); a map of zeros stays one."""
+    maps = _in_range(maps)
     total = jnp.abs(maps).sum((1, 2), keepdims=True, where=where)
     return maps / jnp.where(total == 0, 1, total)
 
@@ -160,10 +171,14 @@ def combine(
     if how not in ("product", "mean") or len({len(each) for each in maps}) > 1:
         counts = ", ".join(str(len(each)) for each in maps)
         raise InputError(f"combine needs how='product' or 'mean' and maps of one batch, got {how!r} and {counts} maps")
-    if normalisation not in NORMALISATIONS:
+    if not isinstance(normalisation, str) or normalisation not in NORMALISATIONS:
         raise suggest("normalisation", normalisation, NORMALISATIONS)
     weights = [1.0] * len(maps) if weights is None else weights
-    if len(weights) != len(maps) or not all(0 <= w < float("inf") for w in weights) or not sum(weights):
+    weights = weights.tolist() if hasattr(weights, "tolist") else weights  # pyright: ignore[reportAttributeAccessIssue]
+    listed = isinstance(weights, list | tuple) and all(
+        isinstance(w, Real) and 0 <= float(w) < math.inf for w in weights
+    )
+    if not listed or len(weights) != len(maps) or not sum(weights):
         raise InputError(
             f"combine needs a weight of at least 0 for each of {len(maps)} maps, not all 0, got {weights}"
         )

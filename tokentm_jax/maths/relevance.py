@@ -189,19 +189,28 @@ def _activation_as_gain(x: Array, function: str) -> Array:
     return x * stop_gradient(primitives.activation(safe, function) / safe)
 
 
+Activation = Literal["identity", "gradient"]
+
+
 @lru_cache
-def conservative(activation: Literal["identity", "gradient"]) -> Primitives:
+def conservative(activation: Activation, pooler: Activation | None = None) -> Primitives:
     """Conservative LRP (Ali et al., ICML 2022): attention weights and the deviation of LayerNorm held constant, and
     the gates of SwiGLU, which is newer.
 
     Without biases the model is then linear in its tokens, so that token * gradient sums to the logit, when the
-    activation takes the "identity" rule `f(x) / x` too; "gradient" takes its ordinary derivative.
+    activation takes the "identity" rule `f(x) / x` too; "gradient" takes its ordinary derivative. `pooler` is the rule
+    of a tanh, which is the pooler's of BERT; None: that of the other activations.
     """
+
+    def activated(x: Array, function: str) -> Array:
+        chosen = pooler if function == "tanh" and pooler is not None else activation
+        return _activation_as_gain(x, function) if chosen == "identity" else primitives.activation(x, function)
+
     return Primitives(
         norm=_norm_with_constant_deviation,
         softmax=lambda scores, scale: stop_gradient(primitives.softmax(scores, scale)),
         gate=lambda gates, x: stop_gradient(gates) * x,
-        activation=_activation_as_gain if activation == "identity" else primitives.activation,
+        activation=activated,
     )
 
 

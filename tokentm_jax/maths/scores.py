@@ -39,7 +39,7 @@ class Versus:
     of_class: ClassVar[bool] = True
 
     def __call__(self, outputs: Array, target: Array) -> Array:
-        other = jnp.broadcast_to(jnp.asarray(self.other), outputs.shape[:1])
+        other = classes_of(self.other, len(outputs), "the other class")
         return class_logit(outputs, target) - class_logit(outputs, other)
 
 
@@ -52,7 +52,7 @@ class Cosine:
     of_class: ClassVar[bool] = False
 
     def __call__(self, outputs: Array) -> Array:
-        embedding = jnp.asarray(self.embedding)
+        embedding = as_numbers(self.embedding)
         if embedding.ndim not in (1, 2) or embedding.shape[-1] != outputs.shape[-1]:
             raise InputError(
                 f"the embedding must be [{outputs.shape[-1]}] or one per sample, like the model's features, "
@@ -71,7 +71,7 @@ class Channel:
     of_class: ClassVar[bool] = False
 
     def __call__(self, outputs: Array) -> Array:
-        return class_logit(outputs, jnp.broadcast_to(jnp.asarray(self.index), outputs.shape[:1]))
+        return class_logit(outputs, classes_of(self.index, len(outputs), "the channel"))
 
 
 @jax.tree_util.register_dataclass
@@ -134,7 +134,15 @@ def _binds(signature: inspect.Signature, *arguments: Any) -> bool:
     return True
 
 
-def classes_of(target: Any, samples: int, what: str = "target") -> Array | np.ndarray:
+def as_numbers(value: Any) -> Array:
+    """An array of a score, known or traced. InputError for what is none."""
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"the score needs an array of numbers, got {value!r:.80}") from None
+
+
+def classes_of(target: Any, samples: int, what: str = "target") -> Any:
     """A class for all samples or one per sample, as an array [B] of whole numbers, known or traced.
 
     Raises InputError for anything else; a number that is not a class of the model is for the caller to find.

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from annotated_types import Ge, Le, Lt
 from jax import Array
 
-from tokentm_jax.errors import InputError
+from tokentm_jax.errors import InputError, Unfit
 from tokentm_jax.maths.maps import token_map
 from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.scores import explained
@@ -41,6 +41,7 @@ OFF = TokenTM(length=False, direction="none", initialise=False, ffn=False, norms
 Details = dict[str, Array]
 Explanation = tuple[Array, Details]
 Block = Annotated[int, Ge(0)]  # a block, counted from 0
+Read = Literal["head", "mean", "pool"]  # how LeGrad reads the tokens of a block
 
 
 def from_trace(module: Any, trace: Trace, rule: Callable[[Blocks, Array], Array]) -> Explanation:
@@ -220,38 +221,77 @@ def attcat(module: nn.Module, params: Any, inputs: Array, target: Array | None) 
     return token_map(module, (received * effect).sum(0)), trace.details()
 
 
-def legrad(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
-    """LeGrad (Bousselham et al., 2024): `sum_l mean_{h,q} relu(d s_l / d A_l)`, s_l read from block l's output."""
+def legrad(
+    module: nn.Module,
+    params: Any,
+    inputs: Array,
+    target: Any,
+    *,
+    read: Read = "head",
+    first_block: Block = 0,
+) -> Explanation:
+    """LeGrad (Bousselham et al., ICCV 2025): `sum_l mean_{h,q} relu(d s_l / d A_l)`, s_l read from block l's output.
+
+    `read` is how: by the model's "head"; from the "mean" of all tokens, as the published code does for CLIP; or by the
+    attention "pool" without the norm before it, as it does for SigLIP: A_l is then the attention of the pool.
+    """
     require_streams(module, "the method 'legrad' reads every block's tokens through the head")
     inputs = as_inputs(module, params, inputs)
-    trace = capture(module, params, inputs, target, ["tokens"])
-    of_block = legrad_of_block(module, params, inputs, trace.target)
+    trace = capture(module, params, inputs, target, ["tokens", "final_tokens"])
+    check_blocks(module.depth, first_block)
+    if read == "pool":
+        of_layer = legrad_of_pool(module, params, trace.target)
+    else:
+        of_layer = legrad_of_block(module, params, inputs, trace.target, read)
+    layers = jax.tree.map(lambda a: a[first_block:], (params["blocks"], trace.tokens[:-1], trace.tokens[1:]))
     start = jnp.zeros_like(wide(trace.tokens[0, ..., 0]))
-    rows, _ = jax.lax.scan(lambda sum, layer: (sum + of_block(*layer), None), start, (params["blocks"], trace.tokens))
+    rows, _ = jax.lax.scan(lambda sum, layer: (sum + of_layer(*layer), None), start, layers)
     return token_map(module, rows), trace.details()
 
 
-def legrad_of_block(module: Any, params: Any, inputs: Any, target: Array) -> Callable[[Any, Array], Array]:
-    """`(a block's parameters, its input [B, N, D]) -> mean_{h,q} relu(d s_l / d A_l)` [B, N], LeGrad's share of it."""
+def legrad_of_block(module: Any, params: Any, inputs: Any, target: Array, read: Read = "head") -> Callable[..., Array]:
+    """`(a block's parameters, its input [B, N, D], ...) -> mean_{h,q} relu(d s_l / d A_l)` [B, N]: LeGrad's."""
     block, more, there = module.block(), context(inputs), seen(inputs)
-    read: Any = slice(None)
-    if there is None:
+    if read == "mean" and (there is not None or module.global_pool != "token" or module.distilled):
+        raise Unfit("read='mean' puts the mean of all tokens in the class token's place, so it needs one that is read")
+    shares: Any = slice(None)
+    if there is None and read == "head":
         # Behind the attention tokens do not mix: those that the head does not read need not be computed.
         every = replaced(module, ["classify", "readout"])  # may read others
-        read = jnp.array([token for token, share in enumerate(module.readout) if share or every])
+        shares = jnp.array([token for token, share in enumerate(module.readout) if share or every])
 
-    def of_block(weights: Any, tokens: Array) -> Array:
+    def of_block(weights: Any, tokens: Array, *_: Array) -> Array:
         zeros = zero_perturbations(block, weights, tokens)["perturbations"]
 
         def class_score(change: Array) -> Array:
             variables = {"params": weights, "perturbations": {**zeros, "attn": {"attention": change}}}
             middle = block.apply(variables, tokens, *more, method="attend")
-            after = jnp.zeros_like(tokens).at[:, read].set(block.apply(variables, middle[:, read], method="feed"))
+            after = jnp.zeros_like(tokens).at[:, shares].set(block.apply(variables, middle[:, shares], method="feed"))
+            after = after.mean(1, keepdims=True) if read == "mean" else after
             logits = module.apply({"params": params}, after, *more, method="classify")
             return explained(logits, target)[0].sum()
 
         gradient = jax.nn.relu(wide(jax.grad(class_score)(zeros["attn"]["attention"])))
         return jax.vmap(partial(mean_of_seen, axis=-2))(gradient.mean(1), there)
+
+    return of_block
+
+
+def legrad_of_pool(module: Any, params: Any, target: Array) -> Callable[..., Array]:
+    """`(..., a block's output [B, N, D]) -> mean_h relu(d s_l / d A)` [B, N], of the attention A of the pool."""
+    if getattr(module, "global_pool", None) != "map":
+        raise Unfit("read='pool' reads the attention of a pool, as SigLIP has, and this model has none")
+
+    def of_block(weights: Any, before: Array, tokens: Array) -> Array:
+        def class_score(change: Array) -> Array:
+            rules = module.primitives._replace(attended=lambda attention: attention + change.astype(attention.dtype))
+            logits = module.clone(primitives=rules).apply({"params": params}, tokens, method="pool")
+            return explained(logits, target)[0].sum()
+
+        b, n, _ = tokens.shape
+        attention = jnp.zeros((b, module.num_heads, 1, n - module.prefix), wide(tokens).dtype)
+        gradient = jax.nn.relu(jax.grad(class_score)(attention))
+        return jnp.pad(gradient.mean((1, 2)), ((0, 0), (module.prefix, 0)))
 
     return of_block
 
@@ -264,12 +304,15 @@ def beyond_intuition(
     *,
     variant: Literal["head", "token"] = "head",
     steps: Annotated[int, Ge(1), Le(100_000)] = 20,
+    from_zero: bool = False,
     first_block: Block = 0,
 ) -> Explanation:
     """Beyond Intuition (Chen et al., TMLR 2023): attention perception P, times the reasoning feedback F.
 
     `P <- P + A P` with `A = sum_h I_h A_h`, `I_h` proportional to `mean |A_h^T G_h|` (variant "head"), or with
-    `A = mean_h A_h diag(||V_j W_O|| / ||x_j||)` (variant "token"); `F = mean_h relu(mean_k G_L(k x / steps))`.
+    `A = mean_h A_h diag(||V_j W_O|| / ||x_j||)` (variant "token"); `F = mean_h relu(mean_k G_L(k x / steps))`, k from
+    1 to steps. `from_zero` takes `linspace(0, 1, steps)` instead, as the published code does, which also begins at its
+    fourth block (`first_block=3`).
     """
     weighted = ["tokens", "transformed_value"] if variant == "token" else []
     inputs = as_inputs(module, params, inputs)
@@ -282,6 +325,7 @@ def beyond_intuition(
         return wide(capture(module, params, point, trace.target, ["attention_grad"]).attention_grad[-1])
 
     shares = jnp.arange(1, steps + 1, dtype=jnp.float32) / steps
+    shares = jnp.linspace(0, 1, steps, dtype=jnp.float32) if from_zero else shares
     start = jnp.zeros_like(wide(trace.attention_grad[-1]))
     total, _ = jax.lax.scan(lambda total, share: (total + gradient_at(share), None), start, shares)
     feedback = jax.nn.relu(total / steps).mean(1)  # [B, N, N]

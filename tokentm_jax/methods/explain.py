@@ -13,9 +13,11 @@ from jax.sharding import AxisType, PartitionSpec
 from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.errors import InputError, Unfit, suggest
 from tokentm_jax.maths.maps import unit
-from tokentm_jax.maths.scores import Cosine, Question, Versus, classes_of, question
+from tokentm_jax.maths.scores import Cosine, Question, Versus, as_numbers, classes_of, question
 from tokentm_jax.methods.table import METHODS, Method
+from tokentm_jax.models.capture import check_model, check_module
 from tokentm_jax.models.inputs import as_inputs, readable, seen
+from tokentm_jax.models.loading import require_loaded
 
 if TYPE_CHECKING:
     from tokentm_jax.models.loading import LoadedViT
@@ -90,6 +92,7 @@ def _explainer(
     module: Any, method: str, row: Method, options: Mapping[str, Any], details: bool, anyway: bool = False
 ) -> Callable[..., Any]:
     """What `explain_fn` returns, of a method with its options."""
+    check_module(module)
     bound = row.bind(method, options)
     shown = (lambda found: found) if anyway or row.has_derivative(options) else partial(_without_derivative, method)
 
@@ -125,6 +128,7 @@ def _explainer(
         return _nan_unless(true, maps), {**marked, "logits": outputs, "target": target}
 
     def placed(params: Any, inputs: Array, target: Any = None) -> Any:
+        check_model(module, params, inputs)
         sharding = jax.typeof(jax.tree.leaves(inputs)[0]).sharding
         if AxisType.Explicit not in sharding.mesh.axis_types:
             return explain_inputs(params, inputs, target)
@@ -149,6 +153,7 @@ def methods_for(module: Any, params: Any, inputs: Any, target: Any = None) -> li
       inputs: normalised images [B, H, W, C], or a `jax.ShapeDtypeStruct` of them; or `Tokens` of texts.
       target: as for `explain_fn`'s function.
     """
+    check_model(module, params, inputs)
     inputs = jax.eval_shape(partial(as_inputs, module), params, inputs)
     found = []
     for name, row in METHODS.items():
@@ -261,6 +266,7 @@ def explain(
         >>> tm.explain(vit, vit.read("cat.jpg"), score=not_a_dog).shape
         (1, 8, 8)
     """
+    require_loaded(vit)
     row, preprocessing = _method(method), vit.preprocessing
     suited = options if preprocessing is None else row.suited(options, preprocessing)
     program = compiled(vit.module, {method: suited}, details=None if details else ())
@@ -280,6 +286,7 @@ def explain(
         target = _target(vit, target, asked, samples)
     if isinstance(asked.score, Versus):
         asked = asked._replace(score=Versus(_classes(vit, "the other class", asked.score.other, samples)))
+    asked = asked._replace(score=jax.tree.map(as_numbers, asked.score))
     if score is not None:
         target = asked._replace(target=target)
     maps, found = program(vit.params, inputs, target)
@@ -315,6 +322,7 @@ def _named(classes: Any) -> bool:
 def _classes(vit: "LoadedViT | LoadedText", what: str, classes: Any, samples: int) -> Any:
     """A class for all samples, or one per sample, by number or by name, as an array [B]. Raises InputError for one
     that there is not; the numbers of a traced array are not looked at."""
+    classes = classes.tolist() if isinstance(classes, np.ndarray) and _named(classes) else classes
     if isinstance(classes, str):
         classes = vit.class_index(classes)
     elif _named(classes):

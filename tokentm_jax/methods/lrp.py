@@ -7,7 +7,7 @@ The README says what LRP's patent means for commercial use.
 """
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,7 +17,7 @@ from jax import Array
 from tokentm_jax.errors import Unfit
 from tokentm_jax.maths.maps import token_map
 from tokentm_jax.maths.primitives import Primitives, wide
-from tokentm_jax.maths.relevance import Stabiliser, attn_lrp, conservative, lrp, res_lrp
+from tokentm_jax.maths.relevance import Activation, Stabiliser, attn_lrp, conservative, lrp, res_lrp
 from tokentm_jax.maths.tokentm import attention_update, propagate, rectified_mean
 from tokentm_jax.methods.attention import Block, Details, Explanation, check_blocks
 from tokentm_jax.methods.stream import FORWARD, KNOWN, replaced
@@ -130,14 +130,16 @@ def conservative_lrp(
     inputs: Array,
     target: Any,
     *,
-    activation: Literal["identity", "gradient"] = "identity",
+    activation: Activation = "identity",
+    pooler: Activation | None = None,
     pixels: bool = False,
 ) -> Explanation:
     """Conservative LRP (Ali et al., ICML 2022): `sum_d x0 * dy/dx0` with attention and norms held constant.
 
-    `activation` chooses the rule of GELU: "identity" `f(x) / x`, or its "gradient". `pixels` gives [B, H, W].
+    `activation` chooses the rule of GELU: "identity" `f(x) / x`, or its "gradient". `pooler` is that of the tanh in
+    BERT's pooler, by default the same; the published code takes its "gradient". `pixels` gives [B, H, W].
     """
-    return _token_times_gradient(module, conservative(activation), params, inputs, target, pixels)
+    return _token_times_gradient(module, conservative(activation, pooler), params, inputs, target, pixels)
 
 
 def attention_lrp(

@@ -16,7 +16,7 @@ from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.maths.maps import Tiling
 from tokentm_jax.maths.tokentm import READINGS, WEIGHT_NAMES
 from tokentm_jax.methods.table import METHODS, PIXELS
-from tokentm_jax.validation import Name, check_fields, check_options, lists_of, options_of
+from tokentm_jax.validation import Name, check_fields, check_options, checked, lists_of, options_of
 
 PREDICTED, TARGET = "predicted", "target"
 RANDOM, CLEAN = "random", "clean"  # the rows that every table has
@@ -151,6 +151,7 @@ PIXEL_ROWS = (
 
 def depth_rows(depth: int) -> tuple[Row, ...]:
     """TokenTM over the first 1, 2 ... `depth` blocks."""
+    depth = checked("the depth", Annotated[int, Ge(1)], depth)
     return tuple(Row(f"blocks 1-{end}", "tokentm", {"end_block": end}) for end in range(1, depth + 1))
 
 

@@ -27,8 +27,9 @@ need another row (`original="normalised"` of tokentm, `variant="token"` of beyon
 missing.
 """
 
+import inspect
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -37,10 +38,10 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jax import Array
 
-from tokentm_jax.errors import InputError, Unfit
+from tokentm_jax.errors import InputError, Unfit, suggest
 from tokentm_jax.maths.scores import explained
 from tokentm_jax.maths.tokentm import Blocks
-from tokentm_jax.models.inputs import as_inputs, check_inputs, seen, values, with_values
+from tokentm_jax.models.inputs import Tokens, as_inputs, check_inputs, seen, values, with_values
 
 
 class Trace(NamedTuple):
@@ -93,7 +94,34 @@ KERNELS = ("value_kernel", "output_kernel")
 POST_NORM = ("middle", "after")
 NAMES = ("final_tokens", *SOWN, *KERNELS)  # of the contract, beside those of post-norm blocks
 ALL = ("final_tokens", "input_grads", *SOWN, *GRADIENTS)  # kernels are parameters: few modules sow them
+FIELDS: Collection[str] = (*Trace._fields, "final_tokens")
 RANKS = {"attention": 4, "value": 4} | dict.fromkeys(KERNELS, 2)  # of one block's array; all others are [B, N, D]
+
+
+def check_module(module: Any) -> None:
+    """InputError, which tells what to do, for what is neither a Linen module nor a `PlainModel`."""
+    if hasattr(module, "apply") and not isinstance(module, type):
+        return
+    what, found = "the model must be a Flax Linen module or a tm.PlainModel", type(module).__name__
+    if hasattr(module, "module") and hasattr(module, "params"):
+        raise InputError(f"{what}, got a {found}: give its `module`, and then its `params`")
+    if any(base.__module__.startswith("flax.nnx") for base in inspect.getmro(type(module))):
+        raise InputError(
+            f"{what}, got the NNX module {found}: split it, `graph, state = nnx.split(model)`, and give "
+            "tm.PlainModel(lambda state, images, tap: nnx.merge(graph, state)(images), grid), and then `state`"
+        )
+    if callable(module) and not isinstance(module, type):
+        raise InputError(f"{what}, got a {found}: give tm.PlainModel(lambda params, images, tap: ..., grid)")
+    raise InputError(f"{what}, got {module!r:.80}")
+
+
+def check_model(module: Any, params: Any, inputs: Any) -> None:
+    """InputError for what is not a model, not the parameters of a Linen module, or not inputs."""
+    check_module(module)
+    if isinstance(module, nn.Module) and (not isinstance(params, Mapping) or not params):
+        raise InputError("params must be the nested dictionary of the module's parameters")
+    if not isinstance(inputs, Tokens):
+        check_inputs(inputs)
 
 
 def _stacked(tree: Any, name: str, kind: str) -> Array:
@@ -142,12 +170,16 @@ def capture(
     Raises:
       InputError: the module sows or perturbs nothing of what is wanted.
     """
+    check_model(module, params, inputs)
     inputs = as_inputs(module, params, inputs)
-    check_inputs(inputs)
-    if isinstance(module, nn.Module) and (not isinstance(params, Mapping) or not params):
-        raise InputError("params must be the nested dictionary of the module's parameters")
     if fields is None:
         fields = (*ALL, *POST_NORM) if getattr(module, "post_norm", False) else ALL
+    wanted: Any = fields
+    if isinstance(wanted, str) or not isinstance(wanted, Iterable) or getattr(wanted, "shape", None) == ():
+        raise InputError(f"fields must be a list of names of tm.Trace, got {wanted!r:.80}")
+    for name in wanted:
+        if name not in FIELDS:
+            raise suggest("field", name, FIELDS, of="tm.capture")
     if not gradients:
         fields = [name for name in fields if name not in (*GRADIENTS, "input_grads")]
 

@@ -276,6 +276,7 @@ def read_checkpoint(module: ViT, path: str | os.PathLike[str], reset_head: bool 
     Raises:
         InputError: no such file, damaged, of an unknown kind, or not this model's.
     """
+    path = as_path(path, "the checkpoint")
     return to_params(module, read_tensors(path), str(path), reset_head, described_grid(read_description(path)))
 
 

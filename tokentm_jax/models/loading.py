@@ -79,7 +79,7 @@ class Classes:
                 raise InputError(f"score {text[:100]!r}: the channel must be a number from 0 to {outputs - 1}")
             return scores.Channel(index)
         known = {"class_logit": scores.class_logit, "log_probability": scores.log_probability}
-        if text not in known:
+        if not isinstance(text, str) or text not in known:
             raise suggest("score", text, [*known, "versus:CLASS", "channel:NUMBER"])
         return known[text]
 
@@ -146,6 +146,19 @@ class LoadedViT(Classes):
     def prepare(self, images: Any) -> Array:
         """Images [B, H, W, 3] in [0, 1] -> the model's input. Raises InputError as `Preprocessing.checked`."""
         return self.preprocessing.normalise(self.preprocessing.checked(images))
+
+
+def require_loaded(vit: Any) -> None:
+    """InputError for what is no loaded model."""
+    if isinstance(vit, Classes):
+        return
+    found = type(vit).__name__
+    if hasattr(vit, "apply"):
+        raise InputError(
+            f"tm.explain takes a loaded model, got a {found}: use tm.explain_fn(module)(params, inputs), or make a "
+            "loaded model, tm.LoadedViT(module, params, preprocessing, class_names, name)"
+        )
+    raise InputError(f"tm.explain takes a loaded model, of tm.load or tm.load_text, got {found}")
 
 
 def predict(module: ViT, preprocessing: Preprocessing, params: Any, images: Array) -> Array:

@@ -12,16 +12,27 @@ use in its place. Without taps, the methods that need nothing but outputs and gr
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
+import numpy as np
+from annotated_types import Ge
 from jax import Array
 from jax.extend.core import get_opaque_trace_state
 
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.models.capture import KERNELS, NAMES, POST_NORM
+from tokentm_jax.validation import checked
 
+_Grid = tuple[Annotated[int, Ge(1)], Annotated[int, Ge(1)]]
 Tap = Callable[[str, Array], Array]
+
+
+def _listed(values: Any) -> Any:
+    """A sequence or array of numbers as a list of Python's, and anything else as it is."""
+    if isinstance(values, list | tuple):
+        return [value.item() if isinstance(value, np.generic) else value for value in values]
+    return values.tolist() if isinstance(values, np.ndarray | jax.Array) else values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +60,11 @@ class PlainModel:
     batched: bool = True
 
     def __post_init__(self) -> None:
+        if not callable(self.forward):
+            raise InputError(f"forward must be a function (params, images, tap) -> logits, got {self.forward!r:.80}")
+        grid = tuple(listed) if isinstance(listed := _listed(self.grid), list) else listed
+        object.__setattr__(self, "grid", checked("the grid of PlainModel", _Grid, grid))
+        object.__setattr__(self, "prefix", checked("the prefix of PlainModel", Annotated[int, Ge(0)], self.prefix))
         patches = self.grid[0] * self.grid[1]
         if isinstance(self.readout, str):
             if self.readout not in ("token", "avg"):
@@ -57,7 +73,7 @@ class PlainModel:
             if self.readout == "avg":
                 shares = [0.0] * self.prefix + [1 / patches] * patches
         else:
-            shares = self.readout
+            shares = checked("the readout of PlainModel", list[float], _listed(self.readout))
         if len(shares) != self.prefix + patches:
             raise InputError(
                 f"readout must have a share for each of {self.prefix} + {patches} tokens, got {len(shares)}"

@@ -30,6 +30,8 @@ def over_devices(explain: Callable[..., Any], devices: Sequence[Any] | None = No
     cut off again. `target` is None or a class per sample [B]. Parameters are copied to every device at each call
     unless they are there: `jax.device_put(params, run.replicated)` does it once.
     """
+    if not callable(explain):
+        raise InputError(f"over_devices takes a function, such as that of tm.explain_fn, got {explain!r:.80}")
     chosen = list(devices or jax.devices())
     spread = over_batch(chosen)
     replicated = NamedSharding(spread.mesh, PartitionSpec())

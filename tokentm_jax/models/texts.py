@@ -226,6 +226,8 @@ def words(
     Raises:
       InputError: scores of another shape, an unknown `merge`.
     """
+    if not isinstance(text, LoadedText):
+        raise InputError(f"words are those of a text model, of tm.load_text, got {type(text).__name__}")
     if merge not in MERGES:
         raise InputError(f"merge must be one of {', '.join(MERGES)}, got {merge!r:.80}")
     encoded, scores = text.tokenizer.encode(texts), np.asarray(scores)

@@ -207,7 +207,7 @@ class AttentionPool(nn.Module):
         query = rule.linear(latent + jnp.zeros_like(x[:, :1]), *Affine(d, name="q")(d)).reshape(b, 1, h, d // h)
         key, value = jnp.moveaxis(rule.linear(x, *Affine(2 * d, name="kv")(d)).reshape(b, n, 2, h, d // h), 2, 0)
         attention = rule.softmax(rule.product("bqhd,bkhd->bhqk", query, key), (d // h) ** -0.5)
-        mixed = rule.product("bhqk,bkhd->bqhd", attention, value).reshape(b, 1, d)
+        mixed = rule.product("bhqk,bkhd->bqhd", rule.attended(attention), value).reshape(b, 1, d)
         stream, branch = rule.fork(rule.linear(mixed, *Affine(d, name="proj")(d)))
         ffn = FeedForward(self.mlp_hidden, self.activation, "mlp", False, self.norm_eps, rule, name="mlp")
         return rule.add(stream, ffn(Norm(self.norm_eps, rule, name="norm")(branch), None))[:, 0]
@@ -457,7 +457,7 @@ class ViT(nn.Module):
 
     def classify(self, tokens: Array) -> Array:
         """Tokens [B, N, D] that leave a block -> logits [B, classes], or features, in float32 at least."""
-        rule, d = self.primitives, self.embed_dim
+        rule = self.primitives
         x = self.norm(tokens) if self._norms[0] else tokens
         if self.global_pool == "map":
             pooled = self.attn_pool(x[:, self.prefix :])
@@ -471,14 +471,25 @@ class ViT(nn.Module):
                 pooled = jnp.concatenate([x[:, 0], pooled], axis=-1)
         else:
             pooled = x[:, 0]
+        return self._read(pooled, x)
+
+    def pool(self, tokens: Array) -> Array:
+        """As `classify`, of a model with an attention pool, and without the norm before it."""
+        return self._read(self.attn_pool(tokens[:, self.prefix :]), tokens)
+
+    def _read(self, pooled: Array, tokens: Array) -> Array:
+        """What was pooled [B, D], and the second token where that is read, too -> logits [B, classes], or features."""
+        rule = self.primitives
         if self._norms[1]:
             pooled = self.fc_norm_layer(pooled)
         if not self.num_classes:
             return wide(pooled)
         if self.distilled:
             # The mean of two heads, with the halves in the weights: what is left is a residual sum.
-            first, second = (jax.tree.map(lambda a: a / 2, head(d)) for head in (self.head, self.head_dist))
-            logits = rule.add(rule.linear(pooled, *first), rule.linear(x[:, 1], *second))
+            first, second = (
+                jax.tree.map(lambda a: a / 2, head(self.embed_dim)) for head in (self.head, self.head_dist)
+            )
+            logits = rule.add(rule.linear(pooled, *first), rule.linear(tokens[:, 1], *second))
         else:
             logits = rule.linear(pooled, *self.head(pooled.shape[-1]))
         return wide(logits)

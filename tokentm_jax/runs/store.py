@@ -37,7 +37,7 @@ from annotated_types import Interval, MaxLen, MinLen
 from pydantic import StringConstraints
 
 from tokentm_jax.errors import InputError
-from tokentm_jax.files import opened, read_bytes, reason, size_of
+from tokentm_jax.files import as_path, opened, read_bytes, reason, size_of
 from tokentm_jax.identity import require_same
 from tokentm_jax.validation import checked
 
@@ -239,6 +239,7 @@ class _Place:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        as_path(path, "a store of maps")
         self.path = os.fspath(path).rstrip("/") or os.fspath(path)
         self.kvstore = _kvstore(self.path)
         self.folder = Path(self.kvstore["path"]) if self.kvstore["driver"] == "file" else None
