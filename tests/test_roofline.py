@@ -1,13 +1,18 @@
 """The arithmetic of tests/benchmark/roofline.py."""
 
 import math
+import re
 import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import mostly_slow
+from jax.interpreters.partial_eval import dce_jaxpr
 
+from tokentm_jax.methods.explain import explain_fn
+from tokentm_jax.methods.table import METHODS
 from tokentm_jax.models.vit import ViT, init_params
 
 SMALL = ViT((16, 24), patch_size=8, embed_dim=16, depth=5, num_heads=2, num_classes=7, mlp_ratio=3.0)
@@ -44,20 +49,51 @@ def traced(program, module, batch):
     return list(products(jax.make_jaxpr(program(module))(params, images).jaxpr))
 
 
-@pytest.mark.parametrize(("label", "passes"), [("forward", (1, 0)), ("forward and backward", (1, 1))])
-def test_the_count_by_hand_is_that_of_the_traced_products(roofline, label, passes):
-    flops = moved = 0
-    batch = 2
-    for times, equation in traced(roofline.PROGRAMS[label][0], SMALL, batch):
-        left, right = (v.aval.shape for v in equation.invars)
+def flops_of(traced):
+    """A multiplication and an addition for each factor of each product."""
+    total = 0
+    for times, equation in traced:
+        left = equation.invars[0].aval.shape
         (contracted, _), _ = equation.params["dimension_numbers"]
         out = equation.outvars[0].aval.shape
-        flops += times * 2 * math.prod(out) * math.prod(left[i] for i in contracted)
+        total += times * 2 * math.prod(out) * math.prod(left[i] for i in contracted)
+    return total
+
+
+# The others trace a layer twice, for the compiler to compute it once, or cost what other methods or the patches do.
+TWICE = ("tokentm", "gae", "libra_tokentm", "libra_gae", "tokentm_mix", "combination", "kernel_shap")
+ONE_BY_ONE = [name for name, row in METHODS.items() if name not in TWICE and "n " not in row.passes]
+
+
+@pytest.mark.parametrize("method", mostly_slow(ONE_BY_ONE, ("lrp", "transformer_attribution", "legrad")))
+def test_methods_cost_the_passes_that_the_table_says(method):
+    """What is traced, in forward passes; a backward pass to the inputs is one, and one by the rules of LRP four."""
+    module = ViT((32, 32), 16, embed_dim=96, depth=6, num_heads=3, num_classes=10)
+
+    def cost(function):
+        closed = jax.make_jaxpr(function)(
+            jax.eval_shape(lambda key: init_params(module, key), jax.random.key(0)),
+            jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32),
+        )
+        return flops_of(products(dce_jaxpr(closed.jaxpr, [True] * len(closed.out_avals))[0]))
+
+    forward = cost(lambda params, images: module.apply({"params": params}, images))
+    stated = sum(map(int, re.findall("[0-9]+", METHODS[method].passes)))
+    assert cost(explain_fn(module, method, details=True)) / forward == pytest.approx(stated, rel=0.2)
+
+
+@pytest.mark.parametrize(("label", "passes"), [("forward", (1, 0)), ("forward and backward", (1, 1))])
+def test_the_count_by_hand_is_that_of_the_traced_products(roofline, label, passes):
+    batch, moved = 2, 0
+    found = traced(roofline.PROGRAMS[label][0], SMALL, batch)
+    for times, equation in found:
+        left, right = (v.aval.shape for v in equation.invars)
+        out = equation.outvars[0].aval.shape
         if times > 1:  # of the blocks
             weights = [s for s in (left, right) if s in KERNELS]
             activations = [s for s in (left, right, out) if s not in KERNELS]
             moved += times * (2 * sum(map(math.prod, activations)) + 4 * sum(map(math.prod, weights)))
-    assert roofline.hand_flops(SMALL, *passes) == flops / batch
+    assert roofline.hand_flops(SMALL, *passes) == flops_of(found) / batch
     assert roofline.hand_bytes(SMALL, *passes, batch) == moved / batch
 
 

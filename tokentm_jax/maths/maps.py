@@ -173,12 +173,9 @@ def combine(
         raise InputError(f"combine needs how='product' or 'mean' and maps of one batch, got {how!r} and {counts} maps")
     if not isinstance(normalisation, str) or normalisation not in NORMALISATIONS:
         raise suggest("normalisation", normalisation, NORMALISATIONS)
-    weights = [1.0] * len(maps) if weights is None else weights
-    weights = weights.tolist() if hasattr(weights, "tolist") else weights  # pyright: ignore[reportAttributeAccessIssue]
-    listed = isinstance(weights, list | tuple) and all(
-        isinstance(w, Real) and 0 <= float(w) < math.inf for w in weights
-    )
-    if not listed or len(weights) != len(maps) or not sum(weights):
+    weights = [1.0] * len(maps) if weights is None else getattr(weights, "tolist", lambda: weights)()
+    listed = isinstance(weights, list | tuple) and len(weights) == len(maps)
+    if not listed or not all(isinstance(w, Real) and 0 <= float(w) < math.inf for w in weights) or not sum(weights):
         raise InputError(
             f"combine needs a weight of at least 0 for each of {len(maps)} maps, not all 0, got {weights}"
         )

@@ -36,7 +36,10 @@ TOKENS, PIXELS = "token map", "pixel map"
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One row of the table. `passes` is the cost: forward (F) and backward (B) passes of the model, n the patches."""
+    """One row of the table. `passes` is the cost: forward (F) and backward (B) passes of the model, n the patches.
+
+    B is a pass of gradients of the inputs, which costs about a forward pass; one by the rules of LRP costs four.
+    """
 
     function: Callable[..., Explanation]
     paper: str
@@ -46,7 +49,7 @@ class Method:
     output: str = TOKENS
     differentiable: bool = True  # whether a map has a true derivative (no rule holds values constant); see below
     held: Callable[[Mapping[str, Any]], bool] | None = None  # the options with which it has none
-    float32: bool = False  # computed in float32 at least, whatever the model's type: its rule has no meaning in less
+    float32: bool = False  # computed in float32 at least: in a model of bfloat16, its maps would be others
     options: type | None = None  # a frozen dataclass of options, where the function takes one
     classless: Callable[[Mapping[str, Any]], bool] | None = None  # the options with which the class does not matter
     suit: Callable[[Mapping[str, Any], Preprocessing], Mapping[str, Any]] | None = None  # see `suited`
@@ -188,8 +191,8 @@ def _plain(options: Mapping[str, Any]) -> bool:
     return options.get("attention") == "plain" and not TokenTM(weights=options.get("weights")).takes("gradient")
 
 
-# Methods that remove pixels, and ask what black is.
-_removal = partial(Method, options=Removal, suit=perturbation.with_black)
+# Methods that remove pixels, and ask what black is. What a patch changes is small beside the rounding in bfloat16.
+_removal = partial(Method, options=Removal, suit=perturbation.with_black, float32=True)
 
 METHODS: dict[str, Method] = {
     "tokentm": Method(
@@ -201,15 +204,15 @@ METHODS: dict[str, Method] = {
     ),
     "gae": Method(attention.gae, "Chefer et al., ICCV", 2021),
     "transformer_attribution": Method(
-        relevance.transformer_attribution, "Chefer et al., CVPR", 2021, "2 F + 2 B", float32=True
+        relevance.transformer_attribution, "Chefer et al., CVPR", 2021, "2 F + 5 B", float32=True
     ),
     "attcat": Method(attention.attcat, "Qiang et al., NeurIPS", 2022),
     "conservative_lrp": Method(relevance.conservative_lrp, "Ali et al., ICML", 2022, differentiable=False),
-    "lrp": Method(relevance.full_lrp, "Bach et al., PLOS ONE", 2015, output=PIXELS, float32=True),
-    "partial_lrp": Method(relevance.partial_lrp, "Voita et al., ACL", 2019, float32=True),
+    "lrp": Method(relevance.full_lrp, "Bach et al., PLOS ONE", 2015, "1 F + 4 B", output=PIXELS, float32=True),
+    "partial_lrp": Method(relevance.partial_lrp, "Voita et al., ACL", 2019, "1 F + 4 B", float32=True),
     "rollout": Method(attention.rollout, "Abnar & Zuidema, ACL", 2020, "1 F", class_specific=False),
     "raw_attention": Method(attention.raw_attention, "Vaswani et al., NeurIPS", 2017, "1 F", class_specific=False),
-    "grad_cam": Method(attention.grad_cam, "Selvaraju et al., ICCV", 2017),
+    "grad_cam": Method(attention.grad_cam, "Selvaraju et al., ICCV", 2017, float32=True),
     "grad_cam_tokens": Method(attention.grad_cam_tokens, "Selvaraju et al., ICCV", 2017),
     "attn_lrp": Method(relevance.attention_lrp, "Achtibat et al., ICML", 2024, differentiable=False),
     "res_lrp": Method(relevance.residual_lrp, "ResLRP, arXiv", 2026, differentiable=False),
@@ -224,17 +227,19 @@ METHODS: dict[str, Method] = {
         classless=_plain,
     ),
     "libra_gae": Method(libra.libra_gae, "Mehri et al., CVPR", 2025, differentiable=False),
-    "libra_grad_cam": Method(libra.libra_grad_cam, "Mehri et al., CVPR", 2025, differentiable=False),
+    "libra_grad_cam": Method(libra.libra_grad_cam, "Mehri et al., CVPR", 2025, differentiable=False, float32=True),
     "beyond_intuition": Method(attention.beyond_intuition, "Chen et al., TMLR", 2023, "21 F + 21 B"),
-    "legrad": Method(attention.legrad, "Bousselham et al., ICCV", 2025, "2 F + 1 B"),
+    "legrad": Method(attention.legrad, "Bousselham et al., ICCV", 2025, "2 F"),
     "input_gradient": Method(gradient.input_gradient, "Simonyan et al., ICLR", 2014, output=PIXELS),
-    "gradient_x_input": Method(gradient.gradient_x_input, "Shrikumar et al., arXiv", 2016, output=PIXELS),
+    "gradient_x_input": Method(
+        gradient.gradient_x_input, "Shrikumar et al., arXiv", 2016, output=PIXELS, float32=True
+    ),
     "smooth_grad": Method(gradient.smooth_grad, "Smilkov et al., arXiv", 2017, "26 F + 26 B", output=PIXELS),
     "integrated_gradients": Method(
-        gradient.integrated_gradients, "Sundararajan et al., ICML", 2017, "34 F + 33 B", output=PIXELS
+        gradient.integrated_gradients, "Sundararajan et al., ICML", 2017, "34 F + 33 B", output=PIXELS, float32=True
     ),
     "occlusion": _removal(perturbation.occlusion, "Zeiler & Fergus, ECCV", 2014, "n + 1 F"),
-    "token_dropping": Method(perturbation.token_dropping, "Jain et al., ICLR", 2022, "n + 1 F"),
+    "token_dropping": Method(perturbation.token_dropping, "Jain et al., ICLR", 2022, "n + 1 F", float32=True),
     "rise": _removal(perturbation.rise, "Petsiuk et al., BMVC", 2018, "1001 F"),
     "shapley": _removal(perturbation.shapley, "Castro et al., COR", 2009, "16 (n - 1) + 2 F"),
     "kernel_shap": _removal(perturbation.shapley_by_kernel, "Lundberg & Lee, NeurIPS", 2017, "2002 F"),

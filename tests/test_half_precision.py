@@ -1,0 +1,71 @@
+"""Maps of a model in bfloat16, against those of the same model in float32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import CHEAP, tiny_vit
+
+import tokentm_jax as tm
+from tokentm_jax.data.sources import batches, open_source
+from tokentm_jax.methods.table import METHODS
+
+LEAST = 0.98  # of the mean rank correlation
+# Methods whose maps are computed in float32 at least, so that bfloat16 changes nothing but their inputs.
+WIDE = sorted(name for name, row in METHODS.items() if row.float32)
+FEW = {**CHEAP, "occlusion": {"patch": 32}, "kernel_shap": {"patch": 56, "pairs": 40}, "rise": {"samples": 20}}
+FEW |= {"shapley": {"patch": 56, "pairs": 2}, "token_dropping": {"window": 7, "stride": 7}}
+FEW |= {"combination": {"methods": "tokentm,gae"}}
+
+
+def ranks(x):
+    return np.argsort(np.argsort(x, kind="stable"), kind="stable").astype(np.float64)
+
+
+def correlation(a, b):
+    """Spearman's, of one map with another; 1 where both are the same, whatever their ties."""
+    if np.array_equal(a, b):
+        return 1.0
+    a, b = ranks(np.ravel(a)), ranks(np.ravel(b))
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def test_the_table_says_what_is_computed_in_float32():
+    """What is traced of a model in bfloat16 has no such number, and that of the others has."""
+    vit = tiny_vit(1)
+    half = vit.module.clone(dtype="bfloat16")
+    inputs = jax.ShapeDtypeStruct((1, 16, 24, 3), jnp.bfloat16)
+    for method in ("lrp", "partial_lrp", "transformer_attribution", "tokentm"):
+        narrow = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), vit.params)
+        for params in (jax.eval_shape(lambda: vit.params), narrow):
+            lines = str(jax.make_jaxpr(tm.explain_fn(half, method))(params, inputs)).splitlines()
+            computed = [line for line in lines if "dot_general" in line and "bf16" in line.split("=")[0]]
+            assert bool(computed) != METHODS[method].float32, (method, computed[:3])
+
+
+@pytest.fixture(scope="module")
+def pair(shared):
+    """DeiT-tiny in float32 and in bfloat16, photos, and the classes that float32 predicts."""
+    weights = shared / "data/deit_tiny_patch16_224.safetensors"
+    single, half = (tm.load("deit_tiny_patch16_224", weights, dtype=dtype) for dtype in (None, "bfloat16"))
+    source = open_source(shared / "data/imagenet_sample", limit=8)
+    photos = next(iter(batches(source, single.preprocessing, 8))).images.astype(np.float32) / 255
+    return single, half, photos, np.asarray(single.logits(photos)).argmax(-1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_ranks_alike_in_bfloat16(pair, method):
+    """As in float32, in a batch; and alone as in a batch."""
+    single, half, photos, target = pair
+    options = FEW.get(method, {})
+    expected, found = (np.asarray(tm.explain(vit, photos, method, target, **options)) for vit in (single, half))
+    mean = np.mean([correlation(a, b) for a, b in zip(expected, found, strict=True)])
+    alone = np.asarray(tm.explain(half, photos[:1], method, target[:1], **options))[0]
+    largest = np.abs(alone - found[0]).max() / np.abs(found[0]).max()
+    together = correlation(alone, found[0])
+    print(f"{method}: mean rank correlation {mean:.4f}; alone {together:.4f}, off by {largest:.1%} of the maximum")
+    assert mean >= LEAST
+    assert together >= LEAST
+    if METHODS[method].float32:
+        assert largest < 1e-3
