@@ -212,9 +212,12 @@ def cells(page, header):
 def test_the_table_of_methods_is_that_of_the_code():
     rows = {name: rest for name, *rest in cells("reference/methods.md", "| name | source |")}
     assert list(rows) == list(tm.METHODS)
-    for name, (source, specific, output, passes) in rows.items():
+    for name, (source, specific, output, derivative, kind, passes) in rows.items():
         method = tm.METHODS[name]
         assert (specific, output, passes) == ("yes" if method.class_specific else "no", method.output, method.passes)
+        if name != "combination":  # which has what its methods have
+            said = "yes" if method.differentiable else "no", "float32" if method.float32 else "the model's"
+            assert (derivative, kind) == said
         assert method.paper.partition(",")[0] in source
     named = set(re.findall(r"`(\w+)`", (ROOT / "README.md").read_text().split("## What was measured")[0]))
     assert set(tm.METHODS) <= named

@@ -75,17 +75,18 @@ def methods(as_json: bool) -> None:
     from tokentm_jax.methods.table import METHODS
 
     if as_json:
-        fields = ("summary", "paper", "year", "class_specific", "output", "passes")
+        fields = ("summary", "paper", "year", "class_specific", "output", "differentiable", "float32", "passes")
         rows = [{"name": name, **{f: getattr(method, f) for f in fields}} for name, method in METHODS.items()]
         click.echo(json.dumps(rows, indent=1))
         return
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("Method", no_wrap=True)
-    for column in ("Paper", "Year", "Class-specific", "Output", "Passes"):
+    for column in ("Paper", "Year", "Class-specific", "Output", "Derivative", "Passes"):
         table.add_column(column)
     for name, method in METHODS.items():
-        specific = "yes" if method.class_specific else "no"
-        table.add_row(name, method.paper, str(method.year), specific, method.output, method.passes)
+        specific, derivative = ("yes" if has else "no" for has in (method.class_specific, method.differentiable))
+        table.add_row(name, method.paper, str(method.year), specific, method.output, derivative, method.passes)
     out = console()
     out.print(table)
     out.print("Passes: forward (F) and backward (B) passes of the model per batch; n patches.", style="dim")
+    out.print("Derivative: whether jax.grad of a map is true; it refuses the others.", style="dim")
