@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny_vit
+from conftest import mostly_slow, tiny_vit
 from test_contract import FAMILIES, METHODS
 
 import tokentm_jax as tm
@@ -60,3 +60,22 @@ def test_an_exported_method_gives_the_same_maps_where_it_can_be_run(method):
     np.testing.assert_allclose(
         found.call(vit.params, images, target), explain(vit.params, images, target), rtol=1e-5, atol=1e-7
     )
+
+
+@pytest.mark.parametrize("method", mostly_slow(METHODS, ("tokentm",)))
+def test_an_exported_method_takes_a_batch_of_any_size(method):
+    """Exported once for a batch of the symbolic size b, with the predicted class or one per sample."""
+    vit = tiny_vit(2)
+    explain = jax.jit(tm.explain_fn(vit.module, method, **METHODS[method]))
+    (b,) = jax.export.symbolic_shape("b")
+    images, classes = jax.ShapeDtypeStruct((b, 16, 24, 3), jnp.float32), jax.ShapeDtypeStruct((b,), jnp.int32)
+    params = jax.eval_shape(lambda: vit.params)
+    photos = np.random.default_rng(0).normal(size=(3, 16, 24, 3)).astype(np.float32)
+    target = jnp.array([1, 4, 0], jnp.int32)
+    expected = explain(vit.params, photos, target)
+    with_class = jax.export.export(explain)(params, images, classes)
+    assert jax.export.export(explain)(params, images).out_avals[0].shape[0] == b
+    for size in (1, 3):
+        found = with_class.call(vit.params, photos[:size], target[:size])
+        atol = 1e-5 * float(jnp.abs(expected).max())
+        np.testing.assert_allclose(found, expected[:size], rtol=1e-4, atol=atol)

@@ -121,7 +121,7 @@ def resized(maps: Array, size: tuple[int, int], tiling: Tiling | None = None) ->
 def ranks(maps: Array, where: Array | None = None) -> Array:
     """The share of a map's values (those `where` True) that are below each, equal ones counted half: [B, H, W], in
     (0, 1)."""
-    flat = maps.reshape(len(maps), -1)
+    flat = maps.reshape(maps.shape[0], -1)
     counted = jnp.ones_like(flat, bool) if where is None else where.reshape(flat.shape)
 
     def one(values: Array, counted: Array) -> Array:
@@ -168,8 +168,8 @@ def combine(
         raise InputError(f"combine needs a list of one map at least, got a {type(maps).__name__}")
     for each in maps:
         _check_maps(each)
-    if how not in ("product", "mean") or len({len(each) for each in maps}) > 1:
-        counts = ", ".join(str(len(each)) for each in maps)
+    if how not in ("product", "mean") or len({each.shape[0] for each in maps}) > 1:
+        counts = ", ".join(str(each.shape[0]) for each in maps)
         raise InputError(f"combine needs how='product' or 'mean' and maps of one batch, got {how!r} and {counts} maps")
     if not isinstance(normalisation, str) or normalisation not in NORMALISATIONS:
         raise suggest("normalisation", normalisation, NORMALISATIONS)

@@ -39,7 +39,7 @@ class Versus:
     of_class: ClassVar[bool] = True
 
     def __call__(self, outputs: Array, target: Array) -> Array:
-        other = classes_of(self.other, len(outputs), "the other class")
+        other = classes_of(self.other, outputs.shape[0], "the other class")
         return class_logit(outputs, target) - class_logit(outputs, other)
 
 
@@ -71,7 +71,7 @@ class Channel:
     of_class: ClassVar[bool] = False
 
     def __call__(self, outputs: Array) -> Array:
-        return class_logit(outputs, classes_of(self.index, len(outputs), "the channel"))
+        return class_logit(outputs, classes_of(self.index, outputs.shape[0], "the channel"))
 
 
 @jax.tree_util.register_dataclass
@@ -153,7 +153,8 @@ def classes_of(target: Any, samples: int, what: str = "target") -> Any:
         found = None
     if found is None or found.dtype.kind not in "iu" or found.shape not in ((), (samples,)):
         raise InputError(f"{what} must be one class or one per sample ({samples}), as whole numbers")
-    return np.broadcast_to(found, samples) if isinstance(found, np.ndarray) else jnp.broadcast_to(found, samples)
+    known = isinstance(found, np.ndarray) and isinstance(samples, int)  # and not the symbol of an exported batch
+    return (np if known else jnp).broadcast_to(found, (samples,))
 
 
 def explained(outputs: Any, target: Any = None) -> tuple[Array, dict[str, Any]]:

@@ -111,7 +111,7 @@ def _explainer(
                 f"{sorted(found)}"
             )
         outputs, asked = found["logits"], found["target"]
-        finite = [jnp.isfinite(leaf).reshape(len(leaf), -1).all(1) for leaf in jax.tree.leaves(outputs)]
+        finite = [jnp.isfinite(leaf).all(tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(outputs)]
         whole = reduce(jnp.logical_and, finite, fine)
         true = whole & jnp.isfinite(found["score"])  # which is NaN for a class that the model does not have
         if seen(inputs) is not None:

@@ -111,7 +111,8 @@ def _suited(chunk: int | None, samples: int, patches: int) -> int:
     """The chunk that is asked for, or 8. A CPU is fastest where what it computes at a time fits into its caches."""
     if chunk is not None:
         return chunk
-    return 8 if jax.default_backend() != "cpu" else min(8, max(1, CACHED // (samples * patches)))
+    known = isinstance(samples, int)  # and not the symbol of an exported batch
+    return 8 if jax.default_backend() != "cpu" or not known else min(8, max(1, CACHED // (samples * patches)))
 
 
 def _valued(outputs: Any, target: Any, value: Value) -> Array:
@@ -164,7 +165,7 @@ def game(module: nn.Module, params: Any, inputs: Any, target: Array | None, opti
         return _valued(module.apply({"params": params}, changed), chosen, options.value)
 
     def values(masks: Array) -> Array:
-        return in_chunks(value, masks, _suited(options.chunk, len(inputs), gh * gw)).T
+        return in_chunks(value, masks, _suited(options.chunk, inputs.shape[0], gh * gw)).T
 
     full = _valued(logits, chosen, options.value)
     return Game(values, full, (gh, gw), details)
@@ -272,7 +273,7 @@ def token_dropping(
         shown = jnp.concatenate([tokens[:, : module.prefix], tokens[:, kept]], 1)
         return _valued(read(shown), chosen, value)
 
-    values = in_chunks(remaining, removed, _suited(chunk, len(tokens), left)).T
+    values = in_chunks(remaining, removed, _suited(chunk, tokens.shape[0], left)).T
     rows = _losses(_valued(logits, chosen, value), values, removed)
     return rows.reshape(-1, *module.grid), details
 
@@ -365,7 +366,7 @@ def shapley(
             ranks = jax.random.permutation(key, jnp.arange(n, dtype=jnp.int32))
         both = jnp.stack([ranks, n - 1 - ranks])
         found = played.values(jax.vmap(path)(both).reshape(-1, n)).reshape(-1, 2, n - 1)
-        first, last = (jnp.broadcast_to(end[:, None, None], (len(end), 2, 1)) for end in (empty, played.full))
+        first, last = (jnp.broadcast_to(end[:, None, None], (end.shape[0], 2, 1)) for end in (empty, played.full))
         values = jnp.concatenate([first, found, last], 2)  # [B, 2, n + 1]
         return jax.vmap(jax.vmap(marginals), (0, None))(values, both).mean(1)
 

@@ -110,7 +110,7 @@ def at_least_float32(function: Callable[..., Explanation]) -> Callable[..., Expl
 
 
 def _wide_floats(a: Any) -> Any:
-    return wide(a) if jnp.issubdtype(a.dtype, jnp.floating) else a
+    return wide(a) if hasattr(a, "dtype") and jnp.issubdtype(a.dtype, jnp.floating) else a
 
 
 def combination(

@@ -59,7 +59,7 @@ def read_out(module: Any, mask: Array | None, like: Array) -> Array:
     """r0 [B, N]: how the head reads each sample's tokens; of the type of `like` [B, ...] and placed as that is."""
     kind = wide(like).dtype
     known = module.readout if mask is None else module.reads(mask)
-    return jnp.zeros_like(like.reshape(len(like), -1)[:, :1], kind) + jnp.asarray(known, kind)
+    return jnp.zeros_like(like.reshape(like.shape[0], -1)[:, :1], kind) + jnp.asarray(known, kind)
 
 
 def input_map(mask: Array | None, numbers: Array) -> Array:
