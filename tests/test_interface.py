@@ -1,10 +1,14 @@
 """What the entry points refuse, and what they mark where nothing can be refused."""
 
+import ast
 import dataclasses
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
+import click
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -308,3 +312,25 @@ def test_models_of_other_kinds_are_told_what_to_do(vit, images):
     own = tm.LoadedViT(plain, vit.params, vit.preprocessing, ("a",) * 5, "own")
     own = dataclasses.replace(own, module=dataclasses.replace(plain, num_classes=5))
     assert tm.explain(own, images, "input_gradient").shape == (2, 16, 24)
+
+
+def test_errors_name_commands_options_and_extras_that_there_are():
+    """Of every message in the source: `tokentm COMMAND`, --option, and pip install 'tokentm-jax[extra]'."""
+    from tokentm_jax.cli.main import main
+
+    root = Path(__file__).parent.parent
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    commands = {name: main.get_command(click.Context(main), name) for name in main.list_commands(click.Context(main))}
+    options = {name for command in commands.values() for option in command.params for name in option.opts}
+    found: list[str] = []
+    for file in (root / "tokentm_jax").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("InputError", "Unfit"):
+                parts = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
+                found.append("".join(part for part in parts if isinstance(part, str)))
+    messages = "\n".join(found)
+    assert len(found) > 200
+    named = re.findall(r"`tokentm ([a-z-]+)", messages), re.findall(r"(--[a-z-]+)", messages)
+    assert {*named[0]} <= {*commands} and {*named[1]} <= options
+    installs = re.findall(r"pip install '?tokentm[_-]jax\[(\w+)\]", messages)
+    assert installs and {*installs} <= {*extras}
