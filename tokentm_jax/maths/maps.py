@@ -173,15 +173,16 @@ def combine(
         raise InputError(f"combine needs how='product' or 'mean' and maps of one batch, got {how!r} and {counts} maps")
     if not isinstance(normalisation, str) or normalisation not in NORMALISATIONS:
         raise suggest("normalisation", normalisation, NORMALISATIONS)
-    weights = [1.0] * len(maps) if weights is None else getattr(weights, "tolist", lambda: weights)()
-    listed = isinstance(weights, list | tuple) and len(weights) == len(maps)
-    if not listed or not all(isinstance(w, Real) and 0 <= float(w) < math.inf for w in weights) or not sum(weights):
+    chosen: Any = [1.0] * len(maps) if weights is None else weights
+    chosen = chosen.tolist() if hasattr(chosen, "tolist") else chosen
+    listed = isinstance(chosen, list | tuple) and len(chosen) == len(maps)
+    if not listed or not all(isinstance(w, Real) and 0 <= float(w) < math.inf for w in chosen) or not sum(chosen):
         raise InputError(
-            f"combine needs a weight of at least 0 for each of {len(maps)} maps, not all 0, got {weights}"
+            f"combine needs a weight of at least 0 for each of {len(maps)} maps, not all 0, got {chosen!r:.200}"
         )
     size = (max(m.shape[1] for m in maps), max(m.shape[2] for m in maps))
     normalise = NORMALISATIONS[normalisation]
     stacked = jnp.stack([normalise(resized(m, size), where) for m in maps])
     if how == "product":
         return stacked.prod(0)
-    return jnp.tensordot(jnp.asarray(weights, stacked.dtype) / sum(weights), stacked, 1)
+    return jnp.tensordot(jnp.asarray(chosen, stacked.dtype) / sum(chosen), stacked, 1)
