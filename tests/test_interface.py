@@ -242,9 +242,14 @@ CALLS = {  # what is called with a value of a wrong type -> the values that it t
     "read": (lambda vit, w: vit.read(w), []),
     "score": (lambda vit, w: vit.score(w), []),
     "explain": (lambda vit, w: tm.explain(w, np.ones((1, 16, 24, 3))), []),
+    "show": (lambda vit, w: tm.show(np.zeros((16, 24, 3)), w), [None]),
+    "show target": (lambda vit, w: tm.show(np.zeros((16, 24, 3), np.float32), vit, "rollout", w), [None]),
     "explain images": (lambda vit, w: tm.explain(vit, w), []),
     "explain score": (lambda vit, w: tm.explain(vit, np.ones((1, 16, 24, 3)), score=w), [None]),
-    "explain Cosine": (lambda vit, w: tm.explain(vit, np.ones((1, 16, 24, 3)), score=tm.scores.Cosine(w)), []),
+    "explain Cosine": (
+        lambda vit, w: tm.explain(vit, np.ones((1, 16, 24, 3)), "rollout", score=tm.scores.Cosine(w)),
+        [],
+    ),
     "explain Channel": (
         lambda vit, w: tm.explain(vit, np.ones((1, 16, 24, 3)), "rollout", score=tm.scores.Channel(w)),
         [5],  # NaN: there is no such channel

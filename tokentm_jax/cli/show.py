@@ -137,6 +137,8 @@ def show(
         ['cat.jpg', 'cat', 'dog']
     """
     look, title = look_of(colours, squares), "" if title is None else str(title)
+    from tokentm_jax.models.loading import require_loaded
+
     if not isinstance(side, int) or not 16 <= side <= 4096:
         raise InputError(f"side must be a whole number of pixels from 16 to 4096, got {side!r:.80}")
     if maps is None and _is_explanation(what):
@@ -149,6 +151,7 @@ def show(
             panels.append(Panel(picture, "heatmap", f"{name} {value}".strip(), signed))
         return Figure(tuple((panel,) for panel in panels), title, look)
     vit = model if model is not None and not isinstance(model, str) else _loaded(model)
+    require_loaded(vit)
     photos = _photos(what, vit, side)
     images = np.stack([seen for _, seen, _ in photos])
     if maps is None:

@@ -155,10 +155,10 @@ def require_loaded(vit: Any) -> None:
     found = type(vit).__name__
     if hasattr(vit, "apply"):
         raise InputError(
-            f"tm.explain takes a loaded model, got a {found}: use tm.explain_fn(module)(params, inputs), or make a "
+            f"expected a loaded model, got a {found}: use tm.explain_fn(module)(params, inputs), or make a "
             "loaded model, tm.LoadedViT(module, params, preprocessing, class_names, name)"
         )
-    raise InputError(f"tm.explain takes a loaded model, of tm.load or tm.load_text, got {found}")
+    raise InputError(f"expected a loaded model, of tm.load or tm.load_text, got {found}")
 
 
 def predict(module: ViT, preprocessing: Preprocessing, params: Any, images: Array) -> Array:
