@@ -207,7 +207,7 @@ REFUSING = {
 }
 
 
-@pytest.mark.parametrize("method", mostly_slow(REFUSING, ("conservative_lrp", "combination")))
+@pytest.mark.parametrize("method", mostly_slow(REFUSING, ("conservative_lrp",)))
 def test_maps_without_a_derivative_refuse_to_be_differentiated(plain, method):
     module, params, images = plain
     explain = explain_fn(module, method, **REFUSING[method])

@@ -62,7 +62,7 @@ def test_an_exported_method_gives_the_same_maps_where_it_can_be_run(method):
     )
 
 
-@pytest.mark.parametrize("method", mostly_slow(METHODS, ("tokentm",)))
+@pytest.mark.parametrize("method", mostly_slow(METHODS, ("rollout",)))
 def test_an_exported_method_takes_a_batch_of_any_size(method):
     """Exported once for a batch of the symbolic size b, with the predicted class or one per sample."""
     vit = tiny_vit(2)

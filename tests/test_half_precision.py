@@ -35,12 +35,11 @@ def test_the_table_says_what_is_computed_in_float32():
     vit = tiny_vit(1)
     half = vit.module.clone(dtype="bfloat16")
     inputs = jax.ShapeDtypeStruct((1, 16, 24, 3), jnp.bfloat16)
-    for method in ("lrp", "partial_lrp", "transformer_attribution", "tokentm"):
-        narrow = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), vit.params)
-        for params in (jax.eval_shape(lambda: vit.params), narrow):
-            lines = str(jax.make_jaxpr(tm.explain_fn(half, method))(params, inputs)).splitlines()
-            computed = [line for line in lines if "dot_general" in line and "bf16" in line.split("=")[0]]
-            assert bool(computed) != METHODS[method].float32, (method, computed[:3])
+    params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), vit.params)
+    for method in ("lrp", "rollout"):
+        lines = str(jax.make_jaxpr(tm.explain_fn(half, method))(params, inputs)).splitlines()
+        computed = [line for line in lines if "dot_general" in line and "bf16" in line.split("=")[0]]
+        assert bool(computed) != METHODS[method].float32, (method, computed[:3])
 
 
 @pytest.fixture(scope="module")

@@ -289,6 +289,7 @@ def test_res_lrp_without_gamma_is_attn_lrp(small):
     np.testing.assert_allclose(gamma, plain, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_pooler_of_texts_by_its_gradient_as_published():
     """`tanh z` with its derivative is `z tanh'(z)`: the identity rule of a head whose weights say so for this text."""
     module = tm.Bert(20, 8, embed_dim=8, depth=1, num_heads=2, mlp_hidden=16, num_classes=3)
