@@ -123,7 +123,7 @@ def vit(module, params, image, change=None, read_block=None, patches_left=None, 
 
     `change` maps (name, block) to what is added to "tokens", "normalised", "attention" or the result of a linear map
     or norm there; `read_block` reads the head after that block already, and `mean` gives it the
-    mean of all tokens in place of the class token; `patches_left` are the patches whose tokens
+    mean of all tokens instead of the class token; `patches_left` are the patches whose tokens
     enter the first. `held`, values of another run, are what the softmax, the deviations of the norms and the gates of
     GELU give in place of their own. Also returns all values by (name, block).
     """
