@@ -200,7 +200,7 @@ def test_targets_by_name(named, images):
 WRONG_TARGETS = [1.5, [1.0, 2.0], [[1], [2, 3]], [1, 2, 3], [[1, 2]], True, {"a": 1}, object(), [None, 1], b"owl", 1j]
 
 
-@pytest.mark.parametrize("target", WRONG_TARGETS, ids=range(len(WRONG_TARGETS)))
+@pytest.mark.parametrize("target", WRONG_TARGETS)
 def test_targets_that_are_none(named, images, target):
     one = r"target must be one class or one per sample \(2\), as whole numbers"
     for call in (
