@@ -3,19 +3,25 @@
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
+from tokentm_jax.cli.main import main
 from tokentm_jax.cli.process import GRACE
+from tokentm_jax.cli.rendezvous import meet
 from tokentm_jax.data.preprocessing import HALF, Preprocessing
+from tokentm_jax.errors import InputError
 from tokentm_jax.files import uninterrupted
 from tokentm_jax.models.architectures import build
 from tokentm_jax.models.checkpoint import write_checkpoint
@@ -101,6 +107,72 @@ process.run_process(command)
     assert process.communicate(timeout=20) == ("", "")
     assert process.returncode == exit_code
     assert seconds <= time.monotonic() - began < seconds + 3
+
+
+SLOW_IMPORT = """
+import runpy, sys, time
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            print("importing", flush=True)
+            time.sleep(60)
+sys.meta_path.insert(0, Slow())
+sys.argv = ["tokentm", "--version"]
+runpy.run_module("tokentm_jax", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("module", ["tokentm_jax.cli.process", "tokentm_jax.cli.main", "click"])
+def test_ctrl_c_while_the_program_is_imported(module):
+    process = started(["-c", SLOW_IMPORT.format(module=module)])
+    assert process.stdout is not None and process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20) == ("", "")
+    assert process.returncode == 130
+
+
+def test_processes_that_meet():
+    """Process 0 waits until all others have come, whoever comes first; strangers at the port do not count."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    with ThreadPoolExecutor() as threads:
+        others = [threads.submit(meet, f"localhost:{port}", 3, number, 20.0) for number in (2, 1)]
+        first = threads.submit(meet, f"localhost:{port}", 3, 0, 20.0)
+        with suppress(OSError), socket.create_connection(("localhost", port), timeout=1) as stranger:
+            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert [done.result(timeout=30) for done in (*others, first)] == [None] * 3
+    with pytest.raises(InputError, match=f"nobody came to localhost:{port} as process 1, 2 of 3"):
+        meet(f"localhost:{port}", 3, 0, 0.1)
+    with pytest.raises(InputError, match=f"process 0 does not answer at localhost:{port}"):
+        meet(f"localhost:{port}", 3, 1, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "sentence"),
+    [
+        ("host:x", "must be HOST:PORT with a port from 1 to 65535, got 'host:x'"),
+        ("localhost:0", "must be HOST:PORT"),
+        ("localhost:65536", "must be HOST:PORT"),
+        (":1234", "must be HOST:PORT"),
+        ("localhost", "must be HOST:PORT"),
+        ("a:b:1234", "must be HOST:PORT"),
+        ("http://localhost:1234", "must be HOST:PORT"),
+        ("localhost:١٢", "must be HOST:PORT"),
+        ("a b:1234", "the host a b is unknown"),
+        ("é" * 80 + ":1234", "is unknown"),
+        ("localhost:{used}", "the port cannot be opened"),
+    ],
+)
+def test_a_coordinator_that_is_none(coordinator, sentence, tmp_path):
+    photo = tmp_path / "a" / "0.png"
+    photo.parent.mkdir()
+    Image.new("RGB", (8, 8)).save(photo)
+    with socket.create_server(("", 0)) as server:
+        coordinator = coordinator.format(used=server.getsockname()[1])
+        options = ("--coordinator", coordinator, "--processes", "1", "--process", "0")
+        result = CliRunner().invoke(main, ["dataset", str(tmp_path), "--out", str(tmp_path / "maps"), *options])
+    assert result.exit_code == 2 and sentence in result.stderr and result.stderr.count("\n") == 1
+    assert not (tmp_path / "maps").exists()
 
 
 def test_other_ends_are_pythons_own():

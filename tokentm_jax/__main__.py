@@ -1,9 +1,14 @@
 """The program `tokentm`, also `python -m tokentm_jax`."""
 
-from tokentm_jax.cli.process import run_process
+import os
+import signal
 
 
 def run() -> None:
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as in a shell's background
+        signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))  # until `run_process` has its own
+    from tokentm_jax.cli.process import run_process
+
     def command() -> None:
         from tokentm_jax.cli.main import main  # only now: Ctrl-C may come while it is imported
 

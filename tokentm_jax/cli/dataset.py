@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from tokentm_jax.cli.options import MODELS_HELP, PATH, TEXT, class_names, parse_options, start_jax
+from tokentm_jax.cli.rendezvous import meet
 from tokentm_jax.cli.terminal import complain, running_images
 from tokentm_jax.errors import InputError
 
@@ -102,8 +103,10 @@ def _join(coordinator: str | None, processes: int | None, process: int | None) -
             raise InputError("--processes and --process go with --coordinator HOST:PORT")
         if coordinator is None:
             return 0, 1
-    elif processes is None or process is None or process >= processes or ":" not in coordinator:
+    elif processes is None or process is None or process >= processes:
         raise InputError("give --coordinator HOST:PORT with --processes N and --process from 0 to N - 1")
+    else:
+        meet(coordinator, processes, process)
     import jax
 
     where = None if coordinator == "auto" else coordinator

@@ -215,8 +215,6 @@ def _patience() -> float:
 def _kvstore(path: str) -> dict[str, Any]:
     """TensorStore's description of a folder or URL. InputError for what is neither, or has none of the `SCHEMES`."""
     scheme, separator, place = path.partition("://")
-    if not path:
-        raise InputError("a store must be a folder or a URL, got an empty name")
     if path.partition(":")[0] in SCHEMES and not place.strip("/"):  # also s3:/maps, which pathlib makes of s3://maps
         raise InputError(f"{path} names no store: a URL is written as {path.partition(':')[0]}://BUCKET/NAME")
     if not separator:
