@@ -175,6 +175,25 @@ def test_a_coordinator_that_is_none(coordinator, sentence, tmp_path):
     assert not (tmp_path / "maps").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kilobytes", "environment", "sentence"),
+    [
+        (300_000, {}, "JAX cannot be imported: "),
+        (1_500_000, {}, "this process may use 1464 MiB of addresses (ulimit -v), and JAX needs 2048"),
+        (None, {"JAX_ENABLE_X64": "perhaps"}, "JAX cannot be imported: "),
+        (None, {"JAX_COMPILATION_CACHE_MAX_SIZE": "x"}, "JAX cannot be imported: "),
+        (None, {"JAX_DEFAULT_MATMUL_PRECISION": "x"}, "JAX cannot be imported: "),
+    ],
+)
+def test_where_jax_cannot_start(kilobytes, environment, sentence, tmp_path):
+    limit = f"ulimit -v {kilobytes};" if kilobytes else ""
+    command = f"{limit} '{sys.executable}' -m tokentm_jax explain notebooks/chelsea.png --out '{tmp_path}/out'"
+    settings = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=settings, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.startswith(f"Error: {sentence}") and done.stderr.count("\n") == 1
+
+
 def test_other_ends_are_pythons_own():
     script = "from tokentm_jax.cli.process import run_process; run_process(lambda: {})"
     for command, exit_code, words in (("None", 0, ""), ("exit(3)", 3, ""), ("1 / 0", 1, "ZeroDivisionError")):

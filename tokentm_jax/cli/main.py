@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from traceback import walk_tb
 from typing import Any
 
 import click
@@ -38,6 +39,13 @@ def _short_errors() -> Iterator[None]:
         raise
 
 
+def _of_jax(error: BaseException) -> bool:
+    """Whether JAX is missing since its import ended with this error: of an environment variable that it reads, or
+    of a limit of the address space."""
+    frames = (frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__))
+    return "jax" not in sys.modules and any(name.split(".")[0] in ("jax", "jaxlib") for name in frames)
+
+
 class Commands(click.Group):
     """The group whose commands turn bad input into one sentence and exit code 2."""
 
@@ -52,6 +60,10 @@ class Commands(click.Group):
             complain(f"{where}{reason(error)}")
         except RecursionError:
             complain("something that was given is nested too deeply")
+        except (ImportError, ValueError) as error:
+            if not _of_jax(error):
+                raise
+            complain(f"JAX cannot be imported: {reason(error)}")
         sys.exit(2)
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:

@@ -13,6 +13,11 @@ import click
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.files import reason, require_ours
 
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
+
 MODELS_HELP = (
     "Timm name, shipped model, folder or hf-hub:OWNER/NAME (`tokentm models`); default: the checkpoint's own."
 )
@@ -96,17 +101,22 @@ def make_folder(out: Path) -> None:
         raise InputError(f"the output folder {out} cannot be written: {reason(error)}") from None
 
 
+LEAST_ADDRESSES = 2**31  # bytes: with less, XLA ends the process while it compiles
 SHARES = 4  # of a batch on a CPU at most: each has a copy of the parameters
 
 
 def start_jax(batch_size: int | None = None) -> None:
-    """Keep compiled programs between runs where that is possible, and raise InputError where JAX finds no device.
+    """Keep compiled programs between runs where that is possible, and raise InputError where JAX finds no device or
+    the process may use too few addresses.
 
     With the size of batches that are spread over all devices, a CPU becomes several ones, as cores allow, unless JAX
     has been told how many: a batch in shares is computed faster than one that all cores work on.
     """
     import jax
 
+    if resource is not None and 0 <= (most := resource.getrlimit(resource.RLIMIT_AS)[0]) < LEAST_ADDRESSES:
+        needed = LEAST_ADDRESSES // 2**20
+        raise InputError(f"this process may use {most // 2**20} MiB of addresses (ulimit -v), and JAX needs {needed}")
     flags, cores = os.environ.get("XLA_FLAGS", ""), os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         cores = len(os.sched_getaffinity(0))

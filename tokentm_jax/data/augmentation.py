@@ -264,6 +264,15 @@ def rand_augment(count: int, magnitude: float, key: Array, image: Array) -> Arra
 # Images [mel bins, frames, 1] in [0, 1], where 0 is silence.
 
 
+def delay(most: tuple[float, float], key: Array, image: Array) -> Array:
+    """Another start: the sound comes earlier or later, by up to these shares of the length, and silence comes in."""
+    count = image.shape[1]
+    moved = jax.random.randint(key, (), -round(most[0] * count), round(most[1] * count) + 1)
+    places = jnp.arange(count) - moved
+    inside = (places >= 0) & (places < count)
+    return jnp.where(inside[:, None], image[:, places.clip(0, count - 1)], 0)
+
+
 def stretch(most: tuple[float, float], key: Array, image: Array) -> Array:
     """Another voice and another speed: both axes of one spectrogram scaled from their beginning, linearly.
 

@@ -73,6 +73,7 @@ class TrainConfig:
     checkpoint_epochs: Positive = 1.0
     held_out: Text | None = None  # names of the test data, whose others are for training; see `open_source`
     audio: Spectrogram | None = None  # how recordings become spectrograms
+    delay: Annotated[tuple[Share, Share], Lax] | None = None  # most shift of the sound, as shares: earlier and later
     stretch: Annotated[tuple[Share, Share], Lax] | None = None  # most change of their scale: frequency and time
     tilt: Share = 0.0  # most change of level from the lowest to the highest frequency
     hiss: Share = 0.0  # highest level of background noise
@@ -100,18 +101,19 @@ def augment(config: TrainConfig, key: Array, images: Array, size: tuple[int, int
         images = each(partial(augmentation.colour, config.affine_colour), k_colour)
     if config.rand_augment is not None:
         images = each(partial(augmentation.rand_augment, *config.rand_augment), k_operations)
-    for number, (name, function) in enumerate(OF_SPECTROGRAMS.items(), 2):
+    for name, (number, function) in OF_SPECTROGRAMS.items():
         if getattr(config, name):
             images = each(partial(function, getattr(config, name)), jax.random.fold_in(key, number))
     return images
 
 
-# What only spectrograms need, by the field of a recipe.
+# What only spectrograms need, by the field of a recipe; the number makes its key.
 OF_SPECTROGRAMS = {
-    "stretch": augmentation.stretch,
-    "tilt": augmentation.tilt,
-    "hiss": augmentation.hiss,
-    "spec_mask": augmentation.spec_mask,
+    "delay": (6, augmentation.delay),
+    "stretch": (2, augmentation.stretch),
+    "tilt": (3, augmentation.tilt),
+    "hiss": (4, augmentation.hiss),
+    "spec_mask": (5, augmentation.spec_mask),
 }
 
 
