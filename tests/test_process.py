@@ -80,6 +80,7 @@ def started(arguments, **environment):
     [
         ("import time; time.sleep(60)", signal.SIGINT, False, 130, 0),
         ("import time; time.sleep(60)", signal.SIGTERM, False, 143, 0),
+        ("import time; time.sleep(60)", signal.SIGHUP, False, 129, 0),
         (IMPORTED, signal.SIGINT, False, 130, 0),
         (IGNORED, signal.SIGINT, False, 130, 0),
         (SWALLOWED, signal.SIGINT, False, 130, 1),
@@ -282,7 +283,7 @@ def test_signals_at_random_moments(number, tmp_path, shared):
     assert ended > 10
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_wait_while_orbax_writes(number):
     def interrupt(number, frame):
         raise KeyboardInterrupt(number)

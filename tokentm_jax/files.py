@@ -176,7 +176,7 @@ def _beside(path: Path, hint: str) -> Iterator[Path]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Signals that Python code handles (Ctrl-C, SIGTERM) wait for the end of the block: for Orbax's short writing.
+    """Signals that Python code handles (Ctrl-C, SIGTERM, SIGHUP) wait for the end of the block: for Orbax's short writing.
 
     A KeyboardInterrupt may be raised in a callback of its event loop, where nobody can take it. Without effect
     outside the main thread, where none is raised.
@@ -185,7 +185,7 @@ def uninterrupted() -> Iterator[None]:
     handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
     try:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if os.name == "posix" else ())):
                 if callable(handler := signal.getsignal(number)):
                     handlers[number] = handler
                     signal.signal(number, lambda number, frame: waiting.append((number, frame)))

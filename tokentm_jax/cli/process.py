@@ -18,7 +18,8 @@ GRACE = 5.0  # seconds from the first signal to the end
 
 
 def run_process(command: Callable[[], Any]) -> NoReturn:
-    """Run a command to its end, which after Ctrl-C is 130 and after SIGTERM 143, with nothing said.
+    """Run a command to its end, which after Ctrl-C is 130, after SIGTERM 143 and after SIGHUP 129, with nothing
+    said.
 
     The first signal raises KeyboardInterrupt in the main thread, so that unfinished files are removed. It may come
     to nothing there: the main thread compiles for a minute, or a callback from C++ or of the garbage collector takes
@@ -40,7 +41,8 @@ def run_process(command: Callable[[], Any]) -> NoReturn:
     _settle_environment()
     _keep_quiet_after(received)
     # Those that are not ignored, as Ctrl-C is in the background jobs of a shell.
-    caught = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    hangup = [signal.SIGHUP] if os.name == "posix" else []  # the terminal was closed
+    caught = [n for n in (signal.SIGINT, signal.SIGTERM, *hangup) if signal.getsignal(n) is not signal.SIG_IGN]
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)  # written to even while no Python code runs
