@@ -1,12 +1,12 @@
 """Spoken digits from scratch: the recipe of the audio model that the project ships.
 
-    tokentm train configs/spoken_digits.py                      theo is left out, and tested on
-    tokentm train configs/spoken_digits.py:speaker=lucas
+    tokentm train configs/spoken_digits.py                   all five speakers, and 200 of their recordings to test on
+    tokentm train configs/spoken_digits.py:speaker=lucas     lucas is left out, and tested on
 
-A Vision Transformer of one channel on spectrograms of 40 mel bins and 0.97 seconds. There are four voices to learn
-from, so the training changes them: other scales of frequency and of time, other microphones, and noise.
+A Vision Transformer of one channel on spectrograms of 40 mel bins and 0.97 seconds. There are five voices to learn
+from, so the training changes them: other scales of frequency and of time, other starts, other microphones, and noise.
 Data: `tokentm data fetch recordings`.
-Run time: 9 minutes on one core that others used, too, to 91.25 % on theo.
+Run time: 80 seconds of one core.
 """
 
 from typing import Literal
@@ -16,12 +16,14 @@ from tokentm_jax import Spectrogram, TrainConfig, sample_data
 DATA = sample_data("recordings")  # 0/0_theo_12.wav: the digit, the speaker, the number
 
 
-def get_config(*, speaker: Literal["jackson", "lucas", "nicolas", "theo", "yweweler"] = "theo") -> TrainConfig:
+def get_config(
+    *, speaker: Literal["nobody", "jackson", "lucas", "nicolas", "theo", "yweweler"] = "nobody"
+) -> TrainConfig:
     return TrainConfig(
-        name="spoken_digits" if speaker == "theo" else f"spoken_digits_{speaker}",
+        name="spoken_digits" if speaker == "nobody" else f"spoken_digits_{speaker}",
         train_data=DATA,
         test_data=DATA,
-        held_out=f"*_{speaker}_*",
+        held_out="*_[0-3].wav" if speaker == "nobody" else f"*_{speaker}_*",
         audio=Spectrogram(
             sampling_rate=8000,
             window=200,
@@ -34,7 +36,7 @@ def get_config(*, speaker: Literal["jackson", "lucas", "nicolas", "theo", "ywewe
         ),
         model={
             "img_size": (40, 96),
-            "patch_size": (8, 6),
+            "patch_size": (8, 8),
             "in_chans": 1,
             "embed_dim": 64,
             "depth": 4,
@@ -44,22 +46,25 @@ def get_config(*, speaker: Literal["jackson", "lucas", "nicolas", "theo", "ywewe
             "class_token": False,
             "global_pool": "avg",
         },
-        epochs=110,
-        warmup_epochs=4,
+        epochs=60,
+        warmup_epochs=2,
         batch_size=32,
-        learning_rate=2e-3,
+        optimiser="muon",
+        learning_rate=4e-3,
         weight_decay=0.1,
         label_smoothing=0.05,
         ema_decay=0.99,
-        crop_padding=2,
+        crop_padding=0,
         flip=False,
+        delay=(0.04, 0.15),
         stretch=(0.2, 0.3),
         tilt=0.3,
-        hiss=0.2,
-        patch_drop=0.4,
-        patch_drop_epochs=100,
+        hiss=0.25,
+        spec_mask=(0.15, 0.1),
+        patch_drop=0.25,
+        patch_drop_epochs=60,
         mimetic_init=True,
         mean=(0.2,),
         std=(0.28,),
-        checkpoint_epochs=10,
+        checkpoint_epochs=15,
     )

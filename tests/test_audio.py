@@ -21,7 +21,7 @@ from tokentm_jax.cli.main import main
 from tokentm_jax.data import audio
 from tokentm_jax.data.arrays import load_dataset
 from tokentm_jax.data.audio import Recording, Spectrogram, decode, resample
-from tokentm_jax.data.augmentation import delay, hiss, spec_mask, stretch
+from tokentm_jax.data.augmentation import delay, equalise, hiss, spec_mask, stretch
 from tokentm_jax.data.sources import open_source
 from tokentm_jax.maths.maps import Tiling, spread, to_pixels
 from tokentm_jax.maths.relevance import REFERENCE_EPSILON, lrp
@@ -520,6 +520,13 @@ def test_augmentation_of_spectrograms():
         assert np.array_equal(hidden[..., 0], hidden[..., 0].all(1)[:, None] | hidden[..., 0].all(0))
         noisy = hiss(0.4, key, image)
         assert (noisy >= image).all() and noisy.max() <= 1
+    holes = image.at[3].set(0)
+    for seed in range(4):
+        key = jax.random.key(seed)
+        levels = 0.1 * np.asarray(jax.random.normal(key, (6,)))
+        gain = np.interp(np.arange(8) * 5 / 7, range(6), levels)[:, None, None]
+        expected = np.where(np.asarray(holes) > 0, (np.asarray(holes) + gain).clip(0, 1), 0)
+        np.testing.assert_allclose(equalise(0.1, key, holes), expected, atol=1e-6)
     starts = set()
     for seed in range(40):  # by up to 2 frames earlier and 3 later
         moved = np.asarray(delay((1 / 6, 1 / 4), jax.random.key(seed), image))

@@ -241,6 +241,44 @@ def test_environments(tmp_path):
         assert len(errors.splitlines()) == 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PYTHONWARNINGS": "error"},
+        {"PYTHONDEVMODE": "1"},
+        {"PYTHONOPTIMIZE": "2"},
+        {"JAX_ENABLE_X64": "1"},
+        {"JAX_DEBUG_NANS": "1"},
+        {"COLUMNS": "1", "LINES": "1"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        {"LC_ALL": "tr_TR.UTF-8"},
+        {"HOME": "/nonexistent/x", "TMPDIR": "/nonexistent", "JAX_COMPILATION_CACHE_DIR": "/proc/none"},
+        {"TZ": "Nowhere/Nothing"},
+    ],
+    ids=lambda environment: next(iter(environment)),
+)
+def test_an_environment_changes_nothing(environment, tmp_path):
+    done = started(
+        ["-m", "tokentm_jax", "explain", ROOT / "notebooks/chelsea.png", "--out", tmp_path / "out"], **environment
+    )
+    out, errors = done.communicate(timeout=300)
+    assert (done.returncode, errors) == (0, "") and "cat" in out
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"chelsea.png", "chelsea.npz"}
+
+
+def test_a_folder_that_is_gone(tmp_path):
+    """The working folder was removed: what needs none works, and a relative path is one sentence."""
+    command = f"cd '{tmp_path}' && mkdir gone && cd gone && rmdir ../gone && '{sys.executable}' -m tokentm_jax"
+    settings = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for arguments, exit_code, words in (
+        ("--version", 0, ""),
+        ("convert a.safetensors b", 2, "a.safetensors does not"),
+    ):
+        done = subprocess.run(["sh", "-c", f"{command} {arguments}"], capture_output=True, text=True, env=settings)
+        assert done.returncode == exit_code and done.stderr.count("\n") == bool(words) and words in done.stderr
+
+
 # As where the user id has no entry: `os.setuid` to such a one needs an administrator and readable folders.
 NO_HOME = """
 import os, pwd, runpy, sys

@@ -176,7 +176,7 @@ def _beside(path: Path, hint: str) -> Iterator[Path]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Signals that Python code handles (Ctrl-C, SIGTERM, SIGHUP) wait for the end of the block: for Orbax's short writing.
+    """Signals that Python code handles (Ctrl-C, SIGTERM, SIGHUP) wait for the end of the block, as Orbax writes.
 
     A KeyboardInterrupt may be raised in a callback of its event loop, where nobody can take it. Without effect
     outside the main thread, where none is raised.
