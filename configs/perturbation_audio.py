@@ -1,4 +1,4 @@
-"""Impact of removing parts of spectrograms: the shipped model of spoken digits, on the speaker that it never heard.
+"""Impact of removing parts of spectrograms: a shipped model of spoken digits, on the speaker that it never heard.
 
     tokentm evaluate configs/perturbation_audio.py                 pixels, set to silence, 10 % to 90 %
     tokentm evaluate configs/perturbation_audio.py:task=srg        patches, set to the mean of the training set
@@ -40,7 +40,7 @@ def get_config(
         name="_".join([task, "audio", *(part for part in (speaker, model) if part not in ("theo", "shipped"))]),
         task=task,
         data=sample_data("recordings"),
-        model="spoken_digits" if model == "shipped" else None,
+        model="spoken_digits_four" if model == "shipped" else None,  # trained on the others
         names=f"*_{speaker}_*",
         rows=CHEAP,
         batch_size=50,

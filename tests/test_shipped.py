@@ -21,15 +21,16 @@ ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "models"
 CARDS = dict(re.findall(r"^# (\w+)\n(.*?)(?=^# |\Z)", (MODELS / "README.md").read_text(), re.DOTALL | re.MULTILINE))
 IMAGES = {"cifar10_distilled": 0.88, "cifar10_vit": 0.75}  # the least share of the test images that is right
+RECORDINGS = {"spoken_digits": "*_[0-3].wav", "spoken_digits_four": "*_theo_*"}  # what each was not trained on
 
 
-@pytest.mark.parametrize("name", [*IMAGES, "spoken_digits"])
+@pytest.mark.parametrize("name", [*IMAGES, *RECORDINGS])
 def test_the_card_is_true(name):
     path = MODELS / f"{name}.safetensors"
     content, card = path.read_bytes(), CARDS[name]
     assert hashlib.sha256(content).hexdigest() in card
     assert f"{len(content):,} bytes" in card
-    assert len(content) < (3_000_000 if name == "spoken_digits" else 12_000_000)
+    assert len(content) < (3_000_000 if name in RECORDINGS else 12_000_000)
     description = read_description(path)
     assert description is not None
     assert f"{description['top_1']:.2%}".replace("%", " %") in card
@@ -101,7 +102,7 @@ def test_the_accuracy_is_the_one_on_the_card(name, shared):
 
 
 def test_the_digits_are_heard_and_explained(shared, tmp_path):
-    """Three digits of the speaker whom the model never heard."""
+    """Three recordings that the model was not trained on."""
     digits, paths = ("3", "6", "7"), []
     with zipfile.ZipFile(shared / "data/audio/spoken_digits.zip") as archive:
         for digit in digits:
@@ -121,12 +122,12 @@ def test_the_digits_are_heard_and_explained(shared, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_accuracy_of_the_digits_is_the_one_on_the_card(shared):
-    vit = tm.load("spoken_digits")
-    data = load_dataset(shared / "data/audio/spoken_digits.zip", None, "*_theo_*", vit.preprocessing)
+@pytest.mark.parametrize("name", RECORDINGS)
+def test_the_accuracy_of_the_digits_is_the_one_on_the_card(shared, name):
+    vit = tm.load(name)
+    data = load_dataset(shared / "data/audio/spoken_digits.zip", None, RECORDINGS[name], vit.preprocessing)
     predicted = np.asarray(vit.logits(jnp.asarray(data.images, jnp.float32) / 255).argmax(-1))
-    description = read_description(MODELS / "spoken_digits.safetensors")
+    description = read_description(MODELS / f"{name}.safetensors")
     assert description is not None
-    assert (
-        abs((predicted == data.labels).mean() - description["top_1"]) < 0.003
-    )  # one recording of 400: stored as half
+    one = 1 / len(data.labels)  # the weights are rounded to half precision
+    assert abs((predicted == data.labels).mean() - description["top_1"]) < 1.2 * one

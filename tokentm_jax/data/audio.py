@@ -60,9 +60,6 @@ class Spectrogram:
       floor, ceiling: natural logarithms of energies, which become 0 and 1; what is beyond is cut.
       relative: energies are relative to the loudest of the recording.
       padding: value in [0, 1] of the frames after the end of a shorter recording.
-      centre_within: where it is not 0, each band loses its mean over the frames of speech, which removes the colour of
-        the microphone and of the voice (cepstral mean normalisation); a frame is of speech if its loudest band is no
-        more than this below the loudest of the recording, in the unit of `floor`.
 
     Raises InputError for values that are out of range or do not go together.
     """
@@ -76,7 +73,6 @@ class Spectrogram:
     ceiling: Annotated[float, Ge(-100), Le(100)] = 16.0
     relative: bool = False
     padding: Annotated[float, Ge(0), Le(1)] = 0.0
-    centre_within: Annotated[float, Ge(0), Le(100)] = 0.0
 
     def __post_init__(self) -> None:
         where = "preprocessing: 'audio'"
@@ -135,18 +131,12 @@ class Spectrogram:
         samples = resample(recording.samples, recording.rate, self.sampling_rate)
         samples = samples[: (frames - 1) * self.hop + self.window]
         samples = np.pad(samples, (0, max(0, self.window - len(samples))))
-        energies = self._relative(self.log_mel(samples, bins))
-        if self.centre_within:
-            energies = np.maximum(energies, self.floor)
-            loudest = energies.max(0)
-            speech = energies[:, loudest >= loudest.max() - self.centre_within]
-            energies = self._relative(energies - speech.mean(1, keepdims=True))
+        energies = self.log_mel(samples, bins)
+        if self.relative:
+            energies = energies - energies.max()
         levels = ((energies - self.floor) / (self.ceiling - self.floor)).clip(0, 1)
         padding = ((0, 0), (0, frames - levels.shape[1]))
         return np.pad(levels, padding, constant_values=self.padding).astype(np.float32)[..., None]
-
-    def _relative(self, energies: np.ndarray) -> np.ndarray:
-        return energies - energies.max() if self.relative else energies
 
 
 def _mel(hertz: Any) -> Any:

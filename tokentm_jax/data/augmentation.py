@@ -299,18 +299,6 @@ def tilt(most: float, key: Array, image: Array) -> Array:
     return jnp.where(image > 0, (image + level * ramp).clip(0, 1), image)
 
 
-KNOTS = 6  # of `equalise`
-
-
-def equalise(deviation: float, key: Array, image: Array) -> Array:
-    """Another room and microphone: what is not silent becomes louder or softer by a level that is normal at six
-    frequencies, evenly spaced from the lowest to the highest, and linear between them."""
-    levels = deviation * jax.random.normal(key, (KNOTS,), image.dtype)
-    places = jnp.linspace(0, KNOTS - 1, image.shape[0], dtype=image.dtype)
-    gain = jnp.interp(places, jnp.arange(KNOTS, dtype=image.dtype), levels)
-    return jnp.where(image > 0, (image + gain[:, None, None]).clip(0, 1), image)
-
-
 def hiss(most: float, key: Array, image: Array) -> Array:
     """Background noise: nothing is below a level, uniform up to `most`, that wavers by a twentieth."""
     k_level, k_grain = jax.random.split(key)

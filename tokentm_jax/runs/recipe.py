@@ -76,7 +76,6 @@ class TrainConfig:
     delay: Annotated[tuple[Share, Share], Lax] | None = None  # most shift of the sound, as shares: earlier and later
     stretch: Annotated[tuple[Share, Share], Lax] | None = None  # most change of their scale: frequency and time
     tilt: Share = 0.0  # most change of level from the lowest to the highest frequency
-    equalise: Share = 0.0  # deviation of random changes of level over frequency
     hiss: Share = 0.0  # highest level of background noise
     spec_mask: Annotated[tuple[Share, Share], Lax] | None = None  # widest masks of SpecAugment: frequency and time
 
@@ -113,7 +112,6 @@ OF_SPECTROGRAMS = {
     "delay": (6, augmentation.delay),
     "stretch": (2, augmentation.stretch),
     "tilt": (3, augmentation.tilt),
-    "equalise": (7, augmentation.equalise),
     "hiss": (4, augmentation.hiss),
     "spec_mask": (5, augmentation.spec_mask),
 }
