@@ -118,7 +118,7 @@ def test_the_digits_are_heard_and_explained(shared, tmp_path):
     column = 2 * vit.preprocessing.audio.hop * vit.module.tiling.patch[1]  # bytes of a file
     for path, heatmap in zip(paths, maps, strict=True):  # what is relevant is where somebody speaks
         spoken = -(-(path.stat().st_size - 44) // column)
-        assert heatmap[:, :spoken].mean() > 1.5 * heatmap[:, spoken:].mean()
+        assert heatmap[:, :spoken].mean() > 1.3 * heatmap[:, spoken:].mean()
 
 
 @pytest.mark.slow
