@@ -355,7 +355,7 @@ def test_where_a_store_can_be(whole, folder, tmp_path):
     made = json.loads((whole / "zarr.json").read_text())["attributes"]["tokentm"]
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for path, sentence in (
-        ("", "a store must be a name that a file can have, got ''"),
+        ("", "a store of maps must be a name that a file can have, got ''"),
         (
             "http://localhost:1/maps",
             "unsupported URL scheme: a store is a folder, or a URL of gs://, s3://, memory://",
@@ -371,7 +371,7 @@ def test_where_a_store_can_be(whole, folder, tmp_path):
         (folder / "labels.csv", "labels.csv is a file"),
         (folder / "labels.csv" / "maps", "cannot be opened: Not a directory"),
         ("/dev/null", "is a file"),
-        (f"{tmp_path}/a\0b", "a store must be a name that a file can have, got"),
+        (f"{tmp_path}/a\0b", "a store of maps must be a name that a file can have, got"),
         (f"{tmp_path}/{'n' * 300}", "cannot be opened: File name too long"),
         (tmp_path / "loop", "cannot be opened: Too many levels of symbolic links"),
     ):

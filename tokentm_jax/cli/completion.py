@@ -61,12 +61,13 @@ def _classes(ctx: click.Context) -> Iterable[str]:
 
 
 IMAGENET_CLASSES = Path(__file__).resolve().parent.parent / "data" / "imagenet_1k.json"
-SEVERAL = ("method", "methods")  # as a,b,c
+SEVERAL = ("method", "methods", "targets")  # as a,b,c
 NAMES: dict[str, Callable[[click.Context], Iterable[str]]] = {
     "method": _methods,
     "methods": _methods,
     "model": _models,
     "target": _classes,
+    "targets": _classes,
     "versus": _classes,
 }
 
