@@ -185,6 +185,8 @@ def test_each_class(folder, checkpoint, monkeypatch):
     assert [entry["class"] for entry in photo["targets"]] == list(range(6))
     named = ["a.png", "a.ant.npz", "a.bee.npz", "a.cat-x.npz", "a.dog.npz", "a.eel.npz", "a.fox.npz"]
     assert files(folder / "explanations") == sorted(named)
+    (photo,) = json.loads(run(*arguments, "--versus", 1, "--out", "versus").stdout)
+    assert [entry["class"] for entry in photo["targets"]] == [0, 2, 3, 4, 5]  # a class is not compared with itself
     monkeypatch.setattr("tokentm_jax.cli.heatmaps.FEW", 5)  # as of a model of many classes
     (photo,) = json.loads(run(*arguments, "--out", "top").stdout)
     assert photo["targets"] == photo["top5"]

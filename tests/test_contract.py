@@ -231,18 +231,18 @@ def test_what_does_not_differentiate_meets_no_refusal(plain):
 
     def program(images, target):
         maps = explain(params, images, target)
-        alone = jax.vmap(lambda x, t: explain(params, x[None], t[None])[0])(images, target)
+        mapped = jax.vmap(lambda x, t: explain(params, x[None], t[None])[0])(images, target)
         turns = jax.lax.map(lambda one: explain(params, one[0][None], one[1][None])[0], (images, target))
 
         def loss(x):
             noted = explain(still, jax.lax.stop_gradient(x), target)
             return jnp.square(x).sum() + noted.sum(), noted
 
-        return maps, alone, turns, jax.value_and_grad(loss, has_aux=True)(images)
+        return maps, mapped, turns, jax.value_and_grad(loss, has_aux=True)(images)
 
     found = jax.export.export(jax.jit(program))(images, TARGET).call(images, TARGET)
-    maps, alone, turns, ((_, noted), gradient) = found
-    for same in (alone, turns, noted):
+    maps, mapped, turns, ((_, noted), gradient) = found
+    for same in (mapped, turns, noted):
         np.testing.assert_allclose(same, maps, rtol=1e-4, atol=1e-6 * float(jnp.abs(maps).max()))
     np.testing.assert_allclose(gradient, 2 * images)
 

@@ -55,15 +55,15 @@ def pair(shared):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_ranks_alike_in_bfloat16(pair, method):
-    """As in float32, in a batch; and alone as in a batch."""
+    """As in float32, in a batch; and one photo as in a batch."""
     single, half, photos, target = pair
     options = FEW.get(method, {})
     expected, found = (np.asarray(tm.explain(vit, photos, method, target, **options)) for vit in (single, half))
     mean = np.mean([correlation(a, b) for a, b in zip(expected, found, strict=True)])
-    alone = np.asarray(tm.explain(half, photos[:1], method, target[:1], **options))[0]
-    largest = np.abs(alone - found[0]).max() / np.abs(found[0]).max()
-    together = correlation(alone, found[0])
-    print(f"{method}: mean rank correlation {mean:.4f}; alone {together:.4f}, off by {largest:.1%} of the maximum")
+    one = np.asarray(tm.explain(half, photos[:1], method, target[:1], **options))[0]
+    largest = np.abs(one - found[0]).max() / np.abs(found[0]).max()
+    together = correlation(one, found[0])
+    print(f"{method}: mean rank correlation {mean:.4f}; one photo {together:.4f}, off by {largest:.1%} of the maximum")
     assert mean >= LEAST
     assert together >= LEAST
     if METHODS[method].float32:

@@ -201,7 +201,7 @@ def test_a_leaderboard(whole, config, vit, tmp_path):
 
 
 def test_methods_of_an_earlier_run_stay(whole, config, vit, tmp_path, monkeypatch):
-    """A run of one method into the folder of all of them measures its speed alone, and the table keeps all."""
+    """A run of one method into the folder of all of them measures only its speed, and the table keeps all."""
     out, found = tmp_path / "out", whole[1]
     shutil.copytree(whole[0], out)
     measured = []

@@ -318,11 +318,11 @@ def test_each_photo_has_its_own_class_in_a_browser(place, tmp_path):
         page.locator("#gallery button").first.click()
         signed = page.locator("#maps canvas").nth(2)
         pixels = np.array(signed.evaluate(PIXELS)).reshape(-1, 4)
-        alone = page.evaluate(
+        listed = page.evaluate(
             "() => { const d = detailsOf(0), m = mapOf(d, 'gradient_x_input', document.getElementById('class').value);"
             " return [...shaded(resized(m, 96, Math.round(96 * m.w / m.h))).values]; }"
         )
-        share = np.array(alone)
+        share = np.array(listed)
         assert share.min() < 0 < share.max() and np.abs(share).max() == 1
         np.testing.assert_allclose(pixels[:, 3] / 255, 1.15 * share**2 / (share**2 + 0.15), atol=0.005)
         assert complaints == []

@@ -62,7 +62,7 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A server on this machine in place of GitHub's: `answers` has an archive, or a function of the handler, by
+    """A server on this machine instead of GitHub's: `answers` has an archive, or a function of the handler, by
     commit; `asked` has what was asked for."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -174,7 +174,7 @@ BROKEN = {
     "nothing": (None, "404"),
     "a transfer that breaks off": (answer_part, "commit.zip"),
     "a transfer without end": (answer_without_end, "more than the archive can have"),
-    "no answer": (lambda handler: handler.connection.close(), "commit.zip"),
+    "no answer": (lambda handler: handler.connection.close(), "commit.zip: Remote end closed connection without response"),
 }
 
 

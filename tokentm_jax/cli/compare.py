@@ -16,7 +16,7 @@ from tokentm_jax.errors import printable
 @click.argument("runs", nargs=-1, required=True, type=PATH, metavar="RUN...")
 @click.option("--to", metavar="METHOD", help="The row that the others are compared with; default: the first.")
 @click.option("--recipe", type=PATH, metavar="CONFIG.py", help="Recipe that defines the task of the runs; it is run.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document in place of a table.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
 def compare(runs: tuple[Path, ...], to: str | None, recipe: Path | None, as_json: bool) -> None:
     """Put finished evaluations side by side, with paired differences and their 95 % intervals.
 

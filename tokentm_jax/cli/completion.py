@@ -38,23 +38,23 @@ def _methods(ctx: click.Context) -> Iterable[str]:
 
 def _models(ctx: click.Context) -> Iterable[str]:
     from tokentm_jax.models.architectures import ARCHITECTURES
-    from tokentm_jax.models.loading import SHIPPED
+    from tokentm_jax.models.loading import shipped
 
-    return [*(file.stem for folder in SHIPPED for file in sorted(folder.glob("*.safetensors"))), *ARCHITECTURES]
+    return [*shipped(), *ARCHITECTURES]
 
 
 def _classes(ctx: click.Context) -> Iterable[str]:
     """The classes of the model that is named, or of the default one; of ImageNet where the model is not shipped."""
     from tokentm_jax.models.checkpoint import read_description
-    from tokentm_jax.models.loading import DEFAULT_MODEL, SHIPPED
+    from tokentm_jax.models.loading import DEFAULT_MODEL, shipped
     from tokentm_jax.models.loading import _read_names as read_names
 
     name, checkpoint = ctx.params.get("model"), ctx.params.get("checkpoint")
     if ctx.params.get("classes"):
         return read_names(Path(ctx.params["classes"]))[0]
     name = name or (DEFAULT_MODEL if ctx.command.name != "explain-audio" else "spoken_digits")
-    own = [folder / f"{name}.safetensors" for folder in SHIPPED] if checkpoint is None else [Path(checkpoint)]
-    description = next((read_description(file) for file in own if file.is_file()), None)
+    file = shipped().get(name) if checkpoint is None else Path(checkpoint)
+    description = read_description(file) if file is not None and file.is_file() else None
     if description is not None and description["class_names"]:
         return description["class_names"]
     return read_names(IMAGENET_CLASSES)[0] if IMAGENET_CLASSES.is_file() else ()

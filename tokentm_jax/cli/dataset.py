@@ -27,7 +27,7 @@ from tokentm_jax.errors import InputError
 )
 @click.option("--dtype", default="float16", show_default=True, help="Of the stored maps: float16 or float32.")
 @click.option("--profile", default="default", show_default=True, help="Preprocessing: the model's, or reference.")
-@click.option("--limit", type=click.IntRange(1), help="So many images, spread evenly over the data set.")
+@click.option("--limit", type=click.IntRange(1), help="Number of images, taken at even intervals.")
 @click.option("--batch-size", type=click.IntRange(1, 4096), default=32, show_default=True, help="Per device.")
 @click.option("--chunk-size", type=click.IntRange(1), help="Images written together; default: 256 or a little more.")
 @click.option("--label-map", metavar="FILE", help="JSON or CSV: the data set's name of a class, the model's class.")

@@ -168,8 +168,8 @@ def _explain(
     if hears != (what == "recording"):
         kind, command = ("recordings", "explain-audio") if hears else ("photos", "explain")
         raise InputError(f"{vit.name} takes {kind}: use `tokentm {command}`")
-    asked = prompts_asked(vit, list(dict.fromkeys(prompts))) if prompts else classes_asked(vit, targets)
     other = None if versus is None else vit.class_index(versus)
+    asked = prompts_asked(vit, list(dict.fromkeys(prompts))) if prompts else classes_asked(vit, targets, other)
     if other is not None and other in (one.index for one in asked):
         raise InputError(f"--target and --versus are the same class, {vit.class_name(other)!r}")
     if other is not None and any(one.rank for one in asked):

@@ -36,7 +36,7 @@ Scores = dict[int, dict[str, list[list["Word"]]]]  # class -> method -> for ever
     help="Also write a page, with the best five classes of each text.",
 )
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Option of the method; repeatable.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document in place of words.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of words.")
 @may_overwrite
 def explain_text(
     texts: tuple[str, ...],

@@ -56,18 +56,18 @@ class Asked(NamedTuple):
         return np.argsort(-outputs, axis=-1, kind="stable")[:, self.rank].astype(np.int32)
 
 
-def classes_asked(vit: "LoadedViT", targets: Sequence[str | int]) -> list[Asked]:
+def classes_asked(vit: "LoadedViT", targets: Sequence[str | int], versus: int | None = None) -> list[Asked]:
     """The classes that targets name, each once; the predicted one without a target.
 
     A target is a class by name or number, several of them with commas between (a name that has commas is one class),
-    or "each": all classes of a model with up to `FEW`, and else the `TOP` most probable ones of each photo. Raises
-    InputError.
+    or "each": all classes but `versus` of a model with up to `FEW`, and else the `TOP` most probable ones of each photo.
+    Raises InputError.
     """
-    found = [asked for target in targets for asked in _classes_of(vit, target)]
+    found = [asked for target in targets for asked in _classes_of(vit, target, versus)]
     return list(dict.fromkeys(found)) if targets else [Asked()]
 
 
-def _classes_of(vit: "LoadedViT", target: str | int) -> list[Asked]:
+def _classes_of(vit: "LoadedViT", target: str | int, versus: int | None) -> list[Asked]:
     try:
         index = vit.class_index(target)
         return [Asked(index, part=class_part(vit, index))]
@@ -75,11 +75,11 @@ def _classes_of(vit: "LoadedViT", target: str | int) -> list[Asked]:
         if target == EACH:
             count = vit.module.num_classes
             if count <= FEW:
-                return [Asked(index, part=class_part(vit, index)) for index in range(count)]
+                return [Asked(index, part=class_part(vit, index)) for index in range(count) if index != versus]
             return [Asked(rank=rank, part=f"top-{rank + 1}") for rank in range(TOP)]
         if not isinstance(target, str) or "," not in target:
             raise
-    return [asked for part in target.split(",") for asked in _classes_of(vit, part.strip())]
+    return [asked for part in target.split(",") for asked in _classes_of(vit, part.strip(), versus)]
 
 
 def class_part(vit: "LoadedViT", index: int) -> str:

@@ -1,4 +1,4 @@
-"""`tokentm leaderboard`: all methods by all yardsticks in one table."""
+"""`tokentm leaderboard`: all methods by all metrics in one table."""
 
 import dataclasses
 from pathlib import Path
@@ -12,11 +12,11 @@ from tokentm_jax.cli.terminal import running_table, show_results
 
 @click.command()
 @click.argument("recipe", type=PATH, metavar="CONFIG.py")
-@click.option("--checkpoint", type=PATH, help="Weights, in place of the recipe's.")
+@click.option("--checkpoint", type=PATH, help="Weights, instead of the recipe's.")
 @click.option("--methods", help="Rows of the recipe, as a,b,c.")
-@click.option("--runs", help="Yardsticks of the recipe, as a,b,c; that of its `faithfulness` must be among them.")
-@click.option("--limit", type=click.IntRange(1), help="At most so many images for every run.")
-@click.option("--batch-size", type=click.IntRange(1, 4096), help="In place of the recipe's.")
+@click.option("--runs", help="Metrics of the recipe, as a,b,c, with that of its `faithfulness`.")
+@click.option("--limit", type=click.IntRange(1), help="Largest number of images of each run.")
+@click.option("--batch-size", type=click.IntRange(1, 4096), help="Instead of the recipe's.")
 @class_names
 @click.option("--maps", type=TEXT, multiple=True, help="Store of `tokentm dataset` to take maps from; repeatable.")
 @click.option("--out", type=PATH, help="Folder; default: runs/<name of the recipe>.")
@@ -33,11 +33,11 @@ def leaderboard(
     out: Path | None,
     overwrite: bool,
 ) -> None:
-    """Measure methods by many yardsticks and rank them; started again with the same folder, it goes on.
+    """Measure methods by many metrics and rank them; started again with the same folder, it goes on.
 
     CONFIG.py is a Python file that is run, and whose `config`, or what its `get_config(KEY=VALUE, ...)` returns, is a
     LeaderboardConfig. The results are leaderboard.md, leaderboard.json and leaderboard.png (faithfulness against
-    cost). Every yardstick is a folder that `tokentm compare` reads. The speed of the methods is measured at the end,
+    cost). Every metric has a folder that `tokentm compare` reads. The speed of the methods is measured at the end,
     on this machine.
 
     \b

@@ -31,13 +31,13 @@ METHODS_SHOWN = ("tokentm", "gae", "attn_lrp", "legrad", "transformer_attributio
 @click.option("--methods", help=f"As a,b,c; default: {', '.join(METHODS_SHOWN)}; or those of the run or store.")
 @click.option("--target", help="Class to explain in photos, by number or name, beside the most probable ones.")
 @click.option(
-    "--top", type=click.IntRange(1, 10), default=3, show_default=True, help="So many classes of each photo explained."
+    "--top", type=click.IntRange(1, 10), default=3, show_default=True, help="Number of explained classes of each photo."
 )
 @click.option("--data", type=TEXT, metavar="SOURCE", help="Where the photos of a run or store lie now.")
-@click.option("--limit", type=click.IntRange(1), help="So many photos, spread evenly over the data set.")
+@click.option("--limit", type=click.IntRange(1), help="Number of photos, taken at even intervals.")
 @click.option(
     "--best", type=click.IntRange(0, 50), default=3, show_default=True,
-    help="Of a run: so many of the best and of the worst images of each method are explained.",
+    help="Of a run: number of the best and of the worst images of each method that are explained.",
 )  # fmt: skip
 @click.option("--recipe", type=PATH, metavar="CONFIG.py", help="Recipe that defines the task of the run; it is run.")
 @class_names

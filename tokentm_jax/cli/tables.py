@@ -11,7 +11,7 @@ from tokentm_jax.cli.terminal import console
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document in place of a table.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
 def models(as_json: bool) -> None:
     """List the shipped models, and timm's: with weights on the Hugging Face Hub, or only for a checkpoint.
 
@@ -46,11 +46,10 @@ def _sides(size: int | Sequence[int]) -> str:
 def _model_rows() -> Iterator[dict[str, Any]]:
     from tokentm_jax.models.architectures import ARCHITECTURES, build, parameter_count, tags_of
     from tokentm_jax.models.checkpoint import read_description
-    from tokentm_jax.models.loading import SHIPPED
+    from tokentm_jax.models.loading import shipped
 
-    files = {file.stem: file for folder in reversed(SHIPPED) for file in sorted(folder.glob("*.safetensors"))}
-    shipped = {name: read_description(file) for name, file in files.items()}
-    configs = {name: (description["architecture"], True) for name, description in shipped.items() if description}
+    described = {name: read_description(file) for name, file in shipped().items()}
+    configs = {name: (description["architecture"], True) for name, description in described.items() if description}
     for name, (config, is_shipped) in {**configs, **{n: (c, False) for n, (c, _) in ARCHITECTURES.items()}}.items():
         module = build(config)
         yield {
@@ -64,7 +63,7 @@ def _model_rows() -> Iterator[dict[str, Any]]:
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document in place of a table.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
 def methods(as_json: bool) -> None:
     """List the explanation methods.
 

@@ -18,8 +18,8 @@ from tokentm_jax.errors import InputError, printable
 )
 @click.option("--test", "test_data", type=TEXT, help="The same, to measure the accuracy on.")
 @click.option("--out", type=PATH, help="Folder; default: runs/<name of the recipe>.")
-@click.option("--epochs", type=click.FloatRange(0, min_open=True), help="In place of the recipe's.")
-@click.option("--limit", type=click.IntRange(1), help="Use so many images of each set.")
+@click.option("--epochs", type=click.FloatRange(0, min_open=True), help="Instead of the recipe's.")
+@click.option("--limit", type=click.IntRange(1), help="Number of images of each set.")
 @may_overwrite
 def train(
     recipe: Path,

@@ -183,11 +183,18 @@ def _download(sample: Sample, work: Path, step: Callable[[int], Any]) -> Path:
         own: Any = download  # pooch's type has other names of the parameters
         return Path(pooch.retrieve(sample.address, None, "archive.zip", work, downloader=own))
     except requests.RequestException as error:
-        raise InputError(f"{sample.address}: {reason(error)}") from None
+        raise InputError(f"{sample.address}: {reason(_first_cause(error))}") from None
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """The error from which others were raised, such as a name that no server knows."""
+    while (deeper := error.__cause__ or error.__context__) is not None:
+        error = deeper
+    return error
 
 
 class _Limited:
-    """A file that takes so many bytes at most, and tells of them."""
+    """A file that takes a limited number of bytes, and reports them."""
 
     def __init__(self, file: Any, limit: int, step: Callable[[int], Any]) -> None:
         self._file, self._left, self._step = file, limit, step

@@ -256,6 +256,8 @@ def _described(
     """Configuration, preprocessing and name, from what the caller says first and from the file second."""
     stored = None if description is None else Preprocessing.from_dict(description["preprocessing"])
     if isinstance(model, str):
+        if model in (files := shipped()) and model.partition(".")[0] not in ARCHITECTURES:
+            raise InputError(f"the model {model} is shipped, in {files[model]}: leave out the checkpoint {path}")
         config, preprocessing = architecture(model)
         return config, stored or preprocessing, model
     if model is not None:
@@ -268,13 +270,18 @@ def _described(
     return description["architecture"], stored, path.stem
 
 
+def shipped() -> dict[str, Path]:
+    """The files of the shipped models, by name."""
+    return {path.stem: path for folder in reversed(SHIPPED) for path in sorted(folder.glob("*.safetensors"))}
+
+
 def _weights(model: str | Mapping[str, Any] | None) -> tuple[str | None, Path]:
     """The model and the file of its weights, without a checkpoint: a shipped one (None: the default), which describes
     itself, or timm's, from the hub."""
     if model is not None and not isinstance(model, str):
         raise InputError("a model given by its options needs a checkpoint")
     name = DEFAULT_MODEL if model is None else model
-    files = {path.stem: path for folder in reversed(SHIPPED) for path in sorted(folder.glob("*.safetensors"))}
+    files = shipped()
     if name in files:
         return None, files[name]
     if name.partition(".")[0] in ARCHITECTURES:

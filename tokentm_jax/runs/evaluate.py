@@ -273,7 +273,10 @@ def evaluate(
         config = dataclasses.replace(config, rows=(*config.rows, Row(RANDOM, RANDOM)))
     task = TASKS[config.task]
     if task.needs and not {"labels": source.labelled, "masks": source.masked}[task.needs]:
-        raise InputError(f"{source.name} has no {task.needs}, which the task {config.task!r} needs")
+        without = ", ".join(name for name, other in TASKS.items() if not other.needs)
+        raise InputError(
+            f"{source.name} has no {task.needs}, which the task {config.task!r} needs; tasks without: {without}"
+        )
     for row in config.rows:
         if row.random_blocks is not None and not 0 <= row.random_blocks <= vit.module.depth:
             raise InputError(f"random_blocks of {row.name!r} must be from 0 to {vit.module.depth} for {vit.name}")
