@@ -204,7 +204,7 @@ def test_shipped_models(tiny, tmp_path, monkeypatch):
     assert load().name == load("cifar10_distilled").name == "cifar10_distilled"
     with pytest.raises(InputError, match="did you mean 'cifar10_distilled'"):
         load("cifar_distilled")
-    with pytest.raises(InputError, match="cifar10_distilled is shipped, in .*: leave out the checkpoint"):
+    with pytest.raises(InputError, match=r"cifar10_distilled is shipped, in .*: leave out the checkpoint"):
         load("cifar10_distilled", tmp_path / "cifar10_distilled.safetensors")
     with pytest.raises(InputError, match="needs a checkpoint"):
         load(OPTIONS)

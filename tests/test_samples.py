@@ -174,7 +174,7 @@ BROKEN = {
     "nothing": (None, "404"),
     "a transfer that breaks off": (answer_part, "commit.zip"),
     "a transfer without end": (answer_without_end, "more than the archive can have"),
-    "no answer": (lambda handler: handler.connection.close(), "commit.zip: Remote end closed connection without response"),
+    "no answer": (lambda handler: handler.connection.close(), "commit.zip: Remote end closed connection"),
 }
 
 

@@ -329,5 +329,5 @@ def require_ours(path: str | os.PathLike[str], overwrite: bool = False, *, folde
         kind = kinds.get(stat.S_IFMT(mode), "a pipe or device")
         raise InputError(f"{name} is {kind}, and {other} is to be written there: choose another name")
     if not overwrite and not ours(path):
-        advice = "choose another name" + ("" if folder else ", or allow it with --overwrite (in Python, overwrite=True)")
+        advice = "choose another name" + ("" if folder else ", or allow it with --overwrite (Python: overwrite=True)")
         raise InputError(f"{name} is there and was not written by this program: {advice}")

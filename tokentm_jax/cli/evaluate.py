@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @click.option("--checkpoint", type=PATH, help="Weights, instead of the recipe's.")
 @click.option("--data", type=TEXT, help="Folder, zip, .mat file or tfds:NAME:SPLIT, instead of the recipe's.")
 @click.option("--methods", help="Rows of the recipe or other methods, as a,b,c.")
-@click.option("--limit", type=click.IntRange(1), help="Number of images, drawn by the seed; of texts, at even intervals.")
+@click.option("--limit", type=click.IntRange(1), help="Number of images, drawn by the seed; of texts, spread evenly.")
 @click.option("--half", type=click.Choice(["even", "odd"]), help="Use only the images at even (or odd) positions.")
 @click.option("--names", type=TEXT, metavar="PATTERN", help="Use only images whose names match; !PATTERN: do not.")
 @click.option("--batch-size", type=click.IntRange(1, 4096), help="Instead of the recipe's.")

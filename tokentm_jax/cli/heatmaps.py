@@ -60,8 +60,8 @@ def classes_asked(vit: "LoadedViT", targets: Sequence[str | int], versus: int | 
     """The classes that targets name, each once; the predicted one without a target.
 
     A target is a class by name or number, several of them with commas between (a name that has commas is one class),
-    or "each": all classes but `versus` of a model with up to `FEW`, and else the `TOP` most probable ones of each photo.
-    Raises InputError.
+    or "each": all classes of a model with up to `FEW` except `versus`, and else the `TOP` most probable ones of each
+    photo. Raises InputError.
     """
     found = [asked for target in targets for asked in _classes_of(vit, target, versus)]
     return list(dict.fromkeys(found)) if targets else [Asked()]

@@ -31,7 +31,7 @@ METHODS_SHOWN = ("tokentm", "gae", "attn_lrp", "legrad", "transformer_attributio
 @click.option("--methods", help=f"As a,b,c; default: {', '.join(METHODS_SHOWN)}; or those of the run or store.")
 @click.option("--target", help="Class to explain in photos, by number or name, beside the most probable ones.")
 @click.option(
-    "--top", type=click.IntRange(1, 10), default=3, show_default=True, help="Number of explained classes of each photo."
+    "--top", type=click.IntRange(1, 10), default=3, show_default=True, help="Number of classes of each photo."
 )
 @click.option("--data", type=TEXT, metavar="SOURCE", help="Where the photos of a run or store lie now.")
 @click.option("--limit", type=click.IntRange(1), help="Number of photos, taken at even intervals.")
