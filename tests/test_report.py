@@ -243,7 +243,7 @@ def test_bad_arguments_are_one_sentence(place, tmp_path):
     checkpoint, photos = place / "tiny.safetensors", place / "photos"
     (tmp_path / "results.json").write_text("{}")
     for arguments, sentence in (
-        ([tmp_path / "none.png"], "none.png"),
+        ([tmp_path / "none.png"], r"^Error: \S+none.png does not exist: expected photos, a run or a store\n$"),
         ([photos, "--methods", "gea"], "did you mean 'gae'"),
         ([photos, "--checkpoint", checkpoint, "--target", "z"], "z"),
         ([photos, "--data", photos], "--data is for a report on a run or a store, not on photos"),

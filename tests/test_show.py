@@ -51,6 +51,11 @@ def test_a_photo_and_its_maps(vit, path, target):
     assert "a &lt;b&gt; $x$.png" in figure._repr_html_() and "<b> $" not in figure._repr_html_()
 
 
+def test_a_figure_in_a_terminal(vit, path):
+    """One line that tells how to see it."""
+    assert repr(tm.show(path, vit)) == '<Figure of 2 pictures: a notebook shows it, .save("figure.png") writes it>'
+
+
 def test_arrays_are_the_same_photo(vit, path):
     expected = tm.show(path, vit)
     for same in (PHOTO, PHOTO[None], PHOTO / 255, [path], str(path)):

@@ -94,7 +94,7 @@ def explain(photos: tuple[str, ...], **given: Any) -> None:
     Examples:
       tokentm explain cat.jpg
       tokentm explain photos/ --model deit_tiny_patch16_224
-      tokentm explain cat.jpg --method tokentm,rollout,gae --target "tabby cat"
+      tokentm explain cat.jpg --method tokentm,rollout,gae --target dog
       tokentm explain cat.jpg dog.jpg --target cat,dog --format pdf --squares
       tokentm explain cat.jpg --versus dog
       tokentm explain cat.jpg --model hf-hub:openai/clip-vit-base-patch32 --text "a cat" --text "whiskers"

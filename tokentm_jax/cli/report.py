@@ -1,5 +1,6 @@
 """`tokentm report`: one page that shows photos, an evaluation or a store of maps."""
 
+import glob
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,9 @@ METHODS_SHOWN = ("tokentm", "gae", "attn_lrp", "legrad", "transformer_attributio
 @click.argument("what", nargs=-1, required=True, metavar="PHOTO...|RUN|STORE")
 @click.option("--out", type=PATH, default="report.html", show_default=True, help="The page.")
 @click.option("--model", type=TEXT, help=f"{MODELS_HELP[:-1]}, or the run's.")
-@click.option("--checkpoint", type=PATH, help="Weights; default: the shipped model, or the run's.")
+@click.option(
+    "--checkpoint", type=PATH, help="Weights; default: the shipped model's, timm's of a timm name, or the run's."
+)
 @click.option("--methods", help=f"As a,b,c; default: {', '.join(METHODS_SHOWN)}; or those of the run or store.")
 @click.option("--target", help="Class to explain in photos, by number or name, beside the most probable ones.")
 @click.option(
@@ -69,7 +72,7 @@ def report(
     \b
     Examples:
       tokentm report cat.jpg --target cat
-      tokentm report photos/ --model deit_tiny_patch16_224 --checkpoint deit_tiny.safetensors --out deit.html
+      tokentm report photos/ --model deit_tiny_patch16_224 --out deit.html
       tokentm report runs/photos
       tokentm report maps --data photos/
     """
@@ -128,4 +131,6 @@ def _kind(what: Sequence[str]) -> str:
             if len(what) > 1:
                 raise InputError(f"{each} is {kind}: a report is on one of them, or on photos")
             return kind
+    if len(what) == 1 and not os.path.lexists(what[0]) and not glob.has_magic(what[0]):
+        raise InputError(f"{what[0]} does not exist: expected photos, a run or a store")
     return "photos"

@@ -29,7 +29,7 @@ QUICK = (  # methods of a few passes, each family once or twice
 
 @click.command()
 @click.option("--model", type=TEXT, help=MODELS_HELP)
-@click.option("--checkpoint", type=PATH, help="Weights; default: the shipped model.")
+@click.option("--checkpoint", type=PATH, help="Weights; default: the shipped model's, or timm's of a timm name.")
 @click.option("--methods", help="Methods to choose from, as a,b,c, or 'all'; the first is shown first.")
 @class_names
 @click.option("--host", type=TEXT, default="127.0.0.1", show_default=True, help="0.0.0.0 opens it to other machines.")
@@ -58,7 +58,7 @@ def serve(
     \b
     Examples:
       tokentm serve
-      tokentm serve --model deit_tiny_patch16_224 --checkpoint deit_tiny.safetensors
+      tokentm serve --model deit_tiny_patch16_224
       tokentm serve --methods gae,rollout --host 0.0.0.0 --port 8080
     """
     try:

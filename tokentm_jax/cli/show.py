@@ -39,13 +39,16 @@ if TYPE_CHECKING:
 _GAP = 12  # pixels between pictures on a page
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Figure:
     """Rows of pictures, which a notebook shows. `rows` has the pictures as arrays; `save` writes a file of all."""
 
     rows: tuple[tuple[Panel, ...], ...]
     title: str = ""
     look: Look = SMOOTH
+
+    def __repr__(self) -> str:
+        return f'<Figure of {sum(map(len, self.rows))} pictures: a notebook shows it, .save("figure.png") writes it>'
 
     def _repr_html_(self) -> str:
         rows = (
