@@ -152,10 +152,11 @@ def test_a_command_leaves_what_is_there(command, name, kind, inside, tmp_path):
             assert found.exit_code == 2 or taken, found.output
 
 
-@pytest.mark.parametrize("place", [".", "..", "/", "/dev", "/dev/null", "/dev/stdout", "/dev/shm"])
+@pytest.mark.parametrize("place", [".", "..", "~", "/", "/dev", "/dev/null", "/dev/stdout", "/dev/shm"])
 @pytest.mark.parametrize("command", ONE_FILE)
-def test_places_that_are_no_files(command, place, inside):
-    here = sorted(os.listdir("."))
+def test_places_that_are_no_files(command, place, inside, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    here, place = sorted(os.listdir(".")), os.path.expanduser(place)
     assert run(*arguments_of(command, Path(place), "")).exit_code == 2
     assert run(*arguments_of(command, Path(place), ""), "--overwrite").exit_code == 2
     assert sorted(os.listdir(".")) == here and os.path.lexists(place)
