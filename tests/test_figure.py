@@ -206,6 +206,20 @@ def test_grids(tmp_path, photos, methods, questions):
         assert not any(a.overlaps(b) for b in boxes[i + 1 :])
 
 
+def test_a_method_has_one_scale_in_a_grid():
+    """That of signs where one of its maps has some."""
+    maps = {"occlusion": (np.eye(4), -np.eye(4)), "tokentm": (np.eye(4), np.eye(4) + 1)}
+    explained = [
+        Explained(method, question, [heatmap], [question], [""])
+        for method, pair in maps.items()
+        for question, heatmap in zip(("cat", "dog"), pair, strict=True)
+    ]
+    rows = arranged([Panel(PHOTO, "a.png")], explained)
+    assert [[panel.signed for panel in row] for row in rows] == [[None, True, False]] * 2
+    values = shade(np.eye(4), PHOTO.shape[:2], signed=True)[0]
+    np.testing.assert_array_equal(rows[0][1].picture, blend(PHOTO, values, True))
+
+
 def test_a_long_grid_has_a_size_that_files_can_have():
     row = [Panel(PHOTO, "a.png"), Panel(PHOTO, "tokentm", signed=False)]
     figure = grid([row] * 3, dpi=2e4)

@@ -97,6 +97,7 @@ def world(tmp_path_factory):
 @pytest.fixture
 def inside(world, monkeypatch):
     monkeypatch.chdir(world)
+    (world / "cache").mkdir(exist_ok=True)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(world / "cache"))
     with jax.numpy_dtype_promotion("standard"):  # Optax mixes integer counts with floats
         yield

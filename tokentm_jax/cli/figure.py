@@ -103,8 +103,17 @@ class Scales(NamedTuple):
     y: Sequence[tuple[float, str]]
 
 
-def shade(heatmap: np.ndarray, size: tuple[int, int], squares: bool = False) -> tuple[np.ndarray, bool]:
-    """A token or pixel map [gh, gw] as values to show on `size` (h, w) pixels, and whether it is signed.
+def has_signs(heatmap: np.ndarray) -> bool:
+    """Whether a map has negative values, apart from those that are not finite."""
+    values = np.asarray(heatmap)
+    return bool((values[np.isfinite(values)] < 0).any())
+
+
+def shade(
+    heatmap: np.ndarray, size: tuple[int, int], squares: bool = False, signed: bool | None = None
+) -> tuple[np.ndarray, bool]:
+    """A token or pixel map [gh, gw] as values to show on `size` (h, w) pixels, and whether it is signed: with negative
+    values, or where the caller says so, as for a map beside others of its method.
 
     Maps without negative values are stretched to [0, 1] (smallest to largest; a constant map is 0). Signed maps are
     divided by the 99.5th percentile of their magnitude and cut to [-1, 1], so that zero stays in the middle and few
@@ -113,7 +122,7 @@ def shade(heatmap: np.ndarray, size: tuple[int, int], squares: bool = False) -> 
     """
     values = np.nan_to_num(np.asarray(heatmap, np.float64), posinf=0, neginf=0)
     values = values / (np.abs(values).max(initial=0) or 1)
-    signed = bool((values < 0).any())
+    signed = has_signs(values) if signed is None else signed
     # Bilinear with half-pixel centres, as `to_pixels`; that one's min-max would move the zero of a signed map.
     way = Image.Resampling.NEAREST if squares else Image.Resampling.BILINEAR
     values = np.asarray(Image.fromarray(values.astype(np.float32)).resize((size[1], size[0]), way))
@@ -199,13 +208,15 @@ def arranged(photos: Sequence[Panel], explained: Sequence[Explained], look: Look
     With several of both, each photo has a row for each question, and a column is a method."""
     methods, questions = ({one[k]: None for one in explained} for k in (0, 1))
     shared = len(questions) > 1 and len(methods) == 1
+    signed_ones = {one.method for one in explained if any(map(has_signs, one.maps))}  # one scale for each method
     rows = []
     for i, photo in enumerate(photos):
         for question in questions if len(methods) > 1 else [None]:
             row = [photo]
             for one in explained:
                 if question in (None, one.question):
-                    values, signed = shade(one.maps[i], photo.picture.shape[:2], look.squares)
+                    signed, size = one.method in signed_ones, photo.picture.shape[:2]
+                    values, _ = shade(one.maps[i], size, look.squares, signed)
                     picture, both = (
                         blend(photo.picture, values, signed, look.colours),
                         f"{one.names[i]} {one.values[i]}",
