@@ -17,6 +17,9 @@ import tokentm_jax as tm
 from tokentm_jax.cli import report_page
 from tokentm_jax.cli.main import main
 from tokentm_jax.cli.report_page import packed, packed_map
+from tokentm_jax.data.labels import IMAGENET_1K
+from tokentm_jax.identity import digest
+from tokentm_jax.models.loading import read_class_names
 
 pytest.importorskip("jinja2")
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -237,6 +240,21 @@ def test_a_page_of_a_store(place, tmp_path):
     assert found.exit_code == 0, found.output
     settings, _ = content(page)
     assert all(re.search(r"\d", name) for name in settings["classes"].values())
+
+
+def test_classes_of_a_store_of_a_model_of_timm(place, tmp_path, monkeypatch):
+    """ImageNet's names are those of the package: nothing is downloaded for them."""
+    store, page = tmp_path / "maps", tmp_path / "store.html"
+    run("dataset", place / "photos", "--out", store, "--checkpoint", place / "tiny.safetensors", "--limit", 2)
+    names, wnids = read_class_names(IMAGENET_1K, 1000)
+    root = json.loads((store / "zarr.json").read_text())
+    made = root["attributes"]["tokentm"]
+    made["classes"], made["model"]["name"] = digest(names, wnids), "deit_tiny_patch16_224"
+    (store / "zarr.json").write_text(json.dumps(root))
+    monkeypatch.setattr("tokentm_jax.models.loading.download_weights", lambda name: pytest.fail("a download"))
+    assert run("report", store, "--out", page).exit_code == 0
+    settings, _ = content(page)
+    assert all(name == names[int(klass)] for klass, name in settings["classes"].items())
 
 
 def test_bad_arguments_are_one_sentence(place, tmp_path):

@@ -23,6 +23,7 @@ from tokentm_jax.cli.figure import as_base64, colour_tables, data_url
 from tokentm_jax.cli.heatmaps import softmax
 from tokentm_jax.cli.templates import render
 from tokentm_jax.cli.terminal import complain, memory_errors, running_images
+from tokentm_jax.data.labels import IMAGENET_1K
 from tokentm_jax.data.photos import find_photos, fit, open_photo, view
 from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.data.sources import Source, open_source, prepare, spread
@@ -35,7 +36,8 @@ from tokentm_jax.methods.explain import explain
 from tokentm_jax.methods.table import METHODS
 from tokentm_jax.methods.titles import title_of
 from tokentm_jax.metrics.tasks import CLEAN, PREDICTED, RANDOM, TASKS, Row
-from tokentm_jax.models.loading import LoadedViT, load, predict, read_class_names
+from tokentm_jax.models.checkpoint import read_description
+from tokentm_jax.models.loading import LoadedViT, load, predict, read_class_names, shipped
 from tokentm_jax.runs.evaluate import examples
 from tokentm_jax.runs.records import table_of
 from tokentm_jax.runs.report import Finished, open_finished
@@ -511,18 +513,17 @@ def store_page(
 def _names_of_store(
     made: Mapping[str, Any], source: Source | None, given: Path | None, count: int
 ) -> Sequence[str] | None:
-    """The class names of a store: those that are given, or, by its checksum of them, the data set's or a shipped
-    model's. None where they are not known."""
+    """The class names of a store: those that are given, or, by its checksum of them, the data set's, a shipped model's
+    or ImageNet's. None where they are not known."""
     if given is not None:
         return read_class_names(given, count)[0]
-    known = made.get("classes")
-    if source is not None and known == digest(source.class_names, None):
-        return source.class_names
-    try:
-        vit = load(made["model"]["name"])
-    except InputError:
-        return None
-    return vit.class_names if known == digest(vit.class_names, vit.wnids) else None
+    known: list[tuple[Sequence[str] | None, Sequence[str] | None]] = [read_class_names(IMAGENET_1K, 1000)]
+    if (file := shipped().get(made["model"]["name"])) is not None:
+        description = read_description(file)
+        known.append((description["class_names"] if description else None, None))
+    if source is not None:
+        known.append((source.class_names, None))
+    return next((names for names, wnids in known if digest(names, wnids) == made.get("classes")), None)
 
 
 # ---- the page itself ------------------------------------------------------------------------------------------------
