@@ -90,6 +90,7 @@ def test_a_page_of_photos(place):
     assert found.exit_code == 0, found.output
     settings, details = content(page)
     assert settings["methods"] == METHODS.split(",") and len(settings["photos"]) == len(details) == 4
+    assert settings["signed"] == ["gradient_x_input"]
     assert "alert(1)>" not in page.read_text("utf-8") and settings["photos"][3]["name"].endswith(f"{HOSTILE}.png")
 
     vit = tm.load(None, place / "tiny.safetensors")
@@ -341,6 +342,9 @@ def test_each_photo_has_its_own_class_in_a_browser(place, tmp_path):
             " return [...shaded(resized(m, 96, Math.round(96 * m.w / m.h))).values]; }"
         )
         share = np.array(listed)
+        # One scale for each method, whatever the signs of one of its maps.
+        positive = "(name) => shaded({ h: 1, w: 2, values: [0, 1] }, undefined, name).signed"
+        assert page.evaluate(positive, "gradient_x_input") and not page.evaluate(positive, "tokentm")
         assert share.min() < 0 < share.max() and np.abs(share).max() == 1
         np.testing.assert_allclose(pixels[:, 3] / 255, 1.15 * share**2 / (share**2 + 0.15), atol=0.005)
         assert complaints == []

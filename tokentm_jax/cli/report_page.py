@@ -531,8 +531,10 @@ def _names_of_store(
 
 def write_page(out: Path, page: Page, overwrite: bool = False) -> None:
     """Write the page with `files.replace`. Raises InputError."""
+    maps = [item for _, details in page.photos if details is not None for item in details["maps"].items()]
     settings = {
         "methods": page.methods,
+        "signed": sorted({name for name, found in maps if any(one["low"] < 0 for one in found.values())}),
         "classes": page.classes,
         "colours": colour_tables(),
         "figures": page.figures,

@@ -60,11 +60,12 @@ function resized(map, h, w) {
   return { h, w, values: out };
 }
 
-// Values in [0, 1], or in [-1, 1] where some are negative, as `shade` of tokentm_jax/cli/figure.py: few extreme values do
-// not hide the rest of a signed map. `range` is that of several maps that are compared.
-function shaded(map, range) {
+// Values in [0, 1], or in [-1, 1] where some are negative or the method has negative values in other photos, as `shade` of
+// tokentm_jax/cli/figure.py: few extreme values do not hide the rest of a signed map. `range` is that of several maps that
+// are compared.
+function shaded(map, range, method) {
   const [low, high] = range ?? [map.values.reduce((a, b) => Math.min(a, b)), map.values.reduce((a, b) => Math.max(a, b))];
-  const signed = low < 0, spread = high - low || 1, largest = Math.max(-low, high);
+  const signed = low < 0 || settings.signed.includes(method), spread = high - low || 1, largest = Math.max(-low, high);
   const most = (signed && !range && percentile(map.values.map(Math.abs), 0.995)) || largest || 1;
   const shade = signed ? (value) => Math.min(Math.max(value / most, -1), 1) : (value) => Math.min(Math.max((value - low) / spread, 0), 1);
   return { ...map, values: map.values.map(shade), signed };
@@ -90,7 +91,7 @@ function paint(canvas, shade, opacity) {
   canvas.getContext("2d").putImageData(picture, 0, 0);
 }
 
-const overlay = (canvas, map, range) => paint(canvas, shaded(resized(map, 96, Math.round((96 * map.w) / map.h)), range), $("opacity").value / 100);
+const overlay = (canvas, map, range, method) => paint(canvas, shaded(resized(map, 96, Math.round((96 * map.w) / map.h)), range, method), $("opacity").value / 100);
 
 // The colour scales of maps, signed or not, and what their colours mean.
 function scales(place, kinds, what, ends = null) {
@@ -112,7 +113,7 @@ function scales(place, kinds, what, ends = null) {
   place.replaceChildren(...[false, true].filter((signed) => kinds.has(signed)).map(line));
 }
 
-const kindsOf = (maps) => new Set(maps.filter(Boolean).map((packed) => packed.low < 0));
+const kindsOf = (names) => new Set(names.map((name) => settings.signed.includes(name)));
 
 const read = new Map();
 function detailsOf(index) {
@@ -258,7 +259,7 @@ const resultOf = (photo) => photo.results?.[$("method").value]?.[$("metric").val
 function paintCard(card) {
   const index = Number(card.dataset.photo), canvas = card.querySelector("canvas"), details = detailsOf(index);
   const map = canvas && details && mapOf(details, $("method").value, details.classes[0]);
-  if (map) overlay(canvas, map);
+  if (map) overlay(canvas, map, undefined, $("method").value);
   else if (canvas) canvas.width = canvas.height = 1;
 }
 
@@ -313,8 +314,9 @@ function showGallery() {
 
 // The scale of the gallery's maps, as the first of them have it.
 function showScale() {
-  const first = explained().slice(0, 8).map(detailsOf);
-  scales($("gallery-scales"), kindsOf(first.map((details) => packedOf(details, $("method").value, details.classes[0]))), "the predicted class");
+  const name = $("method").value, first = explained().slice(0, 8).map(detailsOf);
+  const shown = first.some((details) => packedOf(details, name, details.classes[0]));
+  scales($("gallery-scales"), kindsOf(shown ? [name] : []), "the predicted class");
 }
 
 // ---- one photo ----
@@ -362,12 +364,12 @@ function showPhoto() {
   const predicted = details.probabilities[0][0] === Number(klass);
   const unsure = `Caution: the model is unsure. Even its best class, “${named(klass)}”, has only ${percent(probability)}.`;
   $("caution").textContent = !(probability < UNSURE) ? "" : predicted ? unsure : `Caution: the probability of “${named(klass)}” is only ${percent(probability)}. The maps show what would count for this class, not what the model recognises.`;
-  scales($("map-scales"), kindsOf(methods.map((name) => packedOf(details, name, klass))), `“${named(klass)}”`);
+  scales($("map-scales"), kindsOf(methods.filter((name) => packedOf(details, name, klass))), `“${named(klass)}”`);
   $("maps").replaceChildren(
     ...(pictureOf() ? [make("figure", {}, make("div", { class: "stack" }, make("img", { src: pictureOf(), alt: `What the model receives of ${photos[current.index].name}` })), make("figcaption", { text: "What the model receives" }))] : []),
     ...methods.filter((name) => details.maps[name]).map((name) => {
       const canvas = make("canvas", { role: "img", "aria-label": `${title(name)} for ${named(klass)}` });
-      overlay(canvas, mapOf(details, name, klass));
+      overlay(canvas, mapOf(details, name, klass), undefined, name);
       const same = details.maps[name].every ? ", the same for every class" : "";
       const below = pictureOf() ? [make("img", { src: pictureOf(), alt: "" })] : [];
       const stack = make("div", { class: "stack" }, ...below, canvas);
