@@ -472,7 +472,7 @@ def fail(results: dict[str, dict[str, Any]], path: str, error: InputError) -> No
 
 
 def print_result(path: str, result: dict[str, Any]) -> None:
-    table = Table(title=Text(printable(path)), title_justify="left", title_style="bold", box=None)
+    table = Table(box=None)
     if "prompts" in result:
         table.add_column("Prompt")
         table.add_column("Cosine", justify="right")
@@ -480,6 +480,7 @@ def print_result(path: str, result: dict[str, Any]) -> None:
             table.add_row(Text(printable(entry["text"])), f"{entry['cosine']:.3f}")
     else:
         _list_classes(table, result)
+    console().print(Text(printable(path), style="bold"), soft_wrap=True)  # whole, to be copied
     console().print(table)
     for file in result["files"]:
         click.echo(f" {printable(file)}")

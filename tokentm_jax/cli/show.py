@@ -126,8 +126,8 @@ def show(
       SVG file, `image()` gives a Pillow image.
 
     Raises:
-      InputError: no photo, as `vit.read` says it; no such class, method, colours or model; maps that are none, or as
-        many as the photos are not.
+      InputError: no photo, as `vit.read` says it; no such class, method, colours or model; wrong maps, or another
+        number of them than of photos.
 
     Examples:
         >>> import tokentm_jax as tm

@@ -135,7 +135,7 @@ def _binds(signature: inspect.Signature, *arguments: Any) -> bool:
 
 
 def as_numbers(value: Any) -> Array:
-    """An array of a score, known or traced. InputError for what is none."""
+    """An array of a score, known or traced. InputError for anything else."""
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError, OverflowError):
