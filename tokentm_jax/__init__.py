@@ -19,6 +19,7 @@ _HOMES = {
     "explain": "methods.explain",
     "explain_fn": "methods.explain",
     "methods_for": "methods.explain",
+    "inspect": "methods.explain",
     "open_maps": "runs.store",
     "show": "cli.show",
     "over_devices": "models.sharding",
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
     from tokentm_jax.maths.tokentm import contributions as contributions
     from tokentm_jax.methods.explain import explain as explain
     from tokentm_jax.methods.explain import explain_fn as explain_fn
+    from tokentm_jax.methods.explain import inspect as inspect
     from tokentm_jax.methods.explain import methods_for as methods_for
     from tokentm_jax.methods.table import METHODS as METHODS
     from tokentm_jax.metrics.tasks import CHOICE_ROWS as CHOICE_ROWS

@@ -104,6 +104,18 @@ class Question(NamedTuple):
             return self.score.function in (class_logit, log_probability)
         return self.score.of_class
 
+    def of_samples(self, count: int) -> "Question":
+        """The same question with every array per sample, [count, ...]: what holds for all samples is repeated."""
+        score, target = self.score, self.target
+        if isinstance(score, Versus | Channel):
+            score = jax.tree.map(lambda a: jnp.broadcast_to(jnp.asarray(a), (count,)), score)
+        elif isinstance(score, Cosine):
+            embedding = jnp.asarray(score.embedding)
+            score = Cosine(jnp.broadcast_to(embedding, (count, embedding.shape[-1])))
+        if target is not None and all(jnp.ndim(a) == 0 for a in jax.tree.leaves(target)):
+            target = jax.tree.map(lambda a: jnp.broadcast_to(jnp.asarray(a), (count,)), target)
+        return Question(score, target)
+
 
 CLASS_LOGIT = Function(class_logit, True)
 

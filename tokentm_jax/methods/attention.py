@@ -32,9 +32,11 @@ from tokentm_jax.maths.tokentm import (
     token_length,
     transformed_attention,
 )
-from tokentm_jax.methods.stream import Memory, backward, forward, replaced, require_streams, streams
+from tokentm_jax.methods.stream import POLICIES, Memory, backward, forward, replaced, require_streams, streams
 from tokentm_jax.models.capture import Trace, capture, zero_perturbations
 from tokentm_jax.models.inputs import as_inputs, context, mean_of_seen, read_out, seen, values, with_values
+from tokentm_jax.programs import passes
+from tokentm_jax.programs.model import Found
 
 OFF = TokenTM(length=False, direction="none", initialise=False, ffn=False, norms=False)  # GAE
 
@@ -81,6 +83,9 @@ def tokentm(
     pass, for speed, or "recompute" it, for memory.
     """
     chosen = (options.first_block, options.end_block)
+    if isinstance(module, Found) and not options.takes("gradient"):
+        check_blocks(module.depth, *chosen)
+        return _tokentm_of_function(module, params, inputs, target, options, memory)
     if not streams(module) or options.takes("gradient"):  # which a pass does not know on its way forward
         fields = options.uses(getattr(module, "post_norm", False))
         if "output_grad" in fields:
@@ -107,6 +112,27 @@ def tokentm(
     return token_map(module, rows), details
 
 
+def _tokentm_of_function(
+    found: Found, params: Any, inputs: Array, target: Any, options: TokenTM, memory: Memory
+) -> Explanation:
+    """TokenTM of a function that was read: its row is in the backward pass, or behind the forward pass."""
+    if options.attention == "plain":
+
+        def summary(view: passes.View) -> tuple[Array, Weights]:
+            weights = Weights(view.attention_weights(options), *view.other_weights(options))
+            heads = wide(passes.canonical(view.attention, view.evaluation.values[view.attention.weights]))
+            return transformed_attention(heads, None, weights.attention, options), weights
+
+        one = lambda sample, target: passes.rows_behind(  # noqa: E731
+            found, params, sample, target, summary, lambda row, known: block_update(row, *known), options.first_block, options.end_block
+        )
+    else:
+        one = lambda sample, target: passes.rows_inside(found, params, sample, target, options, POLICIES[memory])  # noqa: E731
+    (rows, embedded, *_), details = found.per_sample(one, inputs, target)
+    rows = jax.vmap(partial(initial_contributions, options=options))(rows, wide(embedded))
+    return token_map(found, rows), details
+
+
 def _from_attention(
     module: Any,
     params: Any,
@@ -118,6 +144,13 @@ def _from_attention(
 ) -> Explanation:
     """Maps by a rule that knows of each block only `fuse` of its attention [H, N, N]; `first_block` None: the last
     alone."""
+    if isinstance(module, Found):
+        start = module.depth - 1 if first_block is None else first_block
+        check_blocks(module.depth, start)
+        of_view = lambda view: fuse(view.as_block())  # noqa: E731
+        one = lambda sample, target: passes.rows_behind(module, params, sample, target, of_view, update, start)  # noqa: E731
+        (rows, _), details = module.per_sample(one, inputs, target)
+        return token_map(module, rows), details
     trace = None if streams(module) else capture(module, params, inputs, target, ["attention"])
     depth = module.depth if trace is None else len(trace.attention)
     start = depth - 1 if first_block is None else first_block
@@ -235,6 +268,13 @@ def legrad(
     `read` is how: by the model's "head"; from the "mean" of all tokens, as the published code does for CLIP; or by the
     attention "pool" without the norm before it, as it does for SigLIP: A_l is then the attention of the pool.
     """
+    if isinstance(module, Found):
+        if read != "head":
+            raise Unfit("of a function only the whole head is known: LeGrad reads it with read='head'")
+        check_blocks(module.depth, first_block)
+        one = partial(passes.legrad_rows, module, params, first_block=first_block)
+        rows, details = module.per_sample(one, inputs, target)
+        return token_map(module, rows), details
     require_streams(module, "the method 'legrad' reads every block's tokens through the head")
     inputs = as_inputs(module, params, inputs)
     trace = capture(module, params, inputs, target, ["tokens", "final_tokens"])

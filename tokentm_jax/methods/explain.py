@@ -15,9 +15,11 @@ from tokentm_jax.errors import InputError, Unfit, suggest
 from tokentm_jax.maths.maps import unit
 from tokentm_jax.maths.scores import Cosine, Question, Versus, as_numbers, classes_of, question
 from tokentm_jax.methods.table import METHODS, Method
-from tokentm_jax.models.capture import check_model, check_module
+from tokentm_jax.models.capture import check_model, check_module, is_function
 from tokentm_jax.models.inputs import as_inputs, readable, seen
 from tokentm_jax.models.loading import require_loaded
+from tokentm_jax.programs.inspection import Inspection, inspected
+from tokentm_jax.programs.model import Function
 
 if TYPE_CHECKING:
     from tokentm_jax.models.loading import LoadedViT
@@ -31,18 +33,24 @@ def explain_fn(
     score: Callable[..., Any] | None = None,
     details: bool = False,
     differentiate_anyway: bool = False,
+    grid: tuple[int, int] | None = None,
+    prefix: int | None = None,
+    readout: Any = None,
     **options: Any,
 ) -> Callable[..., Any]:
     """A pure function `(params, inputs, target=None) -> maps` to `jit`, `vmap`, shard, export or differentiate.
 
     Args:
-      module: the ViT (or any module that `tokentm_jax.models.capture` can read).
+      module: a function `(params, inputs) -> outputs` of any library, whose program is read (see `inspect`); a ViT; or
+        a Linen module that `tokentm_jax.models.capture` can read.
       method: a name of `METHODS`.
       score: what is explained, a function `(outputs, target) -> [B]` or `outputs -> [B]` of what the module gives,
         such as those of `tokentm_jax.maths.scores`; None for the logit of the class.
       details: return `(maps, details)`, with `logits`, `target`, `score` and what else the method reports.
       differentiate_anyway: let JAX differentiate maps without a true derivative (`METHODS[method].differentiable` is
         False), with what the rules hold constant held constant. By default their differentiation raises InputError.
+      grid, prefix, readout: of a function, what its program does not show: the patches (height, width), the tokens before
+        those of the patches, and how the head reads the tokens ("token", "avg" or a share for each).
       **options: the method's options.
 
     Returns:
@@ -59,11 +67,48 @@ def explain_fn(
       InputError: no such method or option; when called, a score of another shape or type than [B] floats; when
         differentiated, a map without a true derivative.
     """
+    module = _model(module, grid, prefix, readout)
     explainer = _explainer(module, method, _method(method), options, details, differentiate_anyway)
     if score is None:
         return explainer
     asked = question(score)
     return lambda params, inputs, target=None: explainer(params, inputs, asked._replace(target=target))
+
+
+def _model(module: Any, grid: Any = None, prefix: Any = None, readout: Any = None) -> Any:
+    """A function as a model; all else as it is. Raises InputError where a model shows its own grid."""
+    check_module(module)
+    if is_function(module):
+        return Function(module, grid, prefix, readout if readout is None or isinstance(readout, str) else tuple(readout))
+    if (grid, prefix, readout) != (None, None, None):
+        raise InputError("grid, prefix and readout are for functions: a module has its own")
+    return module
+
+
+def inspect(
+    function: Callable[..., Any],
+    params: Any,
+    inputs: Any,
+    *,
+    grid: tuple[int, int] | None = None,
+    prefix: int | None = None,
+    readout: Any = None,
+) -> Inspection:
+    """What is found in a function, and which methods explain it; `print` shows it as a table.
+
+    Args:
+      function: `(params, inputs) -> outputs` of any library.
+      params: its parameters, or their shapes.
+      inputs: an array [B, ...] or a `jax.ShapeDtypeStruct`.
+      grid, prefix, readout: as for `explain_fn`.
+
+    Raises:
+      InputError: no function of two arguments, or one that does not give arrays per sample.
+    """
+    model = _model(function, grid, prefix, readout)
+    if not isinstance(model, Function):
+        raise InputError("inspect reads functions (params, inputs) -> outputs: give one that applies the module")
+    return inspected(model.read(params, inputs), lambda: methods_for(function, params, inputs, grid=grid, prefix=prefix))
 
 
 def _method(name: Any) -> Method:
@@ -98,10 +143,11 @@ def _explainer(
 
     def explain_inputs(params: Any, inputs: Array, target: Any = None) -> Any:
         inputs = as_inputs(module, params, inputs)
+        model = module.read(params, inputs) if isinstance(module, Function) else module
         # Zeros go through in place of what cannot be read: no NaN is left to meet a zero in a derivative.
         fine, read = readable(inputs)
         try:
-            maps, found = shown(bound(module, params, read, target))
+            maps, found = shown(bound(model, params, read, target))
         except Unfit as error:
             others = ", ".join(methods_for(module, params, inputs, target)) or "no method"
             raise InputError(f"{error}; what works without is {others}") from None
@@ -145,16 +191,22 @@ def _of_tokens(texts: Any, maps: Array) -> Array:
     return jnp.where(texts.mask, maps[:, 0], 0)
 
 
-def methods_for(module: Any, params: Any, inputs: Any, target: Any = None) -> list[str]:
+def methods_for(
+    module: Any, params: Any, inputs: Any, target: Any = None, *, grid: Any = None, prefix: Any = None, readout: Any = None
+) -> list[str]:
     """The methods of the table that can explain a model, by tracing each with its default options on `inputs`.
 
     Args:
       module, params: the model, as for `explain_fn`.
       inputs: normalised images [B, H, W, C], or a `jax.ShapeDtypeStruct` of them; or `Tokens` of texts.
       target: as for `explain_fn`'s function.
+      grid, prefix, readout: as for `explain_fn`.
     """
+    module = _model(module, grid, prefix, readout)
     check_model(module, params, inputs)
     inputs = jax.eval_shape(partial(as_inputs, module), params, inputs)
+    if isinstance(module, Function):
+        module = module.read(params, inputs)
     found = []
     for name, row in METHODS.items():
         try:

@@ -7,6 +7,7 @@ then a sum of tokens and biases times their gradients, exactly, at every block: 
 Each function is `(module, params, inputs, target, **options) -> (maps, details)`.
 """
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -23,6 +24,8 @@ from tokentm_jax.methods.attention import Block, Details, Explanation, attcat, g
 from tokentm_jax.methods.lrp import ruled
 from tokentm_jax.methods.stream import Memory, require_streams
 from tokentm_jax.models.inputs import as_inputs, context, read_out, seen
+from tokentm_jax.programs import passes
+from tokentm_jax.programs.model import Found
 
 RULES = conservative("identity")
 
@@ -34,7 +37,11 @@ def libra_full_grad(module: nn.Module, params: Any, inputs: Array, target: Array
     tokens. Biases after the tokens were read go to the tokens that were. `details["completeness_gap"]` [B] is the sum
     less the logit.
     """
-    ruled(module, RULES)  # refuses a module whose steps have no rules
+    if isinstance(module, Found):
+        one = partial(passes.full_gradient_rows, ruled(module, "conservative", "identity"), params)
+        (rows, gap), details = module.per_sample(one, inputs, target)
+        return token_map(module, rows), {**details, "completeness_gap": gap}
+    ruled(module, "conservative", "identity")  # refuses a module whose steps have no rules
     require_streams(module, "the method 'libra_full_grad' goes block by block")
     inputs = as_inputs(module, params, inputs)
     block, depth, more = module.block(), module.depth, context(inputs)
@@ -63,14 +70,14 @@ def libra_full_grad(module: nn.Module, params: Any, inputs: Array, target: Array
 
 def libra_attcat(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
     """AttCAT on LibraGrad's pruned backward pass."""
-    return attcat(ruled(module, RULES), params, inputs, target)
+    return attcat(ruled(module, "conservative", "identity"), params, inputs, target)
 
 
 def libra_tokentm(
     module: nn.Module, params: Any, inputs: Array, target: Any, *, options: TokenTM, memory: Memory = "store"
 ) -> Explanation:
     """TokenTM on LibraGrad's pruned backward pass."""
-    return tokentm(ruled(module, RULES), params, inputs, target, options=options, memory=memory)
+    return tokentm(ruled(module, "conservative", "identity"), params, inputs, target, options=options, memory=memory)
 
 
 def libra_gae(
@@ -83,9 +90,9 @@ def libra_gae(
     memory: Memory = "store",
 ) -> Explanation:
     """GAE on LibraGrad's pruned backward pass."""
-    return gae(ruled(module, RULES), params, inputs, target, first_block=first_block, memory=memory)
+    return gae(ruled(module, "conservative", "identity"), params, inputs, target, first_block=first_block, memory=memory)
 
 
 def libra_grad_cam(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
     """Grad-CAM on the last block's attention, on LibraGrad's pruned backward pass."""
-    return grad_cam(ruled(module, RULES), params, inputs, target)
+    return grad_cam(ruled(module, "conservative", "identity"), params, inputs, target)

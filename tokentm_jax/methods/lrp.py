@@ -16,17 +16,32 @@ from jax import Array
 
 from tokentm_jax.errors import Unfit
 from tokentm_jax.maths.maps import token_map
-from tokentm_jax.maths.primitives import Primitives, wide
+from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.relevance import Activation, Stabiliser, attn_lrp, conservative, lrp, res_lrp
 from tokentm_jax.maths.tokentm import attention_update, propagate, rectified_mean
 from tokentm_jax.methods.attention import Block, Details, Explanation, check_blocks
 from tokentm_jax.methods.stream import FORWARD, KNOWN, replaced
 from tokentm_jax.models.capture import Trace, capture
 from tokentm_jax.models.inputs import as_inputs, input_map, read_out, values
+from tokentm_jax.programs import rules as of_programs
+from tokentm_jax.programs.model import Found
 
 
-def ruled(module: nn.Module, rules: Primitives) -> nn.Module:
-    """The same model with other backward rules. Raises Unfit where they would not govern every step of it."""
+# Sets of rules by name: for the steps of tm.ViT, and for those of a function that was read.
+RULES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "conservative": (conservative, of_programs.conservative),
+    "attn_lrp": (attn_lrp, of_programs.attn_lrp),
+    "res_lrp": (res_lrp, of_programs.res_lrp),
+    "lrp": (lrp, of_programs.lrp),
+}
+
+
+def ruled(module: Any, rules: str, *choices: Any) -> Any:
+    """The same model with other backward rules, a name of `RULES` and its choices. Raises Unfit where they would not
+    govern every step of it."""
+    of_modules, of_functions = RULES[rules]
+    if isinstance(module, Found):
+        return module.clone(of_functions(*choices))
     if not hasattr(module, "primitives"):
         raise Unfit("this method needs a module with the field 'primitives', as tm.ViT has, to carry relevance")
     own = replaced(module, (*FORWARD, "embed", "classify")) if isinstance(module, KNOWN) else []
@@ -35,7 +50,7 @@ def ruled(module: nn.Module, rules: Primitives) -> nn.Module:
             f"this method carries relevance by rules for the steps of tm.ViT; {type(module).__name__} has its own "
             f"'{own[0]}', whose steps have none"
         )
-    return module.clone(primitives=rules)
+    return module.clone(primitives=of_modules(*choices))
 
 
 class Relevance(NamedTuple):
@@ -49,11 +64,11 @@ class Relevance(NamedTuple):
 
 
 def _carry(
-    module: nn.Module, rules: Primitives, params: Any, inputs: Array, target: Array | None, *more: str
+    module: nn.Module, rules: tuple[Any, ...], params: Any, inputs: Array, target: Array | None, *more: str
 ) -> Relevance:
     """A forward pass, and a backward pass by the rules; `more` are fields of `Trace` beside those of the tokens."""
     fields = ("tokens", "token_grads", "final_tokens", *more)
-    trace = capture(ruled(module, rules), params, inputs, target, fields)
+    trace = capture(ruled(module, *rules), params, inputs, target, fields)
     details = _details(trace, trace.token_grads)
     return Relevance(trace.attention_grad, trace.token_grads, trace.input_grads, details, trace.seen)
 
@@ -74,7 +89,7 @@ def full_lrp(
     module: nn.Module, params: Any, inputs: Array, target: Array | None, *, stabiliser: Stabiliser = "signed"
 ) -> Explanation:
     """Layer-wise relevance propagation down to the pixels, summed over channels: signed maps [B, H, W]."""
-    relevance = _carry(module, lrp("lrp", stabiliser), params, inputs, target, "input_grads")
+    relevance = _carry(module, ("lrp", "lrp", stabiliser), params, inputs, target, "input_grads")
     return input_map(relevance.seen, relevance.inputs.sum(-1)), relevance.details
 
 
@@ -82,7 +97,7 @@ def partial_lrp(
     module: nn.Module, params: Any, inputs: Array, target: Array | None, *, stabiliser: Stabiliser = "signed"
 ) -> Explanation:
     """Positive relevance of the last block's attention (Voita et al., ACL 2019), mean over heads."""
-    relevance = _carry(module, lrp("lrp", stabiliser), params, inputs, target, "attention_grad")
+    relevance = _carry(module, ("lrp", "lrp", stabiliser), params, inputs, target, "attention_grad")
     rule = lambda carried, row: row @ jax.nn.relu(carried[-1]).mean(0)  # noqa: E731
     return _maps(module, relevance.seen, relevance.attention, rule), relevance.details
 
@@ -99,7 +114,7 @@ def transformer_attribution(
     """Transformer Attribution (Chefer et al., CVPR 2021): the product of `I + mean_h relu(G * R_A)` over blocks."""
     trace = capture(module, params, inputs, target, ["attention_grad"])
     check_blocks(len(trace.attention_grad), first_block)
-    rules = lrp("ours", stabiliser)
+    rules = ("lrp", "ours", stabiliser)
     relevance = _carry(module, rules, params, inputs, trace.target, "attention_grad")
 
     def update(row: Array, block: tuple[Array, Array]) -> Array:
@@ -112,11 +127,11 @@ def transformer_attribution(
 
 
 def _token_times_gradient(
-    module: nn.Module, rules: Primitives, params: Any, inputs: Array, target: Array | None, pixels: bool
+    module: nn.Module, rules: tuple[Any, ...], params: Any, inputs: Array, target: Array | None, pixels: bool
 ) -> Explanation:
     inputs = as_inputs(module, params, inputs)
     trace = capture(
-        ruled(module, rules), params, inputs, target, ("input_grads", "tokens", "token_grads", "final_tokens")
+        ruled(module, *rules), params, inputs, target, ("input_grads", "tokens", "token_grads", "final_tokens")
     )
     relevance = wide(trace.tokens) * wide(trace.token_grads)
     at_pixels = (wide(values(inputs)) * wide(trace.input_grads)).sum(-1)
@@ -139,14 +154,14 @@ def conservative_lrp(
     `activation` chooses the rule of GELU: "identity" `f(x) / x`, or its "gradient". `pooler` is that of the tanh in
     BERT's pooler, by default the same; the published code takes its "gradient". `pixels` gives [B, H, W].
     """
-    return _token_times_gradient(module, conservative(activation, pooler), params, inputs, target, pixels)
+    return _token_times_gradient(module, ("conservative", activation, pooler), params, inputs, target, pixels)
 
 
 def attention_lrp(
     module: nn.Module, params: Any, inputs: Array, target: Array | None, *, pixels: bool = False
 ) -> Explanation:
     """AttnLRP (Achtibat et al., ICML 2024) at the embedded tokens; `pixels` gives [B, H, W]."""
-    return _token_times_gradient(module, attn_lrp(), params, inputs, target, pixels)
+    return _token_times_gradient(module, ("attn_lrp",), params, inputs, target, pixels)
 
 
 def residual_lrp(
@@ -162,4 +177,4 @@ def residual_lrp(
 
     `gamma` 0 is AttnLRP.
     """
-    return _token_times_gradient(module, res_lrp(gamma), params, inputs, target, pixels)
+    return _token_times_gradient(module, ("res_lrp", gamma), params, inputs, target, pixels)

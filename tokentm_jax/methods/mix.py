@@ -10,7 +10,6 @@ from jax import Array
 
 from tokentm_jax.maths.maps import token_map
 from tokentm_jax.maths.primitives import wide
-from tokentm_jax.maths.relevance import attn_lrp, conservative
 from tokentm_jax.maths.scores import explained, is_open
 from tokentm_jax.maths.tokentm import TokenTM, initial_contributions
 from tokentm_jax.methods.attention import OFF, Details, Explanation, legrad_of_block
@@ -29,7 +28,7 @@ ROWS: dict[str, tuple[TokenTM, Gradient | None]] = {
     "libra_gae": (OFF, "conservative_lrp"),
 }
 # Methods whose map is token times gradient at the embedded tokens, by rules.
-RULES = {"conservative_lrp": conservative("identity"), "attn_lrp": attn_lrp()}
+RULES = {"conservative_lrp": ("conservative", "identity"), "attn_lrp": ("attn_lrp",)}
 
 
 def shared_maps(
@@ -57,12 +56,12 @@ def shared_maps(
     for name in names:
         if name not in (*rows, *joined):
             leaves_open = name in ROWS and ROWS[name][1] is None and gradient != "own"
-            found[name], more = explain(name, ruled(module, RULES[gradient]) if leaves_open else module, target)
+            found[name], more = explain(name, ruled(module, *RULES[gradient]) if leaves_open else module, target)
             details, target = details or more, more["target"]
     if "legrad" in joined and is_open(target):  # no pass before has found the predicted class
         target = explained(module.apply({"params": params}, inputs), target)[1]["target"]
     for name, (options, _) in rows.items():
-        model = module if rules[name] == "own" else ruled(module, RULES[rules[name]])
+        model = module if rules[name] == "own" else ruled(module, *RULES[rules[name]])
         note = legrad_of_block(module, params, inputs, target) if "legrad" in joined - found.keys() else None
         done = backward(model, params, inputs, target, options, note=note)
         embedded = wide(done.embedded)

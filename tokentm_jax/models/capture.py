@@ -99,20 +99,34 @@ RANKS = {"attention": 4, "value": 4} | dict.fromkeys(KERNELS, 2)  # of one block
 
 
 def check_module(module: Any) -> None:
-    """InputError, which tells what to do, for what is neither a Linen module nor a `PlainModel`."""
+    """InputError, which tells what to do, for what is neither a Linen module nor a function of parameters and inputs."""
     if hasattr(module, "apply") and not isinstance(module, type):
         return
-    what, found = "the model must be a Flax Linen module or a tm.PlainModel", type(module).__name__
+    what, found = "the model must be a function (params, inputs) -> outputs or a Flax Linen module", type(module).__name__
     if hasattr(module, "module") and hasattr(module, "params"):
         raise InputError(f"{what}, got a {found}: give its `module`, and then its `params`")
     if any(base.__module__.startswith("flax.nnx") for base in inspect.getmro(type(module))):
         raise InputError(
             f"{what}, got the NNX module {found}: split it, `graph, state = nnx.split(model)`, and give "
-            "tm.PlainModel(lambda state, images, tap: nnx.merge(graph, state)(images), grid), and then `state`"
+            "lambda state, images: nnx.merge(graph, state)(images), and then `state`"
         )
+    if is_function(module):
+        return
     if callable(module) and not isinstance(module, type):
-        raise InputError(f"{what}, got a {found}: give tm.PlainModel(lambda params, images, tap: ..., grid)")
+        raise InputError(f"{what}, got a {found}: give lambda params, images: ...")
     raise InputError(f"{what}, got {module!r:.80}")
+
+
+def is_function(model: Any) -> bool:
+    """Whether a model is a function `(params, inputs) -> outputs`, and not a module of some library that is called."""
+    libraries = {base.__module__.partition(".")[0] for base in inspect.getmro(type(model))}
+    if not callable(model) or isinstance(model, type) or libraries & {"flax", "equinox", "keras", "haiku", "penzai"}:
+        return False
+    try:
+        inspect.signature(model).bind(None, None)
+    except (TypeError, ValueError):
+        return False
+    return not hasattr(model, "apply")
 
 
 def check_model(module: Any, params: Any, inputs: Any) -> None:
@@ -180,6 +194,8 @@ def capture(
     for name in wanted:
         if name not in FIELDS:
             raise suggest("field", name, FIELDS, of="tm.capture")
+    if hasattr(module, "capture"):  # a function that was read
+        return module.capture(params, inputs, target, [f for f in fields if gradients or f not in (*GRADIENTS, "input_grads")])
     if not gradients:
         fields = [name for name in fields if name not in (*GRADIENTS, "input_grads")]
 

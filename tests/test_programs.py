@@ -1,0 +1,249 @@
+"""Functions that this package has never seen: their maps are those of the module, or of a slow loop."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_contract import KINDS, METHODS, TARGET, model_of
+
+import tokentm_jax as tm
+from tokentm_jax.methods.explain import explain_fn
+from tokentm_jax.methods.table import METHODS as TABLE
+from tokentm_jax.programs.flat import flatten
+from tokentm_jax.programs.reading import read
+from tokentm_jax.programs.rules import RULES
+from tokentm_jax.programs.running import Evaluation, Plan
+
+# A quotient near zero makes much of a last bit.
+QUOTIENTS = ("lrp", "partial_lrp", "transformer_attribution", "res_lrp")
+QUICK = {("registers_average_pooled", name) for name in ("tokentm", "lrp", "legrad", "libra_full_grad", "attcat")}
+CASES = [
+    pytest.param(kind, name, marks=[] if (kind, name) in QUICK else pytest.mark.slow)
+    for kind in KINDS
+    for name in METHODS
+    if name != "token_dropping"
+]
+
+
+@functools.cache
+def function_of(kind):
+    module = model_of(kind)[0]
+    return lambda params, images: module.apply({"params": params}, images)
+
+
+@pytest.mark.parametrize(("kind", "method"), CASES)
+def test_the_maps_of_the_module_as_an_unknown_function(kind, method):
+    module, params, images = model_of(kind)
+    expected = jax.jit(explain_fn(module, method, **METHODS[method]))(params, images, TARGET)
+    maps = jax.jit(explain_fn(function_of(kind), method, **METHODS[method]))(params, images, TARGET)
+    tolerance = 1e-3 if method in QUOTIENTS else 1e-5
+    if kind == "bfloat16":  # products are rounded in another order
+        tolerance = 5e-2
+    np.testing.assert_allclose(maps, expected, rtol=0, atol=tolerance * float(jnp.abs(expected).max()))
+
+
+def layers_of(depth, rng, d=8, n=6, scan=True):
+    """A small pre-norm Transformer in plain JAX, its blocks in a scan or in a loop."""
+    w = lambda *shape: jnp.asarray(rng.normal(size=shape) * 0.4)  # noqa: E731
+    params = {
+        "embed": w(48, d), "position": w(n, d), "qkv": w(depth, d, 3 * d), "out": w(depth, d, d),
+        "up": w(depth, d, 2 * d), "down": w(depth, 2 * d, d), "head": w(d, 5),
+    }  # fmt: skip
+
+    def norm(x):
+        centred = x - x.mean(-1, keepdims=True)
+        return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6)
+
+    def block(x, p):
+        q, k, v = jnp.split(norm(x) @ p["qkv"], 3, -1)
+        attention = jax.nn.softmax(q @ k.swapaxes(-1, -2) / d**0.5)
+        x = x + (attention @ v) @ p["out"]
+        return x + jax.nn.gelu(norm(x) @ p["up"], approximate=True) @ p["down"], None
+
+    def forward(params, images):
+        b = len(images)
+        x = images.reshape(b, 2, 4, 3, 4, 3).transpose(0, 1, 3, 2, 4, 5).reshape(b, n, 48)
+        x = x @ params["embed"] + params["position"]
+        stacked = {name: params[name] for name in ("qkv", "out", "up", "down")}
+        if scan:
+            x, _ = jax.lax.scan(block, x, stacked)
+        else:
+            for i in range(depth):
+                x, _ = block(x, jax.tree.map(lambda a: a[i], stacked))  # noqa: B023
+        return norm(x).mean(1) @ params["head"]
+
+    return params, forward
+
+
+@pytest.fixture
+def images():
+    return np.random.default_rng(0).normal(size=(2, 8, 12, 3))
+
+
+def test_scan_and_loop_give_one_map(images):
+    images = images.astype(np.float32)
+    for method in ("tokentm", "attcat"):
+        maps = []
+        for scan in (True, False):
+            params, forward = layers_of(3, np.random.default_rng(1), scan=scan)
+            params = jax.tree.map(lambda a: a.astype(jnp.float32), params)
+            maps.append(jax.jit(explain_fn(forward, method))(params, images))
+        np.testing.assert_allclose(*maps, rtol=1e-4, atol=1e-6)
+
+
+def test_a_scan_is_traced_once(images):
+    """The program does not grow with depth."""
+    sizes = []
+    for depth in (2, 6):
+        params, forward = layers_of(depth, np.random.default_rng(1))
+        sizes.append(len(jax.jit(explain_fn(forward, "tokentm")).lower(params, images, None).as_text()))
+    assert sizes[1] < 1.05 * sizes[0]
+
+
+def test_inspection(images):
+    params, forward = layers_of(2, np.random.default_rng(1), scan=False)
+    found = tm.inspect(forward, params, images)
+    assert (found.blocks, found.heads, found.tokens, found.prefix, found.grid) == (2, 1, 6, 0, (2, 3))
+    np.testing.assert_allclose(found.readout, np.full(6, 1 / 6))
+    assert found.unknown == ()
+    assert {"tokentm", "lrp", "legrad", "libra_full_grad", "tokentm_mix", "occlusion"} <= set(found.methods)
+    text = str(found)
+    assert "test_programs.py:" in text and "softmax" in text and "mean of 6 tokens" in text
+
+
+def test_what_cannot_be_told_is_asked_for(images):
+    params, forward = layers_of(2, np.random.default_rng(1))
+
+    def tokens_first(params, tokens):  # tokens come in as they are: no image, so no grid
+        def block(x, p):
+            q, k, v = jnp.split(x @ p["qkv"], 3, -1)
+            x = x + (jax.nn.softmax(q @ k.swapaxes(-1, -2)) @ v) @ p["out"]
+            return x + jnp.tanh(x @ p["up"]) @ p["down"], None
+
+        stacked = {name: params[name] for name in ("qkv", "out", "up", "down")}
+        return jax.lax.scan(block, tokens, stacked)[0].mean(1) @ params["head"]
+
+    tokens = np.random.default_rng(0).normal(size=(2, 6, 8))
+    with pytest.raises(tm.InputError, match="the grid of patches cannot be told from this function: give it as grid="):
+        explain_fn(tokens_first, "tokentm")(params, tokens)
+    assert explain_fn(tokens_first, "tokentm", grid=(2, 3), prefix=0)(params, tokens).shape == (2, 2, 3)
+    for given, message in (
+        ({"grid": (3, 2)}, r"grid must be \(2, 3\), as this function cuts its input, got \(3, 2\)"),
+        ({"prefix": 1}, "grid and prefix must make the 6 tokens"),
+        ({"readout": "token"}, "readout is not how this function reads its tokens"),
+        ({"readout": (1.0, 0.0)}, "a share for each of 6 tokens"),
+    ):
+        with pytest.raises(tm.InputError, match=message):
+            explain_fn(forward, "tokentm", **given)(params, images)
+
+
+def test_refusals_name_the_operation_and_the_line(images):
+    params, forward = layers_of(2, np.random.default_rng(1))
+
+    def with_while(params, images):
+        return jax.lax.while_loop(lambda x: x.sum() < 0, lambda x: x + 1, forward(params, images))
+
+    def sorted_logits(params, images):
+        return jnp.sort(forward(params, images), -1)
+
+    def no_attention(params, images):
+        return jnp.tanh(images.reshape(len(images), -1)[:, :48] @ params["embed"]) @ params["head"]
+
+    for function, method, message in (
+        (with_while, "tokentm", r"test_programs.py:\d+ .*while loop"),
+        (sorted_logits, "lrp", r"test_programs.py:\d+ .*sort"),
+        (no_attention, "tokentm", "no attention was found"),
+    ):
+        with pytest.raises(tm.InputError, match=message):
+            explain_fn(function, method)(params, images)
+    assert explain_fn(no_attention, "input_gradient")(params, images).shape == (2, 8, 12)
+    assert explain_fn(no_attention, "attn_lrp", pixels=True, grid=(2, 3))(params, images).shape == (2, 8, 12)
+
+
+def test_batches_classes_transformations(images):
+    """Alone or in a batch, a class per sample, under jit, vmap and grad."""
+    params, forward = layers_of(2, np.random.default_rng(1))
+    explain = explain_fn(forward, "tokentm")
+    both = explain(params, images, jnp.array([1, 4]))
+    alone = explain(params, images[1:], jnp.array([4]))
+    np.testing.assert_allclose(both[1], alone[0], rtol=1e-4)
+    stacked = jax.vmap(lambda x: explain(params, x[None], jnp.array([4]))[0])(images)
+    np.testing.assert_allclose(stacked[1], both[1], rtol=1e-4)
+    with jax.enable_x64(True):
+        total = lambda x: (explain(params, x, jnp.array([1, 4])) ** 2).sum()  # noqa: E731
+        x, step = jnp.asarray(images), 1e-6
+        direction = jnp.asarray(np.random.default_rng(3).normal(size=images.shape))
+        slope = (total(x + step * direction) - total(x - step * direction)) / (2 * step)
+        np.testing.assert_allclose((jax.grad(total)(x) * direction).sum(), slope, rtol=1e-3)
+
+
+# ---- random programs -------------------------------------------------------------------------------------------------
+
+STEPS = {
+    "linear": lambda x, r: x @ r(6, 6),
+    "bias": lambda x, r: x + r(6),
+    "scale": lambda x, r: x * r(6),
+    "gelu": lambda x, r: jax.nn.gelu(x, approximate=True),
+    "erf": lambda x, r: jax.nn.gelu(x, approximate=False),
+    "silu": lambda x, r: jax.nn.silu(x),
+    "relu": lambda x, r: jax.nn.relu(x + r(6)),
+    "norm": lambda x, r: (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5),
+    "rms": lambda x, r: x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-5) * r(6),
+    "gate": lambda x, r: jax.nn.silu(x @ r(6, 6)) * (x @ r(6, 6)),
+    "residual": lambda x, r: x + jnp.tanh(x @ r(6, 6)) @ r(6, 6),
+    "attention": lambda x, r: x + jax.nn.softmax((x @ r(6, 6)) @ (x @ r(6, 6)).T) @ (x @ r(6, 6)),
+    "heads": lambda x, r: jnp.einsum("hqk,khd->qhd", jax.nn.softmax(jnp.einsum("qhd,khd->hqk", *(2 * [x.reshape(4, 2, 3)]))),
+                                     (x @ r(6, 6)).reshape(4, 2, 3)).reshape(4, 6),
+    "turn": lambda x, r: x * jnp.cos(r(6)) + jnp.roll(x, 3, -1) * jnp.sin(r(6)),
+    "scan": lambda x, r: jax.lax.scan(lambda c, w: (c + jnp.tanh(c @ w), None), x, r(3, 6, 6))[0],
+    "transpose": lambda x, r: (x.T @ r(4, 4)).T,
+}  # fmt: skip
+
+
+def program_of(names, seed):
+    def f(x):
+        rng = np.random.default_rng(seed)
+        weights = lambda *shape: jnp.asarray(rng.normal(size=shape) * 0.5, x.dtype)  # noqa: E731
+        for name in names:
+            x = STEPS[name](x, weights)
+        return x
+
+    return f
+
+
+@settings(max_examples=12, deadline=None)
+@given(names=st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=5), seed=st.integers(0, 99))
+def test_rules_leave_the_values_of_random_programs(names, seed):
+    """To the bit, by every set of rules; and the plain evaluation has the derivative of the function."""
+    f = program_of(names, seed)
+    x = jnp.asarray(np.random.default_rng([seed, 1]).normal(size=(4, 6)), jnp.float32)
+    expected, pull = jax.vjp(f, x)
+    flat = flatten(jax.make_jaxpr(f)(x))
+    reading = read(flat, flat.inputs)
+    for name, rules in RULES.items():
+        value, back = jax.vjp(lambda x: Evaluation(reading, Plan(rules), [x]).run().outputs[0], x)  # noqa: B023
+        np.testing.assert_array_equal(value, expected, err_msg=name)
+        if name == "plain":
+            np.testing.assert_allclose(back(jnp.ones_like(value))[0], pull(jnp.ones_like(value))[0], rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    names=st.lists(st.sampled_from(["linear", "gelu", "silu", "norm", "gate_", "residual", "attention", "turn", "scan"]), min_size=1, max_size=4),
+    seed=st.integers(0, 99),
+)
+def test_libra_conserves_in_random_programs(names, seed):
+    """Without biases the function is linear along the pruned paths: input times gradient is the output."""
+    names = ["linear" if name == "gate_" else name for name in names]
+    with jax.enable_x64(True):
+        f = program_of(names, seed)
+        x = jnp.asarray(np.random.default_rng([seed, 2]).normal(size=(4, 6)))
+        flat = flatten(jax.make_jaxpr(f)(x))
+        reading = read(flat, flat.inputs)
+        weights = np.random.default_rng(5).normal(size=(4, 6))
+        value, back = jax.vjp(lambda x: Evaluation(reading, Plan(RULES["libra"]), [x]).run().outputs[0], x)
+        np.testing.assert_allclose((x * back(jnp.asarray(weights))[0]).sum(), (value * weights).sum(), rtol=1e-6, atol=1e-8)

@@ -1,0 +1,118 @@
+"""A jaxpr as one list of steps: calls are looked through, scans keep their loop.
+
+Values have numbers, because a jaxpr that is called twice has the same variables both times. A `Call` remembers which
+steps came from a `custom_jvp` or `custom_vjp`: it keeps its own derivative where no rule asks for another.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.extend.core import Jaxpr, JaxprEqn, Literal
+
+# Calls that are looked through: the name of the parameter that holds their jaxpr.
+CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr", "remat2": "jaxpr",
+         "checkpoint": "jaxpr", "remat": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
+CUSTOM = ("custom_jvp_call", "custom_vjp_call")
+_LIBRARY = Path(jax.__file__).parent
+
+
+@dataclasses.dataclass(eq=False)
+class Step:
+    """One equation. `inputs` are numbers of values, or literals; `outputs` are numbers."""
+
+    equation: JaxprEqn
+    inputs: list[Any]
+    outputs: list[int]
+    body: "Flat | None" = None  # of a scan
+    kind: str = ""  # see `reading`
+    of: Any = None  # what the rule of this kind needs to know
+
+    @property
+    def name(self) -> str:
+        return self.equation.primitive.name
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return self.equation.params
+
+
+@dataclasses.dataclass(eq=False)
+class Call:
+    """The steps `start` to `stop` of one custom derivative."""
+
+    equation: JaxprEqn
+    inputs: list[Any]
+    outputs: list[int]
+    start: int
+    stop: int
+
+
+@dataclasses.dataclass(eq=False)
+class Flat:
+    """A jaxpr, flat."""
+
+    inputs: list[int]
+    outputs: list[Any]
+    constants: dict[int, Any]
+    steps: list[Step]
+    calls: dict[int, Call]  # by their first step
+    types: list[Any]  # of every value: its aval
+    producer: dict[int, Step]  # of every value that a step computes
+
+
+def flatten(closed: Any) -> Flat:
+    """The flat form of a `ClosedJaxpr`."""
+    flat = Flat([], [], {}, [], {}, [], {})
+    jaxpr = closed.jaxpr
+    flat.inputs = [_new(flat, v.aval) for v in jaxpr.invars]
+    constants = [_new(flat, v.aval) for v in jaxpr.constvars]
+    flat.constants = dict(zip(constants, closed.consts, strict=True))
+    flat.outputs = _inline(flat, jaxpr, [*constants], flat.inputs)
+    return flat
+
+
+def _new(flat: Flat, aval: Any) -> int:
+    flat.types.append(aval)
+    return len(flat.types) - 1
+
+
+def _inline(flat: Flat, jaxpr: Jaxpr, constants: list[Any], inputs: list[Any]) -> list[Any]:
+    """Append the steps of a jaxpr whose inputs have these numbers; the numbers of its outputs."""
+    names: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *inputs], strict=True))
+
+    def number(atom: Any) -> Any:
+        return atom if isinstance(atom, Literal) else names[atom]
+
+    for equation in jaxpr.eqns:
+        given = [number(v) for v in equation.invars]
+        primitive = equation.primitive.name
+        if primitive in CALLS:
+            inner = equation.params[CALLS[primitive]]
+            inner_constants: list[Any] = []
+            if hasattr(inner, "consts"):  # a closed one
+                inner_constants = [_new(flat, v.aval) for v in inner.jaxpr.constvars]
+                flat.constants |= dict(zip(inner_constants, inner.consts, strict=True))
+                inner = inner.jaxpr
+            start = len(flat.steps)
+            outputs = _inline(flat, inner, inner_constants, given)
+            if primitive in CUSTOM and len(flat.steps) > start and not any(isinstance(o, Literal) for o in outputs):
+                flat.calls[start] = Call(equation, given, outputs, start, len(flat.steps))
+        else:
+            outputs = [_new(flat, v.aval) for v in equation.outvars]
+            body = flatten(equation.params["jaxpr"]) if primitive == "scan" else None
+            step = Step(equation, given, outputs, body)
+            flat.steps.append(step)
+            flat.producer |= dict.fromkeys(outputs, step)
+        names |= dict(zip(equation.outvars, outputs, strict=True))
+    return [number(v) for v in jaxpr.outvars]
+
+
+def line_of(step: Step) -> str:
+    """The source line of a step: the innermost one outside of JAX, as "file:line (function)"."""
+    traceback = step.equation.source_info.traceback
+    for frame in traceback.frames if traceback is not None else ():
+        if _LIBRARY not in Path(frame.file_name).parents and not frame.file_name.startswith("<"):
+            return f"{Path(frame.file_name).name}:{frame.line_num} ({frame.function_name})"
+    return "unknown line"

@@ -1,0 +1,125 @@
+"""What was found in a function, as a table to read."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from tokentm_jax.errors import InputError
+from tokentm_jax.programs.flat import line_of
+from tokentm_jax.programs.model import Found
+from tokentm_jax.programs.reading import Reading
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """What `tokentm_jax.inspect` found; `str` gives a table.
+
+    Args:
+      blocks: Transformer blocks, scans counted with their length.
+      heads: attention heads of a block.
+      tokens: N, with those of the prefix.
+      prefix: tokens before those of the patches; None where it cannot be told.
+      grid: patches (height, width); None where it cannot be told.
+      readout: share of each token in what the head reads [N]; None where it cannot be told.
+      steps: how many steps there are of each kind that rules know, with the source line of the first.
+      unknown: what was not understood, one sentence each.
+      methods: names of the methods that explain this function.
+    """
+
+    blocks: int
+    heads: int
+    tokens: int
+    prefix: int | None
+    grid: tuple[int, int] | None
+    readout: tuple[float, ...] | None
+    post_norm: bool
+    scanned: bool
+    steps: dict[str, tuple[int, str]]
+    unknown: tuple[str, ...]
+    methods: tuple[str, ...]
+
+    def __str__(self) -> str:
+        rows = [("blocks", f"{self.blocks}{' in a scan' if self.scanned else ''}"), ("heads", str(self.heads))]
+        rows += [("tokens", str(self.tokens)), ("prefix", _shown(self.prefix)), ("grid", _shown(self.grid))]
+        rows += [("read-out", _of_readout(self.readout)), ("norms", "behind the sums" if self.post_norm else "before the layers")]
+        width = max(len(kind) for kind in (*self.steps, "read-out"))
+        lines = [f"{name:{width}}  {value}" for name, value in rows]
+        lines += ["", "steps"]
+        lines += [f"{kind:{width}}  {count:4d}   first at {line}" for kind, (count, line) in self.steps.items()]
+        lines += ["", "not understood", *(self.unknown or ("nothing",))]
+        lines += ["", "methods", ", ".join(self.methods) or "none"]
+        return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    return "cannot be told: give it" if value is None else str(value)
+
+
+def _of_readout(readout: Sequence[float] | None) -> str:
+    if readout is None:
+        return _shown(None)
+    shares = np.asarray(readout)
+    read = np.flatnonzero(shares)
+    if len(read) == 1:
+        return f"token {read[0]}"
+    same = np.allclose(shares[read], shares[read][0])
+    return f"{'mean' if same else 'mixture'} of {len(read)} tokens, from {read[0]} to {read[-1]}"
+
+
+def inspected(found: Found, methods: Callable[[], Sequence[str]]) -> Inspection:
+    """What was found; `methods()` names what works."""
+    unknown: list[str] = []
+    steps: dict[str, tuple[int, str]] = {}
+    try:
+        reading = found.reading
+        _count(reading, 1, steps)
+        unknown += _pools(reading)
+    except InputError as error:
+        unknown.append(str(error))
+    try:
+        structure = found.structure
+    except InputError as error:
+        return Inspection(0, 0, 0, None, found.given_grid, None, False, False, steps, (*unknown, str(error)), tuple(methods()))
+    known: dict[str, Any] = {}
+    for name in ("grid", "prefix", "readout"):
+        try:
+            known[name] = getattr(found, name)
+        except InputError as error:
+            known[name] = None
+            unknown.append(str(error))
+    return Inspection(
+        blocks=structure.depth,
+        heads=structure.heads,
+        tokens=structure.tokens,
+        post_norm=structure.post_norm,
+        scanned=any(stage.scan is not None for stage in structure.stages),
+        steps=steps,
+        unknown=tuple(dict.fromkeys(unknown)),
+        methods=tuple(methods()),
+        **known,
+    )
+
+
+def _count(reading: Reading, times: int, steps: dict[str, tuple[int, str]]) -> None:
+    """How many steps there are of each kind, in the order in which they come."""
+    for step in reading.flat.steps:
+        if step in reading.bodies:
+            _count(reading.bodies[step], times * step.params["length"], steps)
+        elif step.kind:
+            count, line = steps.get(step.kind, (0, line_of(step)))
+            steps[step.kind] = (count + times, line)
+
+
+def _pools(reading: Reading) -> list[str]:
+    """A sentence for every softmax that is no self-attention."""
+    used = {step.of for step in reading.attentions}
+    found = [
+        f"{line_of(step)}: a softmax that is not contracted with values"
+        for step in reading.softmaxes
+        if not any(reading.facts[number].weights is step for number in used)
+    ]
+    return found + [line for body in reading.bodies.values() for line in _pools(body)]
+
+

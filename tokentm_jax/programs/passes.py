@@ -1,0 +1,374 @@
+"""Rules that run inside the passes of a function, block by block: no array of two blocks is held at once.
+
+The row of TokenTM and GAE is the cotangent of a stream of zeros [N] that goes from tap to tap; see `maths.tokentm`.
+Everything here is for one sample.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from tokentm_jax.errors import InputError, Unfit
+from tokentm_jax.maths.primitives import wide
+from tokentm_jax.maths.scores import explained
+from tokentm_jax.maths.tokentm import (
+    Blocks,
+    TokenTM,
+    attention_layer,
+    change,
+    ffn_layer,
+    norm_gain,
+    propagate,
+    transformation_weights,
+    weigh,
+)
+from tokentm_jax.programs.model import POINTS, Found, identity_of
+from tokentm_jax.programs.running import Evaluation, Plan, scan_key
+from tokentm_jax.programs.structure import Attention, Layer, Stage
+
+Block = list[Layer]
+WEIGHTS = "transformation weights"  # what a layer keeps for its backward pass, see `methods.stream`
+
+
+def canonical(attention: Attention, array: Array) -> Array:
+    """Attention weights as [H, N, N]."""
+    n = array.shape[attention.key]
+    return jnp.moveaxis(array, (attention.query, attention.key), (-2, -1)).reshape(-1, n, n)
+
+
+def as_before(attention: Attention, heads: Array, like: Array) -> Array:
+    """[H, N, N] in the layout of the program."""
+    moved = jnp.moveaxis(like, (attention.query, attention.key), (-2, -1)).shape
+    return jnp.moveaxis(heads.reshape(moved), (-2, -1), (attention.query, attention.key))
+
+
+class View:
+    """What one block of an evaluation did, in one layout; computed where it is not known yet."""
+
+    def __init__(self, evaluation: Evaluation, block: Block, tokens: int) -> None:
+        self.evaluation, self.block, self.count = evaluation, block, tokens
+
+    def __call__(self, name: str) -> Array:
+        """[N, D] of a field of `Blocks`, in float32 at least."""
+        number = POINTS[name](self.evaluation.reading, self.block)
+        return wide(self.evaluation.function([], number)().reshape(self.count, -1))
+
+    @property
+    def attention(self) -> Attention:
+        attention = self.block[0].attention
+        assert attention is not None
+        return attention
+
+    def transformed(self, options: TokenTM) -> Array:
+        """x~ of the attention layer, [N, D], or [H, N, D] of each head."""
+        if options.transformed == "stream":
+            return self("tokens") + self("attention_branch")
+        number, branch = self.attention.weights, self.block[0].branch
+        weights = self.evaluation.values[number]
+        identity = identity_of(self.attention, weights)
+        starts, point = [number], [jnp.zeros_like(weights)]
+        tangent: Callable[[Array], list[Array]] = lambda attention: [attention]  # noqa: E731
+        if options.transformed == "linear":  # of x itself in place of its norm, by the maps without their biases
+            normalised = POINTS["normalised"](self.evaluation.reading, self.block)
+            value = self.evaluation.function([], normalised)()
+            x = self.evaluation.function([], self._original(options))().reshape(value.shape).astype(value.dtype)
+            starts = [number, normalised]
+
+            def through(attention: Array) -> Array:
+                given = lambda v: self.evaluation.function(starts, branch)(attention, v)  # noqa: E731
+                return jax.jvp(given, (value,), (x,))[1]
+        else:
+
+            def through(attention: Array) -> Array:
+                return jax.jvp(self.evaluation.function(starts, branch), point, tangent(attention))[1]
+
+        if options.heads == "sum":
+            return wide(through(identity).reshape(self.count, -1))
+        heads = canonical(self.attention, identity)
+        alone = heads[None] * jnp.eye(len(heads), dtype=heads.dtype)[:, :, None, None]
+        of_head = lambda one: through(as_before(self.attention, one, weights)).reshape(self.count, -1)  # noqa: E731
+        return wide(jax.lax.map(of_head, alone))
+
+    def _original(self, options: TokenTM) -> int:
+        return POINTS["tokens" if options.original == "residual" else "normalised"](self.evaluation.reading, self.block)
+
+    def attention_weights(self, options: TokenTM) -> Array:
+        """Diagonal of W_attn, [N], or [H, N]."""
+        heads = canonical(self.attention, self.evaluation.values[self.attention.weights])
+        if not options.weighs:
+            return jnp.ones(heads.shape[-1:], wide(heads).dtype)
+        x = self("tokens" if options.original == "residual" else "normalised")
+        transformed = self.transformed(options)
+        if transformed.ndim == 2:
+            return weigh(x, transformed, _NOTHING, options)
+        return jax.vmap(lambda t: transformation_weights(change(x, t), options))(transformed)
+
+    def other_weights(self, options: TokenTM) -> tuple[Any, ...]:
+        """The other fields of `Weights`: W_ffn [N], and of post-norm blocks what their norms do."""
+        ffn = [self.ffn_weights(layer, options) for layer in self.block[1:]]
+        weights = ffn[0] if ffn else jnp.zeros(self.count)
+        if not options.norms or self.block[0].normed is None:
+            return (weights,)
+        gains = []
+        for layer in self.block[:2]:
+            before, after = (self.evaluation.function([], v)().reshape(self.count, -1) for v in (layer.output, layer.normed))
+            gains.append(norm_gain(wide(before), wide(after)))
+        return (weights, *gains)
+
+    def as_block(self) -> Blocks:
+        """The attention of the block, [H, N, N]."""
+        heads = canonical(self.attention, self.evaluation.values[self.attention.weights])
+        return _NOTHING._replace(attention=wide(heads))
+
+    def ffn_weights(self, layer: Layer, options: TokenTM) -> Array:
+        """Diagonal of W_ffn of one layer, [N]."""
+        x, branch = (wide(self.evaluation.function([], v)().reshape(self.count, -1)) for v in (layer.stream, layer.branch))
+        if not options.ffn or not options.weighs:
+            return jnp.full_like(x[:, 0], 1.0 if options.ffn else 0.0)
+        transformed = branch if options.ffn_transformed == "branch" else x + branch
+        return weigh(x, transformed, _NOTHING, options)
+
+
+_NOTHING = Blocks(*[None] * len(Blocks._fields))
+
+
+def rows_inside(
+    found: Found, params: Any, sample: Array, target: Any, options: TokenTM, policy: Any
+) -> tuple[tuple[Array, Array, Array], Any]:
+    """TokenTM's row for one sample in one forward and backward pass.
+
+    Returns (row [N] at the input of block `options.first_block`, embedded tokens [N, D], gradient there) and details.
+    """
+    structure = found.structure
+    n, first = structure.tokens, options.first_block
+    end = structure.depth if options.end_block is None else options.end_block
+
+    def kept(index: Array, weights: Array) -> Array:
+        inside = (index >= first) & (index < end)
+        return checkpoint_name(jnp.where(inside, jax.lax.stop_gradient(weights), 0), WEIGHTS)
+
+    def attended(block: Block, evaluation: Evaluation) -> Any:
+        view = View(evaluation, block, n)
+
+        def tap(value: Array, state: Any, extra: Any) -> Any:
+            u, index = state
+            evaluation.values[evaluation.current] = value
+            weights = kept(index, view.attention_weights(options))
+            heads, u = attention_layer(options, canonical(view.attention, value), u, weights)
+            return as_before(view.attention, heads, value), (u, index), None
+
+        return tap
+
+    def summed(block: Block, layer: Layer, evaluation: Evaluation) -> Any:
+        view, norms = View(evaluation, block, n), options.norms and layer.normed is not None
+
+        def tap(value: Array, state: Any, extra: Any) -> Any:
+            u, index = state
+            evaluation.values[evaluation.current] = value
+            if layer.attention is None and evaluation.current == layer.output:
+                u = ffn_layer(u, kept(index, view.ffn_weights(layer, options)))
+            if norms and evaluation.current == layer.normed:
+                before = wide(evaluation.values[layer.output].reshape(n, -1))
+                u = ffn_layer(u, kept(index, norm_gain(before, wide(value.reshape(n, -1))) - 1))
+            last = layer is block[-1] and evaluation.current == (layer.output if layer.normed is None else layer.normed)
+            return value, (u, index + 1 if last else index), None
+
+        return tap
+
+    taps: dict[Any, dict[int, Any]] = {structure.reading: {}}
+    for stage in structure.stages:
+        own = taps.setdefault(stage.reading, {})
+        for block in stage.blocks:
+            own[block[0].attention.weights] = partial(attended, block)  # type: ignore[union-attr]
+            for layer in block:
+                for number in {layer.output, layer.output if layer.normed is None else layer.normed}:
+                    own[number] = partial(summed, block, layer)
+
+    def noted(evaluation: Evaluation) -> Any:
+        def tap(value: Array, state: Any, extra: Any) -> Any:
+            value = value + extra.astype(value.dtype)
+            return value, state, value
+
+        return tap
+
+    if structure.embedded in taps[structure.reading]:
+        raise Unfit("the tokens that enter the first block cannot be told from a layer's")
+    taps[structure.reading][structure.embedded] = noted
+    kind = structure.reading.flat.types[structure.embedded]
+    plan = Plan(found.rules, taps, partial(jax.checkpoint, policy=policy, prevent_cse=False))
+    row = jnp.asarray(found.readout, jnp.promote_types(kind.dtype, jnp.float32))
+    readout = row
+
+    def run(zeros: Array, u: Array) -> Any:
+        outputs, notes, state = found.evaluate(params, sample, plan, {structure.embedded: zeros}, (u, jnp.int32(0)))
+        own, details = explained(jax.tree.map(lambda a: a[None], outputs), target)
+        return (own.sum(), state[0]), (notes[structure.embedded], details)
+
+    (own, _), pull, (embedded, details) = jax.vjp(run, jnp.zeros(kind.shape, row.dtype), jnp.zeros_like(row), has_aux=True)
+    gradient, rows = pull((jnp.ones_like(own), readout))
+    return (rows, embedded.reshape(n, -1), gradient.reshape(n, -1)), details
+
+
+def rows_behind(
+    found: Found,
+    params: Any,
+    sample: Array,
+    target: Any,
+    summary: Callable[[View], Any],
+    update: Callable[[Array, Any], Array],
+    first_block: int = 0,
+    end_block: int | None = None,
+) -> tuple[tuple[Array, Array], Any]:
+    """One forward pass that keeps `summary(view)` of every block, then a rule that needs no gradient.
+
+    Returns (row [N], embedded tokens [N, D]) and details.
+    """
+    structure = found.structure
+    n = structure.tokens
+
+    def at_end(block: Block, evaluation: Evaluation) -> Any:
+        def tap(value: Array, state: Any, extra: Any) -> Any:
+            evaluation.values[evaluation.current] = value
+            return value, state, summary(View(evaluation, block, n))
+
+        return tap
+
+    taps: dict[Any, dict[int, Any]] = {structure.reading: {}}
+    ends = {}
+    for stage in structure.stages:
+        for block in stage.blocks:
+            last = block[-1]
+            ends[block[0]] = number = last.output if last.normed is None else last.normed
+            taps.setdefault(stage.reading, {})[number] = partial(at_end, block)
+    of_embedded = lambda evaluation: lambda value, state, extra: (value, state, value)  # noqa: E731
+    taps[structure.reading].setdefault(structure.embedded, of_embedded)
+    outputs, notes, _ = found.evaluate(params, sample, Plan(found.rules, taps), None, None)
+    details = explained(jax.tree.map(lambda a: a[None], outputs), target)[1]
+    parts = [_stacked(stage, notes, lambda stage, block, own: own[ends[block[0]]]) for stage in structure.stages]
+    summaries = jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
+    embedded = notes[structure.embedded].reshape(n, -1)
+    row = jnp.asarray(found.readout, wide(embedded).dtype)
+    return (propagate(update, summaries, row, first_block, end_block), embedded), details
+
+
+def _stacked(stage: Stage, notes: Any, pick: Callable[..., Any]) -> Any:
+    """The notes of a stage's blocks, [length * blocks, ...]."""
+    own = notes if stage.scan is None else notes[scan_key(stage.scan)]
+    arrays = [pick(stage, block, own) for block in stage.blocks]
+    if stage.scan is None:
+        return jax.tree.map(lambda *a: jnp.stack(a), *arrays)
+    return jax.tree.map(lambda *a: jnp.stack(a, 1).reshape(-1, *a[0].shape[1:]), *arrays)
+
+
+def legrad_rows(
+    found: Found, params: Any, sample: Array, target: Any, first_block: int = 0
+) -> tuple[Array, Any]:
+    """LeGrad's row for one sample: `sum_l mean_{h,q} relu(d s_l / d A_l)`, s_l read through what follows the blocks."""
+    structure = found.structure
+    head = found.head(params)
+
+    outputs, _, _ = found.evaluate(params, sample, Plan(found.rules), None, None)
+    own, details = explained(jax.tree.map(lambda a: a[None], outputs), target)
+    asked = details["target"]
+
+    def at_end(block: Block, evaluation: Evaluation) -> Any:
+        attention = block[0].attention
+        assert attention is not None
+        number = block[-1].output if block[-1].normed is None else block[-1].normed
+        view = View(evaluation, block, structure.tokens)
+
+        def tap(value: Array, state: Any, extra: Any) -> Any:
+            evaluation.values[evaluation.current] = value
+            through = evaluation.function([attention.weights], number)
+
+            def score(weights: Array) -> Array:
+                return explained(jax.tree.map(lambda a: a[None], head(through(weights))), asked)[0].sum()
+
+            gradient = jax.grad(score)(evaluation.values[attention.weights])
+            row = jax.nn.relu(wide(canonical(view.attention, gradient))).mean((0, 1))
+            return value, state, row
+
+        return tap
+
+    taps: dict[Any, dict[int, Any]] = {}
+    for stage in structure.stages:
+        for block in stage.blocks:
+            number = block[-1].output if block[-1].normed is None else block[-1].normed
+            taps.setdefault(stage.reading, {})[number] = partial(at_end, block)
+    _, notes, _ = found.evaluate(params, sample, Plan(found.rules, taps), None, None)
+    pick = lambda stage, block, own: own[block[-1].output if block[-1].normed is None else block[-1].normed]  # noqa: E731
+    rows = jnp.concatenate([_stacked(stage, notes, pick) for stage in structure.stages])
+    return rows[first_block:].sum(0), details
+
+
+def full_gradient_rows(found: Found, params: Any, sample: Array, target: Any) -> tuple[tuple[Array, Array], Any]:
+    """FullGrad+'s row for one sample by the rules of `found`: tokens and biases times their gradients, mean over blocks.
+
+    Every token and bias has a factor 1 + share * u [N]; the derivative by u is the row. Returns (row, its sum less the
+    score) and details.
+    """
+    structure = found.structure
+    n, depth = structure.tokens, structure.depth
+    taps: dict[Any, dict[int, Any]] = {}
+    for reading, rows, after in found.token_rows():
+        own = taps.setdefault(reading, {})
+        for step in reading.flat.steps:
+            out = step.outputs[0]
+            if step.kind == "bias" and out in rows:
+                own[out] = partial(_with_factor, step, rows[out], after, depth)
+    for stage in structure.stages:
+        own = taps.setdefault(stage.reading, {})
+        for block in stage.blocks:
+            own[block[0].stream] = partial(_scaled_stream, depth, n)
+
+    def score(u: Array) -> tuple[Array, Any]:
+        outputs, _, _ = found.evaluate(params, sample, Plan(found.rules, taps), None, (u, jnp.int32(0)))
+        own, details = explained(jax.tree.map(lambda a: a[None], outputs), target)
+        return own.sum(), details
+
+    kind = structure.reading.flat.types[structure.embedded]
+    row, details = jax.grad(score, has_aux=True)(jnp.zeros(n, jnp.promote_types(kind.dtype, jnp.float32)))
+    return (row, row.sum() - details["score"][0]), details
+
+
+def _scaled_stream(depth: int, n: int, evaluation: Evaluation) -> Any:
+    """The tokens that enter a block, with their share of the factor; from here on the block counts."""
+
+    def tap(value: Array, state: Any, extra: Any) -> Any:
+        u, index = state
+        shape = [1] * value.ndim
+        shape[-2] = n
+        return (wide(value) * (1 + u / depth).reshape(shape)).astype(value.dtype), (u, index + 1), None
+
+    return tap
+
+
+def _with_factor(step: Any, rows: Any, after: bool, depth: int, evaluation: Evaluation) -> Any:
+    """A sum with a bias, whose share of the factor is that of the blocks that came before."""
+
+    def tap(value: Array, state: Any, extra: Any) -> Any:
+        u, index = state
+        bias = evaluation.get(step.inputs[1 - step.of])
+        if step.name == "sub" and step.of == 0:
+            bias = -bias
+        share = index.astype(u.dtype) / depth
+        if isinstance(rows, tuple):
+            axis, shares = rows
+            shape = [1] * value.ndim
+            shape[axis] = len(shares)
+            factor = (jnp.asarray(shares, u.dtype) @ u).reshape(shape)
+        else:
+            factor = jnp.asarray(rows, u.dtype) @ u
+        return (wide(value) + wide(bias) * factor * share).astype(value.dtype), state, None
+
+    return tap
+
+
+def require_whole(found: Found) -> None:
+    if found.structure.depth == 0:
+        raise InputError("no blocks were found")

@@ -1,0 +1,206 @@
+"""Backward rules as data: mappings from kinds of steps to functions `rule(f, *inputs)`; see `running`.
+
+One sample at a time: what is summed "over a sample" is the whole array.
+"""
+
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.lax import stop_gradient
+
+from tokentm_jax.errors import Unfit
+from tokentm_jax.programs.running import Rules
+
+REFERENCE_EPSILON = 1e-9
+SIGNED_EPSILON = 1e-4
+
+
+def with_backward(f: Any, inputs: tuple[Array, ...], backward: Any) -> Array:
+    """`f(*inputs)` whose cotangent g becomes `backward(g, value, *inputs)`, one for each of the inputs or None."""
+
+    @jax.custom_vjp
+    def step(value: Array, *inputs: Array) -> Array:
+        return value
+
+    step.defvjp(lambda value, *inputs: (value, (value, inputs)), lambda saved, g: (None, *backward(g, saved[0], *saved[1])))
+    return step(f(*inputs), *inputs)  # no rule closes over values of the program
+
+
+@jax.custom_jvp
+def _multiple(x: Array, factor: Array, value: Array) -> Array:
+    """The value, as the product of x with a constant factor."""
+    return value
+
+
+_multiple.defjvp(lambda values, tangents: (values[2], tangents[0] * values[1]))
+
+
+def gain(f: Any, x: Array) -> Array:
+    """The identity rule `f(x) / x`: f as a product with a constant."""
+    safe = jnp.where(x == 0, jnp.asarray(1e-6, x.dtype), x)
+    return _multiple(x, stop_gradient(f(safe) / safe), stop_gradient(f(x)))
+
+
+def halved(f: Any, a: Array, b: Array) -> Array:
+    """A product whose factors share."""
+    return with_backward(f, (a, b), lambda g, value, a, b: tuple(d / 2 for d in jax.vjp(f, a, b)[1](g)))
+
+
+LIBRA: Rules = {
+    "softmax": lambda f, scores: stop_gradient(f(scores)),
+    "norm": lambda f, x, statistic: f(x, stop_gradient(statistic)),
+    "gate": lambda f, gate, x: f(stop_gradient(gate), x),
+    "activation": gain,
+}
+ATTN_LRP: Rules = {"product": halved, "gate": halved, "norm": LIBRA["norm"], "activation": gain}
+
+
+def conservative(activation: str = "identity", pooler: str | None = None) -> Rules:
+    """Conservative LRP, as `maths.relevance.conservative`; LibraGrad's pruned backward pass with "identity"."""
+    if pooler is not None:
+        raise Unfit("the pooler of a function is an activation like others: leave the option pooler out")
+    return LIBRA if activation == "identity" else {k: rule for k, rule in LIBRA.items() if k != "activation"}
+
+
+def attn_lrp() -> Rules:
+    """AttnLRP, as `maths.relevance.attn_lrp`."""
+    return ATTN_LRP
+
+
+def _quotient(a: Array, b: Array, denominator: Array) -> Array:
+    nonzero = (b != 0) & (denominator != 0)
+    return jnp.where(nonzero, a / jnp.where(nonzero, denominator, 1), 0)
+
+
+@lru_cache
+def res_lrp(gamma: float) -> Rules:
+    """ResLRP: AttnLRP with the gamma rule at sums."""
+
+    def add(f: Any, a: Array, b: Array) -> Array:
+        def backward(g: Array, out: Array, a: Array, b: Array) -> tuple[Array, Array]:
+            gain_a, gain_b = (1 + gamma * (x * out >= 0).astype(x.dtype) for x in (a, b))
+            share = g * _quotient(out, out, a * gain_a + b * gain_b)
+            return share * gain_a, share * gain_b
+
+        return with_backward(f, (a, b), backward)
+
+    return {**ATTN_LRP, "residual": add, "add": add, "position": lambda f, x, p: add(f, x, jnp.broadcast_to(p, x.shape))}
+
+
+def _passed_on(x: Array, value: Array, f: Any) -> Array:
+    """`value = f(x)` with its relevance passed on to x unchanged, where the shapes are the same."""
+    return _identity(x, value) if x.shape == value.shape else f(x)
+
+
+@jax.custom_jvp
+def _identity(x: Array, value: Array) -> Array:
+    return value
+
+
+_identity.defjvp(lambda values, tangents: (values[1], tangents[0].astype(values[1].dtype)))
+
+
+def _parts(x: Array) -> tuple[Array, Array]:
+    return jnp.maximum(x, 0), jnp.minimum(x, 0)
+
+
+def reference_quotient(a: Array, b: Array) -> Array:
+    """`a / (b + 1e-9)`, zero where b is zero."""
+    return _quotient(a, b, b + REFERENCE_EPSILON)
+
+
+def signed_quotient(a: Array, b: Array) -> Array:
+    """`a / (b + eps sign(b))`, zero where b is zero, with eps relative to the scale of the sample's b."""
+    return _quotient(a, b, b + SIGNED_EPSILON * jnp.sqrt(jnp.square(b).mean()) * jnp.sign(b))
+
+
+@lru_cache
+def lrp(variant: str, stabiliser: str) -> Rules:
+    """Layer-wise relevance propagation: the cotangent is the relevance."""
+    quotient = {"reference": reference_quotient, "signed": signed_quotient}[stabiliser]
+
+    def of_parts(f: Any, x: Array, parts: tuple[Any, Any], r: Array) -> Array:
+        """R of x, where `f(x, part)` has positive and negative parts."""
+        pulls = [jax.vjp(partial(_second, f, k), own) for own, k in zip(_parts(x), parts, strict=True)]
+        (z_pos, pull_pos), (z_neg, pull_neg) = pulls
+        if variant == "ours":
+            s_pos = s_neg = quotient(r, z_pos + z_neg)
+        else:
+            s_pos, s_neg = quotient(r, z_pos), quotient(r, z_neg)
+        x_pos, x_neg = _parts(x)
+        return x_pos * pull_pos(s_pos)[0] + x_neg * pull_neg(s_neg)[0]
+
+    def linear(f: Any, x: Array, kernel: Array) -> Array:
+        return with_backward(
+            f, (x, kernel), lambda r, value, x, kernel: (of_parts(f, x, _parts(kernel), r), None)
+        )
+
+    def reduce(f: Any, x: Array) -> Array:
+        return with_backward(f, (x,), lambda r, value, x: (of_parts(lambda x, _: f(x), x, (None, None), r),))
+
+    def embed(f: Any, x: Array, kernel: Array) -> Array:
+        def backward(r: Array, value: Array, x: Array, kernel: Array) -> tuple[Array, None]:
+            low, high, one = x.min(), x.max(), jnp.ones_like(x)
+            w_pos, w_neg = _parts(kernel)
+            s = r / (f(x, kernel) - low * f(one, w_pos) - high * f(one, w_neg) + REFERENCE_EPSILON)
+            back = [jax.vjp(partial(_second, f, w), x)[1](s)[0] for w in (kernel, w_pos, w_neg)]
+            return x * back[0] - low * back[1] - high * back[2], None
+
+        return with_backward(f, (x, kernel), backward)
+
+    def product(f: Any, a: Array, b: Array) -> Array:
+        def backward(r: Array, value: Array, a: Array, b: Array) -> tuple[Array, Array]:
+            z, pull = jax.vjp(f, a, b)
+            to_a, to_b = pull(quotient(r, z))
+            return a * to_a / 2, b * to_b / 2
+
+        return with_backward(f, (a, b), backward)
+
+    def add(f: Any, a: Array, b: Array) -> Array:
+        def backward(r: Array, value: Array, a: Array, b: Array) -> tuple[Array, Array]:
+            share = quotient(r, value)
+            r_a, r_b = a * share, f(jnp.zeros_like(a), b) * share
+            if variant == "ours":
+                sum_a, sum_b = r_a.sum(), r_b.sum()
+                weight = r.sum() / (jnp.abs(sum_a) + jnp.abs(sum_b))
+                r_a = r_a * quotient(jnp.abs(sum_a) * weight, sum_a)
+                r_b = r_b * quotient(jnp.abs(sum_b) * weight, sum_b)
+            return r_a, r_b
+
+        return with_backward(f, (a, b), backward)
+
+    def fork(f: Any, x: Array) -> tuple[Array, Array]:
+        @jax.custom_vjp
+        def twice(x: Array) -> tuple[Array, Array]:
+            return x, x
+
+        twice.defvjp(lambda x: ((x, x), x), lambda x, rs: (x * (quotient(rs[0], x) + quotient(rs[1], x)),))
+        return twice(x)
+
+    def position(f: Any, x: Array, p: Array) -> Array:
+        return add(lambda a, b: a + b, x, jnp.broadcast_to(p, x.shape))
+
+    passed = lambda f, x, *more: _passed_on(x, stop_gradient(f(x, *more)), lambda x: f(x, *more))  # noqa: E731
+    rules: dict[str, Any] = {
+        "linear": linear, "embed": embed, "reduce": reduce, "product": product, "gate": product, "add": add, "residual": add,
+        "turn": add,
+        "position": position, "bias": passed, "scale": passed, "norm": passed, "softmax": passed, "activation": passed,
+    }
+    return rules | ({"fork": fork} if stabiliser == "reference" else {})
+
+
+def _second(f: Any, second: Any, first: Array) -> Array:
+    return f(first, second)
+
+
+RULES: dict[str, Rules] = {
+    "plain": {},
+    "libra": LIBRA,
+    "conservative": LIBRA,
+    "attn_lrp": ATTN_LRP,
+    "res_lrp": res_lrp(1.0),
+    "lrp": lrp("lrp", "signed"),
+}

@@ -1,0 +1,213 @@
+"""A program that was read, evaluated step by step: with other backward rules, and with taps.
+
+A rule is a function `rule(f, *inputs)` that gives `f(*inputs)` with another backward pass. `f` computes one step of a
+kind (`reading`) from the inputs that matter:
+
+    linear f(x, kernel)    product f(a, b)    gate f(gate, x)    add, residual, turn f(a, b)      bias, scale, position f(x, array)
+    norm f(x, statistic)   softmax f(scores)  reduce f(x)        activation f(x)  fork f(x) -> (x for the sum, x for the branch)
+
+A tap is a function `tap(value, state, extra) -> (value, state, note)` of one value of the program: what it returns goes
+on in place of the value. The state goes from tap to tap, through scans, too; notes are collected, stacked over the
+turns of a scan; `extra` is the tap's slice of what is handed in for each turn.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax import Array
+from jax.extend.core import Literal
+
+from tokentm_jax.programs.flat import Call, Step
+from tokentm_jax.programs.reading import ELEMENTWISE, SAME_SHAPE, Reading
+
+Rule = Callable[..., Any]
+Rules = Mapping[str, Rule]
+Tap = Callable[[Array, Any, Any], tuple[Array, Any, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a program is evaluated: rules by kind, and taps by reading and value."""
+
+    rules: Rules = dataclasses.field(default_factory=dict)
+    taps: Mapping[Reading, Mapping[int, Callable[..., Tap]]] = dataclasses.field(default_factory=dict)
+    checkpoint: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda body: body  # of the body of a scan
+
+
+def bind(equation: Any, values: list[Any]) -> list[Any]:
+    """One equation, as JAX evaluates it."""
+    params = equation.primitive.get_bind_params(equation.params)
+    functions, params = params if isinstance(params, tuple) else ((), params)  # a pair in older versions of JAX
+    with equation.ctx.manager:
+        out = equation.primitive.bind(*functions, *values, **params)
+    return list(out) if equation.primitive.multiple_results else [out]
+
+
+def scan_key(step: Step) -> int:
+    """The key of a scan's own notes and extras among those of the program's values."""
+    return -1 - step.outputs[0]
+
+
+class Evaluation:
+    """One evaluation of a program, or of one turn of a scan's body; `values` are those that are known so far."""
+
+    def __init__(self, reading: Reading, plan: Plan, inputs: list[Any], state: Any = None, extra: Any = None) -> None:
+        self.reading, self.plan, self.state = reading, plan, state
+        self.values: dict[int, Any] = {**reading.flat.constants}
+        self.known: dict[int, Any] = {}  # values as rules make them, for steps outside of their group
+        self.forks = {s.of[0]: s for s in reading.sums if isinstance(s.of, tuple)} if "fork" in plan.rules else {}
+        self.taps, self.extra, self.notes = plan.taps.get(reading, {}), extra or {}, {}
+        for number, value in zip(reading.flat.inputs, inputs, strict=True):
+            self._put(number, value)
+
+    def run(self) -> "Evaluation":
+        """All steps, in order."""
+        flat, place = self.reading.flat, 0
+        while place < len(flat.steps):
+            call = flat.calls.get(place)
+            if call is not None and not self._touches(call):
+                place = call.stop
+                values = bind(call.equation, [self.get(i) for i in call.inputs])
+                outputs = call.outputs
+            else:
+                place += 1
+                outputs, values = flat.steps[place - 1].outputs, self._step(flat.steps[place - 1])
+            for number, value in zip(outputs, values, strict=True):
+                self._put(number, value)
+        self.outputs = [self.get(o) for o in flat.outputs]
+        return self
+
+    def get(self, atom: Any, step: Step | None = None) -> Any:
+        """The value of an atom as `step` reads it; None: as the world outside reads it."""
+        if isinstance(atom, Literal):
+            return atom.val
+        if self.plan.rules and atom in self.reading.facts:
+            if atom in self.forks:
+                return self._forked(atom, step)
+            if self._leaves(atom, step):
+                return self._activated(atom)
+        return self.values[atom]
+
+    def _put(self, number: int, value: Any) -> None:
+        self.current = number
+        if number in self.taps:
+            value, self.state, note = self.taps[number](self)(value, self.state, self.extra.get(number))
+            if note is not None:
+                self.notes[number] = note
+        self.values[number] = value
+
+    def _leaves(self, atom: int, step: Step | None) -> bool:
+        """Whether a value leaves its group of elementwise steps here, by a rule."""
+        fact = self.reading.facts.get(atom)
+        if fact is None or fact.root == atom or fact.statistic or atom in self.reading.exempt or "activation" not in self.plan.rules:
+            return False
+        if fact.linear and "bias" not in self.plan.rules:  # a multiple has its own derivative, unless relevance is carried
+            return False
+        if step is not None and (step.name in ELEMENTWISE or step.name in SAME_SHAPE):
+            out = self.reading.facts.get(step.outputs[0])
+            return not (out is not None and out.root == fact.root)
+        return True
+
+    def _activated(self, atom: int) -> Any:
+        if atom not in self.known:
+            root = self.reading.facts[atom].root
+            self.known[atom] = self.plan.rules["activation"](self.function([root], atom), self.get(root))
+        return self.known[atom]
+
+    def _forked(self, atom: int, step: Step | None) -> Any:
+        if atom not in self.known:
+            value = self._activated(atom) if self._leaves(atom, step) else self.values[atom]
+            self.known[atom] = self.plan.rules["fork"](lambda x: (x, x), value)
+        return self.known[atom][0 if step is self.forks[atom] else 1]
+
+    def _touches(self, call: Call) -> bool:
+        """Whether a rule or a tap concerns a step of a custom derivative, which is then looked through."""
+        steps = self.reading.flat.steps[call.start : call.stop]
+        inside = {number for step in steps for number in step.outputs}
+        if inside - set(call.outputs) & self.taps.keys():
+            return True
+        if not self.plan.rules:
+            return False
+        return any(
+            step.kind in self.plan.rules
+            or any(not isinstance(i, Literal) and i in inside and self._leaves(i, step) for i in step.inputs)
+            for step in steps
+        )
+
+    def _step(self, step: Step) -> list[Any]:
+        if step.body is not None and step in self.reading.bodies:
+            return self._scan(step)
+        rule = self.plan.rules.get(step.kind)
+        if rule is None:
+            return bind(step.equation, [self.get(i, step) for i in step.inputs])
+        return [self._ruled(step, rule)]
+
+    def _ruled(self, step: Step, rule: Rule) -> Any:
+        """The value of a step by the rule of its kind."""
+        if step.kind == "norm":
+            tokens, statistic, x = step.of
+            return rule(self.function([x, statistic], step.outputs[0]), self.get(x), self.get(statistic, step))
+        if step.kind == "softmax":
+            return rule(self.function([step.of], step.outputs[0]), self.get(step.of))
+        order = [0, 1][: len(step.inputs)]
+        if step.kind == "reduce":
+            return rule(lambda x: bind(step.equation, [x])[0], self.get(step.inputs[0], step))
+        if step.kind in ("linear", "embed", "bias", "scale", "position", "gate") and step.of == 1:
+            order = [1, 0]
+
+        def f(*inputs: Any) -> Any:
+            return bind(step.equation, [inputs[order.index(i)] for i in range(len(inputs))])[0]
+
+        return rule(f, *(self.get(step.inputs[i], step) for i in order))
+
+    def function(self, starts: list[int], end: Any) -> Callable[..., Any]:
+        """The part of the program from some values to another, as a function of these, by plain arithmetic. All else
+        is as it is known; what is not known yet is computed."""
+        chain = self._chain(starts, end)
+
+        def f(*inputs: Any) -> Any:
+            own = dict(zip(starts, inputs, strict=True))
+            for step in chain:
+                given = [i.val if isinstance(i, Literal) else own[i] if i in own else self.values[i] for i in step.inputs]
+                own.update(zip(step.outputs, bind(step.equation, given), strict=True))
+            return own[end] if end in own else self.values[end]
+
+        return f
+
+    def _chain(self, starts: list[int], end: int) -> list[Step]:
+        """The steps between, in order."""
+        facts, producer = self.reading.facts, self.reading.flat.producer
+        begun = sum(1 << number for number in set(starts))
+        needed: set[Step] = set()
+        waiting = [end]
+        while waiting:
+            number = waiting.pop()
+            step = producer.get(number)
+            changed = number in facts and facts[number].above & begun
+            if number in starts or step is None or step in needed or (number in self.values and not changed):
+                continue
+            needed.add(step)
+            waiting += [i for i in step.inputs if not isinstance(i, Literal)]
+        return [step for step in self.reading.flat.steps if step in needed] if needed else []
+
+    def _scan(self, step: Step) -> list[Any]:
+        params, body = step.params, self.reading.bodies[step]
+        consts, carries = params["num_consts"], params["num_carry"]
+        values = [self.get(i, step) for i in step.inputs]
+        fixed, carry, xs = values[:consts], values[consts : consts + carries], values[consts + carries :]
+        extra = self.extra.get(scan_key(step), {})
+
+        @self.plan.checkpoint
+        def turn(carried: Any, given: Any) -> Any:
+            (carry, state), (xs, extra) = carried, given
+            done = Evaluation(body, self.plan, [*fixed, *carry, *xs], state, extra).run()
+            return (done.outputs[:carries], done.state), (done.outputs[carries:], done.notes)
+
+        (carry, self.state), (ys, notes) = jax.lax.scan(
+            turn, (carry, self.state), (xs, extra), params["length"], params["reverse"], params["unroll"]
+        )
+        if notes:
+            self.notes[scan_key(step)] = notes
+        return [*carry, *ys]
