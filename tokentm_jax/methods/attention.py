@@ -124,7 +124,14 @@ def _tokentm_of_function(
             return transformed_attention(heads, None, weights.attention, options), weights
 
         one = lambda sample, target: passes.rows_behind(  # noqa: E731
-            found, params, sample, target, summary, lambda row, known: block_update(row, *known), options.first_block, options.end_block
+            found,
+            params,
+            sample,
+            target,
+            summary,
+            lambda row, known: block_update(row, *known),
+            options.first_block,
+            options.end_block,
         )
     else:
         one = lambda sample, target: passes.rows_inside(found, params, sample, target, options, POLICIES[memory])  # noqa: E731

@@ -49,8 +49,8 @@ def explain_fn(
       details: return `(maps, details)`, with `logits`, `target`, `score` and what else the method reports.
       differentiate_anyway: let JAX differentiate maps without a true derivative (`METHODS[method].differentiable` is
         False), with what the rules hold constant held constant. By default their differentiation raises InputError.
-      grid, prefix, readout: of a function, what its program does not show: the patches (height, width), the tokens before
-        those of the patches, and how the head reads the tokens ("token", "avg" or a share for each).
+      grid, prefix, readout: of a function, what its program does not show: the patches (height, width), the tokens
+        before those of the patches, and how the head reads the tokens ("token", "avg" or a share for each).
       **options: the method's options.
 
     Returns:
@@ -79,7 +79,9 @@ def _model(module: Any, grid: Any = None, prefix: Any = None, readout: Any = Non
     """A function as a model; all else as it is. Raises InputError where a model shows its own grid."""
     check_module(module)
     if is_function(module):
-        return Function(module, grid, prefix, readout if readout is None or isinstance(readout, str) else tuple(readout))
+        return Function(
+            module, grid, prefix, readout if readout is None or isinstance(readout, str) else tuple(readout)
+        )
     if (grid, prefix, readout) != (None, None, None):
         raise InputError("grid, prefix and readout are for functions: a module has its own")
     return module
@@ -108,7 +110,9 @@ def inspect(
     model = _model(function, grid, prefix, readout)
     if not isinstance(model, Function):
         raise InputError("inspect reads functions (params, inputs) -> outputs: give one that applies the module")
-    return inspected(model.read(params, inputs), lambda: methods_for(function, params, inputs, grid=grid, prefix=prefix))
+    return inspected(
+        model.read(params, inputs), lambda: methods_for(function, params, inputs, grid=grid, prefix=prefix)
+    )
 
 
 def _method(name: Any) -> Method:
@@ -192,7 +196,14 @@ def _of_tokens(texts: Any, maps: Array) -> Array:
 
 
 def methods_for(
-    module: Any, params: Any, inputs: Any, target: Any = None, *, grid: Any = None, prefix: Any = None, readout: Any = None
+    module: Any,
+    params: Any,
+    inputs: Any,
+    target: Any = None,
+    *,
+    grid: Any = None,
+    prefix: Any = None,
+    readout: Any = None,
 ) -> list[str]:
     """The methods of the table that can explain a model, by tracing each with its default options on `inputs`.
 
@@ -212,7 +223,7 @@ def methods_for(
         try:
             jax.eval_shape(partial(row.bind(name, {}), module), params, inputs, target)
             found.append(name)
-        except InputError:
+        except ValueError:  # InputError, or JAX's own for a loop that it cannot differentiate
             continue
     return found
 

@@ -90,7 +90,9 @@ def libra_gae(
     memory: Memory = "store",
 ) -> Explanation:
     """GAE on LibraGrad's pruned backward pass."""
-    return gae(ruled(module, "conservative", "identity"), params, inputs, target, first_block=first_block, memory=memory)
+    return gae(
+        ruled(module, "conservative", "identity"), params, inputs, target, first_block=first_block, memory=memory
+    )
 
 
 def libra_grad_cam(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:

@@ -26,7 +26,6 @@ from tokentm_jax.models.inputs import as_inputs, input_map, read_out, values
 from tokentm_jax.programs import rules as of_programs
 from tokentm_jax.programs.model import Found
 
-
 # Sets of rules by name: for the steps of tm.ViT, and for those of a function that was read.
 RULES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "conservative": (conservative, of_programs.conservative),
@@ -67,14 +66,19 @@ def _carry(
     module: nn.Module, rules: tuple[Any, ...], params: Any, inputs: Array, target: Array | None, *more: str
 ) -> Relevance:
     """A forward pass, and a backward pass by the rules; `more` are fields of `Trace` beside those of the tokens."""
-    fields = ("tokens", "token_grads", "final_tokens", *more)
-    trace = capture(ruled(module, *rules), params, inputs, target, fields)
+    trace = capture(ruled(module, *rules), params, inputs, target, (*_tokens_of(module), *more))
     details = _details(trace, trace.token_grads)
     return Relevance(trace.attention_grad, trace.token_grads, trace.input_grads, details, trace.seen)
 
 
-def _details(trace: Trace, token_relevance: Array) -> Details:
-    return {**trace.details(), "relevance": token_relevance.sum((2, 3)).T}
+def _tokens_of(module: Any) -> tuple[str, ...]:
+    """The fields of a trace that the relevance of blocks needs; none for a function without blocks."""
+    blocks = not isinstance(module, Found) or module.has_blocks
+    return ("tokens", "token_grads", "final_tokens") if blocks else ()
+
+
+def _details(trace: Trace, token_relevance: Any) -> Details:
+    return trace.details() | ({} if token_relevance is None else {"relevance": token_relevance.sum((2, 3)).T})
 
 
 def _maps(module: Any, mask: Array | None, arrays: Any, rule: Callable[[Any, Array], Array]) -> Array:
@@ -130,11 +134,11 @@ def _token_times_gradient(
     module: nn.Module, rules: tuple[Any, ...], params: Any, inputs: Array, target: Array | None, pixels: bool
 ) -> Explanation:
     inputs = as_inputs(module, params, inputs)
-    trace = capture(
-        ruled(module, *rules), params, inputs, target, ("input_grads", "tokens", "token_grads", "final_tokens")
-    )
-    relevance = wide(trace.tokens) * wide(trace.token_grads)
+    trace = capture(ruled(module, *rules), params, inputs, target, ("input_grads", *_tokens_of(module)))
+    relevance = None if trace.tokens is None else wide(trace.tokens) * wide(trace.token_grads)
     at_pixels = (wide(values(inputs)) * wide(trace.input_grads)).sum(-1)
+    if not pixels and relevance is None:
+        raise Unfit("a function without attention has no map of tokens: ask for pixels=True")
     maps = input_map(trace.seen, at_pixels) if pixels else token_map(module, relevance[0].sum(-1))
     return maps, _details(trace, relevance)
 

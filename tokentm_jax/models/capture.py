@@ -99,10 +99,13 @@ RANKS = {"attention": 4, "value": 4} | dict.fromkeys(KERNELS, 2)  # of one block
 
 
 def check_module(module: Any) -> None:
-    """InputError, which tells what to do, for what is neither a Linen module nor a function of parameters and inputs."""
+    """InputError, with what to do, for what is neither a Linen module nor a function of parameters and inputs."""
     if hasattr(module, "apply") and not isinstance(module, type):
         return
-    what, found = "the model must be a function (params, inputs) -> outputs or a Flax Linen module", type(module).__name__
+    what, found = (
+        "the model must be a function (params, inputs) -> outputs or a Flax Linen module",
+        type(module).__name__,
+    )
     if hasattr(module, "module") and hasattr(module, "params"):
         raise InputError(f"{what}, got a {found}: give its `module`, and then its `params`")
     if any(base.__module__.startswith("flax.nnx") for base in inspect.getmro(type(module))):
@@ -195,7 +198,9 @@ def capture(
         if name not in FIELDS:
             raise suggest("field", name, FIELDS, of="tm.capture")
     if hasattr(module, "capture"):  # a function that was read
-        return module.capture(params, inputs, target, [f for f in fields if gradients or f not in (*GRADIENTS, "input_grads")])
+        return module.capture(
+            params, inputs, target, [f for f in fields if gradients or f not in (*GRADIENTS, "input_grads")]
+        )
     if not gradients:
         fields = [name for name in fields if name not in (*GRADIENTS, "input_grads")]
 

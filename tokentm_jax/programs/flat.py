@@ -12,8 +12,17 @@ import jax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
 # Calls that are looked through: the name of the parameter that holds their jaxpr.
-CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr", "remat2": "jaxpr",
-         "checkpoint": "jaxpr", "remat": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
+CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+    "remat": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+}
 CUSTOM = ("custom_jvp_call", "custom_vjp_call")
 _LIBRARY = Path(jax.__file__).parent
 
@@ -26,6 +35,7 @@ class Step:
     inputs: list[Any]
     outputs: list[int]
     body: "Flat | None" = None  # of a scan
+    call: JaxprEqn | None = None  # the outermost call that it came from
     kind: str = ""  # see `reading`
     of: Any = None  # what the rule of this kind needs to know
 
@@ -69,7 +79,7 @@ def flatten(closed: Any) -> Flat:
     flat.inputs = [_new(flat, v.aval) for v in jaxpr.invars]
     constants = [_new(flat, v.aval) for v in jaxpr.constvars]
     flat.constants = dict(zip(constants, closed.consts, strict=True))
-    flat.outputs = _inline(flat, jaxpr, [*constants], flat.inputs)
+    flat.outputs = _inline(flat, jaxpr, [*constants], flat.inputs, None)
     return flat
 
 
@@ -78,7 +88,7 @@ def _new(flat: Flat, aval: Any) -> int:
     return len(flat.types) - 1
 
 
-def _inline(flat: Flat, jaxpr: Jaxpr, constants: list[Any], inputs: list[Any]) -> list[Any]:
+def _inline(flat: Flat, jaxpr: Jaxpr, constants: list[Any], inputs: list[Any], call: JaxprEqn | None) -> list[Any]:
     """Append the steps of a jaxpr whose inputs have these numbers; the numbers of its outputs."""
     names: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *inputs], strict=True))
 
@@ -96,13 +106,13 @@ def _inline(flat: Flat, jaxpr: Jaxpr, constants: list[Any], inputs: list[Any]) -
                 flat.constants |= dict(zip(inner_constants, inner.consts, strict=True))
                 inner = inner.jaxpr
             start = len(flat.steps)
-            outputs = _inline(flat, inner, inner_constants, given)
+            outputs = _inline(flat, inner, inner_constants, given, call or equation)
             if primitive in CUSTOM and len(flat.steps) > start and not any(isinstance(o, Literal) for o in outputs):
                 flat.calls[start] = Call(equation, given, outputs, start, len(flat.steps))
         else:
             outputs = [_new(flat, v.aval) for v in equation.outvars]
             body = flatten(equation.params["jaxpr"]) if primitive == "scan" else None
-            step = Step(equation, given, outputs, body)
+            step = Step(equation, given, outputs, body, call)
             flat.steps.append(step)
             flat.producer |= dict.fromkeys(outputs, step)
         names |= dict(zip(equation.outvars, outputs, strict=True))
@@ -111,8 +121,9 @@ def _inline(flat: Flat, jaxpr: Jaxpr, constants: list[Any], inputs: list[Any]) -
 
 def line_of(step: Step) -> str:
     """The source line of a step: the innermost one outside of JAX, as "file:line (function)"."""
-    traceback = step.equation.source_info.traceback
-    for frame in traceback.frames if traceback is not None else ():
-        if _LIBRARY not in Path(frame.file_name).parents and not frame.file_name.startswith("<"):
-            return f"{Path(frame.file_name).name}:{frame.line_num} ({frame.function_name})"
+    for equation in (step.equation, step.call):
+        traceback = None if equation is None else equation.source_info.traceback
+        for frame in traceback.frames if traceback is not None else ():
+            if _LIBRARY not in Path(frame.file_name).parents and not frame.file_name.startswith("<"):
+                return f"{Path(frame.file_name).name}:{frame.line_num} ({frame.function_name})"
     return "unknown line"

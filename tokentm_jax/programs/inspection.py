@@ -43,7 +43,10 @@ class Inspection:
     def __str__(self) -> str:
         rows = [("blocks", f"{self.blocks}{' in a scan' if self.scanned else ''}"), ("heads", str(self.heads))]
         rows += [("tokens", str(self.tokens)), ("prefix", _shown(self.prefix)), ("grid", _shown(self.grid))]
-        rows += [("read-out", _of_readout(self.readout)), ("norms", "behind the sums" if self.post_norm else "before the layers")]
+        rows += [
+            ("read-out", _of_readout(self.readout)),
+            ("norms", "behind the sums" if self.post_norm else "before the layers"),
+        ]
         width = max(len(kind) for kind in (*self.steps, "read-out"))
         lines = [f"{name:{width}}  {value}" for name, value in rows]
         lines += ["", "steps"]
@@ -81,7 +84,9 @@ def inspected(found: Found, methods: Callable[[], Sequence[str]]) -> Inspection:
     try:
         structure = found.structure
     except InputError as error:
-        return Inspection(0, 0, 0, None, found.given_grid, None, False, False, steps, (*unknown, str(error)), tuple(methods()))
+        return Inspection(
+            0, 0, 0, None, found.given_grid, None, False, False, steps, (*unknown, str(error)), tuple(methods())
+        )
     known: dict[str, Any] = {}
     for name in ("grid", "prefix", "readout"):
         try:
@@ -121,5 +126,3 @@ def _pools(reading: Reading) -> list[str]:
         if not any(reading.facts[number].weights is step for number in used)
     ]
     return found + [line for body in reading.bodies.values() for line in _pools(body)]
-
-

@@ -51,7 +51,9 @@ class Found:
         if self.given_grid is None:
             grid = self.structure.grid
             if grid is None:
-                raise InputError("the grid of patches cannot be told from this function: give it as grid=(height, width)")
+                raise InputError(
+                    "the grid of patches cannot be told from this function: give it as grid=(height, width)"
+                )
             return grid
         try:
             known = self.structure.grid
@@ -93,6 +95,14 @@ class Found:
         if known is not None and not np.allclose(known, given, atol=1e-4):
             raise InputError("readout is not how this function reads its tokens: leave it out")
         return tuple(map(float, given))
+
+    @cached_property
+    def has_blocks(self) -> bool:
+        """Whether a Transformer was found."""
+        try:
+            return self.structure.depth > 0
+        except Unfit:
+            return False
 
     @property
     def depth(self) -> int:
@@ -152,10 +162,18 @@ class Found:
         found = []
         for stage in structure.stages:
             if stage.scan is not None:
-                found.append((stage.reading, rows_from(stage.reading, stage.blocks[0][0].stream, structure.tokens, stage), False))
+                found.append(
+                    (
+                        stage.reading,
+                        rows_from(stage.reading, stage.blocks[0][0].stream, structure.tokens, stage),
+                        False,
+                    )
+                )
         own = [stage for stage in structure.stages if stage.scan is None]
         start = own[0].blocks[0][0].stream if own else structure.last
-        found.append((structure.reading, rows_from(structure.reading, start, structure.tokens, own[0] if own else None), True))
+        found.append(
+            (structure.reading, rows_from(structure.reading, start, structure.tokens, own[0] if own else None), True)
+        )
         return found
 
     # ---- arrays of all blocks ----
@@ -182,7 +200,7 @@ class Found:
 
     def _capture_one(self, params: Any, sample: Array, target: Any, fields: Collection[str]) -> tuple[Any, Any]:
         points = {point for field, point in GRADIENTS.items() if field in fields}
-        places = self._places({*fields, *points})
+        places = self._places({*fields, *points} - {"input_grads"})
         taps = {reading: {at: partial(_note, known) for at, known in own.items()} for reading, own in places.items()}
         plan = Plan(self.rules, taps)
         zeros = self._zeros(points, "final_tokens" in fields) if points else {}
@@ -210,7 +228,7 @@ class Found:
     def _places(self, names: Collection[str]) -> dict[Reading, dict[int, dict[str, Any]]]:
         """The values that hold what is asked for, in each of the programs: their names, each with its block."""
         places: dict[Reading, dict[int, dict[str, Any]]] = {}
-        for stage in self.structure.stages:
+        for stage in self.structure.stages if names else ():
             own = places.setdefault(stage.reading, {})
             for block in stage.blocks:
                 for name in names:
@@ -270,7 +288,11 @@ def _note(names: dict[str, Any], evaluation: Evaluation) -> Any:
         if extra is not None:
             value = value + extra
         evaluation.values[evaluation.current] = value
-        return value, state, {name: TAKEN[name](evaluation, block) if name in TAKEN else value for name, block in names.items()}
+        return (
+            value,
+            state,
+            {name: TAKEN[name](evaluation, block) if name in TAKEN else value for name, block in names.items()},
+        )
 
     return tap
 
@@ -298,7 +320,9 @@ TAKEN: dict[str, Callable[[Evaluation, list[Layer]], Array]] = {"transformed_val
 def _normalised(reading: Reading, block: list[Layer]) -> int:
     """What the attention reads: the stream behind its norm, or the stream itself."""
     layer = block[0]
-    norm = next((n for n in reading.norms if n.of[2] == layer.stream and reading.descends(layer.branch, n.outputs[0])), None)
+    norm = next(
+        (n for n in reading.norms if n.of[2] == layer.stream and reading.descends(layer.branch, n.outputs[0])), None
+    )
     if norm is None:
         return layer.stream
     end = norm.outputs[0]

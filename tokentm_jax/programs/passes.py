@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from tokentm_jax.errors import InputError, Unfit
+from tokentm_jax.errors import Unfit
 from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.scores import explained
 from tokentm_jax.maths.tokentm import (
@@ -95,7 +95,9 @@ class View:
         return wide(jax.lax.map(of_head, alone))
 
     def _original(self, options: TokenTM) -> int:
-        return POINTS["tokens" if options.original == "residual" else "normalised"](self.evaluation.reading, self.block)
+        return POINTS["tokens" if options.original == "residual" else "normalised"](
+            self.evaluation.reading, self.block
+        )
 
     def attention_weights(self, options: TokenTM) -> Array:
         """Diagonal of W_attn, [N], or [H, N]."""
@@ -116,7 +118,9 @@ class View:
             return (weights,)
         gains = []
         for layer in self.block[:2]:
-            before, after = (self.evaluation.function([], v)().reshape(self.count, -1) for v in (layer.output, layer.normed))
+            before, after = (
+                self.evaluation.function([], v)().reshape(self.count, -1) for v in (layer.output, layer.normed)
+            )
             gains.append(norm_gain(wide(before), wide(after)))
         return (weights, *gains)
 
@@ -127,11 +131,18 @@ class View:
 
     def ffn_weights(self, layer: Layer, options: TokenTM) -> Array:
         """Diagonal of W_ffn of one layer, [N]."""
-        x, branch = (wide(self.evaluation.function([], v)().reshape(self.count, -1)) for v in (layer.stream, layer.branch))
+        x, branch = (
+            wide(self.evaluation.function([], v)().reshape(self.count, -1)) for v in (layer.stream, layer.branch)
+        )
         if not options.ffn or not options.weighs:
             return jnp.full_like(x[:, 0], 1.0 if options.ffn else 0.0)
         transformed = branch if options.ffn_transformed == "branch" else x + branch
         return weigh(x, transformed, _NOTHING, options)
+
+
+def _wide_type(kind: Any) -> Any:
+    """float64 for that, and float32 for all else."""
+    return kind.dtype if kind.dtype == jnp.float64 else jnp.float32
 
 
 _NOTHING = Blocks(*[None] * len(Blocks._fields))
@@ -150,7 +161,7 @@ def rows_inside(
 
     def kept(index: Array, weights: Array) -> Array:
         inside = (index >= first) & (index < end)
-        return checkpoint_name(jnp.where(inside, jax.lax.stop_gradient(weights), 0), WEIGHTS)
+        return checkpoint_name(jnp.where(inside, weights, 0), WEIGHTS)
 
     def attended(block: Block, evaluation: Evaluation) -> Any:
         view = View(evaluation, block, n)
@@ -175,7 +186,9 @@ def rows_inside(
             if norms and evaluation.current == layer.normed:
                 before = wide(evaluation.values[layer.output].reshape(n, -1))
                 u = ffn_layer(u, kept(index, norm_gain(before, wide(value.reshape(n, -1))) - 1))
-            last = layer is block[-1] and evaluation.current == (layer.output if layer.normed is None else layer.normed)
+            last = layer is block[-1] and evaluation.current == (
+                layer.output if layer.normed is None else layer.normed
+            )
             return value, (u, index + 1 if last else index), None
 
         return tap
@@ -201,7 +214,7 @@ def rows_inside(
     taps[structure.reading][structure.embedded] = noted
     kind = structure.reading.flat.types[structure.embedded]
     plan = Plan(found.rules, taps, partial(jax.checkpoint, policy=policy, prevent_cse=False))
-    row = jnp.asarray(found.readout, jnp.promote_types(kind.dtype, jnp.float32))
+    row = jnp.asarray(found.readout, _wide_type(kind))
     readout = row
 
     def run(zeros: Array, u: Array) -> Any:
@@ -209,7 +222,9 @@ def rows_inside(
         own, details = explained(jax.tree.map(lambda a: a[None], outputs), target)
         return (own.sum(), state[0]), (notes[structure.embedded], details)
 
-    (own, _), pull, (embedded, details) = jax.vjp(run, jnp.zeros(kind.shape, row.dtype), jnp.zeros_like(row), has_aux=True)
+    (own, _), pull, (embedded, details) = jax.vjp(
+        run, jnp.zeros(kind.shape, row.dtype), jnp.zeros_like(row), has_aux=True
+    )
     gradient, rows = pull((jnp.ones_like(own), readout))
     return (rows, embedded.reshape(n, -1), gradient.reshape(n, -1)), details
 
@@ -265,15 +280,12 @@ def _stacked(stage: Stage, notes: Any, pick: Callable[..., Any]) -> Any:
     return jax.tree.map(lambda *a: jnp.stack(a, 1).reshape(-1, *a[0].shape[1:]), *arrays)
 
 
-def legrad_rows(
-    found: Found, params: Any, sample: Array, target: Any, first_block: int = 0
-) -> tuple[Array, Any]:
-    """LeGrad's row for one sample: `sum_l mean_{h,q} relu(d s_l / d A_l)`, s_l read through what follows the blocks."""
+def legrad_rows(found: Found, params: Any, sample: Array, target: Any, first_block: int = 0) -> tuple[Array, Any]:
+    """LeGrad's row for one sample: `sum_l mean_{h,q} relu(d s_l / d A_l)`, s_l read by what follows the blocks."""
     structure = found.structure
     head = found.head(params)
-
     outputs, _, _ = found.evaluate(params, sample, Plan(found.rules), None, None)
-    own, details = explained(jax.tree.map(lambda a: a[None], outputs), target)
+    _, details = explained(jax.tree.map(lambda a: a[None], outputs), target)
     asked = details["target"]
 
     def at_end(block: Block, evaluation: Evaluation) -> Any:
@@ -307,7 +319,7 @@ def legrad_rows(
 
 
 def full_gradient_rows(found: Found, params: Any, sample: Array, target: Any) -> tuple[tuple[Array, Array], Any]:
-    """FullGrad+'s row for one sample by the rules of `found`: tokens and biases times their gradients, mean over blocks.
+    """FullGrad+'s row for one sample by the rules of `found`: tokens and biases times gradients, mean over blocks.
 
     Every token and bias has a factor 1 + share * u [N]; the derivative by u is the row. Returns (row, its sum less the
     score) and details.
@@ -332,7 +344,7 @@ def full_gradient_rows(found: Found, params: Any, sample: Array, target: Any) ->
         return own.sum(), details
 
     kind = structure.reading.flat.types[structure.embedded]
-    row, details = jax.grad(score, has_aux=True)(jnp.zeros(n, jnp.promote_types(kind.dtype, jnp.float32)))
+    row, details = jax.grad(score, has_aux=True)(jnp.zeros(n, _wide_type(kind)))
     return (row, row.sum() - details["score"][0]), details
 
 
@@ -367,8 +379,3 @@ def _with_factor(step: Any, rows: Any, after: bool, depth: int, evaluation: Eval
         return (wide(value) + wide(bias) * factor * share).astype(value.dtype), state, None
 
     return tap
-
-
-def require_whole(found: Found) -> None:
-    if found.structure.depth == 0:
-        raise InputError("no blocks were found")

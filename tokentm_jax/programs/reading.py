@@ -1,7 +1,7 @@
 """What the steps of a program are: read from its jaxpr, never from its names.
 
-Every value that depends on the explained input has a `Fact`: of which root it is an elementwise function, whether that
-function is linear, and whether it is a statistic. Every step that a backward rule may treat in its own way gets a kind:
+Every value that depends on the explained input has a `Fact`: of which root it is an elementwise function, whether
+that function is linear, and whether it is a statistic. Every step that a rule may treat in its own way gets a kind:
 
     kind         step                                           `step.of`
     linear       product with a kernel that does not depend     which input depends
@@ -31,22 +31,121 @@ from jax.extend.core import Literal
 from tokentm_jax.errors import Unfit
 from tokentm_jax.programs.flat import Flat, Step, line_of
 
-SHAPE = {"reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims", "convert_element_type", "copy", "copy_p",
-         "sharding_constraint", "reshard", "optimization_barrier", "device_put", "stop_gradient", "reduce_precision"}
-SAME_SHAPE = {"convert_element_type", "copy", "copy_p", "sharding_constraint", "reshard", "stop_gradient", "device_put",
-              "reduce_precision"}
-MOVES = {"slice", "dynamic_slice", "gather", "concatenate", "pad", "rev", "select_and_gather_add", "dynamic_update_slice",
-         "scatter", "scatter-add", "split", "reduce_window_sum", "cumsum", "tile"}
-REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "argmax", "argmin", "reduce_window_max",
-              "reduce_and", "reduce_or", "cummax", "cumlogsumexp"}
+SHAPE = {
+    "reshape",
+    "transpose",
+    "broadcast_in_dim",
+    "squeeze",
+    "expand_dims",
+    "convert_element_type",
+    "copy",
+    "copy_p",
+    "sharding_constraint",
+    "reshard",
+    "optimization_barrier",
+    "device_put",
+    "stop_gradient",
+    "reduce_precision",
+}
+SAME_SHAPE = {
+    "convert_element_type",
+    "copy",
+    "copy_p",
+    "sharding_constraint",
+    "reshard",
+    "stop_gradient",
+    "device_put",
+    "reduce_precision",
+}
+MOVES = {
+    "slice",
+    "dynamic_slice",
+    "gather",
+    "concatenate",
+    "pad",
+    "rev",
+    "select_and_gather_add",
+    "dynamic_update_slice",
+    "scatter",
+    "scatter-add",
+    "split",
+    "reduce_window_sum",
+    "cumsum",
+    "tile",
+}
+REDUCTIONS = {
+    "reduce_sum",
+    "reduce_max",
+    "reduce_min",
+    "reduce_prod",
+    "argmax",
+    "argmin",
+    "reduce_window_max",
+    "reduce_and",
+    "reduce_or",
+    "cummax",
+    "cumlogsumexp",
+}
 LINEAR_ELEMENTWISE = {"neg", "add", "sub", "mul", "div", "add_any"}
 ELEMENTWISE = LINEAR_ELEMENTWISE | {
-    "exp", "exp2", "log", "log1p", "expm1", "tanh", "logistic", "erf", "erfc", "erf_inv", "sqrt", "rsqrt", "cbrt", "square",
-    "integer_pow", "pow", "max", "min", "abs", "sign", "sin", "cos", "tan", "select_n", "clamp", "floor", "ceil", "round",
-    "is_finite", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "xor", "rem", "atan2", "sinh", "cosh", "asinh",
-    "acosh", "atanh", "asin", "acos", "atan", "nextafter", "real", "imag", "population_count", "lgamma", "digamma"}
+    "exp",
+    "exp2",
+    "log",
+    "log1p",
+    "expm1",
+    "tanh",
+    "logistic",
+    "erf",
+    "erfc",
+    "erf_inv",
+    "sqrt",
+    "rsqrt",
+    "cbrt",
+    "square",
+    "integer_pow",
+    "pow",
+    "max",
+    "min",
+    "abs",
+    "sign",
+    "sin",
+    "cos",
+    "tan",
+    "select_n",
+    "clamp",
+    "floor",
+    "ceil",
+    "round",
+    "is_finite",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "and",
+    "or",
+    "not",
+    "xor",
+    "rem",
+    "atan2",
+    "sinh",
+    "cosh",
+    "asinh",
+    "acosh",
+    "atanh",
+    "asin",
+    "acos",
+    "atan",
+    "nextafter",
+    "real",
+    "imag",
+    "population_count",
+    "lgamma",
+    "digamma",
+}
 REFUSED = {
-    "while": "a while loop whose state depends on the input has no backward pass by rules: use a scan or a Python loop",
+    "while": "a while loop whose state depends on the input has no backward pass: use a scan or a Python loop",
     "pallas_call": "a Pallas kernel hides its attention: switch the fused attention of the model off",
     "custom_call": "a custom call hides what it computes: switch the fused kernel off",
     "ffi_call": "a foreign call hides what it computes: switch the fused kernel off",
@@ -139,7 +238,14 @@ def _read_step(reading: Reading, step: Step, depends: list[int]) -> None:
     if name in MOVES or name == "split":
         statistic = all(facts[i].statistic for i in depends)
         weights = first.weights if len(depends) == 1 and name == "slice" else None
-        _set(reading, step, statistic=statistic, weights=weights, raw=all(facts[i].raw for i in depends), **_base(facts, depends))
+        _set(
+            reading,
+            step,
+            statistic=statistic,
+            weights=weights,
+            raw=all(facts[i].raw for i in depends),
+            **_base(facts, depends),
+        )
         return None
     if name == "cond":
         raise Unfit(f"{line_of(step)}: a branch (lax.cond) that depends on the input has no rule")
@@ -176,9 +282,7 @@ def _members(reading: Reading, root: int) -> set[int]:
 
 def _read_product(reading: Reading, step: Step, depends: list[int]) -> None:
     facts = reading.facts
-    if len(set(depends)) < len(depends) or (
-        len(depends) == 2 and facts[depends[0]].root == facts[depends[1]].root
-    ):
+    if len(depends) == 2 and facts[depends[0]].root == facts[depends[1]].root and _contracts_all(step):
         _set(reading, step, statistic=True, reduced=True)  # x . x
         return
     if len(depends) == 1 and not _is_computed(reading, step, depends[0]):
@@ -192,6 +296,14 @@ def _read_product(reading: Reading, step: Step, depends: list[int]) -> None:
             step.of = i
             reading.attentions.append(step)
             break
+
+
+def _contracts_all(step: Step) -> bool:
+    """Whether a product of two values pairs all of their entries: x . x of each token, and not tokens with tokens."""
+    if step.name != "dot_general":
+        return False
+    (contracted, _), (batched, _) = step.params["dimension_numbers"]
+    return len(contracted) + len(batched) == len(step.equation.invars[0].aval.shape)
 
 
 def _is_computed(reading: Reading, step: Step, value: int) -> bool:
@@ -258,18 +370,18 @@ def _read_of_one_root(reading: Reading, step: Step, depends: list[int]) -> None:
     known = [facts[i] for i in depends]
     first = known[0]
     others = [a for a in step.inputs if isinstance(a, Literal) or a not in facts]
-    if len(step.inputs) == 2 and len(others) == 1 and name in LINEAR_ELEMENTWISE and first.exp is None:
-        if not _is_scalar(reading, others[0]):
-            place = 0 if step.inputs[0] == depends[0] else 1
-            if name == "div" and place == 1:  # 1 / x
-                _set(reading, step, root=first.root, linear=False, reduced=first.reduced)
-                return
-            kind = "scale" if name in ("mul", "div") else "bias"
-            if kind == "bias" and _has_tokens(reading, others[0], step.outputs[0]):
-                kind = "position"
-            step.kind, step.of = kind, place
-            _set(reading, step, reduced=first.reduced, **(_base(facts, depends) if kind == "scale" else {}))
+    with_array = len(step.inputs) == 2 and len(others) == 1 and not _is_scalar(reading, others[0])
+    if with_array and name in LINEAR_ELEMENTWISE and first.exp is None:
+        place = 0 if step.inputs[0] == depends[0] else 1
+        if name == "div" and place == 1:  # 1 / x
+            _set(reading, step, root=first.root, linear=False, reduced=first.reduced)
             return
+        kind = "scale" if name in ("mul", "div") else "bias"
+        if kind == "bias" and _has_tokens(reading, others[0], step.outputs[0]):
+            kind = "position"
+        step.kind, step.of = kind, place
+        _set(reading, step, reduced=first.reduced, **(_base(facts, depends) if kind == "scale" else {}))
+        return
     linear = all(f.linear for f in known) and (
         name in ("neg", "convert_element_type")
         or (name in ("mul", "div") and len(others) == 1 and not (name == "div" and step.inputs[1] == depends[0]))
@@ -284,7 +396,14 @@ def _read_of_one_root(reading: Reading, step: Step, depends: list[int]) -> None:
         exp = first.exp
     mean = first.mean_of if name in ("div", "mul") and len(others) == 1 else None
     fact = _set(
-        reading, step, root=first.root, base=first.base if linear else step.outputs[0], linear=linear and exp is None, reduced=all(f.reduced for f in known), exp=exp, mean_of=mean
+        reading,
+        step,
+        root=first.root,
+        base=first.base if linear else step.outputs[0],
+        linear=linear and exp is None,
+        reduced=all(f.reduced for f in known),
+        exp=exp,
+        mean_of=mean,
     )
     if first.weights is not None and len(depends) == 1 and name in ("select_n", "mul"):
         fact.weights = first.weights  # masked once more
@@ -327,7 +446,14 @@ def _read_of_two_roots(reading: Reading, step: Step, depends: list[int]) -> None
         _set(reading, step)
     elif name in ("add", "sub", "add_any") and len(depends) == 2:
         a, b = step.inputs
-        mean = next((x for x, m in ((a, b), (b, a)) if facts[m].mean_of is not None and facts[x].root == facts[facts[m].mean_of].root), None)
+        mean = next(
+            (
+                x
+                for x, m in ((a, b), (b, a))
+                if facts[m].mean_of is not None and facts[x].root == facts[facts[m].mean_of].root
+            ),
+            None,
+        )
         if mean is not None:
             _set(reading, step, centred=mean)
             return
@@ -340,7 +466,8 @@ def _read_of_two_roots(reading: Reading, step: Step, depends: list[int]) -> None
         _set(reading, step)
         if same and name != "sub":
             for stream, branch in ((a, b), (b, a)):
-                if reading.descends(branch, stream) or reading.descends(branch, facts[stream].root) and facts[stream].linear:
+                source = facts[stream].root if facts[stream].linear else stream  # a multiple of the stream is it, too
+                if reading.descends(branch, source):
                     reading.sums.append(step)
                     step.kind, step.of = "residual", (stream, branch)
                     break

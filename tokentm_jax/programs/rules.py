@@ -25,7 +25,9 @@ def with_backward(f: Any, inputs: tuple[Array, ...], backward: Any) -> Array:
     def step(value: Array, *inputs: Array) -> Array:
         return value
 
-    step.defvjp(lambda value, *inputs: (value, (value, inputs)), lambda saved, g: (None, *backward(g, saved[0], *saved[1])))
+    step.defvjp(
+        lambda value, *inputs: (value, (value, inputs)), lambda saved, g: (None, *backward(g, saved[0], *saved[1]))
+    )
     return step(f(*inputs), *inputs)  # no rule closes over values of the program
 
 
@@ -87,7 +89,12 @@ def res_lrp(gamma: float) -> Rules:
 
         return with_backward(f, (a, b), backward)
 
-    return {**ATTN_LRP, "residual": add, "add": add, "position": lambda f, x, p: add(f, x, jnp.broadcast_to(p, x.shape))}
+    return {
+        **ATTN_LRP,
+        "residual": add,
+        "add": add,
+        "position": lambda f, x, p: add(f, x, jnp.broadcast_to(p, x.shape)),
+    }
 
 
 def _passed_on(x: Array, value: Array, f: Any) -> Array:
@@ -134,9 +141,7 @@ def lrp(variant: str, stabiliser: str) -> Rules:
         return x_pos * pull_pos(s_pos)[0] + x_neg * pull_neg(s_neg)[0]
 
     def linear(f: Any, x: Array, kernel: Array) -> Array:
-        return with_backward(
-            f, (x, kernel), lambda r, value, x, kernel: (of_parts(f, x, _parts(kernel), r), None)
-        )
+        return with_backward(f, (x, kernel), lambda r, value, x, kernel: (of_parts(f, x, _parts(kernel), r), None))
 
     def reduce(f: Any, x: Array) -> Array:
         return with_backward(f, (x,), lambda r, value, x: (of_parts(lambda x, _: f(x), x, (None, None), r),))
@@ -185,9 +190,20 @@ def lrp(variant: str, stabiliser: str) -> Rules:
 
     passed = lambda f, x, *more: _passed_on(x, stop_gradient(f(x, *more)), lambda x: f(x, *more))  # noqa: E731
     rules: dict[str, Any] = {
-        "linear": linear, "embed": embed, "reduce": reduce, "product": product, "gate": product, "add": add, "residual": add,
+        "linear": linear,
+        "embed": embed,
+        "reduce": reduce,
+        "product": product,
+        "gate": product,
+        "add": add,
+        "residual": add,
         "turn": add,
-        "position": position, "bias": passed, "scale": passed, "norm": passed, "softmax": passed, "activation": passed,
+        "position": position,
+        "bias": passed,
+        "scale": passed,
+        "norm": passed,
+        "softmax": passed,
+        "activation": passed,
     }
     return rules | ({"fork": fork} if stabiliser == "reference" else {})
 

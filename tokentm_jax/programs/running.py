@@ -3,12 +3,15 @@
 A rule is a function `rule(f, *inputs)` that gives `f(*inputs)` with another backward pass. `f` computes one step of a
 kind (`reading`) from the inputs that matter:
 
-    linear f(x, kernel)    product f(a, b)    gate f(gate, x)    add, residual, turn f(a, b)      bias, scale, position f(x, array)
-    norm f(x, statistic)   softmax f(scores)  reduce f(x)        activation f(x)  fork f(x) -> (x for the sum, x for the branch)
+    linear, embed           f(x, kernel)          bias, scale, position   f(x, array)
+    product                 f(a, b)               norm                    f(x, statistic)
+    gate                    f(gate, x)            softmax                 f(scores)
+    add, residual, turn     f(a, b)               reduce, activation      f(x)
+    fork                    f(x) -> (x as the residual sum reads it, x as its branch does)
 
-A tap is a function `tap(value, state, extra) -> (value, state, note)` of one value of the program: what it returns goes
-on in place of the value. The state goes from tap to tap, through scans, too; notes are collected, stacked over the
-turns of a scan; `extra` is the tap's slice of what is handed in for each turn.
+A tap is a function `tap(value, state, extra) -> (value, state, note)` of one value of the program, which goes on with
+what it returns. The state goes from tap to tap, also through scans. Notes are collected, stacked over the turns of a
+scan. `extra` is the tap's slice of what is handed in for each turn.
 """
 
 import dataclasses
@@ -101,9 +104,17 @@ class Evaluation:
     def _leaves(self, atom: int, step: Step | None) -> bool:
         """Whether a value leaves its group of elementwise steps here, by a rule."""
         fact = self.reading.facts.get(atom)
-        if fact is None or fact.root == atom or fact.statistic or atom in self.reading.exempt or "activation" not in self.plan.rules:
+        if (
+            fact is None
+            or fact.root == atom
+            or fact.statistic
+            or atom in self.reading.exempt
+            or "activation" not in self.plan.rules
+        ):
             return False
-        if fact.linear and "bias" not in self.plan.rules:  # a multiple has its own derivative, unless relevance is carried
+        if (
+            fact.linear and "bias" not in self.plan.rules
+        ):  # a multiple has its own derivative, unless relevance is carried
             return False
         if step is not None and (step.name in ELEMENTWISE or step.name in SAME_SHAPE):
             out = self.reading.facts.get(step.outputs[0])
@@ -147,7 +158,7 @@ class Evaluation:
     def _ruled(self, step: Step, rule: Rule) -> Any:
         """The value of a step by the rule of its kind."""
         if step.kind == "norm":
-            tokens, statistic, x = step.of
+            _, statistic, x = step.of
             return rule(self.function([x, statistic], step.outputs[0]), self.get(x), self.get(statistic, step))
         if step.kind == "softmax":
             return rule(self.function([step.of], step.outputs[0]), self.get(step.of))
@@ -170,7 +181,9 @@ class Evaluation:
         def f(*inputs: Any) -> Any:
             own = dict(zip(starts, inputs, strict=True))
             for step in chain:
-                given = [i.val if isinstance(i, Literal) else own[i] if i in own else self.values[i] for i in step.inputs]
+                given = [
+                    i.val if isinstance(i, Literal) else own[i] if i in own else self.values[i] for i in step.inputs
+                ]
                 own.update(zip(step.outputs, bind(step.equation, given), strict=True))
             return own[end] if end in own else self.values[end]
 

@@ -1,8 +1,8 @@
 """The Transformer in a program: its layers, what its head reads, and where its patches are.
 
-    layer       a residual sum on the stream: an attention layer if its branch has an attention that its stream has not
-    stage       layers in a row: those of a scan's body, or those between scans
-    read-out    how the head mixes the tokens of the last stream
+layer       a residual sum on the stream: an attention layer if its branch has an attention that its stream has not
+stage       layers in a row: those of a scan's body, or those between scans
+read-out    how the head mixes the tokens of the last stream
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jax.extend.core import Literal
 
-from tokentm_jax.errors import InputError, Unfit
+from tokentm_jax.errors import Unfit
 from tokentm_jax.programs.flat import Flat, Step
 from tokentm_jax.programs.reading import ELEMENTWISE, SHAPE, Reading
 
@@ -96,7 +96,17 @@ def find(reading: Reading, image: int) -> Structure:
     tokens = weights[attention.key]
     grid, prefix = _grid(reading, image, embedded, tokens)
     structure = Structure(
-        reading, stages, embedded, output, tokens, shape[-1], int(np.prod(weights)) // tokens**2, None, grid, prefix, post_norm
+        reading,
+        stages,
+        embedded,
+        output,
+        tokens,
+        shape[-1],
+        int(np.prod(weights)) // tokens**2,
+        None,
+        grid,
+        prefix,
+        post_norm,
     )
     structure.readout = _readout(structure)
     return structure
@@ -153,7 +163,12 @@ def _blocks(reading: Reading) -> list[list[Layer]]:
         normed = _normed(reading, layer.output)
         if normed is not None and (after == normed or (after is None and any(l.normed is not None for l in layers))):
             layer.normed = normed
-        if after is None and normed is not None and normed in reading.flat.outputs and layer.output not in reading.flat.outputs:
+        if (
+            after is None
+            and normed is not None
+            and normed in reading.flat.outputs
+            and layer.output not in reading.flat.outputs
+        ):
             layer.normed = normed
     return blocks
 
@@ -165,9 +180,10 @@ def _normed(reading: Reading, value: int) -> int | None:
         return None
     end = norm.outputs[0]
     for step in reading.flat.steps:
-        if (step.kind in ("scale", "bias") or step.name == "convert_element_type") and end in step.inputs[:2]:
-            if reading.flat.types[step.outputs[0]].shape == reading.flat.types[end].shape:
-                end = step.outputs[0]
+        affine = step.kind in ("scale", "bias") or step.name == "convert_element_type"
+        types = reading.flat.types
+        if affine and end in step.inputs[:2] and types[step.outputs[0]].shape == types[end].shape:
+            end = step.outputs[0]
     return end
 
 
@@ -273,7 +289,12 @@ def _rows_after(flat: Flat, step: Step, given: list[tuple[int, Any]], out: int, 
             return _rows_after(flat, step, of_query, out)
         if step.name in ("dot_general",) and with_axis:  # attention pooling: the shares depend on the image
             return _mixture(with_axis[0])
-        if step.name == "concatenate" and with_axis and len(with_axis) == len(given) and step.params["dimension"] == with_axis[0][0]:
+        if (
+            step.name == "concatenate"
+            and with_axis
+            and len(with_axis) == len(given)
+            and step.params["dimension"] == with_axis[0][0]
+        ):
             return (with_axis[0][0], np.concatenate([r[1] for r in with_axis]))
         if with_axis:
             return with_axis[0]
@@ -298,7 +319,9 @@ def _rows_after(flat: Flat, step: Step, given: list[tuple[int, Any]], out: int, 
         return (axis, shares[start:stop:stride])
     if step.name in ("gather", "dynamic_slice") and before[axis] != (after[axis] if axis < len(after) else None):
         indices = step.inputs[1 + axis] if step.name == "dynamic_slice" else step.inputs[1]
-        index = int(np.ravel(indices.val)[0]) if isinstance(indices, Literal) else 0 if _is_zero(flat, indices) else None
+        index = (
+            int(np.ravel(indices.val)[0]) if isinstance(indices, Literal) else 0 if _is_zero(flat, indices) else None
+        )
         return None if index is None else shares[index]
     if step.name in ("reduce_sum", "reduce_max", "argmax"):
         gone = step.params["axes"]
@@ -351,7 +374,9 @@ def _grid(reading: Reading, image: int, embedded: int, tokens: int) -> tuple[tup
     behind = 0
     for step in flat.steps:
         if step.name == "concatenate" and reading.descends(embedded, step.outputs[0]):
-            places = [place for place, i in enumerate(step.inputs) if not isinstance(i, Literal) and i in reading.facts]
+            places = [
+                place for place, i in enumerate(step.inputs) if not isinstance(i, Literal) and i in reading.facts
+            ]
             if len(places) == 1:
                 axis = step.params["dimension"]
                 behind += sum(flat.types[i].shape[axis] for i in step.inputs[places[0] + 1 :])
@@ -365,12 +390,7 @@ def _split(before: Sequence[int], after: Sequence[int]) -> tuple[int, int] | Non
     for place in range(len(before) - 1):
         height, width = before[place : place + 2]
         parts = after[place : place + 4]
-        if len(parts) == 4 and parts[0] * parts[1] == height and parts[2] * parts[3] == width:
-            if tuple(after[:place]) == tuple(before[:place]):
-                return parts[0], parts[2]
+        cut = len(parts) == 4 and parts[0] * parts[1] == height and parts[2] * parts[3] == width
+        if cut and tuple(after[:place]) == tuple(before[:place]):
+            return parts[0], parts[2]
     return None
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
