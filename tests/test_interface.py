@@ -310,7 +310,8 @@ def test_models_of_other_kinds_are_told_what_to_do(vit, images):
         tm.explain(plain, images)
     # The advice works.
     graph, state = nnx.split(network)
-    assert tm.explain_fn(lambda state, images: nnx.merge(graph, state)(images), "input_gradient")(state, jnp.asarray(images)).shape == (2, 16, 24)
+    explain = tm.explain_fn(lambda state, images: nnx.merge(graph, state)(images), "input_gradient")
+    assert explain(state, jnp.asarray(images)).shape == (2, 16, 24)
     own = tm.LoadedViT(plain, vit.params, vit.preprocessing, ("a",) * 5, "own")
     own = dataclasses.replace(own, module=dataclasses.replace(plain, num_classes=5))
     assert tm.explain(own, images, "input_gradient").shape == (2, 16, 24)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "tokentm_jax"
-ROOMS = ["", "maths", "data", "models", "programs", "methods", "metrics", "runs", "cli"]  # "": the few files beside the rooms
+ROOMS = ["", "maths", "data", "models", "programs", "methods", "metrics", "runs", "cli"]  # "": beside them
 
 
 def imports(path: Path) -> set[str]:

@@ -135,7 +135,7 @@ def _token_times_gradient(
 ) -> Explanation:
     inputs = as_inputs(module, params, inputs)
     trace = capture(ruled(module, *rules), params, inputs, target, ("input_grads", *_tokens_of(module)))
-    relevance = None if trace.tokens is None else wide(trace.tokens) * wide(trace.token_grads)
+    relevance: Any = None if trace.tokens is None else wide(trace.tokens) * wide(trace.token_grads)
     at_pixels = (wide(values(inputs)) * wide(trace.input_grads)).sum(-1)
     if not pixels and relevance is None:
         raise Unfit("a function without attention has no map of tokens: ask for pixels=True")

@@ -71,6 +71,11 @@ class Flat:
     types: list[Any]  # of every value: its aval
     producer: dict[int, Step]  # of every value that a step computes
 
+    def shape(self, atom: Any) -> tuple[int, ...]:
+        """The shape of a value, or of a literal."""
+        kind: Any = atom.aval if isinstance(atom, Literal) else self.types[atom]
+        return tuple(kind.shape)
+
 
 def flatten(closed: Any) -> Flat:
     """The flat form of a `ClosedJaxpr`."""

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import eval_jaxpr
 
 from tokentm_jax.errors import InputError, Unfit
 from tokentm_jax.maths.scores import CLASS_LOGIT, Question, explained
@@ -124,7 +125,7 @@ class Found:
             program, leaves = self.program, jax.tree.leaves(variables["params"])
 
             def run(x: Array) -> Any:
-                outputs = jax.core.eval_jaxpr(program.jaxpr, program.consts, *leaves, x[None])
+                outputs = eval_jaxpr(program.jaxpr, program.consts, *leaves, x[None])
                 return jax.tree.unflatten(self.outputs, [out[0] for out in outputs])
 
         return jax.vmap(run)(inputs)
@@ -183,8 +184,8 @@ class Found:
         known, details = self.per_sample(one, inputs, target)
         batch_first = ("input_grads",)
         known = {name: a if name in batch_first else jnp.moveaxis(a, 0, 1) for name, a in known.items()}
-        everything = {**known, **details}
-        return Trace(*(everything.get(name) for name in Trace._fields))
+        everything: dict[str, Any] = {**dict.fromkeys(Trace._fields), **known, **details}
+        return Trace(**everything)
 
     def per_sample(self, one: Callable[[Array, Any], tuple[Any, Any]], inputs: Array, target: Any) -> tuple[Any, Any]:
         """`one(sample, target of a batch of one) -> (arrays, details)` for every sample of a batch."""
@@ -388,5 +389,4 @@ def _read(function: Function, tree: Any, shapes: tuple[Any, ...], sample: tuple[
     if not arrays or any(array.shape[:1] != (1,) for array in arrays):
         shown = [list(array.shape) for array in arrays]
         raise InputError(f"the function must give arrays [B, ...] for inputs [B, ...], got {shown} for a batch of one")
-    grid = None if function.grid is None else tuple(function.grid)
-    return Found(program, jax.tree.structure(outputs), {}, grid, function.prefix, function.readout)
+    return Found(program, jax.tree.structure(outputs), {}, function.grid, function.prefix, function.readout)

@@ -170,7 +170,8 @@ def rows_inside(
             u, index = state
             evaluation.values[evaluation.current] = value
             weights = kept(index, view.attention_weights(options))
-            heads, u = attention_layer(options, canonical(view.attention, value), u, weights)
+            passed: Any = attention_layer(options, canonical(view.attention, value), u, weights)
+            heads, u = passed
             return as_before(view.attention, heads, value), (u, index), None
 
         return tap

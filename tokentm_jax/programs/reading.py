@@ -6,8 +6,9 @@ that function is linear, and whether it is a statistic. Every step that a rule m
     kind         step                                           `step.of`
     linear       product with a kernel that does not depend     which input depends
     embed        the same, where it reads the input itself      which input depends
-    product      product of two dependent values                -
-    gate         elementwise product of two dependent values    which input is the gate (None: neither)
+    mix          product of a softmax with values               number of the softmax's value
+    gate         elementwise product with an activated value    which input is activated
+    product      another product of two dependent values        -
     residual     sum of a stream and a branch that descends     (stream, branch)
     turn         sum of one value with itself, moved and scaled -
     add          another sum of two dependent values            -
@@ -235,17 +236,10 @@ def _read_step(reading: Reading, step: Step, depends: list[int]) -> None:
         return _read_product(reading, step, depends)
     if name in ELEMENTWISE:
         return _read_elementwise(reading, step, list(dict.fromkeys(depends)))
-    if name in MOVES or name == "split":
-        statistic = all(facts[i].statistic for i in depends)
+    if name in MOVES:
+        known: dict[str, Any] = {key: all(getattr(facts[i], key) for i in depends) for key in ("statistic", "raw")}
         weights = first.weights if len(depends) == 1 and name == "slice" else None
-        _set(
-            reading,
-            step,
-            statistic=statistic,
-            weights=weights,
-            raw=all(facts[i].raw for i in depends),
-            **_base(facts, depends),
-        )
+        _set(reading, step, weights=weights, **known, **_base(facts, depends))
         return None
     if name == "cond":
         raise Unfit(f"{line_of(step)}: a branch (lax.cond) that depends on the input has no rule")
@@ -255,10 +249,8 @@ def _read_step(reading: Reading, step: Step, depends: list[int]) -> None:
 def _read_shape(reading: Reading, step: Step, value: int) -> None:
     """The same numbers in another shape or type."""
     fact = reading.facts[value]
-    kept = dataclasses.asdict(fact) if False else {f.name: getattr(fact, f.name) for f in dataclasses.fields(fact)}
-    kept.pop("above")
-    same = reading.flat.types[value].shape == reading.flat.types[step.outputs[0]].shape
-    if not (same and step.name in SAME_SHAPE):
+    kept = {field.name: getattr(fact, field.name) for field in dataclasses.fields(fact) if field.name != "above"}
+    if step.name not in SAME_SHAPE or reading.flat.shape(value) != reading.flat.shape(step.outputs[0]):
         # A group of elementwise steps ends where the shape changes; the numbers are still the same.
         kept |= {"root": step.outputs[0], "linear": True}
     _set(reading, step, **kept)
@@ -289,13 +281,11 @@ def _read_product(reading: Reading, step: Step, depends: list[int]) -> None:
         step.kind, step.of = "embed" if facts[depends[0]].raw else "linear", 0 if step.inputs[0] == depends[0] else 1
         _set(reading, step)
         return
-    step.kind = "product"
+    weights = [i for i in depends if facts[i].weights is not None]
+    step.kind, step.of = ("mix", weights[0]) if weights else ("product", None)
     _set(reading, step)
-    for i in depends:
-        if facts[i].weights is not None:
-            step.of = i
-            reading.attentions.append(step)
-            break
+    if weights:
+        reading.attentions.append(step)
 
 
 def _contracts_all(step: Step) -> bool:
@@ -303,7 +293,8 @@ def _contracts_all(step: Step) -> bool:
     if step.name != "dot_general":
         return False
     (contracted, _), (batched, _) = step.params["dimension_numbers"]
-    return len(contracted) + len(batched) == len(step.equation.invars[0].aval.shape)
+    first: Any = step.equation.invars[0].aval
+    return len(contracted) + len(batched) == first.ndim
 
 
 def _is_computed(reading: Reading, step: Step, value: int) -> bool:
@@ -319,7 +310,7 @@ def _is_computed(reading: Reading, step: Step, value: int) -> bool:
 
 
 def _is_scalar(reading: Reading, atom: Any) -> bool:
-    return math.prod(atom.aval.shape if isinstance(atom, Literal) else reading.flat.types[atom].shape) == 1
+    return math.prod(reading.flat.shape(atom)) == 1
 
 
 def _read_elementwise(reading: Reading, step: Step, depends: list[int]) -> None:
@@ -434,47 +425,43 @@ def _base(facts: dict[int, Fact], depends: list[int]) -> dict[str, int]:
 
 def _has_tokens(reading: Reading, atom: Any, out: int) -> bool:
     """Whether an array that is added has another axis than the last, beside axes of one (a table of positions)."""
-    shape = atom.aval.shape if isinstance(atom, Literal) else reading.flat.types[atom].shape
-    return len(shape) == len(reading.flat.types[out].shape) and len(shape) > 2 and any(n > 1 for n in shape[1:-1])
+    shape = reading.flat.shape(atom)
+    return len(shape) == len(reading.flat.shape(out)) and len(shape) > 2 and any(n > 1 for n in shape[1:-1])
 
 
 def _read_of_two_roots(reading: Reading, step: Step, depends: list[int]) -> None:
     facts, name = reading.facts, step.name
     if name in ("mul", "div") and len(depends) == 2:
         nonlinear = [place for place, i in enumerate(step.inputs) if not facts[i].linear]
-        step.kind, step.of = "gate", nonlinear[0] if len(nonlinear) == 1 else None
+        step.kind, step.of = ("gate", nonlinear[0]) if len(nonlinear) == 1 else ("product", None)
         _set(reading, step)
     elif name in ("add", "sub", "add_any") and len(depends) == 2:
         a, b = step.inputs
-        mean = next(
-            (
-                x
-                for x, m in ((a, b), (b, a))
-                if facts[m].mean_of is not None and facts[x].root == facts[facts[m].mean_of].root
-            ),
-            None,
-        )
-        if mean is not None:
-            _set(reading, step, centred=mean)
-            return
-        if facts[a].base == facts[b].base:
+        pairs = ((a, b), (b, a))
+        means = [(x, of) for x, m in pairs if (of := facts[m].mean_of) is not None]
+        centred = [x for x, of in means if facts[x].root == facts[of].root]
+        if centred:
+            _set(reading, step, centred=centred[0])
+        elif facts[a].base == facts[b].base:
             step.kind = "turn"
             _set(reading, step, base=facts[a].base)
-            return
-        step.kind = "add"
-        same = reading.flat.types[a].shape == reading.flat.types[b].shape
-        _set(reading, step)
-        if same and name != "sub":
-            for stream, branch in ((a, b), (b, a)):
-                source = facts[stream].root if facts[stream].linear else stream  # a multiple of the stream is it, too
-                if reading.descends(branch, source):
-                    reading.sums.append(step)
-                    step.kind, step.of = "residual", (stream, branch)
-                    break
-    elif name == "select_n":
-        _set(reading, step)
+        else:
+            step.kind = "add"
+            _set(reading, step)
+            if name != "sub" and reading.flat.shape(a) == reading.flat.shape(b):
+                _read_sum(reading, step, pairs)
     else:
-        _set(reading, step, linear=True)
+        _set(reading, step)
+
+
+def _read_sum(reading: Reading, step: Step, pairs: Iterable[tuple[int, int]]) -> None:
+    """Whether a sum is one of a stream and its branch. A multiple of the stream is the stream, too."""
+    for stream, branch in pairs:
+        fact = reading.facts[stream]
+        if reading.descends(branch, fact.root if fact.linear else stream):
+            reading.sums.append(step)
+            step.kind, step.of = "residual", (stream, branch)
+            return
 
 
 def _read_scan(reading: Reading, step: Step) -> None:

@@ -55,9 +55,10 @@ LIBRA: Rules = {
     "softmax": lambda f, scores: stop_gradient(f(scores)),
     "norm": lambda f, x, statistic: f(x, stop_gradient(statistic)),
     "gate": lambda f, gate, x: f(stop_gradient(gate), x),
+    "product": halved,
     "activation": gain,
 }
-ATTN_LRP: Rules = {"product": halved, "gate": halved, "norm": LIBRA["norm"], "activation": gain}
+ATTN_LRP: Rules = {"mix": halved, "product": halved, "gate": halved, "norm": LIBRA["norm"], "activation": gain}
 
 
 def conservative(activation: str = "identity", pooler: str | None = None) -> Rules:
@@ -193,6 +194,7 @@ def lrp(variant: str, stabiliser: str) -> Rules:
         "linear": linear,
         "embed": embed,
         "reduce": reduce,
+        "mix": product,
         "product": product,
         "gate": product,
         "add": add,

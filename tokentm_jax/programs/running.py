@@ -4,7 +4,7 @@ A rule is a function `rule(f, *inputs)` that gives `f(*inputs)` with another bac
 kind (`reading`) from the inputs that matter:
 
     linear, embed           f(x, kernel)          bias, scale, position   f(x, array)
-    product                 f(a, b)               norm                    f(x, statistic)
+    mix, product            f(a, b)               norm                    f(x, statistic)
     gate                    f(gate, x)            softmax                 f(scores)
     add, residual, turn     f(a, b)               reduce, activation      f(x)
     fork                    f(x) -> (x as the residual sum reads it, x as its branch does)
@@ -103,18 +103,11 @@ class Evaluation:
 
     def _leaves(self, atom: int, step: Step | None) -> bool:
         """Whether a value leaves its group of elementwise steps here, by a rule."""
-        fact = self.reading.facts.get(atom)
-        if (
-            fact is None
-            or fact.root == atom
-            or fact.statistic
-            or atom in self.reading.exempt
-            or "activation" not in self.plan.rules
-        ):
+        fact, rules = self.reading.facts.get(atom), self.plan.rules
+        if fact is None or fact.root == atom or fact.statistic or atom in self.reading.exempt:
             return False
-        if (
-            fact.linear and "bias" not in self.plan.rules
-        ):  # a multiple has its own derivative, unless relevance is carried
+        # A multiple has its own derivative, unless relevance is carried, which biases do not change.
+        if "activation" not in rules or (fact.linear and "bias" not in rules):
             return False
         if step is not None and (step.name in ELEMENTWISE or step.name in SAME_SHAPE):
             out = self.reading.facts.get(step.outputs[0])
