@@ -181,14 +181,37 @@ def test_batches_classes_transformations(images):
     np.testing.assert_allclose(both[1], alone[0], rtol=1e-4)
     stacked = jax.vmap(lambda x: explain(params, x[None], jnp.array([4]))[0])(images)
     np.testing.assert_allclose(stacked[1], both[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["tokentm", pytest.param("lrp", marks=pytest.mark.slow)])
+def test_maps_are_differentiated(images, method):
     with jax.enable_x64(True):
         params, forward = layers_of(2, np.random.default_rng(1))
-        explain = explain_fn(forward, "tokentm")
+        explain = explain_fn(forward, method)
         total = lambda x: (explain(params, x, jnp.array([1, 4])) ** 2).sum()  # noqa: E731
         x, step = jnp.asarray(images), 1e-6
         direction = jnp.asarray(np.random.default_rng(3).normal(size=images.shape))
         slope = (total(x + step * direction) - total(x - step * direction)) / (2 * step)
         np.testing.assert_allclose((jax.grad(total)(x) * direction).sum(), slope, rtol=1e-3)
+
+
+def test_rules_are_an_option_of_methods_of_gradients(images):
+    params, forward = layers_of(2, np.random.default_rng(1))
+    explain = lambda method, **options: jax.jit(explain_fn(forward, method, **options))(params, images)  # noqa: E731
+    libra = explain("gae", rules="libra")
+    np.testing.assert_array_equal(libra, explain("libra_gae"))
+    constant = lambda f, scores: jax.lax.stop_gradient(f(scores))  # noqa: E731
+    custom = {"softmax": constant, "norm": RULES["libra"]["norm"], "activation": RULES["libra"]["activation"]}
+    np.testing.assert_allclose(explain("gae", rules=custom), libra, rtol=1e-6)
+    assert np.abs(explain("gae", rules="plain") - libra).max() > 0
+    for wrong, method, message in (
+        ("libre", "gae", "option 'rules' of the method 'gae' must be"),
+        ("libra", "rollout", "unknown option 'rules' of the method 'rollout'"),
+        ({"softmx": constant}, "gae", "unknown kind of step 'softmx'; did you mean 'softmax'"),
+        ({"softmax": 3}, "gae", r"the rule of 'softmax' must be a function rule\(f, \*inputs\), got 3"),
+    ):
+        with pytest.raises(tm.InputError, match=message):
+            explain(method, rules=wrong)
 
 
 # ---- random programs ---------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial, reduce
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -20,6 +21,7 @@ from tokentm_jax.models.inputs import as_inputs, readable, seen
 from tokentm_jax.models.loading import require_loaded
 from tokentm_jax.programs.inspection import Inspection, inspected
 from tokentm_jax.programs.model import Function
+from tokentm_jax.programs.running import KINDS
 
 if TYPE_CHECKING:
     from tokentm_jax.models.loading import LoadedViT
@@ -51,7 +53,9 @@ def explain_fn(
         False), with what the rules hold constant held constant. By default their differentiation raises InputError.
       grid, prefix, readout: of a function, what its program does not show: the patches (height, width), the tokens
         before those of the patches, and how the head reads the tokens ("token", "avg" or a share for each).
-      **options: the method's options.
+      **options: the method's options. `rules`, of methods of gradients, chooses their backward rules: a name ("plain",
+        "libra", "conservative", "attn_lrp", "res_lrp", "lrp") or, for a function, a mapping from kinds of steps to
+        rules `rule(f, *inputs)` (`tokentm_jax.programs.running` lists them).
 
     Returns:
       A function of parameters, normalised images [B, H, W, 3] (or `Tokens` of texts) and an optional class per sample
@@ -68,11 +72,27 @@ def explain_fn(
         differentiated, a map without a true derivative.
     """
     module = _model(module, grid, prefix, readout)
-    explainer = _explainer(module, method, _method(method), options, details, differentiate_anyway)
+    rules = _custom_rules(module, method, options)
+    explainer = _explainer(module, method, _method(method), options, details, differentiate_anyway, rules)
     if score is None:
         return explainer
     asked = question(score)
     return lambda params, inputs, target=None: explainer(params, inputs, asked._replace(target=target))
+
+
+def _custom_rules(module: Any, method: str, options: dict[str, Any]) -> Mapping[str, Any]:
+    """The option `rules` where it is a mapping, taken out of the options; else no rules."""
+    if not isinstance(options.get("rules"), Mapping):
+        return {}
+    rules = options.pop("rules")
+    if not _method(method).takes_rules or not isinstance(module, Function):
+        raise InputError("custom rules need a function as the model, and a method that takes rules")
+    for kind, rule in rules.items():
+        if kind not in KINDS:
+            raise suggest("kind of step", kind, KINDS)
+        if not callable(rule):
+            raise InputError(f"the rule of {kind!r} must be a function rule(f, *inputs), got {rule!r:.80}")
+    return rules
 
 
 def _model(module: Any, grid: Any = None, prefix: Any = None, readout: Any = None) -> Any:
@@ -138,16 +158,24 @@ def _refuse(method: str, found: Any, changes: Any) -> Any:
 
 
 def _explainer(
-    module: Any, method: str, row: Method, options: Mapping[str, Any], details: bool, anyway: bool = False
+    module: Any,
+    method: str,
+    row: Method,
+    options: Mapping[str, Any],
+    details: bool,
+    anyway: bool = False,
+    rules: Mapping[str, Any] = MappingProxyType({}),
 ) -> Callable[..., Any]:
     """What `explain_fn` returns, of a method with its options."""
     check_module(module)
     bound = row.bind(method, options)
-    shown = (lambda found: found) if anyway or row.has_derivative(options) else partial(_without_derivative, method)
+    plain = row.has_derivative(options) and not rules
+    shown = (lambda found: found) if anyway or plain else partial(_without_derivative, method)
 
     def explain_inputs(params: Any, inputs: Array, target: Any = None) -> Any:
         inputs = as_inputs(module, params, inputs)
         model = module.read(params, inputs) if isinstance(module, Function) else module
+        model = model.clone(rules) if rules else model
         # Zeros go through in place of what cannot be read: no NaN is left to meet a zero in a derivative.
         fine, read = readable(inputs)
         try:

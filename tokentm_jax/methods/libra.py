@@ -19,10 +19,9 @@ from tokentm_jax.maths.maps import token_map
 from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.relevance import conservative, with_factor_on_biases
 from tokentm_jax.maths.scores import explained
-from tokentm_jax.maths.tokentm import TokenTM
-from tokentm_jax.methods.attention import Block, Details, Explanation, attcat, gae, grad_cam, tokentm
+from tokentm_jax.methods.attention import Details, Explanation
 from tokentm_jax.methods.lrp import ruled
-from tokentm_jax.methods.stream import Memory, require_streams
+from tokentm_jax.methods.stream import require_streams
 from tokentm_jax.models.inputs import as_inputs, context, read_out, seen
 from tokentm_jax.programs import passes
 from tokentm_jax.programs.model import Found
@@ -66,35 +65,3 @@ def libra_full_grad(module: nn.Module, params: Any, inputs: Array, target: Array
 
     rows, (own, details) = jax.grad(score, has_aux=True)(jnp.zeros_like(wide(embedded)[..., 0]))
     return token_map(module, rows), {**details, "completeness_gap": rows.sum(-1) - own}
-
-
-def libra_attcat(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
-    """AttCAT on LibraGrad's pruned backward pass."""
-    return attcat(ruled(module, "conservative", "identity"), params, inputs, target)
-
-
-def libra_tokentm(
-    module: nn.Module, params: Any, inputs: Array, target: Any, *, options: TokenTM, memory: Memory = "store"
-) -> Explanation:
-    """TokenTM on LibraGrad's pruned backward pass."""
-    return tokentm(ruled(module, "conservative", "identity"), params, inputs, target, options=options, memory=memory)
-
-
-def libra_gae(
-    module: nn.Module,
-    params: Any,
-    inputs: Array,
-    target: Any,
-    *,
-    first_block: Block = 0,
-    memory: Memory = "store",
-) -> Explanation:
-    """GAE on LibraGrad's pruned backward pass."""
-    return gae(
-        ruled(module, "conservative", "identity"), params, inputs, target, first_block=first_block, memory=memory
-    )
-
-
-def libra_grad_cam(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
-    """Grad-CAM on the last block's attention, on LibraGrad's pruned backward pass."""
-    return grad_cam(ruled(module, "conservative", "identity"), params, inputs, target)

@@ -7,7 +7,7 @@ The README says what LRP's patent means for commercial use.
 """
 
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -50,6 +50,27 @@ def ruled(module: Any, rules: str, *choices: Any) -> Any:
             f"'{own[0]}', whose steps have none"
         )
     return module.clone(primitives=of_modules(*choices))
+
+
+RuleNames = Literal["plain", "libra", "conservative", "attn_lrp", "res_lrp", "lrp"]
+_OF_NAMES: dict[str, tuple[Any, ...]] = {
+    "libra": ("conservative", "identity"),  # LibraGrad's pruned backward pass
+    "conservative": ("conservative", "identity"),
+    "attn_lrp": ("attn_lrp",),
+    "res_lrp": ("res_lrp", 1.0),
+    "lrp": ("lrp", "lrp", "signed"),  # the cotangent is then the relevance, and not a gradient
+}
+
+
+def by_rules(function: Callable[..., Explanation], rules: str) -> Callable[..., Explanation]:
+    """A method of gradients on the backward pass of a set of rules, one of `RuleNames`."""
+    if rules == "plain":
+        return function
+
+    def ruled_method(module: Any, params: Any, inputs: Any, target: Any, **options: Any) -> Explanation:
+        return function(ruled(module, *_OF_NAMES[rules]), params, inputs, target, **options)
+
+    return ruled_method
 
 
 class Relevance(NamedTuple):

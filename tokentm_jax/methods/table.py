@@ -29,6 +29,7 @@ from tokentm_jax.methods.attention import Explanation
 from tokentm_jax.methods.mix import ROWS, Gradient, shared_maps
 from tokentm_jax.methods.perturbation import Removal
 from tokentm_jax.models.inputs import as_inputs, seen
+from tokentm_jax.programs.model import Found
 from tokentm_jax.validation import check_options, options_of
 
 TOKENS, PIXELS = "token map", "pixel map"
@@ -49,6 +50,8 @@ class Method:
     output: str = TOKENS
     differentiable: bool = True  # whether a map has a true derivative (no rule holds values constant); see below
     held: Callable[[Mapping[str, Any]], bool] | None = None  # the options with which it has none
+    takes_rules: bool = False  # whether the option `rules` chooses the backward rules of its gradient, see `RuleNames`
+    rules: str = "plain"  # those that it has by default
     float32: bool = False  # computed in float32 at least: in a model of bfloat16, its maps would be others
     options: type | None = None  # a frozen dataclass of options, where the function takes one
     classless: Callable[[Mapping[str, Any]], bool] | None = None  # the options with which the class does not matter
@@ -57,7 +60,8 @@ class Method:
     @property
     def summary(self) -> str:
         """What the method is, in one line: the first of its function's docstring."""
-        return (inspect.getdoc(self.function) or "").splitlines()[0]
+        line = (inspect.getdoc(self.function) or "").splitlines()[0]
+        return line if self.rules == "plain" else f"On LibraGrad's pruned backward pass: {line}"
 
     def looks_at_class(self, options: Mapping[str, Any]) -> bool:
         """Whether a map with these options depends on the class that is explained."""
@@ -65,12 +69,14 @@ class Method:
 
     def has_derivative(self, options: Mapping[str, Any]) -> bool:
         """Whether a map with these options has a true derivative; JAX differentiates no other unless asked twice."""
-        return self.differentiable and not (self.held is not None and self.held(options))
+        held = self.held is not None and self.held(options)
+        return self.differentiable and not held and options.get("rules", self.rules) == "plain"
 
     def known(self) -> dict[str, Any]:
         """Annotation of every option: the function's keyword-only arguments, and the fields of its dataclass."""
         own = {name: kind for name, kind in options_of(self.function).items() if name != "options"}
-        return {**(options_of(self.options) if self.options else {}), **own}
+        rules = {"rules": relevance.RuleNames} if self.takes_rules else {}
+        return {**(options_of(self.options) if self.options else {}), **own, **rules}
 
     def check(self, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options as plain Python values that meet their annotations.
@@ -86,7 +92,8 @@ class Method:
     def bind(self, name: str, options: Mapping[str, Any]) -> Callable[..., Explanation]:
         """The function with its options checked and bound. Raises InputError as `check`, and for choices at odds."""
         values = self.check(name, options)
-        function = at_least_float32(self.function) if self.float32 else self.function
+        function = relevance.by_rules(self.function, values.pop("rules", self.rules))
+        function = at_least_float32(function) if self.float32 else function
         if self.options is None:
             return partial(function, **values)
         fields = {field.name for field in dataclasses.fields(self.options)}
@@ -104,6 +111,8 @@ def at_least_float32(function: Callable[..., Explanation]) -> Callable[..., Expl
         if getattr(module, "dtype", None) is not None and jnp.finfo(module.dtype).bits < 32:
             module = module.clone(dtype=jnp.float32)
         params, inputs = jax.tree.map(_wide_floats, (params, inputs))
+        if isinstance(module, Found):
+            module = module.of(params, inputs)
         return function(module, params, inputs, target, **options)
 
     return widened
@@ -193,49 +202,52 @@ def _plain(options: Mapping[str, Any]) -> bool:
 
 # Methods that remove pixels, and ask what black is. What a patch changes is small beside the rounding in bfloat16.
 _removal = partial(Method, options=Removal, suit=perturbation.with_black, float32=True)
+# Methods of gradients, whose backward rules are an option.
+_gradient = partial(Method, takes_rules=True)
+
+
+def _libra(function: Callable[..., Explanation], paper: str = "Mehri et al., CVPR", **more: Any) -> Method:
+    """A method of gradients under the name that it has on LibraGrad's pruned backward pass."""
+    return Method(function, paper, 2025, differentiable=False, rules="libra", **more)
+
 
 METHODS: dict[str, Method] = {
-    "tokentm": Method(
+    "tokentm": _gradient(
         attention.tokentm,
         "Wu et al., CVPR",
         2024,
         options=TokenTM,
         classless=_plain,
     ),
-    "gae": Method(attention.gae, "Chefer et al., ICCV", 2021),
+    "gae": _gradient(attention.gae, "Chefer et al., ICCV", 2021),
     "transformer_attribution": Method(
         relevance.transformer_attribution, "Chefer et al., CVPR", 2021, "2 F + 5 B", float32=True
     ),
-    "attcat": Method(attention.attcat, "Qiang et al., NeurIPS", 2022),
+    "attcat": _gradient(attention.attcat, "Qiang et al., NeurIPS", 2022),
     "conservative_lrp": Method(relevance.conservative_lrp, "Ali et al., ICML", 2022, differentiable=False),
     "lrp": Method(relevance.full_lrp, "Bach et al., PLOS ONE", 2015, "1 F + 4 B", output=PIXELS, float32=True),
     "partial_lrp": Method(relevance.partial_lrp, "Voita et al., ACL", 2019, "1 F + 4 B", float32=True),
     "rollout": Method(attention.rollout, "Abnar & Zuidema, ACL", 2020, "1 F", class_specific=False),
     "raw_attention": Method(attention.raw_attention, "Vaswani et al., NeurIPS", 2017, "1 F", class_specific=False),
-    "grad_cam": Method(attention.grad_cam, "Selvaraju et al., ICCV", 2017, float32=True),
-    "grad_cam_tokens": Method(attention.grad_cam_tokens, "Selvaraju et al., ICCV", 2017),
+    "grad_cam": _gradient(attention.grad_cam, "Selvaraju et al., ICCV", 2017, float32=True),
+    "grad_cam_tokens": _gradient(attention.grad_cam_tokens, "Selvaraju et al., ICCV", 2017),
     "attn_lrp": Method(relevance.attention_lrp, "Achtibat et al., ICML", 2024, differentiable=False),
     "res_lrp": Method(relevance.residual_lrp, "ResLRP, arXiv", 2026, differentiable=False),
     "libra_full_grad": Method(libra.libra_full_grad, "Mehri et al., CVPR", 2025, differentiable=False),
-    "libra_attcat": Method(libra.libra_attcat, "Mehri et al., CVPR", 2025, differentiable=False),
-    "libra_tokentm": Method(
-        libra.libra_tokentm,
-        "Wu et al. and Mehri et al., together",
-        2025,
-        differentiable=False,
-        options=TokenTM,
-        classless=_plain,
+    "libra_attcat": _libra(attention.attcat),
+    "libra_tokentm": _libra(
+        attention.tokentm, "Wu et al. and Mehri et al., together", options=TokenTM, classless=_plain
     ),
-    "libra_gae": Method(libra.libra_gae, "Mehri et al., CVPR", 2025, differentiable=False),
-    "libra_grad_cam": Method(libra.libra_grad_cam, "Mehri et al., CVPR", 2025, differentiable=False, float32=True),
-    "beyond_intuition": Method(attention.beyond_intuition, "Chen et al., TMLR", 2023, "21 F + 21 B"),
+    "libra_gae": _libra(attention.gae),
+    "libra_grad_cam": _libra(attention.grad_cam, float32=True),
+    "beyond_intuition": _gradient(attention.beyond_intuition, "Chen et al., TMLR", 2023, "21 F + 21 B"),
     "legrad": Method(attention.legrad, "Bousselham et al., ICCV", 2025, "2 F"),
-    "input_gradient": Method(gradient.input_gradient, "Simonyan et al., ICLR", 2014, output=PIXELS),
-    "gradient_x_input": Method(
+    "input_gradient": _gradient(gradient.input_gradient, "Simonyan et al., ICLR", 2014, output=PIXELS),
+    "gradient_x_input": _gradient(
         gradient.gradient_x_input, "Shrikumar et al., arXiv", 2016, output=PIXELS, float32=True
     ),
-    "smooth_grad": Method(gradient.smooth_grad, "Smilkov et al., arXiv", 2017, "26 F + 26 B", output=PIXELS),
-    "integrated_gradients": Method(
+    "smooth_grad": _gradient(gradient.smooth_grad, "Smilkov et al., arXiv", 2017, "26 F + 26 B", output=PIXELS),
+    "integrated_gradients": _gradient(
         gradient.integrated_gradients, "Sundararajan et al., ICML", 2017, "34 F + 33 B", output=PIXELS, float32=True
     ),
     "occlusion": _removal(perturbation.occlusion, "Zeiler & Fergus, ECCV", 2014, "n + 1 F"),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tokentm_jax.errors import InputError
-from tokentm_jax.programs.flat import line_of
+from tokentm_jax.programs.flat import Step, line_of
 from tokentm_jax.programs.model import Found
 from tokentm_jax.programs.reading import Reading
 
@@ -85,7 +85,7 @@ def inspected(found: Found, methods: Callable[[], Sequence[str]]) -> Inspection:
         structure = found.structure
     except InputError as error:
         return Inspection(
-            0, 0, 0, None, found.given_grid, None, False, False, steps, (*unknown, str(error)), tuple(methods())
+            0, 0, 0, None, found.source.grid, None, False, False, steps, (*unknown, str(error)), tuple(methods())
         )
     known: dict[str, Any] = {}
     for name in ("grid", "prefix", "readout"):
@@ -112,9 +112,19 @@ def _count(reading: Reading, times: int, steps: dict[str, tuple[int, str]]) -> N
     for step in reading.flat.steps:
         if step in reading.bodies:
             _count(reading.bodies[step], times * step.params["length"], steps)
-        elif step.kind:
-            count, line = steps.get(step.kind, (0, line_of(step)))
-            steps[step.kind] = (count + times, line)
+        for kind in ([step.kind] if step.kind else []) + ["activation"] * _activates(reading, step):
+            count, line = steps.get(kind, (0, line_of(step)))
+            steps[kind] = (count + times, line)
+
+
+def _activates(reading: Reading, step: Step) -> bool:
+    """Whether a group of elementwise steps, which are not linear, ends with this one."""
+    out = step.outputs[0]
+    fact = reading.facts.get(out)
+    if fact is None or fact.linear or fact.statistic or fact.reduced or out in reading.exempt:
+        return False
+    readers = [reading.facts[other.outputs[0]] for other in reading.flat.steps if out in other.inputs[:3]]
+    return bool(readers) and not any(reader.root == fact.root or reader.statistic for reader in readers)
 
 
 def _pools(reading: Reading) -> list[str]:

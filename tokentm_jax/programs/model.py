@@ -29,12 +29,10 @@ class Found:
     What a method asks for is read when it is asked for: a model without attention has input gradients all the same.
     """
 
-    program: Any  # the closed jaxpr of the function of a batch of one
+    source: "Function"
+    program: Any  # its closed jaxpr for a batch of one
     outputs: Any  # the tree of its outputs
     rules: Rules = dataclasses.field(default_factory=dict)
-    given_grid: tuple[int, int] | None = None
-    given_prefix: int | None = None
-    given_readout: Any = None  # "token", "avg" or a share for each token
 
     @cached_property
     def reading(self) -> Reading:
@@ -49,7 +47,7 @@ class Found:
     @cached_property
     def grid(self) -> tuple[int, int]:
         """The patch grid. Raises InputError where it is not given and cannot be told, or where the two differ."""
-        if self.given_grid is None:
+        if self.source.grid is None:
             grid = self.structure.grid
             if grid is None:
                 raise InputError(
@@ -59,29 +57,29 @@ class Found:
         try:
             known = self.structure.grid
         except Unfit:
-            return self.given_grid
-        if known is not None and tuple(known) != tuple(self.given_grid):
-            raise InputError(f"grid must be {known}, as this function cuts its input, got {tuple(self.given_grid)}")
-        return self.given_grid
+            return self.source.grid
+        if known is not None and tuple(known) != tuple(self.source.grid):
+            raise InputError(f"grid must be {known}, as this function cuts its input, got {tuple(self.source.grid)}")
+        return self.source.grid
 
     @cached_property
     def prefix(self) -> int:
         """How many tokens come before those of the patches. Raises InputError as `grid`."""
         left = self.structure.tokens - self.grid[0] * self.grid[1]
         known = self.structure.prefix
-        if known is None and self.given_prefix is None:
+        if known is None and self.source.prefix is None:
             raise InputError("how many tokens come before those of the patches cannot be told: give it as prefix=")
-        if left < 0 or self.given_prefix not in (None, left):
+        if left < 0 or self.source.prefix not in (None, left):
             raise InputError(
                 f"grid and prefix must make the {self.structure.tokens} tokens of this function, got {self.grid} and "
-                f"{self.given_prefix}"
+                f"{self.source.prefix}"
             )
         return left
 
     @cached_property
     def readout(self) -> tuple[float, ...]:
         """How the head reads the tokens: a share for each. Raises InputError as `grid`."""
-        n, given = self.structure.tokens, self.given_readout
+        n, given = self.structure.tokens, self.source.readout
         if given is None:
             if self.structure.readout is None:
                 raise InputError("how the head reads the tokens cannot be told: give readout='token', 'avg' or shares")
@@ -112,6 +110,10 @@ class Found:
     @property
     def post_norm(self) -> bool:
         return self.structure.post_norm
+
+    def of(self, params: Any, inputs: Any) -> "Found":
+        """The same function and rules for parameters and inputs of another type."""
+        return self.source.read(params, inputs).clone(self.rules)
 
     def clone(self, rules: Rules) -> "Found":
         """The same function with other backward rules."""
@@ -389,4 +391,4 @@ def _read(function: Function, tree: Any, shapes: tuple[Any, ...], sample: tuple[
     if not arrays or any(array.shape[:1] != (1,) for array in arrays):
         shown = [list(array.shape) for array in arrays]
         raise InputError(f"the function must give arrays [B, ...] for inputs [B, ...], got {shown} for a batch of one")
-    return Found(program, jax.tree.structure(outputs), {}, function.grid, function.prefix, function.readout)
+    return Found(function, program, jax.tree.structure(outputs))

@@ -43,7 +43,7 @@ _multiple.defjvp(lambda values, tangents: (values[2], tangents[0] * values[1]))
 def gain(f: Any, x: Array) -> Array:
     """The identity rule `f(x) / x`: f as a product with a constant."""
     safe = jnp.where(x == 0, jnp.asarray(1e-6, x.dtype), x)
-    return _multiple(x, stop_gradient(f(safe) / safe), stop_gradient(f(x)))
+    return _multiple(x, stop_gradient(f(safe) / safe), f(x))
 
 
 def halved(f: Any, a: Array, b: Array) -> Array:
@@ -189,7 +189,7 @@ def lrp(variant: str, stabiliser: str) -> Rules:
     def position(f: Any, x: Array, p: Array) -> Array:
         return add(lambda a, b: a + b, x, jnp.broadcast_to(p, x.shape))
 
-    passed = lambda f, x, *more: _passed_on(x, stop_gradient(f(x, *more)), lambda x: f(x, *more))  # noqa: E731
+    passed = lambda f, x, *more: _passed_on(x, f(x, *more), lambda x: f(x, *more))  # noqa: E731
     rules: dict[str, Any] = {
         "linear": linear,
         "embed": embed,

@@ -25,6 +25,9 @@ from jax.extend.core import Literal
 from tokentm_jax.programs.flat import Call, Step
 from tokentm_jax.programs.reading import ELEMENTWISE, SAME_SHAPE, Reading
 
+KINDS = ("linear", "embed", "mix", "product", "gate", "add", "residual", "turn", "bias", "scale", "position", "norm",
+         "softmax", "reduce", "activation", "fork")  # fmt: skip
+
 Rule = Callable[..., Any]
 Rules = Mapping[str, Rule]
 Tap = Callable[[Array, Any, Any], tuple[Array, Any, Any]]
