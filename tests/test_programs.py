@@ -36,8 +36,12 @@ def function_of(kind):
 
 
 @pytest.mark.parametrize(("kind", "method"), CASES)
-def test_the_maps_of_the_module_as_an_unknown_function(kind, method):
+def test_the_maps_of_the_module_as_an_unknown_function(kind, method, briefly):
     module, params, images = model_of(kind)
+    if kind == "bfloat16" and TABLE[method].float32:  # it casts what it is given, so it cannot be made to
+        with pytest.raises(tm.InputError, match="a function that computes in float32; this one computes in bfloat16"):
+            explain_fn(function_of(kind), method, **METHODS[method])(params, images, TARGET)
+        return
     expected = jax.jit(explain_fn(module, method, **METHODS[method]))(params, images, TARGET)
     maps = jax.jit(explain_fn(function_of(kind), method, **METHODS[method]))(params, images, TARGET)
     tolerance = 1e-3 if method in QUOTIENTS else 1e-5
@@ -297,3 +301,27 @@ def test_libra_conserves_in_random_programs(names, seed):
         np.testing.assert_allclose(
             (x * back(jnp.asarray(weights))[0]).sum(), (value * weights).sum(), rtol=1e-6, atol=1e-8
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["tokentm", "gae", "attcat", "lrp", "libra_full_grad", "legrad", "rollout"])
+def test_a_post_norm_encoder_of_texts(method, briefly):
+    """A BERT as a function of embedded tokens, which have no grid: the maps of the module."""
+    from tokentm_jax.models.bert import Bert, init_bert
+    from tokentm_jax.models.inputs import Texts
+
+    module = Bert(30, 16, 16, 2, 2, 24, 3)
+    params = jax.tree.map(lambda a: a * 8 if a.ndim > 1 else a + 0.1, init_bert(module, jax.random.key(0)))
+    embedded = np.random.default_rng(0).normal(size=(2, 6, 16)).astype(np.float32)
+    target = jnp.array([0, 2], jnp.int32)
+
+    def texts(embeddings):
+        shape = embeddings.shape[:2]
+        return Texts(embeddings, jnp.ones(shape, bool), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool))
+
+    function = lambda params, embeddings: module.apply({"params": params}, texts(embeddings))  # noqa: E731
+    maps = jax.jit(explain_fn(function, method, grid=(1, 6), prefix=0))(params, embedded, target)
+    expected = jax.jit(explain_fn(module, method))(params, texts(jnp.asarray(embedded)), target)
+    np.testing.assert_allclose(
+        maps.reshape(expected.shape), expected, atol=1e-5 * float(jnp.abs(expected).max()), rtol=0
+    )

@@ -146,6 +146,8 @@ def game(module: nn.Module, params: Any, inputs: Any, target: Array | None, opti
     inputs = as_inputs(module, params, inputs)
     if isinstance(inputs, Texts):
         return _game_of_words(module, params, inputs, target, options)
+    if inputs.ndim != 4:
+        raise Unfit(f"this method removes squares of images [B, H, W, C], and the inputs are {list(inputs.shape)}")
     gh, gw = _grid(module, inputs, options.patch)
     tiling = getattr(module, "tiling", None) if options.patch is None else None
     background = jnp.zeros((), inputs.dtype)

@@ -113,6 +113,7 @@ def at_least_float32(function: Callable[..., Explanation]) -> Callable[..., Expl
         params, inputs = jax.tree.map(_wide_floats, (params, inputs))
         if isinstance(module, Found):
             module = module.of(params, inputs)
+            module.require_float32()
         return function(module, params, inputs, target, **options)
 
     return widened

@@ -115,6 +115,14 @@ class Found:
         """The same function and rules for parameters and inputs of another type."""
         return self.source.read(params, inputs).clone(self.rules)
 
+    def require_float32(self) -> None:
+        """Raises Unfit for a function that computes in less than float32, whatever its parameters and inputs are."""
+        types = [
+            kind for kind in _types(self.reading) if jnp.issubdtype(kind, jnp.floating) and jnp.finfo(kind).bits < 32
+        ]
+        if types:
+            raise Unfit(f"this method needs a function that computes in float32; this one computes in {types[0]}")
+
     def clone(self, rules: Rules) -> "Found":
         """The same function with other backward rules."""
         return dataclasses.replace(self, rules=rules)
@@ -353,6 +361,12 @@ POINTS: dict[str, Callable[[Reading, list[Layer]], int]] = {
     "after": lambda reading, block: _ffn(block).normed,  # type: ignore[return-value]
     "final_tokens": lambda reading, block: -1,
 }
+
+
+def _types(reading: Reading) -> list[Any]:
+    """The types of all values that depend on the input."""
+    own = [reading.flat.types[number].dtype for number in reading.facts]
+    return own + [kind for body in reading.bodies.values() for kind in _types(body)]
 
 
 @dataclasses.dataclass(frozen=True)
