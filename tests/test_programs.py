@@ -242,6 +242,7 @@ STEPS = {
     "heads": lambda x, r: heads(x.reshape(4, 2, 3), (x @ r(6, 6)).reshape(4, 2, 3)).reshape(4, 6),
     "turn": lambda x, r: x * jnp.cos(r(6)) + jnp.roll(x, 3, -1) * jnp.sin(r(6)),
     "scan": lambda x, r: jax.lax.scan(lambda c, w: (c + jnp.tanh(c @ w), None), x, r(3, 6, 6))[0],
+    "cond": lambda x, r: jax.lax.cond(r()[()] > 0, lambda x: jax.nn.gelu(x), lambda x, w=r(6, 6): x @ w, x),
     "transpose": lambda x, r: (x.T @ r(4, 4)).T,
 }  # fmt: skip
 
@@ -277,7 +278,7 @@ def test_rules_leave_the_values_of_random_programs(names, seed):
             )
 
 
-CONSERVED = ["linear", "gelu", "silu", "norm", "gate", "product", "residual", "attention", "turn", "scan"]
+CONSERVED = ["linear", "gelu", "silu", "norm", "gate", "product", "residual", "attention", "turn", "scan", "cond"]
 
 
 @settings(max_examples=8, deadline=None)

@@ -34,7 +34,7 @@ class Step:
     equation: JaxprEqn
     inputs: list[Any]
     outputs: list[int]
-    body: "Flat | None" = None  # of a scan
+    bodies: "tuple[Flat, ...]" = ()  # that of a scan, or the branches of a cond
     call: JaxprEqn | None = None  # the outermost call that it came from
     kind: str = ""  # see `reading`
     of: Any = None  # what the rule of this kind needs to know
@@ -116,8 +116,10 @@ def _inline(flat: Flat, jaxpr: Jaxpr, constants: list[Any], inputs: list[Any], c
                 flat.calls[start] = Call(equation, given, outputs, start, len(flat.steps))
         else:
             outputs = [_new(flat, v.aval) for v in equation.outvars]
-            body = flatten(equation.params["jaxpr"]) if primitive == "scan" else None
-            step = Step(equation, given, outputs, body, call)
+            inner = {"scan": ("jaxpr",), "cond": ("branches",)}.get(primitive, ())
+            closed = [equation.params[name] for name in inner]
+            bodies = closed[0] if primitive == "cond" else closed
+            step = Step(equation, given, outputs, tuple(map(flatten, bodies)), call)
             flat.steps.append(step)
             flat.producer |= dict.fromkeys(outputs, step)
         names |= dict(zip(equation.outvars, outputs, strict=True))

@@ -176,7 +176,7 @@ class Fact:
 
 @dataclasses.dataclass(eq=False)
 class Reading:
-    """The facts of a flat program. `bodies` are those of its scans."""
+    """The facts of a flat program; `bodies` are those of its scans, and `branches` those of its conds."""
 
     flat: Flat
     facts: dict[int, Fact]
@@ -184,6 +184,7 @@ class Reading:
     attentions: list[Step]  # products of a softmax with values
     exempt: set[int]  # values inside of a softmax: no activation rule there
     bodies: dict[Step, "Reading"]
+    branches: dict[Step, list["Reading"]]
     norms: list[Step]
     softmaxes: list[Step]
 
@@ -197,7 +198,7 @@ def read(flat: Flat, dependent: Iterable[int], raw: bool = True) -> Reading:
 
     Raises Unfit for a step that no rule can pass, by its name and source line.
     """
-    reading = Reading(flat, {}, [], [], set(), {}, [], [])
+    reading = Reading(flat, {}, [], [], set(), {}, {}, [], [])
     for value in dependent:
         reading.facts[value] = Fact(value, base=value, above=1 << value, raw=raw)
     for step in flat.steps:
@@ -242,7 +243,7 @@ def _read_step(reading: Reading, step: Step, depends: list[int]) -> None:
         _set(reading, step, weights=weights, **known, **_base(facts, depends))
         return None
     if name == "cond":
-        raise Unfit(f"{line_of(step)}: a branch (lax.cond) that depends on the input has no rule")
+        return _read_cond(reading, step)
     raise Unfit(f"{line_of(step)}: no rule for the operation '{name}'")
 
 
@@ -467,8 +468,7 @@ def _read_sum(reading: Reading, step: Step, pairs: Iterable[tuple[int, int]]) ->
 def _read_scan(reading: Reading, step: Step) -> None:
     """The body is read once, with those of its inputs that depend after any number of turns."""
     consts, carries = step.params["num_consts"], step.params["num_carry"]
-    body = step.body
-    assert body is not None
+    (body,) = step.bodies
     depends = [not isinstance(i, Literal) and i in reading.facts for i in step.inputs]
     while True:
         inner = read(body, [v for v, is_so in zip(body.inputs, depends, strict=True) if is_so], raw=False)
@@ -483,3 +483,23 @@ def _read_scan(reading: Reading, step: Step) -> None:
     for o, is_so in zip(step.outputs, out, strict=True):
         if not is_so:
             del reading.facts[o]
+
+
+def _read_cond(reading: Reading, step: Step) -> None:
+    """Every branch is read; which of them is taken must not depend on the input."""
+    depends = [not isinstance(i, Literal) and i in reading.facts for i in step.inputs]
+    if depends[0]:
+        raise Unfit(f"{line_of(step)}: a branch that is chosen by the input has no rule: choose it by the parameters")
+    branches = []
+    for body in step.bodies:
+        given = [v for v, is_so in zip(body.inputs, depends[1:], strict=True) if is_so]
+        branches.append(read(body, given, raw=False))
+    reading.branches[step] = branches
+    _set(reading, step)
+    for place, out in enumerate(step.outputs):
+        if not any(branch.flat.outputs[place] in branch.facts for branch in branches if _is_value(branch, place)):
+            del reading.facts[out]
+
+
+def _is_value(branch: Reading, place: int) -> bool:
+    return not isinstance(branch.flat.outputs[place], Literal)

@@ -144,8 +144,10 @@ class Evaluation:
         )
 
     def _step(self, step: Step) -> list[Any]:
-        if step.body is not None and step in self.reading.bodies:
+        if step in self.reading.bodies:
             return self._scan(step)
+        if step in self.reading.branches:
+            return self._cond(step)
         rule = self.plan.rules.get(step.kind)
         if rule is None:
             return bind(step.equation, [self.get(i, step) for i in step.inputs])
@@ -200,6 +202,13 @@ class Evaluation:
             needed.add(step)
             waiting += [i for i in step.inputs if not isinstance(i, Literal)]
         return [step for step in self.reading.flat.steps if step in needed] if needed else []
+
+    def _cond(self, step: Step) -> list[Any]:
+        def taken(branch: Reading) -> Callable[..., Any]:
+            return lambda *inputs: Evaluation(branch, self.plan, list(inputs)).run().outputs
+
+        index, *inputs = (self.get(i, step) for i in step.inputs)
+        return list(jax.lax.switch(index, [taken(branch) for branch in self.reading.branches[step]], *inputs))
 
     def _scan(self, step: Step) -> list[Any]:
         params, body = step.params, self.reading.bodies[step]
