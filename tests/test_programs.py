@@ -326,3 +326,32 @@ def test_a_post_norm_encoder_of_texts(method, briefly):
     np.testing.assert_allclose(
         maps.reshape(expected.shape), expected, atol=1e-5 * float(jnp.abs(expected).max()), rtol=0
     )
+
+
+OPTIONS = [
+    {"attention": "plain"},
+    {"attention": "means"},
+    {"heads": "each"},
+    {"transformed": "linear"},
+    {"transformed": "linear", "heads": "each"},
+    {"transformed": "stream"},
+    {"original": "normalised"},
+    {"ffn_transformed": "stream"},
+    {"weights": "entropy"},
+    {"weights": "alignment"},
+    {"first_block": 1},
+    {"end_block": 1},
+    {"ffn": False},
+    {"memory": "recompute"},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_all_options_of_tokentm(options):
+    module, params, images = model_of("distilled")
+    maps, expected = (
+        jax.jit(explain_fn(model, "tokentm", **options))(params, images, TARGET)
+        for model in (function_of("distilled"), module)
+    )
+    np.testing.assert_allclose(maps, expected, rtol=0, atol=1e-5 * float(jnp.abs(expected).max()))

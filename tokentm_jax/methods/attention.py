@@ -119,9 +119,8 @@ def _tokentm_of_function(
     if options.attention == "plain":
 
         def summary(view: passes.View) -> tuple[Array, Weights]:
-            weights = Weights(view.attention_weights(options), *view.other_weights(options))
-            heads = wide(passes.canonical(view.attention, view.evaluation.values[view.attention.weights]))
-            return transformed_attention(heads, None, weights.attention, options), weights
+            weights = view.weights(options)
+            return transformed_attention(view.heads, None, weights.attention, options), weights
 
         one = lambda sample, target: passes.rows_behind(  # noqa: E731
             found,
@@ -154,7 +153,7 @@ def _from_attention(
     if isinstance(module, Found):
         start = module.depth - 1 if first_block is None else first_block
         check_blocks(module.depth, start)
-        of_view = lambda view: fuse(view.as_block())  # noqa: E731
+        of_view = lambda view: fuse(passes.NOTHING._replace(attention=view.heads))  # noqa: E731
         one = lambda sample, target: passes.rows_behind(module, params, sample, target, of_view, update, start)  # noqa: E731
         (rows, _), details = module.per_sample(one, inputs, target)
         return token_map(module, rows), details

@@ -5,7 +5,7 @@ Everything here is for one sample.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from tokentm_jax.maths.scores import explained
 from tokentm_jax.maths.tokentm import (
     Blocks,
     TokenTM,
+    Weights,
     attention_layer,
     change,
     ffn_layer,
@@ -53,40 +54,51 @@ class View:
     def __init__(self, evaluation: Evaluation, block: Block, tokens: int) -> None:
         self.evaluation, self.block, self.count = evaluation, block, tokens
 
-    def __call__(self, name: str) -> Array:
-        """[N, D] of a field of `Blocks`, in float32 at least."""
-        number = POINTS[name](self.evaluation.reading, self.block)
-        return wide(self.evaluation.function([], number)().reshape(self.count, -1))
+    def value(self, number: int) -> Array:
+        """A value of the program in its own layout."""
+        return self.evaluation.function([], number)()
+
+    def rows(self, number: int) -> Array:
+        """A value of the program as tokens [N, D], in float32 at least."""
+        return wide(self.value(number).reshape(self.count, -1))
+
+    def number(self, name: str) -> int:
+        """The value that holds a field of `Blocks`."""
+        return POINTS[name](self.evaluation.reading, self.block)
+
+    def original(self, options: TokenTM) -> int:
+        """The value that holds what the attention layer's x_j is."""
+        return self.number("tokens" if options.original == "residual" else "normalised")
 
     @property
     def attention(self) -> Attention:
+        """Where the attention of the block is."""
         attention = self.block[0].attention
         assert attention is not None
         return attention
 
+    @property
+    def heads(self) -> Array:
+        """The attention of the block, [H, N, N], in float32 at least."""
+        return wide(canonical(self.attention, self.value(self.attention.weights)))
+
     def transformed(self, options: TokenTM) -> Array:
-        """x~ of the attention layer, [N, D], or [H, N, D] of each head."""
+        """x~ of the attention layer, [N, D], or [H, N, D] of each head: its branch with the identity in place of
+        attention, less its last bias, is the derivative of the branch in that direction."""
+        first = self.block[0]
         if options.transformed == "stream":
-            return self("tokens") + self("attention_branch")
-        number, branch = self.attention.weights, self.block[0].branch
-        weights = self.evaluation.values[number]
+            return self.rows(first.stream) + self.rows(first.branch)
+        weights = self.value(self.attention.weights)
         identity = identity_of(self.attention, weights)
-        starts, point = [number], [jnp.zeros_like(weights)]
-        tangent: Callable[[Array], list[Array]] = lambda attention: [attention]  # noqa: E731
-        if options.transformed == "linear":  # of x itself in place of its norm, by the maps without their biases
-            normalised = POINTS["normalised"](self.evaluation.reading, self.block)
-            value = self.evaluation.function([], normalised)()
-            x = self.evaluation.function([], self._original(options))().reshape(value.shape).astype(value.dtype)
-            starts = [number, normalised]
-
-            def through(attention: Array) -> Array:
-                given = lambda v: self.evaluation.function(starts, branch)(attention, v)  # noqa: E731
-                return jax.jvp(given, (value,), (x,))[1]
+        if options.transformed == "linear":  # of x itself, by the value projection without its bias
+            place = self.number("normalised")
+            value = self.value(place)
+            x = self.value(self.original(options)).reshape(value.shape).astype(value.dtype)
+            branch = self.evaluation.function([self.attention.weights, place], first.branch)
+            through = lambda attention: jax.jvp(partial(branch, attention), (value,), (x,))[1]  # noqa: E731
         else:
-
-            def through(attention: Array) -> Array:
-                return jax.jvp(self.evaluation.function(starts, branch), point, tangent(attention))[1]
-
+            branch = self.evaluation.function([self.attention.weights], first.branch)
+            through = lambda attention: jax.jvp(branch, (jnp.zeros_like(weights),), (attention,))[1]  # noqa: E731
         if options.heads == "sum":
             return wide(through(identity).reshape(self.count, -1))
         heads = canonical(self.attention, identity)
@@ -94,50 +106,37 @@ class View:
         of_head = lambda one: through(as_before(self.attention, one, weights)).reshape(self.count, -1)  # noqa: E731
         return wide(jax.lax.map(of_head, alone))
 
-    def _original(self, options: TokenTM) -> int:
-        return POINTS["tokens" if options.original == "residual" else "normalised"](
-            self.evaluation.reading, self.block
-        )
-
     def attention_weights(self, options: TokenTM) -> Array:
         """Diagonal of W_attn, [N], or [H, N]."""
-        heads = canonical(self.attention, self.evaluation.values[self.attention.weights])
+        x = self.rows(self.original(options))
         if not options.weighs:
-            return jnp.ones(heads.shape[-1:], wide(heads).dtype)
-        x = self("tokens" if options.original == "residual" else "normalised")
+            return jnp.ones_like(x[:, 0])
         transformed = self.transformed(options)
         if transformed.ndim == 2:
-            return weigh(x, transformed, _NOTHING, options)
+            return weigh(x, transformed, NOTHING, options)
         return jax.vmap(lambda t: transformation_weights(change(x, t), options))(transformed)
-
-    def other_weights(self, options: TokenTM) -> tuple[Any, ...]:
-        """The other fields of `Weights`: W_ffn [N], and of post-norm blocks what their norms do."""
-        ffn = [self.ffn_weights(layer, options) for layer in self.block[1:]]
-        weights = ffn[0] if ffn else jnp.zeros(self.count)
-        if not options.norms or self.block[0].normed is None:
-            return (weights,)
-        gains = []
-        for layer in self.block[:2]:
-            before, after = (
-                self.evaluation.function([], v)().reshape(self.count, -1) for v in (layer.output, layer.normed)
-            )
-            gains.append(norm_gain(wide(before), wide(after)))
-        return (weights, *gains)
-
-    def as_block(self) -> Blocks:
-        """The attention of the block, [H, N, N]."""
-        heads = canonical(self.attention, self.evaluation.values[self.attention.weights])
-        return _NOTHING._replace(attention=wide(heads))
 
     def ffn_weights(self, layer: Layer, options: TokenTM) -> Array:
         """Diagonal of W_ffn of one layer, [N]."""
-        x, branch = (
-            wide(self.evaluation.function([], v)().reshape(self.count, -1)) for v in (layer.stream, layer.branch)
-        )
+        x, branch = self.rows(layer.stream), self.rows(layer.branch)
         if not options.ffn or not options.weighs:
             return jnp.full_like(x[:, 0], 1.0 if options.ffn else 0.0)
         transformed = branch if options.ffn_transformed == "branch" else x + branch
-        return weigh(x, transformed, _NOTHING, options)
+        return weigh(x, transformed, NOTHING, options)
+
+    def weights(self, options: TokenTM) -> Weights:
+        """The diagonals of all updates of the block."""
+        ffn = [self.ffn_weights(layer, options) for layer in self.block[1:]]
+        none = jnp.zeros_like(self.rows(self.block[0].stream)[:, 0])
+        norms = []
+        if options.norms and self.block[0].normed is not None:
+            norms = [self.norm_gain(layer) for layer in self.block[:2]]
+        return Weights(self.attention_weights(options), reduce(lambda a, b: a + b + a * b, ffn, none), *norms)
+
+    def norm_gain(self, layer: Layer) -> Array:
+        """What the norm behind a layer's sum does to the length of each token, [N]."""
+        assert layer.normed is not None
+        return norm_gain(self.rows(layer.output), self.rows(layer.normed))
 
 
 def _wide_type(kind: Any) -> Any:
@@ -145,7 +144,7 @@ def _wide_type(kind: Any) -> Any:
     return kind.dtype if kind.dtype == jnp.float64 else jnp.float32
 
 
-_NOTHING = Blocks(*[None] * len(Blocks._fields))
+NOTHING = Blocks(*[None] * len(Blocks._fields))
 
 
 def rows_inside(
@@ -185,11 +184,8 @@ def rows_inside(
             if layer.attention is None and evaluation.current == layer.output:
                 u = ffn_layer(u, kept(index, view.ffn_weights(layer, options)))
             if norms and evaluation.current == layer.normed:
-                before = wide(evaluation.values[layer.output].reshape(n, -1))
-                u = ffn_layer(u, kept(index, norm_gain(before, wide(value.reshape(n, -1))) - 1))
-            last = layer is block[-1] and evaluation.current == (
-                layer.output if layer.normed is None else layer.normed
-            )
+                u = ffn_layer(u, kept(index, view.norm_gain(layer) - 1))
+            last = layer is block[-1] and evaluation.current == layer.end
             return value, (u, index + 1 if last else index), None
 
         return tap
@@ -200,7 +196,7 @@ def rows_inside(
         for block in stage.blocks:
             own[block[0].attention.weights] = partial(attended, block)  # type: ignore[union-attr]
             for layer in block:
-                for number in {layer.output, layer.output if layer.normed is None else layer.normed}:
+                for number in {layer.output, layer.end}:
                     own[number] = partial(summed, block, layer)
 
     def noted(evaluation: Evaluation) -> Any:
@@ -255,17 +251,14 @@ def rows_behind(
         return tap
 
     taps: dict[Any, dict[int, Any]] = {structure.reading: {}}
-    ends = {}
     for stage in structure.stages:
         for block in stage.blocks:
-            last = block[-1]
-            ends[block[0]] = number = last.output if last.normed is None else last.normed
-            taps.setdefault(stage.reading, {})[number] = partial(at_end, block)
+            taps.setdefault(stage.reading, {})[block[-1].end] = partial(at_end, block)
     of_embedded = lambda evaluation: lambda value, state, extra: (value, state, value)  # noqa: E731
     taps[structure.reading].setdefault(structure.embedded, of_embedded)
     outputs, notes, _ = found.evaluate(params, sample, Plan(found.rules, taps), None, None)
     details = explained(jax.tree.map(lambda a: a[None], outputs), target)[1]
-    parts = [_stacked(stage, notes, lambda stage, block, own: own[ends[block[0]]]) for stage in structure.stages]
+    parts = [_stacked(stage, notes, lambda stage, block, own: own[block[-1].end]) for stage in structure.stages]
     summaries = jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
     embedded = notes[structure.embedded].reshape(n, -1)
     row = jnp.asarray(found.readout, wide(embedded).dtype)
@@ -292,12 +285,11 @@ def legrad_rows(found: Found, params: Any, sample: Array, target: Any, first_blo
     def at_end(block: Block, evaluation: Evaluation) -> Any:
         attention = block[0].attention
         assert attention is not None
-        number = block[-1].output if block[-1].normed is None else block[-1].normed
         view = View(evaluation, block, structure.tokens)
 
         def tap(value: Array, state: Any, extra: Any) -> Any:
             evaluation.values[evaluation.current] = value
-            through = evaluation.function([attention.weights], number)
+            through = evaluation.function([attention.weights], block[-1].end)
 
             def score(weights: Array) -> Array:
                 return explained(jax.tree.map(lambda a: a[None], head(through(weights))), asked)[0].sum()
@@ -311,10 +303,9 @@ def legrad_rows(found: Found, params: Any, sample: Array, target: Any, first_blo
     taps: dict[Any, dict[int, Any]] = {}
     for stage in structure.stages:
         for block in stage.blocks:
-            number = block[-1].output if block[-1].normed is None else block[-1].normed
-            taps.setdefault(stage.reading, {})[number] = partial(at_end, block)
+            taps.setdefault(stage.reading, {})[block[-1].end] = partial(at_end, block)
     _, notes, _ = found.evaluate(params, sample, Plan(found.rules, taps), None, None)
-    pick = lambda stage, block, own: own[block[-1].output if block[-1].normed is None else block[-1].normed]  # noqa: E731
+    pick = lambda stage, block, own: own[block[-1].end]  # noqa: E731
     rows = jnp.concatenate([_stacked(stage, notes, pick) for stage in structure.stages])
     return rows[first_block:].sum(0), details
 

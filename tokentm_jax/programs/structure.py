@@ -42,6 +42,11 @@ class Layer:
     attention: Attention | None  # None: an FFN layer
     normed: int | None = None  # of post-norm blocks: the output behind its norm
 
+    @property
+    def end(self) -> int:
+        """The stream behind the layer."""
+        return self.output if self.normed is None else self.normed
+
 
 @dataclasses.dataclass(eq=False)
 class Stage:
@@ -86,9 +91,7 @@ def find(reading: Reading, image: int) -> Structure:
     embedded = layer.stream if first.scan is None else _outside(first, layer.stream)
     end = last.blocks[-1][-1]
     post_norm = any(layer.normed is not None for block in first.blocks for layer in block)
-    output = end.output if end.normed is None else end.normed
-    if last.scan is not None:
-        output = _carried_out(last, output)
+    output = end.end if last.scan is None else _carried_out(last, end.end)
     shape = reading.flat.types[embedded].shape
     attention = first.blocks[0][0].attention
     assert attention is not None
