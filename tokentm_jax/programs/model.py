@@ -63,6 +63,11 @@ class Found:
         return self.source.grid
 
     @cached_property
+    def tiling(self) -> Any:
+        """How the patches are cut, where a convolution does it; else None: side by side."""
+        return self.structure.tiling if self.has_blocks else None
+
+    @cached_property
     def prefix(self) -> int:
         """How many tokens come before those of the patches. Raises InputError as `grid`."""
         left = self.structure.tokens - self.grid[0] * self.grid[1]

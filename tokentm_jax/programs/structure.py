@@ -13,6 +13,7 @@ import numpy as np
 from jax.extend.core import Literal
 
 from tokentm_jax.errors import Unfit
+from tokentm_jax.maths.maps import Tiling
 from tokentm_jax.programs.flat import Flat, Step
 from tokentm_jax.programs.reading import ELEMENTWISE, SHAPE, Reading
 
@@ -72,6 +73,7 @@ class Structure:
     readout: tuple[float, ...] | None
     grid: tuple[int, int] | None
     prefix: int | None
+    tiling: Tiling | None  # of patches that a convolution cuts, which may overlap
     post_norm: bool
 
     @property
@@ -97,7 +99,7 @@ def find(reading: Reading, image: int) -> Structure:
     assert attention is not None
     weights = first.reading.flat.types[attention.weights].shape
     tokens = weights[attention.key]
-    grid, prefix = _grid(reading, image, embedded, tokens)
+    grid, prefix, tiling = _grid(reading, image, embedded, tokens)
     structure = Structure(
         reading,
         stages,
@@ -109,6 +111,7 @@ def find(reading: Reading, image: int) -> Structure:
         None,
         grid,
         prefix,
+        tiling,
         post_norm,
     )
     structure.readout = _readout(structure)
@@ -352,10 +355,13 @@ def _is_zero(flat: Flat, value: Any) -> bool:
     return constant is not None and not np.any(np.asarray(constant))
 
 
-def _grid(reading: Reading, image: int, embedded: int, tokens: int) -> tuple[tuple[int, int] | None, int | None]:
-    """The patch grid and the number of tokens before those of the patches; None where they cannot be told."""
+def _grid(
+    reading: Reading, image: int, embedded: int, tokens: int
+) -> tuple[tuple[int, int] | None, int | None, Tiling | None]:
+    """The patch grid, the number of tokens before those of the patches, and how a convolution cuts them; None where it
+    cannot be told."""
     flat = reading.flat
-    grid = None
+    grid = tiling = None
     shape = flat.types[image].shape
     for step in flat.steps:
         depends = [i for i in step.inputs if not isinstance(i, Literal) and i in reading.facts]
@@ -365,15 +371,16 @@ def _grid(reading: Reading, image: int, embedded: int, tokens: int) -> tuple[tup
             spec = step.params["dimension_numbers"].out_spec
             places = [flat.types[step.outputs[0]].shape[a] for a in spec[2:]]
             grid = (places[0], places[1]) if len(places) == 2 else (1, places[0]) if len(places) == 1 else None
+            tiling = _tiling(flat, step) if reading.facts[depends[0]].raw else None
         elif step.name == "reshape" and grid is None and len(shape) >= 3:
             grid = _split(flat.types[step.inputs[0]].shape, flat.types[step.outputs[0]].shape)
         elif step.kind == "linear" and grid is not None:
             break
     if grid is None:
-        return None, None
+        return None, None, None
     prefix = tokens - grid[0] * grid[1]
     if prefix < 0:
-        return None, None
+        return None, None, None
     behind = 0
     for step in flat.steps:
         if step.name == "concatenate" and reading.descends(embedded, step.outputs[0]):
@@ -383,7 +390,18 @@ def _grid(reading: Reading, image: int, embedded: int, tokens: int) -> tuple[tup
             if len(places) == 1:
                 axis = step.params["dimension"]
                 behind += sum(flat.types[i].shape[axis] for i in step.inputs[places[0] + 1 :])
-    return (grid, prefix) if not behind else (grid, None)
+    return grid, None if behind else prefix, tiling
+
+
+def _tiling(flat: Flat, convolution: Step) -> Tiling | None:
+    """How a convolution in two dimensions cuts its input, where it pads nothing."""
+    params = convolution.params
+    kernel = flat.shape(convolution.inputs[1])
+    sides = [kernel[axis] for axis in params["dimension_numbers"].rhs_spec[2:]]
+    strides = params["window_strides"]
+    if len(sides) != 2 or any(low or high for low, high in params["padding"]):
+        return None
+    return Tiling((sides[0], sides[1]), (strides[0], strides[1]))
 
 
 def _split(before: Sequence[int], after: Sequence[int]) -> tuple[int, int] | None:
