@@ -85,7 +85,7 @@ def small():
 @pytest.fixture
 def briefly(monkeypatch):
     """A refusal does not list what works without: it would trace every method, and `test_plain` has the lists."""
-    monkeypatch.setattr("tokentm_jax.methods.explain.methods_for", lambda *_: [])
+    monkeypatch.setattr("tokentm_jax.methods.explain.methods_for", lambda *_, **__: [])
 
 
 def tiny_vit(depth):

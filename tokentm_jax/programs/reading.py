@@ -318,7 +318,9 @@ def _read_elementwise(reading: Reading, step: Step, depends: list[int]) -> None:
     facts, name = reading.facts, step.name
     known = [facts[i] for i in depends]
     statistics = [f for f in known if f.statistic]
-    if statistics and all(f.reduced or f.statistic for f in known):
+    # A mean times the deviation is a part of a norm that multiplies before it subtracts.
+    scaled_mean = name in ("mul", "div") and any(f.linear and not f.statistic for f in known)
+    if statistics and all(f.reduced or f.statistic for f in known) and not scaled_mean:
         sums = [f.exp_sum for f in statistics if f.exp_sum]
         total = sums[0] if sums else None
         if total and name == "log":
@@ -347,7 +349,7 @@ def _read_with_statistic(reading: Reading, step: Step, depends: list[int]) -> No
     elif name in ("mul", "div"):
         source = token.centred if token.centred is not None else tokens
         step.kind, step.of = "norm", (tokens, statistic, source)
-        _set(reading, step)
+        _set(reading, step, reduced=token.reduced)
         reading.norms.append(step)
     elif name in ("sub", "add"):  # a shift, as by the maximum
         shift = over.exp_sum
