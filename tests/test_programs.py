@@ -120,7 +120,7 @@ def test_a_scan_is_traced_once(images):
 
 
 def test_overlapping_patches_of_a_convolution():
-    """Removed patches are those of the convolution: a square less in a corner leaves the tokens that do not read it."""
+    """Removed patches are those that the convolution reads."""
     from tokentm_jax.programs.model import Function
 
     def forward(params, images):

@@ -1,4 +1,4 @@
-"""Models of other libraries, unedited. Those that are not installed are skipped: `pip install --group zoo` has most."""
+"""Models of other libraries, unedited; those that are not installed are skipped (`pip install --group zoo`)."""
 
 import os
 
