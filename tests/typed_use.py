@@ -26,12 +26,18 @@ def loading(path: Path) -> tm.LoadedViT:
     return vit
 
 
+def network(params: Any, images: jax.Array) -> jax.Array:
+    return images @ params
+
+
 def explaining(vit: tm.LoadedViT, path: Path) -> jax.Array:
     images = vit.read([path])
     maps: jax.Array = tm.explain(vit, images, "tokentm", target=3, score=tm.scores.Versus(4))
     explain = tm.explain_fn(vit.module, "gae", score=tm.scores.class_logit)
     maps = explain(vit.params, images, np.array([3]))
     assert_type(tm.methods_for(vit.module, vit.params, images), list[str])
+    found = tm.inspect(network, vit.params, images, grid=(8, 8))
+    assert_type(found.blocks, int)
     assert_type(tm.METHODS["tokentm"].passes, str)
     assert_type(tm.to_pixels(maps, (32, 32)), jax.Array)
     both = tm.combine([maps, maps], "mean")
