@@ -314,7 +314,7 @@ def _note(names: dict[str, Any], evaluation: Evaluation) -> Any:
 
 
 def transformed_value(evaluation: Evaluation, block: list[Layer]) -> Array:
-    """x~ of the attention layer: its branch with the identity in place of attention, without its last bias."""
+    """x~ of the attention layer: its branch with attention replaced by the identity, without its last bias."""
     attention = block[0].attention
     assert attention is not None
     weights = evaluation.values[attention.weights]

@@ -83,8 +83,8 @@ class View:
         return wide(canonical(self.attention, self.value(self.attention.weights)))
 
     def transformed(self, options: TokenTM) -> Array:
-        """x~ of the attention layer, [N, D], or [H, N, D] of each head: its branch with the identity in place of
-        attention, less its last bias, is the derivative of the branch in that direction."""
+        """x~ of the attention layer, [N, D], or [H, N, D] of each head: its branch with attention replaced by the
+        identity, less its last bias, is the derivative of the branch in that direction."""
         first = self.block[0]
         if options.transformed == "stream":
             return self.rows(first.stream) + self.rows(first.branch)
