@@ -123,19 +123,14 @@ def _all(reading: Reading, count: Any) -> int:
 
 
 def _stages(reading: Reading) -> list[Stage]:
-    """The stages of a program, in order."""
-    found: list[Stage] = []
-    own = _blocks(reading)
-    placed = {layer.sum: layer for block in own for layer in block}
+    """The stages of a program, in order: blocks of its own that follow one another are one stage."""
     at = {step: place for place, step in enumerate(reading.flat.steps)}
-    scans = []
+    placed = [(at[block[0].sum], Stage(reading, None, 1, [block])) for block in _blocks(reading)]
     for step, body in reading.bodies.items():
-        blocks = _blocks(body)
-        if blocks:
-            scans.append((at[step], Stage(body, step, step.params["length"], blocks)))
-    of_own = [(at[block[0].sum], Stage(reading, None, 1, [block])) for block in own]
-    del placed
-    for _, stage in sorted([*scans, *of_own], key=lambda item: item[0]):
+        if blocks := _blocks(body):
+            placed.append((at[step], Stage(body, step, step.params["length"], blocks)))
+    found: list[Stage] = []
+    for _, stage in sorted(placed, key=lambda item: item[0]):
         if found and stage.scan is None and found[-1].scan is None:
             found[-1].blocks += stage.blocks
         else:
