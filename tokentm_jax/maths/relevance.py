@@ -38,26 +38,27 @@ def _samplewise(reduce: Callable[..., Array], x: Array) -> Array:
     return reduce(x, axis=tuple(range(1, x.ndim)), keepdims=True)
 
 
-def _quotient(a: Array, b: Array, denominator: Array) -> Array:
+def quotient_of(a: Array, b: Array, denominator: Array) -> Array:
+    """`a / denominator`, zero where b or the denominator is."""
     nonzero = (b != 0) & (denominator != 0)
     return jnp.where(nonzero, a / jnp.where(nonzero, denominator, 1), 0)
 
 
 def reference_quotient(a: Array, b: Array) -> Array:
     """`a / (b + 1e-9)`, zero where b is zero: as published, so it blows up for b just below zero."""
-    return _quotient(a, b, b + REFERENCE_EPSILON)
+    return quotient_of(a, b, b + REFERENCE_EPSILON)
 
 
 def signed_quotient(a: Array, b: Array) -> Array:
     """`a / (b + eps sign(b))`, zero where b is zero, with eps relative to the scale of that sample's b."""
     eps = SIGNED_EPSILON * jnp.sqrt(_samplewise(jnp.mean, jnp.square(b)))
-    return _quotient(a, b, b + eps * jnp.sign(b))
+    return quotient_of(a, b, b + eps * jnp.sign(b))
 
 
 QUOTIENTS: dict[str, Quotient] = {"reference": reference_quotient, "signed": signed_quotient}
 
 
-def _parts(x: Array) -> tuple[Array, Array]:
+def parts(x: Array) -> tuple[Array, Array]:
     """Positive and negative part: x = x+ + x-."""
     return jnp.maximum(x, 0), jnp.minimum(x, 0)
 
@@ -65,7 +66,7 @@ def _parts(x: Array) -> tuple[Array, Array]:
 def _linear_rule(variant: Variant, quotient: Quotient, x: Array, kernel: Array, r: Array) -> Array:
     """R [.., O] -> [.., I]. With `P_ij = x_i+ w_ij+` and `Q_ij = x_i- w_ij-`: the variant "ours" shares R_j over
     `P + Q` together, "lrp" gives all of R_j once over P and once over Q."""
-    (x_pos, x_neg), (w_pos, w_neg) = _parts(x), _parts(kernel.astype(x.dtype))
+    (x_pos, x_neg), (w_pos, w_neg) = parts(x), parts(kernel.astype(x.dtype))
     z_pos, z_neg = x_pos @ w_pos, x_neg @ w_neg
     if variant == "ours":
         s_pos = s_neg = quotient(r, z_pos + z_neg)
@@ -78,7 +79,7 @@ def _embed_rule(x: Array, kernel: Array, r: Array) -> Array:
     """z-B rule of the patch embedding: R [B, n, D] -> [B, n, p p 3], bounded by each image's minimum and maximum."""
     kernel = kernel.astype(x.dtype)
     low, high = _samplewise(jnp.min, x), _samplewise(jnp.max, x)
-    w_pos, w_neg = _parts(kernel)
+    w_pos, w_neg = parts(kernel)
     s = r / (x @ kernel - low * w_pos.sum(0) - high * w_neg.sum(0) + REFERENCE_EPSILON)
     return x * (s @ kernel.T) - low * (s @ w_pos.T) - high * (s @ w_neg.T)
 
@@ -255,7 +256,7 @@ def res_lrp(gamma: float) -> Primitives:
         a, b = saved
         out = a + b
         gain_a, gain_b = (1 + gamma * (x * out >= 0).astype(x.dtype) for x in saved)
-        share = g * _quotient(out, out, a * gain_a + b * gain_b)
+        share = g * quotient_of(out, out, a * gain_a + b * gain_b)
         return share * gain_a, share * gain_b
 
     same_shape_add.defvjp(lambda a, b: (a + b, (a, b)), backward)

@@ -30,6 +30,7 @@ from tokentm_jax.maths.tokentm import (
 from tokentm_jax.models.bert import Bert
 from tokentm_jax.models.inputs import context, read_out, seen
 from tokentm_jax.models.vit import ViT
+from tokentm_jax.programs.passes import WEIGHTS
 
 Memory = Literal["recompute", "store"]
 Summary = Callable[[Blocks], Any]  # arrays of one block of one sample -> what the rule needs of it
@@ -37,7 +38,6 @@ Details = dict[str, Array]
 
 # What a layer keeps for its backward pass beside its input: the transformation weights, [N], and what its linear maps
 # gave (queries, keys, values and the hidden channels) or not. Attention is computed again from queries and keys.
-WEIGHTS = "transformation weights"
 _WEIGHTS_ALONE = jax.checkpoint_policies.save_only_these_names(WEIGHTS)
 POLICIES = {
     "recompute": _WEIGHTS_ALONE,

@@ -293,7 +293,7 @@ class Found:
         n = self.structure.tokens
         if name == "attention":
             assert attention is not None
-            return jnp.moveaxis(array, (attention.query, attention.key), (-2, -1)).reshape(-1, n, n)
+            return canonical(attention, array)
         return array.reshape(n, -1)
 
 
@@ -320,6 +320,12 @@ def transformed_value(evaluation: Evaluation, block: list[Layer]) -> Array:
     weights = evaluation.values[attention.weights]
     branch = evaluation.function([attention.weights], block[0].branch)
     return jax.jvp(branch, (jnp.zeros_like(weights),), (identity_of(attention, weights),))[1]
+
+
+def canonical(attention: Attention, array: Array) -> Array:
+    """Attention weights as [H, N, N]."""
+    n = array.shape[attention.key]
+    return jnp.moveaxis(array, (attention.query, attention.key), (-2, -1)).reshape(-1, n, n)
 
 
 def identity_of(attention: Attention, weights: Array) -> Array:

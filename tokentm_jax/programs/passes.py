@@ -28,18 +28,12 @@ from tokentm_jax.maths.tokentm import (
     transformation_weights,
     weigh,
 )
-from tokentm_jax.programs.model import POINTS, Found, identity_of
+from tokentm_jax.programs.model import POINTS, Found, canonical, identity_of
 from tokentm_jax.programs.running import Evaluation, Plan, scan_key
 from tokentm_jax.programs.structure import Attention, Layer, Stage
 
 Block = list[Layer]
 WEIGHTS = "transformation weights"  # what a layer keeps for its backward pass, see `methods.stream`
-
-
-def canonical(attention: Attention, array: Array) -> Array:
-    """Attention weights as [H, N, N]."""
-    n = array.shape[attention.key]
-    return jnp.moveaxis(array, (attention.query, attention.key), (-2, -1)).reshape(-1, n, n)
 
 
 def as_before(attention: Attention, heads: Array, like: Array) -> Array:

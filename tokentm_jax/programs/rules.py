@@ -12,10 +12,8 @@ from jax import Array
 from jax.lax import stop_gradient
 
 from tokentm_jax.errors import Unfit
+from tokentm_jax.maths.relevance import REFERENCE_EPSILON, SIGNED_EPSILON, parts, quotient_of, reference_quotient
 from tokentm_jax.programs.running import Rules
-
-REFERENCE_EPSILON = 1e-9
-SIGNED_EPSILON = 1e-4
 
 
 def with_backward(f: Any, inputs: tuple[Array, ...], backward: Any) -> Array:
@@ -73,11 +71,6 @@ def attn_lrp() -> Rules:
     return ATTN_LRP
 
 
-def _quotient(a: Array, b: Array, denominator: Array) -> Array:
-    nonzero = (b != 0) & (denominator != 0)
-    return jnp.where(nonzero, a / jnp.where(nonzero, denominator, 1), 0)
-
-
 @lru_cache
 def res_lrp(gamma: float) -> Rules:
     """ResLRP: AttnLRP with the gamma rule at sums."""
@@ -85,7 +78,7 @@ def res_lrp(gamma: float) -> Rules:
     def add(f: Any, a: Array, b: Array) -> Array:
         def backward(g: Array, out: Array, a: Array, b: Array) -> tuple[Array, Array]:
             gain_a, gain_b = (1 + gamma * (x * out >= 0).astype(x.dtype) for x in (a, b))
-            share = g * _quotient(out, out, a * gain_a + b * gain_b)
+            share = g * quotient_of(out, out, a * gain_a + b * gain_b)
             return share * gain_a, share * gain_b
 
         return with_backward(f, (a, b), backward)
@@ -111,18 +104,9 @@ def _identity(x: Array, value: Array) -> Array:
 _identity.defjvp(lambda values, tangents: (values[1], tangents[0].astype(values[1].dtype)))
 
 
-def _parts(x: Array) -> tuple[Array, Array]:
-    return jnp.maximum(x, 0), jnp.minimum(x, 0)
-
-
-def reference_quotient(a: Array, b: Array) -> Array:
-    """`a / (b + 1e-9)`, zero where b is zero."""
-    return _quotient(a, b, b + REFERENCE_EPSILON)
-
-
 def signed_quotient(a: Array, b: Array) -> Array:
     """`a / (b + eps sign(b))`, zero where b is zero, with eps relative to the scale of the sample's b."""
-    return _quotient(a, b, b + SIGNED_EPSILON * jnp.sqrt(jnp.square(b).mean()) * jnp.sign(b))
+    return quotient_of(a, b, b + SIGNED_EPSILON * jnp.sqrt(jnp.square(b).mean()) * jnp.sign(b))
 
 
 @lru_cache
@@ -130,27 +114,27 @@ def lrp(variant: str, stabiliser: str) -> Rules:
     """Layer-wise relevance propagation: the cotangent is the relevance."""
     quotient = {"reference": reference_quotient, "signed": signed_quotient}[stabiliser]
 
-    def of_parts(f: Any, x: Array, parts: tuple[Any, Any], r: Array) -> Array:
-        """R of x, where `f(x, part)` has positive and negative parts."""
-        pulls = [jax.vjp(partial(_second, f, k), own) for own, k in zip(_parts(x), parts, strict=True)]
+    def by_parts(f: Any, x: Array, kernels: tuple[Any, Any], r: Array) -> Array:
+        """R of x, where `f(x, kernel)` has positive and negative parts."""
+        pulls = [jax.vjp(partial(_second, f, k), own) for own, k in zip(parts(x), kernels, strict=True)]
         (z_pos, pull_pos), (z_neg, pull_neg) = pulls
         if variant == "ours":
             s_pos = s_neg = quotient(r, z_pos + z_neg)
         else:
             s_pos, s_neg = quotient(r, z_pos), quotient(r, z_neg)
-        x_pos, x_neg = _parts(x)
+        x_pos, x_neg = parts(x)
         return x_pos * pull_pos(s_pos)[0] + x_neg * pull_neg(s_neg)[0]
 
     def linear(f: Any, x: Array, kernel: Array) -> Array:
-        return with_backward(f, (x, kernel), lambda r, value, x, kernel: (of_parts(f, x, _parts(kernel), r), None))
+        return with_backward(f, (x, kernel), lambda r, value, x, kernel: (by_parts(f, x, parts(kernel), r), None))
 
     def reduce(f: Any, x: Array) -> Array:
-        return with_backward(f, (x,), lambda r, value, x: (of_parts(lambda x, _: f(x), x, (None, None), r),))
+        return with_backward(f, (x,), lambda r, value, x: (by_parts(lambda x, _: f(x), x, (None, None), r),))
 
     def embed(f: Any, x: Array, kernel: Array) -> Array:
         def backward(r: Array, value: Array, x: Array, kernel: Array) -> tuple[Array, None]:
             low, high, one = x.min(), x.max(), jnp.ones_like(x)
-            w_pos, w_neg = _parts(kernel)
+            w_pos, w_neg = parts(kernel)
             s = r / (f(x, kernel) - low * f(one, w_pos) - high * f(one, w_neg) + REFERENCE_EPSILON)
             back = [jax.vjp(partial(_second, f, w), x)[1](s)[0] for w in (kernel, w_pos, w_neg)]
             return x * back[0] - low * back[1] - high * back[2], None
