@@ -5,10 +5,12 @@ steps came from a `custom_jvp` or `custom_vjp`: it keeps its own derivative wher
 """
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax import lax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
 # Calls that are looked through: the name of the parameter that holds their jaxpr.
@@ -24,6 +26,11 @@ CALLS = {
     "custom_vjp_call": "call_jaxpr",
 }
 CUSTOM = ("custom_jvp_call", "custom_vjp_call")
+# Steps that newer versions of jax have, by the steps that all have.
+WRITTEN_OUT = {
+    "unstack": lambda x, axis: [lax.index_in_dim(x, i, axis, keepdims=False) for i in range(x.shape[axis])],
+    "stack": lambda *xs, axis: [lax.concatenate([lax.expand_dims(x, (axis,)) for x in xs], axis)],
+}
 _LIBRARY = Path(jax.__file__).parent
 
 
@@ -46,6 +53,14 @@ class Step:
     @property
     def params(self) -> dict[str, Any]:
         return self.equation.params
+
+    @property
+    def scanned(self) -> tuple[int, int]:
+        """Of a scan: how many of its inputs are constants, and how many are carried."""
+        if "num_consts" in self.params:
+            return self.params["num_consts"], self.params["num_carry"]
+        constants, carried, _ = self.params["ft_in"].unpack()  # jax 0.12
+        return len(constants), len(carried)
 
 
 @dataclasses.dataclass(eq=False)
@@ -103,7 +118,11 @@ def _inline(flat: Flat, jaxpr: Jaxpr, constants: list[Any], inputs: list[Any], c
     for equation in jaxpr.eqns:
         given = [number(v) for v in equation.invars]
         primitive = equation.primitive.name
-        if primitive in CALLS:
+        if primitive in WRITTEN_OUT:
+            written = partial(WRITTEN_OUT[primitive], **equation.params)
+            program = jax.make_jaxpr(written)(*(v.aval for v in equation.invars))
+            outputs = _inline(flat, program.jaxpr, [], given, call or equation)
+        elif primitive in CALLS:
             inner = equation.params[CALLS[primitive]]
             inner_constants: list[Any] = []
             if hasattr(inner, "consts"):  # a closed one

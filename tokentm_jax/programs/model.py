@@ -404,7 +404,8 @@ class Function:
         """Its program, from a cache. Raises InputError for one that does not give arrays per sample."""
         leaves, tree = jax.tree.flatten(params)
         shapes = tuple((jnp.shape(a), jnp.result_type(a)) for a in leaves)
-        return _read(self, tree, shapes, (tuple(inputs.shape[1:]), inputs.dtype), jax.sharding.get_abstract_mesh())
+        sample = (tuple(inputs.shape[1:]), jax.dtypes.canonicalize_dtype(inputs.dtype))
+        return _read(self, tree, shapes, sample, jax.sharding.get_abstract_mesh())
 
 
 @lru_cache(maxsize=32)

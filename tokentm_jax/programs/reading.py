@@ -92,6 +92,7 @@ ELEMENTWISE = LINEAR_ELEMENTWISE | {
     "exp",
     "exp2",
     "log",
+    "log2",
     "log1p",
     "expm1",
     "tanh",
@@ -144,6 +145,8 @@ ELEMENTWISE = LINEAR_ELEMENTWISE | {
     "population_count",
     "lgamma",
     "digamma",
+    "one_minus_square",
+    "polynomial",
 }
 REFUSED = {
     "while": "a while loop whose state depends on the input has no backward pass: use a scan or a Python loop",
@@ -469,7 +472,7 @@ def _read_sum(reading: Reading, step: Step, pairs: Iterable[tuple[int, int]]) ->
 
 def _read_scan(reading: Reading, step: Step) -> None:
     """The body is read once, with those of its inputs that depend after any number of turns."""
-    consts, carries = step.params["num_consts"], step.params["num_carry"]
+    consts, carries = step.scanned
     (body,) = step.bodies
     depends = [not isinstance(i, Literal) and i in reading.facts for i in step.inputs]
     while True:

@@ -212,7 +212,7 @@ class Evaluation:
 
     def _scan(self, step: Step) -> list[Any]:
         params, body = step.params, self.reading.bodies[step]
-        consts, carries = params["num_consts"], params["num_carry"]
+        consts, carries = step.scanned
         values = [self.get(i, step) for i in step.inputs]
         fixed, carry, xs = values[:consts], values[consts : consts + carries], values[consts + carries :]
         extra = self.extra.get(scan_key(step), {})
