@@ -54,14 +54,6 @@ class Step:
     def params(self) -> dict[str, Any]:
         return self.equation.params
 
-    @property
-    def scanned(self) -> tuple[int, int]:
-        """Of a scan: how many of its inputs are constants, and how many are carried."""
-        if "num_consts" in self.params:
-            return self.params["num_consts"], self.params["num_carry"]
-        constants, carried, _ = self.params["ft_in"].unpack()  # jax 0.12
-        return len(constants), len(carried)
-
 
 @dataclasses.dataclass(eq=False)
 class Call:
@@ -90,6 +82,23 @@ class Flat:
         """The shape of a value, or of a literal."""
         kind: Any = atom.aval if isinstance(atom, Literal) else self.types[atom]
         return tuple(kind.shape)
+
+
+def bind(equation: Any, values: list[Any]) -> list[Any]:
+    """One equation, as JAX evaluates it."""
+    params = equation.primitive.get_bind_params(equation.params)
+    functions, params = params if isinstance(params, tuple) else ((), params)  # a pair in older versions of JAX
+    with equation.ctx.manager:
+        out = equation.primitive.bind(*functions, *values, **params)
+    return list(out) if equation.primitive.multiple_results else [out]
+
+
+def scanned(params: dict[str, Any]) -> tuple[int, int]:
+    """Of a scan: how many of its inputs are constants, and how many are carried."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    constants, carried, _ = params["ft_in"].unpack()  # jax 0.12
+    return len(constants), len(carried)
 
 
 def flatten(closed: Any) -> Flat:
@@ -148,8 +157,15 @@ def _inline(flat: Flat, jaxpr: Jaxpr, constants: list[Any], inputs: list[Any], c
 def line_of(step: Step) -> str:
     """The source line of a step: the innermost one outside of JAX, as "file:line (function)"."""
     for equation in (step.equation, step.call):
-        traceback = None if equation is None else equation.source_info.traceback
-        for frame in traceback.frames if traceback is not None else ():
-            if _LIBRARY not in Path(frame.file_name).parents and not frame.file_name.startswith("<"):
-                return f"{Path(frame.file_name).name}:{frame.line_num} ({frame.function_name})"
+        frame = None if equation is None else users(equation.source_info.traceback)
+        if frame is not None:
+            return f"{Path(frame.file_name).name}:{frame.line_num} ({frame.function_name})"
     return "unknown line"
+
+
+def users(traceback: Any) -> Any:
+    """The innermost frame of a traceback that is outside of JAX, or None."""
+    for frame in traceback.frames if traceback is not None else ():
+        if _LIBRARY not in Path(frame.file_name).parents and not frame.file_name.startswith("<"):
+            return frame
+    return None

@@ -17,6 +17,7 @@ from tokentm_jax.models.capture import GRADIENTS, Trace
 from tokentm_jax.programs.flat import flatten
 from tokentm_jax.programs.reading import Reading, read
 from tokentm_jax.programs.running import Evaluation, Plan, Rules, scan_key
+from tokentm_jax.programs.sample import for_one_sample
 from tokentm_jax.programs.structure import Attention, Layer, Structure, find, rows_from
 
 Notes = dict[Any, Any]
@@ -140,16 +141,16 @@ class Found:
             program, leaves = self.program, jax.tree.leaves(variables["params"])
 
             def run(x: Array) -> Any:
-                outputs = eval_jaxpr(program.jaxpr, program.consts, *leaves, x[None])
-                return jax.tree.unflatten(self.outputs, [out[0] for out in outputs])
+                outputs = eval_jaxpr(program.jaxpr, program.consts, *leaves, x)
+                return jax.tree.unflatten(self.outputs, outputs)
 
         return jax.vmap(run)(inputs)
 
     def evaluate(self, params: Any, sample: Array, plan: Plan, extra: Any, state: Any) -> tuple[Any, Notes, Any]:
-        """The outputs for one sample, without an axis of samples, the notes of the plan's taps, and their state."""
-        inputs = [*jax.tree.leaves(params), sample[None]]
+        """The outputs for one sample, the notes of the plan's taps, and their state."""
+        inputs = [*jax.tree.leaves(params), sample]
         done = Evaluation(self.reading, plan, inputs, state, extra).run()
-        return jax.tree.unflatten(self.outputs, [out[0] for out in done.outputs]), done.notes, done.state
+        return jax.tree.unflatten(self.outputs, done.outputs), done.notes, done.state
 
     def head(self, params: Any) -> Callable[[Array], Any]:
         """What follows the last residual sum: tokens as they leave a block -> outputs of one sample."""
@@ -165,7 +166,7 @@ class Found:
                 if facts[out].above >> structure.last & 1 == 0:
                     raise Unfit("an output of this function does not read the blocks' tokens")
                 try:
-                    outputs.append(known.function([structure.last], out)(tokens)[0])
+                    outputs.append(known.function([structure.last], out)(tokens))
                 except KeyError:
                     raise Unfit("the head reads more than the tokens that leave the last block") from None
             return jax.tree.unflatten(self.outputs, outputs)
@@ -417,4 +418,6 @@ def _read(function: Function, tree: Any, shapes: tuple[Any, ...], sample: tuple[
     if not arrays or any(array.shape[:1] != (1,) for array in arrays):
         shown = [list(array.shape) for array in arrays]
         raise InputError(f"the function must give arrays [B, ...] for inputs [B, ...], got {shown} for a batch of one")
-    return Found(function, program, jax.tree.structure(outputs))
+    own = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in program.jaxpr.invars]
+    own[-1] = jax.ShapeDtypeStruct(*sample)
+    return Found(function, jax.make_jaxpr(for_one_sample(program))(*own), jax.tree.structure(outputs))

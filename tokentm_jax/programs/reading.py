@@ -30,7 +30,7 @@ from typing import Any
 from jax.extend.core import Literal
 
 from tokentm_jax.errors import Unfit
-from tokentm_jax.programs.flat import Flat, Step, line_of
+from tokentm_jax.programs.flat import Flat, Step, line_of, scanned
 
 SHAPE = {
     "reshape",
@@ -432,7 +432,7 @@ def _base(facts: dict[int, Fact], depends: list[int]) -> dict[str, int]:
 def _has_tokens(reading: Reading, atom: Any, out: int) -> bool:
     """Whether an array that is added has another axis than the last, beside axes of one (a table of positions)."""
     shape = reading.flat.shape(atom)
-    return len(shape) == len(reading.flat.shape(out)) and len(shape) > 2 and any(n > 1 for n in shape[1:-1])
+    return len(shape) == len(reading.flat.shape(out)) and any(n > 1 for n in shape[:-1])
 
 
 def _read_of_two_roots(reading: Reading, step: Step, depends: list[int]) -> None:
@@ -472,7 +472,7 @@ def _read_sum(reading: Reading, step: Step, pairs: Iterable[tuple[int, int]]) ->
 
 def _read_scan(reading: Reading, step: Step) -> None:
     """The body is read once, with those of its inputs that depend after any number of turns."""
-    consts, carries = step.scanned
+    consts, carries = scanned(step.params)
     (body,) = step.bodies
     depends = [not isinstance(i, Literal) and i in reading.facts for i in step.inputs]
     while True:

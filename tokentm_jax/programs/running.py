@@ -22,7 +22,7 @@ import jax
 from jax import Array
 from jax.extend.core import Literal
 
-from tokentm_jax.programs.flat import Call, Step
+from tokentm_jax.programs.flat import Call, Step, bind, scanned
 from tokentm_jax.programs.reading import ELEMENTWISE, SAME_SHAPE, Reading
 
 KINDS = ("linear", "embed", "mix", "product", "gate", "add", "residual", "turn", "bias", "scale", "position", "norm",
@@ -40,15 +40,6 @@ class Plan:
     rules: Rules = dataclasses.field(default_factory=dict)
     taps: Mapping[Reading, Mapping[int, Callable[..., Tap]]] = dataclasses.field(default_factory=dict)
     checkpoint: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda body: body  # of the body of a scan
-
-
-def bind(equation: Any, values: list[Any]) -> list[Any]:
-    """One equation, as JAX evaluates it."""
-    params = equation.primitive.get_bind_params(equation.params)
-    functions, params = params if isinstance(params, tuple) else ((), params)  # a pair in older versions of JAX
-    with equation.ctx.manager:
-        out = equation.primitive.bind(*functions, *values, **params)
-    return list(out) if equation.primitive.multiple_results else [out]
 
 
 def scan_key(step: Step) -> int:
@@ -212,7 +203,7 @@ class Evaluation:
 
     def _scan(self, step: Step) -> list[Any]:
         params, body = step.params, self.reading.bodies[step]
-        consts, carries = step.scanned
+        consts, carries = scanned(params)
         values = [self.get(i, step) for i in step.inputs]
         fixed, carry, xs = values[:consts], values[consts : consts + carries], values[consts + carries :]
         extra = self.extra.get(scan_key(step), {})

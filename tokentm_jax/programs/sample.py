@@ -1,0 +1,366 @@
+"""A program for a batch of one as a program for one sample: the same steps, without the axis of samples.
+
+An axis of size 1 holds nothing, so any that a value has may be left out. What matters is that no step has one for the
+compiler to lay out: mapped over a batch, such a program is as fast as one that was written for batches.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import source_info_util
+from jax.extend.core import ClosedJaxpr, Literal
+
+from tokentm_jax.programs.flat import CALLS, bind, scanned, users
+from tokentm_jax.programs.reading import ELEMENTWISE, SAME_SHAPE
+
+
+class Slim(NamedTuple):
+    """A value that depends on the sample, without its axis number `axis`, of size 1; None: it lacks none."""
+
+    value: Any
+    axis: int | None
+
+
+def for_one_sample(program: Any) -> Callable[..., list[Any]]:
+    """A closed jaxpr `(*parameters, sample [1, ...]) -> outputs [1, ...]` as a function without these axes."""
+
+    def function(*inputs: Any) -> list[Any]:
+        outputs = _run(program, [*inputs[:-1], Slim(inputs[-1], 0)])
+        return [lax.squeeze(full(out), (0,)) if not _lacks(out, 0) else out.value for out in outputs]
+
+    return function
+
+
+def full(value: Any) -> Any:
+    """A value with all its axes."""
+    if not isinstance(value, Slim):
+        return value
+    return value.value if value.axis is None else lax.expand_dims(value.value, (value.axis,))
+
+
+def _lacks(value: Any, axis: int) -> bool:
+    return isinstance(value, Slim) and value.axis == axis
+
+
+def _without(value: Any, axis: int) -> Any:
+    """A value without its axis `axis`, which has size 1."""
+    return value.value if _lacks(value, axis) else lax.squeeze(full(value), (axis,))
+
+
+def _slim(array: Any) -> Slim:
+    """A value that depends on the sample, without its first axis where that has size 1."""
+    return Slim(lax.squeeze(array, (0,)), 0) if jnp.shape(array)[:1] == (1,) else Slim(array, None)
+
+
+def _run(program: Any, inputs: Sequence[Any], call: Any = None) -> list[Any]:
+    """The outputs of a closed jaxpr; `call` is the traceback of the call that it is."""
+    jaxpr = program.jaxpr
+    known: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*program.consts, *inputs], strict=True))
+
+    def value(atom: Any) -> Any:
+        return atom.val if isinstance(atom, Literal) else known[atom]
+
+    for equation in jaxpr.eqns:
+        given = [value(atom) for atom in equation.invars]
+        source = equation.source_info
+        names = source_info_util.current_name_stack() + source.name_stack
+        line = source.traceback if call is None or users(source.traceback) is not None else call
+        with source_info_util.user_context(line, name_stack=names):
+            outputs = _step(equation, given) if any(isinstance(v, Slim) for v in given) else bind(equation, given)
+        known |= dict(zip(equation.outvars, outputs, strict=True))
+    return [value(atom) for atom in jaxpr.outvars]
+
+
+def _step(equation: Any, given: list[Any]) -> list[Any]:
+    name = equation.primitive.name
+    if name in ("checkpoint", "remat2", "remat"):
+        return _checkpoint(equation, given)
+    if name in ("custom_jvp_call", "scan", "cond"):
+        found = {"custom_jvp_call": _custom_jvp, "scan": _scan, "cond": _cond}[name](equation, given)
+    elif name in CALLS and name != "custom_vjp_call":
+        return _run(_closed(equation.params[CALLS[name]]), given, equation.source_info.traceback)
+    elif name in ELEMENTWISE or name in SAME_SHAPE:
+        found = _elementwise(equation, given)
+    else:
+        found = STEPS[name](equation, given) if name in STEPS else None
+    return [_slim(out) for out in bind(equation, list(map(full, given)))] if found is None else found
+
+
+def _closed(jaxpr: Any) -> Any:
+    return jaxpr if hasattr(jaxpr, "consts") else ClosedJaxpr(jaxpr, ())
+
+
+def _bound(equation: Any, values: Sequence[Any], lacking: int | None, /, **params: Any) -> list[Slim]:
+    """A step with other parameters, whose outputs lack the axis `lacking`."""
+    changed = equation.replace(params={**equation.params, **params})
+    return [Slim(out, lacking) for out in bind(changed, list(values))]
+
+
+def _shape(equation: Any, place: int = 0) -> tuple[int, ...]:
+    return tuple(equation.invars[place].aval.shape)
+
+
+# ---- steps: each gives its outputs, or None where it has no form without the axis ----------------------------------
+
+
+def _elementwise(equation: Any, given: list[Any]) -> list[Slim] | None:
+    axis = next((v.axis for v in given if isinstance(v, Slim) and v.axis is not None), None)
+    if axis is None:
+        return _bound(equation, list(map(full, given)), None)
+    shapes = [_shape(equation, place) for place in range(len(given))]
+    if any(shape and shape[axis] != 1 for shape in shapes) or equation.params.get("sharding") is not None:
+        return None
+    return _bound(
+        equation, [_without(v, axis) if shape else full(v) for v, shape in zip(given, shapes, strict=True)], axis
+    )
+
+
+def _transpose(equation: Any, given: list[Any]) -> list[Slim] | None:
+    (x,), order = given, equation.params["permutation"]
+    if x.axis is None:
+        return None
+    left = tuple(p - (p > x.axis) for p in order if p != x.axis)
+    if left == tuple(range(len(left))):
+        return [Slim(x.value, order.index(x.axis))]
+    return _bound(equation, [x.value], order.index(x.axis), permutation=left)
+
+
+def _reshape(equation: Any, given: list[Any]) -> list[Slim] | None:
+    x, sizes = given[0], tuple(equation.params["new_sizes"])
+    if len(given) > 1 or equation.params["dimensions"] is not None or equation.params.get("sharding") is not None:
+        return None
+    before, axis = _shape(equation), None
+    if x.axis is not None:
+        ahead = _product(before[: x.axis])
+        axis = next((p for p, size in enumerate(sizes) if size == 1 and _product(sizes[:p]) == ahead), None)
+    elif sizes[:1] == (1,):
+        axis = 0
+    left = sizes if axis is None else sizes[:axis] + sizes[axis + 1 :]
+    if left == jnp.shape(x.value):
+        return [Slim(x.value, axis)]
+    return _bound(equation, [x.value], axis, new_sizes=left)
+
+
+def _product(sizes: Sequence[int]) -> int:
+    result = 1
+    for size in sizes:
+        result *= size
+    return result
+
+
+def _broadcast(equation: Any, given: list[Any]) -> list[Slim] | None:
+    x, shape, places = given[0], tuple(equation.params["shape"]), tuple(equation.params["broadcast_dimensions"])
+    if len(given) > 1 or equation.params.get("sharding") is not None:
+        return None
+    if x.axis is not None:
+        axis, places = places[x.axis], places[: x.axis] + places[x.axis + 1 :]
+    elif 0 not in places:
+        axis = 0
+    else:
+        return None
+    if shape[axis : axis + 1] != (1,):
+        return None
+    left, places = shape[:axis] + shape[axis + 1 :], tuple(p - (p > axis) for p in places)
+    if left == jnp.shape(x.value) and places == tuple(range(len(left))):
+        return [Slim(x.value, axis)]
+    return _bound(equation, [x.value], axis, shape=left, broadcast_dimensions=places)
+
+
+def _squeeze(equation: Any, given: list[Any]) -> list[Slim] | None:
+    (x,), gone = given, [d % len(_shape(equation)) for d in equation.params["dimensions"]]
+    return _over(equation, x, gone, "dimensions")
+
+
+def _reduce(equation: Any, given: list[Any]) -> list[Slim] | None:
+    if len(given) > 1 or (equation.params.get("out_sharding") is not None):
+        return None
+    return _over(equation, given[0], equation.params["axes"], "axes")
+
+
+def _over(equation: Any, x: Slim, gone: Sequence[int], name: str) -> list[Slim] | None:
+    """A step that removes axes."""
+    if x.axis is None:
+        return None
+    left = tuple(d - (d > x.axis) for d in gone if d != x.axis)
+    axis = None if x.axis in gone else x.axis - sum(d < x.axis for d in gone)
+    if not left:
+        return [Slim(x.value, axis)]
+    return _bound(equation, [x.value], axis, **{name: left})
+
+
+def _along(name: str) -> Callable[[Any, list[Any]], list[Slim] | None]:
+    """A step along the one axis that its parameter `name` gives, of arrays that have equal sizes elsewhere."""
+
+    def step(equation: Any, given: list[Any]) -> list[Slim] | None:
+        along = equation.params[name]
+        axis = next((v.axis for v in given if isinstance(v, Slim) and v.axis is not None), None)
+        if axis is None or axis == along:
+            return None
+        return _bound(equation, [_without(v, axis) for v in given], axis, **{name: along - (along > axis)})
+
+    return step
+
+
+def _sliced(equation: Any, given: list[Any]) -> list[Slim] | None:
+    x, params = given[0], equation.params
+    if x.axis is None:
+        return None
+    of = {name: params[name] for name in ("start_indices", "limit_indices", "strides") if params[name] is not None}
+    if of["limit_indices"][x.axis] - of["start_indices"][x.axis] != 1:
+        return None
+    return _bound(equation, [x.value], x.axis, **{k: v[: x.axis] + v[x.axis + 1 :] for k, v in of.items()})
+
+
+def _dynamic_slice(equation: Any, given: list[Any]) -> list[Slim] | None:
+    x, *starts = given
+    sizes = equation.params["slice_sizes"]
+    if not isinstance(x, Slim) or x.axis is None or sizes[x.axis] != 1:
+        return None
+    starts = [full(start) for place, start in enumerate(starts) if place != x.axis]
+    return _bound(equation, [x.value, *starts], x.axis, slice_sizes=sizes[: x.axis] + sizes[x.axis + 1 :])
+
+
+def _dot(equation: Any, given: list[Any]) -> list[Slim] | None:
+    contracted, batched = (list(map(list, pair)) for pair in equation.params["dimension_numbers"])
+    side = 0 if isinstance(given[0], Slim) and given[0].axis is not None else 1
+    x, other = given[side], given[1 - side]
+    if not isinstance(x, Slim) or x.axis is None or equation.params.get("out_sharding") is not None:
+        return None
+    ranks = [len(_shape(equation, place)) for place in (0, 1)]
+    free = [[a for a in range(ranks[s]) if a not in contracted[s] and a not in batched[s]] for s in (0, 1)]
+    partner = None
+    for pairs in (contracted, batched):
+        if x.axis in pairs[side]:
+            place = pairs[side].index(x.axis)
+            partner = pairs[1 - side][place]
+            axis = place if pairs is batched else None
+            del pairs[side][place], pairs[1 - side][place]
+            break
+    else:
+        axis = len(batched[0]) + (len(free[0]) if side else 0) + free[side].index(x.axis)
+    other = full(other) if partner is None else _without(other, partner)
+
+    def moved(pairs: list[list[int]]) -> tuple[tuple[int, ...], ...]:
+        own = tuple(a - (a > x.axis) for a in pairs[side])
+        far = tuple(a if partner is None else a - (a > partner) for a in pairs[1 - side])
+        return (far, own) if side else (own, far)
+
+    values = [other, x.value] if side else [x.value, other]
+    return _bound(equation, values, axis, dimension_numbers=(moved(contracted), moved(batched)))
+
+
+STEPS: dict[str, Callable[[Any, list[Any]], list[Slim] | None]] = {
+    "transpose": _transpose,
+    "reshape": _reshape,
+    "broadcast_in_dim": _broadcast,
+    "squeeze": _squeeze,
+    "concatenate": _along("dimension"),
+    "split": _along("axis"),
+    "cumsum": _along("axis"),
+    "cumlogsumexp": _along("axis"),
+    "slice": _sliced,
+    "dynamic_slice": _dynamic_slice,
+    "dot_general": _dot,
+} | dict.fromkeys(("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"), _reduce)
+
+
+# ---- steps that hold programs --------------------------------------------------------------------------------------
+
+
+def _split(values: Sequence[Any]) -> tuple[list[Any], Callable[[Sequence[Any]], list[Any]]]:
+    """The arrays of values, and what makes values of such arrays again."""
+    axes = [v.axis if isinstance(v, Slim) else "known" for v in values]
+
+    def joined(arrays: Sequence[Any]) -> list[Any]:
+        return [a if axis == "known" else Slim(a, axis) for a, axis in zip(arrays, axes, strict=True)]
+
+    return [v.value if isinstance(v, Slim) else v for v in values], joined
+
+
+def _checkpoint(equation: Any, given: list[Any]) -> list[Any]:
+    arrays, joined = _split(given)
+    rejoin: list[Any] = []
+
+    def body(*arrays: Any) -> list[Any]:
+        found, again = _split(_run(_closed(equation.params["jaxpr"]), joined(arrays)))
+        rejoin.append(again)
+        return found
+
+    params = equation.params
+    found = jax.checkpoint(body, policy=params["policy"], prevent_cse=params["prevent_cse"])(*arrays)
+    return rejoin[-1](found)
+
+
+def _custom_jvp(equation: Any, given: list[Any]) -> list[Any] | None:
+    """A step with its own derivative, which is a program, too."""
+    if not all(jnp.issubdtype(jnp.result_type(full(v)), jnp.inexact) for v in given):
+        return None
+    arrays, joined = _split(given)
+    rejoin: list[Any] = []
+    types = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars]
+
+    @jax.custom_jvp
+    def function(*arrays: Any) -> list[Any]:
+        found, again = _split(_run(_closed(equation.params["call_jaxpr"]), joined(arrays)))
+        rejoin.append(again)
+        return found
+
+    def differentiated(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
+        return jax.jvp(lambda *values: bind(equation, list(values)), primals, tangents)
+
+    @function.defjvp
+    def tangent(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
+        own = jax.make_jaxpr(differentiated)(tuple(types), tuple(types))
+        values, changes = joined(primals), joined(tangents)
+        outputs = _run(own, [*values, *changes])
+        axes = [v.axis if isinstance(v, Slim) else "known" for v in rejoin[-1](outputs[: len(outputs) // 2])]
+        fitted = [
+            full(out) if axis in ("known", None) else _without(out, axis)
+            for out, axis in zip(outputs, axes * 2, strict=True)
+        ]
+        return fitted[: len(axes)], fitted[len(axes) :]
+
+    found = function(*arrays)
+    return rejoin[-1](found)
+
+
+def _scan(equation: Any, given: list[Any]) -> list[Any]:
+    params = equation.params
+    consts, carries = scanned(params)
+    fixed, carry, xs = given[:consts], given[consts : consts + carries], given[consts + carries :]
+    carry = [v if isinstance(v, Slim) else _slim(v) for v in carry]
+    carried, joined = _split(carry)
+    per_turn = [Slim(full(x), None) if _lacks(x, 0) else x for x in xs]
+    turns, _ = _split(per_turn)
+    inner = [x if not isinstance(x, Slim) or x.axis is None else Slim(x.value, x.axis - 1) for x in per_turn]
+    _, joined_turn = _split(inner)
+    rejoin: list[Any] = []
+
+    def turn(carried: list[Any], turns: list[Any]) -> tuple[list[Any], list[Any]]:
+        outputs = _run(params["jaxpr"], [*fixed, *joined(carried), *joined_turn(turns)])
+        after = [
+            full(out) if v.axis is None else _without(out, v.axis)
+            for out, v in zip(outputs[:carries], carry, strict=True)
+        ]
+        found, again = _split([out if isinstance(out, Slim) else Slim(out, None) for out in outputs[carries:]])
+        rejoin.append(again)
+        return after, found
+
+    carried, found = lax.scan(turn, carried, turns, params["length"], params["reverse"], params["unroll"])
+    ys = [y if y.axis is None else Slim(y.value, y.axis + 1) for y in rejoin[-1](found)]
+    return [*joined(carried), *ys]
+
+
+def _cond(equation: Any, given: list[Any]) -> list[Any]:
+    index, *more = given
+    arrays, joined = _split(more)
+
+    def taken(branch: Any) -> Callable[..., list[Any]]:
+        return lambda *arrays: [_slim(full(out)).value for out in _run(branch, joined(arrays))]
+
+    found = lax.switch(full(index), [taken(branch) for branch in equation.params["branches"]], *arrays)
+    shapes = [v.aval.shape for v in equation.outvars]
+    return [Slim(out, 0 if shape[:1] == (1,) else None) for out, shape in zip(found, shapes, strict=True)]
