@@ -23,10 +23,11 @@ from tokentm_jax.data.audio import Recording, Spectrogram, decode, resample
 from tokentm_jax.data.augmentation import delay, hiss, spec_mask, stretch
 from tokentm_jax.data.sources import open_source
 from tokentm_jax.maths.maps import Tiling, spread, to_pixels
-from tokentm_jax.maths.relevance import REFERENCE_EPSILON, lrp
 from tokentm_jax.metrics.faithfulness import by_patch, perturb
 from tokentm_jax.models.checkpoint import read_description, write_checkpoint
 from tokentm_jax.models.vit import ViT, init_params
+from tokentm_jax.programs.model import Applied, Function
+from tokentm_jax.programs.rules import REFERENCE_EPSILON, lrp
 
 AST = Path(__file__).parent / "goldens/layouts/ast"
 ANSWERS = {k[4:]: v for k, v in np.load(AST.parent / "answers.npz").items() if k.startswith("ast/")}
@@ -78,8 +79,8 @@ def test_patches_overlap_as_a_loop_says(overlapping):
 def test_relevance_of_overlapping_patches_is_summed(overlapping):
     """The z-B rule, patch by patch and input by input."""
     params, images, kernel, _ = overlapping
-    module = OVERLAPPING.clone(primitives=lrp("lrp", "signed"))
-    tokens, back = jax.vjp(lambda x: module.apply({"params": params}, x, method="embed"), jnp.asarray(images))
+    embed = Function(Applied(OVERLAPPING, "embed")).read(params, images).by(lrp("lrp", "signed"))
+    tokens, back = jax.vjp(lambda x: embed.apply({"params": params}, x), jnp.asarray(images))
     relevance = np.random.default_rng(1).normal(size=tokens.shape).astype(np.float32)
     (found,) = back(jnp.asarray(relevance))
     expected = np.zeros(images.shape)

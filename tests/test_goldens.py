@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tokentm_jax.methods.explain import explain_fn
-from tokentm_jax.models.capture import capture
+from tokentm_jax.programs.capture import capture
 
 # array of the goldens, method, options
 CASES = [

@@ -7,8 +7,6 @@ import oracle
 import pytest
 
 import tokentm_jax as tm
-from tokentm_jax.maths.primitives import PLAIN
-from tokentm_jax.maths.relevance import attn_lrp, conservative
 from tokentm_jax.methods.explain import explain_fn
 
 TARGET = 2
@@ -316,15 +314,16 @@ def test_normalisations_and_weights_of_a_combination():
 )
 def test_members_that_share_a_pass_have_the_maps_that_they_have_alone(small, methods, gradient):
     module, params, image = small
-    rules = {"own": PLAIN, "conservative_lrp": conservative("identity"), "attn_lrp": attn_lrp()}
-    other = module.clone(primitives=rules[gradient])
+    rules = {"own": "plain", "conservative_lrp": "libra", "attn_lrp": "attn_lrp"}
     images = jnp.asarray(np.stack([image, -image]), jnp.float32)
 
     @jax.jit
     def run(params, images, target):
         mixed = explain_fn(module, "tokentm_mix", methods=methods, gradient=gradient, normalisation="sum")
         alone = [
-            explain_fn(other if name in ("tokentm", "gae") else module, name)(params, images, target)
+            explain_fn(module, name, **({"rules": rules[gradient]} if name in ("tokentm", "gae") else {}))(
+                params, images, target
+            )
             for name in methods.split(",")
         ]
         return mixed(params, images), mixed(params, images, target), tm.combine(alone, "mean", "sum")

@@ -1,13 +1,12 @@
-"""Models that are functions: the maps of tm.ViT from a forward pass of one's own; models that are no plain ViT."""
+"""Functions as modules of loaded models; models that are no plain ViT; which method explains which."""
 
-import functools
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CHEAP
+from conftest import CHEAP, mostly_slow
 
 import tokentm_jax as tm
 from tokentm_jax.data.preprocessing import HALF, Preprocessing
@@ -16,7 +15,6 @@ from tokentm_jax.models.bert import init_bert
 
 FIELDS = {"img_size": (8, 12), "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2, "num_classes": 3}
 GRID = (2, 3)
-ATTENTION = ("tokentm", "gae", "attcat", "rollout", "raw_attention", "grad_cam", "grad_cam_tokens", "beyond_intuition")
 GRADIENTS = ("input_gradient", "gradient_x_input", "smooth_grad", "integrated_gradients")
 REMOVAL = ("occlusion", "rise", "shapley", "kernel_shap")
 
@@ -30,39 +28,25 @@ def dense(x, p):
     return x @ p["kernel"] + p["bias"]
 
 
-def one_vit(params, image, tap):
-    """The forward pass of tm.ViT for one image [H, W, 3], with everything tapped."""
+def one_vit(params, image):
+    """The forward pass of tm.ViT for one image [H, W, 3]."""
     (gh, gw), p, d, h = GRID, 4, 8, 2
     x = dense(image.reshape(gh, p, gw, p, 3).transpose(0, 2, 1, 3, 4).reshape(gh * gw, -1), params["patch_embed"])
     x = jnp.concatenate([params["cls_token"][0], x]) + params["pos_embed"][0]
     for i in range(2):
         block = jax.tree.map(lambda a: a[i], params["blocks"])  # noqa: B023
-        x = tap("tokens", x)
-        y = tap("normalised", norm(x, block["norm1"]))
-        qkv = dense(y, block["attn"]["qkv"]).reshape(-1, 3, h, d // h)
+        qkv = dense(norm(x, block["norm1"]), block["attn"]["qkv"]).reshape(-1, 3, h, d // h)
         query, key, value = jnp.moveaxis(qkv, (1, 2), (0, 1))  # each [H, N, D/H]
-        attention = tap("attention", jax.nn.softmax(query @ key.swapaxes(-1, -2) * (d // h) ** -0.5))
-        tap("value", value)
-        together = lambda a: a.swapaxes(0, 1).reshape(-1, d)  # noqa: E731
-        tap("transformed_value", together(value) @ block["attn"]["proj"]["kernel"])
-        tap("value_kernel", block["attn"]["qkv"]["kernel"][:, 2 * d :])
-        tap("output_kernel", block["attn"]["proj"]["kernel"])
-        x = x + tap("attention_branch", dense(together(attention @ value), block["attn"]["proj"]))
+        attention = jax.nn.softmax(query @ key.swapaxes(-1, -2) * (d // h) ** -0.5)
+        x = x + dense((attention @ value).swapaxes(0, 1).reshape(-1, d), block["attn"]["proj"])
         hidden = jax.nn.gelu(dense(norm(x, block["norm2"]), block["mlp"]["fc1"]), approximate=False)
-        x = x + tap("ffn_branch", dense(hidden, block["mlp"]["fc2"]))
-    return dense(norm(tap("final_tokens", x), params["norm"])[0], params["head"])
+        x = x + dense(hidden, block["mlp"]["fc2"])
+    return dense(norm(x, params["norm"])[0], params["head"])
 
 
-QUICK = [("tokentm", {}), ("tokentm", {"transformed": "linear"}), ("gae", {}), ("grad_cam_tokens", {})]
-CASES = [
-    pytest.param(QUICK, id="quick"),
-    pytest.param(
-        [("tokentm", {"heads": "each"})]
-        + [(name, CHEAP.get(name, {})) for name in (*ATTENTION[2:], *GRADIENTS, *REMOVAL)],
-        id="all",
-        marks=pytest.mark.slow,
-    ),
-]
+def tapped(params, image, tap):
+    """As it was written for an earlier version, which had to be shown what there is."""
+    return tap("logits", one_vit(params, tap("tokens", image)))
 
 
 @pytest.fixture(scope="module")
@@ -72,18 +56,17 @@ def vit():
     return module, params, jax.random.normal(jax.random.key(1), (2, 8, 12, 3))
 
 
-@pytest.mark.parametrize("cases", CASES)
-def test_the_maps_of_the_vit(vit, cases):
-    """By the stored trace of a function of one image, for every method that needs no rules of its own."""
+@pytest.mark.parametrize("method", mostly_slow([m for m in METHODS if m != "token_dropping"], ["tokentm"]))
+def test_the_maps_of_the_vit(vit, method):
+    """Of a function of one image."""
     module, params, images = vit
-    plain = tm.PlainModel(one_vit, GRID, 1, num_classes=3, batched=False)
-
-    def program(model, params, images):
-        return [tm.explain_fn(model, name, **options)(params, images) for name, options in cases]
-
-    expected, found = (jax.jit(functools.partial(program, model))(params, images) for model in (module, plain))
-    for (name, options), a, b in zip(cases, found, expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5 * float(jnp.abs(b).max()), err_msg=f"{name} {options}")
+    maps = []
+    for model in (module, *(tm.PlainModel(f, GRID, 1, num_classes=3, batched=False) for f in (one_vit, tapped))):
+        maps.append(jax.jit(tm.explain_fn(model, method, **CHEAP.get(method, {})))(params, images))
+    scale = float(jnp.abs(maps[0]).max())
+    for found in maps[1:]:
+        tolerance = 2e-3 if method in ("lrp", "partial_lrp", "transformer_attribution", "res_lrp") else 2e-5
+        np.testing.assert_allclose(found, maps[0], rtol=1e-4, atol=tolerance * scale)
 
 
 def test_it_is_a_loaded_model(vit):
@@ -97,7 +80,7 @@ def test_it_is_a_loaded_model(vit):
     np.testing.assert_allclose(loaded[1].logits(pixels), loaded[0].logits(pixels), rtol=1e-5, atol=1e-6)
 
 
-def windows(params, images, tap):
+def windows(params, images):
     """A small hierarchical Transformer: attention within windows of 2 x 2, then merged patches and one of all."""
     b, height, width, _ = images.shape
     x = images.reshape(b, height // 2, 2, width // 2, 2, 3).transpose(0, 1, 3, 2, 4, 5)
@@ -110,7 +93,7 @@ def windows(params, images, tap):
     return x.mean((1, 2)) @ params["head"]
 
 
-def convolutions(params, images, tap):
+def convolutions(params, images):
     for kernel in params["conv"]:
         images = jax.nn.relu(jax.lax.conv_general_dilated(images, kernel, (2, 2), "SAME", dimension_numbers=LAYOUT))
     return images.mean((1, 2)) @ params["head"]
@@ -132,9 +115,9 @@ def test_models_without_one_attention_per_block(forward):
     images = jnp.asarray(rng.normal(size=(2, 16, 16, 3)), jnp.float32)
     model = tm.PlainModel(forward, (4, 4), num_classes=3)
     works = tm.methods_for(model, params, images)
-    assert works == [*GRADIENTS, *REMOVAL]
+    assert works == ["lrp", *GRADIENTS, *REMOVAL]
 
-    logits = jax.jit(lambda images: forward(params, images, None))
+    logits = jax.jit(lambda images: forward(params, images))
     whole = logits(images)
     target = whole.argmax(-1)
     program = jax.jit(lambda p, x: [tm.explain_fn(model, name)(p, x) for name in ("occlusion", "gradient_x_input")])
@@ -150,8 +133,7 @@ def test_models_without_one_attention_per_block(forward):
 
     with pytest.raises(tm.InputError) as raised:
         tm.explain_fn(model, "rollout")(params, images)
-    missing = "the module sows no 'attention', which this explanation needs (see `tokentm_jax.capture`)"
-    assert str(raised.value) == f"{missing}; what works without is {', '.join(works)}"
+    assert "attention" in str(raised.value) and f"; what works without is {', '.join(works)}" in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -160,15 +142,7 @@ def test_models_without_one_attention_per_block(forward):
         (lambda: tm.PlainModel(one_vit, GRID, 1, "mean"), "readout must be 'token', 'avg' or a share for each token"),
         (lambda: tm.PlainModel(one_vit, GRID, 1, (1, 0)), "readout must have a share for each of 1 + 6 tokens, got 2"),
         (
-            lambda: tm.PlainModel(lambda p, x, tap: tap("attentions", x), GRID),
-            "unknown tap 'attentions'; did you mean",
-        ),
-        (
-            lambda: tm.PlainModel(lambda p, x, tap: jax.jit(lambda x: tap("tokens", x))(x).sum((1, 2)), GRID),
-            "'tokens' is tapped inside of a jit, vmap, scan or checkpoint of its own",
-        ),
-        (
-            lambda: tm.PlainModel(lambda p, x, tap: {"logits": x.sum((1, 2))}, GRID),
+            lambda: tm.PlainModel(lambda p, x: {"logits": x.sum((1, 2))}, GRID),
             "a class is explained by its logit, of logits [B, classes]; outputs [[2, 3]] need a `score`",
         ),
     ],
@@ -181,8 +155,8 @@ def test_refused(vit, make, message):
 
 def test_outputs_may_be_any_pytree(vit):
     _, params, images = vit
-    forward = lambda p, x, tap: {"logits": one_logits(p, x), "mean": x.mean((1, 2, 3))}  # noqa: E731
-    one_logits = jax.vmap(lambda p, x: one_vit(p, x, lambda name, array: array), (None, 0))
+    forward = lambda p, x: {"logits": one_logits(p, x), "mean": x.mean((1, 2, 3))}  # noqa: E731
+    one_logits = jax.vmap(lambda p, x: one_vit(p, x), (None, 0))
     score = lambda outputs: outputs["logits"][:, 1] * outputs["mean"]  # noqa: E731
     explain = tm.explain_fn(tm.PlainModel(forward, GRID, 1), "occlusion", score=score, details=True)
     maps, details = jax.jit(explain)(params, images)
@@ -200,18 +174,17 @@ class OwnPass(tm.ViT):
         return super().__call__(images)
 
 
-def only(*shown):
-    """The forward pass of one image, with some of its taps."""
-    return lambda params, image, tap: one_vit(params, image, lambda n, a: tap(n, a) if n in shown else a)
+def linear(params, images):
+    return images.reshape(len(images), -1)[:, :8] @ params["head"]["kernel"]
 
 
 MODELS = {  # heading of the column -> a model with the parameters of tm.ViT
     "`tm.ViT`": lambda: tm.ViT(**FIELDS),
     "own forward pass": lambda: OwnPass(**FIELDS),
-    "function, whole contract": lambda: tm.PlainModel(one_vit, GRID, 1, batched=False),
-    "function, tokens and attention": lambda: tm.PlainModel(only("tokens", "attention"), GRID, 1, batched=False),
-    "function, attention": lambda: tm.PlainModel(only("attention"), GRID, 1, batched=False),
-    "function, Swin, ConvNet": lambda: tm.PlainModel(only(), GRID, batched=False),
+    "function": lambda: lambda p, x: jax.vmap(one_vit, (None, 0))(p, x),
+    "function, no attention": lambda: tm.PlainModel(
+        lambda p, x: x.reshape(len(x), -1)[:, :8] @ p["head"]["kernel"], GRID
+    ),
 }
 PAGE = Path(__file__).resolve().parent.parent / "docs/reference/models.md"
 

@@ -8,17 +8,15 @@ from conftest import mostly_slow
 
 import tokentm_jax as tm
 from tokentm_jax.maths import primitives
-from tokentm_jax.maths.relevance import (
-    REFERENCE_EPSILON,
-    SIGNED_EPSILON,
-    attn_lrp,
-    conservative,
-    lrp,
-    res_lrp,
-)
 from tokentm_jax.methods.explain import explain_fn
 from tokentm_jax.models.bert import init_bert
 from tokentm_jax.models.vit import ViT, init_params
+from tokentm_jax.programs.capture import capture
+from tokentm_jax.programs.flat import flatten
+from tokentm_jax.programs.model import function_of
+from tokentm_jax.programs.reading import read
+from tokentm_jax.programs.rules import ATTN_LRP, LIBRA, REFERENCE_EPSILON, SIGNED_EPSILON, lrp, res_lrp
+from tokentm_jax.programs.running import Evaluation, Plan
 
 
 @pytest.fixture(autouse=True)
@@ -43,76 +41,75 @@ def quotient(stabiliser, r, z):
     return out
 
 
-def backward(function, *arguments, r):
-    return jax.vjp(function, *(jnp.asarray(a) for a in arguments))[1](jnp.asarray(r))
+def backward(function, *arguments, r, rules, raw=False):
+    """What the rules carry from r at the output of a function of one sample to its arguments."""
+    arguments = [jnp.asarray(a) for a in arguments]
+    flat = flatten(jax.make_jaxpr(function)(*arguments))
+    reading = read(flat, flat.inputs, raw)
+    run = lambda *arguments: Evaluation(reading, Plan(rules), [*arguments]).run().outputs[0]  # noqa: E731
+    value, back = jax.vjp(run, *arguments)
+    np.testing.assert_allclose(value, function(*arguments), rtol=1e-12)
+    return back(jnp.asarray(r))
 
 
 @pytest.mark.parametrize("stabiliser", ["reference", "signed"])
 @pytest.mark.parametrize("variant", ["ours", "lrp"])
 def test_linear(variant, stabiliser):
-    x, w, bias, r = normal(2, 3, 4), normal(4, 5), normal(5), normal(2, 3, 5, seed=1)
-    (got,) = backward(lambda x: lrp(variant, stabiliser).linear(x, jnp.asarray(w), jnp.asarray(bias)), x, r=r)
-    for b in range(2):
-        p = np.maximum(x[b], 0)[:, :, None] * np.maximum(w, 0)  # [token, input, output]
-        q = np.minimum(x[b], 0)[:, :, None] * np.minimum(w, 0)
-        if variant == "ours":
-            expected = ((p + q) * quotient(stabiliser, r[b], (p + q).sum(1))[:, None]).sum(-1)
-        else:
-            expected = (p * quotient(stabiliser, r[b], p.sum(1))[:, None]).sum(-1)
-            expected += (q * quotient(stabiliser, r[b], q.sum(1))[:, None]).sum(-1)
-        np.testing.assert_allclose(got[b], expected, rtol=1e-9)
+    x, w, bias, r = normal(3, 4), normal(4, 5), normal(5), normal(3, 5, seed=1)
+    (got,) = backward(lambda x: x @ w + bias, x, r=r, rules=lrp(variant, stabiliser))
+    p = np.maximum(x, 0)[:, :, None] * np.maximum(w, 0)  # [token, input, output]
+    q = np.minimum(x, 0)[:, :, None] * np.minimum(w, 0)
+    if variant == "ours":
+        expected = ((p + q) * quotient(stabiliser, r, (p + q).sum(1))[:, None]).sum(-1)
+    else:
+        expected = (p * quotient(stabiliser, r, p.sum(1))[:, None]).sum(-1)
+        expected += (q * quotient(stabiliser, r, q.sum(1))[:, None]).sum(-1)
+    np.testing.assert_allclose(got, expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize("stabiliser", ["reference", "signed"])
 def test_product(stabiliser):
-    x, y, r = normal(2, 3, 4), normal(2, 4, 5), normal(2, 3, 5, seed=1)
-    got_x, got_y = backward(lambda x, y: lrp("lrp", stabiliser).product("bik,bkj->bij", x, y), x, y, r=r)
-    for b in range(2):
-        s = quotient(stabiliser, r[b], x[b] @ y[b])
-        parts = x[b][:, :, None] * y[b][None] * s[:, None] / 2  # [i, k, j]
-        np.testing.assert_allclose(got_x[b], parts.sum(2), rtol=1e-9)
-        np.testing.assert_allclose(got_y[b], parts.sum(0), rtol=1e-9)
+    x, y, r = normal(3, 4), normal(4, 5), normal(3, 5, seed=1)
+    got_x, got_y = backward(lambda x, y: x @ y, x, y, r=r, rules=lrp("lrp", stabiliser))
+    parts = x[:, :, None] * y[None] * quotient(stabiliser, r, x @ y)[:, None] / 2  # [i, k, j]
+    np.testing.assert_allclose(got_x, parts.sum(2), rtol=1e-9)
+    np.testing.assert_allclose(got_y, parts.sum(0), rtol=1e-9)
 
 
 @pytest.mark.parametrize("stabiliser", ["reference", "signed"])
 @pytest.mark.parametrize("variant", ["ours", "lrp"])
-def test_residual_sum(variant, stabiliser):
-    a, c, r = normal(2, 3, 4), normal(2, 3, 4, seed=1), normal(2, 3, 4, seed=2)
-    got_a, got_c = backward(lrp(variant, stabiliser).add, a, c, r=r)
-    for b in range(2):
-        s = quotient(stabiliser, r[b], a[b] + c[b])
-        to_a, to_c = a[b] * s, c[b] * s
-        if variant == "ours":
-            total = abs(to_a.sum()) + abs(to_c.sum())
-            wanted = [abs(t.sum()) / total * r[b].sum() for t in (to_a, to_c)]
-            to_a, to_c = (t * quotient(stabiliser, w, t.sum()) for t, w in zip((to_a, to_c), wanted, strict=True))
-        np.testing.assert_allclose(got_a[b], to_a, rtol=1e-9)
-        np.testing.assert_allclose(got_c[b], to_c, rtol=1e-9)
+def test_sum(variant, stabiliser):
+    a, c, r = normal(3, 4), normal(3, 4, seed=1), normal(3, 4, seed=2)
+    got_a, got_c = backward(lambda a, c: a + c, a, c, r=r, rules=lrp(variant, stabiliser))
+    s = quotient(stabiliser, r, a + c)
+    to_a, to_c = a * s, c * s
+    if variant == "ours":
+        total = abs(to_a.sum()) + abs(to_c.sum())
+        wanted = [abs(t.sum()) / total * r.sum() for t in (to_a, to_c)]
+        to_a, to_c = (t * quotient(stabiliser, w, t.sum()) for t, w in zip((to_a, to_c), wanted, strict=True))
+    np.testing.assert_allclose(got_a, to_a, rtol=1e-9)
+    np.testing.assert_allclose(got_c, to_c, rtol=1e-9)
 
 
 def test_patch_embedding_z_b_rule():
-    x, w, r = normal(2, 3, 4), normal(4, 5), normal(2, 3, 5, seed=1)
-    (got,) = backward(lambda x: lrp("lrp", "signed").embed(x, jnp.asarray(w), None), x, r=r)
-    for b in range(2):
-        low, high = x[b].min(), x[b].max()
-        share = x[b][:, :, None] * w - low * np.maximum(w, 0) - high * np.minimum(w, 0)
-        expected = (share * (r[b] / (share.sum(1) + REFERENCE_EPSILON))[:, None]).sum(-1)
-        np.testing.assert_allclose(got[b], expected, rtol=1e-9)
-        np.testing.assert_allclose(got[b].sum(), r[b].sum(), rtol=1e-6)
+    x, w, r = normal(3, 4), normal(4, 5), normal(3, 5, seed=1)
+    (got,) = backward(lambda x: x @ w, x, r=r, rules=lrp("lrp", "signed"), raw=True)
+    low, high = x.min(), x.max()
+    share = x[:, :, None] * w - low * np.maximum(w, 0) - high * np.minimum(w, 0)
+    expected = (share * (r / (share.sum(1) + REFERENCE_EPSILON))[:, None]).sum(-1)
+    np.testing.assert_allclose(got, expected, rtol=1e-9)
+    np.testing.assert_allclose(got.sum(), r.sum(), rtol=1e-6)
 
 
 def test_identity_rules():
-    x, r = normal(2, 3, 4), normal(2, 3, 4, seed=1)
-    rules = lrp("ours", "signed")
+    x, r = normal(3, 4), normal(3, 4, seed=1)
     ones, zeros = jnp.ones(4), jnp.zeros(4)
-    steps = (
-        (lambda x: rules.norm(x, ones, zeros, 1e-6), lambda x: primitives.norm(x, ones, zeros, 1e-6)),
-        (lambda x: rules.softmax(x, 0.5), lambda x: primitives.softmax(x, 0.5)),
-        (lambda x: rules.activation(x, "gelu"), lambda x: primitives.activation(x, "gelu")),
-    )
-    for ruled, plain in steps:
-        np.testing.assert_array_equal(backward(ruled, x, r=r)[0], r)
-        np.testing.assert_array_equal(ruled(jnp.asarray(x)), plain(jnp.asarray(x)))
+    for step in (
+        lambda x: primitives.norm(x, ones, zeros, 1e-6),
+        lambda x: primitives.softmax(x, 0.5),
+        lambda x: primitives.activation(x, "gelu"),
+    ):
+        np.testing.assert_array_equal(backward(step, x, r=r, rules=lrp("ours", "signed"))[0], r)
 
 
 def jacobian_vector(function, x, g):
@@ -125,64 +122,62 @@ def jacobian_vector(function, x, g):
     return out
 
 
-@pytest.mark.parametrize("rules", [conservative("identity"), attn_lrp()], ids=["conservative", "attn_lrp"])
+@pytest.mark.parametrize("rules", [LIBRA, ATTN_LRP], ids=["conservative", "attn_lrp"])
 def test_gradient_rules_against_the_jacobian_with_constants_held(rules):
-    x, g, scale, bias = normal(1, 3, 4), normal(1, 3, 4, seed=1), normal(4), normal(4, seed=3)
+    x, g, scale, bias = normal(3, 4), normal(3, 4, seed=1), normal(4), normal(4, seed=3)
     deviation = np.sqrt(x.var(-1, keepdims=True) + 1e-6)
     expected = jacobian_vector(lambda v: (v - v.mean(-1, keepdims=True)) / deviation * scale + bias, x, g)
-    (got,) = backward(lambda x: rules.norm(x, jnp.asarray(scale), jnp.asarray(bias), 1e-6), x, r=g)
-    np.testing.assert_allclose(got, expected, atol=1e-8)
+    norm = lambda x: primitives.norm(x, jnp.asarray(scale), jnp.asarray(bias), 1e-6)  # noqa: E731
+    np.testing.assert_allclose(backward(norm, x, r=g, rules=rules)[0], expected, atol=1e-8)
 
     gain = np.asarray(primitives.activation(jnp.asarray(x), "gelu")) / x
-    (got,) = backward(lambda x: rules.activation(x, "gelu"), x, r=g)
+    (got,) = backward(lambda x: primitives.activation(x, "gelu"), x, r=g, rules=rules)
     np.testing.assert_allclose(got, jacobian_vector(lambda v: v * gain, x, g), atol=1e-8)
 
 
 @pytest.mark.parametrize("half", [False, True])
 def test_rotation(half):
     """Relevance of a turned pair goes to both of its channels, in proportion to what each gave; against a loop."""
-    x, r = normal(2, 1, 3, 4), normal(2, 1, 3, 4)
+    x, r = normal(1, 3, 4), normal(1, 3, 4)
     angle = normal(3, 2)
     pair = (lambda c: (c + 2) % 4) if half else (lambda c: c ^ 1)
     of = (lambda c: c % 2) if half else (lambda c: c // 2)
     first = (lambda c: c < 2) if half else (lambda c: c % 2 == 0)
     turned, expected = np.zeros_like(x), np.zeros_like(x)
     cosine, sine = np.zeros((3, 4)), np.zeros((3, 4))
-    for b, n, c in np.ndindex(2, 3, 4):
+    for n, c in np.ndindex(3, 4):
         a = angle[n, of(c)]
         cosine[n, c], sine[n, c] = np.cos(a), np.sin(a) * (-1 if first(c) else 1)
-        own, other = x[b, 0, n, c] * cosine[n, c], x[b, 0, n, pair(c)] * sine[n, c]
-        turned[b, 0, n, c] = own + other
-        expected[b, 0, n, c] += r[b, 0, n, c] * own / (own + other)
-        expected[b, 0, n, pair(c)] += r[b, 0, n, c] * other / (own + other)
-    rules = lrp("lrp", "reference")
-    found, back = jax.vjp(lambda x: rules.rotate(x, jnp.asarray(cosine), jnp.asarray(sine), half), jnp.asarray(x))
-    np.testing.assert_allclose(found, turned, rtol=1e-10)
-    np.testing.assert_allclose(back(jnp.asarray(r))[0], expected, rtol=1e-5)
+        own, other = x[0, n, c] * cosine[n, c], x[0, n, pair(c)] * sine[n, c]
+        turned[0, n, c] = own + other
+        expected[0, n, c] += r[0, n, c] * own / (own + other)
+        expected[0, n, pair(c)] += r[0, n, c] * other / (own + other)
+    rotate = lambda x: primitives.rotate(x, jnp.asarray(cosine), jnp.asarray(sine), half)  # noqa: E731
+    np.testing.assert_allclose(rotate(jnp.asarray(x)), turned, rtol=1e-10)
+    np.testing.assert_allclose(backward(rotate, x, r=r, rules=lrp("lrp", "reference"))[0], expected, rtol=1e-5)
 
 
 def test_softmax_and_product_of_attn_lrp():
     """In relevances: `R_in = x * (R - s sum R)`, and the factors of a product share its relevance equally."""
-    rules, x, r = attn_lrp(), normal(1, 1, 2, 4), normal(1, 1, 2, 4, seed=1)
+    x, r = normal(1, 2, 4), normal(1, 2, 4, seed=1)
     s = np.exp(x * 0.7) / np.exp(x * 0.7).sum(-1, keepdims=True)
-    (g,) = backward(lambda x: rules.softmax(x, 0.7), x, r=r / s)
+    (g,) = backward(lambda x: primitives.softmax(x, 0.7), x, r=r / s, rules=ATTN_LRP)
     expected = x * 0.7 * (r - s * r.sum(-1, keepdims=True))
     np.testing.assert_allclose(x * g, expected, rtol=1e-9)
 
-    a, b = normal(2, 3, 4), normal(2, 4, 5)
-    z = a @ b
-    relevance = normal(2, 3, 5, seed=1)
-    to_a, to_b = backward(lambda a, b: rules.product("bik,bkj->bij", a, b), a, b, r=relevance / z)
-    for total in ((a * to_a).sum((1, 2)), (b * to_b).sum((1, 2))):
-        np.testing.assert_allclose(total, relevance.sum((1, 2)) / 2, rtol=1e-9)
+    a, b = normal(3, 4), normal(4, 5)
+    relevance = normal(3, 5, seed=1)
+    to_a, to_b = backward(lambda a, b: a @ b, a, b, r=relevance / (a @ b), rules=ATTN_LRP)
+    for total in ((a * to_a).sum(), (b * to_b).sum()):
+        np.testing.assert_allclose(total, relevance.sum() / 2, rtol=1e-9)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.25, 1.0])
 def test_gamma_rule_at_residual_sums(gamma):
     """In relevances, entry by entry; what goes in comes out, and cancelling summands blow nothing up."""
-    a, c, r = normal(1, 3, 4), normal(1, 3, 4, seed=1), normal(1, 3, 4, seed=2)
-    c[0, 0] = -a[0, 0] * (1 + 1e-9)
-    g_a, g_c = backward(res_lrp(gamma).add, a, c, r=r / (a + c))
+    a, c, r = normal(3, 4), normal(3, 4, seed=1), normal(3, 4, seed=2)
+    c[0] = -a[0] * (1 + 1e-9)
+    g_a, g_c = backward(lambda a, c: a + c, a, c, r=r / (a + c), rules=res_lrp(gamma))
     for i in np.ndindex(*a.shape):
         out = a[i] + c[i]
         own_a = a[i] * (1 + gamma) if a[i] * out >= 0 else a[i]
@@ -223,15 +218,13 @@ def test_conservative_lrp_conserves_the_logit_without_biases(small, options):
     np.testing.assert_allclose(details["relevance"], np.broadcast_to(logit[:, None], (2, 3)), rtol=1e-6)
 
 
-@pytest.mark.parametrize(("method", "rules"), [("attn_lrp", attn_lrp()), ("res_lrp", res_lrp(1.0))])
+@pytest.mark.parametrize(("method", "rules"), [("attn_lrp", ATTN_LRP), ("res_lrp", res_lrp(1.0))])
 def test_only_what_softmax_absorbs_is_lost(small, method, rules):
     """Per block: relevance out minus relevance in is `sum (R_A - R_scores)`, found from queries and keys by hand."""
     module, params = small
     params = without_biases(params)
     inputs = jnp.asarray(normal(2, 16, 16, 3))
-    ruled = module.clone(primitives=rules)
-    from tokentm_jax.models.capture import capture
-
+    ruled = function_of(module).read(params, inputs).by(rules)
     trace = jax.jit(lambda p, x: capture(ruled, p, x))(params, inputs)
     _, details = jax.jit(explain_fn(module, method, details=True))(params, inputs)
     flow = np.asarray(details["relevance"])

@@ -12,8 +12,8 @@ from tokentm_jax.maths.maps import token_map
 from tokentm_jax.maths.tokentm import READINGS, TokenTM, contributions, sample_axes
 from tokentm_jax.methods.explain import explain_fn
 from tokentm_jax.metrics import rank_correlation
-from tokentm_jax.models.capture import KERNELS, SOWN, capture
 from tokentm_jax.models.vit import ViT, init_params
+from tokentm_jax.programs.capture import KERNELS, SHOWN, capture
 
 BASE = {"img_size": (16, 24), "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 5}
 KINDS = {
@@ -40,7 +40,7 @@ CASES = (
 
 def over_a_trace(module, params, images, target, options):
     """The definition: the same rule over arrays of all blocks."""
-    trace = capture(module, params, images, target, (*SOWN, *KERNELS, "attention_grad"))
+    trace = capture(module, params, images, target, (*SHOWN, *KERNELS, "attention_grad"))
     row = jnp.asarray(module.readout, jnp.float32)
     rule = partial(contributions, rows=row, options=options)
     rows = jax.vmap(lambda blocks: rule(blocks, blocks.tokens[0]), in_axes=(sample_axes(1),))(trace.blocks())

@@ -22,7 +22,7 @@ from tokentm_jax.maths.tokentm import (
     transformation_weights,
 )
 from tokentm_jax.methods.explain import explain_fn
-from tokentm_jax.models.capture import KERNELS, SOWN, capture
+from tokentm_jax.programs.capture import KERNELS, SHOWN, capture
 
 L, H, N, D = 3, 2, 5, 4
 
@@ -178,7 +178,7 @@ def test_deit_tiny_equals_the_slow_loop(deit, shared):
 
     @jax.jit
     def run(params):
-        trace = capture(deit.module, params, inputs, target, (*SOWN, *KERNELS, "attention_grad"))
+        trace = capture(deit.module, params, inputs, target, (*SHOWN, *KERNELS, "attention_grad"))
         maps = [explain_fn(deit.module, **options)(params, inputs, target) for options in readings]
         return trace.blocks()._asdict(), trace.tokens[0, 0], maps
 

@@ -1,4 +1,4 @@
-"""What capture promises: nothing for free inference, any module that sows, every type."""
+"""What capture promises: nothing for free inference, what the module sows, every type, any module."""
 
 from typing import Any
 
@@ -12,8 +12,9 @@ from conftest import mostly_slow
 
 import tokentm_jax as tm
 from tokentm_jax.methods.explain import explain_fn
-from tokentm_jax.models.capture import capture
+from tokentm_jax.models.bert import init_bert
 from tokentm_jax.models.vit import ViT, init_params
+from tokentm_jax.programs.capture import capture
 
 FIELDS: dict[str, Any] = {"img_size": (8, 12), "patch_size": 4, "embed_dim": 8, "num_heads": 2, "num_classes": 3}
 IMAGES = np.random.default_rng(0).normal(size=(2, 8, 12, 3)).astype(np.float32)
@@ -92,11 +93,28 @@ def test_only_what_is_asked_for_is_differentiated(vit):
     assert outputs() < outputs("attention_grad") < outputs("attention_grad", "token_grads", "normalised_grads")
 
 
+@pytest.mark.parametrize("kind", ["pre-norm", "post-norm"])
+def test_what_is_read_from_the_program_is_what_the_module_sows(vit, kind):
+    module, params = vit
+    inputs: Any = IMAGES
+    if kind == "post-norm":
+        module = tm.Bert(20, 8, embed_dim=8, depth=2, num_heads=2, mlp_hidden=16, num_classes=3)
+        params = jax.tree.map(lambda a: a * 8, init_bert(module, jax.random.key(0)))
+        ids = jnp.array([[3, 7, 1, 12, 4], [5, 6, 0, 0, 0]], jnp.int32)
+        inputs = tm.Tokens(ids, ids > 0, 0 * ids, ids < 0)
+    names = ("tokens", "normalised", "attention", "value", "transformed_value", "attention_branch", "ffn_branch")
+    names += ("middle", "after") if kind == "post-norm" else ("value_kernel", "output_kernel")
+    sown = module.apply({"params": params}, inputs, mutable=["intermediates"])[1]["intermediates"]["blocks"]
+    trace = jax.jit(lambda p, x: capture(module, p, x, None, names))(params, inputs)
+    for name in names:
+        (expected,) = {**sown, **sown["attn"]}[name]
+        np.testing.assert_allclose(getattr(trace, name), expected, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
 class Unrolled(nn.Module):
     """Somebody else's ViT: its blocks are modules of their own, without a scan."""
 
     vit: ViT
-    perturbs: bool = True
 
     grid = property(lambda self: self.vit.grid)
     prefix = property(lambda self: self.vit.prefix)
@@ -105,116 +123,20 @@ class Unrolled(nn.Module):
     @nn.compact
     def __call__(self, images):
         x = self.vit.embed(images)
-        for l in range(12):  # more than ten: block_10 comes after block_9
+        for l in range(3):
             x, _ = self.vit.block().clone(name=f"block_{l}", parent=self)(x)
-        if self.perturbs:
-            x = self.perturb("final_tokens", x)
-        self.sow("intermediates", "final_tokens", x)
         return self.vit.classify(x)
 
 
-@pytest.mark.slow
-def test_a_users_own_module_is_read(briefly):
-    scanned = ViT(**FIELDS, depth=12)
+@pytest.mark.parametrize("method", mostly_slow(["tokentm", "legrad", "lrp", "libra_full_grad"], ["tokentm"]))
+def test_a_users_own_module_is_read(briefly, method):
+    scanned = ViT(**FIELDS, depth=3)
     params = jax.tree.map(lambda a: a * 8, init_params(scanned, jax.random.key(0)))
     outer = {k: v for k, v in params.items() if k != "blocks"}
-    blocks = {f"block_{l}": jax.tree.map(lambda a, l=l: a[l], params["blocks"]) for l in range(12)}
-    own = {"vit": outer, **blocks}
-    expected = jax.jit(explain_fn(scanned, "rollout"))(params, IMAGES)
-    silent = Unrolled(scanned, perturbs=False)  # what no method but LRP looks at may be missing
-    got = jax.jit(explain_fn(silent, "rollout"))(own, IMAGES)
-    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6 * float(expected.max()))
-    with pytest.raises(tm.InputError, match="perturbs no 'final_tokens'"):
-        jax.eval_shape(lambda: capture(silent, own, IMAGES))
-    for method, message in (("legrad", "forward pass of tm.ViT; Unrolled has its own"), ("lrp", "field 'primitives'")):
-        with pytest.raises(tm.InputError, match=message):
-            jax.eval_shape(lambda m=method: explain_fn(Unrolled(scanned), m)(own, IMAGES))
-
-
-class Minimal(nn.Module):
-    """A module that shows what the table in `tokentm_jax.models.capture` lists for a few methods, and nothing else.
-
-    Two blocks of one head each on six patches, average pooled, each a Dense layer per projection.
-    """
-
-    shown: tuple[str, ...] = ()  # sown
-    perturbed: tuple[str, ...] = ()
-    grid = (2, 3)
-    prefix = 0
-    readout = (1 / 6,) * 6
-
-    def show(self, name, value):
-        if name in self.perturbed:
-            value = self.perturb(name, value)
-        if name in self.shown:
-            self.sow("intermediates", name, value)
-        return value
-
-    @nn.compact
-    def __call__(self, images):
-        b, d = len(images), 4
-        patches = images.reshape(b, 2, 4, 3, 4, 3).transpose(0, 1, 3, 2, 4, 5).reshape(b, 6, 48)
-        x = nn.Dense(d)(patches)
-        for block in range(2):
-            x = MinimalBlock(self.shown, self.perturbed, name=f"block_{block}")(x)
-        return nn.Dense(3)(x.mean(1))
-
-
-class MinimalBlock(Minimal):
-    @nn.compact
-    def __call__(self, x):
-        d = x.shape[-1]
-        x = self.show("tokens", x)
-        normalised = self.show("normalised", nn.LayerNorm()(x))
-        query, key, value = (nn.Dense(d, name=name)(normalised) for name in ("query", "key", "v"))
-        attention = self.show("attention", nn.softmax(jnp.einsum("bqd,bkd->bqk", query, key))[:, None])
-        out = nn.Dense(d, use_bias=False, name="out")
-        self.show("transformed_value", out(value))
-        branch = self.show("attention_branch", out(jnp.einsum("bhqk,bkd->bqd", attention, value)))
-        x = x + branch
-        return x + self.show("ffn_branch", nn.Dense(d, name="ffn")(nn.tanh(x)))
-
-
-CONTRACT = {  # method: (what it needs to be sown, what perturbed)
-    "rollout": (("attention",), ()),
-    "gae": (("attention",), ("attention",)),
-    "grad_cam": (("attention",), ("attention",)),
-    "beyond_intuition": (("attention",), ("attention",)),
-    "attcat": (("attention", "tokens"), ("tokens",)),
-    "grad_cam_tokens": (("normalised",), ("normalised",)),
-    "tokentm": (("attention", "tokens", "transformed_value", "attention_branch", "ffn_branch"), ("attention",)),
-}
-
-
-@pytest.fixture(scope="module")
-def full():
-    everything = tuple({name for shown, _ in CONTRACT.values() for name in shown})
-    module = Minimal(everything, ("attention", "tokens", "normalised"))
-    return module, module.init(jax.random.key(0), IMAGES)["params"]
-
-
-@pytest.mark.parametrize("method", mostly_slow(CONTRACT, ["tokentm"]))
-def test_a_module_that_follows_the_contract_and_no_more(briefly, full, method):
-    module, params = full
-    shown, perturbed = CONTRACT[method]
-    explain = explain_fn_of(method, params)
-    exact = Minimal(shown, perturbed)
-    maps, expected = jax.jit(lambda: (explain(exact), explain(module)))()
-    np.testing.assert_allclose(maps, expected, rtol=1e-5, atol=1e-7)
-    assert maps.shape == (2, 2, 3) and np.isfinite(maps).all() and maps.min() < maps.max()
-    for name in shown:
-        less = Minimal(tuple(n for n in shown if n != name), perturbed)
-        with pytest.raises(tm.InputError, match=f"sows no '{name}', which"):
-            jax.eval_shape(lambda m=less: explain(m))
-    if perturbed:
-        other = Minimal(shown, ("tokens",) if perturbed == ("attention",) else ("attention",))
-        with pytest.raises(tm.InputError, match=f"perturbs no '{perturbed[0]}', which"):
-            jax.eval_shape(lambda: explain(other))
-
-
-def explain_fn_of(method, params):
-    options = {"steps": 2} if method == "beyond_intuition" else {}
-    return lambda module: explain_fn(module, method, **options)(params, IMAGES)
+    blocks = {f"block_{l}": jax.tree.map(lambda a, l=l: a[l], params["blocks"]) for l in range(3)}
+    expected = jax.jit(explain_fn(scanned, method))(params, IMAGES)
+    got = jax.jit(explain_fn(Unrolled(scanned), method))({"vit": outer, **blocks}, IMAGES)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6 * float(jnp.abs(expected).max()))
 
 
 def test_pure_functions_vmap(vit):

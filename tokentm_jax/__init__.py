@@ -27,8 +27,8 @@ _HOMES = {
     "METHODS": "methods.table",
     "combine": "maths.maps",
     "to_pixels": "maths.maps",
-    "capture": "models.capture",
-    "Trace": "models.capture",
+    "capture": "programs.capture",
+    "Trace": "programs.capture",
     "PlainModel": "models.plain",
     "scores": "maths",
     "TokenTM": "maths.tokentm",
@@ -98,8 +98,6 @@ if TYPE_CHECKING:
     from tokentm_jax.models.architectures import ARCHITECTURES as ARCHITECTURES
     from tokentm_jax.models.architectures import build as build
     from tokentm_jax.models.bert import Bert as Bert
-    from tokentm_jax.models.capture import Trace as Trace
-    from tokentm_jax.models.capture import capture as capture
     from tokentm_jax.models.checkpoint import read_checkpoint as read_checkpoint
     from tokentm_jax.models.checkpoint import write_checkpoint as write_checkpoint
     from tokentm_jax.models.inputs import Tokens as Tokens
@@ -114,6 +112,8 @@ if TYPE_CHECKING:
     from tokentm_jax.models.texts import words as words
     from tokentm_jax.models.vit import ViT as ViT
     from tokentm_jax.models.vit import init_params as init_params
+    from tokentm_jax.programs.capture import Trace as Trace
+    from tokentm_jax.programs.capture import capture as capture
     from tokentm_jax.runs.evaluate_text import TextEvaluateConfig as TextEvaluateConfig
     from tokentm_jax.runs.leaderboard import LeaderboardConfig as LeaderboardConfig
     from tokentm_jax.runs.recipe import TrainConfig as TrainConfig

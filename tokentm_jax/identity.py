@@ -105,7 +105,7 @@ def architecture_of(module: Any) -> dict[str, str]:
     """The fields of a module but for functions, whose text is an address, and for what changes no number."""
     import dataclasses
 
-    left_out = {"primitives", "unroll", "parent", "name"}
+    left_out = {"linear", "unroll", "parent", "name"}
     names = [field.name for field in dataclasses.fields(module) if field.name not in left_out]
     return {name: str(getattr(module, name)) for name in names}
 

@@ -1,4 +1,4 @@
-"""Mixed precision: the products of linear maps read bfloat16 and sum in float32; all else is as in `PLAIN`.
+"""Mixed precision: the products of linear maps read bfloat16 and sum in float32; all else is as ever.
 
 Matrix units (AMX of recent Intel processors, tensor cores, TPUs) multiply bfloat16 several times as fast as float32:
 a forward pass of DeiT-tiny takes 0.56 of the time on two CPU cores with AMX, a step of its training 0.63. Weights,
@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from tokentm_jax.maths import primitives
-from tokentm_jax.maths.primitives import PLAIN
 
 _product = partial(jnp.dot, preferred_element_type=jnp.float32)
 
@@ -49,7 +48,7 @@ _rows_by_kernel.defvjp(_forward, _backward)
 def linear(x: Array, kernel: Array, bias: Array | None) -> Array:
     """Affine map of float32 `x @ kernel + bias`: x [..., I], kernel [I, O], bias [O] or None -> [..., O].
 
-    Other types, and maps with an odd number of inputs or outputs, are computed as in `PLAIN`.
+    Other types, and maps with an odd number of inputs or outputs, are computed in their own.
     """
     if x.dtype != jnp.float32 or kernel.shape[0] % 2 or kernel.shape[1] % 2:
         return primitives.linear(x, kernel, bias)
@@ -59,9 +58,6 @@ def linear(x: Array, kernel: Array, bias: Array | None) -> Array:
     return y.reshape(*x.shape[:-1], -1)
 
 
-MIXED = PLAIN._replace(embed=linear, linear=linear)
-
-
 def in_precision(module: Any, mixed: bool) -> Any:
-    """A module with the field `primitives` in mixed precision, or as it is."""
-    return module.clone(primitives=MIXED) if mixed else module
+    """A module with the field `linear` in mixed precision, or as it is."""
+    return module.clone(linear=linear) if mixed else module

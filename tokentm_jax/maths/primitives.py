@@ -1,14 +1,8 @@
-"""The primitives a ViT block is made of.
-
-The model calls every arithmetic step that an explanation method may want to treat in its own way through a
-`Primitives` tuple. `PLAIN` is ordinary arithmetic with ordinary derivatives. A relevance-propagation method is
-another tuple with the same forward results and another backward pass; the model itself is never written twice.
-"""
+"""The arithmetic of a Transformer block: linear maps, norms, softmax, non-linearities, rotary positions."""
 
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,26 +21,6 @@ def linear(x: Array, kernel: Array, bias: Array | None) -> Array:
     if bias is not None:
         y = y + bias.astype(x.dtype)
     return y.reshape(*x.shape[:-1], -1)
-
-
-def product(equation: str, a: Array, b: Array) -> Array:
-    """Product of two activations, written as an einsum: query with key, attention with value."""
-    return jnp.einsum(equation, a, b)
-
-
-def gate(gates: Array, x: Array) -> Array:
-    """Elementwise product of activated gates and what they let through (SwiGLU)."""
-    return gates * x
-
-
-def add(a: Array, b: Array) -> Array:
-    """Residual sum; also the sum of tokens and position embeddings."""
-    return a + b
-
-
-def fork(x: Array) -> tuple[Array, Array]:
-    """One value used twice: by the residual stream and by a branch."""
-    return x, x
 
 
 # The three steps below have derivatives of their own, written as tangents: forward mode and higher derivatives work,
@@ -164,27 +138,3 @@ def rotate(x: Array, cosine: Array, sine: Array, half: bool) -> Array:
     """Rotary positions: queries or keys [B, H, N, D] turned by the angle of their token; `sine` [N, D] has the sign of
     each channel's own turn."""
     return x * cosine.astype(x.dtype) + swapped(x, half) * sine.astype(x.dtype)
-
-
-def attended(attention: Array) -> Array:
-    """Attention [B, H, Q, K] on its way to the values."""
-    return attention
-
-
-class Primitives(NamedTuple):
-    """How a model computes, and differentiates, each kind of step."""
-
-    embed: Callable[[Array, Array, Array | None], Array] = linear
-    linear: Callable[[Array, Array, Array | None], Array] = linear
-    product: Callable[[str, Array, Array], Array] = product
-    gate: Callable[[Array, Array], Array] = gate
-    add: Callable[[Array, Array], Array] = add
-    fork: Callable[[Array], tuple[Array, Array]] = fork
-    norm: Callable[[Array, Array, Array, float], Array] = norm
-    softmax: Callable[[Array, float], Array] = softmax
-    activation: Callable[[Array, str], Array] = activation
-    rotate: Callable[[Array, Array, Array, bool], Array] = rotate
-    attended: Callable[[Array], Array] = attended
-
-
-PLAIN = Primitives()

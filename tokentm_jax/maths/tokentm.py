@@ -57,6 +57,17 @@ class Blocks(NamedTuple):
     output_grad: Any = None  # [L, N, D] gradient of the score at the block's output tokens
     seen: Any = None  # [L, N] bool: which tokens are there, and not padding; None: all
 
+    def through(self, x: Array) -> Array:
+        """Tokens x [N, D] through the projections of values and of the output, without biases, of one block."""
+        return x @ self.value_kernel @ self.output_kernel
+
+    def by_heads(self, x: Array, linear: bool) -> "Change":
+        """The change of tokens x [N, D] by each head of one block; `linear`: by the value projection of x itself."""
+        value = self.value
+        if linear:
+            value = jnp.swapaxes((x @ self.value_kernel).reshape(len(x), len(self.attention), -1), 0, 1)
+        return change_by_heads(x, value, self.output_kernel, self.seen)
+
 
 def sample_axes(axis: int) -> Blocks:
     """`in_axes` of `jax.vmap` for Blocks whose samples are along `axis`."""
@@ -247,21 +258,18 @@ def weigh(original: Array, transformed: Array, block: Blocks, options: TokenTM) 
     return options.weight(original, transformed, **{name: a for name, a in more.items() if options.takes(name)})
 
 
-def attention_weights(block: Blocks, options: TokenTM) -> Array:
-    """Diagonal of W_attn, [N], or [H, N] for each head, from the arrays of one block."""
+def attention_weights(block: Any, options: TokenTM) -> Array:
+    """Diagonal of W_attn, [N], or [H, N] for each head, from what one block did (`Blocks`)."""
     x = block.tokens if options.original == "residual" else block.normalised
     match options.transformed, options.heads:
         case "value", "sum":
             return weigh(x, block.transformed_value, block, options)
         case "linear", "sum":
-            return weigh(x, x @ block.value_kernel @ block.output_kernel, block, options)
+            return weigh(x, block.through(x), block, options)
         case "stream", _:
             return weigh(x, block.tokens + block.attention_branch, block, options)
-        case "value", _:
-            value = block.value
         case _:
-            value = jnp.swapaxes((x @ block.value_kernel).reshape(len(x), len(block.attention), -1), 0, 1)
-    return transformation_weights(change_by_heads(x, value, block.output_kernel, block.seen), options)
+            return transformation_weights(block.by_heads(x, options.transformed == "linear"), options)
 
 
 def ffn_weights(tokens: Array, block: Blocks, options: TokenTM) -> Array:

@@ -1,6 +1,6 @@
 """Methods that read attention, alone or with its gradient. Most carry a row through the blocks by one rule.
 
-Each function is `(module, params, inputs, target, **options) -> (maps, details)`; see `tokentm_jax.methods.table`.
+Each function is `(model, params, inputs, target, **options) -> (maps, details)`; see `tokentm_jax.methods.table`.
 """
 
 import dataclasses
@@ -8,7 +8,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from annotated_types import Ge, Le, Lt
@@ -17,26 +16,24 @@ from jax import Array
 from tokentm_jax.errors import InputError, Unfit
 from tokentm_jax.maths.maps import token_map
 from tokentm_jax.maths.primitives import wide
-from tokentm_jax.maths.scores import explained
 from tokentm_jax.maths.tokentm import (
     Blocks,
     TokenTM,
     Weights,
     attention_update,
     block_update,
-    block_weights,
-    contributions,
     initial_contributions,
     propagate,
     sample_axes,
     token_length,
     transformed_attention,
 )
-from tokentm_jax.methods.stream import POLICIES, Memory, backward, forward, replaced, require_streams, streams
-from tokentm_jax.models.capture import Trace, capture, zero_perturbations
-from tokentm_jax.models.inputs import as_inputs, context, mean_of_seen, read_out, seen, values, with_values
+from tokentm_jax.models.inputs import mean_of_seen, read_out, values, with_values
 from tokentm_jax.programs import passes
-from tokentm_jax.programs.model import Found
+from tokentm_jax.programs.capture import Trace, capture, of_sample
+from tokentm_jax.programs.model import Applied, Function, Model
+from tokentm_jax.programs.passes import Memory, View
+from tokentm_jax.programs.running import Plan
 
 OFF = TokenTM(length=False, direction="none", initialise=False, ffn=False, norms=False)  # GAE
 
@@ -46,15 +43,15 @@ Block = Annotated[int, Ge(0)]  # a block, counted from 0
 Read = Literal["head", "mean", "pool"]  # how LeGrad reads the tokens of a block
 
 
-def from_trace(module: Any, trace: Trace, rule: Callable[[Blocks, Array], Array]) -> Explanation:
+def from_trace(model: Any, trace: Trace, rule: Callable[[Blocks, Array], Array]) -> Explanation:
     """Token maps of a batch by a rule for one sample, `rule(blocks, read-out [N]) -> row [N]`.
 
     The rule computes in float32 at least, whatever the model computes in.
     """
 
     blocks = wide_blocks(trace.blocks())
-    rows = jax.vmap(rule, in_axes=(sample_axes(1), 0))(blocks, read_out(module, trace.seen, trace.score))
-    return token_map(module, rows), trace.details()
+    rows = jax.vmap(rule, in_axes=(sample_axes(1), 0))(blocks, read_out(model, trace.seen, trace.score))
+    return token_map(model, rows), trace.details()
 
 
 def wide_blocks(blocks: Blocks) -> Blocks:
@@ -69,9 +66,9 @@ def check_blocks(depth: int, first_block: int, end_block: int | None = None) -> 
 
 
 def tokentm(
-    module: nn.Module,
+    model: Model,
     params: Any,
-    inputs: Array,
+    inputs: Any,
     target: Any,
     *,
     options: TokenTM,
@@ -82,102 +79,60 @@ def tokentm(
     `memory` is how to run it, with equal results: "store" what the linear maps of each block gave until the backward
     pass, for speed, or "recompute" it, for memory.
     """
-    chosen = (options.first_block, options.end_block)
-    if isinstance(module, Found) and not options.takes("gradient"):
-        check_blocks(module.depth, *chosen)
-        return _tokentm_of_function(module, params, inputs, target, options, memory)
-    if not streams(module) or options.takes("gradient"):  # which a pass does not know on its way forward
-        fields = options.uses(getattr(module, "post_norm", False))
-        if "output_grad" in fields:
-            fields = fields - {"output_grad"} | {"tokens", "token_grads", "final_tokens"}
-        trace = capture(module, params, inputs, target, fields)
-        check_blocks(len(trace.attention), *chosen)
+    check_blocks(model.depth, options.first_block, options.end_block)
 
-        def rule(blocks: Blocks, row: Array) -> Array:
-            return contributions(blocks, blocks.tokens[0] if options.initialise else None, row, options)
+    def summary(view: View) -> tuple[Array, Weights]:
+        weights = view.weights(options)
+        return transformed_attention(view.attention, None, weights.attention, options), weights
 
-        return from_trace(module, trace, rule)
-    check_blocks(module.depth, *chosen)
+    def one(sample: Any, target: Any) -> tuple[tuple[Array, Array], Details]:
+        if options.takes("gradient"):  # which a pass does not know on its way forward
+            known, _ = of_sample(model, params, sample, target, ("token_grads", "final_tokens"))
+            done, details = passes.rows_inside(
+                model, params, sample, target, options, memory, known["token_grads"][1:]
+            )
+        elif options.attention == "plain":
+            chosen = (options.first_block, options.end_block)
+            update = lambda row, known: block_update(row, *known)  # noqa: E731
+            return passes.rows_behind(model, params, sample, target, summary, update, *chosen)
+        else:
+            done, details = passes.rows_inside(model, params, sample, target, options, memory)
+        return done[:2], details
 
-    def plain(block: Blocks) -> tuple[Array, Weights]:
-        weights = block_weights(block, options)
-        return transformed_attention(block.attention, None, weights.attention, options), weights
-
-    model = (module, params, inputs, target)
-    if options.attention != "plain":
-        rows, embedded, _, _, details = backward(*model, options, memory)
-    else:
-        rows, embedded, details = forward(*model, plain, lambda row, known: block_update(row, *known), *chosen)
+    (rows, embedded), details = model.per_sample(one, inputs, target)
     rows = jax.vmap(partial(initial_contributions, options=options))(rows, wide(embedded))
-    return token_map(module, rows), details
-
-
-def _tokentm_of_function(
-    found: Found, params: Any, inputs: Array, target: Any, options: TokenTM, memory: Memory
-) -> Explanation:
-    """TokenTM of a function that was read: its row is in the backward pass, or behind the forward pass."""
-    if options.attention == "plain":
-
-        def summary(view: passes.View) -> tuple[Array, Weights]:
-            weights = view.weights(options)
-            return transformed_attention(view.heads, None, weights.attention, options), weights
-
-        one = lambda sample, target: passes.rows_behind(  # noqa: E731
-            found,
-            params,
-            sample,
-            target,
-            summary,
-            lambda row, known: block_update(row, *known),
-            options.first_block,
-            options.end_block,
-        )
-    else:
-        one = lambda sample, target: passes.rows_inside(found, params, sample, target, options, POLICIES[memory])  # noqa: E731
-    (rows, embedded, *_), details = found.per_sample(one, inputs, target)
-    rows = jax.vmap(partial(initial_contributions, options=options))(rows, wide(embedded))
-    return token_map(found, rows), details
+    return token_map(model, rows), details
 
 
 def _from_attention(
-    module: Any,
+    model: Model,
     params: Any,
-    inputs: Array,
+    inputs: Any,
     target: Any,
-    fuse: Callable[[Blocks], Array],
+    fuse: Callable[[View], Array],
     update: Callable[[Array, Array], Array],
     first_block: int | None,
 ) -> Explanation:
     """Maps by a rule that knows of each block only `fuse` of its attention [H, N, N]; `first_block` None: the last
     alone."""
-    if isinstance(module, Found):
-        start = module.depth - 1 if first_block is None else first_block
-        check_blocks(module.depth, start)
-        of_view = lambda view: fuse(passes.NOTHING._replace(attention=view.heads))  # noqa: E731
-        one = lambda sample, target: passes.rows_behind(module, params, sample, target, of_view, update, start)  # noqa: E731
-        (rows, _), details = module.per_sample(one, inputs, target)
-        return token_map(module, rows), details
-    trace = None if streams(module) else capture(module, params, inputs, target, ["attention"])
-    depth = module.depth if trace is None else len(trace.attention)
-    start = depth - 1 if first_block is None else first_block
-    check_blocks(depth, start)
-    if trace is not None:
-        of_block = lambda row, block: update(row, fuse(block))  # noqa: E731
-        return from_trace(module, trace, lambda blocks, row: propagate(of_block, blocks, row, start))
-    rows, _, details = forward(module, params, inputs, target, fuse, update, start)
-    return token_map(module, rows), details
+    start = model.depth - 1 if first_block is None else first_block
+    check_blocks(model.depth, start)
+    one = lambda sample, target: passes.rows_behind(model, params, sample, target, fuse, update, start)  # noqa: E731
+    (rows, _), details = model.per_sample(one, inputs, target)
+    return token_map(model, rows), details
 
 
-def raw_attention(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
+def raw_attention(model: Model, params: Any, inputs: Any, target: Any) -> Explanation:
     """Mean attention of the last block, read as the head reads."""
-    model = (module, params, inputs, target)
-    return _from_attention(*model, lambda block: block.attention.mean(0), lambda row, fused: row @ fused, None)
+    return _from_attention(
+        model, params, inputs, target, lambda block: block.attention.mean(0), lambda row, fused: row @ fused, None
+    )
 
 
 def rollout(
-    module: nn.Module,
+    model: Model,
     params: Any,
-    inputs: Array,
+    inputs: Any,
     target: Any,
     *,
     fusion: Literal["mean", "max", "min"] = "mean",
@@ -191,7 +146,7 @@ def rollout(
     """
     reduce = {"mean": jnp.mean, "max": jnp.max, "min": jnp.min}[fusion]
 
-    def fuse(block: Blocks) -> Array:
+    def fuse(block: View) -> Array:
         fused = reduce(block.attention, axis=0)
         if not discard_ratio:
             return fused
@@ -206,13 +161,13 @@ def rollout(
         # A row of (A + I) / s: dividing the relevance of each query by its row sum s.
         return attention_update(row / (fused.sum(-1) + 1) if normalise else row, fused)
 
-    return _from_attention(module, params, inputs, target, fuse, update, first_block)
+    return _from_attention(model, params, inputs, target, fuse, update, first_block)
 
 
 def gae(
-    module: nn.Module,
+    model: Model,
     params: Any,
-    inputs: Array,
+    inputs: Any,
     target: Any,
     *,
     first_block: Block = 0,
@@ -223,47 +178,47 @@ def gae(
     It is TokenTM with every component off.
     """
     options = dataclasses.replace(OFF, first_block=first_block)
-    return tokentm(module, params, inputs, target, options=options, memory=memory)
+    return tokentm(model, params, inputs, target, options=options, memory=memory)
 
 
-def grad_cam(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
+def grad_cam(model: Model, params: Any, inputs: Any, target: Any) -> Explanation:
     """Grad-CAM on the last block's attention: heads weighted by their mean gradient in the read-out row."""
-    trace = capture(module, params, inputs, target, ["attention", "attention_grad"])
+    trace = capture(model, params, inputs, target, ["attention", "attention_grad"])
 
     def rule(blocks: Blocks, row: Array) -> Array:
         attention, gradient = row @ blocks.attention[-1], row @ blocks.attention_grad[-1]  # [H, N]
         there = None if blocks.seen is None else blocks.seen[-1]
-        weights = mean_of_seen(gradient[:, module.prefix :], there)
+        weights = mean_of_seen(gradient[:, model.prefix :], there)
         return jax.nn.relu((weights[:, None] * attention).mean(0))
 
-    return from_trace(module, trace, rule)
+    return from_trace(model, trace, rule)
 
 
-def grad_cam_tokens(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
+def grad_cam_tokens(model: Model, params: Any, inputs: Any, target: Any) -> Explanation:
     """Grad-CAM on the patch tokens after the last block's first LayerNorm, as users of CAM libraries do."""
-    trace = capture(module, params, inputs, target, ["normalised", "normalised_grads"])
+    trace = capture(model, params, inputs, target, ["normalised", "normalised_grads"])
 
     def one(features: Array, gradient: Array, there: Array | None) -> Array:
         features, gradient = wide(features), wide(gradient)
-        return jax.nn.relu((features * mean_of_seen(gradient[module.prefix :], there, -2)).sum(-1))
+        return jax.nn.relu((features * mean_of_seen(gradient[model.prefix :], there, -2)).sum(-1))
 
     rows = jax.vmap(one)(trace.normalised[-1], trace.normalised_grads[-1], trace.seen)
-    return token_map(module, rows), trace.details()
+    return token_map(model, rows), trace.details()
 
 
-def attcat(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
+def attcat(model: Model, params: Any, inputs: Any, target: Any) -> Explanation:
     """AttCAT (Qiang et al., NeurIPS 2022): token * gradient at each block's input, times the attention it gets."""
-    trace = capture(module, params, inputs, target, ["attention", "tokens", "token_grads"])
+    trace = capture(model, params, inputs, target, ["attention", "tokens", "token_grads"])
     effect = (wide(trace.tokens) * wide(trace.token_grads)).sum(-1)  # [L, B, N]
     per_query = wide(trace.attention).mean(2)  # [L, B, N, N]
     received = jax.vmap(partial(mean_of_seen, axis=-2), (1, 0), 1)(per_query, trace.seen)
-    return token_map(module, (received * effect).sum(0)), trace.details()
+    return token_map(model, (received * effect).sum(0)), trace.details()
 
 
 def legrad(
-    module: nn.Module,
+    model: Model,
     params: Any,
-    inputs: Array,
+    inputs: Any,
     target: Any,
     *,
     read: Read = "head",
@@ -274,78 +229,49 @@ def legrad(
     `read` is how: by the model's "head"; from the "mean" of all tokens, as the published code does for CLIP; or by the
     attention "pool" without the norm before it, as it does for SigLIP: A_l is then the attention of the pool.
     """
-    if isinstance(module, Found):
-        if read != "head":
-            raise Unfit("of a function only the whole head is known: LeGrad reads it with read='head'")
-        check_blocks(module.depth, first_block)
-        one = partial(passes.legrad_rows, module, params, first_block=first_block)
-        rows, details = module.per_sample(one, inputs, target)
-        return token_map(module, rows), details
-    require_streams(module, "the method 'legrad' reads every block's tokens through the head")
-    inputs = as_inputs(module, params, inputs)
-    trace = capture(module, params, inputs, target, ["tokens", "final_tokens"])
-    check_blocks(module.depth, first_block)
+    check_blocks(model.depth, first_block)
     if read == "pool":
-        of_layer = legrad_of_pool(module, params, trace.target)
-    else:
-        of_layer = legrad_of_block(module, params, inputs, trace.target, read)
-    layers = jax.tree.map(lambda a: a[first_block:], (params["blocks"], trace.tokens[:-1], trace.tokens[1:]))
-    start = jnp.zeros_like(wide(trace.tokens[0, ..., 0]))
-    rows, _ = jax.lax.scan(lambda sum, layer: (sum + of_layer(*layer), None), start, layers)
-    return token_map(module, rows), trace.details()
-
-
-def legrad_of_block(module: Any, params: Any, inputs: Any, target: Array, read: Read = "head") -> Callable[..., Array]:
-    """`(a block's parameters, its input [B, N, D], ...) -> mean_{h,q} relu(d s_l / d A_l)` [B, N]: LeGrad's."""
-    block, more, there = module.block(), context(inputs), seen(inputs)
-    if read == "mean" and (there is not None or module.global_pool != "token" or module.distilled):
+        return _legrad_of_pool(model, params, inputs, target, first_block)
+    if read == "mean" and max(model.readout) < 1:
         raise Unfit("read='mean' puts the mean of all tokens in the class token's place, so it needs one that is read")
-    shares: Any = slice(None)
-    if there is None and read == "head":
-        # Behind the attention tokens do not mix: those that the head does not read need not be computed.
-        every = replaced(module, ["classify", "readout"])  # may read others
-        shares = jnp.array([token for token, share in enumerate(module.readout) if share or every])
-
-    def of_block(weights: Any, tokens: Array, *_: Array) -> Array:
-        zeros = zero_perturbations(block, weights, tokens)["perturbations"]
-
-        def class_score(change: Array) -> Array:
-            variables = {"params": weights, "perturbations": {**zeros, "attn": {"attention": change}}}
-            middle = block.apply(variables, tokens, *more, method="attend")
-            after = jnp.zeros_like(tokens).at[:, shares].set(block.apply(variables, middle[:, shares], method="feed"))
-            after = after.mean(1, keepdims=True) if read == "mean" else after
-            logits = module.apply({"params": params}, after, *more, method="classify")
-            return explained(logits, target)[0].sum()
-
-        gradient = jax.nn.relu(wide(jax.grad(class_score)(zeros["attn"]["attention"])))
-        return jax.vmap(partial(mean_of_seen, axis=-2))(gradient.mean(1), there)
-
-    return of_block
+    one = partial(passes.legrad_rows, model, params, first_block=first_block, read=read)
+    rows, details = model.per_sample(one, inputs, target)
+    return token_map(model, rows), details
 
 
-def legrad_of_pool(module: Any, params: Any, target: Array) -> Callable[..., Array]:
-    """`(..., a block's output [B, N, D]) -> mean_h relu(d s_l / d A)` [B, N], of the attention A of the pool."""
+def _legrad_of_pool(model: Model, params: Any, inputs: Any, target: Any, first_block: int) -> Explanation:
+    """LeGrad by the attention of SigLIP's pool: `sum_l mean_h relu(d s_l / d A)`."""
+    module = model.source.module
     if getattr(module, "global_pool", None) != "map":
         raise Unfit("read='pool' reads the attention of a pool, as SigLIP has, and this model has none")
+    trace = capture(model, params, inputs, target, ["tokens", "final_tokens"])
+    after = trace.tokens[first_block + 1 :]
+    pool = Function(Applied(module, "pool")).read(params, after[0])
+    (mix,) = pool.reading.attentions
+    kind = pool.reading.flat.types[mix.of]
 
-    def of_block(weights: Any, before: Array, tokens: Array) -> Array:
-        def class_score(change: Array) -> Array:
-            rules = module.primitives._replace(attended=lambda attention: attention + change.astype(attention.dtype))
-            logits = module.clone(primitives=rules).apply({"params": params}, tokens, method="pool")
-            return explained(logits, target)[0].sum()
+    def one(tokens: Array, target: Any) -> tuple[Array, Details]:
+        add = lambda evaluation: lambda value, state, extra: (value + extra, state, None)  # noqa: E731
+        plan = Plan(taps={pool.reading: {mix.of: add}})
 
-        b, n, _ = tokens.shape
-        attention = jnp.zeros((b, module.num_heads, 1, n - module.prefix), wide(tokens).dtype)
-        gradient = jax.nn.relu(jax.grad(class_score)(attention))
-        return jnp.pad(gradient.mean((1, 2)), ((0, 0), (module.prefix, 0)))
+        def score(change: Array) -> tuple[Array, Details]:
+            return passes.scored(pool.evaluate(params, tokens, plan, {mix.of: change}, None)[0], target)
 
-    return of_block
+        gradient, details = jax.grad(score, has_aux=True)(jnp.zeros(kind.shape, kind.dtype))
+        row = jax.nn.relu(wide(gradient)).reshape(-1, kind.shape[-1]).mean(0)
+        return jnp.pad(row, (model.prefix, 0)), details
+
+    def of_block(total: Array, tokens: Array) -> tuple[Array, None]:
+        return total + pool.per_sample(one, tokens, trace.target)[0], None
+
+    rows, _ = jax.lax.scan(of_block, jnp.zeros_like(wide(after[0, ..., 0])), after)
+    return token_map(model, rows), trace.details()
 
 
 def beyond_intuition(
-    module: nn.Module,
+    model: Model,
     params: Any,
-    inputs: Array,
+    inputs: Any,
     target: Any,
     *,
     variant: Literal["head", "token"] = "head",
@@ -361,14 +287,13 @@ def beyond_intuition(
     fourth block (`first_block=3`).
     """
     weighted = ["tokens", "transformed_value"] if variant == "token" else []
-    inputs = as_inputs(module, params, inputs)
-    trace = capture(module, params, inputs, target, ["attention", "attention_grad", *weighted])
+    trace = capture(model, params, inputs, target, ["attention", "attention_grad", *weighted])
     check_blocks(len(trace.attention), first_block)
 
     def gradient_at(share: Array) -> Array:
         numbers = values(inputs)
         point = with_values(inputs, numbers * share.astype(numbers.dtype))
-        return wide(capture(module, params, point, trace.target, ["attention_grad"]).attention_grad[-1])
+        return wide(capture(model, params, point, trace.target, ["attention_grad"]).attention_grad[-1])
 
     shares = jnp.arange(1, steps + 1, dtype=jnp.float32) / steps
     shares = jnp.linspace(0, 1, steps, dtype=jnp.float32) if from_zero else shares
@@ -389,6 +314,6 @@ def beyond_intuition(
         identity = jnp.eye(len(row), dtype=row.dtype)
         return row @ (feedback * propagate(update, blocks, identity, first_block))
 
-    readout = read_out(module, trace.seen, feedback)
+    readout = read_out(model, trace.seen, feedback)
     rows = jax.vmap(one, in_axes=(sample_axes(1), 0, 0))(wide_blocks(trace.blocks()), feedback, readout)
-    return token_map(module, rows), trace.details()
+    return token_map(model, rows), trace.details()

@@ -17,8 +17,9 @@ from tokentm_jax.maths.tokentm import (
     ratio,
     transformation_weights,
 )
-from tokentm_jax.models.capture import capture
 from tokentm_jax.models.inputs import read_out
+from tokentm_jax.programs.capture import capture
+from tokentm_jax.programs.model import function_of
 
 OPTIONS = TokenTM()
 
@@ -46,13 +47,14 @@ def by_block(module: Any, params: Any, inputs: Array, target: Any = None) -> ByB
       module, params, inputs, target: as for `tokentm_jax.capture`; `module` reads images.
 
     Raises:
-      InputError: a module that does not show what TokenTM reads.
+      InputError: a model in which no Transformer is found.
     """
-    trace = capture(module, params, inputs, target, OPTIONS.uses())
+    model = function_of(module).read(params, inputs)
+    trace = capture(model, params, inputs, target, OPTIONS.uses())
     blocks = trace.blocks()
 
     def maps(rows: Array) -> Array:  # [L, B, N] -> [B, L, gh, gw]
-        return jnp.moveaxis(jax.vmap(partial(token_map, module))(rows), 0, 1)
+        return jnp.moveaxis(jax.vmap(partial(token_map, model))(rows), 0, 1)
 
     def layer(original: Array, transformed: Array) -> Layer:  # [L, B, N, D] each
         tokens = change(original, transformed)
@@ -64,6 +66,6 @@ def by_block(module: Any, params: Any, inputs: Array, target: Any = None) -> ByB
         ends = [TokenTM(end_block=end) for end in range(1, depth + 1)]
         return jnp.stack([contributions(blocks, blocks.tokens[0], rows, options) for options in ends])
 
-    rows = jax.vmap(grown, in_axes=(1, 0), out_axes=1)(blocks, read_out(module, None, inputs))
+    rows = jax.vmap(grown, in_axes=(1, 0), out_axes=1)(blocks, read_out(model, None, inputs))
     middle = blocks.tokens + blocks.attention_branch
     return ByBlock(maps(rows), layer(blocks.tokens, blocks.transformed_value), layer(middle, blocks.ffn_branch))

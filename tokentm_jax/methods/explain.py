@@ -16,11 +16,10 @@ from tokentm_jax.errors import InputError, Unfit, suggest
 from tokentm_jax.maths.maps import unit
 from tokentm_jax.maths.scores import Cosine, Question, Versus, as_numbers, classes_of, question
 from tokentm_jax.methods.table import METHODS, Method
-from tokentm_jax.models.capture import check_model, check_module, is_function
-from tokentm_jax.models.inputs import as_inputs, readable, seen
+from tokentm_jax.models.inputs import readable, seen
 from tokentm_jax.models.loading import require_loaded
 from tokentm_jax.programs.inspection import Inspection, inspected
-from tokentm_jax.programs.model import Function
+from tokentm_jax.programs.model import Function, check_model, function_of
 from tokentm_jax.programs.running import KINDS
 
 if TYPE_CHECKING:
@@ -43,8 +42,8 @@ def explain_fn(
     """A pure function `(params, inputs, target=None) -> maps` to `jit`, `vmap`, shard, export or differentiate.
 
     Args:
-      module: a function `(params, inputs) -> outputs` of any library, whose program is read (see `inspect`); a ViT; or
-        a Linen module that `tokentm_jax.models.capture` can read.
+      module: a function `(params, inputs) -> outputs` of any library, or a Linen module such as `ViT`; its program is
+        read (see `inspect`).
       method: a name of `METHODS`.
       score: what is explained, a function `(outputs, target) -> [B]` or `outputs -> [B]` of what the module gives,
         such as those of `tokentm_jax.maths.scores`; None for the logit of the class.
@@ -54,7 +53,7 @@ def explain_fn(
       grid, prefix, readout: of a function, what its program does not show: the patches (height, width), the tokens
         before those of the patches, and how the head reads the tokens ("token", "avg" or a share for each).
       **options: the method's options. `rules`, of methods of gradients, chooses their backward rules: a name ("plain",
-        "libra", "conservative", "attn_lrp", "res_lrp", "lrp") or, for a function, a mapping from kinds of steps to
+        "libra", "conservative", "attn_lrp", "res_lrp", "lrp") or a mapping from kinds of steps to
         rules `rule(f, *inputs)` (`tokentm_jax.programs.running` lists them).
 
     Returns:
@@ -71,40 +70,28 @@ def explain_fn(
       InputError: no such method or option; when called, a score of another shape or type than [B] floats; when
         differentiated, a map without a true derivative.
     """
-    module = _model(module, grid, prefix, readout)
-    rules = _custom_rules(module, method, options)
-    explainer = _explainer(module, method, _method(method), options, details, differentiate_anyway, rules)
+    model = function_of(module, grid, prefix, readout)
+    rules = _custom_rules(method, options)
+    explainer = _explainer(model, method, _method(method), options, details, differentiate_anyway, rules)
     if score is None:
         return explainer
     asked = question(score)
     return lambda params, inputs, target=None: explainer(params, inputs, asked._replace(target=target))
 
 
-def _custom_rules(module: Any, method: str, options: dict[str, Any]) -> Mapping[str, Any]:
+def _custom_rules(method: str, options: dict[str, Any]) -> Mapping[str, Any]:
     """The option `rules` where it is a mapping, taken out of the options; else no rules."""
     if not isinstance(options.get("rules"), Mapping):
         return {}
     rules = options.pop("rules")
-    if not _method(method).takes_rules or not isinstance(module, Function):
-        raise InputError("custom rules need a function as the model, and a method that takes rules")
+    if not _method(method).takes_rules:
+        raise InputError(f"the method {method!r} takes no rules: it has its own")
     for kind, rule in rules.items():
         if kind not in KINDS:
             raise suggest("kind of step", kind, KINDS)
         if not callable(rule):
             raise InputError(f"the rule of {kind!r} must be a function rule(f, *inputs), got {rule!r:.80}")
     return rules
-
-
-def _model(module: Any, grid: Any = None, prefix: Any = None, readout: Any = None) -> Any:
-    """A function as a model; all else as it is. Raises InputError where a model shows its own grid."""
-    check_module(module)
-    if is_function(module):
-        return Function(
-            module, grid, prefix, readout if readout is None or isinstance(readout, str) else tuple(readout)
-        )
-    if (grid, prefix, readout) != (None, None, None):
-        raise InputError("grid, prefix and readout are for functions: a module has its own")
-    return module
 
 
 def inspect(
@@ -127,12 +114,9 @@ def inspect(
     Raises:
       InputError: no function of two arguments, or one that does not give arrays per sample.
     """
-    model = _model(function, grid, prefix, readout)
-    if not isinstance(model, Function):
-        raise InputError("inspect reads functions (params, inputs) -> outputs: give one that applies the module")
-    return inspected(
-        model.read(params, inputs), lambda: methods_for(function, params, inputs, grid=grid, prefix=prefix)
-    )
+    model = function_of(function, grid, prefix, readout)
+    inputs = jax.eval_shape(model.look_up, params, inputs)
+    return inspected(model.read(params, inputs), lambda: methods_for(model, params, inputs))
 
 
 def _method(name: Any) -> Method:
@@ -158,7 +142,7 @@ def _refuse(method: str, found: Any, changes: Any) -> Any:
 
 
 def _explainer(
-    module: Any,
+    model: Function,
     method: str,
     row: Method,
     options: Mapping[str, Any],
@@ -167,21 +151,19 @@ def _explainer(
     rules: Mapping[str, Any] = MappingProxyType({}),
 ) -> Callable[..., Any]:
     """What `explain_fn` returns, of a method with its options."""
-    check_module(module)
     bound = row.bind(method, options)
     plain = row.has_derivative(options) and not rules
     shown = (lambda found: found) if anyway or plain else partial(_without_derivative, method)
 
     def explain_inputs(params: Any, inputs: Array, target: Any = None) -> Any:
-        inputs = as_inputs(module, params, inputs)
-        model = module.read(params, inputs) if isinstance(module, Function) else module
-        model = model.clone(rules) if rules else model
+        inputs = model.look_up(params, inputs)
+        program = model.read(params, inputs).by(rules)
         # Zeros go through in place of what cannot be read: no NaN is left to meet a zero in a derivative.
         fine, read = readable(inputs)
         try:
-            maps, found = shown(bound(model, params, read, target))
+            maps, found = shown(bound(program, params, read, target))
         except Unfit as error:
-            others = ", ".join(methods_for(module, params, inputs, target)) or "no method"
+            others = ", ".join(methods_for(model, params, inputs, target)) or "no method"
             raise InputError(f"{error}; what works without is {others}") from None
         if not {"logits", "target", "score"} <= {*found}:
             raise InputError(
@@ -206,7 +188,7 @@ def _explainer(
         return _nan_unless(true, maps), {**marked, "logits": outputs, "target": target}
 
     def placed(params: Any, inputs: Array, target: Any = None) -> Any:
-        check_model(module, params, inputs)
+        check_model(model, params, inputs)
         sharding = jax.typeof(jax.tree.leaves(inputs)[0]).sharding
         if AxisType.Explicit not in sharding.mesh.axis_types:
             return explain_inputs(params, inputs, target)
@@ -241,15 +223,14 @@ def methods_for(
       target: as for `explain_fn`'s function.
       grid, prefix, readout: as for `explain_fn`.
     """
-    module = _model(module, grid, prefix, readout)
-    check_model(module, params, inputs)
-    inputs = jax.eval_shape(partial(as_inputs, module), params, inputs)
-    if isinstance(module, Function):
-        module = module.read(params, inputs)
+    model = function_of(module, grid, prefix, readout)
+    check_model(model, params, inputs)
+    inputs = jax.eval_shape(model.look_up, params, inputs)
+    program = model.read(params, inputs)
     found = []
     for name, row in METHODS.items():
         try:
-            jax.eval_shape(partial(row.bind(name, {}), module), params, inputs, target)
+            jax.eval_shape(partial(row.bind(name, {}), program), params, inputs, target)
             found.append(name)
         except ValueError:  # InputError, or JAX's own for a loop that it cannot differentiate
             continue
@@ -290,17 +271,17 @@ def compiled(
     if preprocessing is not None:
         rows = [(name, row, row.suited(options, preprocessing)) for name, row, options in rows]
     checked = tuple((name, row, tuple(sorted(row.check(name, options).items()))) for name, row, options in rows)
-    return _compiled(module, checked, None if details is None else tuple(details), preprocessing)
+    return _compiled(function_of(module), checked, None if details is None else tuple(details), preprocessing)
 
 
 @lru_cache(maxsize=128)
 def _compiled(
-    module: Any,
+    model: Function,
     methods: tuple[tuple[str, Method, tuple[tuple[str, Any], ...]], ...],
     details: tuple[str, ...] | None,
     preprocessing: Preprocessing | None,
 ) -> Callable[..., tuple[dict[str, Array], dict[str, Array]]]:
-    explainers = {name: _explainer(module, name, row, dict(options), True) for name, row, options in methods}
+    explainers = {name: _explainer(model, name, row, dict(options), True) for name, row, options in methods}
 
     def program(params: Any, inputs: Array, target: Any) -> tuple[dict[str, Array], dict[str, Array]]:
         if preprocessing is not None:

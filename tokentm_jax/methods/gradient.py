@@ -1,11 +1,10 @@
 """Methods that differentiate the score with respect to the input and need nothing of a Transformer.
 
-Each function is `(module, params, inputs, target, **options) -> (pixel maps [B, H, W], details)`.
+Each function is `(model, params, inputs, target, **options) -> (pixel maps [B, H, W], details)`.
 """
 
 from typing import Annotated, Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from annotated_types import Ge, Le, Lt
@@ -13,20 +12,19 @@ from jax import Array
 
 from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.scores import explained
-from tokentm_jax.models.inputs import as_inputs, input_map, seen, values, with_values
+from tokentm_jax.models.inputs import input_map, seen, values, with_values
+from tokentm_jax.programs.model import Model
 
 MOST = 100_000  # passes
 
 Explanation = tuple[Array, dict[str, Array]]
 
 
-def _gradient(
-    module: nn.Module, params: Any, inputs: Array, target: Array | None
-) -> tuple[Array, Array, dict[str, Array]]:
+def _gradient(model: Model, params: Any, inputs: Any, target: Any) -> tuple[Array, Array, dict[str, Array]]:
     """Gradient of each sample's score at its input [B, H, W, 3], that score [B], and the details."""
 
     def score(numbers: Array) -> tuple[Array, tuple[Array, dict[str, Array]]]:
-        logits = module.apply({"params": params}, with_values(inputs, numbers))
+        logits = model.apply({"params": params}, with_values(inputs, numbers))
         own, details = explained(logits, target)
         return own.sum(), (own, details)
 
@@ -34,24 +32,22 @@ def _gradient(
     return wide(gradient), own, details
 
 
-def input_gradient(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
+def input_gradient(model: Model, params: Any, inputs: Any, target: Any) -> Explanation:
     """Largest absolute gradient over the channels (Simonyan et al., 2013)."""
-    inputs = as_inputs(module, params, inputs)
-    gradient, _, details = _gradient(module, params, inputs, target)
+    gradient, _, details = _gradient(model, params, inputs, target)
     return input_map(seen(inputs), jnp.abs(gradient).max(-1)), details
 
 
-def gradient_x_input(module: nn.Module, params: Any, inputs: Array, target: Array | None) -> Explanation:
+def gradient_x_input(model: Model, params: Any, inputs: Any, target: Any) -> Explanation:
     """Gradient times normalised input, summed over the channels (Shrikumar et al., 2016); signed."""
-    inputs = as_inputs(module, params, inputs)
-    gradient, _, details = _gradient(module, params, inputs, target)
+    gradient, _, details = _gradient(model, params, inputs, target)
     return input_map(seen(inputs), (gradient * values(inputs).astype(gradient.dtype)).sum(-1)), details
 
 
 def smooth_grad(
-    module: nn.Module,
+    model: Model,
     params: Any,
-    inputs: Array,
+    inputs: Any,
     target: Any,
     *,
     samples: Annotated[int, Ge(1), Le(MOST)] = 25,
@@ -63,8 +59,7 @@ def smooth_grad(
     The standard deviation is `noise` times each image's own range. All images get the same noise, so that a map does
     not depend on the batch.
     """
-    inputs = as_inputs(module, params, inputs)
-    _, _, details = _gradient(module, params, inputs, target)
+    _, _, details = _gradient(model, params, inputs, target)
     x, mask = values(inputs), seen(inputs)
     # What stands behind a text does not count: its first token stands in for it.
     there = x if mask is None else jnp.where(mask[..., None], x, x[:, :1])
@@ -73,7 +68,7 @@ def smooth_grad(
 
     def noisy(total: Array, key: Array) -> tuple[Array, None]:
         changed = with_values(inputs, x + deviation * jax.random.normal(key, (1, *x.shape[1:]), x.dtype))
-        return total + _gradient(module, params, changed, details["target"])[0], None
+        return total + _gradient(model, params, changed, details["target"])[0], None
 
     start = jnp.zeros_like(wide(x))
     total, _ = jax.lax.scan(noisy, start, jax.random.split(jax.random.key(seed), samples))
@@ -81,9 +76,9 @@ def smooth_grad(
 
 
 def integrated_gradients(
-    module: nn.Module,
+    model: Model,
     params: Any,
-    inputs: Array,
+    inputs: Any,
     target: Any,
     *,
     steps: Annotated[int, Ge(1), Le(MOST)] = 32,
@@ -94,18 +89,17 @@ def integrated_gradients(
     `baseline` is the value of every pixel of the normalised baseline image (0 is the data's mean colour).
     `details["completeness_gap"]` [B] is the sum of the map minus the change of the logit: zero for enough steps.
     """
-    inputs = as_inputs(module, params, inputs)
-    _, own, details = _gradient(module, params, inputs, target)
+    _, own, details = _gradient(model, params, inputs, target)
     x = values(inputs)
     base = jnp.full_like(x, baseline)
 
     def at(total: Array, share: Array) -> tuple[Array, None]:
         point = with_values(inputs, base + share.astype(x.dtype) * (x - base))
-        return total + _gradient(module, params, point, details["target"])[0], None
+        return total + _gradient(model, params, point, details["target"])[0], None
 
     shares = (jnp.arange(steps, dtype=jnp.float32) + 0.5) / steps
     start = jnp.zeros_like(wide(x))
     total, _ = jax.lax.scan(at, start, shares)
     maps = input_map(seen(inputs), ((x - base).astype(total.dtype) * total / steps).sum(-1))
-    at_base = explained(module.apply({"params": params}, with_values(inputs, base)), details["target"])[0]
+    at_base = explained(model.apply({"params": params}, with_values(inputs, base)), details["target"])[0]
     return maps, {**details, "completeness_gap": maps.sum((1, 2)) - (own - at_base)}

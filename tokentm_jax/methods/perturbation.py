@@ -1,6 +1,6 @@
 """Methods that take patches away and look at what the model says then: forward passes alone.
 
-Each function is `(module, params, inputs, target, **options) -> (maps [B, gh, gw], details)`. All but `token_dropping`
+Each function is `(model, params, inputs, target, **options) -> (maps [B, gh, gw], details)`. All but `token_dropping`
 need nothing of a Transformer: they work on any module that gives logits. Of texts, the word pieces are the patches:
 the model's mask stands in for one taken away, and marks such as [CLS] always stay. All samples see the same coalitions
 of patches (`tokentm_jax.maths.perturbation`), so a map depends on its sample and on `seed`, and on nothing else of the
@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from annotated_types import Ge, Gt, Le, Lt
@@ -34,12 +33,15 @@ from tokentm_jax.maths.perturbation import (
 from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.scores import Question, explained
 from tokentm_jax.methods.gradient import MOST, Explanation
-from tokentm_jax.methods.stream import require_streams
-from tokentm_jax.models.inputs import Texts, Tokens, as_inputs
+from tokentm_jax.models.bert import Bert
+from tokentm_jax.models.inputs import Texts, Tokens
+from tokentm_jax.models.vit import ViT
+from tokentm_jax.programs.model import Model
 
 Count = Annotated[int, Ge(1), Le(MOST)]
 Chunk = Annotated[int, Ge(1), Le(4096)]
 Seed = Annotated[int, Ge(0), Lt(2**31)]
+FORWARD = ("__call__", "setup", "block")  # what makes a forward pass known; `embed` and `classify` are called
 CACHED = 2048  # patches, of all samples together, that a CPU computes at a time
 Value = Literal["logit", "probability"]
 
@@ -125,31 +127,30 @@ def _valued(outputs: Any, target: Any, value: Value) -> Array:
     return explained(outputs, target)[0]
 
 
-def _grid(module: nn.Module, inputs: Array, patch: int | None) -> tuple[int, int]:
+def _grid(model: Model, inputs: Any, patch: int | None) -> tuple[int, int]:
     height, width = inputs.shape[1:3]
     if patch is not None:
         if height % patch or width % patch:
             raise InputError(f"option 'patch' must divide the image of {height} x {width} pixels, got {patch}")
         return height // patch, width // patch
-    grid = getattr(module, "grid", None)
+    grid = getattr(model, "grid", None)
     if grid is None:
-        raise InputError(f"{type(module).__name__} has no 'grid' of patches: give the option 'patch', their side")
+        raise InputError(f"{type(model).__name__} has no 'grid' of patches: give the option 'patch', their side")
     return grid
 
 
-def game(module: nn.Module, params: Any, inputs: Any, target: Array | None, options: Removal) -> Game:
+def game(model: Model, params: Any, inputs: Any, target: Any, options: Removal) -> Game:
     """The game of the patches of normalised images [B, H, W, C]: removed ones are filled as `options` say. Or that of
     the word pieces of `Texts`.
 
     Of patches that overlap, those pixels go that are nearest to the centre of the patch.
     """
-    inputs = as_inputs(module, params, inputs)
     if isinstance(inputs, Texts):
-        return _game_of_words(module, params, inputs, target, options)
+        return _game_of_words(model, params, inputs, target, options)
     if inputs.ndim != 4:
         raise Unfit(f"this method removes squares of images [B, H, W, C], and the inputs are {list(inputs.shape)}")
-    gh, gw = _grid(module, inputs, options.patch)
-    tiling = getattr(module, "tiling", None) if options.patch is None else None
+    gh, gw = _grid(model, inputs, options.patch)
+    tiling = model.tiling if options.patch is None else None
     background = jnp.zeros((), inputs.dtype)
     if options.fill == "black":
         if len(options.black) != inputs.shape[-1]:
@@ -157,14 +158,14 @@ def game(module: nn.Module, params: Any, inputs: Any, target: Array | None, opti
         background = jnp.asarray(options.black, inputs.dtype)
     elif options.fill == "blur":
         background = blur(inputs)
-    logits = module.apply({"params": params}, inputs)
+    logits = model.apply({"params": params}, inputs)
     details = explained(logits, target)[1]
     chosen = details["target"]
 
     def value(mask: Array) -> Array:
         shown = spread(mask.reshape(1, gh, gw).astype(inputs.dtype), inputs.shape[1:3], tiling)[0, ..., None]
         changed = inputs * shown + background * (1 - shown)
-        return _valued(module.apply({"params": params}, changed), chosen, options.value)
+        return _valued(model.apply({"params": params}, changed), chosen, options.value)
 
     def values(masks: Array) -> Array:
         return in_chunks(value, masks, _suited(options.chunk, inputs.shape[0], gh * gw)).T
@@ -173,17 +174,19 @@ def game(module: nn.Module, params: Any, inputs: Any, target: Array | None, opti
     return Game(values, full, (gh, gw), details)
 
 
-def _game_of_words(module: Any, params: Any, texts: Texts, target: Any, options: Removal) -> Game:
+def _game_of_words(model: Any, params: Any, texts: Texts, target: Any, options: Removal) -> Game:
     if options.fill != "mean" or options.patch is not None:
         raise Unfit("options 'fill' and 'patch' are for images: of texts, words are removed")
-    blank = module.apply({"params": params}, method="blank").astype(texts.embeddings.dtype)
-    logits = module.apply({"params": params}, texts)
+    blank: Any = 0.0
+    if model.source.module is not None:
+        blank = model.source.module.apply({"params": params}, method="blank").astype(texts.embeddings.dtype)
+    logits = model.apply({"params": params}, texts)
     details = explained(logits, target)[1]
 
     def value(mask: Array) -> Array:
         shown = (mask | texts.special)[..., None]
         changed = texts._replace(embeddings=jnp.where(shown, texts.embeddings, blank))
-        return _valued(module.apply({"params": params}, changed), details["target"], options.value)
+        return _valued(model.apply({"params": params}, changed), details["target"], options.value)
 
     def values(masks: Array) -> Array:
         return in_chunks(value, masks, _suited(options.chunk, *texts.mask.shape)).T
@@ -215,9 +218,9 @@ def _losses(full: Array, values: Array, removed: Array) -> Array:
 
 
 def occlusion(
-    module: nn.Module,
+    model: Model,
     params: Any,
-    inputs: Array,
+    inputs: Any,
     target: Any,
     *,
     options: Removal,
@@ -229,15 +232,15 @@ def occlusion(
     Windows have `window` x `window` patches and begin `stride` patches apart; the last ones end at the border. A
     patch has the mean loss of the windows that it is in.
     """
-    played = game(module, params, inputs, target, options)
+    played = game(model, params, inputs, target, options)
     removed = _windows(inputs, played.grid, window, stride)
     return played.maps(_losses(played.full, played.values(~removed), removed)), played.details
 
 
 def token_dropping(
-    module: nn.Module,
+    model: Model,
     params: Any,
-    inputs: Array,
+    inputs: Any,
     target: Any,
     *,
     window: Count = 1,
@@ -251,13 +254,19 @@ def token_dropping(
     less what stands in. Raises InputError for a module whose forward pass is not that of `ViT` or `Bert`, and for
     rotary positions.
     """
-    require_streams(module, "the method 'token_dropping' takes tokens out of the sequence")
-    inputs = as_inputs(module, params, inputs)
+    module: Any = model.source.module
+    home = next((kind for kind in (ViT, Bert) if isinstance(module, kind)), None)
+    if home is None or any(getattr(type(module), name) is not getattr(home, name) for name in FORWARD):
+        raise Unfit(
+            "the method 'token_dropping' takes tokens out of the sequence, so it needs a module with the forward pass "
+            f"of tm.ViT; {type(module if module is not None else model.source.function).__name__} has its own"
+        )
     if isinstance(inputs, Texts):
         return _word_dropping(module, params, inputs, target, window, stride, value, chunk)
     if module.rope_type is not None:
         raise Unfit("the method 'token_dropping' needs blocks that do not know a token's place: no rotary positions")
-    removed = _windows(inputs, module.grid, window, stride)
+    grid: Any = module.grid
+    removed = _windows(inputs, grid, window, stride)
     left = removed.shape[1] - window * window
     if not left:
         raise InputError("the method 'token_dropping' must leave a patch: the window is the whole grid")
@@ -277,7 +286,7 @@ def token_dropping(
 
     values = in_chunks(remaining, removed, _suited(chunk, tokens.shape[0], left)).T
     rows = _losses(_valued(logits, chosen, value), values, removed)
-    return rows.reshape(-1, *module.grid), details
+    return rows.reshape(-1, *grid), details
 
 
 def _word_dropping(
@@ -306,9 +315,9 @@ def _word_dropping(
 
 
 def rise(
-    module: nn.Module,
+    model: Model,
     params: Any,
-    inputs: Array,
+    inputs: Any,
     target: Any,
     *,
     options: Removal,
@@ -325,7 +334,7 @@ def rise(
     in for it.
     """
     _refuse_texts(inputs, "the method 'rise' draws smooth masks over a grid of patches, and texts have none")
-    played = game(module, params, inputs, target, options)
+    played = game(model, params, inputs, target, options)
     masks = smooth_masks(jax.random.key(seed), played.grid, samples, cells, keep)
     return played.maps(jax.vmap(mean_by_patch, (None, 0))(masks, played.values(masks))), played.details
 
@@ -341,9 +350,9 @@ def _check_players(played: Game) -> None:
 
 
 def shapley(
-    module: nn.Module,
+    model: Model,
     params: Any,
-    inputs: Array,
+    inputs: Any,
     target: Any,
     *,
     options: Removal,
@@ -357,7 +366,7 @@ def shapley(
     [B, gh, gw] is that of the mean over pairs.
     """
     texts = isinstance(inputs, Texts | Tokens)
-    played = game(module, params, inputs, target, options)
+    played = game(model, params, inputs, target, options)
     _check_players(played)
     empty, n = played.empty(), played.patches
 
@@ -377,9 +386,9 @@ def shapley(
 
 
 def shapley_by_kernel(
-    module: nn.Module,
+    model: Model,
     params: Any,
-    inputs: Array,
+    inputs: Any,
     target: Any,
     *,
     options: Removal,
@@ -393,7 +402,7 @@ def shapley_by_kernel(
     Raises InputError for fewer pairs than twice the patches, where the fit would have no sure solution.
     """
     _refuse_texts(inputs, "the method 'kernel_shap' weighs coalitions by the number of patches, which texts differ in")
-    played = game(module, params, inputs, target, options)
+    played = game(model, params, inputs, target, options)
     _check_players(played)
     empty, n = played.empty(), played.patches
     exact = 2 ** (n - 1) - 1 <= pairs

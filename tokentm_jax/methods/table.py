@@ -1,6 +1,6 @@
 """The table of explanation methods.
 
-A method is a function `(module, params, inputs, target, **options) -> (maps, details)`: inputs are normalised images
+A method is a function `(model, params, inputs, target, **options) -> (maps, details)`: inputs are normalised images
 [B, H, W, 3] or `Texts`, target is a class per sample [B] or None for the predicted one, maps are [B, gh, gw] (token
 maps) or [B, H, W] (pixel maps), and for texts [B, 1, N], details is a dict of arrays with `logits` [B, classes],
 `target` [B] and `score` [B] at least. It treats the samples of a batch independently. Adding one: a function and a row
@@ -13,23 +13,21 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import Array
 
 from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.maths.maps import Normalisation, combine
 from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.tokentm import TokenTM
-from tokentm_jax.methods import attention, gradient, libra, perturbation
+from tokentm_jax.methods import attention, gradient, perturbation
 from tokentm_jax.methods import lrp as relevance
 from tokentm_jax.methods.attention import Explanation
 from tokentm_jax.methods.mix import ROWS, Gradient, shared_maps
 from tokentm_jax.methods.perturbation import Removal
-from tokentm_jax.models.inputs import as_inputs, seen
-from tokentm_jax.programs.model import Found
+from tokentm_jax.models.inputs import seen
+from tokentm_jax.programs.model import Model
 from tokentm_jax.validation import check_options, options_of
 
 TOKENS, PIXELS = "token map", "pixel map"
@@ -107,14 +105,9 @@ class Method:
 def at_least_float32(function: Callable[..., Explanation]) -> Callable[..., Explanation]:
     """A method on the same model in float32, or in float64 where it is that: parameters, inputs and activations."""
 
-    def widened(module: Any, params: Any, inputs: Any, target: Any, **options: Any) -> Explanation:
-        if getattr(module, "dtype", None) is not None and jnp.finfo(module.dtype).bits < 32:
-            module = module.clone(dtype=jnp.float32)
+    def widened(model: Model, params: Any, inputs: Any, target: Any, **options: Any) -> Explanation:
         params, inputs = jax.tree.map(_wide_floats, (params, inputs))
-        if isinstance(module, Found):
-            module = module.of(params, inputs)
-            module.require_float32()
-        return function(module, params, inputs, target, **options)
+        return function(model.wide(params, inputs), params, inputs, target, **options)
 
     return widened
 
@@ -124,9 +117,9 @@ def _wide_floats(a: Any) -> Any:
 
 
 def combination(
-    module: nn.Module,
+    model: Model,
     params: Any,
-    inputs: Array,
+    inputs: Any,
     target: Any,
     *,
     methods: str = "tokentm,grad_cam",
@@ -141,22 +134,21 @@ def combination(
     between. Methods that can share a pass of the model do, see `tokentm_jax.methods.mix`; `gradient` names the method
     whose backward pass gives TokenTM and GAE their gradient, in place of their own.
     """
-    inputs = as_inputs(module, params, inputs)
     names = _members(methods)
     try:
         numbers = [float(weight) for weight in weights.split(",")] if weights else None
     except ValueError:
         raise InputError(f"weights must be numbers with commas between, got {weights!r:.80}") from None
-    explain = lambda name, module, target: METHODS[name].bind(name, {})(module, params, inputs, target)  # noqa: E731
-    maps, details = shared_maps(module, params, inputs, target, names, gradient, explain)
+    explain = lambda name, target: METHODS[name].bind(name, {})(model, params, inputs, target)  # noqa: E731
+    maps, details = shared_maps(model, params, inputs, target, names, gradient, explain)
     mask = seen(inputs)
     return combine(maps, how, normalisation, numbers, None if mask is None else mask[:, None]), details
 
 
 def tokentm_mix(
-    module: nn.Module,
+    model: Model,
     params: Any,
-    inputs: Array,
+    inputs: Any,
     target: Any,
     *,
     methods: str = "libra_tokentm,conservative_lrp,libra_full_grad,legrad",
@@ -165,9 +157,8 @@ def tokentm_mix(
     gradient: Gradient = "own",
 ) -> Explanation:
     """The mean of TokenTM's normalised map and those of other methods; as `combination`, with members that help it."""
-    model = (module, params, inputs, target)
     mean = partial(combination, how="mean", normalisation=normalisation, weights=weights, gradient=gradient)
-    return mean(*model, methods=methods)
+    return mean(model, params, inputs, target, methods=methods)
 
 
 COMBINED = ("combination", "tokentm_mix")
@@ -234,7 +225,7 @@ METHODS: dict[str, Method] = {
     "grad_cam_tokens": _gradient(attention.grad_cam_tokens, "Selvaraju et al., ICCV", 2017),
     "attn_lrp": Method(relevance.attention_lrp, "Achtibat et al., ICML", 2024, differentiable=False),
     "res_lrp": Method(relevance.residual_lrp, "ResLRP, arXiv", 2026, differentiable=False),
-    "libra_full_grad": Method(libra.libra_full_grad, "Mehri et al., CVPR", 2025, differentiable=False),
+    "libra_full_grad": Method(relevance.libra_full_grad, "Mehri et al., CVPR", 2025, differentiable=False),
     "libra_attcat": _libra(attention.attcat),
     "libra_tokentm": _libra(
         attention.tokentm, "Wu et al. and Mehri et al., together", options=TokenTM, classless=_plain

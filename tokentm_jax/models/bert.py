@@ -12,15 +12,16 @@ import jax.numpy as jnp
 from jax import Array
 
 from tokentm_jax.errors import InputError
-from tokentm_jax.maths.primitives import PLAIN, Primitives, wide
+from tokentm_jax.maths import primitives
+from tokentm_jax.maths.primitives import wide
 from tokentm_jax.models.inputs import Texts, Tokens
-from tokentm_jax.models.vit import Affine, Block, Norm, trunc_normal
+from tokentm_jax.models.vit import Affine, Block, Linear, Norm, trunc_normal
 
 
 class Bert(nn.Module):
     """Text encoder with a head: `Texts` or `Tokens` -> logits [B, classes], or features [B, D] for no classes.
 
-    `dtype` and `primitives` are those of `ViT`. What stands behind the padding of a text changes nothing for it.
+    `dtype` and `linear` are those of `ViT`. What stands behind the padding of a text changes nothing for it.
     """
 
     vocab_size: int = 30522
@@ -38,7 +39,7 @@ class Bert(nn.Module):
     pooler: str | None = "tanh"  # the non-linearity of a layer between pooling and classifier; None: no such layer
     mask_id: int | None = None  # of the word piece that stands for one taken away
     dtype: Any = None
-    primitives: Primitives = PLAIN
+    linear: Linear = primitives.linear
 
     post_norm = True
     prefix = 0  # every token has a score
@@ -57,13 +58,13 @@ class Bert(nn.Module):
         self.position_embeddings = self.param("position_embeddings", trunc_normal, (self.max_length, width))
         if self.type_vocab_size:
             self.type_embeddings = self.param("type_embeddings", trunc_normal, (self.type_vocab_size, width))
-        self.embed_norm = Norm(self.norm_eps, self.primitives)
+        self.embed_norm = Norm(self.norm_eps)
         if self.embedding_size:
             self.embed_project = Affine(self.embed_dim)
         everywhere: Any = nn.broadcast
         scan = nn.scan(
             Block,
-            variable_axes={"params": 0, "intermediates": 0, "perturbations": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=everywhere,
             length=self.depth,
@@ -78,7 +79,7 @@ class Bert(nn.Module):
     def _block_fields(self) -> dict[str, Any]:
         plain: dict[str, Any] = dict(qkv_bias=True, k_bias=True, qk_norm=False, rope=None, proj_bias=True)
         plain |= dict(init_values=None, mlp_layer="mlp", scale_mlp_norm=False, post_norm=True)
-        same = ("num_heads", "mlp_hidden", "activation", "norm_eps", "primitives")
+        same = ("num_heads", "mlp_hidden", "activation", "norm_eps", "linear")
         return plain | {name: getattr(self, name) for name in same}
 
     def block(self) -> Block:
@@ -88,7 +89,6 @@ class Bert(nn.Module):
     def __call__(self, texts: Texts | Tokens) -> Array:
         texts = texts if isinstance(texts, Texts) else self.look_up(texts)
         tokens, _ = self.blocks(self.embed(texts), texts.mask)
-        tokens = self.perturb("final_tokens", tokens)
         self.sow("intermediates", "final_tokens", tokens)
         return self.classify(tokens, texts.mask)
 
@@ -106,30 +106,30 @@ class Bert(nn.Module):
 
     def embed(self, texts: Texts) -> Array:
         """Embeddings [B, N, D] -> tokens [B, N, D] that enter the first block."""
-        x, rule = texts.embeddings, self.primitives
+        x = texts.embeddings
         if x.shape[1] > self.max_length:
             raise InputError(f"a text may have {self.max_length} tokens for this model, got {x.shape[1]}")
         places = self.position_embeddings[: x.shape[1]]
         if self.type_vocab_size:
             places = places + self.type_embeddings[texts.types]
-        x = self.embed_norm(rule.add(x, jnp.broadcast_to(places, x.shape).astype(x.dtype)))
-        return rule.linear(x, *self.embed_project(x.shape[-1])) if self.embedding_size else x
+        x = self.embed_norm(x + jnp.broadcast_to(places, x.shape).astype(x.dtype))
+        return self.linear(x, *self.embed_project(x.shape[-1])) if self.embedding_size else x
 
     def classify(self, tokens: Array, mask: Array) -> Array:
         """Tokens [B, N, D] that leave a block, and which are there [B, N] -> logits [B, classes], or features, in
         float32 at least."""
-        rule, d = self.primitives, self.embed_dim
+        d = self.embed_dim
         if self.pool == "avg":
 
             def mean(x: Array, shares: Array) -> Array:  # a linear map over tokens, so that the rules for one hold
-                return rule.linear(x.T, shares[:, None].astype(x.dtype), None)[:, 0]
+                return self.linear(x.T, shares[:, None].astype(x.dtype), None)[:, 0]
 
             pooled = jax.vmap(mean)(tokens, self.reads(mask))
         else:
             pooled = tokens[:, 0]
         if self.pooler is not None:
-            pooled = rule.activation(rule.linear(pooled, *self.pooler_layer(d)), self.pooler)
-        return wide(rule.linear(pooled, *self.head(d)) if self.num_classes else pooled)
+            pooled = primitives.activation(self.linear(pooled, *self.pooler_layer(d)), self.pooler)
+        return wide(self.linear(pooled, *self.head(d)) if self.num_classes else pooled)
 
 
 @partial(jax.jit, static_argnums=0)

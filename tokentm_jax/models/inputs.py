@@ -6,7 +6,6 @@ N tokens (of the longest text), D width of the word embeddings.
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -87,10 +86,3 @@ def mean_of_seen(x: Array, mask: Array | None, axis: int = -1) -> Array:
     if mask is None:
         return x.mean(axis)
     return x.mean(axis, where=mask.reshape(-1, *(1,) * (-axis - 1)))
-
-
-def as_inputs(module: Any, params: Any, inputs: Any) -> Any:
-    """What the model differentiates: `Tokens` become `Texts`, and all else is that already."""
-    if not isinstance(inputs, Tokens):
-        return inputs
-    return module.apply({"params": params}, jax.tree.map(jnp.asarray, inputs), method="look_up")

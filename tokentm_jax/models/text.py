@@ -21,19 +21,13 @@ from jax import Array
 
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import reason
-from tokentm_jax.maths.primitives import PLAIN, wide
+from tokentm_jax.maths.primitives import linear
 from tokentm_jax.models.vit import Affine, Block, Norm, trunc_normal
 
 # Radford et al. (ICML 2021): what counts as a word before byte pairs are merged.
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 LARGEST_PROMPT = 100_000  # characters
-
-
-def _causal_softmax(scores: Array, scale: float) -> Array:
-    """Softmax over the keys [..., Q, K] that are not after the query."""
-    past = jnp.tril(jnp.ones(scores.shape[-2:], bool))
-    return jax.nn.softmax(jnp.where(past, wide(scores) * scale, -jnp.inf), axis=-1).astype(scores.dtype)
 
 
 class TextEncoder(nn.Module):
@@ -74,7 +68,8 @@ class TextEncoder(nn.Module):
             mlp_layer="mlp",
             scale_mlp_norm=False,
             norm_eps=self.norm_eps,
-            primitives=PLAIN._replace(softmax=_causal_softmax) if self.causal else PLAIN,
+            linear=linear,
+            causal=self.causal,
             name="blocks",
         )
         x, _ = blocks(tokens[ids] + positions, None)
@@ -84,7 +79,7 @@ class TextEncoder(nn.Module):
             pooled = jnp.take_along_axis(x, place[:, None, None], axis=1)[:, 0]
         else:
             pooled = x[:, -1]
-        return PLAIN.linear(pooled, *Affine(self.output, name="head")(w))
+        return linear(pooled, *Affine(self.output, name="head")(w))
 
 
 @functools.partial(jax.jit, static_argnums=0)

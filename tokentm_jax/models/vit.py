@@ -9,6 +9,7 @@ The module is a frozen dataclass: it is its own configuration, hashable, and can
 Field names and their meaning are those of timm's `VisionTransformer`.
 """
 
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -19,14 +20,16 @@ import numpy as np
 from jax import Array
 
 from tokentm_jax.errors import InputError
+from tokentm_jax.maths import primitives
 from tokentm_jax.maths.maps import Tiling
-from tokentm_jax.maths.primitives import PLAIN, Primitives, wide
+from tokentm_jax.maths.primitives import wide
 
+Linear = Callable[[Array, Array, Array | None], Array]  # how linear maps are computed
 trunc_normal = nn.initializers.truncated_normal(0.02)
 
 
 class Affine(nn.Module):
-    """Parameters of a linear map; `Primitives.linear` does the arithmetic."""
+    """Parameters of a linear map; `primitives.linear` does the arithmetic."""
 
     features: int
     use_bias: bool = True
@@ -42,13 +45,12 @@ class Norm(nn.Module):
     """LayerNorm with learned scale and bias."""
 
     eps: float
-    primitives: Primitives = PLAIN
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],))
-        return self.primitives.norm(x, scale, bias, self.eps)
+        return primitives.norm(x, scale, bias, self.eps)
 
 
 class LayerScale(nn.Module):
@@ -117,28 +119,32 @@ class Attention(nn.Module):
     rope: Rope | None
     proj_bias: bool
     norm_eps: float
-    primitives: Primitives
+    linear: Linear
+    causal: bool
 
     @nn.compact
     def __call__(self, x: Array, scale_branch: LayerScale | None, mask: Array | None = None) -> Array:
         b, n, d = x.shape
         h = self.num_heads
-        rule = self.primitives
         projections, bias = Affine(3 * d, self.qkv_bias and self.k_bias, name="qkv")(d)
         if self.qkv_bias and not self.k_bias:
             of_query, of_value = (self.param(f"{i}_bias", nn.initializers.zeros_init(), (d,)) for i in "qv")
             bias = jnp.concatenate([of_query, jnp.zeros_like(of_query), of_value])
-        query, key, value = jnp.moveaxis(rule.linear(x, projections, bias).reshape(b, n, 3, h, d // h), (2, 3), (0, 2))
+        query, key, value = jnp.moveaxis(self.linear(x, projections, bias).reshape(b, n, 3, h, d // h), (2, 3), (0, 2))
         if self.qk_norm:
-            query, key = Norm(self.norm_eps, rule, name="q_norm")(query), Norm(self.norm_eps, rule, name="k_norm")(key)
+            query, key = Norm(self.norm_eps, name="q_norm")(query), Norm(self.norm_eps, name="k_norm")(key)
         if self.rope is not None:
             tables = map(jnp.asarray, rotation(self.rope, d // h))
-            turn = partial(rule.rotate, **dict(zip(("cosine", "sine"), tables, strict=True)), half=self.rope.half)
+            turn = partial(
+                primitives.rotate, **dict(zip(("cosine", "sine"), tables, strict=True)), half=self.rope.half
+            )
             query, key = turn(query), turn(key)
-        scores = rule.product("bhqd,bhkd->bhqk", query, key)
+        scores = jnp.einsum("bhqd,bhkd->bhqk", query, key)
+        if self.causal:
+            scores = jnp.where(jnp.tril(jnp.ones((n, n), bool)), scores, jnp.finfo(scores.dtype).min / 2)
         if mask is not None:  # finite, so that no rule meets a product of infinity and zero
             scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min / 2)
-        attention = self.perturb("attention", rule.softmax(scores, (d // h) ** -0.5))
+        attention = primitives.softmax(scores, (d // h) ** -0.5)
         kernel, bias = Affine(d, self.proj_bias, name="proj")(d)
         if scale_branch is not None:
             kernel, bias = scale_branch(kernel, bias)
@@ -149,11 +155,10 @@ class Attention(nn.Module):
             self.sow("intermediates", "transformed_value", together @ kernel.astype(x.dtype))
             self.sow("intermediates", "value_kernel", projections[:, 2 * d :])
             self.sow("intermediates", "output_kernel", kernel)
-        attention = rule.attended(attention)
         if mask is not None:  # zeros already; now their gradient is zero, too
             attention = jnp.where(mask[:, None, None], attention, 0)
-        mixed = rule.product("bhqk,bhkd->bqhd", attention, value).reshape(b, n, d)
-        return rule.linear(mixed, kernel, bias)
+        mixed = jnp.einsum("bhqk,bhkd->bqhd", attention, value).reshape(b, n, d)
+        return self.linear(mixed, kernel, bias)
 
 
 class FeedForward(nn.Module):
@@ -168,26 +173,25 @@ class FeedForward(nn.Module):
     layer: str
     scale_norm: bool
     norm_eps: float
-    primitives: Primitives
+    linear: Linear
 
     @nn.compact
     def __call__(self, x: Array, scale_branch: LayerScale | None) -> Array:
         d = x.shape[-1]
-        rule = self.primitives
         if self.layer == "mlp":
-            x = rule.activation(rule.linear(x, *Affine(self.hidden, name="fc1")(d)), self.activation)
+            x = primitives.activation(self.linear(x, *Affine(self.hidden, name="fc1")(d)), self.activation)
         else:
             if self.layer == "swiglu":
-                gate, x = (rule.linear(x, *Affine(self.hidden, name=name)(d)) for name in ("fc1_g", "fc1_x"))
+                gate, x = (self.linear(x, *Affine(self.hidden, name=name)(d)) for name in ("fc1_g", "fc1_x"))
             else:
-                gate, x = jnp.split(rule.linear(x, *Affine(2 * self.hidden, name="fc1")(d)), 2, -1)
-            x = rule.gate(rule.activation(gate, "silu"), x)
+                gate, x = jnp.split(self.linear(x, *Affine(2 * self.hidden, name="fc1")(d)), 2, -1)
+            x = primitives.silu(gate) * x
         if self.scale_norm:
-            x = Norm(self.norm_eps, rule, name="norm")(x)
+            x = Norm(self.norm_eps, name="norm")(x)
         kernel, bias = Affine(d, name="fc2")(self.hidden)
         if scale_branch is not None:
             kernel, bias = scale_branch(kernel, bias)
-        return rule.linear(x, kernel, bias)
+        return self.linear(x, kernel, bias)
 
 
 class AttentionPool(nn.Module):
@@ -197,20 +201,20 @@ class AttentionPool(nn.Module):
     mlp_hidden: int
     activation: str
     norm_eps: float
-    primitives: Primitives
+    linear: Linear
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         b, n, d = x.shape
-        h, rule = self.num_heads, self.primitives
+        h = self.num_heads
         latent = self.param("latent", nn.initializers.truncated_normal(d**-0.5), (1, 1, d)).astype(x.dtype)
-        query = rule.linear(latent + jnp.zeros_like(x[:, :1]), *Affine(d, name="q")(d)).reshape(b, 1, h, d // h)
-        key, value = jnp.moveaxis(rule.linear(x, *Affine(2 * d, name="kv")(d)).reshape(b, n, 2, h, d // h), 2, 0)
-        attention = rule.softmax(rule.product("bqhd,bkhd->bhqk", query, key), (d // h) ** -0.5)
-        mixed = rule.product("bhqk,bkhd->bqhd", rule.attended(attention), value).reshape(b, 1, d)
-        stream, branch = rule.fork(rule.linear(mixed, *Affine(d, name="proj")(d)))
-        ffn = FeedForward(self.mlp_hidden, self.activation, "mlp", False, self.norm_eps, rule, name="mlp")
-        return rule.add(stream, ffn(Norm(self.norm_eps, rule, name="norm")(branch), None))[:, 0]
+        query = self.linear(latent + jnp.zeros_like(x[:, :1]), *Affine(d, name="q")(d)).reshape(b, 1, h, d // h)
+        key, value = jnp.moveaxis(self.linear(x, *Affine(2 * d, name="kv")(d)).reshape(b, n, 2, h, d // h), 2, 0)
+        attention = primitives.softmax(jnp.einsum("bqhd,bkhd->bhqk", query, key), (d // h) ** -0.5)
+        mixed = jnp.einsum("bhqk,bkhd->bqhd", attention, value).reshape(b, 1, d)
+        pooled = self.linear(mixed, *Affine(d, name="proj")(d))
+        ffn = FeedForward(self.mlp_hidden, self.activation, "mlp", False, self.norm_eps, self.linear, name="mlp")
+        return (pooled + ffn(Norm(self.norm_eps, name="norm")(pooled), None))[:, 0]
 
 
 class Block(nn.Module):
@@ -234,17 +238,18 @@ class Block(nn.Module):
     mlp_layer: str
     scale_mlp_norm: bool
     norm_eps: float
-    primitives: Primitives
+    linear: Linear
     post_norm: bool = False
+    causal: bool = False  # whether a token attends to those before it alone
 
     def setup(self) -> None:
-        rule = self.primitives
-        self.norm1, self.norm2 = Norm(self.norm_eps, rule), Norm(self.norm_eps, rule)
+        self.norm1, self.norm2 = Norm(self.norm_eps), Norm(self.norm_eps)
         self.attn = Attention(
-            self.num_heads, self.qkv_bias, self.k_bias, self.qk_norm, self.rope, self.proj_bias, self.norm_eps, rule
+            *(self.num_heads, self.qkv_bias, self.k_bias, self.qk_norm, self.rope, self.proj_bias, self.norm_eps),
+            *(self.linear, self.causal),
         )
         self.mlp = FeedForward(
-            self.mlp_hidden, self.activation, self.mlp_layer, self.scale_mlp_norm, self.norm_eps, rule
+            self.mlp_hidden, self.activation, self.mlp_layer, self.scale_mlp_norm, self.norm_eps, self.linear
         )
         if self.init_values is not None:
             self.ls1, self.ls2 = LayerScale(self.init_values), LayerScale(self.init_values)
@@ -254,26 +259,21 @@ class Block(nn.Module):
 
     def attend(self, x: Array, mask: Array | None = None) -> Array:
         """The attention layer: x [B, N, D] -> x' [B, N, D]."""
-        x = self.perturb("tokens", x)
-        stream, branch = self.primitives.fork(x)
-        normalised = self.perturb("normalised", branch if self.post_norm else self.norm1(branch))
+        normalised = x if self.post_norm else self.norm1(x)
         attention_branch = self.attn(normalised, None if self.init_values is None else self.ls1, mask)
         self.sow("intermediates", "tokens", x)
         self.sow("intermediates", "normalised", normalised)
         self.sow("intermediates", "attention_branch", attention_branch)
-        return self._joined("middle", self.norm1, stream, attention_branch)
+        return self._joined("middle", self.norm1, x, attention_branch)
 
     def feed(self, x: Array) -> Array:
         """The FFN layer: x' [B, N, D] -> x+ [B, N, D]."""
-        stream, branch = self.primitives.fork(x)
-        ffn_branch = self.mlp(
-            branch if self.post_norm else self.norm2(branch), None if self.init_values is None else self.ls2
-        )
+        ffn_branch = self.mlp(x if self.post_norm else self.norm2(x), None if self.init_values is None else self.ls2)
         self.sow("intermediates", "ffn_branch", ffn_branch)
-        return self._joined("after", self.norm2, stream, ffn_branch)
+        return self._joined("after", self.norm2, x, ffn_branch)
 
     def _joined(self, name: str, norm: Norm, stream: Array, branch: Array) -> Array:
-        joined = self.primitives.add(stream, branch)
+        joined = stream + branch
         if self.post_norm:
             joined = norm(joined)
             self.sow("intermediates", name, joined)
@@ -284,7 +284,7 @@ class ViT(nn.Module):
     """Vision Transformer: normalised images [B, H, W, C] -> logits [B, classes], or features [B, D] for no classes.
 
     `dtype` is the type of the activations (None: that of the images); norms and softmax are computed in float32 at
-    least. `primitives` chooses the backward rules. With the collection `intermediates` mutable the blocks sow what
+    least. With the collection `intermediates` mutable the blocks sow what
     the methods need, stacked over blocks; without it nothing is stored.
     """
 
@@ -320,7 +320,7 @@ class ViT(nn.Module):
     in_chans: int = 3
     stride: int | tuple[int, int] | None = None  # from patch to patch, less where they overlap; None: the patch size
     dtype: Any = None
-    primitives: Primitives = PLAIN
+    linear: Linear = primitives.linear
     unroll: int = 1  # blocks in a turn of the loop over blocks: more run faster on CPU, and compile longer
 
     @property
@@ -359,7 +359,7 @@ class ViT(nn.Module):
         return (1 / heads,) * heads + (0.0,) * (self.prefix - heads + patches)
 
     def setup(self) -> None:
-        d, rule = self.embed_dim, self.primitives
+        d = self.embed_dim
         gh, gw = self.grid
         self.patch_embed = Affine(d, not self.pre_norm)
         if self.class_token:
@@ -373,22 +373,22 @@ class ViT(nn.Module):
         if self.pos_embed == "learn":
             self.positions = self.param("pos_embed", trunc_normal, (1, positions, d))
         if self.pre_norm:
-            self.norm_pre = Norm(self.norm_eps, rule)
+            self.norm_pre = Norm(self.norm_eps)
         scan = nn.scan(
             Block,
-            variable_axes={"params": 0, "intermediates": 0, "perturbations": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             length=self.depth,
             unroll=self.unroll,
         )
         self.blocks = scan(**self._block_fields)
         if self._norms[1]:
-            self.fc_norm_layer = Norm(self.norm_eps, rule, name="fc_norm")
+            self.fc_norm_layer = Norm(self.norm_eps, name="fc_norm")
         if self._norms[0]:
-            self.norm = Norm(self.norm_eps, rule)
+            self.norm = Norm(self.norm_eps)
         if self.global_pool == "map":
             hidden = int(d * self.mlp_ratio)
-            self.attn_pool = AttentionPool(self.num_heads, hidden, self.activation, self.norm_eps, rule)
+            self.attn_pool = AttentionPool(self.num_heads, hidden, self.activation, self.norm_eps, self.linear)
         if self.num_classes:
             self.head = Affine(self.num_classes)
         if self.distilled:
@@ -404,7 +404,7 @@ class ViT(nn.Module):
     @property
     def _block_fields(self) -> dict[str, Any]:
         same = ("num_heads", "qkv_bias", "k_bias", "qk_norm", "proj_bias", "init_values", "activation", "mlp_layer")
-        same += ("scale_mlp_norm", "norm_eps", "primitives")
+        same += ("scale_mlp_norm", "norm_eps", "linear")
         rope = None
         if self.rope_type is not None:
             rope = Rope(self.rope_type, self.grid, self.prefix, self.ref_feat_shape, self.rope_temperature)
@@ -417,7 +417,6 @@ class ViT(nn.Module):
 
     def __call__(self, images: Array) -> Array:
         tokens, _ = self.blocks(self.embed(images), None)
-        tokens = self.perturb("final_tokens", tokens)
         self.sow("intermediates", "final_tokens", tokens)
         return self.classify(tokens)
 
@@ -426,9 +425,8 @@ class ViT(nn.Module):
         expected = (*self.img_size, self.in_chans)
         if images.shape[1:] != expected:
             raise InputError(f"images must be [B, {', '.join(map(str, expected))}] for this model, got {images.shape}")
-        rule = self.primitives
         patches = self._patches(images.astype(self.dtype or images.dtype))
-        x = rule.embed(patches, *self.patch_embed(patches.shape[-1]))
+        x = self.linear(patches, *self.patch_embed(patches.shape[-1]))
         names = (
             ["cls_token"] * self.class_token + ["dist_token"] * self.distilled + ["reg_token"] * bool(self.reg_tokens)
         )
@@ -437,9 +435,9 @@ class ViT(nn.Module):
         if self.positions is None:
             x = jnp.concatenate([*prefix, x], axis=1)
         elif self.no_embed_class:
-            x = jnp.concatenate([*prefix, rule.add(x, self.positions.astype(x.dtype))], axis=1)
+            x = jnp.concatenate([*prefix, x + self.positions.astype(x.dtype)], axis=1)
         else:
-            x = rule.add(jnp.concatenate([*prefix, x], axis=1), self.positions.astype(x.dtype))
+            x = jnp.concatenate([*prefix, x], axis=1) + self.positions.astype(x.dtype)
         if self.patch_drop and self.has_rng("patch_drop"):
             x = self._drop_patches(x)
         return self.norm_pre(x) if self.pre_norm else x
@@ -457,7 +455,6 @@ class ViT(nn.Module):
 
     def classify(self, tokens: Array) -> Array:
         """Tokens [B, N, D] that leave a block -> logits [B, classes], or features, in float32 at least."""
-        rule = self.primitives
         x = self.norm(tokens) if self._norms[0] else tokens
         if self.global_pool == "map":
             pooled = self.attn_pool(x[:, self.prefix :])
@@ -466,7 +463,7 @@ class ViT(nn.Module):
             read = x[:, : self.prefix] if self.global_pool == "prefix" else x[:, self.prefix :]
             read = jnp.swapaxes(read, 1, 2)
             weights = jnp.full((read.shape[-1], 1), 1 / read.shape[-1], x.dtype)
-            pooled = rule.linear(read, weights, None)[..., 0]
+            pooled = self.linear(read, weights, None)[..., 0]
             if self.global_pool == "cat":
                 pooled = jnp.concatenate([x[:, 0], pooled], axis=-1)
         else:
@@ -479,7 +476,6 @@ class ViT(nn.Module):
 
     def _read(self, pooled: Array, tokens: Array) -> Array:
         """What was pooled [B, D], and the second token where that is read, too -> logits [B, classes], or features."""
-        rule = self.primitives
         if self._norms[1]:
             pooled = self.fc_norm_layer(pooled)
         if not self.num_classes:
@@ -489,9 +485,9 @@ class ViT(nn.Module):
             first, second = (
                 jax.tree.map(lambda a: a / 2, head(self.embed_dim)) for head in (self.head, self.head_dist)
             )
-            logits = rule.add(rule.linear(pooled, *first), rule.linear(tokens[:, 1], *second))
+            logits = self.linear(pooled, *first) + self.linear(tokens[:, 1], *second)
         else:
-            logits = rule.linear(pooled, *self.head(pooled.shape[-1]))
+            logits = self.linear(pooled, *self.head(pooled.shape[-1]))
         return wide(logits)
 
     def _drop_patches(self, x: Array) -> Array:

@@ -34,7 +34,7 @@ WRITTEN_OUT = {
 _LIBRARY = Path(jax.__file__).parent
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Step:
     """One equation. `inputs` are numbers of values, or literals; `outputs` are numbers."""
 
@@ -55,7 +55,7 @@ class Step:
         return self.equation.params
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Call:
     """The steps `start` to `stop` of one custom derivative."""
 
@@ -66,7 +66,7 @@ class Call:
     stop: int
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Flat:
     """A jaxpr, flat."""
 

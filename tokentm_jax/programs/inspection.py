@@ -8,7 +8,7 @@ import numpy as np
 
 from tokentm_jax.errors import InputError
 from tokentm_jax.programs.flat import Step, line_of
-from tokentm_jax.programs.model import Found
+from tokentm_jax.programs.model import Model
 from tokentm_jax.programs.reading import Reading
 
 
@@ -71,7 +71,7 @@ def _of_readout(readout: Sequence[float] | None) -> str:
     return f"{'mean' if same else 'mixture'} of {len(read)} tokens, from {read[0]} to {read[-1]}"
 
 
-def inspected(found: Found, methods: Callable[[], Sequence[str]]) -> Inspection:
+def inspected(found: Model, methods: Callable[[], Sequence[str]]) -> Inspection:
     """What was found; `methods()` names what works."""
     unknown: list[str] = []
     steps: dict[str, tuple[int, str]] = {}

@@ -1,4 +1,4 @@
-"""Rules that run inside the passes of a function, block by block: no array of two blocks is held at once.
+"""Rules that run inside the passes of a model, block by block: no array of two blocks is held at once.
 
 The row of TokenTM and GAE is the cotangent of a stream of zeros [N] that goes from tap to tap; see `maths.tokentm`.
 Everything here is for one sample.
@@ -6,131 +6,132 @@ Everything here is for one sample.
 
 from collections.abc import Callable
 from functools import partial, reduce
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from tokentm_jax.errors import Unfit
 from tokentm_jax.maths.primitives import wide
-from tokentm_jax.maths.scores import explained
+from tokentm_jax.maths.scores import explained, is_open
 from tokentm_jax.maths.tokentm import (
     Blocks,
+    Change,
     TokenTM,
     Weights,
     attention_layer,
+    attention_weights,
     change,
     ffn_layer,
+    ffn_weights,
     norm_gain,
     propagate,
-    transformation_weights,
-    weigh,
 )
-from tokentm_jax.programs.model import POINTS, Found, canonical, identity_of
+from tokentm_jax.models.inputs import mean_of_seen, read_out, seen
+from tokentm_jax.programs.capture import POINTS, as_before, heads_of, of_stage, through_output, values_of
+from tokentm_jax.programs.model import Model
 from tokentm_jax.programs.running import Evaluation, Plan, scan_key
-from tokentm_jax.programs.structure import Attention, Layer, Stage
+from tokentm_jax.programs.structure import Layer, Stage
+from tokentm_jax.programs.tokens import for_tokens
 
 Block = list[Layer]
-WEIGHTS = "transformation weights"  # what a layer keeps for its backward pass, see `methods.stream`
+Details = dict[str, Array]
+Memory = Literal["recompute", "store"]
 
-
-def as_before(attention: Attention, heads: Array, like: Array) -> Array:
-    """[H, N, N] in the layout of the program."""
-    moved = jnp.moveaxis(like, (attention.query, attention.key), (-2, -1)).shape
-    return jnp.moveaxis(heads.reshape(moved), (-2, -1), (attention.query, attention.key))
+# What a block keeps for its backward pass beside its input: the transformation weights, [N], and what its linear maps
+# gave (queries, keys, values and the hidden channels) or not. Attention is computed again from queries and keys.
+WEIGHTS = "transformation weights"
+_WEIGHTS_ALONE = jax.checkpoint_policies.save_only_these_names(WEIGHTS)
+POLICIES = {
+    "recompute": _WEIGHTS_ALONE,
+    "store": jax.checkpoint_policies.save_from_both_policies(
+        _WEIGHTS_ALONE, jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
+}
+NOTHING = Blocks(*[None] * len(Blocks._fields))
 
 
 class View:
-    """What one block of an evaluation did, in one layout; computed where it is not known yet."""
+    """What one block of an evaluation did, as one block of `Blocks`; computed where it is not known yet."""
 
-    def __init__(self, evaluation: Evaluation, block: Block, tokens: int) -> None:
-        self.evaluation, self.block, self.count = evaluation, block, tokens
+    def __init__(self, evaluation: Evaluation, block: Block, count: int, there: Array | None, gradient: Any) -> None:
+        self.evaluation, self.block, self.count = evaluation, block, count
+        self.seen, self.output_grad = there, gradient
 
-    def value(self, number: int) -> Array:
+    def __getattr__(self, name: str) -> Array:
+        """The fields [N, D], and x~ of the attention layer."""
+        if name == "transformed_value":
+            return self._through(self._value(self.block[0].attention.value))  # type: ignore[union-attr]
+        if name not in POINTS:
+            raise AttributeError(name)
+        return self.rows(POINTS[name](self.evaluation.reading, self.block))
+
+    def _value(self, number: int) -> Array:
         """A value of the program in its own layout."""
         return self.evaluation.function([], number)()
 
     def rows(self, number: int) -> Array:
         """A value of the program as tokens [N, D], in float32 at least."""
-        return wide(self.value(number).reshape(self.count, -1))
+        return wide(self._value(number).reshape(self.count, -1))
 
-    def number(self, name: str) -> int:
-        """The value that holds a field of `Blocks`."""
-        return POINTS[name](self.evaluation.reading, self.block)
-
-    def original(self, options: TokenTM) -> int:
-        """The value that holds what the attention layer's x_j is."""
-        return self.number("tokens" if options.original == "residual" else "normalised")
+    def _through(self, values: Array) -> Array:
+        return wide(through_output(self.evaluation, self.block, values).reshape(self.count, -1))
 
     @property
-    def attention(self) -> Attention:
-        """Where the attention of the block is."""
-        attention = self.block[0].attention
-        assert attention is not None
-        return attention
+    def attention(self) -> Array:
+        """[H, N, N], in float32 at least."""
+        layer: Any = self.block[0].attention
+        return wide(heads_of(layer, self._value(layer.weights)))
 
-    @property
-    def heads(self) -> Array:
-        """The attention of the block, [H, N, N], in float32 at least."""
-        return wide(canonical(self.attention, self.value(self.attention.weights)))
+    def through(self, x: Array) -> Array:
+        return self._through(self._projected(x))
 
-    def transformed(self, options: TokenTM) -> Array:
-        """x~ of the attention layer, [N, D], or [H, N, D] of each head: its branch with attention replaced by the
-        identity, less its last bias, is the derivative of the branch in that direction."""
-        first = self.block[0]
-        if options.transformed == "stream":
-            return self.rows(first.stream) + self.rows(first.branch)
-        weights = self.value(self.attention.weights)
-        identity = identity_of(self.attention, weights)
-        if options.transformed == "linear":  # of x itself, by the value projection without its bias
-            place = self.number("normalised")
-            value = self.value(place)
-            x = self.value(self.original(options)).reshape(value.shape).astype(value.dtype)
-            branch = self.evaluation.function([self.attention.weights, place], first.branch)
-            through = lambda attention: jax.jvp(partial(branch, attention), (value,), (x,))[1]  # noqa: E731
-        else:
-            branch = self.evaluation.function([self.attention.weights], first.branch)
-            through = lambda attention: jax.jvp(branch, (jnp.zeros_like(weights),), (attention,))[1]  # noqa: E731
-        if options.heads == "sum":
-            return wide(through(identity).reshape(self.count, -1))
-        heads = canonical(self.attention, identity)
-        alone = heads[None] * jnp.eye(len(heads), dtype=heads.dtype)[:, :, None, None]
-        of_head = lambda one: through(as_before(self.attention, one, weights)).reshape(self.count, -1)  # noqa: E731
-        return wide(jax.lax.map(of_head, alone))
+    def _projected(self, x: Array) -> Array:
+        """The values of tokens x [N, D], without the bias of their projection, in the program's layout."""
+        place = POINTS["normalised"](self.evaluation.reading, self.block)
+        read = self._value(place)
+        project = self.evaluation.function([place], self.block[0].attention.value)  # type: ignore[union-attr]
+        return jax.jvp(project, (read,), (x.reshape(read.shape).astype(read.dtype),))[1]
+
+    def by_heads(self, x: Array, linear: bool) -> Change:
+        layer: Any = self.block[0].attention
+        value = self._projected(x) if linear else self._value(layer.value)
+        count = len(layer.heads)
+        shape = [value.shape[axis] for axis in layer.order[:count]]
+        index = jnp.arange(values_of(layer, value).shape[0]).reshape([*shape, *[1] * (value.ndim - count)])
+        index = jnp.transpose(index, [layer.order.index(axis) for axis in range(value.ndim)])
+        of_head = lambda head: change(x, self._through(jnp.where(index == head, value, 0)))  # noqa: E731
+        return jax.lax.map(of_head, jnp.arange(index.size))._replace(seen=self.seen)
 
     def attention_weights(self, options: TokenTM) -> Array:
         """Diagonal of W_attn, [N], or [H, N]."""
-        x = self.rows(self.original(options))
         if not options.weighs:
-            return jnp.ones_like(x[:, 0])
-        transformed = self.transformed(options)
-        if transformed.ndim == 2:
-            return weigh(x, transformed, NOTHING, options)
-        return jax.vmap(lambda t: transformation_weights(change(x, t), options))(transformed)
+            return jnp.ones_like(self.tokens[:, 0])
+        return attention_weights(self, options)
 
     def ffn_weights(self, layer: Layer, options: TokenTM) -> Array:
         """Diagonal of W_ffn of one layer, [N]."""
-        x, branch = self.rows(layer.stream), self.rows(layer.branch)
-        if not options.ffn or not options.weighs:
+        x = self.rows(layer.stream)
+        if not options.weighs:
             return jnp.full_like(x[:, 0], 1.0 if options.ffn else 0.0)
-        transformed = branch if options.ffn_transformed == "branch" else x + branch
-        return weigh(x, transformed, NOTHING, options)
-
-    def weights(self, options: TokenTM) -> Weights:
-        """The diagonals of all updates of the block."""
-        ffn = [self.ffn_weights(layer, options) for layer in self.block[1:]]
-        none = jnp.zeros_like(self.rows(self.block[0].stream)[:, 0])
-        norms = []
-        if options.norms and self.block[0].normed is not None:
-            norms = [self.norm_gain(layer) for layer in self.block[:2]]
-        return Weights(self.attention_weights(options), reduce(lambda a, b: a + b + a * b, ffn, none), *norms)
+        known = NOTHING._replace(ffn_branch=self.rows(layer.branch), seen=self.seen, output_grad=self.output_grad)
+        return ffn_weights(x, known, options)
 
     def norm_gain(self, layer: Layer) -> Array:
         """What the norm behind a layer's sum does to the length of each token, [N]."""
         assert layer.normed is not None
         return norm_gain(self.rows(layer.output), self.rows(layer.normed))
+
+    def weights(self, options: TokenTM) -> Weights:
+        """The diagonals of all updates of the block."""
+        ffn = [self.ffn_weights(layer, options) for layer in self.block[1:]]
+        none = jnp.zeros_like(self.tokens[:, 0])
+        normed = options.norms and self.block[0].normed is not None
+        norms = [self.norm_gain(layer) for layer in self.block[:2]] if normed else []
+        return Weights(self.attention_weights(options), reduce(lambda a, b: a + b + a * b, ffn, none), *norms)
 
 
 def _wide_type(kind: Any) -> Any:
@@ -138,60 +139,97 @@ def _wide_type(kind: Any) -> Any:
     return kind.dtype if kind.dtype == jnp.float64 else jnp.float32
 
 
-NOTHING = Blocks(*[None] * len(Blocks._fields))
+def _row(model: Model, sample: Any, kind: Any) -> Array:
+    """r0 [N] of a sample."""
+    there = seen(sample)
+    return read_out(model, None if there is None else there[None], jnp.zeros((1, 1), _wide_type(kind)))[0]
+
+
+def scored(outputs: Any, target: Any) -> tuple[Array, Details]:
+    """The score of one sample's outputs, and the details of a batch of one."""
+    own, details = explained(jax.tree.map(lambda a: a[None], outputs), target)
+    return own.sum(), details
+
+
+class Pass(NamedTuple):
+    """What one forward and backward pass gives of a sample."""
+
+    row: Array  # [N] that began as the head's read-out, at the input of block `options.first_block`
+    embedded: Array  # [N, D] the tokens that enter the first block
+    gradient: Array  # [N, D] of the score there, or what the model's rules make of it
+    legrad: Any  # [N] LeGrad's row, where it is asked for
 
 
 def rows_inside(
-    found: Found, params: Any, sample: Array, target: Any, options: TokenTM, policy: Any
-) -> tuple[tuple[Array, Array, Array], Any]:
-    """TokenTM's row for one sample in one forward and backward pass.
+    model: Model,
+    params: Any,
+    sample: Any,
+    target: Any,
+    options: TokenTM,
+    memory: Memory = "store",
+    gradients: Any = None,
+    legrad: Any = None,
+) -> tuple[Pass, Details]:
+    """TokenTM's row for one sample in one forward and backward pass, and the details.
 
-    Returns (row [N] at the input of block `options.first_block`, embedded tokens [N, D], gradient there) and details.
+    `gradients` [L, N, D] are those of the score at each block's output, for weights that take them; `legrad` is the
+    target that LeGrad's row, which is found on the way forward, is of.
     """
-    structure = found.structure
-    n, first = structure.tokens, options.first_block
+    structure = model.structure
+    n, first, there = structure.tokens, options.first_block, seen(sample)
     end = structure.depth if options.end_block is None else options.end_block
+    by_rules = None if legrad is None else legrad_of_block(model.by({}), params, sample, legrad)
 
     def kept(index: Array, weights: Array) -> Array:
         inside = (index >= first) & (index < end)
         return checkpoint_name(jnp.where(inside, weights, 0), WEIGHTS)
 
     def attended(block: Block, evaluation: Evaluation) -> Any:
-        view = View(evaluation, block, n)
+        layer: Any = block[0].attention
 
         def tap(value: Array, state: Any, extra: Any) -> Any:
             u, index = state
             evaluation.values[evaluation.current] = value
-            weights = kept(index, view.attention_weights(options))
-            passed: Any = attention_layer(options, canonical(view.attention, value), u, weights)
+            weights = kept(index, View(evaluation, block, n, there, extra).attention_weights(options))
+            passed: Any = attention_layer(options, heads_of(layer, value), u, weights)
             heads, u = passed
-            return as_before(view.attention, heads, value), (u, index), None
+            return as_before(layer, heads, value), (u, index), None
 
         return tap
 
     def summed(block: Block, layer: Layer, evaluation: Evaluation) -> Any:
-        view, norms = View(evaluation, block, n), options.norms and layer.normed is not None
+        norms = options.norms and layer.normed is not None
 
         def tap(value: Array, state: Any, extra: Any) -> Any:
             u, index = state
             evaluation.values[evaluation.current] = value
+            view, noted = View(evaluation, block, n, there, extra), None
             if layer.attention is None and evaluation.current == layer.output:
                 u = ffn_layer(u, kept(index, view.ffn_weights(layer, options)))
             if norms and evaluation.current == layer.normed:
                 u = ffn_layer(u, kept(index, view.norm_gain(layer) - 1))
-            last = layer is block[-1] and evaluation.current == layer.end
-            return value, (u, index + 1 if last else index), None
+            if layer is block[-1] and evaluation.current == layer.end:
+                index = index + 1
+                noted = None if by_rules is None else by_rules(evaluation, block)
+            return value, (u, index), noted
 
         return tap
 
     taps: dict[Any, dict[int, Any]] = {structure.reading: {}}
+    extra: dict[int, Any] = {}
+    begun = 0
     for stage in structure.stages:
         own = taps.setdefault(stage.reading, {})
-        for block in stage.blocks:
-            own[block[0].attention.weights] = partial(attended, block)  # type: ignore[union-attr]
-            for layer in block:
-                for number in {layer.output, layer.end}:
-                    own[number] = partial(summed, block, layer)
+        handed = extra if stage.scan is None else extra.setdefault(scan_key(stage.scan), {})
+        for place, block in enumerate(stage.blocks):
+            here = {block[0].attention.weights: partial(attended, block)}  # type: ignore[union-attr]
+            here |= {number: partial(summed, block, layer) for layer in block for number in (layer.output, layer.end)}
+            own |= here
+            if gradients is not None:
+                at = begun + place
+                of_block = gradients[at] if stage.scan is None else gradients[at :: len(stage.blocks)][: stage.length]
+                handed |= dict.fromkeys(here, of_block)
+        begun += stage.length * len(stage.blocks)
 
     def noted(evaluation: Evaluation) -> Any:
         def tap(value: Array, state: Any, extra: Any) -> Any:
@@ -204,132 +242,147 @@ def rows_inside(
         raise Unfit("the tokens that enter the first block cannot be told from a layer's")
     taps[structure.reading][structure.embedded] = noted
     kind = structure.reading.flat.types[structure.embedded]
-    plan = Plan(found.rules, taps, partial(jax.checkpoint, policy=policy, prevent_cse=False))
-    row = jnp.asarray(found.readout, _wide_type(kind))
-    readout = row
+    plan = Plan(model.rules, taps, partial(jax.checkpoint, policy=POLICIES[memory], prevent_cse=False))
+    readout = _row(model, sample, kind)
 
     def run(zeros: Array, u: Array) -> Any:
-        outputs, notes, state = found.evaluate(params, sample, plan, {structure.embedded: zeros}, (u, jnp.int32(0)))
-        own, details = explained(jax.tree.map(lambda a: a[None], outputs), target)
-        return (own.sum(), state[0]), (notes[structure.embedded], details)
+        handed = {**extra, structure.embedded: zeros}
+        outputs, notes, state = model.evaluate(params, sample, plan, handed, (u, jnp.int32(0)))
+        own, details = scored(outputs, target)
+        return (own, state[0]), (notes, details)
 
-    (own, _), pull, (embedded, details) = jax.vjp(
-        run, jnp.zeros(kind.shape, row.dtype), jnp.zeros_like(row), has_aux=True
+    (own, _), pull, (notes, details) = jax.vjp(
+        run, jnp.zeros(kind.shape, readout.dtype), jnp.zeros_like(readout), has_aux=True
     )
-    gradient, rows = pull((jnp.ones_like(own), readout))
-    return (rows, embedded.reshape(n, -1), gradient.reshape(n, -1)), details
+    gradient, row = pull((jnp.ones_like(own), readout))
+    embedded = notes[structure.embedded].reshape(n, -1)
+    found = None if legrad is None else _noted_at_ends(structure.stages, notes).sum(0)
+    return Pass(row, embedded, gradient.reshape(n, -1), found), details
+
+
+def _at_ends(model: Model, function: Callable[[Evaluation, Block], Any]) -> dict[Any, dict[int, Any]]:
+    """Taps that note what `function` gives where each block ends."""
+
+    def at_end(block: Block, evaluation: Evaluation) -> Any:
+        def tap(value: Array, state: Any, extra: Any) -> Any:
+            evaluation.values[evaluation.current] = value
+            return value, state, function(evaluation, block)
+
+        return tap
+
+    taps: dict[Any, dict[int, Any]] = {}
+    for stage in model.structure.stages:
+        for block in stage.blocks:
+            taps.setdefault(stage.reading, {})[block[-1].end] = partial(at_end, block)
+    return taps
+
+
+def _noted_at_ends(stages: list[Stage], notes: Any) -> Any:
+    """What was noted where blocks end, [L, ...]."""
+    parts = [of_stage(stage, notes, lambda block, own: own[block[-1].end]) for stage in stages]
+    return jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
 
 
 def rows_behind(
-    found: Found,
+    model: Model,
     params: Any,
-    sample: Array,
+    sample: Any,
     target: Any,
     summary: Callable[[View], Any],
     update: Callable[[Array, Any], Array],
     first_block: int = 0,
     end_block: int | None = None,
-) -> tuple[tuple[Array, Array], Any]:
+) -> tuple[tuple[Array, Array], Details]:
     """One forward pass that keeps `summary(view)` of every block, then a rule that needs no gradient.
 
     Returns (row [N], embedded tokens [N, D]) and details.
     """
-    structure = found.structure
+    structure, there = model.structure, seen(sample)
     n = structure.tokens
-
-    def at_end(block: Block, evaluation: Evaluation) -> Any:
-        def tap(value: Array, state: Any, extra: Any) -> Any:
-            evaluation.values[evaluation.current] = value
-            return value, state, summary(View(evaluation, block, n))
-
-        return tap
-
-    taps: dict[Any, dict[int, Any]] = {structure.reading: {}}
-    for stage in structure.stages:
-        for block in stage.blocks:
-            taps.setdefault(stage.reading, {})[block[-1].end] = partial(at_end, block)
-    of_embedded = lambda evaluation: lambda value, state, extra: (value, state, value)  # noqa: E731
-    taps[structure.reading].setdefault(structure.embedded, of_embedded)
-    outputs, notes, _ = found.evaluate(params, sample, Plan(found.rules, taps), None, None)
-    details = explained(jax.tree.map(lambda a: a[None], outputs), target)[1]
-    parts = [_stacked(stage, notes, lambda stage, block, own: own[block[-1].end]) for stage in structure.stages]
-    summaries = jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
+    taps = _at_ends(model, lambda evaluation, block: summary(View(evaluation, block, n, there, None)))
+    taps.setdefault(structure.reading, {}).setdefault(
+        structure.embedded, lambda evaluation: lambda value, state, extra: (value, state, value)
+    )
+    outputs, notes, _ = model.evaluate(params, sample, Plan(model.rules, taps), None, None)
     embedded = notes[structure.embedded].reshape(n, -1)
-    row = jnp.asarray(found.readout, wide(embedded).dtype)
-    return (propagate(update, summaries, row, first_block, end_block), embedded), details
+    row = _row(model, sample, structure.reading.flat.types[structure.embedded])
+    summaries = _noted_at_ends(structure.stages, notes)
+    return (propagate(update, summaries, row, first_block, end_block), embedded), scored(outputs, target)[1]
 
 
-def _stacked(stage: Stage, notes: Any, pick: Callable[..., Any]) -> Any:
-    """The notes of a stage's blocks, [length * blocks, ...]."""
-    own = notes if stage.scan is None else notes[scan_key(stage.scan)]
-    arrays = [pick(stage, block, own) for block in stage.blocks]
-    if stage.scan is None:
-        return jax.tree.map(lambda *a: jnp.stack(a), *arrays)
-    return jax.tree.map(lambda *a: jnp.stack(a, 1).reshape(-1, *a[0].shape[1:]), *arrays)
+def legrad_of_block(
+    model: Model, params: Any, sample: Any, target: Any, read: str = "head"
+) -> Callable[[Evaluation, Block], Array]:
+    """`(evaluation, block that has run) -> mean_{h,q} relu(d s_l / d A_l)` [N], s_l read by what comes behind."""
+    head, there, n = model.head(params, sample), seen(sample), model.structure.tokens
+    # Behind the attention tokens do not mix: those that the head does not read need not be computed.
+    some = there is None and read == "head"
+    tokens = np.flatnonzero(model.readout) if some else np.arange(n)
+
+    def of_block(evaluation: Evaluation, block: Block) -> Array:
+        attention: Any = block[0].attention
+        weights = jax.lax.stop_gradient(evaluation.values[attention.weights])
+        rows, end = model.structure.rows[evaluation.reading], block[-1].end
+        through = for_tokens(evaluation, rows, attention.weights, end, n, tokens) if len(tokens) < n else None
+        own = np.arange(n) if through is None else tokens
+        through = through or evaluation.function([attention.weights], end)
+
+        def score(weights: Array) -> Array:
+            after = through(weights)
+            if len(own) < n:
+                after = jnp.zeros_like(evaluation.values[end]).at[..., own, :].set(after)
+            if read == "mean":
+                after = jnp.broadcast_to(after.mean(-2, keepdims=True), after.shape)
+            return scored(head(after), target)[0]
+
+        gradient = jax.nn.relu(wide(jax.grad(score)(jnp.take(weights, own, attention.query))))
+        gradient = jnp.moveaxis(gradient, (attention.query, attention.key), (-2, -1))
+        gradient = gradient.reshape(-1, len(own), n).mean(0)
+        row = mean_of_seen(gradient, there, -2) if len(own) == n else gradient.sum(0) / n
+        return jax.lax.stop_gradient(row)
+
+    return of_block
 
 
-def legrad_rows(found: Found, params: Any, sample: Array, target: Any, first_block: int = 0) -> tuple[Array, Any]:
-    """LeGrad's row for one sample: `sum_l mean_{h,q} relu(d s_l / d A_l)`, s_l read by what follows the blocks."""
-    structure = found.structure
-    head = found.head(params)
-    outputs, _, _ = found.evaluate(params, sample, Plan(found.rules), None, None)
-    _, details = explained(jax.tree.map(lambda a: a[None], outputs), target)
-    asked = details["target"]
-
-    def at_end(block: Block, evaluation: Evaluation) -> Any:
-        attention = block[0].attention
-        assert attention is not None
-        view = View(evaluation, block, structure.tokens)
-
-        def tap(value: Array, state: Any, extra: Any) -> Any:
-            evaluation.values[evaluation.current] = value
-            through = evaluation.function([attention.weights], block[-1].end)
-
-            def score(weights: Array) -> Array:
-                return explained(jax.tree.map(lambda a: a[None], head(through(weights))), asked)[0].sum()
-
-            gradient = jax.grad(score)(evaluation.values[attention.weights])
-            row = jax.nn.relu(wide(canonical(view.attention, gradient))).mean((0, 1))
-            return value, state, row
-
-        return tap
-
-    taps: dict[Any, dict[int, Any]] = {}
-    for stage in structure.stages:
-        for block in stage.blocks:
-            taps.setdefault(stage.reading, {})[block[-1].end] = partial(at_end, block)
-    _, notes, _ = found.evaluate(params, sample, Plan(found.rules, taps), None, None)
-    pick = lambda stage, block, own: own[block[-1].end]  # noqa: E731
-    rows = jnp.concatenate([_stacked(stage, notes, pick) for stage in structure.stages])
-    return rows[first_block:].sum(0), details
+def legrad_rows(
+    model: Model, params: Any, sample: Any, target: Any, first_block: int = 0, read: str = "head"
+) -> tuple[Array, Details]:
+    """LeGrad's row for one sample: `sum_l mean_{h,q} relu(d s_l / d A_l)`."""
+    asked = target
+    if is_open(target):  # a pass tells the predicted class
+        outputs, _, _ = model.evaluate(params, sample, Plan(model.rules), None, None)
+        asked = scored(outputs, target)[1]["target"]
+    taps = _at_ends(model, legrad_of_block(model, params, sample, asked, read))
+    outputs, notes, _ = model.evaluate(params, sample, Plan(model.rules, taps), None, None)
+    return _noted_at_ends(model.structure.stages, notes)[first_block:].sum(0), scored(outputs, asked)[1]
 
 
-def full_gradient_rows(found: Found, params: Any, sample: Array, target: Any) -> tuple[tuple[Array, Array], Any]:
-    """FullGrad+'s row for one sample by the rules of `found`: tokens and biases times gradients, mean over blocks.
+def full_gradient_rows(model: Model, params: Any, sample: Any, target: Any) -> tuple[tuple[Array, Array], Details]:
+    """FullGrad+'s row for one sample by the model's rules: tokens and biases times gradients, mean over blocks.
 
     Every token and bias has a factor 1 + share * u [N]; the derivative by u is the row. Returns (row, its sum less the
     score) and details.
     """
-    structure = found.structure
+    structure = model.structure
     n, depth = structure.tokens, structure.depth
+    kind = structure.reading.flat.types[structure.embedded]
+    readout = None if seen(sample) is None else _row(model, sample, kind)
     taps: dict[Any, dict[int, Any]] = {}
-    for reading, rows, after in found.token_rows():
+    for reading, rows in structure.rows.items():
         own = taps.setdefault(reading, {})
         for step in reading.flat.steps:
             out = step.outputs[0]
             if step.kind == "bias" and out in rows:
-                own[out] = partial(_with_factor, step, rows[out], after, depth)
+                own[out] = partial(_with_factor, step, rows[out], readout, depth)
     for stage in structure.stages:
         own = taps.setdefault(stage.reading, {})
         for block in stage.blocks:
             own[block[0].stream] = partial(_scaled_stream, depth, n)
 
     def score(u: Array) -> tuple[Array, Any]:
-        outputs, _, _ = found.evaluate(params, sample, Plan(found.rules, taps), None, (u, jnp.int32(0)))
-        own, details = explained(jax.tree.map(lambda a: a[None], outputs), target)
-        return own.sum(), details
+        outputs, _, _ = model.evaluate(params, sample, Plan(model.rules, taps), None, (u, jnp.int32(0)))
+        return scored(outputs, target)
 
-    kind = structure.reading.flat.types[structure.embedded]
     row, details = jax.grad(score, has_aux=True)(jnp.zeros(n, _wide_type(kind)))
     return (row, row.sum() - details["score"][0]), details
 
@@ -346,8 +399,9 @@ def _scaled_stream(depth: int, n: int, evaluation: Evaluation) -> Any:
     return tap
 
 
-def _with_factor(step: Any, rows: Any, after: bool, depth: int, evaluation: Evaluation) -> Any:
-    """A sum with a bias, whose share of the factor is that of the blocks that came before."""
+def _with_factor(step: Any, rows: Any, readout: Array | None, depth: int, evaluation: Evaluation) -> Any:
+    """A sum with a bias, whose share of the factor is that of the blocks that came before. After the tokens were read,
+    the factor is that of the tokens that were: by `readout` [N] where that depends on the sample."""
 
     def tap(value: Array, state: Any, extra: Any) -> Any:
         u, index = state
@@ -359,9 +413,10 @@ def _with_factor(step: Any, rows: Any, after: bool, depth: int, evaluation: Eval
             axis, shares = rows
             shape = [1] * value.ndim
             shape[axis] = len(shares)
-            factor = (jnp.asarray(shares, u.dtype) @ u).reshape(shape)
+            every = len(shares) == len(u) and (shares == np.eye(len(u))).all()
+            factor = (u if every else jnp.asarray(shares, u.dtype) @ u).reshape(shape)
         else:
-            factor = jnp.asarray(rows, u.dtype) @ u
+            factor = (jnp.asarray(rows, u.dtype) if readout is None else readout) @ u
         return (wide(value) + wide(bias) * factor * share).astype(value.dtype), state, None
 
     return tap

@@ -177,7 +177,7 @@ class Fact:
     above: int = 0  # the values that it depends on, as bits
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Reading:
     """The facts of a flat program; `bodies` are those of its scans, and `branches` those of its conds."""
 

@@ -9,6 +9,8 @@ kind (`reading`) from the inputs that matter:
     add, residual, turn     f(a, b)               reduce, activation      f(x)
     fork                    f(x) -> (x as the residual sum reads it, x as its branch does)
 
+`f.steps` of an activation, a norm and a softmax are the names of the operations that it consists of.
+
 A tap is a function `tap(value, state, extra) -> (value, state, note)` of one value of the program, which goes on with
 what it returns. The state goes from tap to tap, also through scans. Notes are collected, stacked over the turns of a
 scan. `extra` is the tap's slice of what is handed in for each turn.
@@ -165,7 +167,7 @@ class Evaluation:
     def function(self, starts: list[int], end: Any) -> Callable[..., Any]:
         """The part of the program from some values to another, as a function of these, by plain arithmetic. All else
         is as it is known; what is not known yet is computed."""
-        chain = self._chain(starts, end)
+        chain = self.chain(starts, end)
 
         def f(*inputs: Any) -> Any:
             own = dict(zip(starts, inputs, strict=True))
@@ -176,9 +178,10 @@ class Evaluation:
                 own.update(zip(step.outputs, bind(step.equation, given), strict=True))
             return own[end] if end in own else self.values[end]
 
+        f.steps = [step.name for step in chain]  # type: ignore[attr-defined]
         return f
 
-    def _chain(self, starts: list[int], end: int) -> list[Step]:
+    def chain(self, starts: list[int], end: int) -> list[Step]:
         """The steps between, in order."""
         facts, producer = self.reading.facts, self.reading.flat.producer
         begun = sum(1 << number for number in set(starts))

@@ -24,11 +24,12 @@ class Slim(NamedTuple):
     axis: int | None
 
 
-def for_one_sample(program: Any) -> Callable[..., list[Any]]:
-    """A closed jaxpr `(*parameters, sample [1, ...]) -> outputs [1, ...]` as a function without these axes."""
+def for_one_sample(program: Any, count: int = 1) -> Callable[..., list[Any]]:
+    """A closed jaxpr `(*parameters, *sample [1, ...]) -> outputs [1, ...]`, whose sample has `count` arrays, as a
+    function without these axes."""
 
     def function(*inputs: Any) -> list[Any]:
-        outputs = _run(program, [*inputs[:-1], Slim(inputs[-1], 0)])
+        outputs = _run(program, [*inputs[:-count], *(Slim(x, 0) for x in inputs[-count:])])
         return [lax.squeeze(full(out), (0,)) if not _lacks(out, 0) else out.value for out in outputs]
 
     return function
@@ -231,22 +232,23 @@ def _dot(equation: Any, given: list[Any]) -> list[Slim] | None:
         return None
     ranks = [len(_shape(equation, place)) for place in (0, 1)]
     free = [[a for a in range(ranks[s]) if a not in contracted[s] and a not in batched[s]] for s in (0, 1)]
+    own: int = x.axis
     partner = None
     for pairs in (contracted, batched):
-        if x.axis in pairs[side]:
-            place = pairs[side].index(x.axis)
+        if own in pairs[side]:
+            place = pairs[side].index(own)
             partner = pairs[1 - side][place]
             axis = place if pairs is batched else None
             del pairs[side][place], pairs[1 - side][place]
             break
     else:
-        axis = len(batched[0]) + (len(free[0]) if side else 0) + free[side].index(x.axis)
+        axis = len(batched[0]) + (len(free[0]) if side else 0) + free[side].index(own)
     other = full(other) if partner is None else _without(other, partner)
 
     def moved(pairs: list[list[int]]) -> tuple[tuple[int, ...], ...]:
-        own = tuple(a - (a > x.axis) for a in pairs[side])
+        near = tuple(a - (a > own) for a in pairs[side])
         far = tuple(a if partner is None else a - (a > partner) for a in pairs[1 - side])
-        return (far, own) if side else (own, far)
+        return (far, near) if side else (near, far)
 
     values = [other, x.value] if side else [x.value, other]
     return _bound(equation, values, axis, dimension_numbers=(moved(contracted), moved(batched)))
@@ -272,7 +274,7 @@ STEPS: dict[str, Callable[[Any, list[Any]], list[Slim] | None]] = {
 
 def _split(values: Sequence[Any]) -> tuple[list[Any], Callable[[Sequence[Any]], list[Any]]]:
     """The arrays of values, and what makes values of such arrays again."""
-    axes = [v.axis if isinstance(v, Slim) else "known" for v in values]
+    axes: list[Any] = [v.axis if isinstance(v, Slim) else "known" for v in values]
 
     def joined(arrays: Sequence[Any]) -> list[Any]:
         return [a if axis == "known" else Slim(a, axis) for a, axis in zip(arrays, axes, strict=True)]
@@ -316,7 +318,9 @@ def _custom_jvp(equation: Any, given: list[Any]) -> list[Any] | None:
         own = jax.make_jaxpr(differentiated)(tuple(types), tuple(types))
         values, changes = joined(primals), joined(tangents)
         outputs = _run(own, [*values, *changes])
-        axes = [v.axis if isinstance(v, Slim) else "known" for v in rejoin[-1](outputs[: len(outputs) // 2])]
+        axes: list[Any] = [
+            v.axis if isinstance(v, Slim) else "known" for v in rejoin[-1](outputs[: len(outputs) // 2])
+        ]
         fitted = [
             full(out) if axis in ("known", None) else _without(out, axis)
             for out, axis in zip(outputs, axes * 2, strict=True)

@@ -7,6 +7,7 @@ read-out    how the head mixes the tokens of the last stream
 
 import dataclasses
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from jax.extend.core import Literal
 from tokentm_jax.errors import Unfit
 from tokentm_jax.maths.maps import Tiling
 from tokentm_jax.programs.flat import Flat, Step
-from tokentm_jax.programs.reading import ELEMENTWISE, SHAPE, Reading
+from tokentm_jax.programs.reading import Reading
+from tokentm_jax.programs.tokens import mixture, rows_from
 
 
 @dataclasses.dataclass(eq=False)
@@ -23,9 +25,13 @@ class Attention:
     """The product of attention weights with values."""
 
     product: Step
-    weights: int  # the value [.., N, .., N] that is contracted with the values
+    weights: int  # the value [.., N, .., N] that a softmax gave
     query: int  # its axes
     key: int
+    value: int  # what it is contracted with
+    order: tuple[int, ...]  # axes of the value: heads (in the order of the weights' axes), tokens, channels
+    heads: tuple[int, ...]  # where the product has these heads among its first axes
+    ahead: bool  # whether the product has tokens before channels
 
     @property
     def output(self) -> int:
@@ -75,6 +81,16 @@ class Structure:
     prefix: int | None
     tiling: Tiling | None  # of patches that a convolution cuts, which may overlap
     post_norm: bool
+
+    @cached_property
+    def rows(self) -> dict[Reading, dict[int, Any]]:
+        """Where the tokens are in the values behind the first stream of each program, see `tokens.rows_from`."""
+        found = {}
+        for stage in self.stages:
+            attentions = {a.weights: a.query for block in stage.blocks if (a := block[0].attention) is not None}
+            start = stage.blocks[0][0].stream
+            found.setdefault(stage.reading, rows_from(stage.reading, start, self.tokens, attentions))
+        return {self.reading: rows_from(self.reading, self.last, self.tokens)} | found
 
     @property
     def depth(self) -> int:
@@ -194,12 +210,17 @@ def _attention(reading: Reading, product: Step) -> Attention | None:
     side = product.inputs.index(weights)
     contracted, batched = product.params["dimension_numbers"]
     shape = reading.flat.types[weights].shape
-    keys = [axis for axis in contracted[side] if shape[axis] > 1]
-    if len(keys) != 1:
-        return None
     free = [a for a in range(len(shape)) if a not in contracted[side] and a not in batched[side]]
-    queries = [a for a in free if shape[a] == shape[keys[0]]]
-    return Attention(product, weights, queries[-1], keys[0]) if queries else None
+    if len(contracted[side]) != 1 or len(free) != 1 or shape[free[0]] != shape[contracted[side][0]]:
+        return None
+    value, tokens = product.inputs[1 - side], contracted[1 - side][0]
+    heads = sorted(range(len(batched[side])), key=lambda i: batched[side][i])
+    first = [batched[1 - side][i] for i in heads]
+    channels = [a for a in range(len(reading.flat.shape(value))) if a != tokens and a not in first]
+    while (step := reading.flat.producer[weights]).name == "select_n":  # masked once more
+        weights = next(i for i in step.inputs[1:] if i in reading.facts)
+    order = (*first, tokens, *channels)
+    return Attention(product, weights, free[0], contracted[side][0], value, order, tuple(heads), side == 0)
 
 
 def _outside(stage: Stage, value: int) -> int:
@@ -219,51 +240,6 @@ def _carried_out(stage: Stage, value: int) -> int:
     return stage.scan.outputs[outputs.index(value)]
 
 
-# ---- tokens through shapes ------------------------------------------------------------------------------------------
-
-Rows = tuple[int, np.ndarray] | np.ndarray  # (axis, share of each token [length, N]), or the shares [N] of a mixture
-
-
-def _axis_through(step: Step, axis: int, before: Sequence[int], after: Sequence[int]) -> int | None:
-    """Where an axis is after a change of shape; None where it is merged or split."""
-    if step.name == "transpose":
-        return list(step.params["permutation"]).index(axis)
-    if step.name == "broadcast_in_dim":
-        return step.params["broadcast_dimensions"][axis]
-    if step.name == "squeeze":
-        gone = [d % len(before) for d in step.params["dimensions"]]
-        return None if axis in gone else axis - sum(d < axis for d in gone)
-    ahead = int(np.prod(before[:axis], dtype=int))
-    for place, size in enumerate(after):
-        if int(np.prod(after[:place], dtype=int)) == ahead and size == before[axis] and size > 1:
-            return place
-    return axis if tuple(before) == tuple(after) else None
-
-
-def rows_from(reading: Reading, start: int, n: int, stage: Stage | None = None) -> dict[int, Any]:
-    """Where the tokens of the value `start` [.., N, D] are in the values behind it: `Rows` by number.
-
-    Values of which it cannot be told are left out. In attention the tokens are the queries.
-    """
-    flat = reading.flat
-    axes = [a for a, size in enumerate(flat.types[start].shape[:-1]) if size == n]
-    if len(axes) != 1:
-        return {}
-    known: dict[int, Any] = {start: (axes[0], np.eye(n))}
-    queries = {}
-    for block in stage.blocks if stage is not None else ():
-        attention = block[0].attention
-        if attention is not None:
-            queries[attention.weights] = (attention.query, np.eye(n))
-    for step in flat.steps:
-        given = [(i, known[i]) for i in step.inputs if not isinstance(i, Literal) and i in known]
-        for out in step.outputs:
-            rows = queries.get(out, _rows_after(flat, step, given, out, queries) if given else None)
-            if rows is not None:
-                known[out] = rows
-    return known
-
-
 def _readout(structure: Structure) -> tuple[float, ...] | None:
     """r0, from the steps behind the last stream: which rows are taken, and what is averaged."""
     flat = structure.reading.flat
@@ -271,83 +247,8 @@ def _readout(structure: Structure) -> tuple[float, ...] | None:
     result = known.get(flat.outputs[0]) if not isinstance(flat.outputs[0], Literal) else None
     if result is None:
         return None
-    shares = _mixture(result)
+    shares = mixture(result)
     return tuple(map(float, shares / shares.sum())) if shares.sum() else None
-
-
-def _mixture(rows: Any) -> np.ndarray:
-    return rows[1].mean(0) if isinstance(rows, tuple) else rows
-
-
-def _rows_after(flat: Flat, step: Step, given: list[tuple[int, Any]], out: int, queries: Any = ()) -> Any:
-    """What one step makes of rows; None where it cannot be told."""
-    number, rows = given[0]
-    before, after = flat.types[number].shape, flat.types[out].shape
-    if len(given) > 1:
-        with_axis = [r for _, r in given if isinstance(r, tuple)]
-        of_query = [(i, r) for i, r in given if i in queries]
-        if of_query and step.name == "dot_general":
-            return _rows_after(flat, step, of_query, out)
-        if step.name in ("dot_general",) and with_axis:  # attention pooling: the shares depend on the image
-            return _mixture(with_axis[0])
-        if (
-            step.name == "concatenate"
-            and with_axis
-            and len(with_axis) == len(given)
-            and step.params["dimension"] == with_axis[0][0]
-        ):
-            return (with_axis[0][0], np.concatenate([r[1] for r in with_axis]))
-        if with_axis:
-            return with_axis[0]
-        distinct = [r for _, r in given]
-        return sum(distinct) / len(distinct)
-    if not isinstance(rows, tuple):
-        return rows
-    axis, shares = rows
-    if step.name in SHAPE:
-        if step.name in ("reshape", "transpose", "broadcast_in_dim", "squeeze"):
-            place = _axis_through(step, axis, before, after)
-            if place is None:
-                if before[axis] == 1 or shares.shape[0] == 1:
-                    return shares.mean(0)
-                merged = [s for s in after if s % before[axis] == 0 and s >= before[axis]]
-                return (list(after).index(merged[0]), shares) if merged else None
-            return (place, shares)
-        return rows
-    if step.name == "slice":
-        start, stop = step.params["start_indices"][axis], step.params["limit_indices"][axis]
-        stride = (step.params["strides"] or [1] * len(before))[axis]
-        return (axis, shares[start:stop:stride])
-    if step.name in ("gather", "dynamic_slice") and before[axis] != (after[axis] if axis < len(after) else None):
-        indices = step.inputs[1 + axis] if step.name == "dynamic_slice" else step.inputs[1]
-        index = (
-            int(np.ravel(indices.val)[0]) if isinstance(indices, Literal) else 0 if _is_zero(flat, indices) else None
-        )
-        return None if index is None else shares[index]
-    if step.name in ("reduce_sum", "reduce_max", "argmax"):
-        gone = step.params["axes"]
-        if axis in gone:
-            return shares.mean(0)
-        return (axis - sum(int(a) < axis for a in gone), shares)
-    if step.name == "dot_general":
-        side = 0 if step.inputs[0] == number else 1
-        contracted, batched = step.params["dimension_numbers"]
-        if axis in contracted[side]:
-            return shares.mean(0)
-        if axis in batched[side]:
-            return (list(batched[side]).index(axis), shares)
-        free = [a for a in range(len(before)) if a not in contracted[side] and a not in batched[side]]
-        other = flat.types[step.inputs[1 - side]].shape
-        ahead = len(batched[side]) + (0 if side == 0 else len(other) - len(contracted[1 - side]) - len(batched[side]))
-        return (ahead + free.index(axis), shares)
-    if step.name in ELEMENTWISE or before == after:
-        return rows
-    return shares.mean(0) if step.name not in ("scan",) else None
-
-
-def _is_zero(flat: Flat, value: Any) -> bool:
-    constant = flat.constants.get(value)
-    return constant is not None and not np.any(np.asarray(constant))
 
 
 def _grid(

@@ -280,9 +280,9 @@ def evaluate(
     for row in config.rows:
         if row.random_blocks is not None and not 0 <= row.random_blocks <= vit.module.depth:
             raise InputError(f"random_blocks of {row.name!r} must be from 0 to {vit.module.depth} for {vit.name}")
-    if config.mixed_precision and not hasattr(vit.module, "primitives"):
+    if config.mixed_precision and not hasattr(vit.module, "linear"):
         raise InputError(
-            f"mixed_precision needs a module with the field 'primitives', as tm.ViT has, and {vit.name} has none"
+            f"mixed_precision needs a module with the field 'linear', as tm.ViT has, and {vit.name} has none"
         )
     vit.require_classes() if config.score is None else vit.score(config.score)
     translate = translation(vit, source, config.label_map)

@@ -1,0 +1,308 @@
+"""From (model, params, inputs, target) to arrays: what all blocks did in a forward and backward pass."""
+
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from tokentm_jax.errors import InputError, Unfit, suggest
+from tokentm_jax.maths.scores import explained
+from tokentm_jax.maths.tokentm import Blocks
+from tokentm_jax.models.inputs import seen, values, with_values
+from tokentm_jax.programs.model import Model, Notes, check_model, function_of
+from tokentm_jax.programs.reading import Reading
+from tokentm_jax.programs.running import Evaluation, Plan, scan_key
+from tokentm_jax.programs.structure import Attention, Layer, Stage
+
+
+class Trace(NamedTuple):
+    """One forward and backward pass of a batch. Axes: L blocks, B batch, H heads, N tokens, D width.
+
+    What was not asked for is None.
+    """
+
+    tokens: Any  # [L+1, B, N, D] input of every block, and the output of the last (where `final_tokens` is asked for)
+    token_grads: Any  # [L+1, B, N, D] gradient of the score (the explained logit) there
+    input_grads: Any  # [B, H, W, 3] gradient at the normalised images, or [B, N, D] at the embeddings of texts
+    attention: Any  # [L, B, H, N, N] after softmax
+    attention_grad: Any  # [L, B, H, N, N]
+    normalised: Any  # [L, B, N, D] what the attention layer reads: LN1 of the block's input, or itself
+    normalised_grads: Any  # [L, B, N, D]
+    value: Any  # [L, B, H, N, D/H]
+    transformed_value: Any  # [L, B, N, D]
+    attention_branch: Any  # [L, B, N, D]
+    ffn_branch: Any  # [L, B, N, D]
+    value_kernel: Any  # [L, D, D] of the value projection, without its bias; kept only where it is asked for
+    output_kernel: Any  # [L, D, D] of the output projection, with the layer's scale; likewise
+    middle: Any  # [L, B, N, D] of post-norm blocks: x', and
+    after: Any  # [L, B, N, D] x+
+    seen: Any  # [B, N] which tokens of texts are there; None: all
+    logits: Any  # [B, classes], or what else the model gives
+    target: Any  # [B] the class explained, or the `Question`
+    score: Array  # [B] what was explained: the logit of that class, or what the question's score is
+
+    def details(self) -> dict[str, Any]:
+        """What every method reports: logits [B, classes], the class explained and its score [B]."""
+        return {"logits": self.logits, "target": self.target, "score": self.score}
+
+    def blocks(self) -> Blocks:
+        """The arrays of all blocks, `attention` among them, with the batch axis second, which kernels do not have."""
+        found = {name: getattr(self, name, None) for name in Blocks._fields}
+        depth = len(self.attention)
+        if self.tokens is not None:
+            found["tokens"] = self.tokens[:depth]
+        if self.token_grads is not None and len(self.token_grads) > depth:
+            found["output_grad"] = self.token_grads[1:]
+        if self.seen is not None:
+            found["seen"] = jnp.broadcast_to(self.seen, (depth, *self.seen.shape))
+        return Blocks(**found)
+
+
+# Field of `Trace` -> the point whose gradient it is.
+GRADIENTS = {"attention_grad": "attention", "token_grads": "tokens", "normalised_grads": "normalised"}
+SHOWN = ("tokens", "attention", "normalised", "value", "transformed_value", "attention_branch", "ffn_branch")
+KERNELS = ("value_kernel", "output_kernel")
+POST_NORM = ("middle", "after")
+ALL = ("final_tokens", "input_grads", *SHOWN, *GRADIENTS)  # but kernels, which are parameters
+FIELDS: Collection[str] = (*Trace._fields, "final_tokens")
+
+
+def capture(
+    module: Any,
+    params: Any,
+    inputs: Any,
+    target: Any = None,
+    fields: Collection[str] | None = None,
+    *,
+    gradients: bool = True,
+) -> Trace:
+    """Run the model forward, and backward where gradients are asked for, and keep what the blocks did.
+
+    Args:
+      module: a function `(params, inputs) -> outputs`, or a Linen module.
+      params: its parameters.
+      inputs: normalised images [B, H, W, C], `Tokens` or `Texts`.
+      target: class of each sample [B] or one class for all; None for the predicted ones; or a `Question` of
+        `tokentm_jax.maths.scores`.
+      fields: of `Trace`, which are wanted, and "final_tokens", which appends the output of the last block to `tokens`
+        and `token_grads`; None: all but the kernels, which a Linen module must sow. Logits and target are always
+        there, and the backward pass is run for gradients alone.
+      gradients: False leaves out those fields that are gradients.
+
+    Returns:
+      A `Trace`; gradients are those of each sample's own score.
+
+    Raises:
+      InputError: what is wanted is not found in the model.
+    """
+    model: Any = module
+    if not isinstance(model, Model):
+        function = function_of(module)
+        check_model(function, params, inputs)
+        inputs = function.look_up(params, inputs)
+        model = function.read(params, inputs)
+    if fields is None:
+        fields = (*ALL, *POST_NORM) if model.post_norm else ALL
+    wanted: Any = fields
+    if isinstance(wanted, str) or not isinstance(wanted, Iterable) or getattr(wanted, "shape", None) == ():
+        raise InputError(f"fields must be a list of names of tm.Trace, got {wanted!r:.80}")
+    for name in wanted:
+        if name not in FIELDS:
+            raise suggest("field", name, FIELDS, of="tm.capture")
+    fields = {name for name in fields if gradients or name not in (*GRADIENTS, "input_grads")}
+    kernels = {name: _sown(model, params, inputs, name) for name in KERNELS if name in fields}
+    known, details = model.per_sample(partial(of_sample, model, params, fields=fields), inputs, target)
+    known = {name: array if name == "input_grads" else jnp.moveaxis(array, 0, 1) for name, array in known.items()}
+    everything: Any = {**dict.fromkeys(Trace._fields), **known, **details, **kernels, "seen": seen(inputs)}
+    return Trace(**everything)
+
+
+def _sown(model: Model, params: Any, inputs: Any, name: str) -> Array:
+    """What a Linen module sows under a name, stacked over blocks."""
+    sown: Any = {}
+    if model.source.module is not None:
+        sown = model.source.module.apply({"params": params}, inputs, mutable=["intermediates"])[1]
+    paths = jax.tree_util.tree_leaves_with_path(sown)
+    found = [array for path, array in paths if name in [getattr(key, "key", None) for key in path]]
+    if not found:
+        raise Unfit(f"the model sows no '{name}', which this explanation needs")
+    return jnp.concatenate([array.reshape(-1, *array.shape[-2:]) for array in found])
+
+
+def of_sample(model: Model, params: Any, sample: Any, target: Any, fields: Collection[str]) -> tuple[Any, Any]:
+    """The fields for one sample, those of blocks [L, ...], and the details of a batch of one."""
+    points = {point for field, point in GRADIENTS.items() if field in fields}
+    places = _places(model, {*fields, *points})
+    taps = {reading: {at: partial(_note, known) for at, known in own.items()} for reading, own in places.items()}
+    plan = Plan(model.rules, taps)
+    zeros = _zeros(model, points, "final_tokens" in fields) if points else {}
+
+    def score(zeros: Any, numbers: Array) -> tuple[Array, Any]:
+        outputs, notes, _ = model.evaluate(params, with_values(sample, numbers), plan, zeros, None)
+        own, details = explained(jax.tree.map(lambda a: a[None], outputs), target)
+        return own.sum(), (notes, details)
+
+    known: dict[str, Any] = {}
+    final = "final_tokens" in fields
+    if points or "input_grads" in fields:
+        (grads, of_input), (notes, details) = jax.grad(score, (0, 1), has_aux=True)(zeros, values(sample))
+        known = {"input_grads": of_input} if "input_grads" in fields else {}
+        for field, point in GRADIENTS.items():
+            if field in fields:
+                known[field] = _of_blocks(model, point, grads, final)
+    else:
+        _, (notes, details) = score({}, values(sample))
+    for name in POINTS.keys() & set(fields):
+        own = jax.tree.map(lambda names: names.get(name), notes, is_leaf=lambda n: isinstance(n, dict) and "" in n)  # noqa: B023
+        known[name] = _of_blocks(model, name, own, final)
+    return known, details
+
+
+def _note(names: dict[str, Any], evaluation: Evaluation) -> Any:
+    """A tap that adds what is handed in, and notes the value, or what `TAKEN` makes of it; "" marks the notes."""
+
+    def tap(value: Array, state: Any, extra: Any) -> Any:
+        value = value if extra is None else value + extra
+        evaluation.values[evaluation.current] = value
+        found = {name: TAKEN[name](evaluation, block) if name in TAKEN else value for name, block in names.items()}
+        return value, state, {"": None, **found}
+
+    return tap
+
+
+def _places(model: Model, names: Collection[str]) -> dict[Reading, dict[int, dict[str, Any]]]:
+    """The values that hold what is asked for, in each of the programs: their names, each with its block."""
+    places: dict[Reading, dict[int, dict[str, Any]]] = {}
+    asked = POINTS.keys() & set(names)
+    for stage in model.structure.stages if asked else ():
+        own = places.setdefault(stage.reading, {})
+        for block in stage.blocks:
+            for name in asked:
+                own.setdefault(POINTS[name](stage.reading, block), {})[name] = block
+    if "final_tokens" in names:
+        places.setdefault(model.structure.reading, {}).setdefault(model.structure.last, {})["tokens"] = None
+    return places
+
+
+def _zeros(model: Model, points: Collection[str], final: bool) -> Notes:
+    """Zeros to add at every point whose gradient is asked for."""
+    zeros: Notes = {}
+    for stage in model.structure.stages:
+        own = zeros if stage.scan is None else zeros.setdefault(scan_key(stage.scan), {})
+        lead = () if stage.scan is None else (stage.length,)
+        for block in stage.blocks:
+            for point in points:
+                number = POINTS[point](stage.reading, block)
+                kind = stage.reading.flat.types[number]
+                own[number] = jnp.zeros((*lead, *kind.shape), kind.dtype)
+    if final and "tokens" in points:
+        kind = model.structure.reading.flat.types[model.structure.last]
+        zeros[model.structure.last] = jnp.zeros(kind.shape, kind.dtype)
+    return zeros
+
+
+def _of_blocks(model: Model, name: str, found: Notes, final: bool) -> Array:
+    """The arrays of all blocks called `name`, in one layout: [L, H, N, N], [L, H, N, D/H] or [L, N, D]."""
+    laid = LAID.get(name, lambda attention, array: array.reshape(model.structure.tokens, -1))
+    parts = []
+    for stage in model.structure.stages:
+        number = partial(POINTS[name], stage.reading)
+        each = (lambda f: f) if stage.scan is None else jax.vmap
+        pick = lambda block, own: each(partial(laid, block[0].attention))(own[number(block)])  # noqa: B023, E731
+        parts.append(of_stage(stage, found, pick))
+    if name == "tokens" and final:
+        parts.append(laid(None, found[model.structure.last])[None])
+    return jnp.concatenate(parts)
+
+
+def of_stage(stage: Stage, notes: Notes, pick: Callable[[list[Layer], Notes], Any]) -> Any:
+    """What `pick` finds in the notes of each of a stage's blocks, [length * blocks, ...]."""
+    own = notes if stage.scan is None else notes[scan_key(stage.scan)]
+    arrays = [pick(block, own) for block in stage.blocks]
+    if stage.scan is None:
+        return jax.tree.map(lambda *a: jnp.stack(a), *arrays)
+    return jax.tree.map(lambda *a: jnp.stack(a, 1).reshape(-1, *a[0].shape[1:]), *arrays)
+
+
+# ---- where things are in a block ------------------------------------------------------------------------------------
+
+
+def heads_of(attention: Attention, array: Array) -> Array:
+    """Attention weights in the program's layout as [H, N, N]."""
+    n = array.shape[attention.key]
+    return jnp.moveaxis(array, (attention.query, attention.key), (-2, -1)).reshape(-1, n, n)
+
+
+def as_before(attention: Attention, heads: Array, like: Array) -> Array:
+    """[H, N, N] in the layout of the program."""
+    moved = jnp.moveaxis(like, (attention.query, attention.key), (-2, -1)).shape
+    return jnp.moveaxis(heads.reshape(moved), (-2, -1), (attention.query, attention.key))
+
+
+def values_of(attention: Attention, array: Array) -> Array:
+    """The values of attention in the program's layout as [H, N, D/H]."""
+    array = array.transpose(attention.order)
+    count = len(attention.heads)
+    return array.reshape(-1, array.shape[count], array[(0,) * count + (0,)].size)
+
+
+def unmixed(attention: Attention, array: Array) -> Array:
+    """What the product of attention with values gives where each token attends to itself alone."""
+    array = array.transpose(attention.order)
+    count = len(attention.heads)
+    array = jnp.moveaxis(array, tuple(range(count)), attention.heads)
+    return array if attention.ahead else jnp.moveaxis(array, count, -1)
+
+
+def through_output(evaluation: Evaluation, block: list[Layer], array: Array) -> Array:
+    """The values of attention [in their layout], each token's own, through the rest of the layer without its bias."""
+    attention = block[0].attention
+    assert attention is not None
+    mixed = unmixed(attention, array)
+    return jax.jvp(evaluation.function([attention.output], block[0].branch), (jnp.zeros_like(mixed),), (mixed,))[1]
+
+
+def transformed_value(evaluation: Evaluation, block: list[Layer]) -> Array:
+    """x~ of the attention layer: its branch with attention replaced by the identity, without its last bias."""
+    value = evaluation.function([], block[0].attention.value)()  # type: ignore[union-attr]
+    return through_output(evaluation, block, value)
+
+
+def _normalised(reading: Reading, block: list[Layer]) -> int:
+    """What the attention reads: the stream behind its norm, or the stream itself."""
+    layer = block[0]
+    norm = next(
+        (n for n in reading.norms if n.of[2] == layer.stream and reading.descends(layer.branch, n.outputs[0])), None
+    )
+    if norm is None:
+        return layer.stream
+    end = norm.outputs[0]
+    for step in reading.flat.steps:
+        if step.kind in ("scale", "bias") and end in step.inputs[:2]:
+            end = step.outputs[0]
+    return end
+
+
+def _ffn(block: list[Layer]) -> Layer:
+    if len(block) < 2:
+        raise InputError("a block of this function has no FFN layer, which this explanation needs")
+    return block[1]
+
+
+# Field of `Trace` -> the value of a block that holds it.
+POINTS: dict[str, Callable[[Reading, list[Layer]], int]] = {
+    "attention": lambda reading, block: block[0].attention.weights,  # type: ignore[union-attr]
+    "tokens": lambda reading, block: block[0].stream,
+    "normalised": _normalised,
+    "value": lambda reading, block: block[0].attention.value,  # type: ignore[union-attr]
+    "attention_branch": lambda reading, block: block[0].branch,
+    "transformed_value": lambda reading, block: block[0].branch,
+    "ffn_branch": lambda reading, block: _ffn(block).branch,
+    "middle": lambda reading, block: block[0].normed,  # type: ignore[return-value]
+    "after": lambda reading, block: _ffn(block).normed,  # type: ignore[return-value]
+}
+TAKEN: dict[str, Callable[[Evaluation, list[Layer]], Array]] = {"transformed_value": transformed_value}
+LAID: dict[str, Callable[[Any, Array], Array]] = {"attention": heads_of, "value": values_of}

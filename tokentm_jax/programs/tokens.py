@@ -1,0 +1,190 @@
+"""Where the tokens of a stream are in the values behind it; and a part of a block for some of them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.extend.core import Literal
+
+from tokentm_jax.programs.flat import Flat, Step, bind
+from tokentm_jax.programs.reading import ELEMENTWISE, SAME_SHAPE, SHAPE, Reading
+from tokentm_jax.programs.running import Evaluation
+
+SIZES = {"new_sizes", "shape", "limit_indices"}  # of parameters, with an entry for every axis of the result
+FOR_EACH = {*ELEMENTWISE, *SAME_SHAPE, "dot_general", "transpose", "reshape", "broadcast_in_dim", "slice", "squeeze"}
+FOR_EACH |= {"reduce_sum", "reduce_max", "split"}
+
+Rows = tuple[int, np.ndarray] | np.ndarray  # (axis, share of each token [length, N]), or the shares [N] of a mixture
+
+
+def _axis_through(step: Step, axis: int, before: Sequence[int], after: Sequence[int]) -> int | None:
+    """Where an axis is after a change of shape; None where it is merged or split."""
+    if step.name == "transpose":
+        return list(step.params["permutation"]).index(axis)
+    if step.name == "broadcast_in_dim":
+        return step.params["broadcast_dimensions"][axis]
+    if step.name == "squeeze":
+        gone = [d % len(before) for d in step.params["dimensions"]]
+        return None if axis in gone else axis - sum(d < axis for d in gone)
+    ahead = int(np.prod(before[:axis], dtype=int))
+    for place, size in enumerate(after):
+        if int(np.prod(after[:place], dtype=int)) == ahead and size == before[axis] and size > 1:
+            return place
+    return axis if tuple(before) == tuple(after) else None
+
+
+def rows_from(
+    reading: Reading, start: int, n: int, attentions: Mapping[int, int] = MappingProxyType({})
+) -> dict[int, Any]:
+    """Where the tokens of the value `start` [.., N, D] are in the values behind it: `Rows` by number.
+
+    Values of which it cannot be told are left out. In attention the tokens are the queries, whose axes are given.
+    """
+    flat = reading.flat
+    axes = [a for a, size in enumerate(flat.types[start].shape[:-1]) if size == n]
+    if len(axes) != 1:
+        return {}
+    known: dict[int, Any] = {start: (axes[0], np.eye(n))}
+    queries = {weights: (axis, np.eye(n)) for weights, axis in attentions.items()}
+    for step in flat.steps:
+        given = [(i, known[i]) for i in step.inputs if not isinstance(i, Literal) and i in known]
+        for out in step.outputs:
+            rows = queries.get(out, _rows_after(flat, step, given, out, queries) if given else None)
+            if rows is not None:
+                known[out] = rows
+    return known
+
+
+def mixture(rows: Any) -> np.ndarray:
+    return rows[1].mean(0) if isinstance(rows, tuple) else rows
+
+
+def _rows_after(flat: Flat, step: Step, given: list[tuple[int, Any]], out: int, queries: Any = ()) -> Any:
+    """What one step makes of rows; None where it cannot be told."""
+    number, rows = given[0]
+    before, after = flat.types[number].shape, flat.types[out].shape
+    if len(given) > 1:
+        with_axis = [r for _, r in given if isinstance(r, tuple)]
+        of_query = [(i, r) for i, r in given if i in queries]
+        if of_query and step.name == "dot_general":
+            return _rows_after(flat, step, of_query, out)
+        if step.name in ("dot_general",) and with_axis:  # attention pooling: the shares depend on the image
+            return mixture(with_axis[0])
+        if (
+            step.name == "concatenate"
+            and with_axis
+            and len(with_axis) == len(given)
+            and step.params["dimension"] == with_axis[0][0]
+        ):
+            return (with_axis[0][0], np.concatenate([r[1] for r in with_axis]))
+        if with_axis:
+            return with_axis[0]
+        distinct = [r for _, r in given]
+        return sum(distinct) / len(distinct)
+    if not isinstance(rows, tuple):
+        return rows
+    axis, shares = rows
+    if step.name in SHAPE:
+        if step.name in ("reshape", "transpose", "broadcast_in_dim", "squeeze"):
+            place = _axis_through(step, axis, before, after)
+            if place is None:
+                if before[axis] == 1 or shares.shape[0] == 1:
+                    return shares.mean(0)
+                merged = [s for s in after if s % before[axis] == 0 and s >= before[axis]]
+                return (list(after).index(merged[0]), shares) if merged else None
+            return (place, shares)
+        return rows
+    if step.name == "slice":
+        start, stop = step.params["start_indices"][axis], step.params["limit_indices"][axis]
+        stride = (step.params["strides"] or [1] * len(before))[axis]
+        return (axis, shares[start:stop:stride])
+    if step.name in ("gather", "dynamic_slice") and before[axis] != (after[axis] if axis < len(after) else None):
+        indices = step.inputs[1 + axis] if step.name == "dynamic_slice" else step.inputs[1]
+        index = (
+            int(np.ravel(indices.val)[0]) if isinstance(indices, Literal) else 0 if _is_zero(flat, indices) else None
+        )
+        return None if index is None else shares[index]
+    if step.name in ("reduce_sum", "reduce_max", "argmax"):
+        gone = step.params["axes"]
+        if axis in gone:
+            return shares.mean(0)
+        return (axis - sum(int(a) < axis for a in gone), shares)
+    if step.name == "dot_general":
+        side = 0 if step.inputs[0] == number else 1
+        contracted, batched = step.params["dimension_numbers"]
+        if axis in contracted[side]:
+            return shares.mean(0)
+        if axis in batched[side]:
+            return (list(batched[side]).index(axis), shares)
+        free = [a for a in range(len(before)) if a not in contracted[side] and a not in batched[side]]
+        other = flat.types[step.inputs[1 - side]].shape
+        ahead = len(batched[side]) + (0 if side == 0 else len(other) - len(contracted[1 - side]) - len(batched[side]))
+        return (ahead + free.index(axis), shares)
+    if step.name in ELEMENTWISE or before == after:
+        return rows
+    return shares.mean(0) if step.name not in ("scan",) else None
+
+
+def _is_zero(flat: Flat, value: Any) -> bool:
+    constant = flat.constants.get(value)
+    return constant is not None and not np.any(np.asarray(constant))
+
+
+def for_tokens(
+    evaluation: Evaluation, rows: Mapping[int, Any], weights: int, end: int, size: int, tokens: np.ndarray
+) -> Callable[[Array], Array] | None:
+    """The part of a block from its attention `weights` on for some of its `size` tokens: attention of these queries ->
+    what they are at the value `end`. None where a step does not show that it treats each token on its own."""
+    chain = evaluation.chain([weights], end)
+    changed = {weights}
+    own = lambda atom: not isinstance(atom, Literal) and atom in changed  # noqa: E731
+    for step in chain:
+        changed |= {*step.outputs} if any(map(own, step.inputs)) else set()
+
+    def axis(number: Any) -> int | None:
+        """Where the tokens are, all of them in their order."""
+        known = rows.get(number) if not isinstance(number, Literal) else None
+        if not isinstance(known, tuple) or known[1].shape != (size, size) or (known[1] != np.eye(size)).any():
+            return None
+        return known[0]
+
+    def fitted(step: Step) -> Callable[[list[Any]], list[Any]] | None:
+        """A step whose own values have these tokens alone."""
+        if not any(map(own, step.inputs)):
+            return lambda values: bind(step.equation, values)
+        out = axis(step.outputs[0])
+        if out is None or step.name not in FOR_EACH or any(axis(i) is None for i in filter(own, step.inputs)):
+            return None
+        params = dict(step.params)
+        for name in SIZES & params.keys():
+            params[name] = (*params[name][:out], len(tokens), *params[name][out + 1 :])
+        equation = step.equation.replace(params=params)
+
+        def run(values: list[Any]) -> list[Any]:
+            if step.name in ELEMENTWISE:  # what is added or multiplied has all tokens, or an axis of one
+                whole = [not own(i) and jnp.ndim(v) > 0 for v, i in zip(values, step.inputs, strict=True)]
+                values = [
+                    jnp.take(v, tokens, out) if cut and v.shape[out] == size else v
+                    for v, cut in zip(values, whole, strict=True)
+                ]
+            return bind(equation, values)
+
+        return run
+
+    steps = [(step, fitted(step)) for step in chain]
+
+    def through(attention: Array) -> Array:
+        known = {weights: attention}
+        for step, run in steps:
+            assert run is not None
+            values = [
+                i.val if isinstance(i, Literal) else known[i] if i in known else evaluation.values[i]
+                for i in step.inputs
+            ]
+            known.update(zip(step.outputs, run(values), strict=True))
+        return known[end]
+
+    return None if any(run is None for _, run in steps) else through
