@@ -10,7 +10,7 @@ Maps of pixels are measured as their means by patch (docs/explanation/metrics.md
 the images, most yardsticks 200 of them, ROAD 50 of the photos, and those that explain an image many times 50.
 Max-sensitivity and the randomisation of parameters are for the fast methods alone.
 Data: `tokentm data fetch photos masks deit_tiny`, or cifar10. The weights of cifar10_112 are custom ones:
-runs/finetune_112, of a fine-tuning at 112 pixels by configs/cifar10_finetune_112.py, or --checkpoint FILE.
+runs/finetune_112, fine-tuned by models/training/recipes/cifar10_finetune_112.py, or --checkpoint FILE.
 Run time: with methods=fast and precision=mixed on 2 cores, 50 minutes for cifar10, 90 for cifar10_112 and five hours
 for the photos. The methods of a pass for each patch, and more, take 7 s for an image of cifar10 and over a minute for
 a photo: take them with --limit and --batch-size 4.

@@ -3,7 +3,7 @@
     tokentm evaluate configs/sst2_text.py --out runs/sst2_text
     tokentm evaluate configs/sst2_text.py:rows=weights --out runs/sst2_weights    other weights in TokenTM
 
-The classifier is that of `configs/sst2_minilm.py`.
+The classifier is that of `models/training/recipes/sst2_minilm.py`.
 ERASER's comprehensiveness and sufficiency, by deleting and by masking, Kendall's tau with leave-one-out, and agreement
 with VADER's lexicon (`pip install vaderSentiment`).
 

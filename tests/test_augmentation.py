@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from tokentm_jax.data import augmentation
-from tokentm_jax.data.augmentation import (
+from models.training import augmentation
+from models.training.augmentation import (
     ASPECT,
     OPERATIONS,
     crop_box,

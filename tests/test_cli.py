@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import mostly_slow
+from everything import everything
 from PIL import Image
 
 from tokentm_jax.cli.heatmaps import output_names
@@ -52,7 +53,7 @@ def folder(tmp_path, monkeypatch):
 def run(*arguments, code=0):
     if arguments[0] == "explain" and "--batch-size" not in arguments:
         arguments = (*arguments, "--batch-size", 1)  # few shapes to compile
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    result = CliRunner().invoke(everything, [str(a) for a in arguments])
     assert result.exit_code == code, result.output
     assert "Traceback" not in result.output
     return result
@@ -475,7 +476,7 @@ def test_class_names_that_are_given(folder, checkpoint):
 
 
 RECIPE = f"""
-from tokentm_jax.runs.train import TrainConfig
+from models.training.recipe import TrainConfig
 config = TrainConfig(name="tiny", train_data="data", test_data="data", model={TINY | {"num_classes": 2}!r}, epochs=2,
                      warmup_epochs=0.5, batch_size=4)
 """
@@ -489,10 +490,10 @@ def test_train(folder):
             Image.new("RGB", (16, 16), colour).save(folder / "data" / label / f"{i}.png")
     (folder / "recipe.py").write_text(RECIPE)
     (folder / "data/left/bad.png").write_bytes(b"bad")
-    with jax.numpy_dtype_promotion("standard"):  # Optax's schedules need it
+    # Optax's schedules need standard promotion.
+    with jax.numpy_dtype_promotion("standard"), pytest.warns(UserWarning, match=r"bad\.png"):
         result = run("train", "recipe.py", "--epochs", 1, "--limit", 11)
     assert "test accuracy" in result.stdout and "epoch 1.0" in result.stdout
-    assert "bad.png" in result.stderr
     run("explain", "data/left/0.png", "--checkpoint", "runs/tiny/tiny.safetensors")
 
 
@@ -515,8 +516,16 @@ def test_wrong_recipes(folder, recipe, sentence):
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_the_package_does_not_train(folder):
+    for arguments in ([], ["--help"], ["recipe.py", "--out", "runs/x"]):
+        result = CliRunner().invoke(main, ["train", *arguments])
+        assert result.exit_code == 2 and not (folder / "runs").exists()
+        assert len(result.stderr.splitlines()) == 1 and "from a clone of the repository: python -m" in result.stderr
+    assert "train" not in CliRunner().invoke(main, ["--help"]).output.split("Commands:")[1]
+
+
 def test_every_command_has_an_example():
-    for name in main.commands:
+    for name in (name for name, command in main.commands.items() if not command.hidden):
         text = run(name, "--help").stdout
         assert "Example" in text and f"tokentm {name}" in text
 

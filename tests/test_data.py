@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokentm_jax.data.arrays import load_dataset
+from models.training.data import load_dataset
 from tokentm_jax.errors import InputError
 
 
@@ -55,13 +55,6 @@ def test_a_limit_takes_from_every_class(tmp_path):
     check(load_dataset(tmp_path / "a.zip", limit=99))
     with pytest.raises(InputError, match="greater than or equal to 1"):
         load_dataset(tmp_path / "a.zip", limit=0)
-
-
-def test_the_identity_tells_the_images(tmp_path):
-    data = load_dataset(zipped(tmp_path / "a.zip", ENTRIES))
-    again, part = load_dataset(tmp_path / "a.zip"), load_dataset(tmp_path / "a.zip", limit=6)
-    other = load_dataset(zipped(tmp_path / "b.zip", ENTRIES | {"dog/0.png": png(99)}))
-    assert data.identity == again.identity and len({data.identity, part.identity, other.identity}) == 3
 
 
 def test_names_of_a_zip_write_nothing(tmp_path):

@@ -28,6 +28,7 @@ from sybil.parsers.doctest import DocTestParser
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
 import tokentm_jax as tm
+from models.training.__main__ import train
 from tokentm_jax.cli.main import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,6 +80,8 @@ def check_command(words):
     if words[0] == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert set(words[1:2]) <= {*targets, "..."}, f"no such target: {words}"
+    elif words[:3] == ["python", "-m", "models.training"]:
+        train.make_context("train", words[3:])
     elif words[0] != "tokentm":
         assert words[0].rpartition("/")[2] in OTHER_PROGRAMS, f"unknown program: {words}"
     elif words[1:] != ["--help"]:
@@ -236,17 +239,16 @@ def test_every_option_is_documented():
 
 
 def test_every_field_and_name_is_documented():
+    from models.training.recipe import TextTrainConfig, TrainConfig
     from tokentm_jax.metrics.tasks import TASKS, EvaluateConfig
     from tokentm_jax.runs.evaluate_text import TextEvaluateConfig
     from tokentm_jax.runs.leaderboard import LeaderboardConfig
-    from tokentm_jax.runs.train import TrainConfig
-    from tokentm_jax.runs.train_text import TextTrainConfig
 
     page = lambda name: (ROOT / "docs" / "reference" / name).read_text()  # noqa: E731
-    configs, api = page("configs.md"), page("api.md")
+    configs, api = page("configs.md") + page("training.md"), page("api.md")
     kinds = (EvaluateConfig, LeaderboardConfig, TextEvaluateConfig, TextTrainConfig, TrainConfig)
     fields = [field.name for kind in kinds for field in dataclasses.fields(kind)]
-    files = [path.name for path in (ROOT / "configs").glob("*.py")]
+    files = [path.name for folder in ("configs", "models/training/recipes") for path in (ROOT / folder).glob("*.py")]
     missing = [name for name in (*fields, *files) if f"`{name}`" not in configs]
     missing += [name for name in TASKS if f'"{name}"' not in configs]
     missing += [name for name in tm.__all__ if name != "__version__" and f"::: tokentm_jax.{name}\n" not in api]

@@ -21,6 +21,7 @@ from click.testing import CliRunner
 from conftest import tiny_vit
 from PIL import Image
 
+from models.training.recipe import TrainConfig
 from tokentm_jax import metrics
 from tokentm_jax.cli.main import main
 from tokentm_jax.cli.recipes import read_recipe
@@ -41,7 +42,6 @@ from tokentm_jax.runs.evaluate_text import TextEvaluateConfig, check_text_config
 from tokentm_jax.runs.leaderboard import LeaderboardConfig
 from tokentm_jax.runs.leaderboard import check as check_leaderboard
 from tokentm_jax.runs.report import compare
-from tokentm_jax.runs.train import TrainConfig
 from tokentm_jax.validation import lists_of
 
 COUNT = 11
@@ -753,14 +753,14 @@ def test_strange_recipes(tmp_path, monkeypatch, recipe, sentence):
     assert list(tmp_path.iterdir()) == [path]
 
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+ROOT = Path(__file__).parent.parent
 
 
 def test_the_configs_of_the_project():
     """Every combination of a config's options names existing methods, options and classes, and a folder of its own;
     and the commands in its docstring are among them."""
     names = []
-    for file in sorted(CONFIGS.glob("*.py")):
+    for file in sorted([*ROOT.glob("configs/*.py"), *ROOT.glob("models/training/recipes/*.py")]):
         make = runpy.run_path(str(file)).get("get_config")
         if make is None:
             continue
@@ -785,10 +785,10 @@ def test_the_configs_of_the_project():
             assert {row for row, _ in config.paper} <= {row.name for row in config.rows}
         text = file.read_text()
         assert "Data:" in text and "Run time:" in text
-        commands = re.findall(r"tokentm (?:evaluate|leaderboard|train) configs/(\S+)", text)
-        assert commands[0] == file.name
+        commands = re.findall(r"(?:tokentm (?:evaluate|leaderboard)|python -m models.training) (\S+)", text)
+        assert ROOT / commands[0] == file
         for command in commands:
-            read_recipe(CONFIGS / command, kind)
+            read_recipe(ROOT / command, kind)
     assert len(names) == len(set(names)) > 50
 
 
@@ -808,9 +808,9 @@ def test_options_of_a_recipe():
         ("data=photos,data=imagenet", "given twice"),
     ):
         with pytest.raises(InputError, match=sentence):
-            read_recipe(Path(f"{CONFIGS}/perturbation.py:{options}"), EvaluateConfig)
+            read_recipe(Path(f"{ROOT}/configs/perturbation.py:{options}"), EvaluateConfig)
     with pytest.raises(InputError, match="has no options"):
-        read_recipe(Path(f"{CONFIGS}/cifar10_vit.py:data=photos"), EvaluateConfig)
+        read_recipe(Path(f"{ROOT}/models/training/recipes/cifar10_vit.py:data=photos"), EvaluateConfig)
 
 
 def test_the_rows_of_the_paper_leave_out_the_first_block_where_the_published_evaluation_does():

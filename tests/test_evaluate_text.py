@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from click.testing import CliRunner
+from everything import everything
 
 import tokentm_jax as tm
-from tokentm_jax.cli.main import main
 from tokentm_jax.data.sentences import read_sentences
 from tokentm_jax.metrics import texts as metrics
 from tokentm_jax.models.texts import Word
@@ -189,7 +189,7 @@ def test_bad_sentences_are_one_sentence(tmp_path, content, message):
 
 
 def run(*arguments, **options):
-    return CliRunner().invoke(main, list(map(str, arguments)), **options)
+    return CliRunner().invoke(everything, list(map(str, arguments)), **options)
 
 
 def settings_of(page):
@@ -317,7 +317,7 @@ def test_fine_tuning_resumes_and_gives_a_folder(tmp_path, monkeypatch, promotion
     train.write_text("a fun film\t1\nnot fun\t0\ndull film\t0\na funny film at all\t1\n" * 4)
     recipe = tmp_path / "recipe.py"
     recipe.write_text(
-        "from tokentm_jax.runs.train_text import TextTrainConfig\n"
+        "from models.training.recipe import TextTrainConfig\n"
         f"config = TextTrainConfig('tiny', {str(GOLDENS / 'bert_encoder')!r}, {str(train)!r}, {str(train)!r}, "
         "('bad', 'good'), epochs=30, batch_size=4, learning_rate=5e-3, pool='avg', checkpoint_epochs=10)\n"
     )
@@ -328,7 +328,7 @@ def test_fine_tuning_resumes_and_gives_a_folder(tmp_path, monkeypatch, promotion
     assert text.class_names == ("bad", "good") and (text.module.pool, text.module.pooler) == ("avg", None)
     assert np.asarray(text.logits(text.read(["a fun film", "dull film"]))).argmax(-1).tolist() == [1, 0]
 
-    from tokentm_jax.runs import loop
+    from models.training import loop
 
     saved = loop._save
 

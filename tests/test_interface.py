@@ -163,6 +163,20 @@ print(*{*tokentm_jax.__all__} - {*globals()})
     assert (done.stdout.strip(), done.stderr, done.returncode) == ("", "", 0)
 
 
+def test_names_of_training_are_in_a_clone_alone():
+    from models.training.recipe import TextTrainConfig, TrainConfig
+
+    for kind in (TrainConfig, TextTrainConfig):
+        with pytest.warns(DeprecationWarning, match=f"is now models.training.recipe.{kind.__name__}") as caught:
+            assert getattr(tm, kind.__name__) is kind
+        assert caught[0].filename == __file__ and kind.__name__ not in tm.__all__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "models", None)  # as beside an installed wheel
+        patch.setitem(sys.modules, "models.training.recipe", None)
+        with pytest.raises(tm.InputError, match="training is run from a clone of the repository"):
+            _ = tm.TrainConfig
+
+
 # ---- targets ---------------------------------------------------------------------------------------------------
 
 

@@ -39,3 +39,9 @@ def test_the_mathematics_needs_jax_alone():
     for path in (PACKAGE / "maths").glob("*.py"):
         roots = {name.split(".")[0] for name in imports(path)}
         assert roots <= known | {"tokentm_jax"}, path
+
+
+def test_the_package_does_not_train():
+    """Training is in `models/training`, which is not in the wheel; optax comes with it."""
+    for path in PACKAGE.rglob("*.py"):
+        assert not {name.split(".")[0] for name in imports(path)} & {"models", "optax"}, path

@@ -371,7 +371,7 @@ def work(tmp_path_factory):
         f"config = EvaluateConfig('x', 'saco', {photos!r}, rows('rollout'), checkpoint={checkpoint!r}, batch_size=1)"
     )
     (path / "train.py").write_text(
-        "from tokentm_jax import TrainConfig\n"
+        "from models.training.recipe import TrainConfig\n"
         f"config = TrainConfig('x', {photos!r}, {photos!r}, {options!r}, 1000, batch_size=500)"
     )
     return path
@@ -393,7 +393,8 @@ def test_signals_while_results_are_written(work, tmp_path, monkeypatch, command,
     cache = {"JAX_COMPILATION_CACHE_DIR": str(work / "cache")}
     for moment in range(2):
         out = tmp_path / str(moment)
-        process = started(["-m", "tokentm_jax", command, *arguments.split(), "--out", out], **cache)
+        program = ["models.training"] if command == "train" else ["tokentm_jax", command]
+        process = started(["-m", *program, *arguments.split(), "--out", out], **cache)
         while not list(out.glob(first)) and process.poll() is None:
             time.sleep(0.01)
         time.sleep(0.15 * moment)

@@ -114,6 +114,12 @@ def test_read_the_docs_and_zenodo():
         assert len((ROOT / name).read_text().split()) > 50, name
 
 
+def test_the_wheel_has_the_shipped_models_and_no_training():
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    shipped = {f"models/{path.name}" for path in (ROOT / "models").iterdir() if path.is_file()}
+    assert build["packages"] == ["tokentm_jax"] and build["force-include"].keys() == shipped
+
+
 def test_the_readme_on_pypi_has_absolute_addresses():
     pytest.importorskip("hatchling")
     hook = module(ROOT / "hatch_build.py")

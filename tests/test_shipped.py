@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import tokentm_jax as tm
-from tokentm_jax.data.arrays import load_dataset
+from models.training.data import load_dataset
 from tokentm_jax.models.architectures import parameter_count
 from tokentm_jax.models.checkpoint import read_description
 

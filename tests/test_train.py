@@ -14,18 +14,18 @@ import numpy as np
 import pytest
 
 import tokentm_jax as tm
+from models.training import train as training
+from models.training.data import Data
+from models.training.distil import answers, distillation_loss, load_teacher
+from models.training.loop import OPTIMISERS
+from models.training.recipe import TrainConfig, augment, mix, view
+from models.training.train import accuracy, batches, initial_params, train
 from tokentm_jax.cli.recipes import read_recipe
-from tokentm_jax.data.arrays import Data
 from tokentm_jax.identity import describe_model
 from tokentm_jax.models.checkpoint import read_description
 from tokentm_jax.models.vit import ViT, init_params
-from tokentm_jax.runs import train as training
-from tokentm_jax.runs.distil import answers, distillation_loss, load_teacher
-from tokentm_jax.runs.loop import OPTIMISERS
-from tokentm_jax.runs.recipe import mix, view
-from tokentm_jax.runs.train import TrainConfig, accuracy, augment, batches, initial_params, train
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIGS = Path(__file__).resolve().parent.parent / "models/training/recipes"
 MODEL = {"img_size": (8, 8), "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 2}
 CONFIG = TrainConfig(
     name="toy",

@@ -16,16 +16,17 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import mostly_slow, tiny_vit
+from everything import everything
 from PIL import Image
 from test_files import FILES, KINDS, make, there
 
 import tokentm_jax as tm
 from tokentm_jax import files
-from tokentm_jax.cli.main import main
 from tokentm_jax.errors import InputError
 from tokentm_jax.identity import claimed
 
 TEXTS = Path(__file__).parent / "goldens" / "texts"
+IMPORTS = "import tokentm_jax as tm\nfrom models.training.recipe import TextTrainConfig, TrainConfig"
 RECIPES = {
     "evaluate.py": "config = tm.EvaluateConfig('x', 'saco', 'photos', tm.rows('rollout'), options={'groups': 2}, "
     "checkpoint='tiny.safetensors', batch_size=4)",
@@ -33,9 +34,9 @@ RECIPES = {
     "tm.rows('rollout'), options={'groups': 2}, checkpoint='tiny.safetensors', batch_size=4)], ('saco', 'saco'))",
     "texts.py": f"config = tm.TextEvaluateConfig('x', {str(TEXTS / 'distilbert')!r}, 'texts.tsv', "
     "tm.rows('rollout'), batch_size=2)",
-    "train.py": "config = tm.TrainConfig('x', 'photos', 'photos', dict(img_size=16, patch_size=8, embed_dim=16, "
+    "train.py": "config = TrainConfig('x', 'photos', 'photos', dict(img_size=16, patch_size=8, embed_dim=16, "
     "depth=1, num_heads=2, num_classes=2), 1, batch_size=2)",
-    "train_text.py": f"config = tm.TextTrainConfig('x', {str(TEXTS / 'bert_encoder')!r}, 'texts.tsv', 'texts.tsv', "
+    "train_text.py": f"config = TextTrainConfig('x', {str(TEXTS / 'bert_encoder')!r}, 'texts.tsv', 'texts.tsv', "
     "('bad', 'good'), epochs=1, batch_size=2)",
 }
 # The arguments of a command without --out, and the files and folders that it writes below that, "" being that itself.
@@ -90,7 +91,7 @@ def world(tmp_path_factory):
     form = b"\1\0\1\0" + (8000).to_bytes(4, "little") + (16000).to_bytes(4, "little") + b"\2\0\x10\0data"
     (folder / "sound.wav").write_bytes(head + form + len(sound).to_bytes(4, "little") + sound)
     for name, recipe in RECIPES.items():
-        (folder / name).write_text(f"import tokentm_jax as tm\n{recipe}\n")
+        (folder / name).write_text(f"{IMPORTS}\n{recipe}\n")
     return folder
 
 
@@ -104,7 +105,7 @@ def inside(world, monkeypatch):
 
 
 def run(*arguments):
-    found = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    found = CliRunner().invoke(everything, [str(argument) for argument in arguments])
     assert "Traceback" not in found.output, found.output
     assert found.exit_code in (0, 2) and (found.exception is None or isinstance(found.exception, SystemExit))
     return found
@@ -140,7 +141,10 @@ def test_a_command_leaves_what_is_there(command, name, kind, inside, tmp_path):
         if os.path.lexists(place):
             before |= there(place)
     tries = [[]]
-    if "--overwrite" in CliRunner().invoke(main, [COMMANDS[command][0][0], "--help"]).output and kind not in FILES:
+    if (
+        "--overwrite" in CliRunner().invoke(everything, [COMMANDS[command][0][0], "--help"]).output
+        and kind not in FILES
+    ):
         tries.append(["--overwrite"])
     for more in tries:
         found = run(*arguments_of(command, out, name), *more)

@@ -81,7 +81,7 @@ def runs(mesh: jax.sharding.Mesh, vit: tm.LoadedViT) -> None:
     rows: list[tm.Row] = [*tm.PAPER_ROWS, *tm.COMPONENT_ROWS, *tm.CHOICE_ROWS, *tm.READING_ROWS, *tm.MIX_ROWS]
     rows += [*tm.WEIGHT_ROWS, *tm.TEXT_ROWS, *tm.PIXEL_ROWS]
     rows += [*tm.rows("gae"), *tm.depth_rows(12), *tm.sanity_rows(12, "gae")]
-    for config in (tm.EvaluateConfig, tm.TrainConfig, tm.LeaderboardConfig, tm.TextEvaluateConfig, tm.TextTrainConfig):
+    for config in (tm.EvaluateConfig, tm.LeaderboardConfig, tm.TextEvaluateConfig):
         assert_type(config.__name__, str)
     assert_type(tm.sample_data("photos"), str)
     tm.over_devices(tm.explain_fn(vit.module))

@@ -53,15 +53,15 @@ _HOMES = {
     "WEIGHT_ROWS": "metrics.tasks",
     "TEXT_ROWS": "metrics.tasks",
     "TextEvaluateConfig": "runs.evaluate_text",
-    "TextTrainConfig": "runs.train_text",
     "MIX_ROWS": "metrics.tasks",
     "PIXEL_ROWS": "metrics.tasks",
     "depth_rows": "metrics.tasks",
     "sanity_rows": "metrics.tasks",
-    "TrainConfig": "runs.recipe",
     "LeaderboardConfig": "runs.leaderboard",
     "sample_data": "samples",
 }
+
+_MOVED = {"TrainConfig": "models.training.recipe", "TextTrainConfig": "models.training.recipe"}  # out of the package
 
 __all__ = [*_HOMES, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 
@@ -116,16 +116,30 @@ if TYPE_CHECKING:
     from tokentm_jax.programs.capture import capture as capture
     from tokentm_jax.runs.evaluate_text import TextEvaluateConfig as TextEvaluateConfig
     from tokentm_jax.runs.leaderboard import LeaderboardConfig as LeaderboardConfig
-    from tokentm_jax.runs.recipe import TrainConfig as TrainConfig
     from tokentm_jax.runs.store import open_maps as open_maps
-    from tokentm_jax.runs.train_text import TextTrainConfig as TextTrainConfig
     from tokentm_jax.samples import sample_data as sample_data
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MOVED:
+        return _moved(name, _MOVED[name])
     if name not in _HOMES:
         raise AttributeError(f"module 'tokentm_jax' has no attribute '{name}'")
     return getattr(importlib.import_module(f"tokentm_jax.{_HOMES[name]}"), name)
+
+
+def _moved(name: str, home: str) -> Any:
+    """A name that was public once, from its new place in a clone."""
+    import warnings
+
+    from tokentm_jax.errors import InputError
+
+    try:
+        found = getattr(importlib.import_module(home), name)
+    except (ImportError, AttributeError):  # or there is another package of this name
+        raise InputError(f"{name} is now in {home}: training is run from a clone of the repository") from None
+    warnings.warn(f"tokentm_jax.{name} is now {home}.{name}", DeprecationWarning, stacklevel=3)
+    return found
 
 
 def __dir__() -> list[str]:

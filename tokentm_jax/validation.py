@@ -34,6 +34,7 @@ def _plain_name(name: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_plain_name)]  # what a file or folder is called: never a path
+Text = Annotated[str, Len(1, 1000)]
 
 
 class _FailFast(FailFast):

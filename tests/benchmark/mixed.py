@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from common import alternate, milliseconds, parser, publish, random_images, random_vit, spread, table
 
+from models.training.loop import begin
+from models.training.recipe import TrainConfig
+from models.training.train import Batch, make_step
 from tokentm_jax.cli.recipes import read_recipe
 from tokentm_jax.maths.mixed import MIXED
 from tokentm_jax.models.architectures import build
 from tokentm_jax.models.vit import ViT, init_params
-from tokentm_jax.runs.train import Batch, State, TrainConfig, make_step
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+RECIPES = Path(__file__).resolve().parents[2] / "models/training/recipes"
 FORWARD = "deit_tiny_patch16_224"
 
 
@@ -39,7 +40,7 @@ def forward(batch: int) -> dict[str, Callable[[], Any]]:
 
 def step(recipe: str) -> dict[str, Callable[[], Any]]:
     """Steps of a recipe, without its teacher."""
-    made = dataclasses.replace(read_recipe(CONFIGS / recipe, TrainConfig), teacher=None, teacher_views=0)
+    made = dataclasses.replace(read_recipe(RECIPES / recipe, TrainConfig), teacher=None, teacher_views=0)
     module = build(made.model)
     rows = np.zeros(made.batch_size, np.int32)
     images = np.random.default_rng(0).integers(0, 256, (made.batch_size, 32, 32, 3), np.uint8)
@@ -48,7 +49,7 @@ def step(recipe: str) -> dict[str, Callable[[], Any]]:
     def steps(mixed: bool) -> Callable[[], Any]:
         function, optimiser = make_step(dataclasses.replace(made, mixed_precision=mixed), module, 100)
         params = init_params(module, jax.random.key(0))
-        states = [State(jnp.zeros((), jnp.int32), params, optimiser.init(params), jax.tree.map(jnp.copy, params))]
+        states = [begin(optimiser, params, averaged=True)]
 
         def once() -> Any:
             state, loss = function(states.pop(), batch, None, made.patch_drop)  # which takes the state's memory

@@ -98,11 +98,11 @@ def surely() -> Iterator[Case]:
 
 def cases(rng: random.Random) -> Iterator[Case]:
     yield from surely()
-    from tokentm_jax.cli.main import main
+    from everything import everything
 
     rest = []
     for name, start in START.items():
-        for parameter in main.commands[name].params:
+        for parameter in everything.commands[name].params:
             for value in VALUES:
                 if isinstance(parameter, click.Option) and parameter.opts[0] not in ("--help", "--json"):
                     if parameter.opts[0] == "--coordinator" and ":" in value:

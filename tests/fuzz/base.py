@@ -19,7 +19,7 @@ from tokentm_jax import EvaluateConfig, rows
 config = EvaluateConfig("tiny", "perturbation", "data", rows("tokentm", "rollout"), batch_size=2, checkpoint={!r})
 """
 TRAIN = f"""
-from tokentm_jax import TrainConfig
+from models.training.recipe import TrainConfig
 config = TrainConfig(name="tiny", train_data="data", test_data="data", model={OPTIONS!r}, epochs=1, warmup_epochs=0.5,
                      batch_size=5)
 """
@@ -80,10 +80,9 @@ def google(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def tokentm(*arguments: str) -> None:
     from click.testing import CliRunner
+    from everything import everything
 
-    from tokentm_jax.cli.main import main
-
-    result = CliRunner().invoke(main, arguments)
+    result = CliRunner().invoke(everything, arguments)
     assert result.exit_code == 0, result.output
 
 

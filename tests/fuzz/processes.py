@@ -32,7 +32,7 @@ config = EvaluateConfig("t", "perturbation", "many", rows("tokentm", "rollout"),
                         checkpoint={CHECKPOINT!r})
 """
 LONG = f"""
-from tokentm_jax import TrainConfig
+from models.training.recipe import TrainConfig
 config = TrainConfig(name="t", train_data="data", test_data="data", model={OPTIONS!r}, epochs=60, warmup_epochs=0.5,
                      batch_size=5)
 """
@@ -48,7 +48,8 @@ def start(arguments: tuple[str, ...], cwd: Path, **more: Any) -> "subprocess.Pop
     env = {name: value for name, value in env.items() if value is not None}
     before = tuple(more.pop("before", ()))
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL, **more}
-    return subprocess.Popen([*before, sys.executable, "-m", "tokentm_jax", *arguments], cwd=cwd, env=env, text=True,
+    program = ["models.training", *arguments[1:]] if arguments[0] == "train" else ["tokentm_jax", *arguments]
+    return subprocess.Popen([*before, sys.executable, "-m", *program], cwd=cwd, env=env, text=True,
         errors="replace", **pipes)
 
 

@@ -48,7 +48,8 @@ def recipe(note: str, command: str, content: Any, expect: str = BAD, name: str =
 
 def text(kind: str, fields: dict[str, str]) -> str:
     inside = ", ".join(f"{name}={value}" for name, value in fields.items())
-    return f"import numpy as np\nfrom tokentm_jax import EvaluateConfig, Row, TrainConfig\nconfig = {kind}({inside})\n"
+    imports = "from models.training.recipe import TrainConfig\nfrom tokentm_jax import EvaluateConfig, Row\n"
+    return f"import numpy as np\n{imports}config = {kind}({inside})\n"
 
 
 def fields() -> Iterator[Case]:

@@ -33,11 +33,10 @@ def shown(error: BaseException) -> str:
 
 def answer_command(arguments: list[str]) -> dict[str, Any]:
     from click.testing import CliRunner
-
-    from tokentm_jax.cli.main import main
+    from everything import everything
 
     try:
-        result = CliRunner().invoke(main, arguments, prog_name="tokentm")
+        result = CliRunner().invoke(everything, arguments, prog_name="tokentm")
     except BaseException as error:  # what only recipes raise
         return {"code": 1, "out": "", "err": "", "raised": shown(error)}
     answer = {"code": result.exit_code, "out": result.stdout, "err": result.stderr}

@@ -25,8 +25,6 @@ FILES = (
     "runs",
     "maps",
     "label_map",
-    "train_data",
-    "test_data",
 )
 
 

@@ -22,7 +22,6 @@ from tokentm_jax.cli.report import report
 from tokentm_jax.cli.serve import serve
 from tokentm_jax.cli.tables import methods, models
 from tokentm_jax.cli.terminal import complain, memory_errors
-from tokentm_jax.cli.train import train
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import reason
 
@@ -46,8 +45,8 @@ def _of_jax(error: BaseException) -> bool:
     return "jax" not in sys.modules and any(name.split(".")[0] in ("jax", "jaxlib") for name in frames)
 
 
-class Commands(click.Group):
-    """The group whose commands turn bad input into one sentence and exit code 2."""
+class OneSentence(click.Command):
+    """A command that turns bad input into one sentence and exit code 2."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -78,6 +77,10 @@ class Commands(click.Group):
             ctx.exit(INTERRUPTED)
 
 
+class Commands(OneSentence, click.Group):
+    """The group of all commands."""
+
+
 @click.group(cls=Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="tokentm")
 @click.pass_context
@@ -106,10 +109,15 @@ COMMANDS = {
     evaluate: "Measure explanation methods by a recipe.",
     compare: "Compare finished evaluations, with intervals.",
     leaderboard: "Rank methods by many metrics.",
-    train: "Train a model by a recipe.",
     convert: "Write a checkpoint that describes itself.",
 }
 for command, summary in COMMANDS.items():
     command.short_help = summary
     main.add_command(command)
 add_completion(list(COMMANDS))
+
+
+@main.command("train", hidden=True, add_help_option=False, context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def moved_train(arguments: tuple[str, ...]) -> None:
+    raise InputError("training is run from a clone of the repository: python -m models.training RECIPE.py")

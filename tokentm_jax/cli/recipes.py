@@ -1,4 +1,4 @@
-"""Recipes: Python files that are run, and say what `tokentm train` and `tokentm evaluate` shall do."""
+"""Recipes: Python files that are run, and define an evaluation or a leaderboard."""
 
 import contextlib
 import runpy

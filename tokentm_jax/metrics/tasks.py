@@ -16,14 +16,12 @@ from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.maths.maps import Tiling
 from tokentm_jax.maths.tokentm import READINGS, WEIGHT_NAMES
 from tokentm_jax.methods.table import METHODS, PIXELS
-from tokentm_jax.validation import Name, check_fields, check_options, checked, lists_of, options_of
+from tokentm_jax.validation import Name, Text, check_fields, check_options, checked, lists_of, options_of
 
 PREDICTED, TARGET = "predicted", "target"
 RANDOM, CLEAN = "random", "clean"  # the rows that every table has
 RANDOM_OPTIONS = {"pixels": bool}  # noise at every pixel, to measure maps of pixels by; else at every patch
 LARGEST_SEED = 2**31 - 2  # the random row has the one after it too
-
-Text = Annotated[str, Len(1, 1000)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import numpy as np
 
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import read_json
@@ -175,7 +174,7 @@ def _bert(config: Section, kind: str) -> dict[str, Any]:
         config.only(key, value)
     width = config("hidden_size", Whole)
     embedding = config("embedding_size", Whole, None)
-    own = config.section("tokentm_jax")  # of `tokentm train`
+    own = config.section("tokentm_jax")  # of this project's training
     return {
         "vocab_size": config("vocab_size", Whole),
         "max_length": config("max_position_embeddings", Whole),
@@ -252,31 +251,3 @@ def _pooling(folder: Path) -> dict[str, Any]:
         found = " and ".join(map(repr, modes))
         raise InputError(f"{section.where}: the pooling must be one of {', '.join(POOLS)}, got {found:.200}")
     return {"pool": POOLS[modes[0]], "pooler": None}
-
-
-def write_names(params: Mapping[str, Any]) -> Tensors:
-    """The parameters of a `Bert` with types, pooler and head, as a BertForSequenceClassification has them."""
-    tensors: Tensors = {}
-    for name, tensor in to_timm(params).items():
-        if ".attn.qkv." in name:
-            for part, piece in zip(("query", "key", "value"), np.split(tensor, 3), strict=True):
-                tensors[name.replace(".attn.qkv.", f".attn.{part}.")] = piece
-        else:
-            tensors[name] = tensor
-    return renamed(tensors, BACK)
-
-
-BACK: Names = (
-    (r"^(word|position)_embeddings$", r"bert.embeddings.\1_embeddings.weight"),
-    (r"^type_embeddings$", "bert.embeddings.token_type_embeddings.weight"),
-    (r"^embed_norm\.", "bert.embeddings.LayerNorm."),
-    (r"^blocks\.(\d+)\.", r"bert.encoder.layer.\1."),
-    (r"\.attn\.proj\.", ".attention.output.dense."),
-    (r"\.attn\.", ".attention.self."),
-    (r"\.norm1\.", ".attention.output.LayerNorm."),
-    (r"\.norm2\.", ".output.LayerNorm."),
-    (r"\.mlp\.fc1\.", ".intermediate.dense."),
-    (r"\.mlp\.fc2\.", ".output.dense."),
-    (r"^pooler\.", "bert.pooler.dense."),
-    (r"^head\.", "classifier."),
-)

@@ -18,10 +18,9 @@ from tokentm_jax.metrics.tasks import CLEAN, PREDICTED, RANDOM, Number, Row, che
 from tokentm_jax.metrics.texts import Probabilities, agreement, kendall, leave_one_out, read_lexicon, removal_curves
 from tokentm_jax.models.inputs import Tokens
 from tokentm_jax.models.texts import LoadedText, words
-from tokentm_jax.runs.recipe import Text
 from tokentm_jax.runs.records import Records, record_file
 from tokentm_jax.runs.report import RowSettings, document, in_table, joined
-from tokentm_jax.validation import Name, check_fields, checked, lists_of
+from tokentm_jax.validation import Name, Text, check_fields, checked, lists_of
 
 Share = Annotated[float, Ge(-1), Le(1)]
 

@@ -1,7 +1,9 @@
 """Spoken digits from scratch: the recipe of the audio model that the project ships.
 
-    tokentm train configs/spoken_digits.py                   all five speakers, and 200 of their recordings to test on
-    tokentm train configs/spoken_digits.py:speaker=lucas     lucas is left out, and tested on
+    python -m models.training models/training/recipes/spoken_digits.py
+    python -m models.training models/training/recipes/spoken_digits.py:speaker=lucas
+
+The first trains on all five speakers, and tests on 200 of their recordings; the second leaves lucas out, to test on.
 
 A Vision Transformer of one channel on spectrograms of 40 mel bins and 0.97 seconds. There are five voices to learn
 from, so the training changes them: other scales of frequency and of time, other starts, other microphones, and noise.
@@ -11,7 +13,8 @@ Run time: 80 seconds of one core.
 
 from typing import Literal
 
-from tokentm_jax import Spectrogram, TrainConfig, sample_data
+from models.training.recipe import TrainConfig
+from tokentm_jax import Spectrogram, sample_data
 
 DATA = sample_data("recordings")  # 0/0_theo_12.wav: the digit, the speaker, the number
 

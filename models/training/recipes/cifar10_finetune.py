@@ -1,13 +1,13 @@
 """Fine-tune an ImageNet checkpoint on CIFAR-10 at 224 pixels: how the paper's CIFAR models are made.
 
-    tokentm train configs/cifar10_finetune.py --out runs/finetune
+    python -m models.training models/training/recipes/cifar10_finetune.py --out runs/finetune
 
 For another backbone change `model` and `fine_tune`; for CIFAR-100 also `num_classes` and the data. Not measured:
 it wants a GPU.
 """
 
+from models.training.recipe import TrainConfig
 from tokentm_jax import sample_data
-from tokentm_jax.runs.train import TrainConfig
 
 config = TrainConfig(
     name="deit_tiny_cifar10",

@@ -1,18 +1,20 @@
-"""`tokentm train`: a model by a recipe."""
+"""`python -m models.training`: a model by a recipe."""
 
 import dataclasses
-import warnings
+from functools import partial
 from pathlib import Path
 
 import click
 
+from tokentm_jax.cli.main import OneSentence
 from tokentm_jax.cli.options import PATH, TEXT, make_folder, may_overwrite, start_jax
+from tokentm_jax.cli.process import run_process
 from tokentm_jax.cli.recipes import read_recipe
 from tokentm_jax.errors import InputError, printable
 
 
-@click.command()
-@click.argument("recipe", type=PATH, metavar="CONFIG.py")
+@click.command(cls=OneSentence, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("recipe", type=PATH, metavar="RECIPE.py")
 @click.option(
     "--train", "train_data", type=TEXT, help="Zip or folder of class folders, or tfds:NAME:SPLIT; .tsv of sentences."
 )
@@ -32,51 +34,43 @@ def train(
 ) -> None:
     """Train a model by a recipe; started again with the same folder, it goes on where it stopped.
 
-    CONFIG.py is a Python file that is run, and whose `config`, or what its `get_config(KEY=VALUE, ...)` returns, is a
+    RECIPE.py is a Python file that is run, and whose `config`, or what its `get_config(KEY=VALUE, ...)` returns, is a
     TrainConfig, or a TextTrainConfig for sentences.
 
     \b
     Example:
-      tokentm train configs/cifar10_vit_cpu.py --train cifar10_train.zip --test cifar10_test.zip --out runs/cifar10
+      python -m models.training models/training/recipes/cifar10_vit_cpu.py --out runs/cifar10
     """
-    from tokentm_jax.data.arrays import load_dataset
+    from models.training import train as photos
+    from models.training.data import load_dataset
+    from models.training.recipe import TextTrainConfig, TrainConfig
+    from models.training.train_text import train_text
     from tokentm_jax.data.sentences import read_sentences
     from tokentm_jax.models.architectures import build
-    from tokentm_jax.runs import train as training
-    from tokentm_jax.runs.train_text import TextTrainConfig, train_text
 
     given = {"train_data": train_data, "test_data": test_data, "epochs": epochs}
-    config = read_recipe(recipe, training.TrainConfig, TextTrainConfig)
+    config = read_recipe(recipe, TrainConfig, TextTrainConfig)
     config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
-    folder = out or Path("runs") / config.name
     if isinstance(config, TextTrainConfig):
-        count = len(config.class_names)
-        data, test = (read_sentences(path, count, limit) for path in (config.train_data, config.test_data))
-        start_jax()
-        make_folder(folder)
-        top_1 = train_text(config, data, test, folder, click.echo, overwrite=overwrite)
-        click.echo(f"test accuracy {top_1:.2%}; the model is in {printable(folder)}")
-        return
-    module = build(config.model)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        made = training.preprocessing_of(config, module)
+        sets = (read_sentences(p, len(config.class_names), limit) for p in (config.train_data, config.test_data))
+        job = partial(train_text, config, *sets)
+    else:
+        module = build(config.model)
+        made = photos.preprocessing_of(config, module)
         others = None if config.held_out is None else f"!{config.held_out}"
         data = load_dataset(config.train_data, limit, others, made)
-        test = load_dataset(config.test_data, limit, config.held_out, made)
-    for warning in caught:
-        click.echo(f"Warning: {printable(warning.message)}", err=True)
-    if set(data.class_names) != set(test.class_names):
-        raise InputError(f"{config.train_data} and {config.test_data} have different classes")
-    if len(data.class_names) != module.num_classes:
-        expected = f"the recipe's model has {module.num_classes} classes"
-        raise InputError(f"{config.train_data} has {len(data.class_names)} classes, {expected}")
+        job = partial(photos.train, config, module, data, load_dataset(config.test_data, limit, config.held_out, made))
+    folder = out or Path("runs") / config.name
     start_jax()
     make_folder(folder)
     try:
-        top_1 = training.train(config, module, data, test, folder, click.echo, overwrite=overwrite)
+        top_1 = job(folder, click.echo, overwrite=overwrite)
     except InputError:
         raise
     except ValueError as error:  # numbers of the recipe that do not go together
         raise InputError(f"the recipe {recipe}: {error}") from error
     click.echo(f"test accuracy {top_1:.2%}; the model is in {printable(folder)}")
+
+
+if __name__ == "__main__":
+    run_process(lambda: train(prog_name="python -m models.training"))

@@ -1,6 +1,6 @@
 """Fine-tune MiniLM as a classifier of film reviews (SST-2): a text model of one's own in 20 minutes.
 
-    tokentm train configs/sst2_minilm.py --out runs/sst2_minilm
+    python -m models.training models/training/recipes/sst2_minilm.py --out runs/sst2_minilm
     tokentm explain-text "a stirring, funny film" --model runs/sst2_minilm
 
 The encoder is sentence-transformers' all-MiniLM-L6-v2 (Apache-2.0). The result is made from foreign weights and is not
@@ -8,8 +8,8 @@ part of the project; nor are the sentences, which have no licence. Meant for 88 
 Data: `tokentm data fetch sentences minilm`.
 """
 
+from models.training.recipe import TextTrainConfig
 from tokentm_jax import sample_data
-from tokentm_jax.runs.train_text import TextTrainConfig
 
 config = TextTrainConfig(
     name="sst2_minilm",

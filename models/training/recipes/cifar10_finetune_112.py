@@ -1,7 +1,8 @@
 """Fine-tune DeiT-tiny on CIFAR-10 at 112 pixels: the paper's protocol for CIFAR, at a size that two CPU cores manage.
 
-    tokentm train configs/cifar10_finetune_112.py --out runs/finetune_112
-    tokentm train configs/cifar10_finetune_112.py:augmentation=shifts --out runs/finetune_112_shifts
+    python -m models.training models/training/recipes/cifar10_finetune_112.py --out runs/finetune_112
+    python -m models.training models/training/recipes/cifar10_finetune_112.py:augmentation=shifts \\
+        --out runs/finetune_112_shifts
 
 The CIFAR models of the paper are ImageNet models, fine-tuned. This is one of them, converted from timm's weights, with
 position embeddings resampled from a 14 x 14 grid to 7 x 7. Its result is made from foreign weights and is not part of
@@ -19,8 +20,8 @@ Run time: on 2 cores with AMX that also did other work, 93 minutes; 70 with shif
 import dataclasses
 from typing import Literal
 
+from models.training.recipe import TrainConfig
 from tokentm_jax import sample_data
-from tokentm_jax.runs.train import TrainConfig
 
 SHIFTS = TrainConfig(
     name="deit_tiny_cifar10_112_shifts",

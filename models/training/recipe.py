@@ -1,4 +1,4 @@
-"""A training recipe, and what it does to images."""
+"""Training recipes, and what they do to images."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -11,15 +11,14 @@ from annotated_types import Ge, Gt, Le, Len, Lt
 from jax import Array
 from pydantic import Strict
 
-from tokentm_jax.data import augmentation
+from models.training import augmentation
+from models.training.augmentation import STRONGEST
 from tokentm_jax.data.audio import Spectrogram
-from tokentm_jax.data.augmentation import STRONGEST
 from tokentm_jax.maths.maps import unit
-from tokentm_jax.validation import Name
+from tokentm_jax.validation import Name, Text
 
 LARGEST_STEP = 2**31 - 1  # steps are counted in int32
 
-Text = Annotated[str, Len(1, 1000)]
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Le(1)]
@@ -78,6 +77,29 @@ class TrainConfig:
     tilt: Share = 0.0  # most change of level from the lowest to the highest frequency
     hiss: Share = 0.0  # highest level of background noise
     spec_mask: Annotated[tuple[Share, Share], Lax] | None = None  # widest masks of SpecAugment: frequency and time
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTrainConfig:
+    """One recipe: an encoder, sentences, and how the one is fine-tuned on the other. Durations in epochs."""
+
+    name: Name
+    encoder: Text  # a folder, as for `load_text`
+    train_data: Text  # see `tokentm_jax.data.sentences`
+    test_data: Text
+    class_names: Annotated[tuple[Text, ...], Len(2), Lax]
+    epochs: Annotated[float, Gt(0), Le(10_000)] = 3.0
+    warmup_epochs: NotNegative = 0.3
+    batch_size: Annotated[int, Ge(1), Le(2**16)] = 32
+    learning_rate: Positive = 5e-5
+    weight_decay: NotNegative = 0.01
+    beta_2: NotAll = 0.999
+    clip_norm: Positive = 1.0
+    label_smoothing: Share = 0.0
+    pool: Literal["token", "avg"] = "token"
+    max_length: Annotated[int, Ge(4), Le(2**16)] = 128  # tokens; longer sentences are cut
+    seed: Annotated[int, Ge(0), Le(2**31 - 1)] = 0
+    checkpoint_epochs: Positive = 0.5
 
 
 def augment(config: TrainConfig, key: Array, images: Array, size: tuple[int, int]) -> Array:

@@ -10,21 +10,16 @@ from tokentm_jax.data.audio import Recording
 from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.data.sources import Example, open_source, prepare
 from tokentm_jax.errors import InputError
-from tokentm_jax.identity import digest
 
 MAX_MEMORY = 16 * 2**30  # bytes of all decoded images
 
 
 class Data(NamedTuple):
-    """A data set that fits in memory: images uint8 [n, H, W, C], labels int32 [n], one name per class.
-
-    `identity` tells these images and their order from others.
-    """
+    """A data set that fits in memory: images uint8 [n, H, W, C], labels int32 [n], one name per class."""
 
     images: np.ndarray
     labels: np.ndarray
     class_names: tuple[str, ...]
-    identity: str = ""
 
 
 def load_dataset(
@@ -76,8 +71,7 @@ def load_dataset(
         warnings.warn(f"{len(bad)} images of {source.name} were skipped: {shown}", stacklevel=2)
     if not labels:
         raise InputError(f"{source.name} has no image that can be read")
-    identity = digest(source.identity, source.keys)
-    return Data(images[: len(labels)], np.array(labels, np.int32), source.class_names, identity)
+    return Data(images[: len(labels)], np.array(labels, np.int32), source.class_names)
 
 
 def _array(example: Example, preprocessing: Preprocessing | None) -> np.ndarray:

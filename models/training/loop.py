@@ -1,4 +1,4 @@
-"""Training that resumes exactly: steps, with an Orbax checkpoint and a line of `log.jsonl` every so often."""
+"""Training that resumes exactly: steps, with an Orbax checkpoint and a line of `log.jsonl` at intervals."""
 
 import json
 import time
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+import orbax.checkpoint as ocp
 from jax import Array
 
 from tokentm_jax.errors import InputError
@@ -17,11 +18,20 @@ from tokentm_jax.files import read_text, reason, remove, uninterrupted, write_te
 
 
 class Loop(NamedTuple):
-    """How many steps there are, in all and in an epoch, and after how many epochs a checkpoint is kept."""
+    """Number of steps, in all and in an epoch, and the epochs between two checkpoints."""
 
     steps: int
     per_epoch: int
     checkpoint_epochs: float = 1.0
+
+
+class State(NamedTuple):
+    """What a checkpoint keeps."""
+
+    step: Array
+    params: Any
+    optimiser: Any
+    average: Any = None  # exponential moving average of the parameters
 
 
 def adamw(config: Any, per_epoch: int) -> optax.GradientTransformation:
@@ -65,42 +75,81 @@ def _schedule(config: Any, per_epoch: int) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, max(warmup, 1), max(steps, 2), 0.0)
 
 
+def begin(optimiser: optax.GradientTransformation, params: Any, averaged: bool = False) -> State:
+    """The state before the first step, of a copy of the parameters."""
+    params = jax.tree.map(jnp.array, params)
+    average = jax.tree.map(jnp.copy, params) if averaged else None
+    return State(jnp.zeros((), jnp.int32), params, optimiser.init(params), average)
+
+
+def descend(
+    optimiser: optax.GradientTransformation, state: State, loss_of: Callable[[Any], Array], ema_decay: float = 0.0
+) -> tuple[State, Array]:
+    """One step of gradient descent, and the loss before it."""
+    loss, gradients = jax.value_and_grad(loss_of)(state.params)
+    updates, kept = optimiser.update(gradients, state.optimiser, state.params)
+    params = optax.apply_updates(state.params, updates)
+    decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+    average = (
+        jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), state.average, params)
+        if state.average is not None
+        else None
+    )
+    return State(state.step + 1, params, kept, average), loss
+
+
 def run_steps(
     loop: Loop,
-    state: Any,
+    state: State,
     batches: Callable[[int], Iterator[Any]],
-    advance: Callable[[Any, int, Any], tuple[Any, Array]],
-    measure: Callable[[Any], float],
+    advance: Callable[[State, int, Any], tuple[State, Array]],
+    measure: Callable[[State], float],
     out: Path,
     log: Callable[[str], None],
-) -> tuple[Any, float]:
+) -> tuple[State, float]:
     """From a state, or from the last checkpoint in `out`, to the last step; also what `measure` finds there.
 
     Args:
-      state: a pytree with the field `step`; what a checkpoint keeps.
       batches: from a step on, endless.
       advance: `(state, number of the step, batch) -> (state, loss)`.
       measure: the accuracy of a state in [0, 1], for the log.
 
     Raises InputError for a full disk, or a checkpoint or log that is damaged.
     """
-    import orbax.checkpoint as ocp
-
     # Nothing is saved in the background, where an error or a signal would find nobody to take it.
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    _drop_unfinished(out / "checkpoints")  # of a run that was killed
+    folder, top_1, losses = out / "checkpoints", None, []
+    _drop_unfinished(folder)  # of a run that was killed
     try:
-        with ocp.CheckpointManager(out / "checkpoints", options=options) as saved:
+        with ocp.CheckpointManager(folder, options=options) as saved:
             state = _restore(saved, state, loop.steps, log)
-            return _run(loop, state, batches, advance, measure, out, log, saved)
+            first, began = int(state.step), time.monotonic()
+            save_every = max(1, round(min(loop.checkpoint_epochs * loop.per_epoch, loop.steps)))
+            lines = _lines(out / "log.jsonl", first)
+            for step, batch in zip(range(first, loop.steps), batches(first), strict=False):
+                state, loss = advance(state, step, batch)
+                losses.append(loss)
+                done = step + 1
+                if done % save_every and done != loop.steps:
+                    continue
+                mean_loss, losses = float(jnp.stack(losses).mean()), []
+                top_1 = measure(state)
+                elapsed = time.monotonic() - began
+                left = elapsed / (done - first) * (loop.steps - done)
+                record = {"step": done, "loss": mean_loss, "test_accuracy": top_1, "seconds": round(elapsed, 1)}
+                lines.append(json.dumps(record) + "\n")
+                # First: a line beyond the checkpoint is dropped later. The folder is claimed.
+                write_text(out / "log.jsonl", "".join(lines), overwrite=True)
+                _save(saved, done, state)
+                epoch = done / loop.per_epoch
+                log(f"epoch {epoch:.1f}: loss {mean_loss:.3f}, test {top_1:.2%}, {left / 60:.0f} min left")
     finally:
-        _drop_unfinished(out / "checkpoints")
+        _drop_unfinished(folder)
+    return state, measure(state) if top_1 is None else top_1  # None: nothing was left to train
 
 
-def _restore(saved: Any, state: Any, steps: int, log: Callable[[str], None]) -> Any:
+def _restore(saved: Any, state: State, steps: int, log: Callable[[str], None]) -> State:
     """The state of the last checkpoint, if there is one."""
-    import orbax.checkpoint as ocp
-
     last = saved.latest_step()
     if last is None:
         return state
@@ -117,54 +166,19 @@ def _restore(saved: Any, state: Any, steps: int, log: Callable[[str], None]) -> 
     return state
 
 
-def _run(
-    loop: Loop,
-    state: Any,
-    batches: Callable[[int], Iterator[Any]],
-    advance: Callable[[Any, int, Any], tuple[Any, Array]],
-    measure: Callable[[Any], float],
-    out: Path,
-    log: Callable[[str], None],
-    saved: Any,
-) -> tuple[Any, float]:
-    steps, per_epoch, first, began = loop.steps, loop.per_epoch, int(state.step), time.monotonic()
-    save_every = max(1, round(min(loop.checkpoint_epochs * per_epoch, steps)))
-    lines, losses, top_1 = _lines(out / "log.jsonl", first), [], None
-    for step, batch in zip(range(first, steps), batches(first), strict=False):
-        state, loss = advance(state, step, batch)
-        losses.append(loss)
-        done = step + 1
-        if done % save_every == 0 or done == steps:
-            mean_loss, losses = float(jnp.stack(losses).mean()), []
-            top_1 = measure(state)
-            elapsed = time.monotonic() - began
-            left = elapsed / (done - first) * (steps - done)
-            record = {"step": done, "loss": mean_loss, "test_accuracy": top_1, "seconds": round(elapsed, 1)}
-            lines.append(json.dumps(record) + "\n")
-            # First: a line beyond the checkpoint is dropped later. The folder is claimed.
-            write_text(out / "log.jsonl", "".join(lines), overwrite=True)
-            _save(saved, done, state)
-            log(f"epoch {done / per_epoch:.1f}: loss {mean_loss:.3f}, test {top_1:.2%}, {left / 60:.0f} min left")
-    if top_1 is None:  # nothing was left to train
-        top_1 = measure(state)
-    return state, top_1
-
-
-def _drop_unfinished(folder: Path) -> None:
-    """Remove what Orbax calls so until a checkpoint is whole."""
-    for left in folder.glob("*.orbax-checkpoint-tmp*"):
-        remove(left)
-
-
-def _save(saved: Any, step: int, state: Any) -> None:
-    import orbax.checkpoint as ocp
-
+def _save(saved: Any, step: int, state: State) -> None:
     try:
         with uninterrupted():
             saved.save(step, args=ocp.args.StandardSave(state))
     except Exception as error:
         again = "; the same command goes on from the checkpoint before"
         raise InputError(f"{saved.directory / str(step)} cannot be written: {reason(error)}{again}") from None
+
+
+def _drop_unfinished(folder: Path) -> None:
+    """Remove what Orbax calls so until a checkpoint is whole."""
+    for left in folder.glob("*.orbax-checkpoint-tmp*"):
+        remove(left)
 
 
 def _lines(path: Path, step: int) -> list[str]:

@@ -1,10 +1,10 @@
 """CIFAR-10 from scratch on a CPU: the recipe of models/cifar10_vit.safetensors.
 
-tokentm train configs/cifar10_vit_cpu.py --out runs/cifar10_cpu
+python -m models.training models/training/recipes/cifar10_vit_cpu.py --out runs/cifar10_cpu
 """
 
+from models.training.recipe import TrainConfig
 from tokentm_jax import sample_data
-from tokentm_jax.runs.train import TrainConfig
 
 config = TrainConfig(
     name="cifar10_vit",

@@ -2,7 +2,6 @@
 
 import dataclasses
 import time
-import zipfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,15 +13,15 @@ import numpy as np
 import optax
 from jax import Array
 
-from tokentm_jax.data.arrays import Data
+from models.training.data import Data
+from models.training.recipe import OF_SPECTROGRAMS, TrainConfig, resize, view
 from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.errors import InputError
-from tokentm_jax.files import opened, reason, replace
+from tokentm_jax.files import reason, replace
 from tokentm_jax.identity import describe_model, digest, environment
 from tokentm_jax.maths.mixed import in_precision
 from tokentm_jax.models.loading import load
 from tokentm_jax.models.vit import ViT
-from tokentm_jax.runs.recipe import OF_SPECTROGRAMS, TrainConfig, resize, view
 
 # Fields of a recipe that say what the views of a photo are, and how they are answered.
 VIEW_FIELDS = ("crop_area", "crop_padding", "flip", "affine_colour", "rand_augment", "seed")
@@ -134,27 +133,16 @@ def _write(identity: str, logits: np.ndarray, path: Path) -> None:
 
 def _read(path: Path, identity: str, shape: tuple[int, int, int]) -> np.ndarray:
     """The views that a file holds, at most those that are wanted."""
-    views, *rest = shape
     try:
-        with opened(path) as file, zipfile.ZipFile(file) as archive:
-            members = {entry.filename: entry.file_size for entry in archive.infolist()}
-            if set(members) != {"identity.npy", "logits.npy"} or members["identity.npy"] > 1000:
-                raise ValueError("it does not hold an identity and logits")
-            with archive.open("identity.npy") as member:
-                made = str(np.load(member, allow_pickle=False))
-            if made != identity:
-                raise InputError(
-                    f"{path} holds a teacher's answers to other views, or on other data, by another teacher or by "
-                    "other versions; remove it"
-                )
-            if members["logits.npy"] > 1000 + 2 * 10_000 * rest[0] * rest[1]:
-                raise ValueError("it is too large")
-            with archive.open("logits.npy") as member:
-                logits = np.load(member, allow_pickle=False)
-        if logits.dtype != np.float16 or logits.ndim != 3 or list(logits.shape[1:]) != rest:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            made, logits = str(file["identity"]), file["logits"]
+        if logits.dtype != np.float16 or logits.ndim != 3 or logits.shape[1:] != shape[1:]:
             raise ValueError(f"it holds {logits.dtype} {logits.shape}")
-    except InputError:
-        raise
     except Exception as error:  # numpy and zipfile raise a dozen kinds for damaged archives
         raise InputError(f"{path} is damaged ({reason(error)}); remove it, and the teacher is asked again") from None
-    return logits[:views]
+    if made != identity:
+        raise InputError(
+            f"{path} holds a teacher's answers to other views, or on other data, by another teacher or by "
+            "other versions; remove it"
+        )
+    return logits[: shape[0]]

@@ -1,12 +1,12 @@
 """CIFAR-10 from scratch on a GPU.
 
-    tokentm train configs/cifar10_vit.py --out runs/cifar10
+    python -m models.training models/training/recipes/cifar10_vit.py --out runs/cifar10
 
 Meant for 90 % or more after about 300 epochs with strong augmentation. Not measured, for want of a GPU.
 """
 
+from models.training.recipe import TrainConfig
 from tokentm_jax import sample_data
-from tokentm_jax.runs.train import TrainConfig
 
 config = TrainConfig(
     name="cifar10_vit",

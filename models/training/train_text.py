@@ -5,59 +5,29 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import safetensors.numpy
-from annotated_types import Ge, Gt, Le, Len
 from jax import Array
-from pydantic import Strict
 
+from models.training.loop import Loop, State, adamw, begin, descend, run_steps
+from models.training.recipe import TextTrainConfig
 from tokentm_jax.data.sentences import Sentences
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import replace, write_json, write_text
 from tokentm_jax.identity import claimed, digest_files, environment
 from tokentm_jax.models.bert import Bert
+from tokentm_jax.models.checkpoint import Tensors, to_timm
 from tokentm_jax.models.inputs import Tokens
-from tokentm_jax.models.text_layouts import ACTIVATIONS, read_text_folder, write_names
+from tokentm_jax.models.layouts import Names, renamed
+from tokentm_jax.models.text_layouts import ACTIVATIONS, read_text_folder
 from tokentm_jax.models.texts import MASKS, WordPieces
-from tokentm_jax.runs.loop import Loop, adamw, run_steps
-from tokentm_jax.runs.recipe import NotAll, NotNegative, Positive, Share, Text
-from tokentm_jax.validation import Name, check_fields
+from tokentm_jax.validation import check_fields
 
 SORTED = 8  # batches of sentences that are sorted by length together, so that little is padding
-
-
-@dataclasses.dataclass(frozen=True)
-class TextTrainConfig:
-    """One recipe: an encoder, sentences, and how the one is fine-tuned on the other. Durations in epochs."""
-
-    name: Name
-    encoder: Text  # a folder, as for `load_text`
-    train_data: Text  # see `tokentm_jax.data.sentences`
-    test_data: Text
-    class_names: Annotated[tuple[Text, ...], Len(2), Strict(False)]
-    epochs: Annotated[float, Gt(0), Le(10_000)] = 3.0
-    warmup_epochs: NotNegative = 0.3
-    batch_size: Annotated[int, Ge(1), Le(2**16)] = 32
-    learning_rate: Positive = 5e-5
-    weight_decay: NotNegative = 0.01
-    beta_2: NotAll = 0.999
-    clip_norm: Positive = 1.0
-    label_smoothing: Share = 0.0
-    pool: Literal["token", "avg"] = "token"
-    max_length: Annotated[int, Ge(4), Le(2**16)] = 128  # tokens; longer sentences are cut
-    seed: Annotated[int, Ge(0), Le(2**31 - 1)] = 0
-    checkpoint_epochs: Positive = 0.5
-
-
-class TextState(NamedTuple):
-    step: Array
-    params: Any
-    optimiser: Any
 
 
 class Batch(NamedTuple):
@@ -117,7 +87,7 @@ def train_text(
     `overwrite` also replaces files of these names that this program did not write.
 
     Raises:
-      InputError: an encoder that cannot be read, too few sentences, or what `tokentm_jax.runs.train.train` raises.
+      InputError: an encoder that cannot be read, too few sentences, or what `models.training.train.train` raises.
     """
     config = check_fields(config, "the recipe")
     folder = Path(config.encoder)
@@ -140,22 +110,18 @@ def train_text(
     optimiser = adamw(config, per_epoch)
 
     @partial(jax.jit, donate_argnums=0)
-    def step(state: TextState, batch: Batch) -> tuple[TextState, Array]:
+    def step(state: State, batch: Batch) -> tuple[State, Array]:
         def loss_of(params: Any) -> Array:
             logits: Any = module.apply({"params": params}, batch.tokens)
             targets = optax.smooth_labels(jax.nn.one_hot(batch.labels, module.num_classes), config.label_smoothing)
             return optax.softmax_cross_entropy(logits, targets).mean()
 
-        loss, gradients = jax.value_and_grad(loss_of)(state.params)
-        updates, new = optimiser.update(gradients, state.optimiser, state.params)
-        return TextState(state.step + 1, optax.apply_updates(state.params, updates), new), loss
+        return descend(optimiser, state, loss_of)
 
     with claimed(out := out.absolute(), json.loads(json.dumps(terms)), written, overwrite):
-        params = jax.tree.map(jnp.asarray, params)
-        state = TextState(jnp.zeros((), jnp.int32), params, optimiser.init(params))
         state, top_1 = run_steps(
             Loop(steps, per_epoch, config.checkpoint_epochs),
-            state,
+            begin(optimiser, params),
             partial(_batches, config, tokenize, data),
             lambda state, _, batch: step(state, batch),
             lambda state: text_accuracy(module, state.params, tokenize, test),
@@ -179,7 +145,7 @@ def write_text_folder(
 
     Files of these names are replaced: the folder must be claimed.
     """
-    tensors = write_names(jax.device_get(params))
+    tensors = _names(jax.device_get(params))
     content = {
         "architectures": ["BertForSequenceClassification"],
         "model_type": "bert",
@@ -202,3 +168,31 @@ def write_text_folder(
     data = safetensors.numpy.save({name: np.ascontiguousarray(a) for name, a in tensors.items()}, {"format": "pt"})
     replace(out / "model.safetensors", lambda part: part.write_bytes(data), overwrite=True)
     write_json(out / "config.json", content, overwrite=True)
+
+
+def _names(params: Mapping[str, Any]) -> Tensors:
+    """The parameters of a `Bert` with types, pooler and head, as a BertForSequenceClassification has them."""
+    tensors: Tensors = {}
+    for name, tensor in to_timm(params).items():
+        if ".attn.qkv." in name:
+            for part, piece in zip(("query", "key", "value"), np.split(tensor, 3), strict=True):
+                tensors[name.replace(".attn.qkv.", f".attn.{part}.")] = piece
+        else:
+            tensors[name] = tensor
+    return renamed(tensors, _BACK)
+
+
+_BACK: Names = (
+    (r"^(word|position)_embeddings$", r"bert.embeddings.\1_embeddings.weight"),
+    (r"^type_embeddings$", "bert.embeddings.token_type_embeddings.weight"),
+    (r"^embed_norm\.", "bert.embeddings.LayerNorm."),
+    (r"^blocks\.(\d+)\.", r"bert.encoder.layer.\1."),
+    (r"\.attn\.proj\.", ".attention.output.dense."),
+    (r"\.attn\.", ".attention.self."),
+    (r"\.norm1\.", ".attention.output.LayerNorm."),
+    (r"\.norm2\.", ".output.LayerNorm."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+    (r"^pooler\.", "bert.pooler.dense."),
+    (r"^head\.", "classifier."),
+)

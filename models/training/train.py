@@ -17,7 +17,10 @@ import numpy as np
 import optax
 from jax import Array
 
-from tokentm_jax.data.arrays import Data
+from models.training.data import Data
+from models.training.distil import Teacher, TeacherFunction, answers, distillation_loss, load_teacher
+from models.training.loop import OPTIMISERS, Loop, State, begin, descend, run_steps
+from models.training.recipe import LARGEST_STEP, TrainConfig, augment, mix, resize, view
 from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import require_ours
@@ -26,17 +29,7 @@ from tokentm_jax.maths.maps import unit
 from tokentm_jax.maths.mixed import in_precision
 from tokentm_jax.models.checkpoint import read_checkpoint, read_description, write_checkpoint
 from tokentm_jax.models.vit import ViT, init_params
-from tokentm_jax.runs.distil import Teacher, TeacherFunction, answers, distillation_loss, load_teacher
-from tokentm_jax.runs.loop import OPTIMISERS, Loop, run_steps
-from tokentm_jax.runs.recipe import LARGEST_STEP, TrainConfig, augment, mix, resize, view
 from tokentm_jax.validation import check_fields
-
-
-class State(NamedTuple):
-    step: Array
-    params: Any
-    optimiser: Any
-    average: Any  # exponential moving average of the parameters
 
 
 def mimetic(params: dict[str, Any], num_heads: int, grid: tuple[int, int], prefix: int, key: Array) -> dict[str, Any]:
@@ -120,12 +113,7 @@ def make_step(
                 return optax.softmax_cross_entropy(logits, hard).mean()
             return distillation_loss(logits, hard, soft_targets, config.teacher_weight, config.temperature)
 
-        loss, gradients = jax.value_and_grad(loss_of)(state.params)
-        updates, new_optimiser = optimiser.update(gradients, state.optimiser, state.params)
-        params = optax.apply_updates(state.params, updates)
-        decay = jnp.minimum(config.ema_decay, (1 + state.step) / (10 + state.step))
-        average = jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), state.average, params)
-        return State(state.step + 1, params, new_optimiser, average), loss
+        return descend(optimiser, state, loss_of, config.ema_decay)
 
     return step, optimiser
 
@@ -216,7 +204,6 @@ def train(
         soft: Any = None if teacher is None else teacher.params
         if teacher is not None and config.teacher_views:
             soft = answers(config, module, teacher, data, out / "teacher.npz", terms["train_data"], log)
-        state = State(jnp.zeros((), jnp.int32), params, optimiser.init(params), jax.tree.map(jnp.copy, params))
 
         def advance(state: State, step: int, batch: Batch) -> tuple[State, Array]:
             drop = config.patch_drop if step < config.patch_drop_epochs * per_epoch else 0.0
@@ -225,7 +212,7 @@ def train(
 
         state, top_1 = run_steps(
             Loop(steps, per_epoch, config.checkpoint_epochs),
-            state,
+            begin(optimiser, params, averaged=True),
             partial(batches, config, data),
             advance,
             lambda state: accuracy(config, module, state.average, test),

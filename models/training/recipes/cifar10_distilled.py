@@ -1,11 +1,13 @@
 """CIFAR-10 from scratch on two CPU cores, taught by a fine-tuned DeiT-tiny: the recipe of the default model.
 
-    tokentm train configs/cifar10_distilled.py --out runs/cifar10_distilled
-    tokentm train configs/cifar10_distilled.py:stage=second --out runs/cifar10_distilled_second
+    python -m models.training models/training/recipes/cifar10_distilled.py --out runs/cifar10_distilled
+    python -m models.training models/training/recipes/cifar10_distilled.py:stage=second \\
+        --out runs/cifar10_distilled_second
 
 The teacher is trained before (what its recipe gives without the option is better, and came after the student):
 
-    tokentm train configs/cifar10_finetune_112.py:augmentation=shifts --out runs/finetune_112_shifts
+    python -m models.training models/training/recipes/cifar10_finetune_112.py:augmentation=shifts \\
+        --out runs/finetune_112_shifts
 
 The student: a plain ViT of 32 pixels in the shape of ViT-Lite-7/4 (Hassani et al., 2021, arXiv 2104.05704: 7 blocks,
 patch 4, MLP ratio 2; 91.4 % after 200 epochs without a teacher), with 192 channels in place of 256: 2.1 M parameters,
@@ -32,8 +34,8 @@ epoch with half of the patches and about 300 with all: 3.3 hours for the first s
 import dataclasses
 from typing import Literal
 
+from models.training.recipe import TrainConfig
 from tokentm_jax import sample_data
-from tokentm_jax.runs.train import TrainConfig
 
 FIRST = TrainConfig(
     name="cifar10_distilled",
