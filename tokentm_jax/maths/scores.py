@@ -104,17 +104,18 @@ class Question(NamedTuple):
             return self.score.function in (class_logit, log_probability)
         return self.score.of_class
 
-    def of_samples(self, count: int) -> "Question":
-        """The same question with every array per sample, [count, ...]: what holds for all samples is repeated."""
+    def of_samples(self, count: int) -> "Question | None":
+        """The same question with every array per sample, [count, ...]: what holds for all samples is repeated. None
+        where only the score itself knows which of its arrays are per sample."""
         score, target = self.score, self.target
+        if isinstance(score, Function) and not self.of_logits:
+            return None
         if isinstance(score, Versus | Channel):
             score = jax.tree.map(lambda a: jnp.broadcast_to(jnp.asarray(a), (count,)), score)
         elif isinstance(score, Cosine):
             embedding = jnp.asarray(score.embedding)
             score = Cosine(jnp.broadcast_to(embedding, (count, embedding.shape[-1])))
-        if target is not None and all(jnp.ndim(a) == 0 for a in jax.tree.leaves(target)):
-            target = jax.tree.map(lambda a: jnp.broadcast_to(jnp.asarray(a), (count,)), target)
-        return Question(score, target)
+        return Question(score, None if target is None else jnp.asarray(classes_of(target, count)))
 
 
 CLASS_LOGIT = Function(class_logit, True)

@@ -16,6 +16,7 @@ from jax import Array
 from tokentm_jax.errors import InputError, Unfit
 from tokentm_jax.maths.maps import token_map
 from tokentm_jax.maths.primitives import wide
+from tokentm_jax.maths.scores import explained, is_open
 from tokentm_jax.maths.tokentm import (
     Blocks,
     TokenTM,
@@ -32,7 +33,7 @@ from tokentm_jax.models.inputs import mean_of_seen, read_out, values, with_value
 from tokentm_jax.programs import passes
 from tokentm_jax.programs.capture import Trace, capture, of_sample
 from tokentm_jax.programs.model import Applied, Function, Model
-from tokentm_jax.programs.passes import Memory, View
+from tokentm_jax.programs.passes import Memory, Score, View
 from tokentm_jax.programs.running import Plan
 
 OFF = TokenTM(length=False, direction="none", initialise=False, ffn=False, norms=False)  # GAE
@@ -85,19 +86,17 @@ def tokentm(
         weights = view.weights(options)
         return transformed_attention(view.attention, None, weights.attention, options), weights
 
-    def one(sample: Any, target: Any) -> tuple[tuple[Array, Array], Details]:
+    def one(sample: Any, score: Score) -> tuple[tuple[Array, Array], Any]:
+        gradients = None
         if options.takes("gradient"):  # which a pass does not know on its way forward
-            known, _ = of_sample(model, params, sample, target, ("token_grads", "final_tokens"))
-            done, details = passes.rows_inside(
-                model, params, sample, target, options, memory, known["token_grads"][1:]
-            )
+            known, _ = of_sample(model, params, sample, score, ("token_grads", "final_tokens"))
+            gradients = known["token_grads"][1:]
         elif options.attention == "plain":
             chosen = (options.first_block, options.end_block)
             update = lambda row, known: block_update(row, *known)  # noqa: E731
-            return passes.rows_behind(model, params, sample, target, summary, update, *chosen)
-        else:
-            done, details = passes.rows_inside(model, params, sample, target, options, memory)
-        return done[:2], details
+            return passes.rows_behind(model, params, sample, summary, update, *chosen)
+        done, outputs = passes.rows_inside(model, params, sample, score, options, memory, gradients)
+        return (done.row, done.embedded), outputs
 
     (rows, embedded), details = model.per_sample(one, inputs, target)
     rows = jax.vmap(partial(initial_contributions, options=options))(rows, wide(embedded))
@@ -117,7 +116,7 @@ def _from_attention(
     alone."""
     start = model.depth - 1 if first_block is None else first_block
     check_blocks(model.depth, start)
-    one = lambda sample, target: passes.rows_behind(model, params, sample, target, fuse, update, start)  # noqa: E731
+    one = lambda sample, _: passes.rows_behind(model, params, sample, fuse, update, start)  # noqa: E731
     (rows, _), details = model.per_sample(one, inputs, target)
     return token_map(model, rows), details
 
@@ -234,6 +233,8 @@ def legrad(
         return _legrad_of_pool(model, params, inputs, target, first_block)
     if read == "mean" and max(model.readout) < 1:
         raise Unfit("read='mean' puts the mean of all tokens in the class token's place, so it needs one that is read")
+    if is_open(target):  # a pass tells the predicted class
+        target = explained(model.apply({"params": params}, inputs), target)[1]["target"]
     one = partial(passes.legrad_rows, model, params, first_block=first_block, read=read)
     rows, details = model.per_sample(one, inputs, target)
     return token_map(model, rows), details
@@ -250,16 +251,17 @@ def _legrad_of_pool(model: Model, params: Any, inputs: Any, target: Any, first_b
     (mix,) = pool.reading.attentions
     kind = pool.reading.flat.types[mix.of]
 
-    def one(tokens: Array, target: Any) -> tuple[Array, Details]:
+    def one(tokens: Array, score: Score) -> tuple[Array, Any]:
         add = lambda evaluation: lambda value, state, extra: (value + extra, state, None)  # noqa: E731
         plan = Plan(taps={pool.reading: {mix.of: add}})
 
-        def score(change: Array) -> tuple[Array, Details]:
-            return passes.scored(pool.evaluate(params, tokens, plan, {mix.of: change}, None)[0], target)
+        def run(change: Array) -> tuple[Array, Any]:
+            outputs = pool.evaluate(params, tokens, plan, {mix.of: change}, None)[0]
+            return score(outputs), outputs
 
-        gradient, details = jax.grad(score, has_aux=True)(jnp.zeros(kind.shape, kind.dtype))
+        gradient, outputs = jax.grad(run, has_aux=True)(jnp.zeros(kind.shape, kind.dtype))
         row = jax.nn.relu(wide(gradient)).reshape(-1, kind.shape[-1]).mean(0)
-        return jnp.pad(row, (model.prefix, 0)), details
+        return jnp.pad(row, (model.prefix, 0)), outputs
 
     def of_block(total: Array, tokens: Array) -> tuple[Array, None]:
         return total + pool.per_sample(one, tokens, trace.target)[0], None

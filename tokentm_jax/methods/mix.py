@@ -59,10 +59,8 @@ def shared_maps(
     for name, (options, rules) in rows.items():
         noted = "legrad" in joined - found.keys()
 
-        def one(sample: Any, target: Any) -> Any:
-            ruled = model.by(RULES[rules])  # noqa: B023
-            return rows_inside(ruled, params, sample, target, options, legrad=target if noted else None)  # noqa: B023
-
+        ruled = model.by(RULES[rules])
+        one = lambda sample, score: rows_inside(ruled, params, sample, score, options, legrad=noted)  # noqa: B023, E731
         done, more = model.per_sample(one, inputs, target)
         embedded = wide(done.embedded)
         start = partial(initial_contributions, options=options)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from tokentm_jax.errors import InputError, Unfit, suggest
-from tokentm_jax.maths.scores import explained
 from tokentm_jax.maths.tokentm import Blocks
 from tokentm_jax.models.inputs import seen, values, with_values
 from tokentm_jax.programs.model import Model, Notes, check_model, function_of
@@ -132,33 +131,34 @@ def _sown(model: Model, params: Any, inputs: Any, name: str) -> Array:
     return jnp.concatenate([array.reshape(-1, *array.shape[-2:]) for array in found])
 
 
-def of_sample(model: Model, params: Any, sample: Any, target: Any, fields: Collection[str]) -> tuple[Any, Any]:
-    """The fields for one sample, those of blocks [L, ...], and the details of a batch of one."""
+def of_sample(
+    model: Model, params: Any, sample: Any, score: Callable[[Any], Array], fields: Collection[str]
+) -> tuple[Any, Any]:
+    """The fields for one sample, those of blocks [L, ...], and its outputs."""
     points = {point for field, point in GRADIENTS.items() if field in fields}
     places = _places(model, {*fields, *points})
     taps = {reading: {at: partial(_note, known) for at, known in own.items()} for reading, own in places.items()}
     plan = Plan(model.rules, taps)
     zeros = _zeros(model, points, "final_tokens" in fields) if points else {}
 
-    def score(zeros: Any, numbers: Array) -> tuple[Array, Any]:
+    def run(zeros: Any, numbers: Array) -> tuple[Array, Any]:
         outputs, notes, _ = model.evaluate(params, with_values(sample, numbers), plan, zeros, None)
-        own, details = explained(jax.tree.map(lambda a: a[None], outputs), target)
-        return own.sum(), (notes, details)
+        return score(outputs), (notes, outputs)
 
     known: dict[str, Any] = {}
     final = "final_tokens" in fields
     if points or "input_grads" in fields:
-        (grads, of_input), (notes, details) = jax.grad(score, (0, 1), has_aux=True)(zeros, values(sample))
+        (grads, of_input), (notes, outputs) = jax.grad(run, (0, 1), has_aux=True)(zeros, values(sample))
         known = {"input_grads": of_input} if "input_grads" in fields else {}
         for field, point in GRADIENTS.items():
             if field in fields:
                 known[field] = _of_blocks(model, point, grads, final)
     else:
-        _, (notes, details) = score({}, values(sample))
+        _, (notes, outputs) = run({}, values(sample))
     for name in POINTS.keys() & set(fields):
         own = jax.tree.map(lambda names: names.get(name), notes, is_leaf=lambda n: isinstance(n, dict) and "" in n)  # noqa: B023
         known[name] = _of_blocks(model, name, own, final)
-    return known, details
+    return known, outputs
 
 
 def _note(names: dict[str, Any], evaluation: Evaluation) -> Any:

@@ -14,7 +14,7 @@ from jax import Array
 from jax.core import eval_jaxpr
 
 from tokentm_jax.errors import InputError, Unfit
-from tokentm_jax.maths.scores import CLASS_LOGIT, Question
+from tokentm_jax.maths.scores import CLASS_LOGIT, Question, explained
 from tokentm_jax.models.inputs import Tokens, check_inputs, values
 from tokentm_jax.programs.flat import flatten
 from tokentm_jax.programs.reading import Reading, read
@@ -260,17 +260,34 @@ class Model:
         done = Evaluation(self.reading, plan, inputs, state, extra).run()
         return jax.tree.unflatten(self.program.outputs, done.outputs), done.notes, done.state
 
-    def per_sample(self, one: Callable[[Any, Any], tuple[Any, Any]], inputs: Any, target: Any) -> tuple[Any, Any]:
-        """`one(sample, target of a batch of one) -> (arrays, details)` for every sample of a batch."""
+    def per_sample(
+        self, one: Callable[[Any, Callable[[Any], Array]], tuple[Any, Any]], inputs: Any, target: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """`one(sample, score) -> (arrays, outputs)` for every sample of a batch, and what `explained` says of them.
+
+        `score(outputs)` is the number that is explained, of one sample's outputs.
+        """
         asked = target if isinstance(target, Question) else Question(CLASS_LOGIT, target)
-        asked = asked.of_samples(len(values(inputs)))
+        count = len(values(inputs))
+        kinds = jax.tree.unflatten(self.program.outputs, self.program.jaxpr.out_avals)
+        kinds = jax.tree.map(lambda a: jax.ShapeDtypeStruct((count, *a.shape), a.dtype), kinds)
+        jax.eval_shape(lambda outputs: explained(outputs, target)[0], kinds)  # refuses what cannot be asked
+        own = asked.of_samples(count)
 
-        def of_sample(sample: Any, asked: Question) -> tuple[Any, Any]:
-            own = jax.tree.map(lambda a: a[None], asked)
-            known, details = one(sample, own if isinstance(target, Question) else own.target)
-            return known, jax.tree.map(lambda a: a[0], details)
+        def of_sample(sample: Any, own: Question | None, index: Array) -> tuple[Any, Any]:
+            def score(outputs: Any) -> Array:
+                if own is not None:
+                    return explained(jax.tree.map(lambda a: a[None], outputs), jax.tree.map(lambda a: a[None], own))[
+                        0
+                    ][0]
+                # A score of one's own is written for the batch: it sees this sample in every place.
+                every = jax.tree.map(lambda a: jnp.broadcast_to(a, (count, *a.shape)), outputs)
+                return explained(every, target)[0][index]
 
-        return jax.vmap(of_sample)(inputs, asked)
+            return one(sample, score)
+
+        known, outputs = jax.vmap(of_sample)(inputs, own, jnp.arange(count))
+        return known, explained(outputs, target)[1]
 
     def head(self, params: Any, sample: Any) -> Callable[[Array], Any]:
         """What follows the last residual sum: tokens as they leave a block -> outputs of one sample."""

@@ -16,7 +16,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 from tokentm_jax.errors import Unfit
 from tokentm_jax.maths.primitives import wide
-from tokentm_jax.maths.scores import explained, is_open
 from tokentm_jax.maths.tokentm import (
     Blocks,
     Change,
@@ -38,7 +37,7 @@ from tokentm_jax.programs.structure import Layer, Stage
 from tokentm_jax.programs.tokens import for_tokens
 
 Block = list[Layer]
-Details = dict[str, Array]
+Score = Callable[[Any], Array]  # of one sample's outputs
 Memory = Literal["recompute", "store"]
 
 # What a block keeps for its backward pass beside its input: the transformation weights, [N], and what its linear maps
@@ -145,12 +144,6 @@ def _row(model: Model, sample: Any, kind: Any) -> Array:
     return read_out(model, None if there is None else there[None], jnp.zeros((1, 1), _wide_type(kind)))[0]
 
 
-def scored(outputs: Any, target: Any) -> tuple[Array, Details]:
-    """The score of one sample's outputs, and the details of a batch of one."""
-    own, details = explained(jax.tree.map(lambda a: a[None], outputs), target)
-    return own.sum(), details
-
-
 class Pass(NamedTuple):
     """What one forward and backward pass gives of a sample."""
 
@@ -164,21 +157,21 @@ def rows_inside(
     model: Model,
     params: Any,
     sample: Any,
-    target: Any,
+    score: Score,
     options: TokenTM,
     memory: Memory = "store",
     gradients: Any = None,
-    legrad: Any = None,
-) -> tuple[Pass, Details]:
-    """TokenTM's row for one sample in one forward and backward pass, and the details.
+    legrad: bool = False,
+) -> tuple[Pass, Any]:
+    """TokenTM's row for one sample in one forward and backward pass, and the outputs.
 
-    `gradients` [L, N, D] are those of the score at each block's output, for weights that take them; `legrad` is the
-    target that LeGrad's row, which is found on the way forward, is of.
+    `gradients` [L, N, D] are those of the score at each block's output, for weights that take them; `legrad` asks for
+    LeGrad's row, too, which is found on the way forward.
     """
     structure = model.structure
     n, first, there = structure.tokens, options.first_block, seen(sample)
     end = structure.depth if options.end_block is None else options.end_block
-    by_rules = None if legrad is None else legrad_of_block(model.by({}), params, sample, legrad)
+    by_rules = legrad_of_block(model.by({}), params, sample, score) if legrad else None
 
     def kept(index: Array, weights: Array) -> Array:
         inside = (index >= first) & (index < end)
@@ -248,16 +241,15 @@ def rows_inside(
     def run(zeros: Array, u: Array) -> Any:
         handed = {**extra, structure.embedded: zeros}
         outputs, notes, state = model.evaluate(params, sample, plan, handed, (u, jnp.int32(0)))
-        own, details = scored(outputs, target)
-        return (own, state[0]), (notes, details)
+        return (score(outputs), state[0]), (notes, outputs)
 
-    (own, _), pull, (notes, details) = jax.vjp(
+    (own, _), pull, (notes, outputs) = jax.vjp(
         run, jnp.zeros(kind.shape, readout.dtype), jnp.zeros_like(readout), has_aux=True
     )
     gradient, row = pull((jnp.ones_like(own), readout))
     embedded = notes[structure.embedded].reshape(n, -1)
-    found = None if legrad is None else _noted_at_ends(structure.stages, notes).sum(0)
-    return Pass(row, embedded, gradient.reshape(n, -1), found), details
+    found = None if not legrad else _noted_at_ends(structure.stages, notes).sum(0)
+    return Pass(row, embedded, gradient.reshape(n, -1), found), outputs
 
 
 def _at_ends(model: Model, function: Callable[[Evaluation, Block], Any]) -> dict[Any, dict[int, Any]]:
@@ -287,15 +279,14 @@ def rows_behind(
     model: Model,
     params: Any,
     sample: Any,
-    target: Any,
     summary: Callable[[View], Any],
     update: Callable[[Array, Any], Array],
     first_block: int = 0,
     end_block: int | None = None,
-) -> tuple[tuple[Array, Array], Details]:
+) -> tuple[tuple[Array, Array], Any]:
     """One forward pass that keeps `summary(view)` of every block, then a rule that needs no gradient.
 
-    Returns (row [N], embedded tokens [N, D]) and details.
+    Returns (row [N], embedded tokens [N, D]) and the outputs.
     """
     structure, there = model.structure, seen(sample)
     n = structure.tokens
@@ -307,11 +298,11 @@ def rows_behind(
     embedded = notes[structure.embedded].reshape(n, -1)
     row = _row(model, sample, structure.reading.flat.types[structure.embedded])
     summaries = _noted_at_ends(structure.stages, notes)
-    return (propagate(update, summaries, row, first_block, end_block), embedded), scored(outputs, target)[1]
+    return (propagate(update, summaries, row, first_block, end_block), embedded), outputs
 
 
 def legrad_of_block(
-    model: Model, params: Any, sample: Any, target: Any, read: str = "head"
+    model: Model, params: Any, sample: Any, score: Score, read: str = "head"
 ) -> Callable[[Evaluation, Block], Array]:
     """`(evaluation, block that has run) -> mean_{h,q} relu(d s_l / d A_l)` [N], s_l read by what comes behind."""
     head, there, n = model.head(params, sample), seen(sample), model.structure.tokens
@@ -327,15 +318,15 @@ def legrad_of_block(
         own = np.arange(n) if through is None else tokens
         through = through or evaluation.function([attention.weights], end)
 
-        def score(weights: Array) -> Array:
+        def read_by_head(weights: Array) -> Array:
             after = through(weights)
             if len(own) < n:
                 after = jnp.zeros_like(evaluation.values[end]).at[..., own, :].set(after)
             if read == "mean":
                 after = jnp.broadcast_to(after.mean(-2, keepdims=True), after.shape)
-            return scored(head(after), target)[0]
+            return score(head(after))
 
-        gradient = jax.nn.relu(wide(jax.grad(score)(jnp.take(weights, own, attention.query))))
+        gradient = jax.nn.relu(wide(jax.grad(read_by_head)(jnp.take(weights, own, attention.query))))
         gradient = jnp.moveaxis(gradient, (attention.query, attention.key), (-2, -1))
         gradient = gradient.reshape(-1, len(own), n).mean(0)
         row = mean_of_seen(gradient, there, -2) if len(own) == n else gradient.sum(0) / n
@@ -345,23 +336,19 @@ def legrad_of_block(
 
 
 def legrad_rows(
-    model: Model, params: Any, sample: Any, target: Any, first_block: int = 0, read: str = "head"
-) -> tuple[Array, Details]:
-    """LeGrad's row for one sample: `sum_l mean_{h,q} relu(d s_l / d A_l)`."""
-    asked = target
-    if is_open(target):  # a pass tells the predicted class
-        outputs, _, _ = model.evaluate(params, sample, Plan(model.rules), None, None)
-        asked = scored(outputs, target)[1]["target"]
-    taps = _at_ends(model, legrad_of_block(model, params, sample, asked, read))
+    model: Model, params: Any, sample: Any, score: Score, first_block: int = 0, read: str = "head"
+) -> tuple[Array, Any]:
+    """LeGrad's row for one sample, `sum_l mean_{h,q} relu(d s_l / d A_l)`, and the outputs. The score is not open."""
+    taps = _at_ends(model, legrad_of_block(model, params, sample, score, read))
     outputs, notes, _ = model.evaluate(params, sample, Plan(model.rules, taps), None, None)
-    return _noted_at_ends(model.structure.stages, notes)[first_block:].sum(0), scored(outputs, asked)[1]
+    return _noted_at_ends(model.structure.stages, notes)[first_block:].sum(0), outputs
 
 
-def full_gradient_rows(model: Model, params: Any, sample: Any, target: Any) -> tuple[tuple[Array, Array], Details]:
+def full_gradient_rows(model: Model, params: Any, sample: Any, score: Score) -> tuple[tuple[Array, Array], Any]:
     """FullGrad+'s row for one sample by the model's rules: tokens and biases times gradients, mean over blocks.
 
     Every token and bias has a factor 1 + share * u [N]; the derivative by u is the row. Returns (row, its sum less the
-    score) and details.
+    score) and the outputs.
     """
     structure = model.structure
     n, depth = structure.tokens, structure.depth
@@ -379,12 +366,13 @@ def full_gradient_rows(model: Model, params: Any, sample: Any, target: Any) -> t
         for block in stage.blocks:
             own[block[0].stream] = partial(_scaled_stream, depth, n)
 
-    def score(u: Array) -> tuple[Array, Any]:
+    def run(u: Array) -> tuple[Array, Any]:
         outputs, _, _ = model.evaluate(params, sample, Plan(model.rules, taps), None, (u, jnp.int32(0)))
-        return scored(outputs, target)
+        own = score(outputs)
+        return own, (own, outputs)
 
-    row, details = jax.grad(score, has_aux=True)(jnp.zeros(n, _wide_type(kind)))
-    return (row, row.sum() - details["score"][0]), details
+    row, (own, outputs) = jax.grad(run, has_aux=True)(jnp.zeros(n, _wide_type(kind)))
+    return (row, row.sum() - own), outputs
 
 
 def _scaled_stream(depth: int, n: int, evaluation: Evaluation) -> Any:
