@@ -100,6 +100,27 @@ def tiny_vit(depth):
     return LoadedViT(module, params, Preprocessing((16, 24), 1.0, "bilinear", **HALF), None, "tiny")
 
 
+def tiny_bert(**fields):
+    """(module, params) of a random text model that compiles fast, with 30 word pieces and 3 classes."""
+    from tokentm_jax.models.bert import Bert, init_bert
+
+    module = Bert(30, 16, 16, 2, 2, 24, 3, mask_id=3, **fields)
+    return module, jax.tree.map(lambda a: a * 8 if a.ndim > 1 else a + 0.1, init_bert(module, jax.random.key(0)))
+
+
+def batch(lengths, size):
+    """Random texts; each depends only on its length."""
+    import tokentm_jax as tm
+
+    ids, types = np.zeros((2, len(lengths), size), np.int32)
+    mask, special = np.zeros(ids.shape, bool), np.ones(ids.shape, bool)
+    for row, length in enumerate(lengths):
+        ids[row, :length] = np.random.default_rng(length).integers(5, 30, length)
+        types[row, length // 2 : length] = 1
+        mask[row, :length], special[row, 1 : length - 1] = True, False
+    return tm.Tokens(ids, mask, types, special)
+
+
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A Hugging Face Hub on the loopback (`hub.Hub`), which serves the folder `hub.folder` to the real client."""

@@ -11,11 +11,10 @@ import numpy as np
 import oracle
 import pytest
 import safetensors.numpy
-from conftest import CHEAP, mostly_slow
+from conftest import CHEAP, batch, mostly_slow, tiny_bert
 
 import tokentm_jax as tm
 from tokentm_jax.methods.table import METHODS
-from tokentm_jax.models.bert import Bert, init_bert
 
 pytest.importorskip("tokenizers")
 GOLDENS = Path(__file__).parent / "goldens/texts"
@@ -64,23 +63,10 @@ def test_the_real_encoder(shared):
 # ---- every method ---------------------------------------------------------------------------------------------------
 
 
-def batch(lengths, size):
-    """Random texts; each depends on its length alone."""
-    ids, types = np.zeros((2, len(lengths), size), np.int32)
-    mask, special = np.zeros(ids.shape, bool), np.ones(ids.shape, bool)
-    for row, length in enumerate(lengths):
-        ids[row, :length] = np.random.default_rng(length).integers(5, 30, length)
-        types[row, length // 2 : length] = 1
-        mask[row, :length], special[row, 1 : length - 1] = True, False
-    return tm.Tokens(ids, mask, types, special)
-
-
 @pytest.fixture(scope="module", params=["token", pytest.param("avg", marks=pytest.mark.slow)])
 def bert(request):
     options = {} if request.param == "token" else {"pooler": None, "embedding_size": 8}
-    module = Bert(30, 16, 16, 2, 2, 24, 3, mask_id=3, pool=request.param, **options)
-    params = jax.tree.map(lambda a: a * 8 if a.ndim > 1 else a + 0.1, init_bert(module, jax.random.key(0)))
-    return module, params
+    return tiny_bert(pool=request.param, **options)
 
 
 QUICK = ("tokentm",)
