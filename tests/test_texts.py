@@ -15,6 +15,7 @@ from conftest import CHEAP, batch, mostly_slow, tiny_bert
 
 import tokentm_jax as tm
 from tokentm_jax.methods.table import METHODS
+from tokentm_jax.programs.model import function_of
 
 pytest.importorskip("tokenizers")
 GOLDENS = Path(__file__).parent / "goldens/texts"
@@ -101,13 +102,16 @@ ROLLOUT = {"rollout": {"discard_ratio": 0.2}}
 
 @pytest.mark.parametrize("method", REFUSE)
 def test_methods_of_images_refuse(bert, method):
+    module, params = bert
+    model = function_of(module)
+    texts = model.look_up(params, batch([4], 4))
     for name, options, message in (
         (method, {}, REFUSE[method]),
         ("occlusion", {"fill": "blur"}, "are for images"),
         ("token_dropping", {"window": 2}, "one by one"),
     ):
         with pytest.raises(tm.InputError, match=message):  # past the sentence that lists all that work
-            METHODS[name].bind(name, options)(*bert, batch([4], 4), None)
+            METHODS[name].bind(name, options)(model.read(params, texts), params, texts, None)
 
 
 # ---- TokenTM --------------------------------------------------------------------------------------------------------

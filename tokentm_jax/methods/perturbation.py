@@ -133,9 +133,12 @@ def _grid(model: Model, inputs: Any, patch: int | None) -> tuple[int, int]:
         if height % patch or width % patch:
             raise InputError(f"option 'patch' must divide the image of {height} x {width} pixels, got {patch}")
         return height // patch, width // patch
-    grid = getattr(model, "grid", None)
+    try:
+        grid = model.grid
+    except Unfit:
+        grid = None
     if grid is None:
-        raise InputError(f"{type(model).__name__} has no 'grid' of patches: give the option 'patch', their side")
+        raise InputError(f"{model.source.name} has no 'grid' of patches: give the option 'patch', their side")
     return grid
 
 
@@ -259,7 +262,7 @@ def token_dropping(
     if home is None or any(getattr(type(module), name) is not getattr(home, name) for name in FORWARD):
         raise Unfit(
             "the method 'token_dropping' takes tokens out of the sequence, so it needs a module with the forward pass "
-            f"of tm.ViT; {type(module if module is not None else model.source.function).__name__} has its own"
+            f"of tm.ViT; {model.source.name} has its own"
         )
     if isinstance(inputs, Texts):
         return _word_dropping(module, params, inputs, target, window, stride, value, chunk)

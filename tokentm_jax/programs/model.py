@@ -59,6 +59,13 @@ class Function:
         """The Linen module that it applies, or None. Grid, prefix and read-out are then the module's own."""
         return self.function.module if isinstance(self.function, Applied) else None
 
+    @property
+    def name(self) -> str:
+        """What it is called in a sentence."""
+        return (
+            getattr(self.function, "__name__", "the function") if self.module is None else type(self.module).__name__
+        )
+
     def wide(self) -> "Function":
         """The same model with activations in float32 at least."""
         dtype = getattr(self.module, "dtype", None)
@@ -268,7 +275,7 @@ class Model:
         `score(outputs)` is the number that is explained, of one sample's outputs.
         """
         asked = target if isinstance(target, Question) else Question(CLASS_LOGIT, target)
-        count = len(values(inputs))
+        count = values(inputs).shape[0]
         kinds = jax.tree.unflatten(self.program.outputs, self.program.jaxpr.out_avals)
         kinds = jax.tree.map(lambda a: jax.ShapeDtypeStruct((count, *a.shape), a.dtype), kinds)
         jax.eval_shape(lambda outputs: explained(outputs, target)[0], kinds)  # refuses what cannot be asked
