@@ -114,6 +114,25 @@ def test_methods_of_images_refuse(bert, method):
             METHODS[name].bind(name, options)(model.read(params, texts), params, texts, None)
 
 
+AS_FUNCTION = [
+    m for m in METHODS if m not in (*REFUSE, "token_dropping", "shapley", "occlusion")
+]  # these have no mask to put in
+
+
+@pytest.mark.parametrize("method", mostly_slow(AS_FUNCTION, ["tokentm"]))
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_the_module_as_a_function_of_padded_texts(pool, method):
+    """A mask per sample; how the head reads tokens is told where it depends on the mask."""
+    module, params = tiny_bert(pool=pool)
+    texts = function_of(module).look_up(params, batch([6, 3, 4], 6))
+    function = lambda params, texts: module.apply({"params": params}, texts)  # noqa: E731
+    maps = [
+        jax.jit(tm.explain_fn(model, method, **CHEAP.get(method, {}), **more))(params, texts, jnp.array([0, 1, 1]))
+        for model, more in ((module, {}), (function, {"readout": "avg"} if module.pool == "avg" else {}))
+    ]
+    np.testing.assert_allclose(maps[1], maps[0], rtol=1e-4, atol=1e-5 * float(jnp.abs(maps[0]).max()))
+
+
 # ---- TokenTM --------------------------------------------------------------------------------------------------------
 
 

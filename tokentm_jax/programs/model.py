@@ -15,7 +15,7 @@ from jax.core import eval_jaxpr
 
 from tokentm_jax.errors import InputError, Unfit
 from tokentm_jax.maths.scores import CLASS_LOGIT, Question, explained
-from tokentm_jax.models.inputs import Tokens, check_inputs, values
+from tokentm_jax.models.inputs import Texts, Tokens, check_inputs, values
 from tokentm_jax.programs.flat import flatten
 from tokentm_jax.programs.reading import Reading, read
 from tokentm_jax.programs.running import Evaluation, Plan, Rules
@@ -103,7 +103,7 @@ def _read(function: Function, tree: Any, shapes: Any, inputs_tree: Any, inputs: 
     own = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in program.jaxpr.invars]
     own = [*own[: -len(inputs)], *(jax.ShapeDtypeStruct(*shape) for shape in inputs)]
     single = jax.make_jaxpr(for_one_sample(program, len(inputs)))(*own)
-    return Model(function, Program(single, jax.tree.structure(outputs), len(inputs)))
+    return Model(function, Program(single, jax.tree.structure(outputs), len(inputs), isinstance(one, Texts)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -113,6 +113,7 @@ class Program:
     jaxpr: Any  # a closed one, for one sample without an axis of samples
     outputs: Any  # the tree of its outputs
     arrays: int  # of which the inputs of a sample consist; what is explained is the first
+    texts: bool  # whether they are `Texts`, whose maps are rows of all tokens
 
     @cached_property
     def reading(self) -> Reading:
@@ -147,6 +148,8 @@ class Model:
         differ."""
         if hasattr(self.source.module, "grid"):
             return self.source.module.grid
+        if self.program.texts:
+            return None
         if self.source.grid is None:
             grid = self.structure.grid
             if grid is None:
@@ -174,7 +177,9 @@ class Model:
         """How many tokens come before those of the patches. Raises InputError as `grid`."""
         if hasattr(self.source.module, "prefix"):
             return self.source.module.prefix
-        gh, gw = self.grid or (1, self.structure.tokens)
+        if self.grid is None:
+            return 0
+        gh, gw = self.grid
         left = self.structure.tokens - gh * gw
         known = self.structure.prefix
         if known is None and self.source.prefix is None:

@@ -49,16 +49,11 @@ def parts(x: Array) -> tuple[Array, Array]:
 
 
 def with_backward(f: Any, inputs: tuple[Array, ...], backward: Any) -> Array:
-    """`f(*inputs)` whose cotangent g becomes `backward(g, value, *inputs)`, one for each of the inputs or None."""
-
-    @jax.custom_vjp
-    def step(value: Array, *inputs: Array) -> Array:
-        return value
-
-    step.defvjp(
-        lambda value, *inputs: (value, (value, inputs)), lambda saved, g: (None, *backward(g, saved[0], *saved[1]))
-    )
-    return step(f(*inputs), *inputs)  # no rule closes over values of the program
+    """`f(*inputs)` whose cotangent g becomes `backward(g, *inputs)`, one for each of the inputs or None. f closes over
+    no value of the program."""
+    step = jax.custom_vjp(f)
+    step.defvjp(lambda *inputs: (f(*inputs), inputs), lambda inputs, g: backward(g, *inputs))
+    return step(*inputs)
 
 
 @jax.custom_jvp
@@ -78,7 +73,7 @@ def gain(f: Any, x: Array) -> Array:
 
 def halved(f: Any, a: Array, b: Array) -> Array:
     """A product whose factors share."""
-    return with_backward(f, (a, b), lambda g, value, a, b: tuple(d / 2 for d in jax.vjp(f, a, b)[1](g)))
+    return with_backward(f, (a, b), lambda g, a, b: tuple(d / 2 for d in jax.vjp(f, a, b)[1](g)))
 
 
 LIBRA: Rules = {
@@ -120,7 +115,8 @@ def res_lrp(gamma: float) -> Rules:
     """
 
     def add(f: Any, a: Array, b: Array) -> Array:
-        def backward(g: Array, out: Array, a: Array, b: Array) -> tuple[Array, Array]:
+        def backward(g: Array, a: Array, b: Array) -> tuple[Array, Array]:
+            out = f(a, b)
             gain_a, gain_b = (1 + gamma * (x * out >= 0).astype(x.dtype) for x in (a, b))
             share = g * quotient_of(out, out, a * gain_a + b * gain_b)
             return share * gain_a, share * gain_b
@@ -172,23 +168,23 @@ def lrp(variant: Variant, stabiliser: Stabiliser) -> Rules:
         return x_pos * pull_pos(s_pos)[0] + x_neg * pull_neg(s_neg)[0]
 
     def linear(f: Any, x: Array, kernel: Array) -> Array:
-        return with_backward(f, (x, kernel), lambda r, value, x, kernel: (by_parts(f, x, parts(kernel), r), None))
+        return with_backward(f, (x, kernel), lambda r, x, kernel: (by_parts(f, x, parts(kernel), r), None))
 
     def reduce(f: Any, x: Array) -> Array:
-        return with_backward(f, (x,), lambda r, value, x: (by_parts(lambda x, _: f(x), x, (None, None), r),))
+        return with_backward(f, (x,), lambda r, x: (by_parts(lambda x, _: f(x), x, (None, None), r),))
 
     def embed(f: Any, x: Array, kernel: Array) -> Array:
-        def backward(r: Array, value: Array, x: Array, kernel: Array) -> tuple[Array, None]:
-            low, high, one = x.min(), x.max(), jnp.ones_like(x)
+        def backward(r: Array, x: Array, kernel: Array) -> tuple[Array, None]:
             w_pos, w_neg = parts(kernel)
-            s = r / (f(x, kernel) - low * f(one, w_pos) - high * f(one, w_neg) + REFERENCE_EPSILON)
-            back = [jax.vjp(partial(_second, f, w), x)[1](s)[0] for w in (kernel, w_pos, w_neg)]
-            return x * back[0] - low * back[1] - high * back[2], None
+            bound = x.min() * w_pos + x.max() * w_neg
+            s = r / (f(x, kernel) - f(jnp.ones_like(x), bound) + REFERENCE_EPSILON)
+            own, at_bound = (jax.vjp(partial(_second, f, w), x)[1](s)[0] for w in (kernel, bound))
+            return x * own - at_bound, None
 
         return with_backward(f, (x, kernel), backward)
 
     def product(f: Any, a: Array, b: Array) -> Array:
-        def backward(r: Array, value: Array, a: Array, b: Array) -> tuple[Array, Array]:
+        def backward(r: Array, a: Array, b: Array) -> tuple[Array, Array]:
             z, pull = jax.vjp(f, a, b)
             to_a, to_b = pull(quotient(r, z))
             return a * to_a / 2, b * to_b / 2
@@ -196,8 +192,8 @@ def lrp(variant: Variant, stabiliser: Stabiliser) -> Rules:
         return with_backward(f, (a, b), backward)
 
     def add(f: Any, a: Array, b: Array) -> Array:
-        def backward(r: Array, value: Array, a: Array, b: Array) -> tuple[Array, Array]:
-            share = quotient(r, value)
+        def backward(r: Array, a: Array, b: Array) -> tuple[Array, Array]:
+            share = quotient(r, f(a, b))
             r_a, r_b = a * share, f(jnp.zeros_like(a), b) * share
             if variant == "ours":
                 sum_a, sum_b = r_a.sum(), r_b.sum()
