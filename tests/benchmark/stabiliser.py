@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 import tokentm_jax as tm
-from tokentm_jax.maths import relevance
 from tokentm_jax.methods.explain import explain_fn
+from tokentm_jax.programs import rules as relevance
 
 ROUNDINGS = 24
 
