@@ -152,23 +152,22 @@ def of_sample(
         known = {"input_grads": of_input} if "input_grads" in fields else {}
         for field, point in GRADIENTS.items():
             if field in fields:
-                known[field] = _of_blocks(model, point, grads, final)
+                known[field] = _of_blocks(model, point, grads, lambda gradient: gradient, final)
     else:
         _, (notes, outputs) = run({}, values(sample))
     for name in POINTS.keys() & set(fields):
-        own = jax.tree.map(lambda names: names.get(name), notes, is_leaf=lambda n: isinstance(n, dict) and "" in n)  # noqa: B023
-        known[name] = _of_blocks(model, name, own, final)
+        known[name] = _of_blocks(model, name, notes, lambda names: names[name], final)  # noqa: B023
     return known, outputs
 
 
 def _note(names: dict[str, Any], evaluation: Evaluation) -> Any:
-    """A tap that adds what is handed in, and notes the value, or what `TAKEN` makes of it; "" marks the notes."""
+    """A tap that adds what is handed in, and notes the value, or what `TAKEN` makes of it, under each of the names."""
 
     def tap(value: Array, state: Any, extra: Any) -> Any:
         value = value if extra is None else value + extra
         evaluation.values[evaluation.current] = value
         found = {name: TAKEN[name](evaluation, block) if name in TAKEN else value for name, block in names.items()}
-        return value, state, {"": None, **found}
+        return value, state, found
 
     return tap
 
@@ -204,17 +203,17 @@ def _zeros(model: Model, points: Collection[str], final: bool) -> Notes:
     return zeros
 
 
-def _of_blocks(model: Model, name: str, found: Notes, final: bool) -> Array:
+def _of_blocks(model: Model, name: str, found: Notes, pick: Callable[[Any], Array], final: bool) -> Array:
     """The arrays of all blocks called `name`, in one layout: [L, H, N, N], [L, H, N, D/H] or [L, N, D]."""
     laid = LAID.get(name, lambda attention, array: array.reshape(model.structure.tokens, -1))
     parts = []
     for stage in model.structure.stages:
         number = partial(POINTS[name], stage.reading)
         each = (lambda f: f) if stage.scan is None else jax.vmap
-        pick = lambda block, own: each(partial(laid, block[0].attention))(own[number(block)])  # noqa: B023, E731
-        parts.append(of_stage(stage, found, pick))
+        of_block = lambda block, own: each(partial(laid, block[0].attention))(pick(own[number(block)]))  # noqa: B023, E731
+        parts.append(of_stage(stage, found, of_block))
     if name == "tokens" and final:
-        parts.append(laid(None, found[model.structure.last])[None])
+        parts.append(laid(None, pick(found[model.structure.last]))[None])
     return jnp.concatenate(parts)
 
 
