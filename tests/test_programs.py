@@ -60,17 +60,18 @@ def test_the_maps_of_the_module_as_an_unknown_function(kind, method, briefly):
     np.testing.assert_allclose(maps, expected, rtol=0, atol=tolerance * float(jnp.abs(expected).max()))
 
 
-def layers_of(depth, rng, d=8, n=6, scan=True):
+def layer_norm(x, scale=1.0, bias=0.0):
+    centred = x - x.mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6) * scale + bias
+
+
+def layers_of(depth, rng, d=8, n=6, scan=True, norm=layer_norm):
     """A small pre-norm Transformer in plain JAX, its blocks in a scan or in a loop."""
     w = lambda *shape: jnp.asarray(rng.normal(size=shape) * 0.4)  # noqa: E731
     params = {
         "embed": w(48, d), "position": w(n, d), "qkv": w(depth, d, 3 * d), "out": w(depth, d, d),
         "up": w(depth, d, 2 * d), "down": w(depth, 2 * d, d), "head": w(d, 5),
     }  # fmt: skip
-
-    def norm(x):
-        centred = x - x.mean(-1, keepdims=True)
-        return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6)
 
     def block(x, p):
         q, k, v = jnp.split(norm(x) @ p["qkv"], 3, -1)
@@ -242,6 +243,36 @@ def test_rules_are_an_option_of_methods_of_gradients(images):
             explain(method, rules=wrong)
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        *(("gradient_x_input", {"rules": name}) for name in RULES if name != "conservative"),
+        ("libra_full_grad", {}),
+        pytest.param("tokentm", {"original": "normalised"}, marks=pytest.mark.slow),
+        pytest.param("lrp", {"stabiliser": "reference"}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_norm_that_multiplies_before_it_subtracts(images, method, options):
+    """As Keras writes LayerNorm: `x * s + (bias - mean * s)`. It is one norm by every set of rules."""
+    scale, bias = np.random.default_rng(2).normal(size=(2, 8))
+
+    def keras_norm(x):
+        inverse = jax.lax.rsqrt(x.var(-1, keepdims=True) + 1e-6) * scale
+        return x * inverse + (bias - x.mean(-1, keepdims=True) * inverse)
+
+    with jax.enable_x64(True):
+        maps, gaps = [], []
+        for norm in (functools.partial(layer_norm, scale=scale, bias=bias), keras_norm):
+            params, forward = layers_of(2, np.random.default_rng(1), norm=norm)
+            explain = jax.jit(explain_fn(forward, method, details=True, **options))
+            found, details = explain(params, images, jnp.array([1, 4]))
+            maps.append(found)
+            gaps.append(details.get("completeness_gap", 0.0))
+        tolerance = 1e-6 if "lrp" in (method, options.get("rules")) else 1e-9
+        np.testing.assert_allclose(maps[1], maps[0], rtol=0, atol=tolerance * float(jnp.abs(maps[0]).max()))
+        np.testing.assert_allclose(gaps, 0, atol=1e-9)
+
+
 # ---- random programs ---------------------------------------------------------------------------------------------
 
 
@@ -258,6 +289,9 @@ STEPS = {
     "silu": lambda x, r: jax.nn.silu(x),
     "relu": lambda x, r: jax.nn.relu(x + r(6)),
     "norm": lambda x, r: (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5),
+    "late": lambda x, r: (
+        x * (s := jax.lax.rsqrt(x.var(-1, keepdims=True) + 1e-5) * r(6)) + (r(6) - x.mean(-1, keepdims=True) * s)
+    ),
     "rms": lambda x, r: x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-5) * r(6),
     "gate": lambda x, r: jax.nn.silu(x @ r(6, 6)) * (x @ r(6, 6)),
     "product": lambda x, r: (x @ r(6, 6)) * (x @ r(6, 6)),

@@ -16,6 +16,7 @@ that function is linear, and whether it is a statistic. Every step that a rule m
                  depend (a scalar constant is no step)
     position     sum with an array that has an axis of tokens   which input depends
     norm         tokens times (or over) their statistic         (tokens, statistic, x): numbers of values
+    centre       a norm of x, less one of the mean of x         (the former, the latter, x)
     softmax      exp(r) / sum exp(r)                            number of the scores r
     reduce       sum over an axis of something linear           -
 
@@ -172,6 +173,7 @@ class Fact:
     centred: int | None = None  # x, where it is x less its mean
     mean_of: int | None = None  # x, where it is the mean of x over an axis, broadcast or not
     weights: Step | None = None  # the softmax that it is, perhaps in another shape
+    norm: Step | None = None  # the norm that it is, perhaps with an array added
     raw: bool = False  # the explained input itself, its numbers perhaps moved
     base: int = -1  # the value that its numbers are from, moved, scaled or summed with each other
     above: int = 0  # the values that it depends on, as bits
@@ -352,7 +354,7 @@ def _read_with_statistic(reading: Reading, step: Step, depends: list[int]) -> No
     elif name in ("mul", "div"):
         source = token.centred if token.centred is not None else tokens
         step.kind, step.of = "norm", (tokens, statistic, source)
-        _set(reading, step, reduced=token.reduced)
+        _set(reading, step, reduced=token.reduced, norm=step)
         reading.norms.append(step)
     elif name in ("sub", "add"):  # a shift, as by the maximum
         shift = over.exp_sum
@@ -377,7 +379,8 @@ def _read_of_one_root(reading: Reading, step: Step, depends: list[int]) -> None:
         if kind == "bias" and _has_tokens(reading, others[0], step.outputs[0]):
             kind = "position"
         step.kind, step.of = kind, place
-        _set(reading, step, reduced=first.reduced, **(_base(facts, depends) if kind == "scale" else {}))
+        kept: dict[str, Any] = _base(facts, depends) if kind == "scale" else {"norm": first.norm}
+        _set(reading, step, reduced=first.reduced, **kept)
         return
     linear = all(f.linear for f in known) and (
         name in ("neg", "convert_element_type")
@@ -391,7 +394,7 @@ def _read_of_one_root(reading: Reading, step: Step, depends: list[int]) -> None:
         exp = _scores(reading, depends[0])
     elif first.exp is not None and len(depends) == 1 and name in ("select_n", "mul"):
         exp = first.exp
-    mean = first.mean_of if name in ("div", "mul") and len(others) == 1 else None
+    mean = first.mean_of if name == "neg" or (name in ("div", "mul") and len(others) == 1) else None
     fact = _set(
         reading,
         step,
@@ -446,8 +449,11 @@ def _read_of_two_roots(reading: Reading, step: Step, depends: list[int]) -> None
         pairs = ((a, b), (b, a))
         means = [(x, of) for x, m in pairs if (of := facts[m].mean_of) is not None]
         centred = [x for x, of in means if facts[x].root == facts[of].root]
+        scaled = [(x, m) for x, m in pairs if _is_centre(facts, facts[x].norm, facts[m].norm)]
         if centred:
             _set(reading, step, centred=centred[0])
+        elif scaled:
+            _read_centre(reading, step, *scaled[0])
         elif facts[a].base == facts[b].base:
             step.kind = "turn"
             _set(reading, step, base=facts[a].base)
@@ -458,6 +464,23 @@ def _read_of_two_roots(reading: Reading, step: Step, depends: list[int]) -> None
                 _read_sum(reading, step, pairs)
     else:
         _set(reading, step)
+
+
+def _is_centre(facts: dict[int, Fact], norm: Step | None, other: Step | None) -> bool:
+    """Whether the one norm is of x and the other, by the same statistic, of the mean of x."""
+    if norm is None or other is None or (mean_of := facts[other.of[0]].mean_of) is None:
+        return False
+    same = facts[norm.of[1]].base == facts[other.of[1]].base
+    return same and facts[norm.of[0]].root == facts[mean_of].root
+
+
+def _read_centre(reading: Reading, step: Step, scaled: int, mean: int) -> None:
+    """A norm that multiplies before it subtracts: it ends here."""
+    norm, of_mean = reading.facts[scaled].norm, reading.facts[mean].norm
+    assert norm is not None and of_mean is not None
+    step.kind, step.of = "centre", (scaled, mean, norm.of[2])
+    reading.norms = [other for other in reading.norms if other not in (norm, of_mean)] + [step]
+    _set(reading, step)
 
 
 def _read_sum(reading: Reading, step: Step, pairs: Iterable[tuple[int, int]]) -> None:

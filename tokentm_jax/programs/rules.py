@@ -230,6 +230,7 @@ def lrp(variant: Variant, stabiliser: Stabiliser) -> Rules:
         "bias": passed,
         "scale": passed,
         "norm": passed,
+        "centre": passed,
         "softmax": passed,
         "activation": passed,
     }

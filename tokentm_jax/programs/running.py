@@ -6,6 +6,7 @@ kind (`reading`) from the inputs that matter:
     linear, embed           f(x, kernel)          bias, scale, position   f(x, array)
     mix, product            f(a, b)               norm                    f(x, statistic)
     gate                    f(gate, x)            softmax                 f(scores)
+    centre                  f(norm of x, norm of its mean)
     add, residual, turn     f(a, b)               reduce, activation      f(x)
     fork                    f(x) -> (x as the residual sum reads it, x as its branch does)
 
@@ -28,7 +29,7 @@ from tokentm_jax.programs.flat import Call, Step, bind, scanned
 from tokentm_jax.programs.reading import ELEMENTWISE, SAME_SHAPE, Reading
 
 KINDS = ("linear", "embed", "mix", "product", "gate", "add", "residual", "turn", "bias", "scale", "position", "norm",
-         "softmax", "reduce", "activation", "fork")  # fmt: skip
+         "centre", "softmax", "reduce", "activation", "fork")  # fmt: skip
 
 Rule = Callable[..., Any]
 Rules = Mapping[str, Rule]
@@ -154,6 +155,8 @@ class Evaluation:
         if step.kind == "softmax":
             return rule(self.function([step.of], step.outputs[0]), self.get(step.of))
         order = [0, 1][: len(step.inputs)]
+        if step.kind == "centre":
+            order = [step.inputs.index(number) for number in step.of[:2]]
         if step.kind == "reduce":
             return rule(lambda x: bind(step.equation, [x])[0], self.get(step.inputs[0], step))
         if step.kind in ("linear", "embed", "bias", "scale", "position", "gate") and step.of == 1:
