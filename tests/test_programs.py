@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental import pallas
 from test_contract import KINDS, METHODS, TARGET, model_of
 
 import tokentm_jax as tm
@@ -187,16 +188,35 @@ def test_refusals_name_the_operation_and_the_line(images, briefly):
     def sorted_logits(params, images):
         return jnp.sort(forward(params, images), -1)
 
+    def fused(params, images):
+        def kernel(x, y):
+            y[...] = jax.nn.softmax(x[...])
+
+        logits = forward(params, images)
+        return pallas.pallas_call(kernel, jax.ShapeDtypeStruct(logits.shape, logits.dtype), interpret=True)(logits)
+
+    def recurrent(params, images):
+        def step(state, row):
+            return jnp.tanh(state @ params["embed"][:8] + row @ params["embed"][8:44]), None
+
+        rows = images.reshape(len(images), 8, 36).swapaxes(0, 1)
+        return jax.lax.scan(step, jnp.zeros((len(images), 8)), rows)[0] @ params["head"]
+
     def no_attention(params, images):
         return jnp.tanh(images.reshape(len(images), -1)[:, :48] @ params["embed"]) @ params["head"]
 
     for function, method, message in (
         (with_while, "tokentm", r"test_programs.py:\d+ .*while loop"),
         (sorted_logits, "lrp", r"test_programs.py:\d+ .*sort"),
+        (fused, "lrp", r"test_programs.py:\d+ .*fused\): a Pallas kernel hides its attention: switch the fused"),
         (no_attention, "tokentm", "no attention was found"),
+        (recurrent, "tokentm", "no attention was found in this function"),
     ):
         with pytest.raises(tm.InputError, match=message):
             explain_fn(function, method)(params, images)
+    slope = jax.grad(lambda x: recurrent(params, x).max(-1).sum())(images)
+    found = explain_fn(recurrent, "input_gradient")(params, images)
+    np.testing.assert_allclose(found, np.abs(slope).max(-1), rtol=1e-5)
     assert explain_fn(no_attention, "input_gradient")(params, images).shape == (2, 8, 12)
     assert explain_fn(no_attention, "attn_lrp", pixels=True, grid=(2, 3))(params, images).shape == (2, 8, 12)
 

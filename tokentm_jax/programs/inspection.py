@@ -11,13 +11,15 @@ from tokentm_jax.programs.flat import Step, line_of
 from tokentm_jax.programs.model import Model
 from tokentm_jax.programs.reading import Reading
 
+REMOVAL = ("occlusion", "rise", "shapley", "kernel_shap")  # methods that need only a grid of patches
+
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
     """What `tokentm_jax.inspect` found; `str` gives a table.
 
     Args:
-      blocks: Transformer blocks, scans counted with their length.
+      blocks: Transformer blocks, scans counted with their length; 0 where no Transformer was found.
       heads: attention heads of a block.
       tokens: N, with those of the prefix.
       prefix: tokens before those of the patches; None where it cannot be told.
@@ -41,19 +43,28 @@ class Inspection:
     methods: tuple[str, ...]
 
     def __str__(self) -> str:
-        rows = [("blocks", f"{self.blocks}{' in a scan' if self.scanned else ''}"), ("heads", str(self.heads))]
-        rows += [("tokens", str(self.tokens)), ("prefix", _shown(self.prefix)), ("grid", _shown(self.grid))]
-        rows += [
-            ("read-out", _of_readout(self.readout)),
-            ("norms", "behind the sums" if self.post_norm else "before the layers"),
-        ]
+        rows, more = self._rows(), []
+        if not self.blocks and self.grid is None:
+            rows = [("blocks", "none: no Transformer was found")]
+            more = [f"with the option patch=: {', '.join(REMOVAL)}"]
         width = max(len(kind) for kind in (*self.steps, "read-out"))
         lines = [f"{name:{width}}  {value}" for name, value in rows]
         lines += ["", "steps"]
         lines += [f"{kind:{width}}  {count:4d}   first at {line}" for kind, (count, line) in self.steps.items()]
         lines += ["", "not understood", *(self.unknown or ("nothing",))]
-        lines += ["", "methods", ", ".join(self.methods) or "none"]
+        lines += ["", "methods", ", ".join(self.methods) or "none", *more]
         return "\n".join(lines)
+
+    def _rows(self) -> list[tuple[str, str]]:
+        return [
+            ("blocks", f"{self.blocks}{' in a scan' if self.scanned else ''}"),
+            ("heads", str(self.heads)),
+            ("tokens", str(self.tokens)),
+            ("prefix", _shown(self.prefix)),
+            ("grid", _shown(self.grid)),
+            ("read-out", _of_readout(self.readout)),
+            ("norms", "behind the sums" if self.post_norm else "before the layers"),
+        ]
 
 
 def _shown(value: Any) -> str:

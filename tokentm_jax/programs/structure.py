@@ -15,7 +15,7 @@ from jax.extend.core import Literal
 
 from tokentm_jax.errors import Unfit
 from tokentm_jax.maths.maps import Tiling
-from tokentm_jax.programs.flat import Flat, Step
+from tokentm_jax.programs.flat import Flat, Step, line_of
 from tokentm_jax.programs.reading import Reading
 from tokentm_jax.programs.tokens import mixture, rows_from
 
@@ -105,6 +105,9 @@ def find(reading: Reading, image: int) -> Structure:
         more = f"; {seen} softmaxes are no self-attention on a residual stream" if seen else ""
         raise Unfit(f"no attention was found in this function{more}")
     first, last = stages[0], stages[-1]
+    shapes = [stage.reading.flat.types[stage.blocks[0][0].stream].shape for stage in stages]
+    for stage, own in zip(stages, shapes, strict=True):
+        _require_same(shapes[0], own, stage.blocks[0][0].sum)
     layer = first.blocks[0][0]
     embedded = layer.stream if first.scan is None else _outside(first, layer.stream)
     end = last.blocks[-1][-1]
@@ -166,9 +169,16 @@ def _blocks(reading: Reading) -> list[list[Layer]]:
         out = step.outputs[0]
         if shape is None and not inside:
             continue  # before the first attention
-        shape = shape or reading.flat.types[out].shape
-        if reading.flat.types[out].shape != shape:
-            continue  # of the head
+        own = reading.flat.types[out].shape
+        for attention in inside:
+            _require_all(reading, attention, own)
+        shape = shape or own
+        if own != shape:
+            last = blocks[-1][-1].output
+            between = [a.outputs[0] for a in reading.attentions if reading.descends(stream, a.outputs[0])]
+            if inside and not any(reading.descends(mixed, last) for mixed in between):
+                _require_same(shape, own, step)
+            continue  # of the head, which may read the tokens by attention
         if len(inside) > 1:
             raise Unfit("a layer with two attentions has no single map of attention")
         layer = Layer(step, stream, branch, out, inside[0] if inside else None)
@@ -188,6 +198,25 @@ def _blocks(reading: Reading) -> list[list[Layer]]:
         ):
             layer.normed = normed
     return blocks
+
+
+def _require_all(reading: Reading, attention: Attention, stream: Sequence[int]) -> None:
+    """Raises Unfit for attention over windows of a stream [.., D]."""
+    size, tokens = reading.flat.types[attention.weights].shape[attention.key], int(np.prod(stream[:-1]))
+    if size != tokens:
+        raise Unfit(
+            f"{line_of(attention.product)}: this attention is over windows of {size} of the {tokens} tokens, and an "
+            "explanation by attention needs attention over all"
+        )
+
+
+def _require_same(before: Sequence[int], after: Sequence[int], step: Step) -> None:
+    """Raises Unfit where tokens are merged between attention layers."""
+    if tuple(before) != tuple(after):
+        raise Unfit(
+            f"{line_of(step)}: the tokens change from {list(before)} to {list(after)} between two attentions, and an "
+            "explanation by attention needs one stream of tokens"
+        )
 
 
 def _normed(reading: Reading, value: int) -> int | None:
