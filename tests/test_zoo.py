@@ -168,7 +168,7 @@ def test_keras():
 
 
 def test_equimo():
-    pytest.importorskip("equimo")
+    pytest.importorskip("equimo.models")
     import equinox as eqx
     from equimo.models import VisionTransformer
 
@@ -351,7 +351,7 @@ def test_a_pyramid_of_attention_over_all_tokens():
 
 
 def test_equimo_convnext():
-    pytest.importorskip("equimo")
+    pytest.importorskip("equimo.models")
     import equinox as eqx
     from equimo.models import ConvNeXt
 
