@@ -151,6 +151,8 @@ def tolerance(name, dtype):
     kind, method, _ = CASES[name]
     if kind == "bfloat16":
         return 5e-2
+    if kind == "text_average_pooled" and method in QUOTIENTS:
+        return 2e-3  # the saved maps took a stabiliser of each channel of the pooled mean, and not of the sample
     if method == "combination" and dtype == "float32":
         return 1e-2  # the range of a member is almost zero, and what is divided by it has errors of 2e-3 from rounding
     return TOLERANCES[dtype][method in QUOTIENTS]

@@ -136,6 +136,8 @@ def of_sample(
 ) -> tuple[Any, Any]:
     """The fields for one sample, those of blocks [L, ...], and its outputs."""
     points = {point for field, point in GRADIENTS.items() if field in fields}
+    both = model.post_norm and "normalised" in points  # the stream itself, which goes on beside the attention layer
+    points |= {"sum"} if both else set()
     places = _places(model, {*fields, *points})
     taps = {reading: {at: partial(_note, known) for at, known in own.items()} for reading, own in places.items()}
     plan = Plan(model.rules, taps)
@@ -153,6 +155,8 @@ def of_sample(
         for field, point in GRADIENTS.items():
             if field in fields:
                 known[field] = _of_blocks(model, point, grads, lambda gradient: gradient, final)
+        if both:
+            known["normalised_grads"] -= _of_blocks(model, "sum", grads, lambda gradient: gradient, final)
     else:
         _, (notes, outputs) = run({}, values(sample))
     for name in POINTS.keys() & set(fields):
@@ -253,7 +257,9 @@ def unmixed(attention: Attention, array: Array) -> Array:
     array = array.transpose(attention.order)
     count = len(attention.heads)
     array = jnp.moveaxis(array, tuple(range(count)), attention.heads)
-    return array if attention.ahead else jnp.moveaxis(array, count, -1)
+    array = array if attention.ahead else jnp.moveaxis(array, count, -1)
+    result: Any = attention.product.equation.outvars[0].aval
+    return array.reshape(result.shape)  # which may have axes of one
 
 
 def through_output(evaluation: Evaluation, block: list[Layer], array: Array) -> Array:
@@ -298,6 +304,7 @@ POINTS: dict[str, Callable[[Reading, list[Layer]], int]] = {
     "normalised": _normalised,
     "value": lambda reading, block: block[0].attention.value,  # type: ignore[union-attr]
     "attention_branch": lambda reading, block: block[0].branch,
+    "sum": lambda reading, block: block[0].output,
     "transformed_value": lambda reading, block: block[0].branch,
     "ffn_branch": lambda reading, block: _ffn(block).branch,
     "middle": lambda reading, block: block[0].normed,  # type: ignore[return-value]

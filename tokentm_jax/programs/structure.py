@@ -239,7 +239,7 @@ def _attention(reading: Reading, product: Step) -> Attention | None:
     side = product.inputs.index(weights)
     contracted, batched = product.params["dimension_numbers"]
     shape = reading.flat.types[weights].shape
-    free = [a for a in range(len(shape)) if a not in contracted[side] and a not in batched[side]]
+    free = [a for a in range(len(shape)) if a not in contracted[side] and a not in batched[side] and shape[a] > 1]
     if len(contracted[side]) != 1 or len(free) != 1 or shape[free[0]] != shape[contracted[side][0]]:
         return None
     value, tokens = product.inputs[1 - side], contracted[1 - side][0]
