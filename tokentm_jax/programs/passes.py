@@ -312,7 +312,8 @@ def legrad_of_block(
 
     def of_block(evaluation: Evaluation, block: Block) -> Array:
         attention: Any = block[0].attention
-        weights = jax.lax.stop_gradient(evaluation.values[attention.weights])
+        evaluation = evaluation.held()  # nothing of it is differentiated with the pass that it is found in
+        weights = evaluation.values[attention.weights]
         rows, end = model.structure.rows[evaluation.reading], block[-1].end
         through = for_tokens(evaluation, rows, attention.weights, end, n, tokens) if len(tokens) < n else None
         own = np.arange(n) if through is None else tokens
@@ -329,8 +330,7 @@ def legrad_of_block(
         gradient = jax.nn.relu(wide(jax.grad(read_by_head)(jnp.take(weights, own, attention.query))))
         gradient = jnp.moveaxis(gradient, (attention.query, attention.key), (-2, -1))
         gradient = gradient.reshape(-1, len(own), n).mean(0)
-        row = mean_of_seen(gradient, there, -2) if len(own) == n else gradient.sum(0) / n
-        return jax.lax.stop_gradient(row)
+        return mean_of_seen(gradient, there, -2) if len(own) == n else gradient.sum(0) / n
 
     return of_block
 
@@ -405,6 +405,6 @@ def _with_factor(step: Any, rows: Any, readout: Array | None, depth: int, evalua
             factor = (u if every else jnp.asarray(shares, u.dtype) @ u).reshape(shape)
         else:
             factor = (jnp.asarray(rows, u.dtype) if readout is None else readout) @ u
-        return (wide(value) + wide(bias) * factor * share).astype(value.dtype), state, None
+        return (wide(value) + wide(bias) * (factor * share)).astype(value.dtype), state, None
 
     return tap

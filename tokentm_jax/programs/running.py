@@ -17,6 +17,7 @@ what it returns. The state goes from tap to tap, also through scans. Notes are c
 scan. `extra` is the tap's slice of what is handed in for each turn.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -78,6 +79,12 @@ class Evaluation:
                 self._put(number, value)
         self.outputs = [self.get(o) for o in flat.outputs]
         return self
+
+    def held(self) -> "Evaluation":
+        """The same values as constants."""
+        other = copy.copy(self)
+        other.values = {number: jax.lax.stop_gradient(value) for number, value in self.values.items()}
+        return other
 
     def get(self, atom: Any, step: Step | None = None) -> Any:
         """The value of an atom as `step` reads it; None: as the world outside reads it."""
