@@ -136,7 +136,7 @@ def of_sample(
 ) -> tuple[Any, Any]:
     """The fields for one sample, those of blocks [L, ...], and its outputs."""
     points = {point for field, point in GRADIENTS.items() if field in fields}
-    both = model.post_norm and "normalised" in points  # the stream itself, which goes on beside the attention layer
+    both = "normalised" in points and model.post_norm  # the stream itself, which goes on beside the attention layer
     points |= {"sum"} if both else set()
     places = _places(model, {*fields, *points})
     taps = {reading: {at: partial(_note, known) for at, known in own.items()} for reading, own in places.items()}
