@@ -49,11 +49,6 @@ def seen(inputs: Any) -> Array | None:
     return inputs.mask if isinstance(inputs, Texts) else None
 
 
-def context(inputs: Any) -> tuple[Array, ...]:
-    """What the model's blocks and its head take beside the tokens: the mask of texts."""
-    return (inputs.mask,) if isinstance(inputs, Texts) else ()
-
-
 def read_out(module: Any, mask: Array | None, like: Array) -> Array:
     """r0 [B, N]: how the head reads each sample's tokens; of the type of `like` [B, ...] and placed as that is."""
     kind = wide(like).dtype
