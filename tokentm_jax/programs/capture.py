@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from tokentm_jax.errors import InputError, Unfit, suggest
@@ -250,6 +251,11 @@ def values_of(attention: Attention, array: Array) -> Array:
     array = array.transpose(attention.order)
     count = len(attention.heads)
     return array.reshape(-1, array.shape[count], array[(0,) * count + (0,)].size)
+
+
+def values_before(attention: Attention, heads: Array, like: Array) -> Array:
+    """[H, N, D/H] in the layout of the program."""
+    return heads.reshape([like.shape[axis] for axis in attention.order]).transpose(np.argsort(attention.order))
 
 
 def unmixed(attention: Attention, array: Array) -> Array:

@@ -23,17 +23,25 @@ from tokentm_jax.maths.tokentm import (
     Weights,
     attention_layer,
     attention_weights,
-    change,
+    change_by_heads,
     ffn_layer,
     ffn_weights,
     norm_gain,
     propagate,
 )
 from tokentm_jax.models.inputs import mean_of_seen, read_out, seen
-from tokentm_jax.programs.capture import POINTS, as_before, heads_of, of_stage, through_output, values_of
+from tokentm_jax.programs.capture import (
+    POINTS,
+    as_before,
+    heads_of,
+    of_stage,
+    through_output,
+    values_before,
+    values_of,
+)
 from tokentm_jax.programs.model import Model
 from tokentm_jax.programs.running import Evaluation, Plan, scan_key
-from tokentm_jax.programs.structure import Layer, Stage
+from tokentm_jax.programs.structure import Attention, Layer, Stage
 from tokentm_jax.programs.tokens import for_tokens
 
 Block = list[Layer]
@@ -98,12 +106,16 @@ class View:
     def by_heads(self, x: Array, linear: bool) -> Change:
         layer: Any = self.block[0].attention
         value = self._projected(x) if linear else self._value(layer.value)
-        count = len(layer.heads)
-        shape = [value.shape[axis] for axis in layer.order[:count]]
-        index = jnp.arange(values_of(layer, value).shape[0]).reshape([*shape, *[1] * (value.ndim - count)])
-        index = jnp.transpose(index, [layer.order.index(axis) for axis in range(value.ndim)])
-        of_head = lambda head: change(x, self._through(jnp.where(index == head, value, 0)))  # noqa: E731
-        return jax.lax.map(of_head, jnp.arange(index.size))._replace(seen=self.seen)
+        heads = values_of(layer, value)
+        return change_by_heads(x, wide(heads), self._output_kernel(layer, value, heads.shape), self.seen)
+
+    def _output_kernel(self, layer: Attention, like: Array, shape: tuple[int, ...]) -> Array:
+        """W_O [D, D], from what the rest of the layer makes of unit vectors in the place of tokens."""
+        h, n, width = shape
+        places = np.eye(-(-h * width // n) * n, h * width).reshape(-1, n, h, width)
+        units = jnp.asarray(places.transpose(0, 2, 1, 3), like.dtype)
+        rows = jax.lax.map(lambda heads: self._through(values_before(layer, heads, like)), units)
+        return rows.reshape(-1, rows.shape[-1])[: h * width]
 
     def attention_weights(self, options: TokenTM) -> Array:
         """Diagonal of W_attn, [N], or [H, N]."""
