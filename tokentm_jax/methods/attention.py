@@ -29,7 +29,7 @@ from tokentm_jax.maths.tokentm import (
     token_length,
     transformed_attention,
 )
-from tokentm_jax.models.inputs import mean_of_seen, read_out, values, with_values
+from tokentm_jax.models.inputs import mean_of_seen, read_out, seen, values, with_values
 from tokentm_jax.programs import passes
 from tokentm_jax.programs.capture import Trace, capture, of_sample
 from tokentm_jax.programs.model import Applied, Function, Model
@@ -231,7 +231,7 @@ def legrad(
     check_blocks(model.depth, first_block)
     if read == "pool":
         return _legrad_of_pool(model, params, inputs, target, first_block)
-    if read == "mean" and max(model.readout) < 1:
+    if read == "mean" and (seen(inputs) is not None or max(model.readout) < 1):
         raise Unfit("read='mean' puts the mean of all tokens in the class token's place, so it needs one that is read")
     if is_open(target):  # a pass tells the predicted class
         target = explained(model.apply({"params": params}, inputs), target)[1]["target"]
