@@ -240,7 +240,7 @@ class Block(nn.Module):
     norm_eps: float
     linear: Linear
     post_norm: bool = False
-    causal: bool = False  # whether a token attends to those before it alone
+    causal: bool = False  # whether a token attends only to itself and those before it
 
     def setup(self) -> None:
         self.norm1, self.norm2 = Norm(self.norm_eps), Norm(self.norm_eps)

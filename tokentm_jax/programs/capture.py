@@ -15,7 +15,7 @@ from tokentm_jax.models.inputs import seen, values, with_values
 from tokentm_jax.programs.model import Model, Notes, check_model, function_of
 from tokentm_jax.programs.reading import Reading
 from tokentm_jax.programs.running import Evaluation, Plan, scan_key
-from tokentm_jax.programs.structure import Attention, Layer, Stage
+from tokentm_jax.programs.structure import Attention, Layer, Stage, behind_norm
 
 
 class Trace(NamedTuple):
@@ -89,7 +89,7 @@ def capture(
         `tokentm_jax.maths.scores`.
       fields: of `Trace`, which are wanted, and "final_tokens", which appends the output of the last block to `tokens`
         and `token_grads`; None: all but the kernels, which a Linen module must sow. Logits and target are always
-        there, and the backward pass is run for gradients alone.
+        there, and a backward pass is run only for gradients.
       gradients: False leaves out those fields that are gradients.
 
     Returns:
@@ -259,7 +259,7 @@ def values_before(attention: Attention, heads: Array, like: Array) -> Array:
 
 
 def unmixed(attention: Attention, array: Array) -> Array:
-    """What the product of attention with values gives where each token attends to itself alone."""
+    """What the product of attention with values gives where each token attends only to itself."""
     array = array.transpose(attention.order)
     count = len(attention.heads)
     array = jnp.moveaxis(array, tuple(range(count)), attention.heads)
@@ -285,16 +285,9 @@ def transformed_value(evaluation: Evaluation, block: list[Layer]) -> Array:
 def _normalised(reading: Reading, block: list[Layer]) -> int:
     """What the attention reads: the stream behind its norm, or the stream itself."""
     layer = block[0]
-    norm = next(
-        (n for n in reading.norms if n.of[2] == layer.stream and reading.descends(layer.branch, n.outputs[0])), None
-    )
-    if norm is None:
-        return layer.stream
-    end = norm.outputs[0]
-    for step in reading.flat.steps:
-        if step.kind in ("scale", "bias") and end in step.inputs[:2]:
-            end = step.outputs[0]
-    return end
+    norms = (n for n in reading.norms if n.of[2] == layer.stream and reading.descends(layer.branch, n.outputs[0]))
+    norm = next(norms, None)
+    return layer.stream if norm is None else behind_norm(reading, norm)
 
 
 def _ffn(block: list[Layer]) -> Layer:

@@ -62,9 +62,8 @@ class Function:
     @property
     def name(self) -> str:
         """What it is called in a sentence."""
-        return (
-            getattr(self.function, "__name__", "the function") if self.module is None else type(self.module).__name__
-        )
+        named = self.function if self.module is None else type(self.module)
+        return getattr(named, "__name__", "the function")
 
     def wide(self) -> "Function":
         """The same model with activations in float32 at least."""
@@ -289,10 +288,8 @@ class Model:
         def of_sample(sample: Any, own: Question | None, index: Array) -> tuple[Any, Any]:
             def score(outputs: Any) -> Array:
                 if own is not None:
-                    return explained(jax.tree.map(lambda a: a[None], outputs), jax.tree.map(lambda a: a[None], own))[
-                        0
-                    ][0]
-                # A score of one's own is written for the batch: it sees this sample in every place.
+                    return explained(*jax.tree.map(lambda a: a[None], (outputs, own)))[0][0]
+                # A custom score is written for the batch: it sees this sample in every place.
                 every = jax.tree.map(lambda a: jnp.broadcast_to(a, (count, *a.shape)), outputs)
                 return explained(every, target)[0][index]
 

@@ -95,7 +95,7 @@ def conservative(activation: Activation = "identity", pooler: Activation | None 
 
     Without biases the model is then linear in its tokens, so that token * gradient sums to the logit, when the
     activation takes the "identity" rule `f(x) / x` too; "gradient" takes its ordinary derivative. `pooler` is the rule
-    of a tanh alone, which is the pooler's of BERT; None: that of the other activations.
+    of a single tanh, which is the pooler's of BERT; None: that of the other activations.
     """
 
     def activated(f: Any, x: Array) -> Array:

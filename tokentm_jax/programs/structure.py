@@ -222,12 +222,14 @@ def _require_same(before: Sequence[int], after: Sequence[int], step: Step) -> No
 def _normed(reading: Reading, value: int) -> int | None:
     """What a norm makes of a sum, with its scale and bias; None where no norm follows."""
     norm = next((n for n in reading.norms if n.of[2] == value), None)
-    if norm is None:
-        return None
-    end = norm.outputs[0]
+    return None if norm is None else behind_norm(reading, norm)
+
+
+def behind_norm(reading: Reading, norm: Step) -> int:
+    """The result of a norm with its scale and bias, in the type that it is read in."""
+    end, types = norm.outputs[0], reading.flat.types
     for step in reading.flat.steps:
         affine = step.kind in ("scale", "bias") or step.name == "convert_element_type"
-        types = reading.flat.types
         if affine and end in step.inputs[:2] and types[step.outputs[0]].shape == types[end].shape:
             end = step.outputs[0]
     return end

@@ -152,7 +152,7 @@ def for_tokens(
         return known[0]
 
     def fitted(step: Step) -> Callable[[list[Any]], list[Any]] | None:
-        """A step whose own values have these tokens alone."""
+        """A step whose own values have only these tokens."""
         if not any(map(own, step.inputs)):
             return lambda values: bind(step.equation, values)
         out = axis(step.outputs[0])
