@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from tokentm_jax.data.sources import batches, open_source
-from tokentm_jax.maths.maps import token_map
 from tokentm_jax.maths.tokentm import READINGS, TokenTM, contributions, sample_axes
 from tokentm_jax.methods.explain import explain_fn
 from tokentm_jax.metrics import rank_correlation
+from tokentm_jax.models.inputs import token_map
 from tokentm_jax.models.vit import ViT, init_params
 from tokentm_jax.programs.capture import KERNELS, SHOWN, capture
 

@@ -19,7 +19,7 @@ from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import reason, replace
 from tokentm_jax.identity import describe_model, digest, environment
-from tokentm_jax.maths.mixed import in_precision
+from tokentm_jax.maths.mixed import linear
 from tokentm_jax.models.loading import load
 from tokentm_jax.models.vit import ViT
 
@@ -67,7 +67,7 @@ def load_teacher(
         raise InputError(f"the teacher {checkpoint or model} does not know each of the classes by its name: {shown}")
     order = tuple(known.index(name) for name in class_names)
     identity = digest(describe_model(vit)["identity"], order)
-    function = TeacherFunction(in_precision(vit.module, mixed), vit.preprocessing, order)
+    function = TeacherFunction(vit.module.clone(linear=linear) if mixed else vit.module, vit.preprocessing, order)
     return Teacher(function, vit.params, vit.name, identity)
 
 

@@ -26,7 +26,7 @@ from tokentm_jax.errors import InputError
 from tokentm_jax.files import require_ours
 from tokentm_jax.identity import claimed, digest, digest_files, environment
 from tokentm_jax.maths.maps import unit
-from tokentm_jax.maths.mixed import in_precision
+from tokentm_jax.maths.mixed import linear
 from tokentm_jax.models.checkpoint import read_checkpoint, read_description, write_checkpoint
 from tokentm_jax.models.vit import ViT, init_params
 from tokentm_jax.validation import check_fields
@@ -105,7 +105,8 @@ def make_step(
             said = teacher(soft, inputs)
             targets = jnp.concatenate([targets, jax.nn.softmax(said / config.temperature)], 1)
         hard, soft_targets = targets[:, :classes], targets[:, classes:]
-        training = in_precision(module, config.mixed_precision).clone(patch_drop=patch_drop, unroll=module.depth)
+        training = module.clone(linear=linear) if config.mixed_precision else module
+        training = training.clone(patch_drop=patch_drop, unroll=module.depth)
 
         def loss_of(params: Any) -> Array:
             logits: Any = training.apply({"params": params}, normalise(inputs), rngs={"patch_drop": k_drop})

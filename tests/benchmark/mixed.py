@@ -19,7 +19,7 @@ from models.training.loop import begin
 from models.training.recipe import TrainConfig
 from models.training.train import Batch, make_step
 from tokentm_jax.cli.recipes import read_recipe
-from tokentm_jax.maths.mixed import in_precision
+from tokentm_jax.maths.mixed import linear
 from tokentm_jax.models.architectures import build
 from tokentm_jax.models.vit import ViT, init_params
 
@@ -35,7 +35,7 @@ def forward(batch: int) -> dict[str, Callable[[], Any]]:
         compiled = jax.jit(lambda params, images: module.apply({"params": params}, images))
         return lambda: compiled(params, images)
 
-    return {"float32": passes(module), "mixed": passes(in_precision(module, True))}
+    return {"float32": passes(module), "mixed": passes(module.clone(linear=linear))}
 
 
 def step(recipe: str) -> dict[str, Callable[[], Any]]:

@@ -23,7 +23,7 @@ import tokentm_jax as tm
 from tokentm_jax import metrics
 from tokentm_jax.data.sources import batches, open_source
 from tokentm_jax.maths.maps import unit
-from tokentm_jax.maths.mixed import in_precision
+from tokentm_jax.maths.mixed import linear
 from tokentm_jax.models.loading import predict
 from tokentm_jax.models.vit import ViT, init_params
 
@@ -75,7 +75,7 @@ def costs(module: ViT) -> dict[tuple[str, str], float]:
 def hits(vit: tm.LoadedViT, photos: Any) -> dict[tuple[str, str], np.ndarray]:
     """Whether the label is the top class: [photos, 2, 10], positive and negative, of whole photos first."""
     grid, size = vit.module.grid, vit.preprocessing.size
-    model = partial(predict, in_precision(vit.module, True), vit.preprocessing)
+    model = partial(predict, vit.module.clone(linear=linear), vit.preprocessing)
 
     @jax.jit
     def score(params: Any, pixels: Array, maps: Array, labels: Array) -> Array:

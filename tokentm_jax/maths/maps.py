@@ -1,4 +1,4 @@
-"""Images and maps: pixels to numbers; rows over tokens to token maps, to pixels, and several maps to one."""
+"""Images and maps: pixels to numbers; token maps to pixels, and several maps to one."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -54,13 +54,6 @@ def spread(values: Array, size: tuple[int, int], tiling: Tiling | None = None) -
         cells = jnp.asarray(tiling.cells(axis, count, side), jnp.int32)
         values = jnp.take(values, cells, axis + 1, mode="clip")
     return values
-
-
-def token_map(module: Any, rows: Array) -> Array:
-    """Rows over tokens [B, N] -> maps over the patch grid [B, gh, gw], or [B, 1, N] for texts; the prefix tokens are
-    left out."""
-    grid = (1, rows.shape[1]) if module.grid is None else module.grid
-    return rows[:, module.prefix :].reshape(-1, *grid)
 
 
 def _in_range(maps: Array) -> Array:

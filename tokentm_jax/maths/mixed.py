@@ -6,7 +6,6 @@ gradients and sums stay float32, whose range bfloat16 shares, so no loss needs t
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,8 +55,3 @@ def linear(x: Array, kernel: Array, bias: Array | None) -> Array:
     if bias is not None:
         y = y + bias.astype(y.dtype)
     return y.reshape(*x.shape[:-1], -1)
-
-
-def in_precision(module: Any, mixed: bool) -> Any:
-    """A module with the field `linear` in mixed precision, or as it is."""
-    return module.clone(linear=linear) if mixed else module

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from tokentm_jax.maths.maps import token_map
 from tokentm_jax.maths.tokentm import (
     Blocks,
     TokenTM,
@@ -17,7 +16,7 @@ from tokentm_jax.maths.tokentm import (
     ratio,
     transformation_weights,
 )
-from tokentm_jax.models.inputs import read_out
+from tokentm_jax.models.inputs import read_out, token_map
 from tokentm_jax.programs.capture import capture
 from tokentm_jax.programs.model import function_of
 

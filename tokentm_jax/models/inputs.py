@@ -56,6 +56,13 @@ def read_out(module: Any, mask: Array | None, like: Array) -> Array:
     return jnp.zeros_like(like.reshape(like.shape[0], -1)[:, :1], kind) + jnp.asarray(known, kind)
 
 
+def token_map(module: Any, rows: Array) -> Array:
+    """Rows over tokens [B, N] -> maps over the patch grid [B, gh, gw], or [B, 1, N] for texts; the prefix tokens are
+    left out."""
+    grid = (1, rows.shape[1]) if module.grid is None else module.grid
+    return rows[:, module.prefix :].reshape(-1, *grid)
+
+
 def input_map(mask: Array | None, numbers: Array) -> Array:
     """Numbers at the pixels of images [B, H, W], as they are, or at the tokens of texts [B, N] -> [B, 1, N]."""
     return numbers if mask is None else numbers[:, None]

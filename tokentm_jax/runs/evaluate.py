@@ -19,7 +19,7 @@ from tokentm_jax.errors import InputError
 from tokentm_jax.files import reason, require_ours, write_json, write_text
 from tokentm_jax.identity import claimed, describe_model, digest, environment, write_figure
 from tokentm_jax.maths.maps import to_pixels, unit
-from tokentm_jax.maths.mixed import in_precision
+from tokentm_jax.maths.mixed import linear
 from tokentm_jax.maths.scores import Question, Versus, question
 from tokentm_jax.methods.explain import compiled
 from tokentm_jax.methods.table import METHODS
@@ -113,7 +113,7 @@ def _score_program(
         inputs = inputs._replace(grid=module.grid, mean=preprocessing.mean, tiling=tiling)
         inputs = inputs._replace(explain=explain if kind.explains else None)
         measured = given if kind.raw else to_pixels(given, preprocessing.size, tiling)
-        model = partial(predict, in_precision(module, mixed), preprocessing, params)
+        model = partial(predict, module.clone(linear=linear) if mixed else module, preprocessing, params)
         return {"finite": finite, **kind.compute(model, inputs, measured, **dict(options))}
 
     return jax.jit(program)
@@ -130,7 +130,8 @@ def _shared_program(
     def program(params: Any, pixels: Array, target: metrics.Target, labels: Array) -> Any:
         inputs = Inputs(unit(pixels), target, labels, grid=module.grid, mean=preprocessing.mean)
         inputs = inputs._replace(tiling=getattr(module, "tiling", None))
-        return shared(partial(predict, in_precision(module, mixed), preprocessing, params), inputs, **dict(options))
+        model = partial(predict, module.clone(linear=linear) if mixed else module, preprocessing, params)
+        return shared(model, inputs, **dict(options))
 
     return jax.jit(program)
 
