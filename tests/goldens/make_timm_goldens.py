@@ -1,7 +1,7 @@
 """Make the files of this folder with timm, the reference for what a model computes.
 
     python tests/goldens/make_timm_goldens.py          (torch 2.13.0, timm 1.0.31; the project itself is not needed)
-    python tests/goldens/make_timm_goldens.py table    only architectures.json and the package's list of weights
+    python tests/goldens/make_timm_goldens.py table    only architectures.json, here and in the package
 
 architectures.json    per table name: parameter count with 1000 classes, and [height, crop_pct, interpolation, mean,
                       std, crop_mode, repository on the hub or null] of every set of weights that timm knows under it
@@ -9,7 +9,8 @@ architectures.json    per table name: parameter count with 1000 classes, and [he
 KIND.safetensors      random weights of a tiny model of each kind
 google.npz            random weights in the layout of Google's ViT releases
 big_vision.npz        random weights of an attention-pooled model in the layout of big_vision, blocks stacked
-tokentm_jax/models/timm_tags.json    per table name the tags of weights that are on the hub
+tokentm_jax/models/architectures.json    per table name: the options of its module, and per tag the
+                      preprocessing and the repository of the weights (the default ones first)
 timm_logits.npz       KIND/images [2, H, W, 3] normalised, KIND/logits [2, 5]; KIND@HxW: the same weights at
                       another resolution, positions resampled by timm
 """
@@ -228,26 +229,94 @@ def repository(name: str, tag: str, hub_id: str | None) -> str | None:
     return f"{hub_id}{name}.{tag}" if hub_id and hub_id.endswith("/") else hub_id or None
 
 
+def module_options(name: str) -> tuple[torch.nn.Module, dict]:
+    """timm's model of a name, and what timm makes it from as the options of our module."""
+    with torch.device("meta"), Recorded() as recorded:
+        model = timm.create_model(name, num_classes=1000)
+    given = {key: value for key, value in recorded.arguments.items() if key in SAME}
+    options = {"img_size": model.patch_embed.img_size[0], "patch_size": 16, **given}
+    if isinstance(model, eva.Eva):
+        options = {"global_pool": "avg", "k_bias": False, **options, **eva_options(recorded.arguments)}
+    if isinstance(model, deit.VisionTransformerDistilled):
+        options["distilled"] = True
+    if "norm_layer" in recorded.arguments:
+        options["norm_eps"] = recorded.arguments["norm_layer"].keywords["eps"]
+    if "mlp_layer" in recorded.arguments:  # the only one: its ratio counts gate and value
+        assert recorded.arguments["mlp_layer"] is SwiGLUPacked and recorded.arguments["act_layer"] is torch.nn.SiLU
+        options |= {"mlp_layer": "swiglu_packed", "mlp_ratio": options["mlp_ratio"] / 2}
+    elif "act_layer" in recorded.arguments:
+        options["activation"] = recorded.arguments["act_layer"]
+    return model, options
+
+
+# Arguments of timm's models that are options of our module under the same name.
+SAME = {"patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias", "init_values", "class_token"}
+SAME |= {"reg_tokens", "no_embed_class", "global_pool", "fc_norm", "pre_norm", "final_norm", "ref_feat_shape"}
+SAME |= {"rope_temperature"}
+
+
+def eva_options(arguments: dict) -> dict:
+    """The options of timm's Eva that have other names here (the inverse of `make_eva`)."""
+    options = {}
+    if arguments.get("use_rot_pos_emb"):
+        options["rope_type"] = arguments.get("rope_type", "cat")
+    if not arguments.get("use_abs_pos_emb", True):
+        options["pos_embed"] = "none"
+    if arguments.get("swiglu_mlp"):
+        apart = arguments.get("scale_mlp") or arguments.get("swiglu_align_to")
+        options["mlp_layer"] = "swiglu" if apart else "swiglu_packed"
+    theirs = {"scale_mlp": "scale_mlp_norm", "num_reg_tokens": "reg_tokens", "use_fc_norm": "fc_norm"}
+    return options | {ours: arguments[name] for name, ours in theirs.items() if name in arguments}
+
+
+class Recorded:
+    """Within this context, the arguments with which timm builds a model are kept in `arguments`."""
+
+    def __enter__(self):
+        self.build = vision_transformer.build_model_with_cfg
+
+        def build(*args, **arguments):
+            self.arguments = arguments
+            return self.build(*args, **arguments)
+
+        for module in (deit, eva, vision_transformer):
+            module.build_model_with_cfg = build
+        return self
+
+    def __exit__(self, *_):
+        for module in (deit, eva, vision_transformer):
+            module.build_model_with_cfg = self.build
+
+
+def weights_of(name: str) -> dict[str, dict]:
+    """Preprocessing and repository of every set of weights that timm knows under a name, the default one first."""
+    tables = [module.default_cfgs for module in (deit, vision_transformer, eva)]
+    known = next(table[name] for table in tables if name in table)
+    assert known.tags[0] == known.default_with_tag[0]
+    return {
+        str(tag): {
+            "size": list(cfg.input_size[1:]), "crop_pct": cfg.crop_pct, "interpolation": cfg.interpolation,
+            "mean": list(cfg.mean), "std": list(cfg.std), "crop_mode": cfg.crop_mode,
+            "repository": repository(name, tag, cfg.hf_hub_id),
+        }
+        for tag, cfg in ((tag, known.cfgs[tag]) for tag in known.tags)
+    }  # fmt: skip
+
+
 def table() -> None:
     """What timm knows of every name of the table."""
-    lines, listed = [], {}
-    for name in json.loads((HERE / "architectures.json").read_text()):
-        with torch.device("meta"):
-            model = timm.create_model(name, num_classes=1000)
+    package = HERE.parents[1] / "tokentm_jax/models/architectures.json"
+    counted, rows = [], []
+    for name in json.loads(package.read_text()):
+        model, options = module_options(name)
+        weights = weights_of(name)
         count = sum(p.numel() for p in model.parameters())
-        known = next(module for module in (deit, vision_transformer, eva) if name in module.default_cfgs)
-        weights = known.default_cfgs[name]
-        assert weights.tags[0] == weights.default_with_tag[0]
-        tags = {
-            str(tag): [cfg.input_size[1], cfg.crop_pct, cfg.interpolation, list(cfg.mean), list(cfg.std),
-                       cfg.crop_mode, repository(name, tag, cfg.hf_hub_id)]
-            for tag, cfg in ((tag, weights.cfgs[tag]) for tag in weights.tags)
-        }  # fmt: skip
-        lines.append(f"{json.dumps(name)}: {json.dumps({'parameters': count, 'tags': tags})}")
-        listed[name] = [tag for tag, fields in tags.items() if fields[-1]]
-    (HERE / "architectures.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    rows = [f"{json.dumps(name)}: {json.dumps(tags)}" for name, tags in listed.items()]
-    (HERE.parents[1] / "tokentm_jax/models/timm_tags.json").write_text("{\n" + ",\n".join(rows) + "\n}\n")
+        tags = {tag: [cfg["size"][0], *list(cfg.values())[1:]] for tag, cfg in weights.items()}
+        counted.append(f"{json.dumps(name)}: {json.dumps({'parameters': count, 'tags': tags})}")
+        lines = ",\n".join(f"  {json.dumps(tag)}: {json.dumps(cfg)}" for tag, cfg in weights.items())
+        rows.append(f'{json.dumps(name)}: {{"options": {json.dumps(options)}, "weights": {{\n{lines}\n}}}}')
+    (HERE / "architectures.json").write_text("{\n" + ",\n".join(counted) + "\n}\n")
+    package.write_text("{\n" + ",\n".join(rows) + "\n}\n")
 
 
 if __name__ == "__main__":

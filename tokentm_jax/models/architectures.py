@@ -5,8 +5,6 @@ module = build(config, num_classes=10)
 """
 
 import dataclasses
-import fnmatch
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,287 +12,29 @@ from typing import Annotated, Any, Literal
 import jax.numpy as jnp
 from annotated_types import Ge, Le
 
-from tokentm_jax.data.preprocessing import CLIP, HALF, IMAGENET, Preprocessing, Statistics
+from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.files import read_json
 from tokentm_jax.models.vit import ViT
 from tokentm_jax.validation import checked
 
 Config = dict[str, Any]  # keyword arguments of timm's VisionTransformer, JSON types only
-
-SIZES: dict[str, Config] = {
-    "xsmall": {"embed_dim": 256, "depth": 10, "num_heads": 4},
-    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
-    "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
-    "medium": {"embed_dim": 512, "depth": 12, "num_heads": 8},
-    "betwixt": {"embed_dim": 640, "depth": 12, "num_heads": 10},
-    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
-    "base_plus": {"embed_dim": 896, "depth": 12, "num_heads": 14},
-    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
-    "huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
-    "giant": {"embed_dim": 1408, "depth": 40, "num_heads": 16, "mlp_ratio": 48 / 11},
-    "huge_plus": {"embed_dim": 1280, "depth": 32, "num_heads": 20},
-    "giant_1536": {"embed_dim": 1536, "depth": 40, "num_heads": 24},
-    "giantopt": {"embed_dim": 1536, "depth": 40, "num_heads": 16},
-    "gigantic": {"embed_dim": 1664, "depth": 48, "num_heads": 16, "mlp_ratio": 64 / 13},
-    "wee": {"embed_dim": 256, "depth": 14, "num_heads": 4, "mlp_ratio": 5.0},
-    "little": {"embed_dim": 320, "depth": 14, "num_heads": 5, "mlp_ratio": 5.6},
-    "mediumd": {"embed_dim": 512, "depth": 20, "num_heads": 8},
-    "so150m": {"embed_dim": 896, "depth": 18, "num_heads": 14, "mlp_ratio": 2.572},
-    "so150m2": {"embed_dim": 832, "depth": 21, "num_heads": 13, "mlp_ratio": 34 / 13, "qkv_bias": False},
-    "so400m": {"embed_dim": 1152, "depth": 27, "num_heads": 16, "mlp_ratio": 3.7362},
-}
-
-DEIT3: Config = {"no_embed_class": True, "init_values": 1e-6}
-LAYER_SCALE: Config = {"init_values": 1e-5}
-REGISTERS: Config = {"reg_tokens": 4, "no_embed_class": True}
-# Norm before pooling.
-POOLED: Config = {"class_token": False, "global_pool": "avg", "fc_norm": False}
-POOLED_BARE: Config = {**POOLED, "qkv_bias": False, "init_values": 1e-6}
-# Norm after pooling, which is the default for "avg".
-POOLED_1: Config = {"class_token": False, "no_embed_class": True, "reg_tokens": 1, "global_pool": "avg"}
-POOLED_CLASSIC: Config = {**POOLED_1, "no_embed_class": False, "init_values": 1e-5}
-POOLED_4: Config = POOLED_1 | {"reg_tokens": 4}
-PRE_NORM: Config = {"pre_norm": True, "norm_eps": 1e-5}
-QUICK: Config = PRE_NORM | {"activation": "quick_gelu"}
-# SigLIP: attention pooling; the later ones with the other approximation of GELU.
-MAP: Config = {"class_token": False, "global_pool": "map"}
-TANH: Config = {"activation": "gelu_tanh"}
-EVA: Config = {"global_pool": "avg", "k_bias": False}
-ROTARY: Config = EVA | {"mlp_ratio": 8 / 3, "rope_type": "cat", "ref_feat_shape": (16, 16)}
-EVA02: Config = ROTARY | {"mlp_layer": "swiglu_packed"}
-EVA02_SCALED: Config = ROTARY | {"mlp_layer": "swiglu", "scale_mlp_norm": True}
-GATED: Config = {"mlp_ratio": 2.66667, "mlp_layer": "swiglu_packed", "init_values": 1e-5}
-DINO3: Config = {
-    **EVA, "init_values": 1e-5, "reg_tokens": 4, "pos_embed": "none", "rope_type": "dinov3", "rope_temperature": 100.0,
-    "fc_norm": False, "norm_eps": 1e-5,
-}  # fmt: skip
-BARE: Config = {"qkv_bias": False}
-SWIGLU: Config = {"mlp_layer": "swiglu"}
-SWIGLU8: Config = SWIGLU | {"mlp_ratio": 8 / 3}
-TOKEN: Config = {"global_pool": "token"}
-TIPS: Config = {"init_values": 1.0, "reg_tokens": 1, "no_embed_class": True}
-UNIT: Statistics = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-BILINEAR: Any = {**IMAGENET, "interpolation": "bilinear"}
-UNIT_BILINEAR: Any = {**UNIT, "interpolation": "bilinear"}
+# Of each name of timm: the options of its model, and its sets of weights by tag, the default one first.
+# Made by `tests/goldens/make_timm_goldens.py`.
+TIMM: dict[str, Any] = read_json(Path(__file__).with_name("architectures.json"))
 
 
-def _row(
-    size: str, patch_size: int, img_size: int, crop_pct: float, statistics: Statistics, *options: Config
-) -> tuple[Config, Preprocessing]:
-    config = {"img_size": img_size, "patch_size": patch_size} | SIZES[size]
-    for option in options:
-        config |= option
-    return config, Preprocessing((img_size, img_size), crop_pct, **statistics)
+def _preprocessing(base: str, tag: str = "") -> Preprocessing:
+    """Of the weights with this tag, or of the default ones if timm has no such tag."""
+    weights = TIMM[base]["weights"]
+    fields = weights.get(tag) or next(iter(weights.values()))
+    return Preprocessing.from_dict({name: value for name, value in fields.items() if name != "repository"})
 
 
-# fmt: off
 ARCHITECTURES: dict[str, tuple[Config, Preprocessing]] = {
-    # name: size, patch size, image size, crop_pct, mean and std, options
-    "vit_tiny_patch16_224": _row("tiny", 16, 224, 0.9, HALF),
-    "vit_tiny_patch16_384": _row("tiny", 16, 384, 1.0, HALF),
-    "vit_small_patch8_224": _row("small", 8, 224, 0.9, IMAGENET),
-    "vit_small_patch16_224": _row("small", 16, 224, 0.9, HALF),
-    "vit_small_patch16_384": _row("small", 16, 384, 1.0, HALF),
-    "vit_small_patch16_36x1_224": _row("small", 16, 224, 0.9, HALF, {"depth": 36, "init_values": 1e-5}),
-    "vit_small_patch32_224": _row("small", 32, 224, 0.9, HALF),
-    "vit_small_patch32_384": _row("small", 32, 384, 1.0, HALF),
-    "vit_base_patch8_224": _row("base", 8, 224, 0.9, HALF),
-    "vit_base_patch16_224": _row("base", 16, 224, 0.9, HALF),
-    "vit_base_patch16_384": _row("base", 16, 384, 1.0, HALF),
-    "vit_base_patch16_plus_240": _row("base_plus", 16, 240, 0.95, HALF, LAYER_SCALE),
-    "vit_base_patch32_224": _row("base", 32, 224, 0.9, HALF),
-    "vit_base_patch32_384": _row("base", 32, 384, 1.0, HALF),
-    "vit_base_patch32_plus_256": _row("base_plus", 32, 256, 0.95, HALF, LAYER_SCALE),
-    "vit_large_patch14_224": _row("large", 14, 224, 0.9, HALF),
-    "vit_large_patch16_224": _row("large", 16, 224, 0.9, HALF),
-    "vit_large_patch16_384": _row("large", 16, 384, 1.0, HALF),
-    "vit_large_patch32_224": _row("large", 32, 224, 0.9, HALF),
-    "vit_large_patch32_384": _row("large", 32, 384, 1.0, HALF),
-    "vit_huge_patch14_224": _row("huge", 14, 224, 0.9, HALF),
-    "vit_giant_patch14_224": _row("giant", 14, 224, 0.9, HALF),
-    "vit_gigantic_patch14_224": _row("gigantic", 14, 224, 0.9, HALF),
-
-    "deit_tiny_patch16_224": _row("tiny", 16, 224, 0.9, IMAGENET),
-    "deit_small_patch16_224": _row("small", 16, 224, 0.9, IMAGENET),
-    "deit_base_patch16_224": _row("base", 16, 224, 0.9, IMAGENET),
-    "deit_base_patch16_384": _row("base", 16, 384, 1.0, IMAGENET),
-    "deit_tiny_distilled_patch16_224": _row("tiny", 16, 224, 0.9, IMAGENET, {"distilled": True}),
-    "deit_small_distilled_patch16_224": _row("small", 16, 224, 0.9, IMAGENET, {"distilled": True}),
-    "deit_base_distilled_patch16_224": _row("base", 16, 224, 0.9, IMAGENET, {"distilled": True}),
-    "deit_base_distilled_patch16_384": _row("base", 16, 384, 1.0, IMAGENET, {"distilled": True}),
-    "deit3_small_patch16_224": _row("small", 16, 224, 0.9, IMAGENET, DEIT3),
-    "deit3_small_patch16_384": _row("small", 16, 384, 1.0, IMAGENET, DEIT3),
-    "deit3_medium_patch16_224": _row("medium", 16, 224, 0.9, IMAGENET, DEIT3),
-    "deit3_base_patch16_224": _row("base", 16, 224, 0.9, IMAGENET, DEIT3),
-    "deit3_base_patch16_384": _row("base", 16, 384, 1.0, IMAGENET, DEIT3),
-    "deit3_large_patch16_224": _row("large", 16, 224, 0.9, IMAGENET, DEIT3),
-    "deit3_large_patch16_384": _row("large", 16, 384, 1.0, IMAGENET, DEIT3),
-    "deit3_huge_patch14_224": _row("huge", 14, 224, 0.9, IMAGENET, DEIT3),
-
-    "vit_small_patch14_dinov2": _row("small", 14, 518, 1.0, IMAGENET, LAYER_SCALE),
-    "vit_base_patch14_dinov2": _row("base", 14, 518, 1.0, IMAGENET, LAYER_SCALE),
-    "vit_large_patch14_dinov2": _row("large", 14, 518, 1.0, IMAGENET, LAYER_SCALE),
-    "vit_small_patch14_reg4_dinov2": _row("small", 14, 518, 1.0, IMAGENET, LAYER_SCALE, REGISTERS),
-    "vit_base_patch14_reg4_dinov2": _row("base", 14, 518, 1.0, IMAGENET, LAYER_SCALE, REGISTERS),
-    "vit_large_patch14_reg4_dinov2": _row("large", 14, 518, 1.0, IMAGENET, LAYER_SCALE, REGISTERS),
-
-    "vit_medium_patch16_gap_240": _row("medium", 16, 240, 0.95, HALF, POOLED_BARE),
-    "vit_medium_patch16_gap_256": _row("medium", 16, 256, 0.95, HALF, POOLED_BARE),
-    "vit_medium_patch16_gap_384": _row("medium", 16, 384, 0.95, HALF, POOLED_BARE),
-    "vit_betwixt_patch16_gap_256": _row("betwixt", 16, 256, 0.95, HALF, POOLED_BARE),
-    "vit_base_patch16_gap_224": _row("base", 16, 224, 0.9, HALF, POOLED, {"num_heads": 16}),
-    "vit_huge_patch14_gap_224": _row("huge", 14, 224, 0.9, IMAGENET, POOLED),
-    "vit_huge_patch16_gap_448": _row("huge", 16, 448, 1.0, IMAGENET, POOLED),
-    "vit_giant_patch16_gap_224": _row("giant", 16, 224, 0.9, IMAGENET, POOLED),
-    "vit_wee_patch16_reg1_gap_256": _row("wee", 16, 256, 0.95, HALF, POOLED_1, LAYER_SCALE),
-    "vit_little_patch16_reg1_gap_256": _row("little", 16, 256, 0.95, HALF, POOLED_1, LAYER_SCALE),
-    "vit_little_patch16_reg4_gap_256": _row("little", 16, 256, 0.95, HALF, POOLED_4, LAYER_SCALE),
-    "vit_medium_patch16_reg1_gap_256": _row("medium", 16, 256, 0.95, HALF, POOLED_1, LAYER_SCALE),
-    "vit_medium_patch16_reg4_gap_256": _row("medium", 16, 256, 0.95, HALF, POOLED_4, LAYER_SCALE),
-    "vit_mediumd_patch16_reg4_gap_256": _row("mediumd", 16, 256, 0.95, HALF, POOLED_4, LAYER_SCALE),
-    "vit_mediumd_patch16_reg4_gap_384": _row("mediumd", 16, 384, 1.0, HALF, POOLED_4, LAYER_SCALE),
-    "vit_betwixt_patch16_reg1_gap_256": _row("betwixt", 16, 256, 0.95, HALF, POOLED_1, LAYER_SCALE),
-    "vit_betwixt_patch16_reg4_gap_256": _row("betwixt", 16, 256, 0.95, HALF, POOLED_4, LAYER_SCALE),
-    "vit_betwixt_patch16_reg4_gap_384": _row("betwixt", 16, 384, 1.0, HALF, POOLED_4, LAYER_SCALE),
-    "vit_base_patch16_reg4_gap_256": _row("base", 16, 256, 0.9, HALF, POOLED_4),
-    "vit_so150m_patch16_reg4_gap_256": _row("so150m", 16, 256, 0.95, HALF, POOLED, {"reg_tokens": 4}),
-    "vit_so150m_patch16_reg4_gap_384": _row("so150m", 16, 384, 1.0, HALF, POOLED, {"reg_tokens": 4}),
-    "vit_so150m2_patch16_reg1_gap_256": _row("so150m2", 16, 256, 1.0, HALF, POOLED_CLASSIC),
-    "vit_so150m2_patch16_reg1_gap_384": _row("so150m2", 16, 384, 1.0, HALF, POOLED_CLASSIC),
-    "vit_so150m2_patch16_reg1_gap_448": _row("so150m2", 16, 448, 1.0, HALF, POOLED_CLASSIC),
-    "vit_so400m_patch14_siglip_gap_378": _row("so400m", 14, 378, 1.0, HALF, POOLED),
-    "eva_large_patch14_196": _row("large", 14, 196, 1.0, CLIP, {"global_pool": "avg"}),
-    "eva_large_patch14_336": _row("large", 14, 336, 1.0, CLIP, {"global_pool": "avg"}),
-
-    "vit_xsmall_patch16_clip_224": _row("xsmall", 16, 224, 0.9, CLIP, PRE_NORM),
-    "vit_medium_patch16_clip_224": _row("medium", 16, 224, 0.9, CLIP, PRE_NORM),
-    "vit_medium_patch32_clip_224": _row("medium", 32, 224, 0.9, CLIP, PRE_NORM),
-    "vit_betwixt_patch32_clip_224": _row("betwixt", 32, 224, 0.9, CLIP, PRE_NORM),
-    "vit_base_patch16_clip_224": _row("base", 16, 224, 0.95, CLIP, PRE_NORM),
-    "vit_base_patch16_clip_384": _row("base", 16, 384, 1.0, CLIP, PRE_NORM),
-    "vit_base_patch16_plus_clip_240": _row("base_plus", 16, 240, 1.0, CLIP, PRE_NORM),
-    "vit_base_patch32_clip_224": _row("base", 32, 224, 0.9, CLIP, PRE_NORM),
-    "vit_base_patch32_clip_256": _row("base", 32, 256, 1.0, CLIP, PRE_NORM),
-    "vit_base_patch32_clip_384": _row("base", 32, 384, 1.0, CLIP, PRE_NORM),
-    "vit_base_patch32_clip_448": _row("base", 32, 448, 1.0, CLIP, PRE_NORM),
-    "vit_large_patch14_clip_224": _row("large", 14, 224, 1.0, CLIP, PRE_NORM),
-    "vit_large_patch14_clip_336": _row("large", 14, 336, 1.0, CLIP, PRE_NORM),
-    "vit_huge_patch14_clip_224": _row("huge", 14, 224, 1.0, CLIP, PRE_NORM),
-    "vit_huge_patch14_clip_336": _row("huge", 14, 336, 1.0, CLIP, PRE_NORM),
-    "vit_huge_patch14_clip_378": _row("huge", 14, 378, 1.0, CLIP, PRE_NORM),
-    "vit_base_patch16_clip_quickgelu_224": _row("base", 16, 224, 1.0, CLIP, QUICK),
-    "vit_base_patch32_clip_quickgelu_224": _row("base", 32, 224, 0.9, CLIP, QUICK),
-    "vit_large_patch14_clip_quickgelu_224": _row("large", 14, 224, 1.0, CLIP, QUICK),
-    "vit_large_patch14_clip_quickgelu_336": _row("large", 14, 336, 1.0, CLIP, QUICK),
-    "vit_huge_patch14_clip_quickgelu_224": _row("huge", 14, 224, 1.0, CLIP, QUICK),
-    "vit_huge_patch14_clip_quickgelu_378": _row("huge", 14, 378, 1.0, CLIP, QUICK),
-
-    "eva02_base_patch14_224": _row("base", 14, 224, 0.9, CLIP, EVA02_SCALED),
-    "eva02_base_patch14_448": _row("base", 14, 448, 1.0, CLIP, EVA02_SCALED),
-    "eva02_large_patch14_224": _row("large", 14, 224, 0.9, CLIP, EVA02_SCALED),
-    "eva02_large_patch14_448": _row("large", 14, 448, 1.0, CLIP, EVA02_SCALED),
-    "eva02_small_patch14_224": _row("small", 14, 224, 0.9, CLIP, EVA02),
-    "eva02_small_patch14_336": _row("small", 14, 336, 1.0, CLIP, EVA02),
-    "eva02_tiny_patch14_224": _row("tiny", 14, 224, 0.9, CLIP, EVA02),
-    "eva02_tiny_patch14_336": _row("tiny", 14, 336, 1.0, CLIP, EVA02),
-    "eva_giant_patch14_224": _row("giant", 14, 224, 0.9, CLIP, EVA),
-    "eva_giant_patch14_336": _row("giant", 14, 336, 1.0, CLIP, EVA),
-    "eva_giant_patch14_560": _row("giant", 14, 560, 1.0, IMAGENET, EVA),
-    "eva_giant_patch14_clip_224": _row("giant", 14, 224, 0.9, CLIP, EVA, TOKEN),
-    "flexivit_base": _row("base", 16, 240, 0.95, HALF, {"no_embed_class": True}),
-    "flexivit_large": _row("large", 16, 240, 0.95, HALF, {"no_embed_class": True}),
-    "flexivit_small": _row("small", 16, 240, 0.95, HALF, {"no_embed_class": True}),
-    "vit_base_patch14_reg1_tipsv2": _row("base", 14, 448, 1.0, UNIT, TIPS),
-    "vit_base_patch16_224_miil": _row("base", 16, 224, 0.875, UNIT_BILINEAR, BARE),
-    "vit_base_patch16_dinov3": _row("base", 16, 256, 1.0, IMAGENET, DINO3, BARE),
-    "vit_base_patch16_dinov3_qkvb": _row("base", 16, 256, 1.0, IMAGENET, DINO3),
-    "vit_base_patch16_lingbot": _row("base", 16, 512, 1.0, BILINEAR, DINO3, TOKEN),
-    "vit_base_patch16_siglip_224": _row("base", 16, 224, 0.9, HALF, MAP),
-    "vit_base_patch16_siglip_256": _row("base", 16, 256, 0.9, HALF, MAP),
-    "vit_base_patch16_siglip_384": _row("base", 16, 384, 0.9, HALF, MAP),
-    "vit_base_patch16_siglip_512": _row("base", 16, 512, 0.9, HALF, MAP),
-    "vit_base_patch16_siglip_gap_224": _row("base", 16, 224, 0.9, HALF, POOLED),
-    "vit_base_patch16_siglip_gap_256": _row("base", 16, 256, 0.9, HALF, POOLED),
-    "vit_base_patch16_siglip_gap_384": _row("base", 16, 384, 0.9, HALF, POOLED),
-    "vit_base_patch16_siglip_gap_512": _row("base", 16, 512, 0.9, HALF, POOLED),
-    "vit_base_patch32_siglip_256": _row("base", 32, 256, 0.9, HALF, MAP, TANH),
-    "vit_base_patch32_siglip_gap_256": _row("base", 32, 256, 0.9, HALF, POOLED, TANH),
-    "vit_giant_patch14_clip_224": _row("giant", 14, 224, 1.0, CLIP, PRE_NORM),
-    "vit_giant_patch14_dinov2": _row("giant_1536", 14, 518, 1.0, IMAGENET, GATED),
-    "vit_giant_patch14_reg1_tipsv2": _row("giant_1536", 14, 448, 1.0, UNIT, GATED, TIPS),
-    "vit_giant_patch14_reg4_dinov2": _row("giant_1536", 14, 518, 1.0, IMAGENET, REGISTERS, GATED),
-    "vit_giant_patch16_lingbot": _row("giant_1536", 16, 512, 1.0, BILINEAR, DINO3, BARE, SWIGLU8, TOKEN),
-    "vit_giantopt_patch16_siglip_256": _row("giantopt", 16, 256, 0.9, HALF, MAP, TANH),
-    "vit_giantopt_patch16_siglip_384": _row("giantopt", 16, 384, 0.9, HALF, MAP, TANH),
-    "vit_giantopt_patch16_siglip_gap_256": _row("giantopt", 16, 256, 0.9, HALF, POOLED, TANH),
-    "vit_giantopt_patch16_siglip_gap_384": _row("giantopt", 16, 384, 0.9, HALF, POOLED, TANH),
-    "vit_gigantic_patch14_clip_224": _row("gigantic", 14, 224, 1.0, CLIP, PRE_NORM),
-    "vit_gigantic_patch14_clip_378": _row("gigantic", 14, 378, 1.0, CLIP, PRE_NORM),
-    "vit_gigantic_patch14_clip_quickgelu_224": _row("gigantic", 14, 224, 1.0, CLIP, QUICK),
-    "vit_huge_plus_patch16_dinov3": _row("huge_plus", 16, 256, 1.0, IMAGENET, DINO3, BARE, SWIGLU),
-    "vit_huge_plus_patch16_dinov3_qkvb": _row("huge_plus", 16, 256, 1.0, IMAGENET, DINO3, SWIGLU),
-    "vit_large_patch14_reg1_tipsv2": _row("large", 14, 448, 1.0, UNIT, TIPS),
-    "vit_large_patch16_dinov3": _row("large", 16, 256, 1.0, IMAGENET, DINO3, BARE),
-    "vit_large_patch16_dinov3_qkvb": _row("large", 16, 256, 1.0, IMAGENET, DINO3),
-    "vit_large_patch16_lingbot": _row("large", 16, 512, 1.0, BILINEAR, DINO3, TOKEN),
-    "vit_large_patch16_siglip_256": _row("large", 16, 256, 0.9, HALF, MAP),
-    "vit_large_patch16_siglip_384": _row("large", 16, 384, 0.9, HALF, MAP),
-    "vit_large_patch16_siglip_512": _row("large", 16, 512, 0.9, HALF, MAP, TANH),
-    "vit_large_patch16_siglip_gap_256": _row("large", 16, 256, 0.9, HALF, POOLED),
-    "vit_large_patch16_siglip_gap_384": _row("large", 16, 384, 0.9, HALF, POOLED),
-    "vit_large_patch16_siglip_gap_512": _row("large", 16, 512, 0.9, HALF, POOLED, TANH),
-    "vit_small_patch16_dinov3": _row("small", 16, 256, 1.0, IMAGENET, DINO3, BARE),
-    "vit_small_patch16_dinov3_qkvb": _row("small", 16, 256, 1.0, IMAGENET, DINO3),
-    "vit_small_patch16_lingbot": _row("small", 16, 512, 1.0, BILINEAR, DINO3, TOKEN),
-    "vit_small_plus_patch16_dinov3": _row("small", 16, 256, 1.0, IMAGENET, DINO3, BARE, SWIGLU),
-    "vit_small_plus_patch16_dinov3_qkvb": _row("small", 16, 256, 1.0, IMAGENET, DINO3, SWIGLU),
-    "vit_so150m_patch16_reg4_map_256": _row("so150m", 16, 256, 0.9, HALF, MAP, {"reg_tokens": 4}),
-    "vit_so400m_patch14_reg1_tipsv2": _row("so400m", 14, 448, 1.0, UNIT, TIPS, {"mlp_ratio": 3.736111111111111}),
-    "vit_so400m_patch14_siglip_224": _row("so400m", 14, 224, 0.9, HALF, MAP),
-    "vit_so400m_patch14_siglip_378": _row("so400m", 14, 378, 0.9, HALF, MAP),
-    "vit_so400m_patch14_siglip_gap_224": _row("so400m", 14, 224, 0.9, HALF, POOLED),
-    "vit_so400m_patch14_siglip_gap_448": _row("so400m", 14, 448, 1.0, HALF, POOLED),
-    "vit_so400m_patch14_siglip_gap_896": _row("so400m", 14, 896, 1.0, HALF, POOLED),
-    "vit_so400m_patch16_siglip_256": _row("so400m", 16, 256, 0.9, HALF, MAP, TANH),
-    "vit_so400m_patch16_siglip_384": _row("so400m", 16, 384, 0.9, HALF, MAP, TANH),
-    "vit_so400m_patch16_siglip_512": _row("so400m", 16, 512, 0.9, HALF, MAP, TANH),
-    "vit_so400m_patch16_siglip_gap_256": _row("so400m", 16, 256, 0.9, HALF, POOLED, TANH),
-    "vit_so400m_patch16_siglip_gap_384": _row("so400m", 16, 384, 0.9, HALF, POOLED, TANH),
-    "vit_so400m_patch16_siglip_gap_512": _row("so400m", 16, 512, 0.9, HALF, POOLED, TANH),
-    "vit_tiny_patch16_dinov3_qkvb": _row("tiny", 16, 256, 1.0, IMAGENET, DINO3),
-    "vit_intern300m_patch14_448": _row("large", 14, 448, 1.0, IMAGENET, {"init_values": 0.1, "final_norm": False}),
+    name: (entry["options"], _preprocessing(name)) for name, entry in TIMM.items()
 }
 
-SQUASHED = (
-    *("vit_medium_patch16_gap_384.*", "vit_so150m2_patch16_reg1_gap_448.*", "vit_so400m_*_378.webli_ft_in1k"),
-    *("eva_large_patch14_336.*", "eva_giant_patch14_336.*", "eva_giant_patch14_560.*", "eva02_*_448.*_ft_in22k*"),
-    *("vit_base_patch16_clip_384.*", "vit_large_patch14_clip_336.*_in1k", "vit_huge_patch14_clip_336.*"),
-    *("*_clip_378.metaclip2_worldwide", "vit_*_lingbot.*"),
-)
-# Weights whose preprocessing is not that of their architecture's row: pattern of "name.tag" -> fields; of two that
-# match and set the same field, the last wins.
-TAGS: dict[str, dict[str, Any]] = {
-    "vit_*.dino": {**IMAGENET},
-    "vit_*.mae": {**IMAGENET},
-    "vit_base_patch16_224.bamboo": {**CLIP, "crop_pct": 1.0},
-    "vit_huge_patch14_gap_224.untrained": {**HALF},
-    "deit3_*_224.fb_in22k_ft_in1k": {"crop_pct": 1.0},
-    "vit_large_patch14_clip_*.laion2b*": {**HALF},
-    "vit_so400m_patch14_siglip_gap_378.v2_webli": {"crop_pct": 0.9},
-    "vit_so400m_patch14_siglip_378.webli_ft_in1k": {"crop_pct": 1.0},
-    "eva_giant_patch14_336.m30m_ft_in22k_in1k": {**IMAGENET},
-    "vit_large_patch16_dinov3*.sat493m": {"mean": (0.43, 0.411, 0.296), "std": (0.213, 0.156, 0.143)},
-    "vit_base_patch16_clip_224.*": {"crop_pct": 1.0},
-    "vit_base_patch16_clip*_224.openai*": {"crop_pct": 0.9},
-    "vit_base_patch16_clip_224.*_ft_in12k": {"crop_pct": 0.9},
-    "vit_base_patch16_clip_224.*_ft_in12k_in1k": {"crop_pct": 0.95},
-    "vit_base_patch*_clip_384.openai_ft_in12k_in1k": {"crop_pct": 0.95, "crop_mode": "squash"},
-    "vit_base_patch32_clip*_224.datacompxl": {"crop_pct": 1.0},
-    "vit_base_patch32_clip*_224.metaclip_*": {"crop_pct": 1.0},
-    **{pattern: {"crop_mode": "squash"} for pattern in SQUASHED},
-}
-# fmt: on
 LARGEST = {
     "img_size": 4096,
     "patch_size": 256,
@@ -352,18 +92,15 @@ ONLY: dict[str, Any] = {
 }
 
 
-@functools.cache
-def _tags() -> dict[str, list[str]]:
-    tags: dict[str, list[str]] = read_json(Path(__file__).with_name("timm_tags.json"))
-    return tags
+def _places(base: str) -> dict[str, str]:
+    """The repository of each tag of a name."""
+    weights = TIMM[base]["weights"]
+    return {tag: fields["repository"] for tag, fields in weights.items() if fields["repository"]}
 
 
 def tags_of(base: str) -> list[str]:
-    """The tags of timm's weights on the hub of a name of the table; the default one is the first.
-
-    Made by `tests/goldens/make_timm_goldens.py`, from timm itself.
-    """
-    return _tags()[base]
+    """The tags of timm's weights on the hub of a name of the table; the default one is the first."""
+    return list(_places(base))
 
 
 def repository_of(name: str) -> tuple[str, str]:
@@ -372,15 +109,13 @@ def repository_of(name: str) -> tuple[str, str]:
     Raises InputError for a tag that timm does not know, and for a name without weights on the hub.
     """
     base, _, tag = name.partition(".")
-    tags = tags_of(base)
-    if not tags:
+    places = _places(base)
+    if not places:
         raise InputError(f"timm offers no weights of {base!r} on the hub: give a checkpoint")
-    if tag and tag not in tags:
-        raise suggest("weights", tag, tags, of=base)
-    name = f"{base}.{tag or tags[0]}"
-    # Two models that differ in the activation share a file's name; one family is not uploaded by timm.
-    owner = "belfner" if base.endswith("_lingbot") else "timm"
-    return name, f"{owner}/{name.replace('_quickgelu', '')}"
+    tag = tag or next(iter(places))
+    if tag not in places:
+        raise suggest("weights", tag, places, of=base)
+    return f"{base}.{tag}", places[tag]
 
 
 def architecture(name: str, **overrides: Any) -> tuple[Config, Preprocessing]:
@@ -393,12 +128,8 @@ def architecture(name: str, **overrides: Any) -> tuple[Config, Preprocessing]:
     base, _, tag = str(name).partition(".")
     if base not in ARCHITECTURES:
         raise suggest("model", base, ARCHITECTURES)
-    config, preprocessing = ARCHITECTURES[base]
-    tag = tag or next(iter(tags_of(base)), "")
-    for pattern, fields in TAGS.items():
-        if fnmatch.fnmatchcase(f"{base}.{tag}", pattern):
-            preprocessing = dataclasses.replace(preprocessing, **fields)
-    config = config | overrides
+    preprocessing = _preprocessing(base, tag)
+    config = ARCHITECTURES[base][0] | overrides
     if "img_size" in overrides:
         preprocessing = dataclasses.replace(preprocessing, size=_checked("img_size", config["img_size"]))
     return config, preprocessing
