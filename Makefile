@@ -55,7 +55,7 @@ docs: .venv/docs  ## the documentation, into out/site
 	@echo "out/site/index.html"
 
 lock:  ## refresh requirements.lock (needs uv)
-	uv pip compile pyproject.toml --group dev --group docs --extra hub --extra data --extra text --extra serve --extra report --universal --python-version 3.11 --no-annotate -o requirements.lock
+	uv pip compile pyproject.toml --group dev --group docs --extra audio --extra hub --extra data --extra text --extra serve --extra report --universal --python-version 3.11 --no-annotate -o requirements.lock
 
 # Old packages meet new ones here, which warn of each other: warnings are no errors.
 LOWEST := methods photos figure tokentm interface show checkpoint shipped serve scores cli

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import struct
+import sys
 import zipfile
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import soundfile
 from click.testing import CliRunner
 from PIL import Image
 
@@ -183,6 +185,7 @@ def test_a_model_of_other_channels_is_stored_whole(overlapping, tmp_path):
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 WAVE = np.random.default_rng(0).uniform(-0.9, 0.9, (500, 2))
+GUID = bytes.fromhex("000000001000800000aa00389b71")  # follows the tag in an extensible format
 
 
 def wav(samples=WAVE, bits=16, rate=8000, tag=1, size=None, before=b"", extensible=False):
@@ -197,7 +200,7 @@ def wav(samples=WAVE, bits=16, rate=8000, tag=1, size=None, before=b"", extensib
     channels, block = samples.shape[1], samples.shape[1] * bits // 8
     form = struct.pack("<HHIIHH", 0xFFFE if extensible else tag, channels, rate, rate * block, block, bits)
     if extensible:
-        form += struct.pack("<HHI", 22, bits, 3) + struct.pack("<H", tag) + bytes(14)
+        form += struct.pack("<HHI", 22, bits, 3) + struct.pack("<H", tag) + GUID
     size = len(content) if size is None else size
     chunks = b"fmt " + struct.pack("<I", len(form)) + form + before + b"data" + struct.pack("<I", size) + content
     return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WAVE" + chunks
@@ -213,33 +216,76 @@ FORMATS = {
     "extensible": ({"bits": 24, "extensible": True}, 1e-6),
     "odd chunk before": ({"before": b"LIST" + struct.pack("<I", 3) + b"abc\0"}, 1e-4),
     "stream": ({"size": 0xFFFFFFFF}, 1e-4),
+    "wrong size of a block": ({"change": (struct.pack("<HH", 4, 16), struct.pack("<HH", 9, 16))}, 1e-4),
+    "12 bits in 16": ({"change": (struct.pack("<HH", 4, 16), struct.pack("<HH", 4, 12))}, 1e-4),
 }
 
 
 @pytest.mark.parametrize("case", FORMATS)
 def test_every_coding_gives_the_samples(case):
     options, tolerance = FORMATS[case]
-    recording = decode(io.BytesIO(wav(**options)), "a.wav")
+    change = options.get("change", (b"", b""))
+    content = wav(**{name: value for name, value in options.items() if name != "change"}).replace(*change, 1)
+    recording = decode(io.BytesIO(content), "a.wav")
     assert recording.rate == 8000 and recording.seconds == 500 / 8000 and recording.samples.dtype == np.float32
     np.testing.assert_allclose(recording.samples, WAVE.mean(1), atol=tolerance)
 
 
+def encoded(form, coding=None):
+    """A file of a tone, 2.5 s at 16 kHz on two channels, and the mean of its channels."""
+    tone = 0.5 * np.sin(np.arange(40_000) / 10)
+    file = io.BytesIO()
+    soundfile.write(file, np.stack([tone, tone / 2], 1), 16_000, format=form, subtype=coding)
+    return file.getvalue(), 0.75 * tone
+
+
+@pytest.mark.parametrize(
+    ("form", "coding", "tolerance"), [("FLAC", None, 1e-4), ("OGG", "VORBIS", 0.05), ("OGG", "OPUS", 0.05)]
+)
+def test_other_formats_give_the_samples(form, coding, tolerance):
+    content, tone = encoded(form, coding)
+    recording = decode(io.BytesIO(content), "a")
+    assert recording.rate == 16_000 and recording.seconds == 2.5 and recording.samples.dtype == np.float32
+    np.testing.assert_allclose(recording.samples[1000:-1000], tone[1000:-1000], atol=tolerance)
+    for cut in (4, 100, len(content) // 2):  # an OGG file states its length nowhere: whole pages are read
+        try:
+            found = decode(io.BytesIO(content[:cut]), "a")
+        except tm.InputError as error:
+            assert str(error).startswith("a ")
+        else:
+            assert form == "OGG" and len(found.samples) < 40_000
+
+
+def flac_of(count):
+    """A FLAC file that states this number of samples."""
+    content = bytearray(encoded("FLAC")[0])
+    content[21] = content[21] & 0xF0 | count >> 32
+    content[22:26] = (count & 0xFFFFFFFF).to_bytes(4, "big")
+    return bytes(content)
+
+
+def test_without_the_library_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "soundfile", None)
+    with pytest.raises(tm.InputError, match=r"reading a\.wav needs soundfile: pip install 'tokentm-jax\[audio\]'"):
+        decode(io.BytesIO(wav()), "a.wav")
+
+
 BAD = {
     "empty": (b"", "is empty"),
-    "text": (b"hello, world", "is not a WAV file"),
-    "another RIFF": (b"RIFF\0\0\0\0AVI " + bytes(20), "is not a WAV file"),
-    "header only": (wav()[:12], "is truncated: its samples are missing"),
-    "no format": (wav()[:12] + b"data" + bytes(8), "does not say what its samples are"),
+    "text": (b"hello, world", "is not a WAV, FLAC or OGG file"),
+    "another RIFF": (b"RIFF\0\0\0\0AVI " + bytes(20), "cannot be read: Format not recognised"),
+    "header only": (wav()[:12], "No 'data' chunk"),
+    "no format": (wav()[:12] + b"data" + bytes(8), "No 'data' chunk"),
     "cut": (wav()[:-100], "is truncated: 1900 of 2000 bytes"),
     "no samples": (wav(WAVE[:0]), "holds no samples"),
     "bomb": (wav(size=0xFFFFFF00), "is truncated"),
-    "MP3 in WAV": (wav(tag=85), "in the coding 85: only PCM and floats"),
-    "12 bits": (wav().replace(struct.pack("<HH", 4, 16), struct.pack("<HH", 4, 12)), "12 bits"),
-    "no channels": (wav().replace(struct.pack("<HHI", 1, 2, 8000), struct.pack("<HHI", 1, 0, 8000)), "0 channels"),
-    "no rate": (wav(rate=0), "0 samples a second"),
+    "MP3 in WAV": (wav(tag=85), "cannot be read: Error in WAV"),
+    "no channels": (wav().replace(struct.pack("<HHI", 1, 2, 8000), struct.pack("<HHI", 1, 0, 8000)), "Channel count"),
+    "no rate": (wav(rate=0), "SF_INFO"),
     "fast": (wav(rate=10**9), "1000000000 samples a second"),
-    "blocks": (wav().replace(struct.pack("<HH", 4, 16), struct.pack("<HH", 9, 16)), "blocks have another size"),
-    "endless parts": (wav()[:12] + (b"abcd" + bytes(4)) * 10_001, "no samples among its first"),
+    "endless parts": (wav()[:12] + (b"abcd" + bytes(4)) * 10_001, "No 'data' chunk"),
+    "FLAC of unknown length": (flac_of(0), "holds no samples, or does not state how many"),
+    "FLAC of hours": (flac_of(2**36 - 1), "cannot be read"),
     "infinite": (wav(WAVE * np.inf, bits=32, tag=3), "not finite"),
 }
 
@@ -250,6 +296,23 @@ def test_a_bad_file_is_one_sentence(case):
     with pytest.raises(tm.InputError) as raised:
         decode(io.BytesIO(content), "bad.wav")
     assert message in str(raised.value) and str(raised.value).startswith("bad.wav") and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("form", ["WAV", "FLAC", "VORBIS", "OPUS"])
+def test_damaged_bytes_are_read_or_refused(form):
+    content = wav() if form == "WAV" else encoded(*(("FLAC", None) if form == "FLAC" else ("OGG", form)))[0]
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        damaged = bytearray(content[: rng.integers(len(content)) if rng.random() < 0.2 else None])
+        for place in rng.integers(0, min(len(damaged), 200), min(len(damaged), 3)):
+            damaged[place] = rng.choice([0, 127, 255, rng.integers(256)])
+        try:
+            recording = decode(io.BytesIO(damaged), "a")
+        except tm.InputError as error:
+            assert str(error).startswith("a ")
+        else:
+            assert np.isfinite(recording.samples).all()
+            assert len(recording.samples) <= audio.LONGEST * recording.rate
 
 
 def test_of_a_long_file_the_beginning_is_read(tmp_path, monkeypatch):
@@ -545,7 +608,7 @@ def test_explain_audio(recordings, tones, tmp_path):
     assert done.exit_code == 2 and "the patches of ast overlap: leave out --squares" in done.stderr
     for command, file, message in (
         ("explain", tmp_path / "a.wav", "takes recordings: use `tokentm explain-audio`"),
-        ("explain-audio", Path(__file__).parent.parent / "notebooks/coffee.jpg", "is not a WAV file"),
+        ("explain-audio", Path(__file__).parent.parent / "notebooks/coffee.jpg", "is not a WAV, FLAC or OGG file"),
     ):
         done = CliRunner().invoke(main, [command, str(file), *arguments[3:], "--out", str(tmp_path / "none")])
         assert done.exit_code == 2 and message in done.output

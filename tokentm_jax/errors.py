@@ -1,7 +1,9 @@
-"""The one exception for bad input, and its wording for unknown names."""
+"""The one exception for bad input, and its wording for unknown names and missing packages."""
 
 import difflib
+import importlib
 from collections.abc import Iterable
+from typing import Any
 
 LONGEST = 900  # characters of a message
 
@@ -40,3 +42,11 @@ def suggest(kind: str, name: object, known: Iterable[str], of: str = "") -> Inpu
     if len(names) > 12:
         names = [*names[:12], f"... ({len(names)} in all)"]
     return InputError(f"unknown {kind} {given}; known: {', '.join(names) or 'none'}")
+
+
+def require(package: str, extra: str, what: str) -> Any:
+    """An optional package. InputError "{what} needs {package}: pip install 'tokentm-jax[{extra}]'" without it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise InputError(f"{what} needs {package}: pip install 'tokentm-jax[{extra}]'") from None

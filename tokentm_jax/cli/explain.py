@@ -104,7 +104,7 @@ def explain(photos: tuple[str, ...], **given: Any) -> None:
 
 
 @click.command("explain-audio")
-@click.argument("recordings", nargs=-1, required=True, metavar="FILE.wav...")
+@click.argument("recordings", nargs=-1, required=True, metavar="SOUND...")
 @_shared(
     "recording",
     f"{MODELS_HELP[:-1]}, else {HEARS}.",
@@ -114,9 +114,9 @@ def explain(photos: tuple[str, ...], **given: Any) -> None:
 def explain_audio(recordings: tuple[str, ...], model: str | None, checkpoint: Path | None, **given: Any) -> None:
     """Show the top five classes of recordings and write heatmaps over their spectrograms.
 
-    FILE.wav is a file, a folder or a pattern. For each recording, <name>.png (spectrogram, heatmap, both, with time
-    and frequency) and <name>.npz (the map, its first row the lowest frequency, and how it was made) go to the output
-    folder; with several methods as in `tokentm explain`. Of 1 to 32 channels, at 1 to 384 kHz.
+    SOUND is a file (WAV, FLAC or OGG), a folder or a pattern. For each recording, <name>.png (spectrogram, heatmap,
+    both, with time and frequency) and <name>.npz (the map, its first row the lowest frequency, and how it was made)
+    go to the output folder; with several methods as in `tokentm explain`. Of 1 to 32 channels, at 1 to 384 kHz.
 
     \b
     Examples:

@@ -6,6 +6,7 @@ energies, brought to [0, 1] linearly, so that all that is done with photos can b
 
 import dataclasses
 import math
+import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,21 +15,22 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, NamedTuple
 import numpy as np
 from annotated_types import Ge, Le, Lt
 
-from tokentm_jax.errors import InputError
+from tokentm_jax.errors import InputError, require
 from tokentm_jax.files import opened
 from tokentm_jax.validation import check_fields
 
 if TYPE_CHECKING:
     from tokentm_jax.data.preprocessing import Preprocessing
 
-SUFFIXES = {".wav", ".wave"}
+SUFFIXES = {".wav", ".wave", ".flac", ".ogg", ".oga", ".opus"}
 LONGEST = 30  # seconds of a recording that are read, however long it is
 MOST = 2**25  # frames times samples of the transform: 256 MiB of float64
 MAX_CHANNELS = 32
 RATES = (1_000, 384_000)  # lowest and highest, in Hz
-MAX_CHUNKS = 10_000  # of a file, before its samples
-PCM, FLOAT, EXTENSIBLE = 1, 3, 0xFFFE  # tags of WAV formats
+MOST_FRAMES = 2**40  # a file that states more does not know how many it has
+MAGIC = (b"RIFF", b"fLaC", b"OggS")  # starts of the formats that are read; libsndfile knows many more
 UNKNOWN = 0xFFFFFFFF  # size that a program writes that could not go back to the header
+_CUT = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)  # in libsndfile's notes on a WAV file
 CROSSINGS, ROLL_OFF, BETA = 32, 0.95, 9.0  # of the resampling filter, see `resample`
 PREEMPHASIS = 0.97
 LEAST_ENERGY = 2.0**-23
@@ -40,13 +42,6 @@ class Recording(NamedTuple):
     samples: np.ndarray  # float32 [n]; full scale is 1
     rate: int  # samples a second
     seconds: float
-
-
-class _Format(NamedTuple):
-    tag: int
-    channels: int
-    rate: int
-    bits: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,9 +167,10 @@ def resample(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:
 
 
 def open_recording(path: str | Path) -> Recording:
-    """The first `LONGEST` seconds of a WAV file: PCM of 8, 16, 24 or 32 bits, or floats; the mean of its channels.
+    """The first `LONGEST` seconds of a WAV, FLAC or OGG file (Vorbis, Opus); the mean of its channels.
 
-    Raises InputError for a file that is missing, no file, empty, no WAV file, of another coding, damaged or truncated.
+    Raises InputError for a file that is missing, not a file, empty, of another format, damaged or truncated, and
+    without the extra `tokentm-jax[audio]`.
     """
     with opened(path) as file:
         return decode(file, str(path))
@@ -182,85 +178,42 @@ def open_recording(path: str | Path) -> Recording:
 
 def decode(file: BinaryIO, name: str) -> Recording:
     """As `open_recording`, from an open binary file; `name` is what errors call it."""
-    head = file.read(12)
-    if not head:
+    start = file.read(4)
+    if not start:
         raise InputError(f"{name} is empty")
-    if head[:4] != b"RIFF" or head[8:] != b"WAVE":
-        raise InputError(f"{name} is not a WAV file")
-    form = None
-    for _ in range(MAX_CHUNKS):
-        head = file.read(8)
-        if len(head) < 8:
-            raise InputError(f"{name} is truncated: its samples are missing")
-        kind, size = head[:4], int.from_bytes(head[4:], "little")
-        if kind == b"data":
-            return _samples(file, name, form, size)
-        if kind == b"fmt ":
-            content = file.read(min(size, 40))
-            form = _format(content, name)
-            size -= len(content)
-        file.seek(size + size % 2, 1)
-    raise InputError(f"{name} is damaged: no samples among its first {MAX_CHUNKS} parts")
+    if start not in MAGIC:
+        raise InputError(f"{name} is not a WAV, FLAC or OGG file")
+    soundfile = require("soundfile", "audio", f"reading {name}")
+    file.seek(0)
+    try:
+        with soundfile.SoundFile(file) as sound:
+            return _samples(sound, name)
+    except soundfile.LibsndfileError as error:
+        raise InputError(f"{name} cannot be read: {error.error_string or 'it is damaged'}") from None
 
 
-def _format(content: bytes, name: str) -> _Format:
-    if len(content) < 16:
-        raise InputError(f"{name} is damaged: it does not say what its samples are")
-    number = lambda start, size: int.from_bytes(content[start : start + size], "little")  # noqa: E731
-    form = _Format(number(0, 2), number(2, 2), number(4, 4), number(14, 2))
-    if form.tag == EXTENSIBLE and len(content) == 40:
-        form = form._replace(tag=number(24, 2))
-    if form.bits not in {PCM: (8, 16, 24, 32), FLOAT: (32, 64)}.get(form.tag, ()):
-        raise InputError(
-            f"{name} holds samples of {form.bits} bits in the coding {form.tag}: only PCM and floats are read"
-        )
-    if not 1 <= form.channels <= MAX_CHANNELS:
-        raise InputError(f"{name} has {form.channels} channels: 1 to {MAX_CHANNELS} are read")
-    if not RATES[0] <= form.rate <= RATES[1]:
-        raise InputError(f"{name} has {form.rate} samples a second: {RATES[0]} to {RATES[1]} are read")
-    if number(12, 2) != form.channels * form.bits // 8:
-        raise InputError(f"{name} is damaged: its blocks have another size than its samples")
-    return form
-
-
-def _samples(file: BinaryIO, name: str, form: _Format | None, size: int) -> Recording:
-    if form is None:
-        raise InputError(f"{name} is damaged: it does not say what its samples are")
-    start = file.tell()
-    there = file.seek(0, 2) - start
-    file.seek(start)
-    if size in (0, UNKNOWN):
-        size = there
-    if size > there:
-        raise InputError(f"{name} is truncated: {there} of {size} bytes of samples are there")
-    block = form.channels * form.bits // 8
-    count = size // block
-    if not count:
-        raise InputError(f"{name} holds no samples")
-    found = np.empty(min(count, LONGEST * form.rate), np.float32)
-    for first in range(0, len(found), form.rate):  # a second at a time bounds the memory
-        part = found[first : first + form.rate]
-        content = file.read(len(part) * block)
-        if len(content) < len(part) * block:
+def _samples(sound: Any, name: str) -> Recording:
+    rate, count = sound.samplerate, sound.frames
+    if not 1 <= sound.channels <= MAX_CHANNELS:
+        raise InputError(f"{name} has {sound.channels} channels: 1 to {MAX_CHANNELS} are read")
+    if not RATES[0] <= rate <= RATES[1]:
+        raise InputError(f"{name} has {rate} samples a second: {RATES[0]} to {RATES[1]} are read")
+    if not 1 <= count <= MOST_FRAMES:
+        raise InputError(f"{name} holds no samples, or does not state how many")
+    for stated, present in _CUT.findall(sound.extra_info):
+        if int(stated) != UNKNOWN:
+            raise InputError(f"{name} is truncated: {present} of {stated} bytes of samples are present")
+    found = np.empty(min(count, LONGEST * rate), np.float32)
+    for first in range(0, len(found), rate):  # a second at a time bounds the memory
+        part = found[first : first + rate]
+        samples = sound.read(len(part), dtype="float64", always_2d=True)
+        if len(samples) < len(part):
             raise InputError(f"{name} is truncated")
-        with np.errstate(all="ignore"):  # of floats that are no numbers, or too large: refused below
-            part[:] = _numbers(content, form).reshape(-1, form.channels).mean(1)
+        with np.errstate(all="ignore"):  # of values that are not numbers, or too large: refused below
+            part[:] = samples.mean(1)
     if not np.isfinite(found).all():
         raise InputError(f"{name} holds samples that are not finite numbers")
-    return Recording(found, form.rate, count / form.rate)
-
-
-def _numbers(content: bytes, form: _Format) -> np.ndarray:
-    """Samples as float64, full scale 1."""
-    if form.tag == FLOAT:
-        return np.frombuffer(content, f"<f{form.bits // 8}").astype(np.float64)
-    if form.bits == 8:
-        return np.frombuffer(content, np.uint8) / 128.0 - 1
-    if form.bits == 24:  # the upper three bytes of four
-        whole = np.zeros((len(content) // 3, 4), np.uint8)
-        whole[:, 1:] = np.frombuffer(content, np.uint8).reshape(-1, 3)
-        return whole.view("<i4")[:, 0] / 2.0**31
-    return np.frombuffer(content, f"<i{form.bits // 8}") / 2.0 ** (form.bits - 1)
+    return Recording(found, rate, count / rate)
 
 
 def spectrogram(recording: Recording, preprocessing: "Preprocessing", name: str) -> np.ndarray:

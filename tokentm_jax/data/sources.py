@@ -104,7 +104,7 @@ def open_source(
       names: take the examples alone whose names (`keys`) match this pattern, with `*` and `?`; or, with `!` before
         it, those that do not: to leave a speaker out, and to test on him.
 
-    Class folders hold images, or, where there is none, recordings (`.wav`).
+    Class folders hold images, or, where there is none, recordings (WAV, FLAC, OGG).
 
     Raises:
       InputError: nothing there, another layout, no examples, tfds or h5py missing, a data set that is not prepared.
