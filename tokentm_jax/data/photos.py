@@ -307,7 +307,7 @@ def find_photos(
             if os.path.isdir(argument):
                 inside = [path for path in Path(argument).iterdir() if _is_file(path, suffixes)]
             elif not os.path.lexists(argument) and glob.has_magic(str(argument)):
-                inside = [path for path in map(Path, _matches(str(argument))) if _is_file(path, suffixes)]
+                inside = [path for path in _matches(str(argument)) if _is_file(path, suffixes)]
             else:
                 inside = [Path(argument)]
         except (OSError, ValueError) as error:
@@ -324,23 +324,11 @@ def _is_file(path: Path, suffixes: Collection[str]) -> bool:
     return path.suffix.lower() in suffixes and os.path.isfile(path)
 
 
-def _matches(pattern: str) -> Iterator[str]:
-    """As `glob.iglob`; but links to folders, of which a loop has no end, are not followed by `**`."""
-    head, stars, tail = _at_double_star(pattern)
-    if not stars:
-        yield from glob.iglob(pattern)
-        return
-    for start in glob.iglob(os.path.join(head, "")) if head else ("",):
-        for folder, inside, _ in os.walk(start or os.curdir):
-            inside[:] = sorted(name for name in inside if not name.startswith("."))
-            yield from _matches(os.path.join(glob.escape(folder), tail or "*"))
-
-
-def _at_double_star(pattern: str) -> tuple[str, str, str]:
-    """What is before the first part `**` of a pattern, "**" or "" if it has none, and what is after it."""
-    before, parts = [], pattern.split(os.sep)
-    for i, part in enumerate(parts):
-        if part == "**":
-            return os.sep.join(before) or (os.sep if i else ""), part, os.sep.join(parts[i + 1 :])
-        before.append(part)
-    return pattern, "", ""
+def _matches(pattern: str) -> Iterator[Path]:
+    """What matches a pattern. `**` does not follow links to folders; hidden names must be asked for by a dot."""
+    start = Path(Path(pattern).anchor)
+    parts = Path(pattern).relative_to(start).parts
+    hidden = any(part.startswith(".") for part in parts)
+    for path in start.glob(os.path.join(*parts, *(["*"] if parts[-1] == "**" else []))):
+        if hidden or not any(part.startswith(".") for part in path.relative_to(start).parts):
+            yield path
