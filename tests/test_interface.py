@@ -147,16 +147,18 @@ def test_every_public_name_is_in_the_program_whose_types_are_checked():
 def test_every_public_name_is_there_at_first_use():
     """In a fresh process: those of each module before all else of the package is imported, and all at once."""
     program = """
-import sys
+import re, sys
+from pathlib import Path
 import tokentm_jax
-for home in {*tokentm_jax._HOMES.values()}:
+homes = re.findall(r"^from ([.\\w]+) import (\\w+) as", Path(tokentm_jax.__file__ + "i").read_text(), re.MULTILINE)
+for home in {home for home, _ in homes}:
     for module in [module for module in sys.modules if module.split(".")[0] == "tokentm_jax"]:
         del sys.modules[module]
     import tokentm_jax
-    for name in tokentm_jax._HOMES:
-        if tokentm_jax._HOMES[name] == home:
-            getattr(tokentm_jax, name)
+    for name in [name for place, name in homes if place == home]:
+        getattr(tokentm_jax, name)
 from tokentm_jax import *
+assert sorted(name for _, name in homes) == sorted(tokentm_jax.__all__)
 print(*{*tokentm_jax.__all__} - {*globals()})
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -1,0 +1,56 @@
+"""The public names, and where each lives."""
+
+from .cli.show import show as show
+from .data.audio import Spectrogram as Spectrogram
+from .data.preprocessing import Preprocessing as Preprocessing
+from .errors import InputError as InputError
+from .maths import scores as scores
+from .maths import weights as weights
+from .maths.maps import combine as combine
+from .maths.maps import to_pixels as to_pixels
+from .maths.tokentm import READINGS as READINGS
+from .maths.tokentm import TokenTM as TokenTM
+from .maths.tokentm import contributions as contributions
+from .methods.explain import explain as explain
+from .methods.explain import explain_fn as explain_fn
+from .methods.explain import inspect as inspect
+from .methods.explain import methods_for as methods_for
+from .methods.table import METHODS as METHODS
+from .metrics.tasks import CHOICE_ROWS as CHOICE_ROWS
+from .metrics.tasks import COMPONENT_ROWS as COMPONENT_ROWS
+from .metrics.tasks import MIX_ROWS as MIX_ROWS
+from .metrics.tasks import PAPER_ROWS as PAPER_ROWS
+from .metrics.tasks import PIXEL_ROWS as PIXEL_ROWS
+from .metrics.tasks import READING_ROWS as READING_ROWS
+from .metrics.tasks import TEXT_ROWS as TEXT_ROWS
+from .metrics.tasks import WEIGHT_ROWS as WEIGHT_ROWS
+from .metrics.tasks import EvaluateConfig as EvaluateConfig
+from .metrics.tasks import Row as Row
+from .metrics.tasks import depth_rows as depth_rows
+from .metrics.tasks import rows as rows
+from .metrics.tasks import sanity_rows as sanity_rows
+from .models.architectures import ARCHITECTURES as ARCHITECTURES
+from .models.architectures import build as build
+from .models.bert import Bert as Bert
+from .models.checkpoint import read_checkpoint as read_checkpoint
+from .models.checkpoint import write_checkpoint as write_checkpoint
+from .models.inputs import Tokens as Tokens
+from .models.loading import LoadedViT as LoadedViT
+from .models.loading import load as load
+from .models.plain import PlainModel as PlainModel
+from .models.sharding import over_devices as over_devices
+from .models.sharding import over_width as over_width
+from .models.texts import LoadedText as LoadedText
+from .models.texts import Word as Word
+from .models.texts import load_text as load_text
+from .models.texts import words as words
+from .models.vit import ViT as ViT
+from .models.vit import init_params as init_params
+from .programs.capture import Trace as Trace
+from .programs.capture import capture as capture
+from .runs.evaluate_text import TextEvaluateConfig as TextEvaluateConfig
+from .runs.leaderboard import LeaderboardConfig as LeaderboardConfig
+from .runs.store import open_maps as open_maps
+from .samples import sample_data as sample_data
+
+__version__: str
