@@ -17,7 +17,8 @@ Run time: not measured.
 
 from typing import Any, Literal
 
-from tokentm_jax import PAPER_ROWS, EvaluateConfig, Row, sample_data, sanity_rows
+from tokentm_jax import EvaluateConfig, Row, sample_data
+from tokentm_jax.configs import PAPER_ROWS, sanity_rows
 
 SHAPLEY: dict[str, Any] = {"patch": 32, "value": "probability", "pairs": 16}
 OPTIONS: dict[str, dict[str, Any]] = {"insertion": {"fill": "blur"}, "shapley": SHAPLEY}

@@ -19,7 +19,8 @@ a photo: take them with --limit and --batch-size 4.
 from dataclasses import replace
 from typing import Any, Literal
 
-from tokentm_jax import METHODS, PAPER_ROWS, PIXEL_ROWS, EvaluateConfig, LeaderboardConfig, Row, sample_data
+from tokentm_jax import METHODS, EvaluateConfig, LeaderboardConfig, Row, sample_data
+from tokentm_jax.configs import PAPER_ROWS, PIXEL_ROWS
 
 SLOW = ("occlusion", "token_dropping", "rise", "shapley", "kernel_shap")
 PUBLISHED = {row.name: row for row in PAPER_ROWS}  # first blocks left out as in the published evaluation

@@ -26,7 +26,8 @@ measured.
 
 from typing import Literal
 
-from tokentm_jax import (
+from tokentm_jax import EvaluateConfig, sample_data
+from tokentm_jax.configs import (
     CHOICE_ROWS,
     COMPONENT_ROWS,
     MIX_ROWS,
@@ -34,9 +35,7 @@ from tokentm_jax import (
     PIXEL_ROWS,
     READING_ROWS,
     WEIGHT_ROWS,
-    EvaluateConfig,
     depth_rows,
-    sample_data,
 )
 
 DATA = {  # where it is, and the model where none is named

@@ -11,7 +11,8 @@ Run time: less than a minute for a row of pixels on one core that others used, t
 
 from typing import Literal
 
-from tokentm_jax import PAPER_ROWS, EvaluateConfig, rows, sample_data
+from tokentm_jax import EvaluateConfig, sample_data
+from tokentm_jax.configs import PAPER_ROWS, rows
 
 CHEAP = (
     *PAPER_ROWS,

@@ -19,16 +19,15 @@ Run time: about a minute for the sample on 2 cores; imagenet is not measured.
 
 from typing import Literal
 
-from tokentm_jax import (
+from tokentm_jax import EvaluateConfig, sample_data
+from tokentm_jax.configs import (
     CHOICE_ROWS,
     COMPONENT_ROWS,
     MIX_ROWS,
     PAPER_ROWS,
     READING_ROWS,
     WEIGHT_ROWS,
-    EvaluateConfig,
     depth_rows,
-    sample_data,
 )
 
 DATA = {  # where it is, and the model with its checkpoint where that is not the name's own

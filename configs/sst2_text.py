@@ -15,7 +15,7 @@ for `rows=weights`.
 from typing import Literal
 
 from tokentm_jax import sample_data
-from tokentm_jax.metrics.tasks import TEXT_ROWS, WEIGHT_ROWS
+from tokentm_jax.configs import TEXT_ROWS, WEIGHT_ROWS
 from tokentm_jax.runs.evaluate_text import TextEvaluateConfig
 
 

@@ -26,7 +26,7 @@ from tokentm_jax.data import audio
 from tokentm_jax.data.audio import Recording, Spectrogram, decode, resample
 from tokentm_jax.data.sources import open_source
 from tokentm_jax.maths.maps import Tiling, spread, to_pixels
-from tokentm_jax.metrics.faithfulness import by_patch, perturb
+from tokentm_jax.metrics import by_patch, perturb
 from tokentm_jax.models.checkpoint import read_description, write_checkpoint
 from tokentm_jax.models.vit import ViT, init_params
 from tokentm_jax.programs.model import Applied, Function

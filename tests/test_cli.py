@@ -457,7 +457,8 @@ def test_class_names_that_are_given(folder, checkpoint):
     (folder / "photos/a.png").rename(folder / "photos/Two/a.png")
     (folder / "names.txt").write_text("one\ntwo\nu\nv\nw\nx")
     (folder / "recipe.py").write_text(
-        "from tokentm_jax import EvaluateConfig, rows\n"
+        "from tokentm_jax import EvaluateConfig\n"
+        "from tokentm_jax.configs import rows\n"
         "config = EvaluateConfig('x', 'saco', 'photos', rows('random'), options={'groups': 2}, batch_size=1)"
     )
     dataset = ("dataset", "photos", "--checkpoint", checkpoint, "--methods", "rollout", "--target", "label")

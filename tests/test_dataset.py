@@ -19,10 +19,10 @@ from PIL import Image
 
 import tokentm_jax as tm
 from tokentm_jax.cli.main import main
+from tokentm_jax.configs import EvaluateConfig, rows
 from tokentm_jax.data.sources import batches, open_source
 from tokentm_jax.errors import InputError
 from tokentm_jax.identity import describe_model
-from tokentm_jax.metrics.tasks import EvaluateConfig, rows
 from tokentm_jax.models.checkpoint import write_checkpoint
 from tokentm_jax.runs import dataset as job
 from tokentm_jax.runs import evaluate as evaluation
@@ -642,7 +642,7 @@ def test_the_commands(vit, folder, tmp_path, monkeypatch):
     assert "nothing does not exist" in run("dataset", "nothing", "--out", "maps", code=2).stderr
     recipe = tmp_path / "saco.py"
     recipe.write_text(
-        "from tokentm_jax.metrics.tasks import EvaluateConfig, rows\n"
+        "from tokentm_jax.configs import EvaluateConfig, rows\n"
         f"config = EvaluateConfig('saco', 'saco', {str(folder)!r}, rows('gae'), checkpoint={str(checkpoint)!r},"
         " options={'groups': 3}, batch_size=2)"
     )

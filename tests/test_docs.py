@@ -240,7 +240,8 @@ def test_every_option_is_documented():
 
 def test_every_field_and_name_is_documented():
     from models.training.recipe import TextTrainConfig, TrainConfig
-    from tokentm_jax.metrics.tasks import TASKS, EvaluateConfig
+    from tokentm_jax.configs import EvaluateConfig
+    from tokentm_jax.metrics.tasks import TASKS
     from tokentm_jax.runs.evaluate_text import TextEvaluateConfig
     from tokentm_jax.runs.leaderboard import LeaderboardConfig
 

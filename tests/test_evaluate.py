@@ -25,6 +25,7 @@ from models.training.recipe import TrainConfig
 from tokentm_jax import metrics
 from tokentm_jax.cli.main import main
 from tokentm_jax.cli.recipes import read_recipe
+from tokentm_jax.configs import PAPER_ROWS, EvaluateConfig, Row, check, rows, select
 from tokentm_jax.data.sources import batches, open_source
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import ours
@@ -32,7 +33,7 @@ from tokentm_jax.identity import claimed
 from tokentm_jax.maths.maps import to_pixels
 from tokentm_jax.methods.explain import explain_fn
 from tokentm_jax.methods.table import METHODS
-from tokentm_jax.metrics.tasks import PAPER_ROWS, TASKS, EvaluateConfig, Row, check, rows, select
+from tokentm_jax.metrics.tasks import TASKS
 from tokentm_jax.models.architectures import build
 from tokentm_jax.models.checkpoint import write_checkpoint
 from tokentm_jax.runs import evaluate as evaluation
@@ -681,7 +682,8 @@ def test_commands(vit, folder, tmp_path):
     checkpoint = write_checkpoint(tmp_path / "tiny.safetensors", vit.module, vit.params, vit.preprocessing)
     recipe, nowhere = tmp_path / "recipe.py", tmp_path / "nowhere"
     recipe.write_text(
-        "from tokentm_jax import EvaluateConfig, rows\n"
+        "from tokentm_jax import EvaluateConfig\n"
+        "from tokentm_jax.configs import rows\n"
         f"config = EvaluateConfig('cli', 'saco', '{nowhere}', rows('rollout', 'gae'),\n"
         f"    checkpoint={str(checkpoint)!r},\n"
         "    paper={('rollout', 'saco'): 0.123}, batch_size=4)\n"
@@ -715,7 +717,7 @@ def test_commands(vit, folder, tmp_path):
         assert len(result.stderr.strip().splitlines()) == 1
 
 
-RECIPE = "from tokentm_jax import EvaluateConfig, rows\nconfig = EvaluateConfig('a', 'saco', 'nowhere', {})\n"
+RECIPE = "from tokentm_jax.configs import EvaluateConfig, rows\nconfig = EvaluateConfig('a', 'saco', 'nowhere', {})\n"
 GOOD = RECIPE.format("rows('gae')")
 
 
@@ -858,14 +860,14 @@ def test_results_and_comparisons_show_directions_and_significance(whole, tmp_pat
     records = {}
     for row in config.rows:
         path = records_module.record_file(out, row)
-        fields = TASKS["perturbation"].records({})
+        fields = TASKS["perturbation"].records("perturbation", {})
         records[row.name] = records_module.Records(path, fields)
         log = np.broadcast_to(chosen[row.name][:, None, None], (len(keys), 2, 9))
         hit, finite = np.ones((len(keys), 2, 9), bool), np.ones(len(keys), bool)
         for explained in ("predicted", "target"):
             found = {"log_probability": log, "hit": hit, "finite": finite}
             records[row.name].append([(key, explained) for key in keys], found)
-    clean = records_module.Records(out / "records/clean.jsonl", evaluation.clean_fields(), ("clean",))
+    clean = records_module.Records(out / "records/clean.jsonl", records_module.clean_fields(), ("clean",))
     results["rows"] = evaluation.summarise(config, clean, records, keys)
     marks = {(row["method"], row["metric"]): row.get("mark") for row in results["rows"]}
     # AOPC is better where it is higher, and the log-odds where they are lower; the accuracies are all the same.
@@ -906,12 +908,11 @@ def test_a_task_of_a_recipe_is_compared_and_reported(vit, folder, tmp_path):
     checkpoint = write_checkpoint(tmp_path / "tiny.safetensors", vit.module, vit.params, vit.preprocessing)
     recipe, out, page = tmp_path / "own.py", tmp_path / "out", tmp_path / "page.html"
     recipe.write_text(
-        "from tokentm_jax import EvaluateConfig, rows\n"
-        "from tokentm_jax.metrics.tasks import TASKS, Column, Task\n"
-        "from tokentm_jax.validation import lists_of\n"
-        "TASKS['middle'] = Task(lambda predict, inputs, maps: {'middle': maps.mean((1, 2))},\n"
-        "    {'middle': Column(lambda table: table['predicted_middle'], better='lower', digits=3)},\n"
-        "    lambda scored, **_: {'middle': lists_of(float)})\n"
+        "from tokentm_jax import EvaluateConfig\n"
+        "from tokentm_jax.configs import rows\n"
+        "from tokentm_jax.metrics import TASKS, Column, Task\n"
+        "TASKS['middle'] = Task(lambda predict, subject, maps: {'middle': maps.mean((1, 2))},\n"
+        "    {'middle': Column(lambda table: table['predicted_middle'], better='lower', digits=3)})\n"
         f"config = EvaluateConfig('own', 'middle', {str(folder)!r}, rows('rollout'), checkpoint={str(checkpoint)!r},\n"
         "    batch_size=4)\n"
     )

@@ -107,7 +107,7 @@ def data(tmp_path):
 
 
 def config_of(data, *methods):
-    return TextEvaluateConfig("t", str(GOLDENS / "distilbert"), str(data), tm.rows(*methods), batch_size=2)
+    return TextEvaluateConfig("t", str(GOLDENS / "distilbert"), str(data), tm.configs.rows(*methods), batch_size=2)
 
 
 def test_an_evaluation_resumes_and_takes_more_rows(text, data, tmp_path):

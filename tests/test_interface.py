@@ -289,7 +289,7 @@ CALLS = {  # what is called with a value of a wrong type -> the values that it t
     "PlainModel grid": (lambda vit, w: tm.PlainModel(print, w), []),
     "PlainModel prefix": (lambda vit, w: tm.PlainModel(print, (2, 3), w), [5]),
     "PlainModel readout": (lambda vit, w: tm.PlainModel(print, (2, 3), 0, w), []),
-    "depth_rows": (lambda vit, w: tm.depth_rows(w), [5]),
+    "depth_rows": (lambda vit, w: tm.configs.depth_rows(w), [5]),
     "words": (lambda vit, w: tm.words(w, ["x"], np.ones((1, 3))), []),
 }
 

@@ -12,11 +12,11 @@ from conftest import tiny_vit
 from PIL import Image
 
 from tokentm_jax.cli.main import main
+from tokentm_jax.configs import EvaluateConfig, rows
 from tokentm_jax.data import labels
 from tokentm_jax.data.labels import read_label_map, translation
 from tokentm_jax.data.sources import Source, open_source
 from tokentm_jax.errors import InputError
-from tokentm_jax.metrics.tasks import EvaluateConfig, rows
 from tokentm_jax.models.checkpoint import write_checkpoint
 from tokentm_jax.runs.dataset import DatasetConfig, explain_dataset
 from tokentm_jax.runs.evaluate import evaluate
@@ -202,7 +202,8 @@ def test_photos_in_no_folder_of_a_class(vit, folder, tmp_path):
     recipe = tmp_path / "recipe.py"
     for task, options, code in (("saco", {"groups": 2}, 0), ("perturbation", {}, 2)):
         recipe.write_text(
-            "from tokentm_jax import EvaluateConfig, rows\n"
+            "from tokentm_jax import EvaluateConfig\n"
+            "from tokentm_jax.configs import rows\n"
             f"config = EvaluateConfig('x', {task!r}, {str(flat)!r}, rows('random'), checkpoint={str(checkpoint)!r},\n"
             f"    options={options}, batch_size=4)\n"
         )
@@ -218,7 +219,8 @@ def test_the_option_of_the_commands(vit, folder, tmp_path):
     (tmp_path / "map.json").write_text('{"lorry": 4}')
     recipe = tmp_path / "recipe.py"
     recipe.write_text(
-        "from tokentm_jax import EvaluateConfig, rows\n"
+        "from tokentm_jax import EvaluateConfig\n"
+        "from tokentm_jax.configs import rows\n"
         f"config = EvaluateConfig('x', 'saco', {str(folder)!r}, rows('random'), checkpoint={str(checkpoint)!r},\n"
         "    options={'groups': 2}, batch_size=4)\n"
     )

@@ -5,7 +5,14 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "tokentm_jax"
-ROOMS = ["", "maths", "data", "models", "programs", "methods", "metrics", "runs", "cli"]  # "": beside them
+ROOMS = ["", "maths", "data", "models", "programs", "methods", "metrics", "configs", "runs", "cli"]  # "": beside them
+
+
+def room(path: Path) -> str:
+    """The folder of a file, or the file itself where it is a room."""
+    if path.parent != PACKAGE:
+        return path.parent.name
+    return path.stem if path.stem in ROOMS else ""
 
 
 def imports(path: Path) -> set[str]:
@@ -24,14 +31,14 @@ def imports(path: Path) -> set[str]:
 
 def test_imports_go_to_earlier_rooms():
     files = [p for p in PACKAGE.rglob("*.py") if p.name not in ("__init__.py", "__main__.py")]
-    assert {p.parent.name if p.parent != PACKAGE else "" for p in files} == set(ROOMS)
+    assert {room(p) for p in files} == set(ROOMS)
     for path in files:
-        own = ROOMS.index(path.parent.name if path.parent != PACKAGE else "")
+        own = ROOMS.index(room(path))
         for name in imports(path):
             package, _, rest = name.partition(".")
-            room = rest.partition(".")[0]
-            if package == "tokentm_jax" and room in ROOMS:
-                assert ROOMS.index(room) <= own, f"{path.relative_to(PACKAGE)} imports {name}"
+            imported = rest.partition(".")[0]
+            if package == "tokentm_jax" and imported in ROOMS:
+                assert ROOMS.index(imported) <= own, f"{path.relative_to(PACKAGE)} imports {name}"
 
 
 def test_the_mathematics_needs_jax_alone():

@@ -14,10 +14,10 @@ from conftest import tiny_vit
 from PIL import Image
 
 from tokentm_jax.cli.main import main
+from tokentm_jax.configs import EvaluateConfig, Row, rows
 from tokentm_jax.data.sources import open_source
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import ours
-from tokentm_jax.metrics.tasks import EvaluateConfig, Row, rows
 from tokentm_jax.models.checkpoint import write_checkpoint
 from tokentm_jax.runs import evaluate as evaluation
 from tokentm_jax.runs import leaderboard as module
@@ -402,7 +402,8 @@ def test_the_command(vit, folder, tmp_path, monkeypatch):
     checkpoint = write_checkpoint(tmp_path / "tiny.safetensors", vit.module, vit.params, vit.preprocessing)
     recipe, out = tmp_path / "board.py", tmp_path / "out"
     recipe.write_text(
-        "from tokentm_jax import EvaluateConfig, LeaderboardConfig, rows\n"
+        "from tokentm_jax import EvaluateConfig, LeaderboardConfig\n"
+        "from tokentm_jax.configs import rows\n"
         f"run = EvaluateConfig('complexity', 'complexity', {str(folder)!r}, rows('rollout', 'gae'), batch_size=4)\n"
         "srg = EvaluateConfig('srg', 'srg', run.data, rows('rollout', 'gae'), options={'steps': 3})\n"
         "config = LeaderboardConfig('board', [run, srg], ('srg', 'srg'))\n"

@@ -367,7 +367,8 @@ def work(tmp_path_factory):
         Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(file)
     photos, checkpoint = str(path / "photos"), str(path / "tiny.safetensors")
     (path / "evaluate.py").write_text(
-        "from tokentm_jax import EvaluateConfig, rows\n"
+        "from tokentm_jax import EvaluateConfig\n"
+        "from tokentm_jax.configs import rows\n"
         f"config = EvaluateConfig('x', 'saco', {photos!r}, rows('rollout'), checkpoint={checkpoint!r}, batch_size=1)"
     )
     (path / "train.py").write_text(

@@ -64,7 +64,7 @@ def evaluated(place, folder):
     recipe.write_text(
         "import tokentm_jax as tm\n"
         f"config = tm.EvaluateConfig('tiny', 'perturbation', {str(place / 'photos')!r}, "
-        "(*tm.rows('tokentm', 'rollout'), tm.Row('pixels', 'gradient_x_input'), "
+        "(*tm.configs.rows('tokentm', 'rollout'), tm.Row('pixels', 'gradient_x_input'), "
         "tm.Row('patches', 'gradient_x_input', by_patch=True)), "
         f"checkpoint={str(place / 'tiny.safetensors')!r}, batch_size=4)\n"
     )

@@ -11,11 +11,11 @@ from conftest import CHEAP, mostly_slow, tiny_vit
 from PIL import Image
 
 import tokentm_jax as tm
+from tokentm_jax.configs import EvaluateConfig, rows
 from tokentm_jax.data.sources import batches, open_source
 from tokentm_jax.maths import scores
 from tokentm_jax.maths.maps import to_pixels
 from tokentm_jax.methods.table import METHODS
-from tokentm_jax.metrics.tasks import EvaluateConfig, rows
 from tokentm_jax.runs.dataset import DatasetConfig, explain_dataset
 from tokentm_jax.runs.evaluate import evaluate
 from tokentm_jax.runs.report import compare

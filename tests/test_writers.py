@@ -28,12 +28,13 @@ from tokentm_jax.identity import claimed
 TEXTS = Path(__file__).parent / "goldens" / "texts"
 IMPORTS = "import tokentm_jax as tm\nfrom models.training.recipe import TextTrainConfig, TrainConfig"
 RECIPES = {
-    "evaluate.py": "config = tm.EvaluateConfig('x', 'saco', 'photos', tm.rows('rollout'), options={'groups': 2}, "
-    "checkpoint='tiny.safetensors', batch_size=4)",
+    "evaluate.py": "config = tm.EvaluateConfig('x', 'saco', 'photos', tm.configs.rows('rollout'), "
+    "options={'groups': 2}, checkpoint='tiny.safetensors', batch_size=4)",
     "leaderboard.py": "config = tm.LeaderboardConfig('x', [tm.EvaluateConfig('saco', 'saco', 'photos', "
-    "tm.rows('rollout'), options={'groups': 2}, checkpoint='tiny.safetensors', batch_size=4)], ('saco', 'saco'))",
+    "tm.configs.rows('rollout'), options={'groups': 2}, checkpoint='tiny.safetensors', batch_size=4)], "
+    "('saco', 'saco'))",
     "texts.py": f"config = tm.TextEvaluateConfig('x', {str(TEXTS / 'distilbert')!r}, 'texts.tsv', "
-    "tm.rows('rollout'), batch_size=2)",
+    "tm.configs.rows('rollout'), batch_size=2)",
     "train.py": "config = TrainConfig('x', 'photos', 'photos', dict(img_size=16, patch_size=8, embed_dim=16, "
     "depth=1, num_heads=2, num_classes=2), 1, batch_size=2)",
     "train_text.py": f"config = TextTrainConfig('x', {str(TEXTS / 'bert_encoder')!r}, 'texts.tsv', 'texts.tsv', "

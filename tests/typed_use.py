@@ -78,9 +78,11 @@ def mathematics(vit: tm.LoadedViT, images: jax.Array) -> tm.Trace:
 
 
 def runs(mesh: jax.sharding.Mesh, vit: tm.LoadedViT) -> None:
-    rows: list[tm.Row] = [*tm.PAPER_ROWS, *tm.COMPONENT_ROWS, *tm.CHOICE_ROWS, *tm.READING_ROWS, *tm.MIX_ROWS]
-    rows += [*tm.WEIGHT_ROWS, *tm.TEXT_ROWS, *tm.PIXEL_ROWS]
-    rows += [*tm.rows("gae"), *tm.depth_rows(12), *tm.sanity_rows(12, "gae")]
+    own = tm.configs
+    assert_type(tm.metrics.TASKS["srg"], tm.metrics.Task)
+    rows: list[tm.Row] = [*own.PAPER_ROWS, *own.COMPONENT_ROWS, *own.CHOICE_ROWS, *own.READING_ROWS, *own.MIX_ROWS]
+    rows += [*own.WEIGHT_ROWS, *own.TEXT_ROWS, *own.PIXEL_ROWS]
+    rows += [*own.rows("gae"), *own.depth_rows(12), *own.sanity_rows(12, "gae")]
     for config in (tm.EvaluateConfig, tm.LeaderboardConfig, tm.TextEvaluateConfig):
         assert_type(config.__name__, str)
     assert_type(tm.sample_data("photos"), str)

@@ -10,7 +10,11 @@ __version__ = "0.1.0"
 # The public names are those of __init__.pyi. Each is imported on first use, so `tokentm --help` does not wait for JAX.
 _public, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
-_MOVED = {"TrainConfig": "models.training.recipe", "TextTrainConfig": "models.training.recipe"}  # out of the package
+_ROWS = "rows PAPER_ROWS COMPONENT_ROWS CHOICE_ROWS READING_ROWS WEIGHT_ROWS TEXT_ROWS MIX_ROWS PIXEL_ROWS depth_rows "
+_MOVED = {
+    **dict.fromkeys(("TrainConfig", "TextTrainConfig"), "models.training.recipe"),  # out of the package
+    **dict.fromkeys((*_ROWS.split(), "sanity_rows"), "tokentm_jax.configs"),
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -18,7 +22,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _moved(name: str, home: str) -> Any:
-    """A name that was public once, from its new place in a clone."""
+    """A name that was public here once, from its new place, which may be in a clone only."""
     import warnings
 
     from tokentm_jax.errors import InputError

@@ -1,6 +1,10 @@
 """The public names, and where each lives."""
 
+from . import configs as configs
+from . import metrics as metrics
 from .cli.show import show as show
+from .configs import EvaluateConfig as EvaluateConfig
+from .configs import Row as Row
 from .data.audio import Spectrogram as Spectrogram
 from .data.preprocessing import Preprocessing as Preprocessing
 from .errors import InputError as InputError
@@ -16,19 +20,6 @@ from .methods.explain import explain_fn as explain_fn
 from .methods.explain import inspect as inspect
 from .methods.explain import methods_for as methods_for
 from .methods.table import METHODS as METHODS
-from .metrics.tasks import CHOICE_ROWS as CHOICE_ROWS
-from .metrics.tasks import COMPONENT_ROWS as COMPONENT_ROWS
-from .metrics.tasks import MIX_ROWS as MIX_ROWS
-from .metrics.tasks import PAPER_ROWS as PAPER_ROWS
-from .metrics.tasks import PIXEL_ROWS as PIXEL_ROWS
-from .metrics.tasks import READING_ROWS as READING_ROWS
-from .metrics.tasks import TEXT_ROWS as TEXT_ROWS
-from .metrics.tasks import WEIGHT_ROWS as WEIGHT_ROWS
-from .metrics.tasks import EvaluateConfig as EvaluateConfig
-from .metrics.tasks import Row as Row
-from .metrics.tasks import depth_rows as depth_rows
-from .metrics.tasks import rows as rows
-from .metrics.tasks import sanity_rows as sanity_rows
 from .models.architectures import ARCHITECTURES as ARCHITECTURES
 from .models.architectures import build as build
 from .models.bert import Bert as Bert

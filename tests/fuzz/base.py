@@ -15,7 +15,8 @@ from PIL import Image
 NAMES = ("ant", "bee", "cat", "dog", "eel")
 OPTIONS = dict(img_size=[16, 24], patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=5)
 EVALUATE = """
-from tokentm_jax import EvaluateConfig, rows
+from tokentm_jax import EvaluateConfig
+from tokentm_jax.configs import rows
 config = EvaluateConfig("tiny", "perturbation", "data", rows("tokentm", "rollout"), batch_size=2, checkpoint={!r})
 """
 TRAIN = f"""

@@ -14,7 +14,8 @@ import numpy as np
 from fuzz.case import BAD, BASE, CHECKPOINT, EITHER, GOOD, Case, base, changed, damage, fifo, folder, link, sparse
 
 RECIPE = """
-from tokentm_jax import EvaluateConfig, rows
+from tokentm_jax import EvaluateConfig
+from tokentm_jax.configs import rows
 config = EvaluateConfig("t", "segmentation", "a.mat", rows("rollout"), checkpoint={!r}, batch_size=2)
 """
 SIZES = ("--batch-size", "2", "--chunk-size", "2", "--checkpoint", CHECKPOINT, "--out", "out")

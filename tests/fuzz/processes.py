@@ -27,7 +27,8 @@ DATASET = ("dataset", "many", "--checkpoint", CHECKPOINT, "--out", "store", "--b
 EVALUATE = ("evaluate", "r.py", "--out", "o")
 TRAIN = ("train", "t.py", "--out", "t")
 RECIPE = f"""
-from tokentm_jax import EvaluateConfig, rows
+from tokentm_jax import EvaluateConfig
+from tokentm_jax.configs import rows
 config = EvaluateConfig("t", "perturbation", "many", rows("tokentm", "rollout"), batch_size=2,
                         checkpoint={CHECKPOINT!r})
 """

@@ -65,7 +65,7 @@ def evaluate(
     Example:
       tokentm evaluate configs/perturbation.py --methods tokentm,gae --limit 100
     """
-    from tokentm_jax.metrics.tasks import EvaluateConfig, check, select
+    from tokentm_jax.configs import EvaluateConfig, check, select
     from tokentm_jax.models.loading import load
     from tokentm_jax.runs.evaluate import evaluate, examples
     from tokentm_jax.runs.evaluate_text import TextEvaluateConfig

@@ -63,7 +63,7 @@ def read_recipe(recipe: Path, *kinds: type) -> Any:
 def read_task(recipe: Path | None) -> None:
     """Run a recipe for the task that it defines, where one is given. Raises InputError as `read_recipe`."""
     if recipe is not None:
-        from tokentm_jax.metrics.tasks import EvaluateConfig
+        from tokentm_jax.configs import EvaluateConfig
         from tokentm_jax.runs.leaderboard import LeaderboardConfig
 
         read_recipe(recipe, EvaluateConfig, LeaderboardConfig)

@@ -83,8 +83,8 @@ def report(
             raise
         raise InputError(f"tokentm report needs the package {error.name}: pip install 'tokentm-jax[report]'") from None
     from tokentm_jax.cli.recipes import read_task
+    from tokentm_jax.configs import rows
     from tokentm_jax.data.photos import find_photos
-    from tokentm_jax.metrics.tasks import rows
     from tokentm_jax.models.loading import load
 
     kind = _kind(what)

@@ -23,6 +23,7 @@ from tokentm_jax.cli.figure import as_base64, colour_tables, data_url
 from tokentm_jax.cli.heatmaps import softmax
 from tokentm_jax.cli.templates import render
 from tokentm_jax.cli.terminal import complain, memory_errors, running_images
+from tokentm_jax.configs import RANDOM, Row
 from tokentm_jax.data.labels import IMAGENET_1K
 from tokentm_jax.data.photos import find_photos, fit, open_photo, view
 from tokentm_jax.data.preprocessing import Preprocessing
@@ -35,7 +36,8 @@ from tokentm_jax.methods.by_block import Layer, by_block
 from tokentm_jax.methods.explain import explain
 from tokentm_jax.methods.table import METHODS
 from tokentm_jax.methods.titles import title_of
-from tokentm_jax.metrics.tasks import CLEAN, PREDICTED, RANDOM, TASKS, Row
+from tokentm_jax.metrics.task import CLEAN, PREDICTED
+from tokentm_jax.metrics.tasks import TASKS
 from tokentm_jax.models.checkpoint import read_description
 from tokentm_jax.models.loading import LoadedViT, load, predict, read_class_names, shipped
 from tokentm_jax.runs.evaluate import examples

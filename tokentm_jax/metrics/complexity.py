@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from tokentm_jax.maths.maps import shares
+from tokentm_jax.metrics.task import Column, Predict, Subject, Task
 
 
 def _shares(maps: Array) -> Array:
@@ -29,3 +30,17 @@ def entropy(maps: Array) -> Array:
     """Entropy in nats of the absolute values as a distribution (complexity; Bhatt et al., IJCAI 2020) -> [B], from 0
     for a single one to ln n for equal ones."""
     return jax.scipy.special.entr(_shares(maps)).sum(1)
+
+
+def _complexity(predict: Predict, subject: Subject, maps: Array) -> dict[str, Array]:
+    return {"gini": gini(maps), "entropy": entropy(maps)}
+
+
+COMPLEXITY = Task(
+    _complexity,
+    {
+        "gini": Column(lambda table: table["predicted_gini"], digits=3),
+        "entropy": Column(lambda table: table["predicted_entropy"], digits=3),
+    },
+    raw=True,
+)

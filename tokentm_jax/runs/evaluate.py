@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 
 from tokentm_jax import metrics
+from tokentm_jax.configs import RANDOM, EvaluateConfig, Row, check
 from tokentm_jax.data.labels import read_label_map, translation
 from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.data.sources import Source, batches, open_source
@@ -23,27 +24,14 @@ from tokentm_jax.maths.mixed import linear
 from tokentm_jax.maths.scores import Question, Versus, question
 from tokentm_jax.methods.explain import compiled
 from tokentm_jax.methods.table import METHODS
-from tokentm_jax.metrics.tasks import (
-    CLEAN,
-    PREDICTED,
-    RANDOM,
-    TARGET,
-    TASKS,
-    EvaluateConfig,
-    Fields,
-    Inputs,
-    Number,
-    Row,
-    check,
-    clean_fields,
-)
+from tokentm_jax.metrics.task import CLEAN, PREDICTED, TARGET, Fields, Subject, Task, record_types
+from tokentm_jax.metrics.tasks import TASKS
 from tokentm_jax.models.loading import LoadedViT, predict
 from tokentm_jax.models.sharding import over_batch
 from tokentm_jax.models.vit import init_params
-from tokentm_jax.runs.records import EXAMPLES, KEPT, Records, record_file
-from tokentm_jax.runs.report import draw, markdown, summarise, with_kept_rows
+from tokentm_jax.runs.records import EXAMPLES, KEPT, Records, clean_fields, record_file
+from tokentm_jax.runs.report import draw, fields_of, markdown, summarise, with_kept_rows
 from tokentm_jax.runs.store import Maps
-from tokentm_jax.validation import lists_of
 
 
 @lru_cache(maxsize=16)
@@ -67,7 +55,7 @@ Options = tuple[tuple[str, Any], ...]
 def _score_program(
     module: Any,
     preprocessing: Preprocessing,
-    task: str,
+    task: Task,
     options: Options,
     row: tuple[str, Options] | None,
     by_patch: bool,
@@ -81,7 +69,6 @@ def _score_program(
     finer than the patches become means over them. With `mixed` the model answers in mixed precision, but is explained
     as ever.
     """
-    kind = TASKS[task]
     explained = None if row is None else compiled(module, {row[0]: dict(row[1])}, preprocessing=None)
 
     def program(
@@ -109,29 +96,29 @@ def _score_program(
 
         finite, given = jnp.isfinite(maps).all((1, 2)), ready(maps)
         original = None if original is None else ready(original)
-        inputs = Inputs(unit(pixels), target, labels, masks, original, reference, shared)
-        inputs = inputs._replace(grid=module.grid, mean=preprocessing.mean, tiling=tiling)
-        inputs = inputs._replace(explain=explain if kind.explains else None)
-        measured = given if kind.raw else to_pixels(given, preprocessing.size, tiling)
+        subject = Subject(unit(pixels), target, labels, masks, original, reference, shared)
+        subject = subject._replace(grid=module.grid, mean=preprocessing.mean, tiling=tiling)
+        subject = subject._replace(explain=explain if task.explains else None)
+        measured = given if task.raw else to_pixels(given, preprocessing.size, tiling)
         model = partial(predict, module.clone(linear=linear) if mixed else module, preprocessing, params)
-        return {"finite": finite, **kind.compute(model, inputs, measured, **dict(options))}
+        return {"finite": finite, **task.compute(model, subject, measured, **dict(options))}
 
     return jax.jit(program)
 
 
 @lru_cache(maxsize=16)
 def _shared_program(
-    module: Any, preprocessing: Preprocessing, task: str, options: Options, mixed: bool
+    module: Any, preprocessing: Preprocessing, task: Task, options: Options, mixed: bool
 ) -> Callable[..., Any]:
     """(params, pixels, target, labels) -> what the task needs of the images, and no map changes."""
-    shared = TASKS[task].shared
+    shared = task.shared
     assert shared is not None
 
     def program(params: Any, pixels: Array, target: metrics.Target, labels: Array) -> Any:
-        inputs = Inputs(unit(pixels), target, labels, grid=module.grid, mean=preprocessing.mean)
-        inputs = inputs._replace(tiling=getattr(module, "tiling", None))
+        subject = Subject(unit(pixels), target, labels, grid=module.grid, mean=preprocessing.mean)
+        subject = subject._replace(tiling=getattr(module, "tiling", None))
         model = partial(predict, module.clone(linear=linear) if mixed else module, preprocessing, params)
-        return shared(model, inputs, **dict(options))
+        return shared(model, subject, **dict(options))
 
     return jax.jit(program)
 
@@ -191,7 +178,7 @@ class Programs:
             explained, own = (row.method, tuple(sorted(suited.items()))), self._params(row)
         options = tuple(sorted(self._options["compute"].items()))
         mixed = self.config.mixed_precision
-        program = _score_program(*self._model, self.config.task, options, explained, row.by_patch, mixed)
+        program = _score_program(*self._model, self.task, options, explained, row.by_patch, mixed)
         return program(self.vit.params, pixels, self.target(classes), *others, own)
 
     def shared(self, pixels: Array, classes: Array, labels: Array) -> Any:
@@ -199,7 +186,7 @@ class Programs:
         if self.task.shared is None:
             return None
         options = tuple(sorted(self._options["shared"].items()))
-        program = _shared_program(*self._model, self.config.task, options, self.config.mixed_precision)
+        program = _shared_program(*self._model, self.task, options, self.config.mixed_precision)
         return program(self.vit.params, pixels, self.target(classes), labels)
 
     def _reference(self) -> Callable[..., Any]:
@@ -211,8 +198,7 @@ class Programs:
         pixels = jax.ShapeDtypeStruct((1, *self.vit.preprocessing.shape), jnp.uint8)
         classes = jax.ShapeDtypeStruct((1,), jnp.int32)
         maps, _ = jax.eval_shape(self._reference(), self.vit.params, pixels, classes)
-        kind = lists_of(Number, *maps[self.task.reference].shape[1:])
-        return {"map": kind, "standard_error": kind}
+        return record_types(dict.fromkeys(("map", "standard_error"), maps[self.task.reference]))
 
     def reference(self, pixels: Array, classes: Array) -> dict[str, Array]:
         """Maps of the task's `reference`, and their standard errors: each [B, h, w]."""
@@ -330,7 +316,7 @@ def _evaluate(
     if not jobs:
         raise InputError(f"{source.name} has no image that can be read: {next(iter(skipped.values()), 'it is empty')}")
     keys = [job.key for job in jobs if job.explained == PREDICTED]
-    fields = task.records(config.options, config.score is not None)
+    fields = fields_of(config)
     records = {row.name: Records(record_file(out, row), fields) for row in whole.rows}
     references = None
     if task.reference:

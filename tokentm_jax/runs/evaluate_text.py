@@ -9,12 +9,13 @@ import numpy as np
 from annotated_types import Ge, Gt, Le, Len, Lt
 
 from tokentm_jax import metrics
+from tokentm_jax.configs import RANDOM, Row, check_rows
 from tokentm_jax.data.sentences import Sentences
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import ours, read_json, reason, require_ours, write_json, write_text
 from tokentm_jax.identity import claimed, environment, identity_of
 from tokentm_jax.methods.explain import compiled
-from tokentm_jax.metrics.tasks import CLEAN, PREDICTED, RANDOM, Number, Row, check_rows
+from tokentm_jax.metrics.task import CLEAN, PREDICTED, Number
 from tokentm_jax.metrics.texts import Probabilities, agreement, kendall, leave_one_out, read_lexicon, removal_curves
 from tokentm_jax.models.inputs import Tokens
 from tokentm_jax.models.texts import LoadedText, words

@@ -18,14 +18,15 @@ import numpy as np
 from annotated_types import Gt, Len
 from typing_extensions import TypedDict
 
+from tokentm_jax import configs
+from tokentm_jax.configs import RANDOM, EvaluateConfig, Row
 from tokentm_jax.data.sources import Source
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.files import ours, read_json, require_ours, write_json, write_text
 from tokentm_jax.identity import claimed, describe_model, digest, environment, write_figure
 from tokentm_jax.methods.explain import compiled
 from tokentm_jax.methods.table import METHODS
-from tokentm_jax.metrics import tasks
-from tokentm_jax.metrics.tasks import RANDOM, TASKS, EvaluateConfig, Row
+from tokentm_jax.metrics.tasks import TASKS
 from tokentm_jax.models.loading import LoadedViT
 from tokentm_jax.runs.dataset import DatasetConfig, explain_dataset
 from tokentm_jax.runs.dataset import Report as Counted
@@ -69,13 +70,13 @@ class LeaderboardConfig:
 
 
 def check(config: LeaderboardConfig) -> LeaderboardConfig:
-    """The config, every field as its annotation says, and every run as `tasks.check` does.
+    """The config, every field as its annotation says, and every run as `configs.check` does.
 
     Raises InputError for one of these, runs of one name or of different models, runs with a score, a row of noise
     but `random`, a row that is not the same in all of them, or a faithfulness that none of them measures.
     """
     config = check_fields(config, "the leaderboard")
-    config = dataclasses.replace(config, runs=[tasks.check(run) for run in config.runs])
+    config = dataclasses.replace(config, runs=[configs.check(run) for run in config.runs])
     names = [run.name for run in config.runs]
     if len(set(names)) < len(names) or {*names} & {*RESULTS, MAPS}:
         raise InputError(f"the runs of {config.name} must have names of their own, none of them {MAPS!r}")

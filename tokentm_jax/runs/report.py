@@ -11,23 +11,12 @@ from annotated_types import Ge, Le
 from typing_extensions import TypedDict
 
 from tokentm_jax import metrics
+from tokentm_jax.configs import RANDOM, EvaluateConfig, Row, check
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.files import generator, ours, read_json
-from tokentm_jax.metrics.tasks import (
-    CLEAN,
-    FINITE_MAPS,
-    LARGEST_SEED,
-    PREDICTED,
-    RANDOM,
-    TASKS,
-    Column,
-    EvaluateConfig,
-    Plot,
-    Row,
-    check,
-    clean_fields,
-)
-from tokentm_jax.runs.records import EXAMPLES, Records, record_file, table_of
+from tokentm_jax.metrics.task import CLEAN, FINITE_MAPS, LARGEST_SEED, PREDICTED, Column, Fields, Plot
+from tokentm_jax.metrics.tasks import TASKS
+from tokentm_jax.runs.records import EXAMPLES, Records, clean_fields, record_file, table_of
 from tokentm_jax.validation import checked
 
 if TYPE_CHECKING:
@@ -272,7 +261,8 @@ Measured = tuple[list[str], dict[str, np.ndarray]]  # examples, and by metric th
 
 class Finished(NamedTuple):
     """A finished evaluation: its folder, config, data set, figures, what the model said of the whole images, and which
-    of these the figures are of: the folder may hold more, of an earlier run with another limit, half or names."""
+    of these the figures are of: the folder may hold more, of an earlier run with another limit, half or names; and how
+    the records of its rows are checked."""
 
     out: Path
     config: EvaluateConfig
@@ -280,11 +270,11 @@ class Finished(NamedTuple):
     figures: list[Figure]
     clean: Records
     keys: list[str]
+    fields: Fields
 
     def records(self, row: Row) -> Records:
         """The results per image of a row, from its file."""
-        task, scored = TASKS[self.config.task], self.config.score is not None
-        return Records(record_file(self.out, row), task.records(self.config.options, scored))
+        return Records(record_file(self.out, row), self.fields)
 
     def measured(self, row: Row, records: Records | None = None) -> Measured:
         """The finished examples of a row and its results per image; `records` are the row's, if read already.
@@ -327,7 +317,12 @@ def open_finished(out: Path) -> Finished:
     for key in keys:
         if (key, CLEAN) not in clean.places:
             raise InputError(f"{listed} names {key}, of which {clean.path} holds no results")
-    return Finished(out, config, run["data"], results["rows"], clean, keys)
+    return Finished(out, config, run["data"], results["rows"], clean, keys, fields_of(config))
+
+
+def fields_of(config: EvaluateConfig) -> Fields:
+    """The annotations of what a run of this config records per image."""
+    return TASKS[config.task].records(config.task, config.options, config.score is not None)
 
 
 def _read_results(path: Path) -> Results:

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from tokentm_jax.metrics.task import Column, Plot, Predict, Subject, Table, Task
+
 THRESHOLDS = 50  # of the precision-recall curve
 
 
@@ -40,10 +42,10 @@ def segmentation(maps: Array, masks: Array) -> dict[str, Array]:
     pairs = (found & masks, found & ~masks, ~found & masks, ~found & ~masks)
     values, truth = maps.reshape(len(maps), -1), masks.reshape(len(maps), -1)
     bins = jnp.clip((values * THRESHOLDS).astype(jnp.int32), 0, THRESHOLDS - 1)
-    count = jax.vmap(lambda b, t: jnp.zeros((2, THRESHOLDS), jnp.int32).at[1 - t.astype(jnp.int32), b].add(1))
+    count = jax.vmap(lambda b, t: jnp.zeros((2, THRESHOLDS), jnp.uint32).at[1 - t.astype(jnp.int32), b].add(1))
     best = values.argmax(1)
     return {
-        "counts": jnp.stack([pair.sum((1, 2), dtype=jnp.int32) for pair in pairs], 1),
+        "counts": jnp.stack([pair.sum((1, 2), dtype=jnp.uint32) for pair in pairs], 1),
         "average_precision": average_precision(values, truth),
         "map_two_channel": average_precision(
             jnp.concatenate([1 - values, values], 1), jnp.concatenate([~truth, truth], 1)
@@ -79,3 +81,32 @@ def precision_recall(histogram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Precision and recall [50] at every lower edge of the intervals, pooled, from `histogram` [n, 2, 50]."""
     above = histogram.sum(0, dtype=np.float64)[:, ::-1].cumsum(1)[:, ::-1]
     return above[0] / np.maximum(above.sum(0), 1), above[0] / np.maximum(above[0, :1], 1)
+
+
+def _segmentation(predict: Predict, subject: Subject, maps: Array) -> dict[str, Array]:
+    assert subject.masks is not None
+    return segmentation(maps, subject.masks)
+
+
+def _counts(table: Table) -> np.ndarray:
+    return table["predicted_counts"]
+
+
+def _segmentation_curves(table: Table) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    precision, recall = precision_recall(table["predicted_histogram"])
+    return {"foreground, pooled pixels": (recall, precision)}
+
+
+SEGMENTATION = Task(
+    _segmentation,
+    {
+        "pixel_accuracy": Column(_counts, pixel_accuracy, "higher"),
+        "mean_iou": Column(_counts, mean_iou, "higher"),
+        "map_two_channel": Column(lambda table: 100 * table["predicted_map_two_channel"], better="higher"),
+        "map": Column(lambda table: 100 * table["predicted_average_precision"], better="higher"),
+        "mean_f1": Column(lambda table: 100 * f1(_counts(table)), better="higher"),
+        "pointing_game": Column(lambda table: 100 * table["predicted_pointing"], better="higher"),
+    },
+    Plot("recall", "precision", _segmentation_curves),
+    needs="masks",
+)

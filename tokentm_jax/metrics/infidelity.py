@@ -1,38 +1,20 @@
-"""Does it stay when little changes, and does it say what changes do? Max-sensitivity and infidelity.
-
-Functions take a batch and give results per image; images [B, H, W, 3] are in [0, 1].
-"""
+"""Infidelity: whether relevance predicts what the removal of random patches costs."""
 
 import math
-from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from annotated_types import Gt, Lt
 from jax import Array
 
 from tokentm_jax.maths.maps import Tiling
-from tokentm_jax.metrics.faithfulness import Predict, Target, confidence, perturb
+from tokentm_jax.metrics.removal import by_patch, confidence, perturb
+from tokentm_jax.metrics.task import Background, Column, Predict, Samples, Seed, Subject, Target, Task
 
-
-def max_sensitivity(
-    explain: Callable[[Array], Array], images: Array, maps: Array, radius: float, samples: int, seed: int = 0
-) -> Array:
-    """Largest relative change of maps [B, h, w] over random images within `radius` of each pixel's value: [B].
-
-        max_s ||E(x + d_s) - E(x)|| / ||E(x)||,   d_s uniform in [-radius, radius], the same for every image
-
-    (Yeh et al., NeurIPS 2019; relative, so that maps of every scale compare.) `explain` gives maps of images, for the
-    class that was explained. A map of zeros that stays has 0, and one that does not has 1, as one that becomes zeros.
-    """
-
-    def change(key: Array) -> Array:
-        step = jax.random.uniform(key, images.shape[1:], images.dtype, -radius, radius)
-        return jnp.sqrt(jnp.square(explain(images + step) - maps).sum((1, 2)))
-
-    largest = jax.lax.map(change, jax.random.split(jax.random.key(seed), samples)).max(0)
-    size = jnp.sqrt(jnp.square(maps).sum((1, 2)))
-    return jnp.where(size > 0, largest / jnp.where(size > 0, size, 1), jnp.sign(largest))
+REMOVALS = 50
+Share = Annotated[float, Gt(0), Lt(1)]
 
 
 def random_removals(
@@ -98,3 +80,37 @@ def infidelity(relevance: np.ndarray, drop: np.ndarray) -> np.ndarray:
     size = np.square(relevance).sum(1)
     scale = np.divide((relevance * drop).sum(1), size, out=np.zeros(len(size)), where=size > 0)
     return np.square(scale[:, None] * relevance - drop).mean(1)
+
+
+def _removals(
+    predict: Predict,
+    subject: Subject,
+    *,
+    fill: Background = "mean",
+    samples: Samples = REMOVALS,
+    share: Share = 0.1,
+    seed: Seed = 0,
+) -> tuple[Array, Array]:
+    removed = removed_patches(subject.grid, samples, share, seed)
+    background = subject.background(fill)
+    return removed, removal_drops(predict, subject.images, removed, subject.target, background, subject.tiling)
+
+
+def _infidelity(predict: Predict, subject: Subject, maps: Array) -> dict[str, Array]:
+    removed, drop = subject.shared
+    maps = by_patch(maps, subject.grid, subject.tiling)
+    return {"relevance": removed_relevance(maps, removed), "drop": drop}
+
+
+INFIDELITY = Task(
+    _infidelity,
+    {
+        "infidelity": Column(
+            lambda table: infidelity(table["predicted_relevance"], table["predicted_drop"]),
+            better="lower",
+            digits=4,
+        )
+    },
+    raw=True,
+    shared=_removals,
+)

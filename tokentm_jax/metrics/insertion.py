@@ -1,0 +1,48 @@
+"""Insertion and deletion (Petsiuk et al., BMVC 2018): the probability as pixels appear and as they are removed."""
+
+from typing import Annotated, Literal
+
+import jax.numpy as jnp
+from annotated_types import Ge, Le
+from jax import Array
+
+from tokentm_jax.metrics.removal import MOST, Fill, no_labels, plotted, removal, two_curves
+from tokentm_jax.metrics.statistics import unit_area
+from tokentm_jax.metrics.task import Column, Plot, Predict, Steps, Subject, Target, Task, followed_in
+from tokentm_jax.validation import checked
+
+
+def insertion_deletion(
+    predict: Predict, images: Array, maps: Array, target: Target, fill: Fill = 0.0, steps: int = 20
+) -> dict[str, Array]:
+    """Log-probability, or score, [B, 2, steps + 1] while the pixels, the most relevant first, are put on `fill`
+    (insertion), and are replaced by it (deletion). Insertion of k pixels is removal of all but k from the other end.
+
+    Raises InputError for `steps` that are not from 1 to the number of pixels, and 1000 at most.
+    """
+    pixels = maps.shape[1] * maps.shape[2]
+    steps = checked("steps", Annotated[int, Ge(1), Le(min(pixels, MOST))], steps)
+    shown = [s * pixels // steps for s in range(steps + 1)]
+    counts = jnp.asarray([pixels - k for k in shown] + shown, jnp.int32)
+    positive = jnp.arange(len(counts)) > steps
+    return two_curves(removal(predict, images, maps, target, no_labels(images), counts, positive, fill))
+
+
+def _insertion(
+    predict: Predict, subject: Subject, maps: Array, *, fill: Literal["black", "blur"] = "black", steps: Steps = 20
+) -> dict[str, Array]:
+    return insertion_deletion(predict, subject.images, maps, subject.target, subject.background(fill), steps)
+
+
+INSERTION = Task(
+    _insertion,
+    {
+        "insertion_auc": Column(lambda table: 100 * followed_in(table)[:, 0], unit_area, "higher"),
+        "deletion_auc": Column(lambda table: 100 * followed_in(table)[:, 1], unit_area, "lower"),
+    },
+    Plot(
+        "pixels changed [%]",
+        "probability",
+        plotted("insertion (higher is better)", "deletion (lower is better)"),
+    ),
+)

@@ -1,0 +1,118 @@
+"""Perturbation test and ROAD: accuracy as pixels are removed, the most relevant first or last."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from annotated_types import Ge, Le
+from jax import Array
+
+from tokentm_jax.maths.perturbation import linear_imputation
+from tokentm_jax.metrics.removal import Fill, removal
+from tokentm_jax.metrics.statistics import area
+from tokentm_jax.metrics.task import (
+    CLEAN,
+    PREDICTED,
+    TARGET,
+    Column,
+    Plot,
+    Predict,
+    Seed,
+    Subject,
+    Table,
+    Target,
+    Task,
+    followed_in,
+)
+
+STEPS = 9  # 10 %, 20 % ... 90 % of the pixels
+POSITIVE, NEGATIVE = 0, 1  # the most relevant pixels go first, or last
+Noise = Annotated[float, Ge(0), Le(10)]
+
+
+def perturbation(
+    predict: Predict, images: Array, maps: Array, target: Target, labels: Array, fill: Fill = 0.0
+) -> dict[str, Array]:
+    """Positive and negative perturbation test: `scores` [B, 2, 9] with floor(0.1 s H W) pixels black, s = 1 ... 9.
+
+    With `noisy_linear` as the `fill` it is ROAD (Rong et al., ICML 2022).
+    """
+    pixels = maps.shape[1] * maps.shape[2]
+    counts = jnp.asarray([s * pixels // 10 for s in range(1, STEPS + 1)] * 2, jnp.int32)
+    positive = jnp.arange(2 * STEPS) < STEPS
+    found = removal(predict, images, maps, target, labels, counts, positive, fill)
+    return jax.tree.map(lambda a: a.reshape(len(a), 2, STEPS), found)
+
+
+def noisy_linear(images: Array, removed: Array, noise: float = 0.01, seed: int = 0) -> Array:
+    """ROAD's imputation (Rong et al., ICML 2022) of the `removed` pixels [B, H, W] of images [B, H, W, C].
+
+    Each is the weighted mean of its neighbours (`linear_imputation`), plus Gaussian noise of that deviation, the same
+    for every image: neither the values nor sharp edges tell the model which pixels were removed.
+    """
+    key = jax.random.key(seed)
+    grain = noise * jax.random.normal(key, images.shape[1:], images.dtype)
+    return jax.vmap(linear_imputation)(images, removed) + jnp.where(removed[..., None], grain, 0)
+
+
+def _perturbation(predict: Predict, subject: Subject, maps: Array) -> dict[str, Array]:
+    return perturbation(predict, subject.images, maps, subject.target, subject.labels)
+
+
+def _road(predict: Predict, subject: Subject, maps: Array, *, noise: Noise = 0.01, seed: Seed = 0) -> dict[str, Array]:
+    fill = partial(noisy_linear, noise=noise, seed=seed)
+    return perturbation(predict, subject.images, maps, subject.target, subject.labels, fill)
+
+
+# Accuracies start at the clean one; probabilities are those of the predicted class, the most relevant pixels removed
+# first.
+
+
+def _hits(direction: int, explained: str = PREDICTED) -> Callable[[Table], np.ndarray]:
+    return lambda table: np.concatenate(
+        [table["clean_hit"][:, None], table[f"{explained}_hit"][:, direction]], 1
+    )  # [n, 10]
+
+
+def _aopc(table: Table) -> np.ndarray:
+    return followed_in(table, CLEAN)[:, None] - followed_in(table)[:, POSITIVE]
+
+
+def _lodds(table: Table) -> np.ndarray:
+    name = "score" if "clean_score" in table else "log_probability"
+    return table[f"predicted_{name}"][:, POSITIVE] - table[f"clean_{name}"][:, None]
+
+
+def _perturbation_curves(table: Table) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    titles = {"positive (lower is better)": POSITIVE, "negative (higher is better)": NEGATIVE}
+    accuracies = {title: 100 * _hits(direction)(table).mean(0) for title, direction in titles.items()}
+    return {title: (10 * np.arange(len(accuracy)), accuracy) for title, accuracy in accuracies.items()}
+
+
+PERTURBATION = Task(
+    _perturbation,
+    {
+        "positive_auc_predicted": Column(_hits(POSITIVE), area, "lower"),
+        "negative_auc_predicted": Column(_hits(NEGATIVE), area, "higher"),
+        "positive_auc_target": Column(_hits(POSITIVE, TARGET), area, "lower", explained=TARGET),
+        "negative_auc_target": Column(_hits(NEGATIVE, TARGET), area, "higher", explained=TARGET),
+        "aopc": Column(_aopc, better="higher", digits=3),
+        "lodds": Column(_lodds, better="lower", digits=3),
+    },
+    Plot("pixels removed [%]", "accuracy [%]", _perturbation_curves),
+    needs="labels",
+)
+
+
+ROAD = Task(
+    _road,
+    {
+        "road_positive_auc": Column(_hits(POSITIVE), area, "lower"),
+        "road_negative_auc": Column(_hits(NEGATIVE), area, "higher"),
+    },
+    Plot("pixels imputed [%]", "accuracy [%]", _perturbation_curves),
+    needs="labels",
+)

@@ -1,0 +1,153 @@
+"""What the model says as pixels or patches are removed, the most relevant first or last.
+
+Functions take a batch and give results per image: maps are pixel maps [B, H, W] in [0, 1], images [B, H, W, 3] are in
+[0, 1], and `predict` gives logits [B, classes] for such images. What is followed is the probability of the class
+`target` [B], or the score of a `Question` (`tokentm_jax.maths.scores`), which need be no probability.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from tokentm_jax.maths.maps import Tiling, spread
+from tokentm_jax.maths.primitives import wide
+from tokentm_jax.maths.scores import Question, explained, log_probability
+from tokentm_jax.metrics.task import Predict, Table, Target, followed_in
+
+Fill = Array | float | Callable[[Array, Array], Array]  # what replaces removed pixels, see `perturb`
+MOST = 1000  # steps, or groups of pixels: each is a forward pass
+
+
+def rank_pixels(maps: Array) -> Array:
+    """Rank of every pixel of maps [B, H, W], as int32 of that shape: 0 is the most relevant; of equal values, the
+    one with the lower index comes first."""
+    chex.assert_rank(maps, 3)
+    order = jnp.argsort(maps.reshape(len(maps), -1), axis=1, descending=True, stable=True).astype(jnp.int32)
+    places = jnp.broadcast_to(jnp.arange(order.shape[1], dtype=jnp.int32), order.shape)
+    put = jax.vmap(lambda o, p: jnp.zeros_like(p).at[o].set(p, unique_indices=True))
+    return put(order, places).reshape(maps.shape)
+
+
+def perturb(
+    images: Array,
+    ranks: Array,
+    count: Array | int,
+    positive: Array | bool,
+    fill: Fill = 0.0,
+    tiling: Tiling | None = None,
+) -> Array:
+    """Images [B, H, W, C] with `count` pixels set to `fill`: the first by rank (positive) or the last.
+
+    `ranks` are those of pixels [B, H, W], or of patches [B, gh, gw]: then `count` patches go, which divide the image
+    or lie as `tiling` says (`tokentm_jax.maths.maps.spread`). `fill` is a value, an array that fits the images, or a
+    function `(images, removed [B, H, W]) -> images`.
+    """
+    _, gh, gw = ranks.shape
+    removed = jnp.where(positive, ranks < count, ranks >= gh * gw - count)
+    if ranks.shape[1:] != images.shape[1:3]:
+        removed = spread(removed, (images.shape[1], images.shape[2]), tiling)
+    if callable(fill):
+        return fill(images, removed)
+    return jnp.where(removed[..., None], jnp.asarray(fill, images.dtype), images)
+
+
+def scores(logits: Array, target: Target, labels: Array) -> dict[str, Array]:
+    """Per image: the log-probability of the class, or the score of a question; and whether the top-1 class is the
+    label [B]."""
+    if isinstance(target, Question):
+        followed = {"score": wide(explained(logits, target)[0])}
+    else:
+        followed = {"log_probability": log_probability(logits, target)}
+    return {**followed, "hit": logits.argmax(-1) == labels}
+
+
+def followed(found: dict[str, Any]) -> Any:
+    """The probability of the class, or the score, of what `scores` found."""
+    return found["score"] if "score" in found else jnp.exp(found["log_probability"])
+
+
+def confidence(predict: Predict, images: Array, target: Target) -> Array:
+    """What is followed, the probability of the class or the score of a question, for images [B, H, W, C]: [B]."""
+    return followed(scores(predict(images), target, no_labels(images)))
+
+
+def no_labels(images: Array) -> Array:
+    """Labels of images that have none."""
+    return jnp.full(len(images), -1)
+
+
+def removal(
+    predict: Predict,
+    images: Array,
+    maps: Array,
+    target: Target,
+    labels: Array,
+    counts: Array,
+    positive: Array,
+    fill: Fill = 0.0,
+    tiling: Tiling | None = None,
+) -> dict[str, Array]:
+    """`scores` after removing `counts` [S] pixels, or patches, in the given directions [S] (`perturb`): arrays [B, S].
+
+    One forward pass of the whole batch after the other, so that memory does not grow with S.
+    """
+    ranks = rank_pixels(maps)
+
+    def step(way: tuple[Array, Array]) -> dict[str, Array]:
+        return scores(predict(perturb(images, ranks, *way, fill, tiling)), target, labels)
+
+    return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), jax.lax.map(step, (counts, positive)))
+
+
+def by_patch(maps: Array, grid: tuple[int, int], tiling: Tiling | None = None) -> Array:
+    """Means of maps [B, h, w] over the patches of a grid: [B, gh, gw]; one value a patch stays as it is.
+
+    Of patches that overlap (`tiling`, for pixel maps), over the pixels that `maths.maps.spread` gives them. Maps of
+    neither pixels nor these patches divide the image evenly.
+    """
+    if tiling is not None and tiling.patch != tiling.stride and tiling.grid(maps.shape[1:]) == grid:
+        for axis, count in enumerate(grid):
+            cells = jnp.asarray(tiling.cells(axis, count, maps.shape[axis + 1]), jnp.int32)
+            inside = (cells[:, None] == jnp.arange(count, dtype=jnp.int32)).astype(maps.dtype)
+            maps = jnp.tensordot(maps, inside / inside.sum(0), ((axis + 1,), (0,)), precision="highest")
+            maps = jnp.moveaxis(maps, -1, axis + 1)
+        return maps
+    for axis, (side, wanted) in enumerate(zip(maps.shape[1:], grid, strict=True), 1):
+        least = math.lcm(side, wanted)
+        fine = jnp.moveaxis(maps.repeat(least // side, axis), axis, -1)
+        maps = jnp.moveaxis(fine.reshape(*fine.shape[:-1], wanted, -1).mean(-1), -1, axis)
+    return maps
+
+
+def coarsened(maps: Array, grid: tuple[int, int], tiling: Tiling | None = None) -> Array:
+    """Maps [B, h, w] as they are, or where they have more values than a grid has patches, their means (`by_patch`)."""
+    finer = maps.shape[1] * maps.shape[2] > math.prod(grid)
+    return by_patch(maps, grid, tiling) if finer else maps
+
+
+def random_map(key: str, shape: tuple[int, int], seed: int = 0) -> np.ndarray:
+    """The baseline: noise [h, w] in [0, 1) that depends on the example's name only, float32."""
+    digest = hashlib.sha256(f"{seed}/{key}".encode("utf-8", "surrogatepass")).digest()
+    return np.random.default_rng(int.from_bytes(digest[:16])).random(shape, np.float32)
+
+
+def two_curves(found: dict[str, Array]) -> dict[str, Array]:
+    """What is followed along two curves one after the other, from `removal` [B, 2 k]: [B, 2, k]."""
+    return {name: a.reshape(len(a), 2, -1) for name, a in found.items() if name != "hit"}
+
+
+def plotted(*titles: str) -> Callable[[Table], dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """The `curves` of a `Plot` from `two_curves`, with their titles."""
+
+    def curves(table: Table) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        means = followed_in(table).mean(0)
+        return {title: (np.linspace(0, 100, len(mean)), mean) for title, mean in zip(titles, means, strict=True)}
+
+    return curves

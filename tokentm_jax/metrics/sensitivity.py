@@ -1,0 +1,54 @@
+"""Max-sensitivity: whether maps stay when images change little."""
+
+from collections.abc import Callable
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+from annotated_types import Gt, Le
+from jax import Array
+
+from tokentm_jax.metrics.task import Column, Predict, Samples, Seed, Subject, Task
+
+Radius = Annotated[float, Gt(0), Le(1)]
+
+
+def max_sensitivity(
+    explain: Callable[[Array], Array], images: Array, maps: Array, radius: float, samples: int, seed: int = 0
+) -> Array:
+    """Largest relative change of maps [B, h, w] over random images within `radius` of each pixel's value: [B].
+
+        max_s ||E(x + d_s) - E(x)|| / ||E(x)||,   d_s uniform in [-radius, radius], the same for every image
+
+    (Yeh et al., NeurIPS 2019; relative, so that maps of every scale compare.) `explain` gives maps of images, for the
+    class that was explained. A map of zeros that stays has 0, and one that does not has 1, as one that becomes zeros.
+    """
+
+    def change(key: Array) -> Array:
+        step = jax.random.uniform(key, images.shape[1:], images.dtype, -radius, radius)
+        return jnp.sqrt(jnp.square(explain(images + step) - maps).sum((1, 2)))
+
+    largest = jax.lax.map(change, jax.random.split(jax.random.key(seed), samples)).max(0)
+    size = jnp.sqrt(jnp.square(maps).sum((1, 2)))
+    return jnp.where(size > 0, largest / jnp.where(size > 0, size, 1), jnp.sign(largest))
+
+
+def _sensitivity(
+    predict: Predict,
+    subject: Subject,
+    maps: Array,
+    *,
+    radius: Radius = 0.02,
+    samples: Samples = 10,
+    seed: Seed = 0,
+) -> dict[str, Array]:
+    assert subject.explain is not None
+    return {"sensitivity": max_sensitivity(subject.explain, subject.images, maps, radius, samples, seed)}
+
+
+SENSITIVITY = Task(
+    _sensitivity,
+    {"max_sensitivity": Column(lambda table: table["predicted_sensitivity"], better="lower", digits=3)},
+    raw=True,
+    explains=True,
+)

@@ -1,0 +1,70 @@
+"""Symmetric relevance gain (Bluecher et al., TMLR 2024): the probability as patches are removed from either end."""
+
+from typing import Annotated
+
+import jax.numpy as jnp
+import numpy as np
+from annotated_types import Ge, Le
+from jax import Array
+
+from tokentm_jax.maths.maps import Tiling
+from tokentm_jax.metrics.removal import MOST, Fill, by_patch, no_labels, plotted, removal, two_curves
+from tokentm_jax.metrics.statistics import unit_area
+from tokentm_jax.metrics.task import Background, Column, Plot, Predict, Steps, Subject, Target, Task, followed_in
+from tokentm_jax.validation import checked
+
+
+def patch_removal(
+    predict: Predict,
+    images: Array,
+    maps: Array,
+    target: Target,
+    fill: Fill,
+    steps: int = 20,
+    tiling: Tiling | None = None,
+) -> dict[str, Array]:
+    """What `srg` needs: log-probability, or score, [B, 2, steps + 1] while patches are removed, the most relevant ones
+    first, and the least relevant ones first, from none to all. Maps are [B, gh, gw]; for `tiling` see `perturb`.
+
+    Raises InputError for `steps` that are not from 1 to the number of patches, and 1000 at most.
+    """
+    patches = maps.shape[1] * maps.shape[2]
+    steps = checked("steps", Annotated[int, Ge(1), Le(min(patches, MOST))], steps)
+    counts = jnp.asarray([s * patches // steps for s in range(steps + 1)] * 2, jnp.int32)
+    positive = jnp.arange(2 * steps + 2) <= steps
+    return two_curves(removal(predict, images, maps, target, no_labels(images), counts, positive, fill, tiling))
+
+
+def srg(log_probability: np.ndarray) -> np.ndarray:
+    """Symmetric relevance gain (Bluecher et al., TMLR 2024): area between the two curves of `patch_removal`.
+
+    From [n, 2, k] to [n], in [-1, 1]: the mean probability while the least relevant patches go first, less that while
+    the most relevant ones do. A map and its negative have opposite gains, but for ties.
+    """
+    return gain(np.exp(log_probability))
+
+
+def gain(curves: np.ndarray) -> np.ndarray:
+    """`srg` of what was followed, a probability or a score: [n, 2, k] -> [n]."""
+    most, least = unit_area(curves).T
+    return least - most
+
+
+def _srg(
+    predict: Predict, subject: Subject, maps: Array, *, fill: Background = "mean", steps: Steps = 20
+) -> dict[str, Array]:
+    maps = by_patch(maps, subject.grid, subject.tiling)
+    background = subject.background(fill)
+    return patch_removal(predict, subject.images, maps, subject.target, background, steps, subject.tiling)
+
+
+SRG = Task(
+    _srg,
+    {"srg": Column(lambda table: gain(followed_in(table)), better="higher", digits=3)},
+    Plot(
+        "patches removed [%]",
+        "probability",
+        plotted("most relevant first (lower is better)", "least relevant first (higher is better)"),
+    ),
+    raw=True,
+)

@@ -1,0 +1,193 @@
+"""What a task is: a metric of every image, the columns that a table shows of it, and its plot."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from annotated_types import Ge, Le
+from jax import Array
+
+from tokentm_jax.errors import InputError
+from tokentm_jax.maths.maps import Tiling
+from tokentm_jax.maths.perturbation import blur
+from tokentm_jax.maths.scores import Channel, Question
+from tokentm_jax.methods.table import METHODS
+from tokentm_jax.metrics.statistics import Statistic, mean
+from tokentm_jax.validation import check_options, lists_of, options_of
+
+CLEAN = "clean"  # of whole images
+PREDICTED, TARGET = "predicted", "target"  # of the explanation of this class
+LARGEST_SEED = 2**31 - 2  # the random row uses the next one too
+
+Predict = Callable[[Array], Array]  # images [B, H, W, C] in [0, 1] -> logits [B, classes]
+Target = Array | Question
+Table = Mapping[str, np.ndarray]  # results per image [n, ...]: "clean_...", "predicted_..." and "target_..."
+Fields = Mapping[str, Any]  # annotations of the arrays in a file of records, as lists; see `lists_of`
+
+# Options that several tasks have.
+Background = Literal["mean", "black", "blur"]
+Steps = Annotated[int, Ge(1), Le(1000)]  # each is a forward pass
+Samples = Annotated[int, Ge(1), Le(1000)]
+Seed = Annotated[int, Ge(0), Le(LARGEST_SEED)]
+
+
+class Subject(NamedTuple):
+    """A batch that is measured: images in [0, 1], what is explained, the label of each, and what a task asks for."""
+
+    images: Array  # [B, H, W, C]
+    target: Target  # classes [B], or the `Question` whose score is explained and followed
+    labels: Array  # [B]
+    masks: Array | None = None  # [B, H, W], where the task needs them
+    original: Array | None = None  # maps [B, gh, gw] without `Row.random_blocks`, for a task `against_original`
+    reference: Array | None = None  # maps [B, h, w] of the task's `reference`
+    shared: Any = None  # what the task's `shared` gave
+    explain: Callable[[Array], Array] | None = None  # images -> maps by the row's method, for a task that `explains`
+    grid: tuple[int, int] = (1, 1)  # of the model's patches
+    mean: Sequence[float] = (0.5, 0.5, 0.5)  # the mean colour of the model's data
+    tiling: Tiling | None = None  # of the model's patches, where it has them
+
+    def background(self, fill: Background) -> Array:
+        """What replaces removed pixels, [C] or [B, H, W, C]."""
+        if fill == "blur":
+            return blur(self.images)
+        return jnp.asarray(self.mean if fill == "mean" else (0.0,) * len(self.mean), self.images.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """One number of a table: a statistic of the mean over images of what `values` makes of the results per image.
+
+    Args:
+      values: table -> results per image, [n] or [n, ...].
+      statistic: mean over images [..., k] -> number [...].
+      better: which number is the better one, None where neither is.
+      digits: after the decimal point, where the number is shown.
+      explained: of the explanations of which class it is.
+    """
+
+    values: Callable[[Table], np.ndarray]
+    statistic: Statistic = mean
+    better: Literal["higher", "lower"] | None = None
+    digits: int = 2
+    explained: str = PREDICTED
+
+
+FINITE_MAPS = Column(lambda table: 100.0 * table["predicted_finite"], better="higher")  # of every task
+
+
+class Plot(NamedTuple):
+    """What is drawn of a task: for every row one curve in each panel."""
+
+    x_label: str
+    y_label: str
+    curves: Callable[[Table], dict[str, tuple[np.ndarray, np.ndarray]]]  # title of a panel: x and y of the curve
+
+    def y_of(self, score: str | None) -> str:
+        """The label of y where this score is followed instead of the probability."""
+        return self.y_label if score is None else self.y_label.replace("probability", score)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+    """A kind of table: what is computed per image on the device, and what is reported of all images.
+
+    `compute(predict, subject, maps, *, options)` gives arrays [B, ...]; `predict` gives logits for images in [0, 1],
+    and `maps` are pixel maps [B, H, W] in [0, 1]. Its keyword-only arguments are the options of the task. The shapes
+    of its arrays behind B depend on nothing but these.
+    """
+
+    compute: Callable[..., dict[str, Array]]
+    columns: Mapping[str, Column]
+    plot: Plot | None = None  # None: the first column with its interval
+    needs: Literal["", "labels", "masks"] = ""
+    raw: bool = False  # `maps` are as the method gives them, [B, gh, gw] or [B, H, W], and not pixel maps in [0, 1]
+    against_original: bool = False  # `subject.original` are the maps without `random_blocks`
+    reference: str = ""  # a method whose maps, made once for every image and kept in the run, are `subject.reference`
+    shared: Callable[..., Any] | None = None  # (predict, subject, *, options) -> `subject.shared`, once for all rows
+    explains: bool = False  # `subject.explain` is there
+
+    @property
+    def explained(self) -> tuple[str, ...]:
+        """The classes whose explanations are wanted: "predicted", perhaps "target" too."""
+        return tuple(dict.fromkeys(column.explained for column in self.columns.values()))
+
+    def check(self, name: str, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """The options of `compute`, of `shared` and of the reference, as plain values that meet their annotations.
+
+        Raises InputError for an unknown option, or one that is not what its annotation says.
+        """
+        known = {
+            "compute": options_of(self.compute),
+            "shared": options_of(self.shared) if self.shared else {},
+            "reference": METHODS[self.reference].known() if self.reference else {},
+        }
+        every = {**known["compute"], **known["shared"], **known["reference"]}
+        values = check_options(f"the task {name!r}", every, options)
+        found = {part: {key: value for key, value in values.items() if key in own} for part, own in known.items()}
+        if self.reference:
+            METHODS[self.reference].bind(self.reference, found["reference"])
+        return found
+
+    def records(self, name: str, options: Mapping[str, Any], scored: bool = False) -> Fields:
+        """The annotations of what is recorded per image: the arrays of `compute`, with a score if one is followed
+        instead of the probability, and whether the map was finite. No model is needed: they are the shapes for images
+        of `SIDE` pixels, each of them a patch.
+
+        Raises InputError as `check`, and for arrays whose first axis is not the batch.
+        """
+        own, batch = self.check(name, options), 2
+        maps = jax.ShapeDtypeStruct((batch, SIDE, SIDE), jnp.float32)
+        images = jax.ShapeDtypeStruct((batch, SIDE, SIDE, 3), jnp.float32)
+        masks, classes = (jax.ShapeDtypeStruct(s, d) for s, d in ((maps.shape, bool), ((batch,), jnp.int32)))
+
+        def predict(images: Array) -> Array:
+            return images.mean((1, 2))
+
+        def compute(images: Array, classes: Array, masks: Array, maps: Array) -> dict[str, Array]:
+            target = Question(Channel(0)) if scored else classes
+            subject = Subject(images, target, classes, masks, maps, maps, explain=lambda _: maps, grid=(SIDE, SIDE))
+            if self.shared is not None:
+                subject = subject._replace(shared=self.shared(predict, subject, **own["shared"]))
+            return self.compute(predict, subject, maps, **own["compute"])
+
+        found = jax.eval_shape(compute, images, classes, masks, maps)
+        for array, each in found.items():
+            if each.shape[:1] != (batch,):
+                raise InputError(f"the task {name!r} must give arrays [B, ...], got {array!r} {list(each.shape)}")
+        return record_types({"finite": jax.ShapeDtypeStruct((batch,), bool), **found})
+
+    def measure(self, table: Table) -> dict[str, np.ndarray]:
+        """Results per image of every column whose explanations the table has."""
+        there = {name.partition("_")[0] for name in table}
+        return {name: column.values(table) for name, column in self.columns.items() if column.explained in there}
+
+
+# ---- the results per image: their types, as they are in the records ------------------------------------------------
+
+SIDE = 32  # so that an image has more patches than the most steps or groups that an option may ask for
+LARGEST = 3.5e38  # of float32
+Number = Annotated[float, Ge(-LARGEST), Le(LARGEST)]
+LogProbability = Annotated[float, Ge(-LARGEST), Le(1e-3)]
+
+
+def record_types(arrays: Mapping[str, Any]) -> Fields:
+    """The annotations of arrays [B, ...], or of their shapes, in a file of records."""
+
+    def number(name: str, dtype: Any) -> Any:
+        if jnp.issubdtype(dtype, jnp.bool):
+            return bool
+        if jnp.issubdtype(dtype, jnp.integer):
+            return Annotated[int, Ge(int(jnp.iinfo(dtype).min)), Le(int(jnp.iinfo(dtype).max))]
+        return LogProbability if name == "log_probability" else Number
+
+    return {name: lists_of(number(name, array.dtype), *array.shape[1:]) for name, array in arrays.items()}
+
+
+def followed_in(table: Table, of: str = PREDICTED) -> np.ndarray:
+    """The probability of the class, or the score that is followed instead, from the arrays of whole images or of an
+    explanation."""
+    score = table.get(f"{of}_score")
+    return np.exp(table[f"{of}_log_probability"]) if score is None else score
