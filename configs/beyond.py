@@ -1,13 +1,13 @@
-"""Beyond the paper: insertion and deletion, SaCo, further yardsticks, randomised parameters; DeiT-tiny on 500 photos.
+"""Metrics that are not in the paper: insertion and deletion, SaCo, SRG, ROAD and others; DeiT-tiny on 500 photos.
 
     tokentm evaluate configs/beyond.py                       insertion and deletion by blurring
     tokentm evaluate configs/beyond.py:task=saco             the salience-guided faithfulness coefficient
-    tokentm evaluate configs/beyond.py:task=sanity           how much a map still resembles the model's, on 50 photos,
-                                                             when its parameters become random from the head down
+    tokentm evaluate configs/beyond.py:task=sanity           similarity of the map to the original map when parameters
+                                                             are randomised from the head down, on 50 photos
     tokentm evaluate configs/beyond.py:task=srg              symmetric relevance gain
     tokentm evaluate configs/beyond.py:task=road             accuracy with removed pixels imputed from their neighbours
     tokentm evaluate configs/beyond.py:task=sensitivity      change of maps under noise, on 50 photos
-    tokentm evaluate configs/beyond.py:task=infidelity       whether relevance predicts what random removal costs
+    tokentm evaluate configs/beyond.py:task=infidelity       whether relevance predicts the cost of random removal
     tokentm evaluate configs/beyond.py:task=complexity       sparseness and entropy of maps
     tokentm evaluate configs/beyond.py:task=shapley          agreement with Shapley values of 7 x 7 squares, 50 photos
 
@@ -22,7 +22,7 @@ from tokentm_jax.configs import PAPER_ROWS, sanity_rows
 
 SHAPLEY: dict[str, Any] = {"patch": 32, "value": "probability", "pairs": 16}
 OPTIONS: dict[str, dict[str, Any]] = {"insertion": {"fill": "blur"}, "shapley": SHAPLEY}
-FEW = ("sanity", "sensitivity", "shapley")  # which take long
+FEW = ("sanity", "sensitivity", "shapley")  # slow tasks
 
 
 def get_config(

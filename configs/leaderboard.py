@@ -1,19 +1,19 @@
-"""All methods by all yardsticks in one table, with their cost; which are ahead, and faithfulness against cost.
+"""All methods with all metrics in one table, with their cost, and a picture of faithfulness against cost.
 
     tokentm leaderboard configs/leaderboard.py                        500 photos and 33 masks, DeiT-tiny
     tokentm leaderboard configs/leaderboard.py:data=cifar10           1000 test images, the shipped model
     tokentm leaderboard configs/leaderboard.py:data=cifar10_112       the same, DeiT-tiny fine-tuned at 112 pixels
-    tokentm leaderboard configs/leaderboard.py:methods=fast           without those of a pass for each patch
-    tokentm leaderboard configs/leaderboard.py:precision=mixed        answers to changed images in mixed precision
+    tokentm leaderboard configs/leaderboard.py:methods=fast           without methods of a pass for each patch
+    tokentm leaderboard configs/leaderboard.py:precision=mixed        predictions for changed images in mixed precision
 
-Maps of pixels are measured as their means by patch (docs/explanation/metrics.md says why). Perturbation takes all of
-the images, most yardsticks 200 of them, ROAD 50 of the photos, and those that explain an image many times 50.
-Max-sensitivity and the randomisation of parameters are for the fast methods alone.
+Pixel maps are measured as their means by patch (docs/explanation/metrics.md explains why). Perturbation uses all
+images, most metrics 200 of them, ROAD 50 of the photos, and metrics that explain an image many times 50.
+Max-sensitivity and the randomisation of parameters are only for the fast methods.
 Data: `tokentm data fetch photos masks deit_tiny`, or cifar10. The weights of cifar10_112 are custom ones:
 runs/finetune_112, fine-tuned by models/training/recipes/cifar10_finetune_112.py, or --checkpoint FILE.
 Run time: with methods=fast and precision=mixed on 2 cores, 50 minutes for cifar10, 90 for cifar10_112 and five hours
-for the photos. The methods of a pass for each patch, and more, take 7 s for an image of cifar10 and over a minute for
-a photo: take them with --limit and --batch-size 4.
+for the photos. Methods of a pass for each patch, or more, take 7 s for an image of cifar10 and over a minute for a
+photo: use --limit and --batch-size 4.
 """
 
 from dataclasses import replace
@@ -23,7 +23,7 @@ from tokentm_jax import METHODS, EvaluateConfig, LeaderboardConfig, Row, sample_
 from tokentm_jax.configs import PAPER_ROWS, PIXEL_ROWS
 
 SLOW = ("occlusion", "token_dropping", "rise", "shapley", "kernel_shap")
-PUBLISHED = {row.name: row for row in PAPER_ROWS}  # first blocks left out as in the published evaluation
+PUBLISHED = {row.name: row for row in PAPER_ROWS}  # first blocks omitted, as in the published evaluation
 BY_PATCH = {row.method: row for row in PIXEL_ROWS if row.by_patch}
 ALL = tuple(BY_PATCH.get(name) or PUBLISHED.get(name) or Row(name, name) for name in METHODS)
 FAST = tuple(row for row in ALL if row.method not in SLOW)
@@ -63,7 +63,7 @@ def get_config(
     randomised = tuple(replace(row, random_blocks=DEPTH[data]) for row in FAST)
     shapley: dict[str, Any] = {"patch": SQUARE[data], "value": "probability", "pairs": 16}
     if methods == "all" and data != "photos":
-        shapley["seed"] = 1  # the row `shapley` has the same patches: it must not be judged by its own orders
+        shapley["seed"] = 1  # the row `shapley` has the same patches: its reference must have other orders
     runs = [
         run("perturbation", IMAGES[data]),
         run("srg", SOME),

@@ -3,23 +3,23 @@
     tokentm evaluate configs/perturbation.py                                   500 photos, DeiT-tiny
     tokentm evaluate configs/perturbation.py:rows=components                   ablation of the components (Table 6)
     tokentm evaluate configs/perturbation.py:rows=depth                        ablation of the depth
-    tokentm evaluate configs/perturbation.py:rows=choices                      what the paper's text leaves open
-    tokentm evaluate configs/perturbation.py:rows=readings                     readings of TokenTM, those of codes too
+    tokentm evaluate configs/perturbation.py:rows=choices                      choices that the paper leaves open
+    tokentm evaluate configs/perturbation.py:rows=readings                     readings of TokenTM and public codes
     tokentm evaluate configs/perturbation.py:rows=mixes                        candidates of tokentm_mix
     tokentm evaluate configs/perturbation.py:rows=weights                      other weights in TokenTM
-    tokentm evaluate configs/perturbation.py:rows=pixels                       maps of pixels, and their means by patch
-    tokentm evaluate configs/perturbation.py:rows=readings,half=even           on half of the photos alone
+    tokentm evaluate configs/perturbation.py:rows=pixels                       pixel maps, and their means by patch
+    tokentm evaluate configs/perturbation.py:rows=readings,half=even           only on half of the photos
     tokentm evaluate configs/perturbation.py:data=cifar10_sample               5000 test images, cifar10_vit
 
-    tokentm evaluate configs/perturbation.py:data=imagenet,model=vit_base      the paper's, also with rows=...
+    tokentm evaluate configs/perturbation.py:data=imagenet,model=vit_base      the paper's table, also with rows=...
     tokentm evaluate configs/perturbation.py:data=imagenet,model=vit_large
-    tokentm evaluate configs/perturbation.py:data=cifar10 --checkpoint FILE    a ViT-B of one's own, fine-tuned on it
+    tokentm evaluate configs/perturbation.py:data=cifar10 --checkpoint FILE    your ViT-B, fine-tuned on it
     tokentm evaluate configs/perturbation.py:data=cifar100 --checkpoint FILE
 
-Data: `tokentm data fetch photos deit_tiny`, or cifar10 for cifar10_sample. The others are prepared once by
+Data: `tokentm data fetch photos deit_tiny`, or cifar10 for cifar10_sample. Prepare the others once with
 `tfds build imagenet2012 --file_format=array_record` (or cifar10, cifar100).
-Paper: negative AUC up to 58.1 (ImageNet), 74.9 (CIFAR-10) and 54.8 (CIFAR-100), AOPC up to 0.764; for which explained
-class and model is not known here.
+Paper: negative AUC up to 58.1 (ImageNet), 74.9 (CIFAR-10) and 54.8 (CIFAR-100), AOPC up to 0.764; the explained class
+and the model are not known.
 Run time: on 2 cores 2 to 3 minutes a row for the photos, 27 minutes in all for cifar10_sample; the others are not
 measured.
 """
@@ -38,14 +38,14 @@ from tokentm_jax.configs import (
     depth_rows,
 )
 
-DATA = {  # where it is, and the model where none is named
+DATA = {  # its path, and the default model
     "photos": (sample_data("photos"), "deit_tiny"),
     "cifar10_sample": (sample_data("cifar10", "test"), "cifar10_vit"),
     "imagenet": ("tfds:imagenet2012:validation", "vit_base"),
     "cifar10": ("tfds:cifar10:test", "own"),
     "cifar100": ("tfds:cifar100:test", "own"),
 }
-MODELS = {  # name, and checkpoint where it is not the name's own
+MODELS = {  # name, and checkpoint if it is not the default one of the name
     "deit_tiny": ("deit_tiny_patch16_224", sample_data("deit_tiny")),
     "cifar10_vit": ("cifar10_vit", None),
     "cifar10_distilled": ("cifar10_distilled", None),

@@ -1,12 +1,12 @@
-"""Impact of removing parts of spectrograms: a shipped model of spoken digits, on the speaker that it never heard.
+"""Impact of removing parts of spectrograms: a shipped model of spoken digits, on a new speaker.
 
     tokentm evaluate configs/perturbation_audio.py                 pixels, set to silence, 10 % to 90 %
     tokentm evaluate configs/perturbation_audio.py:task=srg        patches, set to the mean of the training set
     tokentm evaluate configs/perturbation_audio.py:model=own,speaker=lucas --checkpoint FILE
 
-Data: `tokentm data fetch recordings`; 400 of theo are used. Silence is 0, the lowest level; the padding after a
-recording is silent already.
-Run time: less than a minute for a row of pixels on one core that others used, too.
+Data: `tokentm data fetch recordings`; the 400 of theo are used. Silence is 0, the lowest level, which the
+padding after a recording has, too.
+Run time: less than a minute for a row of pixels on one busy core.
 """
 
 from typing import Literal
@@ -41,7 +41,7 @@ def get_config(
         name="_".join([task, "audio", *(part for part in (speaker, model) if part not in ("theo", "shipped"))]),
         task=task,
         data=sample_data("recordings"),
-        model="spoken_digits_four" if model == "shipped" else None,  # trained on the others
+        model="spoken_digits_four" if model == "shipped" else None,  # trained on the other speakers
         names=f"*_{speaker}_*",
         rows=CHEAP,
         batch_size=50,

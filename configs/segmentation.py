@@ -3,17 +3,17 @@
     tokentm evaluate configs/segmentation.py                                   33 photos, DeiT-tiny
     tokentm evaluate configs/segmentation.py:rows=components                   ablation of the components (Table 6)
     tokentm evaluate configs/segmentation.py:rows=depth                        ablation of the depth
-    tokentm evaluate configs/segmentation.py:rows=choices                      what the paper's text leaves open
-    tokentm evaluate configs/segmentation.py:rows=readings                     readings of TokenTM, those of codes too
+    tokentm evaluate configs/segmentation.py:rows=choices                      choices that the paper leaves open
+    tokentm evaluate configs/segmentation.py:rows=readings                     readings of TokenTM and public codes
     tokentm evaluate configs/segmentation.py:rows=mixes                        candidates of tokentm_mix
     tokentm evaluate configs/segmentation.py:rows=weights                      other weights in TokenTM
 
-    tokentm evaluate configs/segmentation.py:data=imagenet                     the paper's, ViT-B; also with rows=...
+    tokentm evaluate configs/segmentation.py:data=imagenet                     the paper's table, ViT-B; with rows=...
 
-Data: `tokentm data fetch masks deit_tiny`. They are 33 COCO images chosen by this very model's predictions, so its
-class is in every picture, and the figures say nothing about other data. For imagenet: gtsegs_ijcv.mat
+Data: `tokentm data fetch masks deit_tiny`. They are 33 COCO images, chosen by the predictions of this model, so
+its class is in every picture. The results do not hold for other data. For imagenet: gtsegs_ijcv.mat
 (ImageNet-Segmentation, 4276 images) in the working folder, or --data.
-Paper: pixel accuracy up to 81.8 (which of its models has it is not known here).
+Paper: pixel accuracy up to 81.8 (its model is not known).
 Run time: about a minute for the sample on 2 cores; imagenet is not measured.
 """
 
@@ -30,7 +30,7 @@ from tokentm_jax.configs import (
     depth_rows,
 )
 
-DATA = {  # where it is, and the model with its checkpoint where that is not the name's own
+DATA = {  # its path, and the model, with a checkpoint if it is not the default one of the name
     "sample": (
         sample_data("masks"),
         "deit_tiny_patch16_224",

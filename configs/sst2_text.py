@@ -1,15 +1,15 @@
-"""Explanations of a text classifier on SST-2: are they faithful, and do they name the words that people would?
+"""Explanations of a text classifier on SST-2: are they faithful, and do they select the words that people select?
 
     tokentm evaluate configs/sst2_text.py --out runs/sst2_text
     tokentm evaluate configs/sst2_text.py:rows=weights --out runs/sst2_weights    other weights in TokenTM
 
-The classifier is that of `models/training/recipes/sst2_minilm.py`.
+The classifier is made by `models/training/recipes/sst2_minilm.py`.
 ERASER's comprehensiveness and sufficiency, by deleting and by masking, Kendall's tau with leave-one-out, and agreement
 with VADER's lexicon (`pip install vaderSentiment`).
 
 Data: `tokentm data fetch sentences`.
-Run time: more than two hours on two CPU cores without the Shapley values, which take about as long again; 20 minutes
-for `rows=weights`.
+Run time: more than two hours on two CPU cores without the Shapley values, which take about the same time
+again; 20 minutes for `rows=weights`.
 """
 
 from typing import Literal

@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/images. Those of the tutorial show the arrays of its own code.
+"""Draw the pictures of docs/images. Those of the tutorial show the arrays of its code.
 
     python docs/pictures.py                                # the tutorials'
     python docs/pictures.py DEIT_TINY.safetensors          # and those of README, metrics and figures, with DeiT-tiny

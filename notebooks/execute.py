@@ -1,4 +1,4 @@
-"""Execute the notebooks of this folder in place of a reader; an error in any cell is fatal.
+"""Execute the notebooks of this folder; an error in any cell is fatal.
 
 python notebooks/execute.py                       # all
 python notebooks/execute.py 2_equations --write   # one; with its outputs it replaces the file
