@@ -42,6 +42,7 @@ bench: .venv/ready  ## benchmarks into tests/benchmark/results: half an hour on 
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python .ci/words.py
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/pyright --pythonpath $(BIN)/python tests/typed_use.py  # strict: what users see
 
