@@ -13,7 +13,7 @@ def test_an_idiom_is_found_with_its_file_line_and_replacement(tmp_path):
     words = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(words)
     written = {
-        "page.md": "# A page\n\n```python\nx = 'yardstick'\n```\n\n`in place of`, and the mean in\nplace of the sum.\n",
+        "page.md": "# A page\n\n```python\nx = 'yardstick'\n```\n\n`in place of`, the mean in\nplace of the sum.\n",
         "code.py": '"""A mean."""\n\n\ndef mean():  # in place\n    # of the sum\n    return "instead"\n',
         "notebook.ipynb": json.dumps(
             {"cells": [{"cell_type": kind, "source": [f"{kind} in place of\n"]} for kind in ("code", "markdown")]},
