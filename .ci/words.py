@@ -39,6 +39,7 @@ IDIOMS = {  # a regular expression, in which a space is any white space: what to
     r"can(not)? be had": "is available",
     r"go(es)? on where": "resumes where",
     r"wants": "needs",
+    r"speaks? (for|against)": "supports, is against",
     r"twins?": "version, counterpart",
     r"anew": "again",
     r"without a word": "silently",
