@@ -90,14 +90,14 @@ def briefly(monkeypatch):
 
 def tiny_vit(depth):
     """A loaded model that compiles fast, for images of 16 x 24 pixels and 5 classes."""
-    from tokentm_jax.data.preprocessing import HALF, Preprocessing
+    from tokentm_jax.inputs.images import HALF, Preprocessing
     from tokentm_jax.models.architectures import build
-    from tokentm_jax.models.loading import LoadedViT
+    from tokentm_jax.models.loading import Model
     from tokentm_jax.models.vit import init_params
 
     module = build(dict(img_size=[16, 24], patch_size=8, embed_dim=16, depth=depth, num_heads=2, num_classes=5))
     params = jax.tree.map(lambda a: a * 8 if a.ndim > 2 else a, init_params(module, jax.random.key(0)))
-    return LoadedViT(module, params, Preprocessing((16, 24), 1.0, "bilinear", **HALF), None, "tiny")
+    return Model(module, params, Preprocessing((16, 24), 1.0, "bilinear", **HALF), None, "tiny")
 
 
 def tiny_bert(**fields):

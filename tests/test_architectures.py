@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 from conftest import mostly_slow
 
-from tokentm_jax.data.preprocessing import IMAGENET, Preprocessing
 from tokentm_jax.errors import InputError
+from tokentm_jax.inputs.images import IMAGENET, Preprocessing
 from tokentm_jax.models.architectures import (
     ARCHITECTURES,
     architecture,

@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from tokentm_jax.data.preprocessing import HALF, Preprocessing
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import stored_size
+from tokentm_jax.inputs.images import HALF, Preprocessing
 from tokentm_jax.models import checkpoint
 from tokentm_jax.models.architectures import build
 from tokentm_jax.models.checkpoint import (

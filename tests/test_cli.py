@@ -19,7 +19,7 @@ from PIL import Image
 from tokentm_jax.cli.heatmaps import output_names
 from tokentm_jax.cli.main import main
 from tokentm_jax.cli.options import parse_option
-from tokentm_jax.data.preprocessing import IMAGENET, Preprocessing
+from tokentm_jax.inputs.images import IMAGENET, Preprocessing
 from tokentm_jax.models.architectures import ARCHITECTURES, build, parameter_count
 from tokentm_jax.models.checkpoint import write_checkpoint
 from tokentm_jax.models.vit import init_params

@@ -20,9 +20,10 @@ from PIL import Image
 import tokentm_jax as tm
 from tokentm_jax.cli.main import main
 from tokentm_jax.configs import EvaluateConfig, rows
-from tokentm_jax.data.sources import batches, open_source
+from tokentm_jax.data.sources import open_source
 from tokentm_jax.errors import InputError
 from tokentm_jax.identity import describe_model
+from tokentm_jax.inputs.batches import batches
 from tokentm_jax.models.checkpoint import write_checkpoint
 from tokentm_jax.runs import dataset as job
 from tokentm_jax.runs import evaluate as evaluation
@@ -76,7 +77,7 @@ def test_the_store_holds_what_the_library_computes(whole, vit, source, folder):
     found = open_maps(whole)
     good = [i for i in range(COUNT) if i != 5]
     (batch,) = batches(source, vit.preprocessing, len(good), indices=good)
-    images = batch.images.astype(np.float32) / 255
+    images = batch.inputs.astype(np.float32) / 255
     logits = np.asarray(vit.logits(images))
     np.testing.assert_allclose(found.logits[good], logits, rtol=1e-4, atol=1e-5)
     assert found.prediction[good].tolist() == found.target[good].tolist() == logits.argmax(-1).tolist()
@@ -522,7 +523,7 @@ def test_no_map_is_damaged_without_a_word(vit, source, monkeypatch):
     explain_dataset(config, vit, four, "memory://range")
     found = open_maps("memory://range")
     (batch,) = batches(four, vit.preprocessing, 4)
-    exact = (batch.images.reshape(4, -1)[:, :6].astype(np.float64) + 1).reshape(4, 2, 3)
+    exact = (batch.inputs.reshape(4, -1)[:, :6].astype(np.float64) + 1).reshape(4, 2, 3)
     maps = found.read("gae")
     assert found.maps["gae"].dtype == np.float16
     np.testing.assert_allclose(maps[0], exact[0] * 1e9, rtol=2**-11)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokentm_jax.data.preprocessing import HALF, Preprocessing
+from tokentm_jax.inputs.images import HALF, Preprocessing
 from tokentm_jax.models.architectures import build
 from tokentm_jax.models.checkpoint import write_checkpoint
 from tokentm_jax.models.vit import init_params

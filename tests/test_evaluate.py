@@ -26,10 +26,11 @@ from tokentm_jax import metrics
 from tokentm_jax.cli.main import main
 from tokentm_jax.cli.recipes import read_recipe
 from tokentm_jax.configs import PAPER_ROWS, EvaluateConfig, Row, check, rows, select
-from tokentm_jax.data.sources import batches, open_source
+from tokentm_jax.data.sources import open_source
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import ours
 from tokentm_jax.identity import claimed
+from tokentm_jax.inputs.batches import batches
 from tokentm_jax.maths.maps import to_pixels
 from tokentm_jax.methods.explain import explain_fn
 from tokentm_jax.methods.table import METHODS
@@ -89,7 +90,7 @@ def test_the_numbers_are_those_of_a_slow_evaluation(whole, vit, folder):
     assert json.loads((out / "results.json").read_text()) == results
     source = open_source(folder)
     (batch,) = batches(source, vit.preprocessing, COUNT, indices=range(COUNT))
-    images, labels = batch.images.astype(np.float32) / 255, batch.labels
+    images, labels = batch.inputs.astype(np.float32) / 255, batch.labels
     clean = np.asarray(vit.logits(images))
     predicted = clean.argmax(-1).astype(np.int32)
     assert 0 < (predicted == labels).sum() < COUNT
@@ -294,7 +295,7 @@ def test_max_sensitivity_explains_again(config, vit, folder, tmp_path):
     results = evaluate(task, vit, source, tmp_path)
     found = {row["method"]: row["value"] for row in results["rows"] if row["metric"] == "max_sensitivity"}
     (batch,) = batches(source, vit.preprocessing, 3)
-    images = batch.images.astype(np.float32) / 255
+    images = batch.inputs.astype(np.float32) / 255
     explain = jax.jit(explain_fn(vit.module, "rollout", first_block=1))
     normalise = vit.preprocessing.normalise
     maps, largest = explain(vit.params, normalise(images)), 0
@@ -340,7 +341,7 @@ def test_segmentation(vit, tmp_path):
     found = {row["metric"]: row["value"] for row in results["rows"] if row["method"] == "rollout"}
     assert set(found) == {"pixel_accuracy", "mean_iou", "map_two_channel", "map", "mean_f1", "pointing_game"}
     (batch,) = batches(source, vit.preprocessing, 3, "reference")
-    inputs = vit.preprocessing.normalise(jnp.asarray(batch.images.astype(np.float32) / 255))
+    inputs = vit.preprocessing.normalise(jnp.asarray(batch.inputs.astype(np.float32) / 255))
     maps = np.asarray(to_pixels(jax.jit(explain_fn(vit.module, "rollout"))(vit.params, inputs), (16, 24)))
     right = (maps > maps.mean((1, 2), keepdims=True)) == batch.masks
     assert found["pixel_accuracy"] == pytest.approx(100 * right.mean(), abs=1e-4)

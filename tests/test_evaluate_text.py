@@ -16,8 +16,8 @@ from everything import everything
 
 import tokentm_jax as tm
 from tokentm_jax.data.sentences import read_sentences
+from tokentm_jax.inputs.texts import Word
 from tokentm_jax.metrics import texts as metrics
-from tokentm_jax.models.texts import Word
 from tokentm_jax.runs.evaluate_text import TextEvaluateConfig, evaluate_text
 
 pytest.importorskip("tokenizers")
@@ -33,7 +33,7 @@ SENTENCES = [
 
 @pytest.fixture(scope="module")
 def text():
-    return tm.load_text(GOLDENS / "distilbert")
+    return tm.load(GOLDENS / "distilbert")
 
 
 def test_curves_are_those_of_texts_that_were_cut_by_hand(text):
@@ -145,8 +145,8 @@ def test_an_evaluation_resumes_and_takes_more_rows(text, data, tmp_path):
     with pytest.raises(tm.InputError, match="data"):
         evaluate_text(config_of(data, "gae"), text, read_sentences(data, 5, 3), out)
     last = jax.tree.map(lambda leaf: leaf.at[-1].multiply(1.5) if leaf.ndim > 1 else leaf, text.params["blocks"])
-    longer = dataclasses.replace(text.tokenizer, length=text.tokenizer.length - 1)
-    for changed in ({"params": {**text.params, "blocks": last}}, {"tokenizer": longer}):
+    longer = dataclasses.replace(text.preprocessing, length=text.preprocessing.length - 1)
+    for changed in ({"params": {**text.params, "blocks": last}}, {"preprocessing": longer}):
         with pytest.raises(tm.InputError, match="model"):
             evaluate_text(config_of(data, "gae"), dataclasses.replace(text, **changed), sentences, out)
 
@@ -158,8 +158,9 @@ def test_sentences_are_spread_evenly(data):
 
 def test_lengths_are_within_the_model_s(text):
     """Texts as long as the model takes, which is no multiple of eight."""
-    tokenizer = dataclasses.replace(text.tokenizer, length=14)
-    tokens = tokenizer(["a funny film " * 9, "dull"])[0]
+    tokenizer = dataclasses.replace(text.preprocessing, length=14)
+    with pytest.warns(UserWarning, match="1 of 2 texts"):
+        tokens = tokenizer.read(["a funny film " * 9, "dull"])
     assert tokens.ids.shape == (2, 14)
 
     def predict(given):
@@ -202,7 +203,7 @@ def settings_of(page):
 def apart(folder, texts):
     """A classifier that gives two texts different classes."""
     shutil.copytree(GOLDENS / "distilbert", folder)
-    text, file = tm.load_text(GOLDENS / "distilbert"), folder / "model.safetensors"
+    text, file = tm.load(GOLDENS / "distilbert"), folder / "model.safetensors"
     tensors = safetensors.numpy.load_file(file)
     with warnings.catch_warnings(action="ignore"):  # of a text that is cut
         middle = np.asarray(text.logits(text.read(texts))).mean(0)
@@ -290,7 +291,7 @@ def test_words_on_the_command_line_and_on_a_page(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["a", "--model", "/nowhere"], "holds no text model"),
+        (["a", "--model", "/nowhere"], "unknown model"),
         (["a", "--model", GOLDENS / "distilbert", "--method", "gea"], "did you mean 'gae'"),
         (["a", "--model", GOLDENS / "distilbert", "--method", "smooth_grad", "--option", "noise=1e38"], "no finite"),
         (["a", "--model", GOLDENS / "distilbert", "--target", "9"], "out of range"),
@@ -324,7 +325,7 @@ def test_fine_tuning_resumes_and_gives_a_folder(tmp_path, monkeypatch, promotion
     whole = run("train", recipe, "--out", tmp_path / "whole")
     assert whole.exit_code == 0, whole.output
     assert "test accuracy 100.00%" in whole.output
-    text = tm.load_text(tmp_path / "whole")
+    text = tm.load(tmp_path / "whole")
     assert text.class_names == ("bad", "good") and (text.module.pool, text.module.pooler) == ("avg", None)
     assert np.asarray(text.logits(text.read(["a fun film", "dull film"]))).argmax(-1).tolist() == [1, 0]
 
@@ -342,8 +343,6 @@ def test_fine_tuning_resumes_and_gives_a_folder(tmp_path, monkeypatch, promotion
     monkeypatch.undo()
     parts = run("train", recipe, "--out", tmp_path / "parts")
     assert "resumed at step 40 of 120" in parts.output, parts.output
-    for leaf, other in zip(
-        *(jax.tree.leaves(tm.load_text(tmp_path / n).params) for n in ("whole", "parts")), strict=True
-    ):
+    for leaf, other in zip(*(jax.tree.leaves(tm.load(tmp_path / n).params) for n in ("whole", "parts")), strict=True):
         np.testing.assert_array_equal(leaf, other)
     assert jnp.isfinite(text.logits(text.read("dull"))).all()

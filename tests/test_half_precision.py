@@ -7,7 +7,8 @@ import pytest
 from conftest import CHEAP, tiny_vit
 
 import tokentm_jax as tm
-from tokentm_jax.data.sources import batches, open_source
+from tokentm_jax.data.sources import open_source
+from tokentm_jax.inputs.batches import batches
 from tokentm_jax.methods.table import METHODS
 
 LEAST = 0.98  # of the mean rank correlation

@@ -57,12 +57,12 @@ def test_names_are_completed(tmp_path):
 
 def test_underscores_are_spaces_in_the_name_of_a_class():
     from tokentm_jax import InputError, build
-    from tokentm_jax.data.preprocessing import HALF, Preprocessing
-    from tokentm_jax.models.loading import LoadedViT
+    from tokentm_jax.inputs.images import HALF, Preprocessing
+    from tokentm_jax.models.loading import Model
 
     module = build(dict(img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=5))
     names = ("ant", "tabby cat", "a_b", "a b", "fox")
-    vit = LoadedViT(module, {}, Preprocessing((16, 16), 1.0, "bilinear", **HALF), names, "tiny")
+    vit = Model(module, {}, Preprocessing((16, 16), 1.0, "bilinear", **HALF), names, "tiny")
     assert vit.class_index("Tabby_Cat") == 1
     assert (vit.class_index("a_b"), vit.class_index("a b")) == (2, 3)  # the exact name comes first
     with pytest.raises(InputError, match="unknown class"):

@@ -249,7 +249,6 @@ IMPOSSIBLE = [None, 5, 1.5, b"x", object(), [1, [2, 3]], {}, [], "", "a\0b", np.
 CALLS = {  # what is called with a value of a wrong type -> the values that it takes
     "load": (lambda vit, w: tm.load(w), [None]),
     "load checkpoint": (lambda vit, w: tm.load(checkpoint=w), [None]),
-    "load_text": (lambda vit, w: tm.load_text(w), []),
     "open_maps": (lambda vit, w: tm.open_maps(w), []),
     "read_checkpoint": (lambda vit, w: tm.read_checkpoint(vit.module, w), []),
     "write_checkpoint": (lambda vit, w: tm.write_checkpoint(w, vit.module, vit.params, vit.preprocessing), []),
@@ -320,7 +319,7 @@ def test_models_of_other_kinds_are_told_what_to_do(vit, images):
         tm.explain_fn(network)
     with pytest.raises(tm.InputError, match=r"got a function: give lambda params, images: \.\.\."):
         tm.explain_fn(lambda x: x)
-    with pytest.raises(tm.InputError, match="got a LoadedViT: give its `module`, and then its `params`"):
+    with pytest.raises(tm.InputError, match="got a Model: give its `module`, and then its `params`"):
         tm.explain_fn(vit)
     with pytest.raises(tm.InputError, match=r"got a PlainModel: use tm.explain_fn\(module\)\(params, inputs\), or"):
         tm.explain(plain, images)
@@ -328,7 +327,7 @@ def test_models_of_other_kinds_are_told_what_to_do(vit, images):
     graph, state = nnx.split(network)
     explain = tm.explain_fn(lambda state, images: nnx.merge(graph, state)(images), "input_gradient")
     assert explain(state, jnp.asarray(images)).shape == (2, 16, 24)
-    own = tm.LoadedViT(plain, vit.params, vit.preprocessing, ("a",) * 5, "own")
+    own = tm.Model(plain, vit.params, vit.preprocessing, ("a",) * 5, "own")
     own = dataclasses.replace(own, module=dataclasses.replace(plain, num_classes=5))
     assert tm.explain(own, images, "input_gradient").shape == (2, 16, 24)
 

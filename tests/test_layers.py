@@ -5,7 +5,19 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "tokentm_jax"
-ROOMS = ["", "maths", "data", "models", "programs", "methods", "metrics", "configs", "runs", "cli"]  # "": beside them
+ROOMS = [
+    "",
+    "maths",
+    "data",
+    "inputs",
+    "models",
+    "programs",
+    "methods",
+    "metrics",
+    "configs",
+    "runs",
+    "cli",
+]  # "": beside them
 
 
 def room(path: Path) -> str:

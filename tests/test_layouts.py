@@ -557,10 +557,10 @@ def test_a_network_that_drops_is_one_sentence(hub, capfd, file):
     (hub.folder / "1_Pooling/config.json").write_text('{"pooling_mode": "cls"}')
     hub.silent.add(file)
     with pytest.raises(tm.InputError, match=f"^{file} of hf-hub:a/b could not be downloaded"):
-        tm.load_text("hf-hub:a/b")
+        tm.load("hf-hub:a/b")
     assert capfd.readouterr() == ("", "")
     hub.silent.clear()
-    assert tm.load_text("hf-hub:a/b").module.pool == "token"
+    assert tm.load("hf-hub:a/b").module.pool == "token"
 
 
 def test_the_pooling_of_the_hub_is_where_its_modules_say(hub):
@@ -568,10 +568,10 @@ def test_the_pooling_of_the_hub_is_where_its_modules_say(hub):
     modules = [{"type": "a.Transformer", "path": ""}, {"type": "a.Pooling", "path": "2_Pooling"}]
     (hub.folder / "modules.json").write_text(json.dumps(modules))
     with pytest.raises(tm.InputError, match=r"lacks 2_Pooling/config\.json"):
-        tm.load_text("hf-hub:a/b")
+        tm.load("hf-hub:a/b")
     (hub.folder / "2_Pooling").mkdir()
     (hub.folder / "2_Pooling/config.json").write_text('{"pooling_mode_cls_token": true}')
-    assert tm.load_text("hf-hub:a/c").module.pool == "token"
+    assert tm.load("hf-hub:a/c").module.pool == "token"
 
 
 def test_a_silent_network_is_not_waited_for(hub, monkeypatch):

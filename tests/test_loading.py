@@ -11,8 +11,8 @@ import pytest
 import safetensors.numpy
 
 import tokentm_jax as tm
-from tokentm_jax.data.preprocessing import CLIP, IMAGENET, Preprocessing
 from tokentm_jax.errors import InputError
+from tokentm_jax.inputs.images import CLIP, IMAGENET, Preprocessing
 from tokentm_jax.models import loading
 from tokentm_jax.models.architectures import build
 from tokentm_jax.models.checkpoint import to_timm, write_checkpoint
@@ -227,8 +227,8 @@ def test_impossible_types_are_one_sentence(wrong):
         lambda: load(class_names=wrong),
         lambda: load(img_size=wrong),
         lambda: load(dtype=wrong),
-        lambda: tm.load_text(wrong),
-        lambda: tm.load_text(text, class_names=wrong),
+        lambda: tm.load(wrong),
+        lambda: tm.load(text, class_names=wrong),
         lambda: tm.read_checkpoint(build(OPTIONS), wrong),
     ):
         with pytest.raises(InputError):
@@ -298,7 +298,6 @@ def test_deit_tiny_accuracy(crop_pct, timm_hits, real, shared):
     """Photo file to prediction, on 500 photos, against the count of timm 1.0.31 on the same files (short side 256 and
     248, Pillow's bicubic): 78.4 % and 79.2 %. The README of the data says 79.6 % of 1000 photos; half are not here.
     """
-    from tokentm_jax.data.photos import read_photos
 
     folder = shared / "data/imagenet_sample"
     rows = list(csv.reader((folder / "labels.csv").read_text().splitlines()))
@@ -307,6 +306,6 @@ def test_deit_tiny_accuracy(crop_pct, timm_hits, real, shared):
     preprocessing = Preprocessing((224, 224), crop_pct, **IMAGENET)
     hits = 0
     for batch in np.array_split(np.array(sorted(labels)), 10):
-        images = read_photos([folder / name for name in batch], preprocessing)
+        images = preprocessing.read([folder / name for name in batch])
         hits += int((np.asarray(real.logits(images)).argmax(-1) == [labels[name] for name in batch]).sum())
     assert abs(hits - timm_hits) <= 1  # one photo may lie on a tie of two classes

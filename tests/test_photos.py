@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 from tokentm_jax.data import photos
-from tokentm_jax.data.photos import decode, find_photos, fit, open_photo, read_photos, view
-from tokentm_jax.data.preprocessing import IMAGENET, Preprocessing
+from tokentm_jax.data.photos import decode, find_photos, open_photo
 from tokentm_jax.errors import InputError
+from tokentm_jax.inputs.images import IMAGENET, Preprocessing
+from tokentm_jax.inputs.photos import fit, view
 
 SMALL = Preprocessing((8, 8), 1.0, "bilinear", **IMAGENET)
 
@@ -302,7 +303,7 @@ def test_the_crop_is_the_references(shared):
     golden = np.load(shared / "goldens/deit_tiny.npz")
     preprocessing = Preprocessing((224, 224), 0.875, "bicubic", **IMAGENET)
     paths = [shared / "data/imagenet_sample" / str(name) for name in golden["name"]]
-    images = read_photos(paths, preprocessing)
+    images = preprocessing.read(paths)
     assert images.dtype == np.float32
     np.testing.assert_array_equal(np.round(images * 255), golden["pixels"])
 
@@ -330,7 +331,7 @@ def test_squashing_is_a_resize_of_both_sides(tmp_path, crop_pct, scaled, corner)
     whole = np.asarray(Image.fromarray(noise).resize(scaled, Image.Resampling.BICUBIC), np.float32) / 255
     expected = whole[corner[1] : corner[1] + 20, corner[0] : corner[0] + 30]
     preprocessing = Preprocessing((20, 30), crop_pct, crop_mode="squash", **IMAGENET)
-    np.testing.assert_array_equal(read_photos([tmp_path / "noise.png"], preprocessing)[0], expected)
+    np.testing.assert_array_equal(preprocessing.read(tmp_path / "noise.png")[0], expected)
 
 
 def test_view_shows_the_same_part_sharply():

@@ -9,7 +9,7 @@ import pytest
 from conftest import CHEAP, mostly_slow
 
 import tokentm_jax as tm
-from tokentm_jax.data.preprocessing import HALF, Preprocessing
+from tokentm_jax.inputs.images import HALF, Preprocessing
 from tokentm_jax.methods.table import METHODS
 from tokentm_jax.models.bert import init_bert
 
@@ -74,7 +74,7 @@ def test_it_is_a_loaded_model(vit):
     pixels = np.random.default_rng(0).random((2, 8, 12, 3)).astype(np.float32)
     preprocessing = Preprocessing((8, 12), 1.0, "bilinear", **HALF)
     plain = tm.PlainModel(one_vit, GRID, 1, num_classes=3, batched=False)
-    loaded = [tm.LoadedViT(model, params, preprocessing, ("a", "b", "c"), "own") for model in (module, plain)]
+    loaded = [tm.Model(model, params, preprocessing, ("a", "b", "c"), "own") for model in (module, plain)]
     maps = [tm.explain(model, pixels, "gae", target=1, score=tm.scores.Versus(2)) for model in loaded]
     np.testing.assert_allclose(maps[1], maps[0], rtol=1e-4, atol=1e-7)
     np.testing.assert_allclose(loaded[1].logits(pixels), loaded[0].logits(pixels), rtol=1e-5, atol=1e-6)

@@ -20,9 +20,9 @@ from PIL import Image
 from tokentm_jax.cli.main import main
 from tokentm_jax.cli.process import GRACE
 from tokentm_jax.cli.rendezvous import meet
-from tokentm_jax.data.preprocessing import HALF, Preprocessing
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import uninterrupted
+from tokentm_jax.inputs.images import HALF, Preprocessing
 from tokentm_jax.models.architectures import build
 from tokentm_jax.models.checkpoint import write_checkpoint
 from tokentm_jax.models.vit import init_params

@@ -390,8 +390,8 @@ def test_libra_conserves_in_random_programs(names, seed):
 @pytest.mark.parametrize("method", ["tokentm", "gae", "attcat", "lrp", "libra_full_grad", "legrad", "rollout"])
 def test_a_post_norm_encoder_of_texts(method, briefly):
     """A BERT as a function of embedded tokens, which have no grid: the maps of the module."""
+    from tokentm_jax.inputs.texts import Texts
     from tokentm_jax.models.bert import Bert, init_bert
-    from tokentm_jax.models.inputs import Texts
 
     module = Bert(30, 16, 16, 2, 2, 24, 3)
     params = jax.tree.map(lambda a: a * 8 if a.ndim > 1 else a + 0.1, init_bert(module, jax.random.key(0)))

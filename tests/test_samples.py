@@ -261,7 +261,7 @@ def test_who_misses_data_is_told_the_command(home, monkeypatch):
     with needs("deit_tiny"):
         tm.load("deit_tiny_patch16_224", sample_data("deit_tiny"))
     with needs("minilm"):
-        tm.load_text(sample_data("minilm"))
+        tm.load(sample_data("minilm"))
     with needs("sentences"):
         read_sentences(sample_data("sentences", "dev"), 2)
     with needs("cifar10"):
@@ -313,7 +313,7 @@ def test_photos(server, monkeypatch, home):
             ["0002_n00000002_thing_2.jpg", "2"],
         ]
     source = open_source(sample_data("photos"))
-    assert [source[i].image.size for i in range(2)] == [(384, 288), (288, 400)]
+    assert [source[i].content.size for i in range(2)] == [(384, 288), (288, 400)]
 
 
 def test_masks(server, monkeypatch, home):
@@ -343,7 +343,7 @@ def test_masks(server, monkeypatch, home):
     source = open_source(sample_data("masks"))
     assert len(source) == 33
     for i, (photo, mask) in enumerate(wanted):
-        np.testing.assert_array_equal(source[i].image, Image.open(io.BytesIO(photo)))
+        np.testing.assert_array_equal(source[i].content, Image.open(io.BytesIO(photo)))
         np.testing.assert_array_equal(source[i].mask, mask)
 
 

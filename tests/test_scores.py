@@ -12,7 +12,8 @@ from PIL import Image
 
 import tokentm_jax as tm
 from tokentm_jax.configs import EvaluateConfig, rows
-from tokentm_jax.data.sources import batches, open_source
+from tokentm_jax.data.sources import open_source
+from tokentm_jax.inputs.batches import batches
 from tokentm_jax.maths import scores
 from tokentm_jax.maths.maps import to_pixels
 from tokentm_jax.methods.table import METHODS
@@ -210,7 +211,7 @@ def test_an_evaluation_explains_and_follows_the_score(photos, tmp_path):
     config = EvaluateConfig("why", "perturbation", str(photos), rows("gae", "rollout"), score="versus:2", batch_size=4)
     results = evaluate(config, vit, source, tmp_path)
     (batch,) = batches(source, vit.preprocessing, 8, indices=range(8))
-    images = batch.images.astype(np.float32) / 255
+    images = batch.inputs.astype(np.float32) / 255
     clean = np.asarray(vit.logits(images))
     predicted = clean.argmax(-1)
     kept = [i for i in range(8) if predicted[i] != 2 and batch.labels[i] != 2]
@@ -260,7 +261,7 @@ def test_every_task_follows_a_channel(photos, tmp_path, task):
     assert found and all(row["images"] == 8 and np.isfinite(row["value"]) for row in found)
     if task == "insertion":
         (batch,) = batches(source, vit.preprocessing, 8, indices=range(8))
-        whole = np.asarray(vit.logits(batch.images.astype(np.float32) / 255))[:, 1]
+        whole = np.asarray(vit.logits(batch.inputs.astype(np.float32) / 255))[:, 1]
         (records,) = [path for path in (tmp_path / "records").glob("gae-*.jsonl")]
         line = json.loads(records.read_text())
         np.testing.assert_allclose(np.asarray(line["fields"]["score"])[:, 0, -1], whole, rtol=1e-4, atol=1e-5)
@@ -275,7 +276,7 @@ def test_a_store_of_a_score(photos, tmp_path):
     )
     stored = tm.open_maps(str(tmp_path / "a"))
     (batch,) = batches(source, vit.preprocessing, 8, indices=range(8))
-    expected = tm.explain(vit, batch.images.astype(np.float32) / 255, "gae", score=scores.Versus(2))
+    expected = tm.explain(vit, batch.inputs.astype(np.float32) / 255, "gae", score=scores.Versus(2))
     np.testing.assert_allclose(stored.maps["gae"][:], expected, rtol=1e-4, atol=1e-7)
     assert stored.provenance["score"] == "versus:2"
     explain_dataset(DatasetConfig(["gae"], score="channel:1", batch_size=4), vit, source, str(tmp_path / "b"))

@@ -18,10 +18,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokentm_jax.data import photos, sources
-from tokentm_jax.data.preprocessing import HALF, Preprocessing
-from tokentm_jax.data.sources import Example, batches, open_source, prepare
+from tokentm_jax import data, inputs
+from tokentm_jax.data import photos
+from tokentm_jax.data.sources import Example, open_source
 from tokentm_jax.errors import InputError
+from tokentm_jax.inputs.batches import batches
+from tokentm_jax.inputs.images import HALF, Preprocessing
+from tokentm_jax.inputs.photos import fit
 
 MODEL = Preprocessing((4, 6), crop_pct=1.0, interpolation="bilinear", **HALF)
 
@@ -97,7 +100,7 @@ def test_class_folders_in_a_folder_and_a_zip(folder, archive):
         assert source.class_names == ("ant", "dog") and source.labelled and not source.masked
         example = source[4]
         assert (example.key, example.label, example.mask) == ("dog/1.png", 1, None)
-        assert example.image.size == (9, 5) and example.image.getpixel((0, 0)) == (1, 1, 1)
+        assert example.content.size == (9, 5) and example.content.getpixel((0, 0)) == (1, 1, 1)
     assert open_source(folder).identity == open_source(folder, limit=2).identity != open_source(archive).identity
 
 
@@ -190,7 +193,7 @@ def test_imagenet_segmentation_layout(tmp_path):
     source = open_source(mat(tmp_path / "a.mat", images, masks))
     assert len(source) == 2 and source.masked and not source.labelled
     for example, image, mask in zip(source, images, masks, strict=True):
-        np.testing.assert_array_equal(example.image, image)
+        np.testing.assert_array_equal(example.content, image)
         np.testing.assert_array_equal(example.mask, mask)
     # A mask of another size is a corrupt record: named and skipped.
     source = open_source(mat(tmp_path / "b.mat", images, [masks[0], masks[1][:-1]]))
@@ -314,14 +317,14 @@ def test_records_are_read_by_threads(tmp_path):
     source = open_source(mat(tmp_path / "a.mat", images, [i[..., 0] > 99 for i in images]))
     with ThreadPoolExecutor(8) as pool:
         for example, image in zip(pool.map(source.__getitem__, range(40)), images, strict=True):
-            np.testing.assert_array_equal(example.image, image)
+            np.testing.assert_array_equal(example.content, image)
             np.testing.assert_array_equal(example.mask, image[..., 0] > 99)
 
 
 def test_the_sample_of_segmentations(shared):
     source = open_source(shared / "data/segmentation_a.mat")
     example = source[0]
-    assert len(source) == 33 and example.image.size == (586, 640) and example.mask.shape == (640, 586)
+    assert len(source) == 33 and example.content.size == (586, 640) and example.mask.shape == (640, 586)
     assert 0.02 < example.mask.mean() < 1
 
 
@@ -339,7 +342,7 @@ def test_tfds(monkeypatch, tmp_path):
         patch.setattr(tfds, "builder", lambda name, **_: builder)
         source = open_source("tfds:tiny:test")
         assert source.class_names == ("even", "odd") and len(source) == 4
-        assert source[1].label == 1 and source[1].image.getpixel((0, 0)) == (1, 1, 1)
+        assert source[1].label == 1 and source[1].content.getpixel((0, 0)) == (1, 1, 1)
         with pytest.raises(InputError, match=r"record 0000003 .* cannot be read"):
             source[3]
         with pytest.raises(InputError, match="cannot be read"):
@@ -384,7 +387,7 @@ def test_tfds_files(monkeypatch, tmp_path):
         monkeypatch.setattr(tfds, "builder", lambda name, builder=builder, **_: builder)
         source, part = open_source("tfds:tiny:test"), open_source("tfds:tiny:test[:2]")
         assert (len(source), len(part), source.class_names, source.named) == (3, 2, tuple(names), number == 0)
-        assert source[0].image.getpixel((4, 3)) == (number,) * 3 and [source[i].label for i in range(2)] == [0, 1]
+        assert source[0].content.getpixel((4, 3)) == (number,) * 3 and [source[i].label for i in range(2)] == [0, 1]
         identities += [source.identity, part.identity]
     assert len(set(identities)) == 4
     with pytest.raises(InputError, match=r"record 0000002 .* not an image in a known format"):
@@ -457,11 +460,11 @@ def test_hostile_zips(tmp_path):
         for value in (1, 2):
             stream.writestr("a/x.png", png(value))
     source = open_source(tmp_path / "two.zip")
-    assert source.keys == ("a/x.png",) and source[0].image.getpixel((0, 0)) == (2, 2, 2)
+    assert source.keys == ("a/x.png",) and source[0].content.getpixel((0, 0)) == (2, 2, 2)
 
 
 def test_a_zip_bomb_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_ENTRY", 10_000)
+    monkeypatch.setattr(data.sources, "MAX_ENTRY", 10_000)
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as stream:
         stream.writestr("a/bomb.png", bytes(50_000_000))
     content = (tmp_path / "a.zip").read_bytes()
@@ -508,10 +511,10 @@ def test_decoding_shares_its_memory(tmp_path, monkeypatch):
         time.sleep(0.01)
         with lock:
             running -= 1
-        return photos.fit(*arguments)
+        return fit(*arguments)
 
-    monkeypatch.setattr(sources, "fit", slow)
-    for memory, allowed in ((2**30, sources.WORKERS), (2 * 40 * 50 * photos.PIXEL, 2), (1, 1)):
+    monkeypatch.setattr(inputs.photos, "fit", slow)
+    for memory, allowed in ((2**30, inputs.batches.WORKERS), (2 * 40 * 50 * photos.PIXEL, 2), (1, 1)):
         most = 0
         monkeypatch.setattr(photos, "MEMORY", memory)
         keys = [key for batch in batches(open_source(tmp_path), MODEL, 5) for key in batch.keys]
@@ -528,8 +531,9 @@ def test_the_largest_photos_take_a_gigabyte(tmp_path):
         (tmp_path / f"a/{i}.tif").symlink_to("0.tif")
     program = (
         "import sys\n"
-        "from tokentm_jax.data.preprocessing import HALF, Preprocessing\n"
-        "from tokentm_jax.data.sources import batches, open_source\n"
+        "from tokentm_jax.inputs.images import HALF, Preprocessing\n"
+        "from tokentm_jax.data.sources import open_source\n"
+        "from tokentm_jax.inputs.batches import batches\n"
         "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) / 2**20\n"
         "before = peak()\n"
         "found = list(batches(open_source(sys.argv[1]), Preprocessing((32, 32), **HALF), 4))\n"
@@ -565,9 +569,9 @@ def test_batches_keep_order_and_are_full(folder):
     found = list(batches(source, MODEL, 4))
     assert [batch.keys for batch in found] == [source.keys[:4], source.keys[4:]]
     for batch in found:
-        assert batch.images.shape == (4, 4, 6, 3) and batch.images.dtype == np.uint8 and batch.masks is None
-    assert found[0].images[:, 0, 0, 0].tolist() == [10, 11, 12, 0]
-    assert found[1].images[:, 0, 0, 0].tolist() == [1, 2, 2, 2]
+        assert batch.inputs.shape == (4, 4, 6, 3) and batch.inputs.dtype == np.uint8 and batch.masks is None
+    assert found[0].inputs[:, 0, 0, 0].tolist() == [10, 11, 12, 0]
+    assert found[1].inputs[:, 0, 0, 0].tolist() == [1, 2, 2, 2]
     assert found[1].labels.tolist() == [1, 1, 1, 1]
     (some,) = batches(source, MODEL, 4, indices=[5, 0])
     assert some.keys == ("dog/2.png", "ant/0.png")
@@ -595,11 +599,11 @@ def test_a_mask_is_cut_like_its_image():
         example = Example("x", Image.fromarray(np.repeat(mask[..., None] * np.uint8(255), 3, 2)), None, mask)
         for profile in ("default", "reference"):
             for size in ((16, 16), (12, 20)):
-                pixels, cut = prepare(example, dataclasses.replace(MODEL, size=size, crop_pct=0.8), profile)
+                pixels, cut = dataclasses.replace(MODEL, size=size, crop_pct=0.8).levels(example, profile)
                 assert pixels.shape == (*size, 3) and cut.shape == size and cut.dtype == bool
                 # Nearest and bilinear differ at the edge only.
                 assert ((pixels[..., 0] > 127) != cut).mean() < 0.1
                 if profile == "reference":
                     assert abs(cut.mean() - mask.mean()) < 0.06
     with pytest.raises(InputError, match="differ in size"):
-        prepare(Example("x", photo(0, (5, 5)), None, np.zeros((5, 4), bool)), MODEL, "default")
+        MODEL.levels(Example("x", photo(0, (5, 5)), None, np.zeros((5, 4), bool)), "default")

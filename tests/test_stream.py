@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tokentm_jax.data.sources import batches, open_source
+from tokentm_jax.data.sources import open_source
+from tokentm_jax.inputs.batches import batches
+from tokentm_jax.inputs.values import token_map
 from tokentm_jax.maths.tokentm import READINGS, TokenTM, contributions, sample_axes
 from tokentm_jax.methods.explain import explain_fn
 from tokentm_jax.metrics import rank_correlation
-from tokentm_jax.models.inputs import token_map
 from tokentm_jax.models.vit import ViT, init_params
 from tokentm_jax.programs.capture import KERNELS, SHOWN, capture
 
@@ -85,7 +86,7 @@ def test_memory_per_image():
 @pytest.mark.parametrize("method", ["tokentm", "gae", "rollout"])
 def test_bfloat16_on_photos(deit, shared, method):
     photos = open_source(shared / "data/imagenet_sample", limit=32, seed=0)
-    images = np.concatenate([batch.images for batch in batches(photos, deit.preprocessing, 16)])
+    images = np.concatenate([batch.inputs for batch in batches(photos, deit.preprocessing, 16)])
     inputs = deit.preprocessing.normalise(images.astype(np.float32) / 255)
     target = deit.module.apply({"params": deit.params}, inputs).argmax(-1)
     half = explain_fn(deit.module.clone(dtype=jnp.bfloat16), method)

@@ -10,9 +10,9 @@ import numpy as np
 import tokentm_jax as tm
 
 
-def loading(path: Path) -> tm.LoadedViT:
+def loading(path: Path) -> tm.Model:
     vit = tm.load("deit_tiny_patch16_224", path, class_names=["cat", "dog"], dtype="bfloat16")
-    assert_type(vit, tm.LoadedViT)
+    assert_type(vit, tm.Model)
     assert_type(vit.module, tm.ViT)
     assert_type(vit.preprocessing, tm.Preprocessing)
     assert_type(vit.class_index("cat"), int)
@@ -30,7 +30,7 @@ def network(params: Any, images: jax.Array) -> jax.Array:
     return images @ params
 
 
-def explaining(vit: tm.LoadedViT, path: Path) -> jax.Array:
+def explaining(vit: tm.Model, path: Path) -> jax.Array:
     images = vit.read([path])
     maps: jax.Array = tm.explain(vit, images, "tokentm", target=3, score=tm.scores.Versus(4))
     explain = tm.explain_fn(vit.module, "gae", score=tm.scores.class_logit)
@@ -50,8 +50,8 @@ def explaining(vit: tm.LoadedViT, path: Path) -> jax.Array:
 
 
 def reading(folder: Path) -> list[list[tm.Word]]:
-    text = tm.load_text(folder)
-    assert_type(text, tm.LoadedText)
+    text = tm.load(folder)
+    assert_type(text, tm.Model)
     assert_type(text.module, tm.Bert)
     tokens = text.read(["a funny film", "it is dull"])
     assert_type(tokens, tm.Tokens)
@@ -63,7 +63,7 @@ def reading(folder: Path) -> list[list[tm.Word]]:
     return found
 
 
-def mathematics(vit: tm.LoadedViT, images: jax.Array) -> tm.Trace:
+def mathematics(vit: tm.Model, images: jax.Array) -> tm.Trace:
     assert_type(tm.TokenTM(ffn=False).ffn, bool)
     options: Any = tm.READINGS[next(iter(tm.READINGS))]
     trace = tm.capture(vit.module, vit.params, images)
@@ -77,7 +77,7 @@ def mathematics(vit: tm.LoadedViT, images: jax.Array) -> tm.Trace:
     return trace
 
 
-def runs(mesh: jax.sharding.Mesh, vit: tm.LoadedViT) -> None:
+def runs(mesh: jax.sharding.Mesh, vit: tm.Model) -> None:
     own = tm.configs
     assert_type(tm.metrics.TASKS["srg"], tm.metrics.Task)
     rows: list[tm.Row] = [*own.PAPER_ROWS, *own.COMPONENT_ROWS, *own.CHOICE_ROWS, *own.READING_ROWS, *own.MIX_ROWS]

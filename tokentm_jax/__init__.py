@@ -14,7 +14,9 @@ _ROWS = "rows PAPER_ROWS COMPONENT_ROWS CHOICE_ROWS READING_ROWS WEIGHT_ROWS TEX
 _MOVED = {
     **dict.fromkeys(("TrainConfig", "TextTrainConfig"), "models.training.recipe"),  # out of the package
     **dict.fromkeys((*_ROWS.split(), "sanity_rows"), "tokentm_jax.configs"),
+    **dict.fromkeys(("LoadedViT", "LoadedText", "load_text"), "tokentm_jax"),
 }
+_RENAMED = {"LoadedViT": "Model", "LoadedText": "Model", "load_text": "load"}
 
 
 def __getattr__(name: str) -> Any:
@@ -28,8 +30,8 @@ def _moved(name: str, home: str) -> Any:
     from tokentm_jax.errors import InputError
 
     try:
-        found = getattr(importlib.import_module(home), name)
+        found = getattr(importlib.import_module(home), now := _RENAMED.get(name, name))
     except (ImportError, AttributeError):  # or there is another package of this name
         raise InputError(f"{name} is now in {home}: training is run from a clone of the repository") from None
-    warnings.warn(f"tokentm_jax.{name} is now {home}.{name}", DeprecationWarning, stacklevel=3)
+    warnings.warn(f"tokentm_jax.{name} is now {home}.{now}", DeprecationWarning, stacklevel=3)
     return found

@@ -6,8 +6,9 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Le, Len
 
-from tokentm_jax.data.sources import PROFILES, Half
+from tokentm_jax.data.sources import Half
 from tokentm_jax.errors import InputError, suggest
+from tokentm_jax.inputs.reader import PROFILES
 from tokentm_jax.maths.tokentm import READINGS, WEIGHT_NAMES
 from tokentm_jax.methods.table import METHODS, PIXELS
 from tokentm_jax.metrics.task import CLEAN, LARGEST_SEED
@@ -170,7 +171,7 @@ class EvaluateConfig:
       half: the examples at "even" or at "odd" places alone, see `tokentm_jax.data.sources.open_source`.
       names: the examples alone whose names match this pattern, see there.
       score: what is explained, and followed in place of the class's probability: "log_probability", "versus:CLASS",
-        "channel:NUMBER"; see `LoadedViT.score`.
+        "channel:NUMBER"; see `Model.score`.
       label_map: the model's class (name, wnid or number) of classes that the data set names otherwise, or the file of
         such a map, see `tokentm_jax.data.labels.read_label_map`.
       mixed_precision: what the model says of changed images is computed by `tokentm_jax.maths.mixed`, faster. Maps and

@@ -22,7 +22,7 @@ from tokentm_jax.files import MARK, generator, opened, read_json, reason, replac
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from tokentm_jax.models.loading import LoadedViT
+    from tokentm_jax.models.loading import Model
 
 Terms = Mapping[str, Any]
 PACKAGES = ("tokentm_jax", "jax", "jaxlib", "flax", "numpy", "pillow")  # that numbers depend on
@@ -94,7 +94,7 @@ def digest_files(paths: Sequence[Path]) -> list[str | None]:
         return list(pool.map(one, paths))
 
 
-def describe_model(vit: "LoadedViT") -> dict[str, Any]:
+def describe_model(vit: "Model") -> dict[str, Any]:
     """Name, architecture and preprocessing of a model, and an identity of these two and of every parameter."""
     architecture, preprocessing = architecture_of(vit.module), vit.preprocessing.to_dict()
     identity = identity_of(vit.module, vit.params, preprocessing)

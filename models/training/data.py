@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from tokentm_jax.data.audio import Recording
-from tokentm_jax.data.preprocessing import Preprocessing
-from tokentm_jax.data.sources import Example, open_source, prepare
+from tokentm_jax.data.sources import Example, open_source
 from tokentm_jax.errors import InputError
+from tokentm_jax.inputs.images import Preprocessing
 
 MAX_MEMORY = 16 * 2**30  # bytes of all decoded images
 
@@ -75,8 +75,8 @@ def load_dataset(
 
 
 def _array(example: Example, preprocessing: Preprocessing | None) -> np.ndarray:
-    if not isinstance(example.image, Recording):
-        return np.asarray(example.image)
+    if not isinstance(example.content, Recording):
+        return np.asarray(example.content)
     if preprocessing is None:
         raise InputError(f"{example.key} is a recording: it needs to be said how it becomes a spectrogram")
-    return prepare(example, preprocessing, "default")[0]
+    return preprocessing.levels(example)[0]

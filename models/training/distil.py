@@ -15,10 +15,10 @@ from jax import Array
 
 from models.training.data import Data
 from models.training.recipe import OF_SPECTROGRAMS, TrainConfig, resize, view
-from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import reason, replace
 from tokentm_jax.identity import describe_model, digest, environment
+from tokentm_jax.inputs.images import Preprocessing
 from tokentm_jax.maths.mixed import linear
 from tokentm_jax.models.loading import load
 from tokentm_jax.models.vit import ViT

@@ -84,7 +84,7 @@ class TextTrainConfig:
     """One recipe: an encoder, sentences, and how the one is fine-tuned on the other. Durations in epochs."""
 
     name: Name
-    encoder: Text  # a folder, as for `load_text`
+    encoder: Text  # a folder, as for `load`
     train_data: Text  # see `tokentm_jax.data.sentences`
     test_data: Text
     class_names: Annotated[tuple[Text, ...], Len(2), Lax]

@@ -21,10 +21,10 @@ from models.training.data import Data
 from models.training.distil import Teacher, TeacherFunction, answers, distillation_loss, load_teacher
 from models.training.loop import OPTIMISERS, Loop, State, begin, descend, run_steps
 from models.training.recipe import LARGEST_STEP, TrainConfig, augment, mix, resize, view
-from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import require_ours
 from tokentm_jax.identity import claimed, digest, digest_files, environment
+from tokentm_jax.inputs.images import Preprocessing
 from tokentm_jax.maths.maps import unit
 from tokentm_jax.maths.mixed import linear
 from tokentm_jax.models.checkpoint import read_checkpoint, read_description, write_checkpoint

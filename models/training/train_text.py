@@ -19,12 +19,11 @@ from tokentm_jax.data.sentences import Sentences
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import replace, write_json, write_text
 from tokentm_jax.identity import claimed, digest_files, environment
+from tokentm_jax.inputs.texts import MASKS, Tokens, WordPieces
 from tokentm_jax.models.bert import Bert
 from tokentm_jax.models.checkpoint import Tensors, to_timm
-from tokentm_jax.models.inputs import Tokens
 from tokentm_jax.models.layouts import Names, renamed
 from tokentm_jax.models.text_layouts import ACTIVATIONS, read_text_folder
-from tokentm_jax.models.texts import MASKS, WordPieces
 from tokentm_jax.validation import check_fields
 
 SORTED = 8  # batches of sentences that are sorted by length together, so that little is padding
@@ -83,7 +82,7 @@ def train_text(
 ) -> float:
     """Fine-tune to the end, or from where `out` stopped on; returns the test accuracy in [0, 1].
 
-    `out` becomes a folder that `load_text` loads, in BERT's layout, next to the checkpoints and `log.jsonl`.
+    `out` becomes a folder that `load` loads, in BERT's layout, next to the checkpoints and `log.jsonl`.
     `overwrite` also replaces files of these names that this program did not write.
 
     Raises:
@@ -91,7 +90,7 @@ def train_text(
     """
     config = check_fields(config, "the recipe")
     folder = Path(config.encoder)
-    pieces = WordPieces.read(folder / "tokenizer.json")
+    pieces = WordPieces.from_file(folder / "tokenizer.json")
     changes = {"num_classes": len(config.class_names), "pool": config.pool}
     changes |= {"pooler": "tanh" if config.pool == "token" else None}
     module, params, *_ = read_text_folder(folder, pieces.token(*MASKS), changes, config.seed)

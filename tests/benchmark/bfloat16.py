@@ -15,7 +15,8 @@ from common import SHARED, names, parser, publish, table
 
 import tokentm_jax as tm
 from tokentm_jax import metrics
-from tokentm_jax.data.sources import batches, open_source
+from tokentm_jax.data.sources import open_source
+from tokentm_jax.inputs.batches import batches
 
 MODEL = "deit_tiny_patch16_224"
 

@@ -21,7 +21,8 @@ from jax import Array
 
 import tokentm_jax as tm
 from tokentm_jax import metrics
-from tokentm_jax.data.sources import batches, open_source
+from tokentm_jax.data.sources import open_source
+from tokentm_jax.inputs.batches import batches
 from tokentm_jax.maths.maps import unit
 from tokentm_jax.maths.mixed import linear
 from tokentm_jax.models.loading import predict
@@ -72,7 +73,7 @@ def costs(module: ViT) -> dict[tuple[str, str], float]:
     return {row: of(*row) for row in ROWS}
 
 
-def hits(vit: tm.LoadedViT, photos: Any) -> dict[tuple[str, str], np.ndarray]:
+def hits(vit: tm.Model, photos: Any) -> dict[tuple[str, str], np.ndarray]:
     """Whether the label is the top class: [photos, 2, 10], positive and negative, of whole photos first."""
     grid, size = vit.module.grid, vit.preprocessing.size
     model = partial(predict, vit.module.clone(linear=linear), vit.preprocessing)
@@ -92,7 +93,7 @@ def hits(vit: tm.LoadedViT, photos: Any) -> dict[tuple[str, str], np.ndarray]:
     programs = {row: program(*row) for row in ROWS}
     found: dict[tuple[str, str], list[np.ndarray]] = {row: [] for row in ROWS}
     for batch in batches(photos, vit.preprocessing, BATCH):
-        pixels, labels = jnp.asarray(batch.images), jnp.asarray(batch.labels)
+        pixels, labels = jnp.asarray(batch.inputs), jnp.asarray(batch.labels)
         for row, explain in programs.items():
             maps = explain(vit.params, pixels)
             found[row].append(np.asarray(score(vit.params, pixels, maps, labels)))

@@ -11,7 +11,8 @@ import numpy as np
 from common import parser, publish, table
 
 import tokentm_jax as tm
-from tokentm_jax.data.sources import batches, open_source
+from tokentm_jax.data.sources import open_source
+from tokentm_jax.inputs.batches import batches
 from tokentm_jax.maths.tokentm import TokenTM, block_weights
 
 CASES = (

@@ -115,12 +115,12 @@ def evaluate(
 
 def _evaluate_text(config: "TextEvaluateConfig", out: Path | None, overwrite: bool) -> None:
     from tokentm_jax.data.sentences import read_sentences
-    from tokentm_jax.models.texts import load_text
+    from tokentm_jax.models.loading import load
     from tokentm_jax.runs.evaluate_text import check_text_config, evaluate_text
 
     config = check_text_config(config)
     start_jax()
-    text = load_text(config.model)
+    text = load(config.model)
     sentences = read_sentences(config.data, max(text.module.num_classes, 1), config.limit)
     folder = out or Path("runs") / config.name
     make_folder(folder)

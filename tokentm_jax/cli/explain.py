@@ -151,8 +151,7 @@ def _explain(
 ) -> None:
     """What both commands do; `what` is "photo" or "recording"."""
     from tokentm_jax.cli.figure import look_of
-    from tokentm_jax.data import audio
-    from tokentm_jax.data.photos import SUFFIXES, find_photos
+    from tokentm_jax.data.photos import find_photos
     from tokentm_jax.methods.table import METHODS
     from tokentm_jax.models.loading import load
 
@@ -164,10 +163,7 @@ def _explain(
     pictures = Pictures(title, kind, look_of(colours, squares))
     start_jax()
     vit = load(model, checkpoint, class_names=classes)
-    hears = vit.preprocessing.audio is not None
-    if hears != (what == "recording"):
-        kind, command = ("recordings", "explain-audio") if hears else ("photos", "explain")
-        raise InputError(f"{vit.name} takes {kind}: use `tokentm {command}`")
+    what = vit.preprocessing.kind
     other = None if versus is None else vit.class_index(versus)
     asked = prompts_asked(vit, list(dict.fromkeys(prompts))) if prompts else classes_asked(vit, targets, other)
     if other is not None and other in (one.index for one in asked):
@@ -186,7 +182,7 @@ def _explain(
     paths: list[Path] = []
     for argument in files:
         try:
-            found = find_photos([argument], audio.SUFFIXES if hears else SUFFIXES, what)
+            found = find_photos([argument], vit.preprocessing.suffixes, what)
             paths += [path for path in found if path not in paths]
         except InputError as error:
             fail(results, argument, error)

@@ -17,7 +17,8 @@ from tokentm_jax.files import write_text
 if TYPE_CHECKING:
     import numpy as np
 
-    from tokentm_jax.models.texts import LoadedText, Word
+    from tokentm_jax.inputs.texts import Word
+    from tokentm_jax.models.loading import Model
 
 SHOWN_CLASSES = 5
 BAR = 24  # characters
@@ -60,7 +61,7 @@ def explain_text(
       tokentm explain-text - --model runs/sst2_minilm --method tokentm,attn_lrp --out reviews.html < reviews.txt
     """
     from tokentm_jax.methods.table import METHODS as TABLE
-    from tokentm_jax.models.texts import load_text
+    from tokentm_jax.models.loading import load
 
     chosen, settings = methods_of(method), parse_options(options)
     for name in chosen:
@@ -69,7 +70,7 @@ def explain_text(
         require_place(out, overwrite)
     given = [line for text in texts for line in (_lines() if text == "-" else [text])]
     start_jax()
-    text = load_text(model)
+    text = load(model)
     text.require_classes()
     asked = None if target is None else text.class_index(target)
     with warnings.catch_warnings(record=True) as caught:
@@ -112,7 +113,7 @@ def _probabilities(logits: Any) -> "np.ndarray":
 
 
 def _explain(
-    text: "LoadedText",
+    text: "Model",
     given: list[str],
     tokens: Any,
     methods: list[str],
@@ -122,8 +123,8 @@ def _explain(
 ) -> Scores:
     import numpy as np
 
+    from tokentm_jax.inputs.texts import words
     from tokentm_jax.methods.explain import explain
-    from tokentm_jax.models.texts import words
 
     found: Scores = {index: {} for index in classes}
     with running("Explaining", len(methods) * len(classes)) as step:
@@ -144,7 +145,7 @@ def _explain(
 
 
 def _described(
-    text: "LoadedText", given: str, outputs: Any, target: int, scores: dict[str, list[list["Word"]]], place: int
+    text: "Model", given: str, outputs: Any, target: int, scores: dict[str, list[list["Word"]]], place: int
 ) -> dict[str, Any]:
     order = outputs.argsort()[::-1][:SHOWN_CLASSES]
     return {
@@ -205,7 +206,7 @@ def _style(share: float, signed: bool) -> str:
 
 
 def _write_page(
-    out: Path, text: "LoadedText", given: list[str], outputs: Any, scores: Scores, asked: int | None, overwrite: bool
+    out: Path, text: "Model", given: list[str], outputs: Any, scores: Scores, asked: int | None, overwrite: bool
 ) -> None:
     """Write the page, which begins with the class `asked`; None: with the predicted class of each text."""
     try:
@@ -220,12 +221,12 @@ def _write_page(
         [{name: [w.score for w in scores[index][name][i]] for name in methods} for index in classes]
         for i in range(len(given))
     ]
-    cut = text.tokenizer(given)[1]
+    cut = text.preprocessing.cut(given)
     shown = [
         {
             "parts": _parts(given[i], scores[classes[0]][methods[0]][i]),
             "said": [(text.class_name(int(k)), outputs[i][k]) for k in outputs[i].argsort()[::-1][:SHOWN_CLASSES]],
-            "cut": text.tokenizer.length if cut[i] else 0,
+            "cut": text.preprocessing.length if cut[i] else 0,
         }
         for i in range(len(given))
     ]

@@ -22,9 +22,7 @@ from tokentm_jax.identity import digest
 if TYPE_CHECKING:
     import numpy as np
 
-    from tokentm_jax.cli.figure import Scales
-    from tokentm_jax.data.preprocessing import Preprocessing
-    from tokentm_jax.models.loading import LoadedViT
+    from tokentm_jax.models.loading import Model
 
 
 EACH = "each"  # the target that is several classes
@@ -56,7 +54,7 @@ class Asked(NamedTuple):
         return np.argsort(-outputs, axis=-1, kind="stable")[:, self.rank].astype(np.int32)
 
 
-def classes_asked(vit: "LoadedViT", targets: Sequence[str | int], versus: int | None = None) -> list[Asked]:
+def classes_asked(vit: "Model", targets: Sequence[str | int], versus: int | None = None) -> list[Asked]:
     """The classes that targets name, each once; the predicted one without a target.
 
     A target is a class by name or number, several of them with commas between (a name that has commas is one class),
@@ -67,7 +65,7 @@ def classes_asked(vit: "LoadedViT", targets: Sequence[str | int], versus: int | 
     return list(dict.fromkeys(found)) if targets else [Asked()]
 
 
-def _classes_of(vit: "LoadedViT", target: str | int, versus: int | None) -> list[Asked]:
+def _classes_of(vit: "Model", target: str | int, versus: int | None) -> list[Asked]:
     try:
         index = vit.class_index(target)
         return [Asked(index, part=class_part(vit, index))]
@@ -82,7 +80,7 @@ def _classes_of(vit: "LoadedViT", target: str | int, versus: int | None) -> list
     return [asked for part in target.split(",") for asked in _classes_of(vit, part.strip(), versus)]
 
 
-def class_part(vit: "LoadedViT", index: int) -> str:
+def class_part(vit: "Model", index: int) -> str:
     """How names of files call a class: its name before the first comma, with its number where the model has another
     class of that name."""
     named = [re.sub(r"\W+", "-", name.split(",")[0].lower()).strip("-")[:40] for name in vit.class_names or ()]
@@ -91,7 +89,7 @@ def class_part(vit: "LoadedViT", index: int) -> str:
     return named[index] if named.count(named[index]) == 1 else f"{named[index]}-{index}"
 
 
-def prompts_asked(vit: "LoadedViT", prompts: Sequence[str]) -> list[Asked]:
+def prompts_asked(vit: "Model", prompts: Sequence[str]) -> list[Asked]:
     """Raises InputError as `embed_text`."""
     pairs = enumerate(zip(prompts, vit.embed_text(prompts), strict=True), 1)
     return [Asked(prompt=prompt, embedding=e, part=f"text-{k}") for k, (prompt, e) in pairs]
@@ -127,7 +125,7 @@ class Pictures(NamedTuple):
 class Writer:
     """Makes the files of a batch of photos, or of recordings for a model that takes these."""
 
-    vit: "LoadedViT"
+    vit: "Model"
     columns: list[Column]
     options: dict[str, Any]
     versus: int | None
@@ -210,37 +208,18 @@ class Writer:
         return [int(asked.classes(outputs[None])[0]) for asked in self._asked() if asked.prompt is None]
 
     def _look(self, path: Path) -> tuple["np.ndarray", "np.ndarray"]:
-        """What the model sees of a file, float32 [H, W, C] in [0, 1], and a picture of that. Raises InputError."""
-        import numpy as np
+        """The model's input of a file, float32 [H, W, C] in [0, 1], and a picture of it. Raises InputError."""
+        from tokentm_jax.data.sources import Example
 
-        from tokentm_jax.data import audio
-        from tokentm_jax.data.photos import fit, open_photo, view
-
-        preprocessing = self.vit.preprocessing
-        if preprocessing.audio is None:
-            photo = open_photo(path)
-            return fit(photo, preprocessing).astype(np.float32) / 255, view(photo, preprocessing)
-        recording = audio.open_recording(path)
-        said = audio.notice(recording, preprocessing, str(path))
-        if said is not None:
+        reader = self.vit.preprocessing
+        content = reader.of.opened(path)
+        if (said := reader.of.notice(content, reader, str(path))) is not None:
             click.echo(f"Notice: {printable(said)}", err=True)
-        image = audio.spectrogram(recording, preprocessing, str(path))
-        return image, audio.picture(image)
+        return reader.image(Example(str(path), content)), reader.picture(content)
 
     def _shown(self, heatmap: "np.ndarray") -> "np.ndarray":
-        """A map as it lies on the picture: the lowest frequency of a spectrogram is below, and where patches overlap,
-        values stand at their centres."""
-        import jax.numpy as jnp
-        import numpy as np
-
-        from tokentm_jax.maths.maps import resized
-
-        if self.vit.preprocessing.audio is None:
-            return heatmap
-        if self.pictures.look.squares:
-            return heatmap[::-1]
-        size, tiling = self.vit.preprocessing.size, self.vit.module.tiling
-        return np.asarray(resized(jnp.asarray(heatmap[None]), size, tiling))[0, ::-1]
+        """A map as it lies on the picture."""
+        return self.vit.preprocessing.shown(heatmap, self.vit.module, self.pictures.look.squares)
 
     def _describe(self, outputs: "np.ndarray", targets: list[int]) -> dict[str, Any]:
         import numpy as np
@@ -306,7 +285,7 @@ class Writer:
         views: list["np.ndarray"],
         maps: Sequence[tuple[Column, "np.ndarray"]],
     ) -> None:
-        from tokentm_jax.cli.figure import Explained, Panel, arranged, grid, overlay_figure
+        from tokentm_jax.cli.figure import Explained, Panel, Scales, arranged, grid, overlay_figure
         from tokentm_jax.identity import write_figure
 
         title, kind, look = self.pictures
@@ -327,9 +306,9 @@ class Writer:
                 result["files"].insert(0, str(file))
             return
         ((column, found),) = maps
-        what, scales = "Photo", None
-        if self.vit.preprocessing.audio is not None:
-            what, scales = "Spectrogram", scales_of(self.vit.preprocessing)
+        reader = self.vit.preprocessing
+        what, axes = reader.of.FRAME, reader.of.scales(reader)
+        scales = None if axes is None else Scales(*axes)
         for i, (path, result) in enumerate(zip(paths, results, strict=True)):
             parts = [printable(path.name), self.vit.name, column.method]
             if column.asked.prompt is None and (best := result["top5"][0])["class"] != result["target"]["class"]:
@@ -341,30 +320,6 @@ class Writer:
             result["files"].insert(0, str(file))
 
 
-def scales_of(preprocessing: "Preprocessing") -> "Scales":
-    """Time in seconds and frequency in Hz at the axes of a spectrogram, the lowest frequency below."""
-    import numpy as np
-
-    from tokentm_jax.cli.figure import Scales
-
-    (bins, frames), sound = preprocessing.size, preprocessing.audio
-    assert sound is not None
-    longest = sound.seconds(frames)
-    step = next(step for step in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if longest / step < 6)
-    centres = sound.frequencies(bins)
-    x = [
-        (((t * sound.sampling_rate - sound.window / 2) / sound.hop + 0.5) / frames, f"{t:g}")
-        for t in np.arange(0, longest, step)
-    ]
-    octaves = [62.5 * 2**k for k in range(12)]
-    y = [
-        (1 - (np.interp(f, centres, np.arange(bins)) + 0.5) / bins, f"{f:g}")
-        for f in octaves
-        if centres[0] <= f <= centres[-1]
-    ]
-    return Scales("time [s]", [tick for tick in x if 0 <= tick[0] <= 1], "frequency [Hz]", y)
-
-
 def softmax(logits: "np.ndarray") -> "np.ndarray":
     """Probabilities [..., classes] of logits, in float64."""
     import numpy as np
@@ -374,9 +329,7 @@ def softmax(logits: "np.ndarray") -> "np.ndarray":
     return odds / odds.sum(-1, keepdims=True)
 
 
-def describe(
-    vit: "LoadedViT", logits: "np.ndarray", targets: Sequence[int], versus: int | None = None
-) -> dict[str, Any]:
+def describe(vit: "Model", logits: "np.ndarray", targets: Sequence[int], versus: int | None = None) -> dict[str, Any]:
     """The top five classes of one photo, the explained ones ("target" is the first of the "targets") and the one that
     they are compared with, from logits [classes]."""
     import numpy as np

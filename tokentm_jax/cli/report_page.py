@@ -25,13 +25,11 @@ from tokentm_jax.cli.templates import render
 from tokentm_jax.cli.terminal import complain, memory_errors, running_images
 from tokentm_jax.configs import RANDOM, Row
 from tokentm_jax.data.labels import IMAGENET_1K
-from tokentm_jax.data.photos import find_photos, fit, open_photo, view
-from tokentm_jax.data.preprocessing import Preprocessing
-from tokentm_jax.data.sources import Source, open_source, prepare, spread
+from tokentm_jax.data.photos import find_photos
+from tokentm_jax.data.sources import Example, Source, open_source, spread
 from tokentm_jax.errors import InputError, printable
 from tokentm_jax.files import write_text
 from tokentm_jax.identity import digest
-from tokentm_jax.maths.maps import to_pixels
 from tokentm_jax.methods.by_block import Layer, by_block
 from tokentm_jax.methods.explain import explain
 from tokentm_jax.methods.table import METHODS
@@ -39,7 +37,7 @@ from tokentm_jax.methods.titles import title_of
 from tokentm_jax.metrics.task import CLEAN, PREDICTED
 from tokentm_jax.metrics.tasks import TASKS
 from tokentm_jax.models.checkpoint import read_description
-from tokentm_jax.models.loading import LoadedViT, load, predict, read_class_names, shipped
+from tokentm_jax.models.loading import Model, load, predict, read_class_names, shipped
 from tokentm_jax.runs.evaluate import examples
 from tokentm_jax.runs.records import table_of
 from tokentm_jax.runs.report import Finished, open_finished
@@ -92,30 +90,26 @@ def jpeg(picture: np.ndarray, side: int) -> str:
     return data_url(image, "JPEG", quality=80, optimize=True)
 
 
-def picture_of(image: Any, preprocessing: Preprocessing | None, profile: str = "default") -> np.ndarray:
-    """What the model sees of an example's image, sharper, uint8 [h, w, 3]; the whole of it where no model is known."""
-    if not isinstance(image, Image.Image):
-        raise InputError("a report shows photos, and these are recordings")
+def picture_of(content: Any, reader: Any, profile: str = "default") -> np.ndarray:
+    """What the model receives of an example, sharper, uint8 [h, w, 3]; the whole photo where no model is known."""
     side = SIDES["large"]
-    if preprocessing is None:
-        image.thumbnail((side, side))
-        return np.asarray(image.convert("RGB"))
-    if profile == "reference":
-        height, width = preprocessing.size
-        scale = side / max(height, width)
-        return np.asarray(image.resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC))
-    return view(image, preprocessing, side)
+    if reader is not None:
+        return reader.picture(content, side, profile)
+    if not isinstance(content, Image.Image):
+        raise InputError("a report of maps without their model shows photos, and these are recordings")
+    content.thumbnail((side, side))
+    return np.asarray(content.convert("RGB"))
 
 
 # ---- explanations ---------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=4)
-def _programs(module: Any, preprocessing: Preprocessing) -> tuple[Any, Any]:
+def _programs(module: Any, preprocessing: Any) -> tuple[Any, Any]:
     """Compiled: the curves of maps, and TokenTM block by block."""
 
     def curves(params: Any, images: Array, maps: Array, target: Array) -> Array:
-        pixels = to_pixels(jnp.nan_to_num(maps), preprocessing.size, getattr(module, "tiling", None))
+        pixels = preprocessing.to_pixels(jnp.nan_to_num(maps), images, module)
         model = partial(predict, module, preprocessing, params)
         found = metrics.perturbation(model, images, pixels, target, jnp.full(len(images), -1))
         return jnp.nan_to_num(jnp.exp(found["log_probability"]))  # [B, 2, 9]
@@ -129,7 +123,7 @@ def _programs(module: Any, preprocessing: Preprocessing) -> tuple[Any, Any]:
 class Photos(NamedTuple):
     """What is explained of photos: by which methods, and for which classes."""
 
-    vit: LoadedViT
+    vit: Model
     rows: Sequence[Row]
     top: int  # so many of the most probable classes
     target: int | None = None  # a class beside them
@@ -178,13 +172,14 @@ class Photos(NamedTuple):
         """The maps of one method for every class that is asked for, and their curves."""
         program, options = self._compiled()[0], dict[str, Any](row.options)
         score = None if self.score is None else self.vit.score(self.score)
-        module: Any = self.vit.module
+        vit: Any = self.vit
+        module: Any = vit.module
         maps: Any = None
         for classes in asked:
             if maps is None or row.class_specific:
                 try:
                     with memory_errors():
-                        maps = explain(self.vit, images, row.method, classes, score=score, **options)
+                        maps = explain(vit, images, row.method, classes, score=score, **options)
                         if row.by_patch:
                             maps = metrics.coarsened(maps, module.grid, getattr(module, "tiling", None))
                         maps = np.asarray(maps, np.float32)
@@ -195,7 +190,8 @@ class Photos(NamedTuple):
                     return
                 for i, entry in enumerate(found):
                     own = str(classes[i]) if row.class_specific else "every"
-                    entry["maps"].setdefault(row.name, {})[own] = packed_map(maps[i])
+                    shown = vit.preprocessing.shown(maps[i], module, True)
+                    entry["maps"].setdefault(row.name, {})[own] = packed_map(shown)
             if score is not None:
                 continue
             curves = np.asarray(program(self.vit.params, images, maps, classes), np.float64).round(5)
@@ -213,7 +209,8 @@ class Photos(NamedTuple):
         for layer, values in (("attention", blocks.attention), ("FFN", blocks.ffn)):
             names |= {f"{layer}: {name}": getattr(values, name) for name in Layer._fields}
         for i, entry in enumerate(found):
-            entry["blocks"][int(classes[i])] = {name: packed(array[i]) for name, array in names.items()}
+            shown = {name: self.vit.preprocessing.shown(a[i], self.vit.module, True) for name, a in names.items()}
+            entry["blocks"][int(classes[i])] = {name: packed(array) for name, array in shown.items()}
 
 
 def _batched(items: Sequence[Any]) -> Iterator[list[Any]]:
@@ -260,9 +257,8 @@ def _names(photos: Sequence[tuple[Json, Json | None]], names: Sequence[str] | No
 def photos_page(photos: Photos, what: Sequence[str], limit: int | None) -> Page:
     """A page about photos: files, folders or patterns. Raises InputError where none can be read."""
     vit = photos.vit
-    if vit.preprocessing.audio is not None:
-        raise InputError(f"{vit.name} takes recordings: a report is on photos")
-    paths = spread(find_photos(what), limit)
+    reader = vit.preprocessing
+    paths = spread(find_photos(what, reader.suffixes, reader.kind), limit)
     side = SIDES["thumb" if len(paths) <= MANY else "small"]
     notices: list[str] = []
     page: list[tuple[Json, Json | None]] = []
@@ -271,9 +267,9 @@ def photos_page(photos: Photos, what: Sequence[str], limit: int | None) -> Page:
             looks = []
             for path in group:
                 try:
-                    photo = open_photo(path)
-                    picture = picture_of(photo, vit.preprocessing)
-                    looks.append(_Look(str(path), fit(photo, vit.preprocessing), picture, -1))
+                    example = Example(str(path), reader.of.opened(path))
+                    picture = picture_of(example.content, reader)
+                    looks.append(_Look(str(path), reader.levels(example)[0], picture, -1))
                 except InputError as error:
                     complain(str(error))
                     notices.append(str(error))
@@ -288,7 +284,7 @@ def photos_page(photos: Photos, what: Sequence[str], limit: int | None) -> Page:
     kept = [row.name for row in photos.rows if any(details and row.name in details["maps"] for _, details in page)]
     if not kept:
         raise InputError("no method can explain this model")
-    about = f"{vit.name}, {len(page)} photo{'s' if len(page) > 1 else ''}"
+    about = f"{vit.name}, {len(page)} {reader.kind}{'s' if len(page) > 1 else ''}"
     return Page("What does the model look at?", about, page, kept, _names(page, vit.class_names), None, notices)
 
 
@@ -334,7 +330,7 @@ def run_page(
     chosen = _extremes(values, figures["sortable"], keys, best)
     explained = [row for row in config.rows if row.method != RANDOM and row.random_blocks is None]
     photos = None
-    if vit is not None and source is not None and explained and vit.preprocessing.audio is None:
+    if vit is not None and source is not None and explained:
         photos = Photos(vit, explained, 1, strict=False, score=config.score)
     page = _run_photos(run, source, photos, keys, chosen, values, notices)
     if any(details and details["probabilities"][0][0] != facts["predicted"] for facts, details in page):
@@ -379,11 +375,11 @@ def _run_photos(
     def look(key: str, source: Source) -> _Look | None:
         try:
             example = source.read(key)
-            picture = picture_of(example.image, preprocessing, profile)
+            picture = picture_of(example.content, preprocessing, profile)
             pictures[key] = jpeg(picture, side)
             if photos is None or key not in chosen:
                 return None
-            image, _ = prepare(example, photos.vit.preprocessing, profile)
+            image, _ = photos.vit.preprocessing.levels(example, profile)
         except InputError as error:
             failed[key] = str(error)
             return None
@@ -487,7 +483,7 @@ def store_page(
             key, picture = stored.keys[place], None
             if source is not None and key in known:
                 try:
-                    picture = picture_of(source.read(key).image, None)
+                    picture = picture_of(source.read(key).content, None)
                 except InputError as error:
                     failed.append(str(error))
             order = np.argsort(-probabilities[i], kind="stable")[:5]

@@ -34,7 +34,7 @@ from tokentm_jax.identity import write_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as MatplotlibFigure
 
-    from tokentm_jax.models.loading import LoadedViT
+    from tokentm_jax.models.loading import Model
 
 _GAP = 12  # pixels between pictures on a page
 
@@ -91,7 +91,7 @@ class Figure:
 
 def show(
     what: Any,
-    model: "LoadedViT | str | None" = None,
+    model: "Model | str | None" = None,
     methods: str | Sequence[str] = "tokentm",
     target: int | str | Sequence[int | str] | None = None,
     *,
@@ -175,7 +175,7 @@ def show(
     return Figure(tuple(map(tuple, rows)), title, look)
 
 
-def _explained(vit: "LoadedViT", images: np.ndarray, methods: Any, target: Any) -> dict[tuple[str, str], Any]:
+def _explained(vit: "Model", images: np.ndarray, methods: Any, target: Any) -> dict[tuple[str, str], Any]:
     """What `tokentm_jax.explain` gives for each method and question."""
     from tokentm_jax.cli.heatmaps import classes_asked
     from tokentm_jax.methods.explain import explain
@@ -197,7 +197,7 @@ def _explained(vit: "LoadedViT", images: np.ndarray, methods: Any, target: Any) 
 
 
 @lru_cache(maxsize=1)
-def _loaded(name: str | None) -> "LoadedViT":
+def _loaded(name: str | None) -> "Model":
     from tokentm_jax.models.loading import load
 
     return load(name)
@@ -217,9 +217,9 @@ def _stacked(maps: Any, name: str) -> np.ndarray:
     return array[None] if array.ndim == 2 else array
 
 
-def _photos(what: Any, vit: "LoadedViT", side: int) -> list[tuple[str, np.ndarray, np.ndarray]]:
+def _photos(what: Any, vit: "Model", side: int) -> list[tuple[str, np.ndarray, np.ndarray]]:
     """Title, what the model sees (float32 [H, W, 3] in [0, 1]) and what is shown (uint8 [h, w, 3]) of each photo."""
-    from tokentm_jax.data.photos import fit, open_photo, view
+    from tokentm_jax.data.sources import Example
 
     if hasattr(what, "__array__"):
         several = list(np.asarray(what)) if np.ndim(what) == 4 else [what]
@@ -227,29 +227,30 @@ def _photos(what: Any, vit: "LoadedViT", side: int) -> list[tuple[str, np.ndarra
         several = list(what) if isinstance(what, Sequence) and not isinstance(what, str | bytes) else [what]
     if not several:
         raise InputError("no photos were given")
-    found, height, width = [], *vit.preprocessing.size
+    found: list[tuple[str, np.ndarray, np.ndarray]] = []
+    reader, (height, width) = vit.preprocessing, vit.preprocessing.size
     for i, photo in enumerate(several, 1):
         title = f"photo {i}" if len(several) > 1 else "photo"
         if not hasattr(photo, "__array__"):
             path = as_path(photo, "a photo")
-            image, title = open_photo(path), printable(path.name)
-        else:
-            array = np.asarray(photo)
-            known = array.dtype == np.uint8 or array.dtype.kind == "f"
-            if array.ndim != 3 or array.shape[-1] != 3 or not array.size or not known:
-                shape = f"{list(array.shape)} {array.dtype}"
-                raise InputError(f"a photo must be a path or an array [H, W, 3] of uint8 or floats, got {shape}")
-            if array.dtype.kind == "f" and array.shape[:2] == (height, width):  # the model sees these very numbers
-                seen = np.asarray(vit.preprocessing.checked(array[None]), np.float32)[0]
-                found.append((title, seen, _enlarged((seen.clip(0, 1) * 255).round().astype(np.uint8), side)))
-                continue
-            if array.dtype.kind == "f":
-                if not (np.isfinite(array).all() and array.min() >= -0.5 and array.max() <= 1.5):
-                    raise InputError("a photo of floating-point numbers must be in [0, 1]")
-                array = (array.clip(0, 1) * 255).round()
-            image = Image.fromarray(array.astype(np.uint8))
-        pixels = fit(image, vit.preprocessing)
-        found.append((title, pixels.astype(np.float32) / 255, view(image, vit.preprocessing, side)))
+            content, title = reader.of.opened(path), printable(path.name)
+            found.append((title, reader.image(Example(str(path), content)), reader.picture(content, side)))
+            continue
+        array = np.asarray(photo)
+        known = array.dtype == np.uint8 or array.dtype.kind == "f"
+        if array.ndim != 3 or array.shape[-1] != 3 or not array.size or not known:
+            shape = f"{list(array.shape)} {array.dtype}"
+            raise InputError(f"a photo must be a path or an array [H, W, 3] of uint8 or floats, got {shape}")
+        if array.dtype.kind == "f" and array.shape[:2] == (height, width):  # the model sees these very numbers
+            seen = np.asarray(vit.preprocessing.checked(array[None]), np.float32)[0]
+            found.append((title, seen, _enlarged((seen.clip(0, 1) * 255).round().astype(np.uint8), side)))
+            continue
+        if array.dtype.kind == "f":
+            if not (np.isfinite(array).all() and array.min() >= -0.5 and array.max() <= 1.5):
+                raise InputError("a photo of floating-point numbers must be in [0, 1]")
+            array = (array.clip(0, 1) * 255).round()
+        image = Image.fromarray(array.astype(np.uint8))
+        found.append((title, vit.preprocessing.image(Example(title, image)), vit.preprocessing.picture(image, side)))
     return found
 
 
@@ -269,7 +270,7 @@ def _heat(heatmap: np.ndarray, look: Look, side: int) -> tuple[np.ndarray, bool]
     return scale_of(signed, look.colours).to_rgba(values, bytes=True)[..., :3], signed
 
 
-def _described(vit: "LoadedViT | None", details: Mapping[str, Any], count: int) -> tuple[list[str], list[str]]:
+def _described(vit: "Model | None", details: Mapping[str, Any], count: int) -> tuple[list[str], list[str]]:
     """For each sample the class that is explained, and its probability, as far as the details have them."""
     from tokentm_jax.cli.heatmaps import softmax
 

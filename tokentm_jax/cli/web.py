@@ -31,7 +31,7 @@ from tokentm_jax.data.labels import number
 from tokentm_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from tokentm_jax.models.loading import LoadedViT
+    from tokentm_jax.models.loading import Model
 
 PAGE = Path(__file__).parent / "page"
 WAITING = 64  # requests that wait for their turn; one more is told to come back
@@ -128,7 +128,7 @@ class Uploads:
             raise HTTPException(413, f"the photo's file is larger than {self.largest / 2**20:g} MiB")
 
 
-def explained(vit: "LoadedViT", content: bytes, method: str, target: int | None) -> dict[str, Any]:
+def explained(vit: "Model", content: bytes, method: str, target: int | None) -> dict[str, Any]:
     """What the page shows of one photo.
 
     Args:
@@ -147,12 +147,13 @@ def explained(vit: "LoadedViT", content: bytes, method: str, target: int | None)
     from PIL import Image
 
     from tokentm_jax.cli.heatmaps import describe
-    from tokentm_jax.data.photos import decode, fit, view
+    from tokentm_jax.data.photos import decode
+    from tokentm_jax.data.sources import Example
     from tokentm_jax.methods.explain import explain
 
     photo = decode(io.BytesIO(content), "the photo")
-    seen = view(photo, vit.preprocessing)
-    images = fit(photo, vit.preprocessing)[None].astype(np.float32) / 255
+    seen = vit.preprocessing.picture(photo)
+    images = vit.preprocessing.image(Example("the photo", photo))[None]
     del photo
     outputs = np.asarray(vit.logits(images), np.float64)[0]
     target = int(outputs.argmax()) if target is None else target
@@ -272,7 +273,7 @@ def connection(longest: float) -> type[H11Protocol]:
 
 
 def application(
-    vit: "LoadedViT",
+    vit: "Model",
     methods: Sequence[str],
     *,
     host: str = "127.0.0.1",
@@ -383,7 +384,7 @@ FAULTS: dict[Any, Any] = {
 }
 
 
-def _described(vit: "LoadedViT", methods: Sequence[str]) -> dict[str, Any]:
+def _described(vit: "Model", methods: Sequence[str]) -> dict[str, Any]:
     """What the page has to know of the model, the methods and the colours."""
     from tokentm_jax.methods.table import METHODS
     from tokentm_jax.methods.titles import RECOMMENDED, title_of

@@ -7,10 +7,8 @@ energies, brought to [0, 1] linearly, so that all that is done with photos can b
 import dataclasses
 import math
 import re
-import warnings
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, NamedTuple
+from typing import Annotated, Any, BinaryIO, NamedTuple
 
 import numpy as np
 from annotated_types import Ge, Le, Lt
@@ -18,9 +16,6 @@ from annotated_types import Ge, Le, Lt
 from tokentm_jax.errors import InputError, require
 from tokentm_jax.files import opened
 from tokentm_jax.validation import check_fields
-
-if TYPE_CHECKING:
-    from tokentm_jax.data.preprocessing import Preprocessing
 
 SUFFIXES = {".wav", ".wave", ".flac", ".ogg", ".oga", ".opus"}
 LONGEST = 30  # seconds of a recording that are read, however long it is
@@ -214,44 +209,3 @@ def _samples(sound: Any, name: str) -> Recording:
     if not np.isfinite(found).all():
         raise InputError(f"{name} holds samples that are not finite numbers")
     return Recording(found, rate, count / rate)
-
-
-def spectrogram(recording: Recording, preprocessing: "Preprocessing", name: str) -> np.ndarray:
-    """A recording as the model hears it: float32 [mel bins, frames, 1] in [0, 1]. InputError for a model of photos."""
-    if preprocessing.audio is None:
-        raise InputError(f"{name} is a recording, and the model takes photos")
-    return preprocessing.audio.image(recording, preprocessing.size)
-
-
-def notice(recording: Recording, preprocessing: "Preprocessing", name: str) -> str | None:
-    """A sentence that says what of a long recording the model hears, or None where it hears all."""
-    if preprocessing.audio is None:
-        return None
-    heard = preprocessing.audio.seconds(preprocessing.size[1])
-    if recording.seconds < heard + preprocessing.audio.hop / preprocessing.audio.sampling_rate:
-        return None
-    return f"{name} is {recording.seconds:.2f} s long: the model hears its first {heard:.2f} s"
-
-
-def read_recordings(paths: Iterable[str | Path], preprocessing: "Preprocessing") -> np.ndarray:
-    """Recordings as the model hears them: float32 [B, mel bins, frames, 1] in [0, 1], not normalised.
-
-    Warns where the model hears the beginning alone. Raises InputError.
-    """
-    images = []
-    for path in paths:
-        recording = open_recording(path)
-        images.append(spectrogram(recording, preprocessing, str(path)))
-        said = notice(recording, preprocessing, str(path))
-        if said is not None:
-            warnings.warn(said, stacklevel=3)
-    if not images:
-        raise InputError("no recordings were given")
-    return np.stack(images)
-
-
-def picture(image: np.ndarray, size: tuple[int, int] = (336, 448)) -> np.ndarray:
-    """A spectrogram [mel bins, frames, 1] in [0, 1] for display: uint8 [h, w, 3], grey, the lowest frequency below."""
-    rows, columns = (np.arange(side) * count // side for side, count in zip(size, image.shape, strict=False))
-    grey = (image[::-1, :, 0][rows][:, columns] * 255).round().astype(np.uint8)
-    return np.repeat(grey[..., None], 3, -1)

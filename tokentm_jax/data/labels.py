@@ -17,7 +17,7 @@ from tokentm_jax.validation import checked
 
 if TYPE_CHECKING:
     from tokentm_jax.data.sources import Source
-    from tokentm_jax.models.loading import LoadedViT
+    from tokentm_jax.models.loading import Model
 
 IMAGENET_1K = Path(__file__).with_name("imagenet_1k.json")  # {"wnid": [...], "name": [...]} of its 1000 classes
 LabelMap = Mapping[str, str | int]
@@ -72,7 +72,7 @@ def read_label_map(given: LabelMap | str | os.PathLike[str] | None) -> dict[str,
     return found
 
 
-def translation(vit: "LoadedViT", source: "Source", label_map: LabelMap | str | None = None) -> np.ndarray | None:
+def translation(vit: "Model", source: "Source", label_map: LabelMap | str | None = None) -> np.ndarray | None:
     """The model's class of each of the source's classes [classes]; None where the source's numbers are the model's.
 
     A class goes by the label map, else by its exact name, its wnid, or the one name that differs in case, underscores
@@ -102,7 +102,7 @@ def translation(vit: "LoadedViT", source: "Source", label_map: LabelMap | str | 
     return np.array([found[name] for name in names], np.int32)
 
 
-def known_classes(vit: "LoadedViT", source: "Source") -> tuple[np.ndarray | None, str]:
+def known_classes(vit: "Model", source: "Source") -> tuple[np.ndarray | None, str]:
     """As `translation` without a label map, but -1 for every class that the model does not have.
 
     Returns:
@@ -118,7 +118,7 @@ def known_classes(vit: "LoadedViT", source: "Source") -> tuple[np.ndarray | None
     return table, _unknown(vit, source, unknown) if unknown else ""
 
 
-def _candidates(vit: "LoadedViT", names: Iterable[str]) -> dict[str, list[int]]:
+def _candidates(vit: "Model", names: Iterable[str]) -> dict[str, list[int]]:
     """The model's classes that each name can be: by its exact name, else its wnid, else a name alike; by number where
     the model's names are unknown."""
     if vit.class_names is None:
@@ -133,14 +133,14 @@ def _candidates(vit: "LoadedViT", names: Iterable[str]) -> dict[str, list[int]]:
     return {name: known[0].get(name) or known[1].get(name) or known[2].get(alike(name), []) for name in names}
 
 
-def _unknown(vit: "LoadedViT", source: "Source", unknown: Sequence[str]) -> str:
+def _unknown(vit: "Model", source: "Source", unknown: Sequence[str]) -> str:
     shown = ", ".join(f"{name[:60]!r}{_nearest(name, vit.class_names or ())}" for name in unknown[:SHOWN])
     more = f", and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
     count = f"{len(unknown)} of its {len(source.class_names or ())} classes"
     return f"{source.name}: {vit.name} does not know {count}: {shown}{more}; {_ADVICE}"
 
 
-def _by_name(vit: "LoadedViT", source: "Source", names: list[str]) -> dict[str, int]:
+def _by_name(vit: "Model", source: "Source", names: list[str]) -> dict[str, int]:
     found: dict[str, int] = {}
     owner: dict[int, str] = {}
     candidates = _candidates(vit, names)
@@ -159,7 +159,7 @@ def _by_name(vit: "LoadedViT", source: "Source", names: list[str]) -> dict[str, 
     return found
 
 
-def _by_number(vit: "LoadedViT", source: "Source", names: list[str]) -> dict[str, int]:
+def _by_number(vit: "Model", source: "Source", names: list[str]) -> dict[str, int]:
     numbers = {name: number(name) for name in names}
     found = {name: n for name, n in numbers.items() if n is not None}
     classes = vit.module.num_classes

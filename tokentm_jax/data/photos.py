@@ -1,24 +1,20 @@
-"""Reading photos from files that nobody has checked, and cutting them to what a model sees."""
+"""Reading photos from untrusted files."""
 
 import contextlib
 import ctypes
 import glob
-import math
 import os
 import threading
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import opened, reason, size_of
-
-if TYPE_CHECKING:
-    from tokentm_jax.data.preprocessing import Preprocessing
 
 # Raster formats whose decoders run no program: EPS would start Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -223,70 +219,6 @@ def _values(image: Image.Image, tags: Mapping[int, Any], box: tuple[int, int, in
     if image.mode == "I" and _sample(tags) == (32, True):  # Pillow has no such mode: large values would be negative
         values = values.view(np.uint32)
     return np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0)
-
-
-def fit(image: Image.Image, preprocessing: "Preprocessing") -> np.ndarray:
-    """The photo as the model sees it: uint8 [H, W, 3] of `preprocessing.size`. InputError for a model of other images.
-
-    The photo is resized so that it covers `size / crop_pct`, keeping its proportions (unless it is to be squashed to
-    these), and its centre is cut out, with the rounding of timm's evaluation transform (its resize to a target that is
-    not square is always bilinear; here it is the preprocessing's own).
-    """
-    if preprocessing.audio is not None:
-        raise InputError("this is a photo, and the model takes recordings")
-    if len(preprocessing.mean) != 3:
-        raise InputError(f"a photo has 3 channels, and the model takes images of {len(preprocessing.mean)}")
-    height, width = preprocessing.size
-    scaled = _scaled(image, preprocessing)
-    left, top = _corner(scaled, preprocessing)
-    resample = Image.Resampling[preprocessing.interpolation.upper()]
-    return np.asarray(image.resize(scaled, resample).crop((left, top, left + width, top + height)))
-
-
-def view(image: Image.Image, preprocessing: "Preprocessing", side: int = 448) -> np.ndarray:
-    """The same part of the photo as `fit`, from the original pixels and for display: uint8 [h, w, 3], long side
-    `side` pixels, so that a model of 32 pixels is shown on a sharp photo."""
-    height, width = preprocessing.size
-    scaled = _scaled(image, preprocessing)
-    left, top = _corner(scaled, preprocessing)
-    x, y = image.width / scaled[0], image.height / scaled[1]
-    box = (left * x, top * y, min((left + width) * x, image.width), min((top + height) * y, image.height))
-    scale = side / max(width, height)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    return np.asarray(image.resize(size, Image.Resampling.BICUBIC, box))
-
-
-def _scaled(image: Image.Image, preprocessing: "Preprocessing") -> tuple[int, int]:
-    """(width, height) of the whole photo after the resize."""
-    height, width = (math.floor(side / preprocessing.crop_pct) for side in preprocessing.size)
-    if preprocessing.crop_mode == "squash":
-        scaled = (width, height)
-    elif height == width:
-        short, long = sorted(image.size)
-        long = int(width * long / short)
-        scaled = (width, long) if image.width <= image.height else (long, width)
-    else:
-        ratio = min(image.width / width, image.height / height)
-        scaled = round(image.width / ratio), round(image.height / ratio)
-    if scaled[0] * scaled[1] > MAX_PIXELS:
-        raise InputError(
-            f"a photo of {image.width} x {image.height} pixels is too narrow for a model of {width} pixels"
-        )
-    return scaled
-
-
-def _corner(scaled: tuple[int, int], preprocessing: "Preprocessing") -> tuple[int, int]:
-    """(left, top) of the centre crop in the resized photo."""
-    height, width = preprocessing.size
-    return round((scaled[0] - width) / 2), round((scaled[1] - height) / 2)
-
-
-def read_photos(paths: Iterable[str | Path], preprocessing: "Preprocessing") -> np.ndarray:
-    """Photos as the model sees them: float32 [B, H, W, 3] in [0, 1], not normalised. Raises InputError."""
-    pixels = [fit(open_photo(path), preprocessing) for path in paths]
-    if not pixels:
-        raise InputError("no photos were given")
-    return np.stack(pixels).astype(np.float32) / 255
 
 
 def find_photos(

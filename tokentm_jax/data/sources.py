@@ -7,9 +7,7 @@ import math
 import os
 import threading
 import zipfile
-from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Sequence
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
@@ -21,16 +19,12 @@ from PIL import Image
 from tokentm_jax.data import audio, photos
 from tokentm_jax.data.audio import Recording
 from tokentm_jax.data.labels import csv_rows, number
-from tokentm_jax.data.photos import PIXEL, SUFFIXES, check_size, decode, decoding, fit, open_photo
-from tokentm_jax.data.preprocessing import Preprocessing
-from tokentm_jax.errors import InputError, suggest
+from tokentm_jax.data.photos import PIXEL, SUFFIXES, check_size, decode, decoding, open_photo
+from tokentm_jax.errors import InputError
 from tokentm_jax.files import opened, read_text, reason
 from tokentm_jax.identity import digest, digest_files
 from tokentm_jax.validation import checked
 
-PROFILES = ("default", "reference")
-WORKERS = 4  # threads that decode; the decoders leave Python's lock
-AHEAD = 2  # batches decoded before they are asked for
 MAX_ENTRY = 64 * 2**20  # bytes of one image inside a zip or another file
 MAX_RECORDS = 10**7  # of a .mat file
 LARGEST_LABEL = 2**31 - 1
@@ -40,11 +34,11 @@ Item = TypeVar("Item")
 
 
 class Example(NamedTuple):
-    """One image, or recording, with what is known of it; `mask` [H, W] is true in the foreground and as large as the
-    image."""
+    """One image, recording or text, with what is known of it; `mask` [H, W] is true in the foreground and as large as
+    the image, or has the rating of each character of a text."""
 
     key: str
-    image: Image.Image | Recording
+    content: Image.Image | Recording | str
     label: int | None = None
     mask: np.ndarray | None = None
 
@@ -398,100 +392,3 @@ def _tfds(spec: str) -> Source:
     named = classes != tuple(map(str, range(len(classes))))  # tfds calls classes without names so
     keys = tuple(f"{i:07d}" for i in range(len(records)))
     return Source(spec, functools.cache(identify), keys, read, classes, named=named)
-
-
-# ---- batches --------------------------------------------------------------------------------------------------------
-
-
-class Batch(NamedTuple):
-    """Arrays of `size` examples, of which the first `len(keys)` count; the rest repeats the last."""
-
-    keys: tuple[str, ...]
-    images: np.ndarray  # uint8 [size, H, W, C]
-    labels: np.ndarray  # int32 [size], -1 where unknown
-    masks: np.ndarray | None  # bool [size, H, W]
-
-
-def prepare(example: Example, preprocessing: Preprocessing, profile: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Image uint8 [H, W, C] and mask bool [H, W] as the model sees them, cut alike.
-
-    Profile "default": the model's own preprocessing. Profile "reference": squashed to the model's size, bilinear.
-    The mask is always resized by nearest neighbour. A recording is its spectrogram, of 256 levels. Raises InputError
-    for a mask of another size than the image, and for a photo where the model takes recordings, or the other way.
-    """
-    if isinstance(example.image, Recording):
-        levels = audio.spectrogram(example.image, preprocessing, example.key)
-        return (levels * 255).round().astype(np.uint8), None
-    image, mask = example.image, None
-    if example.mask is not None:
-        if example.mask.shape != (image.height, image.width):
-            raise InputError(f"{example.key}: image and mask differ in size")
-        mask = Image.fromarray(example.mask.astype(np.uint8))
-    if profile == "reference" and preprocessing.audio is None:
-        size = (preprocessing.size[1], preprocessing.size[0])
-        pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR))
-        cut = None if mask is None else np.asarray(mask.resize(size, Image.Resampling.NEAREST))
-    else:
-        nearest = dataclasses.replace(preprocessing, interpolation="nearest")
-        pixels, cut = fit(image, preprocessing), None if mask is None else fit(mask, nearest)
-    return pixels, None if cut is None else cut > 0
-
-
-def batches(
-    source: Source,
-    preprocessing: Preprocessing,
-    batch_size: int,
-    profile: str = "default",
-    *,
-    indices: Sequence[int] | None = None,
-    skipped: dict[str, str] | None = None,
-) -> Iterator[Batch]:
-    """Ready arrays of `batch_size` examples each, decoded ahead in threads.
-
-    Every batch is made of `batch_size` consecutive `indices` (default: all in order; the last may have fewer), less
-    those that cannot be read: `skipped` gets their keys and the reasons.
-    """
-    if profile not in PROFILES:
-        raise suggest("profile", profile, PROFILES)
-    checked("the batch size", Annotated[int, Ge(1)], batch_size)
-    chosen = range(len(source)) if indices is None else indices
-    groups = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
-    skipped = {} if skipped is None else skipped
-
-    def ready(index: int) -> tuple[str, Any]:
-        example = source[index]
-        return example.key, (*prepare(example, preprocessing, profile), example.label)
-
-    def one(index: int) -> tuple[str, Any]:
-        try:
-            with decoding.turn():  # until the photo is gone, and what the model sees of it is left
-                return ready(index)
-        except InputError as error:
-            return source.keys[index], str(error)
-
-    with ThreadPoolExecutor(WORKERS) as pool:
-        waiting: deque[list[Future[tuple[str, Any]]]] = deque()
-        try:
-            for i in range(len(groups) + AHEAD):
-                if i < len(groups):
-                    waiting.append([pool.submit(one, index) for index in groups[i]])
-                if i >= AHEAD:
-                    results = [future.result() for future in waiting.popleft()]
-                    skipped |= {key: result for key, result in results if isinstance(result, str)}
-                    yield _batch([(k, r) for k, r in results if not isinstance(r, str)], batch_size, preprocessing)
-        finally:
-            for group in waiting:
-                for future in group:
-                    future.cancel()
-
-
-def _batch(results: list[tuple[str, Any]], size: int, preprocessing: Preprocessing) -> Batch:
-    keys = tuple(key for key, _ in results)
-    if not keys:
-        return Batch((), np.zeros((size, *preprocessing.shape), np.uint8), np.full(size, -1, np.int32), None)
-    images, masks, labels = zip(*(result for _, result in results), strict=True)
-    fill = [len(keys) - 1] * (size - len(keys))
-    rows = [*range(len(keys)), *fill]
-    known = [-1 if labels[i] is None else labels[i] for i in rows]
-    stacked = None if masks[0] is None else np.stack([masks[i] for i in rows])
-    return Batch(keys, np.stack([images[i] for i in rows]), np.array(known, np.int32), stacked)

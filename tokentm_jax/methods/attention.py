@@ -14,6 +14,7 @@ from annotated_types import Ge, Le, Lt
 from jax import Array
 
 from tokentm_jax.errors import InputError, Unfit
+from tokentm_jax.inputs.values import mean_of_seen, read_out, seen, token_map, values, with_values
 from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.scores import explained, is_open
 from tokentm_jax.maths.tokentm import (
@@ -28,7 +29,6 @@ from tokentm_jax.maths.tokentm import (
     token_length,
     transformed_attention,
 )
-from tokentm_jax.models.inputs import mean_of_seen, read_out, seen, token_map, values, with_values
 from tokentm_jax.programs import passes
 from tokentm_jax.programs.capture import Trace, capture, of_sample
 from tokentm_jax.programs.model import Applied, Function, Model

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from tokentm_jax.inputs.values import read_out, token_map
 from tokentm_jax.maths.tokentm import (
     Blocks,
     TokenTM,
@@ -16,7 +17,6 @@ from tokentm_jax.maths.tokentm import (
     ratio,
     transformation_weights,
 )
-from tokentm_jax.models.inputs import read_out, token_map
 from tokentm_jax.programs.capture import capture
 from tokentm_jax.programs.model import function_of
 

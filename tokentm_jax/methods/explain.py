@@ -11,20 +11,18 @@ import numpy as np
 from jax import Array
 from jax.sharding import AxisType, PartitionSpec
 
-from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.errors import InputError, Unfit, suggest
-from tokentm_jax.maths.maps import unit
+from tokentm_jax.inputs.reader import Reader
+from tokentm_jax.inputs.values import readable, seen
 from tokentm_jax.maths.scores import Cosine, Question, Versus, as_numbers, classes_of, question
 from tokentm_jax.methods.table import METHODS, Method
-from tokentm_jax.models.inputs import readable, seen
 from tokentm_jax.models.loading import require_loaded
 from tokentm_jax.programs.inspection import Inspection, inspected
 from tokentm_jax.programs.model import Function, check_model, function_of
 from tokentm_jax.programs.running import KINDS
 
 if TYPE_CHECKING:
-    from tokentm_jax.models.loading import LoadedViT
-    from tokentm_jax.models.texts import LoadedText
+    from tokentm_jax.models.loading import Model
 
 
 def explain_fn(
@@ -249,7 +247,7 @@ def compiled(
     methods: Mapping[str, Mapping[str, Any]],
     *,
     details: Sequence[str] | None = (),
-    preprocessing: Preprocessing | None = None,
+    preprocessing: Reader | None = None,
 ) -> Callable[..., tuple[dict[str, Array], dict[str, Array]]]:
     """The one compiled program that explains by these methods, from a cache that all of the package shares.
 
@@ -257,7 +255,8 @@ def compiled(
       module: as for `explain_fn`.
       methods: names of `METHODS`, and the options of each.
       details: names of the details that are wanted, of the first method; None for all that it reports.
-      preprocessing: where given, the program takes pixels uint8 [B, H, W, 3] and makes the model's input of them.
+      preprocessing: where given, the program takes batches of a data set, such as pixels uint8 [B, H, W, 3], and makes
+        the model's input of them.
 
     Returns:
       A function `(params, inputs, target)` that gives each method's maps, by name, and the details. The target is as
@@ -279,13 +278,13 @@ def _compiled(
     model: Function,
     methods: tuple[tuple[str, Method, tuple[tuple[str, Any], ...]], ...],
     details: tuple[str, ...] | None,
-    preprocessing: Preprocessing | None,
+    preprocessing: Reader | None,
 ) -> Callable[..., tuple[dict[str, Array], dict[str, Array]]]:
     explainers = {name: _explainer(model, name, row, dict(options), True) for name, row, options in methods}
 
     def program(params: Any, inputs: Array, target: Any) -> tuple[dict[str, Array], dict[str, Array]]:
         if preprocessing is not None:
-            inputs = preprocessing.normalise(unit(inputs))
+            inputs = preprocessing.normalise(preprocessing.unit(inputs))
         maps: dict[str, Array] = {}
         reported: dict[str, Array] = {}
         for name, explainer in explainers.items():
@@ -298,7 +297,7 @@ def _compiled(
 
 
 def explain(
-    vit: "LoadedViT | LoadedText",
+    vit: "Model",
     images: Any,
     method: str = "tokentm",
     target: Any = None,
@@ -311,7 +310,7 @@ def explain(
     """Heatmaps of a batch of photos, or scores of the tokens of texts.
 
     Args:
-      vit: from `tokentm_jax.load` or `tokentm_jax.load_text`.
+      vit: from `tokentm_jax.load` or `tokentm_jax.load`.
       images: array [B, H, W, 3] in [0, 1], as `vit.read` gives them; normalisation is inside. For a text model, the
         `Tokens` that its `read` gives.
       method: a name of `METHODS`.
@@ -340,8 +339,7 @@ def explain(
     """
     require_loaded(vit)
     row, preprocessing = _method(method), vit.preprocessing
-    suited = options if preprocessing is None else row.suited(options, preprocessing)
-    program = compiled(vit.module, {method: suited}, details=None if details else ())
+    program = compiled(vit.module, {method: row.suited(options, preprocessing)}, details=None if details else ())
     inputs = vit.prepare(images)
     samples = len(jax.tree.leaves(inputs)[0])
     if text is not None:
@@ -365,7 +363,7 @@ def explain(
     return (maps[method], found) if details else maps[method]
 
 
-def _target(vit: "LoadedViT | LoadedText", target: Any, asked: Question, samples: int) -> Any:
+def _target(vit: "Model", target: Any, asked: Question, samples: int) -> Any:
     """The classes [B] of a target, or the arrays [B, ...] that a custom score takes."""
     if not asked.score.of_class:
         raise InputError("this score takes no target: leave it out")
@@ -391,7 +389,7 @@ def _named(classes: Any) -> bool:
     return any(isinstance(each, str) for each in (classes if isinstance(classes, list | tuple) else [classes]))
 
 
-def _classes(vit: "LoadedViT | LoadedText", what: str, classes: Any, samples: int) -> Any:
+def _classes(vit: "Model", what: str, classes: Any, samples: int) -> Any:
     """A class for all samples, or one per sample, by number or by name, as an array [B]. Raises InputError for one
     that there is not; the numbers of a traced array are not looked at."""
     classes = classes.tolist() if isinstance(classes, np.ndarray) and _named(classes) else classes

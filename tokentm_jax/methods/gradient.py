@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from annotated_types import Ge, Le, Lt
 from jax import Array
 
+from tokentm_jax.inputs.values import input_map, seen, values, with_values
 from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.scores import explained
-from tokentm_jax.models.inputs import input_map, seen, values, with_values
 from tokentm_jax.programs.model import Model
 
 MOST = 100_000  # passes

@@ -15,10 +15,10 @@ from annotated_types import Ge
 from jax import Array
 
 from tokentm_jax.errors import Unfit
+from tokentm_jax.inputs.values import input_map, read_out, token_map, values
 from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.tokentm import attention_update, propagate, rectified_mean
 from tokentm_jax.methods.attention import Block, Details, Explanation, check_blocks
-from tokentm_jax.models.inputs import input_map, read_out, token_map, values
 from tokentm_jax.programs.capture import Trace, capture
 from tokentm_jax.programs.model import Model
 from tokentm_jax.programs.passes import full_gradient_rows

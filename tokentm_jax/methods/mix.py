@@ -7,11 +7,11 @@ from typing import Any, Literal
 import jax
 from jax import Array
 
+from tokentm_jax.inputs.values import token_map
 from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.scores import explained, is_open
 from tokentm_jax.maths.tokentm import TokenTM, initial_contributions
 from tokentm_jax.methods.attention import OFF, Details, Explanation
-from tokentm_jax.models.inputs import token_map
 from tokentm_jax.programs.model import Model
 from tokentm_jax.programs.passes import rows_inside
 from tokentm_jax.programs.rules import ATTN_LRP, LIBRA

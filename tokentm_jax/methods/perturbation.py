@@ -8,6 +8,7 @@ batch.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -16,11 +17,10 @@ import jax.numpy as jnp
 from annotated_types import Ge, Gt, Le, Lt
 from jax import Array
 
-from tokentm_jax.data.preprocessing import IMAGENET, Preprocessing
 from tokentm_jax.errors import InputError, Unfit
-from tokentm_jax.maths.maps import spread
+from tokentm_jax.inputs.images import IMAGENET
+from tokentm_jax.inputs.values import of
 from tokentm_jax.maths.perturbation import (
-    blur,
     half_of_coalitions,
     kernel_coalitions,
     kernel_shap,
@@ -34,7 +34,6 @@ from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.scores import Question, explained
 from tokentm_jax.methods.gradient import MOST, Explanation
 from tokentm_jax.models.bert import Bert
-from tokentm_jax.models.inputs import Texts, Tokens
 from tokentm_jax.models.vit import ViT
 from tokentm_jax.programs.model import Model
 
@@ -72,9 +71,9 @@ class Removal:
     chunk: Chunk | None = None
 
 
-def with_black(options: Mapping[str, Any], preprocessing: Preprocessing) -> Mapping[str, Any]:
+def with_black(options: Mapping[str, Any], preprocessing: Any) -> Mapping[str, Any]:
     """Options of `Removal` with the colour that black has after this preprocessing, where it is asked for."""
-    if options.get("fill") != "black" or "black" in options:
+    if options.get("fill") != "black" or "black" in options or not hasattr(preprocessing, "mean"):
         return options
     return {**options, "black": _black(preprocessing.mean, preprocessing.std)}
 
@@ -109,6 +108,10 @@ def in_chunks(function: Callable[[Array], Array], items: Array, chunk: int) -> A
     return found.reshape(-1, *found.shape[2:])[: len(items)]
 
 
+def _samples(inputs: Any) -> int:
+    return of(inputs).values.shape[0]
+
+
 def _suited(chunk: int | None, samples: int, patches: int) -> int:
     """The chunk that is asked for, or 8. A CPU is fastest where what it computes at a time fits into its caches."""
     if chunk is not None:
@@ -127,85 +130,31 @@ def _valued(outputs: Any, target: Any, value: Value) -> Array:
     return explained(outputs, target)[0]
 
 
-def _grid(model: Model, inputs: Any, patch: int | None) -> tuple[int, int]:
-    height, width = inputs.shape[1:3]
-    if patch is not None:
-        if height % patch or width % patch:
-            raise InputError(f"option 'patch' must divide the image of {height} x {width} pixels, got {patch}")
-        return height // patch, width // patch
-    try:
-        grid = model.grid
-    except Unfit:
-        grid = None
-    if grid is None:
-        raise InputError(f"{model.source.name} has no 'grid' of patches: give the option 'patch', their side")
-    return grid
-
-
 def game(model: Model, params: Any, inputs: Any, target: Any, options: Removal) -> Game:
-    """The game of the patches of normalised images [B, H, W, C]: removed ones are filled as `options` say. Or that of
-    the word pieces of `Texts`.
-
-    Of patches that overlap, those pixels go that are nearest to the centre of the patch.
-    """
-    if isinstance(inputs, Texts):
-        return _game_of_words(model, params, inputs, target, options)
-    if inputs.ndim != 4:
-        raise Unfit(f"this method removes squares of images [B, H, W, C], and the inputs are {list(inputs.shape)}")
-    gh, gw = _grid(model, inputs, options.patch)
-    tiling = model.tiling if options.patch is None else None
-    background = jnp.zeros((), inputs.dtype)
-    if options.fill == "black":
-        if len(options.black) != inputs.shape[-1]:
-            raise InputError(f"option 'black' must have a number for each of {inputs.shape[-1]} channels")
-        background = jnp.asarray(options.black, inputs.dtype)
-    elif options.fill == "blur":
-        background = blur(inputs)
+    """The game of the parts of inputs: patches of images, word pieces of texts. Hidden ones are filled as `options`
+    specify."""
+    grid, hide = of(inputs).parts(model, params, options)
     logits = model.apply({"params": params}, inputs)
     details = explained(logits, target)[1]
     chosen = details["target"]
 
     def value(mask: Array) -> Array:
-        shown = spread(mask.reshape(1, gh, gw).astype(inputs.dtype), inputs.shape[1:3], tiling)[0, ..., None]
-        changed = inputs * shown + background * (1 - shown)
-        return _valued(model.apply({"params": params}, changed), chosen, options.value)
+        return _valued(model.apply({"params": params}, hide(mask)), chosen, options.value)
 
     def values(masks: Array) -> Array:
-        return in_chunks(value, masks, _suited(options.chunk, inputs.shape[0], gh * gw)).T
+        return in_chunks(value, masks, _suited(options.chunk, _samples(inputs), math.prod(grid))).T
 
-    full = _valued(logits, chosen, options.value)
-    return Game(values, full, (gh, gw), details)
-
-
-def _game_of_words(model: Any, params: Any, texts: Texts, target: Any, options: Removal) -> Game:
-    if options.fill != "mean" or options.patch is not None:
-        raise Unfit("options 'fill' and 'patch' are for images: of texts, words are removed")
-    blank: Any = 0.0
-    if model.source.module is not None:
-        blank = model.source.module.apply({"params": params}, method="blank").astype(texts.embeddings.dtype)
-    logits = model.apply({"params": params}, texts)
-    details = explained(logits, target)[1]
-
-    def value(mask: Array) -> Array:
-        shown = (mask | texts.special)[..., None]
-        changed = texts._replace(embeddings=jnp.where(shown, texts.embeddings, blank))
-        return _valued(model.apply({"params": params}, changed), details["target"], options.value)
-
-    def values(masks: Array) -> Array:
-        return in_chunks(value, masks, _suited(options.chunk, *texts.mask.shape)).T
-
-    full = _valued(logits, details["target"], options.value)
-    return Game(values, full, (1, texts.mask.shape[1]), details)
+    return Game(values, _valued(logits, chosen, options.value), grid, details)
 
 
-def _refuse_texts(inputs: Any, reason: str) -> None:
-    if isinstance(inputs, Texts | Tokens):
+def _require_grid(inputs: Any, reason: str) -> None:
+    if not of(inputs).regular:
         raise Unfit(reason)
 
 
 def _windows(inputs: Any, grid: tuple[int, int], window: int, stride: int) -> Array:
     if window > 1:
-        _refuse_texts(inputs, "option 'window' is for grids of patches: words are removed one by one")
+        _require_grid(inputs, "option 'window' is for grids of patches: words are removed one by one")
     if window > min(grid):
         raise InputError(
             f"option 'window' must be at most {min(grid)} for {grid[0]} x {grid[1]} patches, got {window}"
@@ -264,56 +213,27 @@ def token_dropping(
             "the method 'token_dropping' takes tokens out of the sequence, so it needs a module with the forward pass "
             f"of tm.ViT; {model.source.name} has its own"
         )
-    if isinstance(inputs, Texts):
-        return _word_dropping(module, params, inputs, target, window, stride, value, chunk)
-    if module.rope_type is not None:
+    if getattr(module, "rope_type", None) is not None:
         raise Unfit("the method 'token_dropping' needs blocks that do not know a token's place: no rotary positions")
-    grid: Any = module.grid
+    tokens: Any = module.apply({"params": params}, inputs, method="embed")
+    grid: Any = module.grid or (1, tokens.shape[1])
     removed = _windows(inputs, grid, window, stride)
     left = removed.shape[1] - window * window
     if not left:
         raise InputError("the method 'token_dropping' must leave a patch: the window is the whole grid")
-    tokens: Any = module.apply({"params": params}, inputs, method="embed")
 
-    def read(tokens: Array) -> Any:
-        return module.apply({"params": params}, tokens, method=lambda vit, x: vit.classify(vit.blocks(x, None)[0]))
+    def read(kept: Array, count: int) -> Any:
+        return module.apply({"params": params}, tokens, of(inputs).remaining(kept), count, method="read_part")
 
-    logits = read(tokens)
+    logits = read(jnp.ones(removed.shape[1], bool), removed.shape[1])
     details = explained(logits, target)[1]
     chosen = details["target"]
 
-    def remaining(mask: Array) -> Array:
-        kept = module.prefix + jnp.flatnonzero(~mask, size=left)
-        shown = jnp.concatenate([tokens[:, : module.prefix], tokens[:, kept]], 1)
-        return _valued(read(shown), chosen, value)
+    def remaining(gone: Array) -> Array:
+        return _valued(read(~gone, left), chosen, value)
 
     values = in_chunks(remaining, removed, _suited(chunk, tokens.shape[0], left)).T
     rows = _losses(_valued(logits, chosen, value), values, removed)
-    return rows.reshape(-1, *grid), details
-
-
-def _word_dropping(
-    module: Any, params: Any, texts: Texts, target: Any, window: int, stride: int, value: Value, chunk: int | None
-) -> Explanation:
-    """As `token_dropping`: nothing attends to a word piece that was dropped. Marks stay."""
-    grid = (1, texts.mask.shape[1])
-    removed = _windows(texts, grid, window, stride)
-    tokens = module.apply({"params": params}, texts, method="embed")
-
-    def read(mask: Array) -> Array:
-        def after_embedding(bert: Any) -> Array:
-            return bert.classify(bert.blocks(tokens, mask)[0], mask)
-
-        return module.apply({"params": params}, method=after_embedding)
-
-    logits = read(texts.mask)
-    details = explained(logits, target)[1]
-
-    def remaining(gone: Array) -> Array:
-        return _valued(read(texts.mask & ~(gone & ~texts.special)), details["target"], value)
-
-    values = in_chunks(remaining, removed, _suited(chunk, *texts.mask.shape)).T
-    rows = _losses(_valued(logits, details["target"], value), values, removed)
     return rows.reshape(-1, *grid), details
 
 
@@ -336,7 +256,7 @@ def rise(
     with probability `keep`, and constant within a patch; between shown and removed, a patch is mixed with what stands
     in for it.
     """
-    _refuse_texts(inputs, "the method 'rise' draws smooth masks over a grid of patches, and texts have none")
+    _require_grid(inputs, "the method 'rise' draws smooth masks over a grid of patches, and texts have none")
     played = game(model, params, inputs, target, options)
     masks = smooth_masks(jax.random.key(seed), played.grid, samples, cells, keep)
     return played.maps(jax.vmap(mean_by_patch, (None, 0))(masks, played.values(masks))), played.details
@@ -368,16 +288,15 @@ def shapley(
     `details["full_value"]` less `details["empty_value"]` [B], for any number of pairs. `details["standard_error"]`
     [B, gh, gw] is that of the mean over pairs.
     """
-    texts = isinstance(inputs, Texts | Tokens)
     played = game(model, params, inputs, target, options)
     _check_players(played)
     empty, n = played.empty(), played.patches
 
     def pair(key: Array) -> Array:
-        if texts:  # the order of a text's own words does not depend on how many places stand behind them
-            ranks = jax.random.uniform(key, (n,)).argsort().argsort().astype(jnp.int32)
-        else:
+        if of(inputs).regular:
             ranks = jax.random.permutation(key, jnp.arange(n, dtype=jnp.int32))
+        else:  # the order of a text's own words does not depend on the length of its padding
+            ranks = jax.random.uniform(key, (n,)).argsort().argsort().astype(jnp.int32)
         both = jnp.stack([ranks, n - 1 - ranks])
         found = played.values(jax.vmap(path)(both).reshape(-1, n)).reshape(-1, 2, n - 1)
         first, last = (jnp.broadcast_to(end[:, None, None], (end.shape[0], 2, 1)) for end in (empty, played.full))
@@ -404,7 +323,7 @@ def shapley_by_kernel(
     taken, and the values are exact. The details are those of `shapley`; standard errors of exact values are zero.
     Raises InputError for fewer pairs than twice the patches, where the fit would have no sure solution.
     """
-    _refuse_texts(inputs, "the method 'kernel_shap' weighs coalitions by the number of patches, which texts differ in")
+    _require_grid(inputs, "the method 'kernel_shap' weighs coalitions by the number of patches, which texts differ in")
     played = game(model, params, inputs, target, options)
     _check_players(played)
     empty, n = played.empty(), played.patches

@@ -16,8 +16,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.errors import InputError, suggest
+from tokentm_jax.inputs.reader import Reader
+from tokentm_jax.inputs.values import seen
 from tokentm_jax.maths.maps import Normalisation, combine
 from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.tokentm import TokenTM
@@ -26,7 +27,6 @@ from tokentm_jax.methods import lrp as relevance
 from tokentm_jax.methods.attention import Explanation
 from tokentm_jax.methods.mix import ROWS, Gradient, shared_maps
 from tokentm_jax.methods.perturbation import Removal
-from tokentm_jax.models.inputs import seen
 from tokentm_jax.programs.model import Model
 from tokentm_jax.validation import check_options, options_of
 
@@ -53,7 +53,7 @@ class Method:
     float32: bool = False  # computed in float32 at least: in a model of bfloat16, its maps would be others
     options: type | None = None  # a frozen dataclass of options, where the function takes one
     classless: Callable[[Mapping[str, Any]], bool] | None = None  # the options with which the class does not matter
-    suit: Callable[[Mapping[str, Any], Preprocessing], Mapping[str, Any]] | None = None  # see `suited`
+    suit: Callable[[Mapping[str, Any], Reader], Mapping[str, Any]] | None = None  # see `suited`
 
     @property
     def summary(self) -> str:
@@ -83,7 +83,7 @@ class Method:
         """
         return check_options(f"the method {name!r}", self.known(), options)
 
-    def suited(self, options: Mapping[str, Any], preprocessing: Preprocessing) -> dict[str, Any]:
+    def suited(self, options: Mapping[str, Any], preprocessing: Reader) -> dict[str, Any]:
         """The options for a model with this preprocessing, where the method has one that depends on it."""
         return dict(options if self.suit is None else self.suit(options, preprocessing))
 

@@ -14,10 +14,10 @@ import numpy as np
 
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import read_text
-from tokentm_jax.models.inputs import Tokens
+from tokentm_jax.inputs.texts import Tokens
 
 if TYPE_CHECKING:
-    from tokentm_jax.models.texts import Word
+    from tokentm_jax.inputs.texts import Word
 
 SHARES = 11  # 0 %, 10 % ... 100 % of the words' tokens
 

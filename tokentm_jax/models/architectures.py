@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 import jax.numpy as jnp
 from annotated_types import Ge, Le
 
-from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.files import read_json
+from tokentm_jax.inputs.images import Preprocessing
 from tokentm_jax.models.vit import ViT
 from tokentm_jax.validation import checked
 

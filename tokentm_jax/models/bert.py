@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from tokentm_jax.errors import InputError
+from tokentm_jax.inputs.texts import Texts, Tokens
 from tokentm_jax.maths import primitives
 from tokentm_jax.maths.primitives import wide
-from tokentm_jax.models.inputs import Texts, Tokens
 from tokentm_jax.models.vit import Affine, Block, Linear, Norm, trunc_normal
 
 
@@ -114,6 +114,10 @@ class Bert(nn.Module):
             places = places + self.type_embeddings[texts.types]
         x = self.embed_norm(x + jnp.broadcast_to(places, x.shape).astype(x.dtype))
         return self.linear(x, *self.embed_project(x.shape[-1])) if self.embedding_size else x
+
+    def read_part(self, tokens: Array, kept: Array, count: int) -> Array:
+        """The outputs for embedded tokens [B, N, D] of which nothing attends to those that are not `kept` [B, N]."""
+        return self.classify(self.blocks(tokens, kept)[0], kept)
 
     def classify(self, tokens: Array, mask: Array) -> Array:
         """Tokens [B, N, D] that leave a block, and which are there [B, N] -> logits [B, classes], or features, in

@@ -26,7 +26,6 @@ import safetensors.numpy
 from flax import traverse_util
 from pydantic import JsonValue
 
-from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import (
     MARK,
@@ -39,9 +38,10 @@ from tokentm_jax.files import (
     stored_size,
     uninterrupted,
 )
+from tokentm_jax.inputs.images import Preprocessing
+from tokentm_jax.inputs.texts import Tokens
 from tokentm_jax.models.architectures import ARCHITECTURES, LARGEST, build, config_of
 from tokentm_jax.models.bert import Bert
-from tokentm_jax.models.inputs import Tokens
 from tokentm_jax.models.text import TextEncoder
 from tokentm_jax.models.vit import ViT
 from tokentm_jax.validation import checked

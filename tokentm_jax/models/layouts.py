@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from annotated_types import Ge, Gt, Le, Len
 
-from tokentm_jax.data.preprocessing import Preprocessing
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import read_json, read_text
+from tokentm_jax.inputs.images import Preprocessing
 from tokentm_jax.models.architectures import Config, architecture, build
 from tokentm_jax.models.checkpoint import Tensors, current_names, fused, read_safetensors, to_params
 from tokentm_jax.models.text import TextEncoder, TextTower, Tokenizer
@@ -108,6 +108,14 @@ def is_folder(path: str | os.PathLike[str]) -> bool:
     return any(os.path.lexists(os.path.join(path, name)) for name in (CONFIG, OPEN_CLIP))
 
 
+def is_text_folder(folder: Path) -> bool:
+    """Whether a folder holds a model of texts, see `text_layouts`."""
+    if not present(folder, CONFIG) or present(folder, OPEN_CLIP):
+        return False
+    content = read_json(folder / CONFIG, what="model")
+    return isinstance(content, dict) and "pretrained_cfg" not in content and content.get("model_type") in tuple(TEXT)
+
+
 def read_folder(folder: Path) -> Folder:
     """A folder of timm, Hugging Face or OpenCLIP. InputError for what is none, or is not supported, or is damaged."""
     if present(folder, OPEN_CLIP):
@@ -118,8 +126,6 @@ def read_folder(folder: Path) -> Folder:
     if "pretrained_cfg" in config.content:
         return _timm(folder, config)
     kind = config("model_type", str)
-    if kind in TEXT:
-        raise InputError(f"{folder} holds a model of texts ({kind!r}): tm.load_text loads it")
     if kind not in HUGGING_FACE:
         known = ", ".join(HUGGING_FACE)
         raise InputError(f"{config.where}: the model type {kind!r} is not supported; known: {known}")

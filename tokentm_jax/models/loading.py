@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,12 @@ import numpy as np
 from jax import Array
 
 from tokentm_jax.data.labels import IMAGENET_1K, alike, number
-from tokentm_jax.data.preprocessing import IMAGENET, Preprocessing, Statistics
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.files import as_path, read_json, read_text
+from tokentm_jax.inputs.images import IMAGENET, Preprocessing, Statistics
+from tokentm_jax.inputs.texts import MASKS, WordPieces
 from tokentm_jax.maths import scores
-from tokentm_jax.models.architectures import ARCHITECTURES, Config, architecture, build
+from tokentm_jax.models.architectures import ARCHITECTURES, Config, architecture, build, dtype_of
 from tokentm_jax.models.checkpoint import (
     Tensors,
     described_grid,
@@ -27,24 +28,52 @@ from tokentm_jax.models.checkpoint import (
     to_params,
 )
 from tokentm_jax.models.hub import HUB, download, download_weights
-from tokentm_jax.models.layouts import Folder, is_folder, read_folder
+from tokentm_jax.models.layouts import Folder, is_folder, is_text_folder, present, read_folder
 from tokentm_jax.models.text import TextTower
-from tokentm_jax.models.vit import ViT
+from tokentm_jax.models.text_layouts import read_text_folder
 
 DEFAULT_MODEL = "cifar10_distilled"
 _PACKAGE = Path(__file__).parent.parent
 SHIPPED = (_PACKAGE / "_models", _PACKAGE.parent / "models")  # in an installed wheel; in a clone
 
 
-class Classes:
-    """What every loaded model knows of its classes."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A model with its weights, the reader of its inputs, and the names and wnids of its classes (None: unknown).
 
-    if TYPE_CHECKING:
-        module: Any
-        class_names: tuple[str, ...] | None
-        name: str
-        wnids: tuple[str, ...] | None
-        text: TextTower | None
+    Args:
+      module: a Linen module, or anything with its `apply`, such as `PlainModel`.
+      params: its parameters.
+      preprocessing: a `Preprocessing` for images or recordings, `WordPieces` for texts.
+      text: of CLIP and SigLIP, whose outputs are features: their text tower.
+    """
+
+    module: Any
+    params: Any
+    preprocessing: Any
+    class_names: tuple[str, ...] | None
+    name: str
+    wnids: tuple[str, ...] | None = None
+    text: TextTower | None = None
+
+    def read(self, given: Any) -> Any:
+        """Photos, resized and cropped for this model: float32 [B, H, W, 3] in [0, 1]. Recordings: their spectrograms
+        [B, mel bins, frames, 1]. Texts, or pairs of them: `Tokens` [B, N], padded to a multiple of 16.
+
+        Warns where a recording or a text is longer than what the model takes. Raises InputError.
+        """
+        return self.preprocessing.read(given)
+
+    def logits(self, inputs: Any) -> Array:
+        """What `read` gives -> logits [B, classes] in float32, or features; normalisation included.
+
+        Raises InputError for anything else.
+        """
+        return _logits(self.module, self.preprocessing, self.params, self.preprocessing.checked(inputs))
+
+    def prepare(self, inputs: Any) -> Any:
+        """What `read` gives -> the input of the module. Raises InputError for anything else."""
+        return self.preprocessing.normalise(self.preprocessing.checked(inputs))
 
     def require_classes(self) -> None:
         """Raises InputError for a model whose outputs are features, so that no class can be asked for."""
@@ -111,59 +140,22 @@ class Classes:
         return found[0]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class LoadedViT(Classes):
-    """A model with its weights, its preprocessing, and the names and wnids of its classes (None: unknown)."""
-
-    module: ViT
-    params: Any
-    preprocessing: Preprocessing
-    class_names: tuple[str, ...] | None
-    name: str
-    wnids: tuple[str, ...] | None = None
-    text: TextTower | None = None  # of CLIP and SigLIP, whose outputs are features
-
-    def read(self, paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> np.ndarray:
-        """Photos, resized and cropped for this model: [B, H, W, 3] float32 in [0, 1]; or, for a model of recordings,
-        their spectrograms [B, mel bins, frames, 1], with a warning where one is longer than what the model hears.
-
-        Raises InputError.
-        """
-        from tokentm_jax.data.audio import read_recordings
-        from tokentm_jax.data.photos import read_photos
-
-        several = paths if isinstance(paths, Sequence) and not isinstance(paths, str | bytes) else [paths]
-        read, what = (read_photos, "a photo") if self.preprocessing.audio is None else (read_recordings, "a recording")
-        return read([as_path(path, what) for path in several], self.preprocessing)
-
-    def logits(self, images: Array | np.ndarray) -> Array:
-        """Images [B, H, W, C] in [0, 1] -> logits [B, classes] in float32; normalisation included.
-
-        Raises InputError for images that `Preprocessing.checked` refuses.
-        """
-        return _logits(self.module, self.preprocessing, self.params, self.preprocessing.checked(images))
-
-    def prepare(self, images: Any) -> Array:
-        """Images [B, H, W, 3] in [0, 1] -> the model's input. Raises InputError as `Preprocessing.checked`."""
-        return self.preprocessing.normalise(self.preprocessing.checked(images))
-
-
 def require_loaded(vit: Any) -> None:
     """InputError for what is no loaded model."""
-    if isinstance(vit, Classes):
+    if isinstance(vit, Model):
         return
     found = type(vit).__name__
     if hasattr(vit, "apply"):
         raise InputError(
             f"expected a loaded model, got a {found}: use tm.explain_fn(module)(params, inputs), or make a "
-            "loaded model, tm.LoadedViT(module, params, preprocessing, class_names, name)"
+            "loaded model, tm.Model(module, params, preprocessing, class_names, name)"
         )
-    raise InputError(f"expected a loaded model, of tm.load or tm.load_text, got {found}")
+    raise InputError(f"expected a loaded model, of tm.load, got {found}")
 
 
-def predict(module: ViT, preprocessing: Preprocessing, params: Any, images: Array) -> Array:
-    """Images [B, H, W, C] in [0, 1] -> logits [B, classes], as a function to compile into a larger one."""
-    logits = module.apply({"params": params}, preprocessing.normalise(images))
+def predict(module: Any, preprocessing: Any, params: Any, inputs: Any) -> Array:
+    """What a reader gives, such as images [B, H, W, C] in [0, 1] -> logits [B, classes]; to be compiled."""
+    logits = module.apply({"params": params}, preprocessing.normalise(inputs))
     assert isinstance(logits, jax.Array)  # nothing is mutable
     return logits
 
@@ -179,13 +171,16 @@ def load(
     num_classes: int | None = None,
     class_names: Sequence[str] | str | os.PathLike[str] | None = None,
     dtype: Any = None,
-) -> LoadedViT:
+) -> Model:
     """A model ready to use.
 
     Args:
         model: a timm name ("deit_tiny_patch16_224"), options of timm's VisionTransformer, the name of a shipped
             model, a folder in the layout of timm, Hugging Face or OpenCLIP (`tokentm_jax.models.layouts`), or
-            "hf-hub:OWNER/NAME" for such a one. None: what the checkpoint describes, or the shipped default.
+            "hf-hub:OWNER/NAME" for such a one. None: what the checkpoint describes, or the shipped default. A folder
+            of a BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT or ELECTRA with its `tokenizer.json` is a model of
+            texts (extra `[text]`); without a classifier it gives features: the mean of its tokens, or what
+            sentence-transformers specifies.
         checkpoint: weights; needed with options. None with a timm name: timm's weights, from the Hugging Face Hub
             (extra `[hub]`); without a tag, timm's default ones. A file's own preprocessing goes before the
             model's; for options without either it is ImageNet's statistics, or 0.5 for
@@ -207,7 +202,13 @@ def load(
         >>> vit.logits(vit.read(["cat.jpg"])).shape
         (1, 10)
     """
-    found, name, path, grid = _found(model, checkpoint)
+    folder = _folder(model, checkpoint)
+    if folder is not None and is_text_folder(folder):
+        for option, value in (("checkpoint", checkpoint), ("img_size", img_size), ("num_classes", num_classes)):
+            if value is not None:
+                raise InputError(f"{option} is for models of images, and {folder} holds a model of texts")
+        return _load_text(folder, _name_of(model or checkpoint), class_names, dtype)
+    found, name, path, grid = _found(model, checkpoint, folder)
     if num_classes is None:
         head = found.tensors.get("head.weight")
         num_classes = head.shape[0] if head is not None and head.ndim else 0
@@ -221,26 +222,57 @@ def load(
     names, wnids = _names(class_names, found, path, module.num_classes)
     for note in found.notes:
         warnings.warn(note, stacklevel=2)
-    return LoadedViT(module, params, preprocessing, names, name, wnids, found.text)
+    return Model(module, params, preprocessing, names, name, wnids, found.text)
 
 
-def _found(
-    model: str | Mapping[str, Any] | None, checkpoint: str | os.PathLike[str] | None
-) -> tuple[Folder, str, Path, tuple[int, int]]:
-    """What `load` is asked for, as it is stored: its content, its name, its place, and its grid of patches."""
+def _folder(model: Any, checkpoint: Any) -> Path | None:
+    """The folder of a model in one of the layouts; None where a name, options or a file are given."""
+    if isinstance(model, os.PathLike):
+        model = os.fspath(model)
     if not isinstance(model, str | Mapping | None) or (isinstance(model, str) and not model.strip()):
         raise InputError(f"the model must be a name or options of timm's VisionTransformer, got {model!r:.80}")
     weights = None if checkpoint is None else as_path(checkpoint, "the checkpoint")
-    if model is None and weights is not None and is_folder(weights):
-        model, weights = os.fspath(weights), None
-    if isinstance(model, str) and (model.startswith(HUB) or is_folder(model)):
-        if weights is not None:
-            raise InputError(f"{model} brings its own weights: leave out the checkpoint {weights}")
-        on_hub = model.startswith(HUB)
-        path = download(model) if on_hub else as_path(model, "the model")
-        name = model.removeprefix(HUB) if on_hub else os.path.basename(os.path.abspath(model))
-        folder = read_folder(path)
-        return folder, name, path, folder.grid or build(folder.config).grid
+    if model is None:
+        return weights if weights is not None and is_folder(weights) else None
+    if not isinstance(model, str) or not (model.startswith(HUB) or is_folder(model) or _is_path(model)):
+        return None
+    if weights is not None:
+        raise InputError(f"{model} has weights: leave out the checkpoint {weights}")
+    return download(model) if model.startswith(HUB) else as_path(model, "the model")
+
+
+def _is_path(model: str) -> bool:
+    return os.path.isdir(model) and model not in shipped() and model.partition(".")[0] not in ARCHITECTURES
+
+
+def _name_of(model: Any) -> str:
+    name = os.fspath(model)
+    return name.removeprefix(HUB) if name.startswith(HUB) else os.path.basename(os.path.abspath(name))
+
+
+def _load_text(folder: Path, name: str, class_names: Any, dtype: Any) -> Model:
+    """A model of texts, whose reader is its tokenizer."""
+    if not present(folder, "tokenizer.json"):
+        raise InputError(f"{folder} has no tokenizer.json, the file of a fast tokenizer")
+    pieces = WordPieces.from_file(folder / "tokenizer.json")
+    module, params, names, notes = read_text_folder(folder, pieces.token(*MASKS))
+    for note in notes:
+        warnings.warn(note, stacklevel=3)
+    module = module if dtype is None else module.clone(dtype=dtype_of(dtype))
+    if class_names is not None:
+        names, _ = read_class_names(class_names, module.num_classes)
+    known = {"length": module.max_length, "vocabulary": module.vocab_size, "types": module.type_vocab_size}
+    reader = dataclasses.replace(pieces, **known)
+    params = jax.tree.map(jnp.asarray, params)
+    return Model(module, params, reader, None if names is None else tuple(names), name)
+
+
+def _found(model: Any, checkpoint: Any, folder: Path | None) -> tuple[Folder, str, Path, tuple[int, int]]:
+    """What `load` is asked for, as it is stored: its content, its name, its place, and its grid of patches."""
+    if folder is not None:
+        content = read_folder(folder)
+        return content, _name_of(model or checkpoint), folder, content.grid or build(content.config).grid
+    weights = None if checkpoint is None else as_path(checkpoint, "the checkpoint")
     model, path = _weights(model) if weights is None else (model, weights)
     description = read_description(path)
     tensors = read_tensors(path)

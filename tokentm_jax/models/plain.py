@@ -1,4 +1,4 @@
-"""A function with what else a loaded model says of itself."""
+"""A function with what else the module of a loaded model has."""
 
 import dataclasses
 import inspect
@@ -25,7 +25,7 @@ def _listed(values: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class PlainModel:
-    """A function `forward(params, images) -> logits` as the module of a `LoadedViT`.
+    """A function `forward(params, images) -> logits` as the module of a `Model`.
 
     `explain_fn` takes the function itself.
 

@@ -5,11 +5,9 @@ Axes, besides those of `vit`: T prompts, C tokens of a prompt, V vocabulary, W w
 
 import dataclasses
 import functools
-import json
 import re
 import string
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +18,10 @@ import numpy as np
 from jax import Array
 
 from tokentm_jax.errors import InputError
-from tokentm_jax.files import reason
+from tokentm_jax.inputs.texts import engine, one_sentence
 from tokentm_jax.maths.primitives import linear
 from tokentm_jax.models.vit import Affine, Block, Norm, trunc_normal
 
-# Radford et al. (ICML 2021): what counts as a word before byte pairs are merged.
-_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-_START, _END = "<|startoftext|>", "<|endoftext|>"
 LARGEST_PROMPT = 100_000  # characters
 
 
@@ -128,68 +123,6 @@ class Tokenizer:
 def _canonical(prompt: str) -> str:
     words = prompt.lower().translate(str.maketrans("", "", string.punctuation))
     return re.sub(r"\s+", " ", words).strip()
-
-
-@contextmanager
-def one_sentence(files: tuple[Path, ...]) -> Iterator[None]:
-    """Turns whatever the tokenizers library raises into one InputError; its panics are no Exceptions."""
-    try:
-        yield
-    except InputError:
-        raise
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        names = " and ".join(map(str, files))
-        raise InputError(f"{names}: no tokenizer that can be used ({reason(error)})") from None
-
-
-@functools.lru_cache(maxsize=4)
-def engine(contents: tuple[str, ...], context: int, *files: Path) -> Any:
-    """A `tokenizers.Tokenizer` of these texts of files that cuts texts to `context` tokens. InputError for damaged
-    ones, and without the extra."""
-    try:
-        import tokenizers  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise InputError("texts need a tokenizer: pip install 'tokentm_jax[text]'") from None
-    with one_sentence(files):
-        found = (
-            tokenizers.Tokenizer.from_str(contents[0])
-            if len(contents) == 1
-            else _byte_pairs(contents[0], contents[1], files[0])
-        )
-        found.no_padding()
-        found.enable_truncation(context)
-    return found
-
-
-def _byte_pairs(vocabulary: str, merges: str, where: Path) -> Any:
-    """CLIP's tokenizer from its vocabulary (JSON) and the merges, one pair a line, below a line with the version."""
-    from tokenizers import (  # pyright: ignore[reportMissingImports]
-        Regex,
-        Tokenizer,
-        models,
-        normalizers,
-        pre_tokenizers,
-        processors,
-    )
-
-    ids = json.loads(vocabulary)
-    if not isinstance(ids, dict) or not {_START, _END} <= ids.keys():
-        raise InputError(f"{where} must be an object from token to id, with {_START} and {_END}")
-    pairs: Any = [
-        tuple(line.split()) for line in merges.splitlines() if line.strip() and not line.startswith("#version")
-    ]
-    engine = Tokenizer(models.BPE(ids, pairs, end_of_word_suffix="</w>", unk_token=_END))
-    engine.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    words = pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True)
-    engine.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    engine.post_processor = processors.RobertaProcessing(
-        (_END, ids[_END]), (_START, ids[_START]), trim_offsets=False, add_prefix_space=False
-    )
-    return engine
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""Folders of text encoders in Hugging Face's layouts: BERT, RoBERTa, DistilBERT and ELECTRA, for `load_text`.
+"""Folders of text encoders in Hugging Face's layouts: BERT, RoBERTa, DistilBERT and ELECTRA, for `load`.
 
 As in `layouts`: a table of names and a function from `config.json` to the fields of `Bert`.
 """

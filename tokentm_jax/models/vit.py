@@ -470,6 +470,13 @@ class ViT(nn.Module):
             pooled = x[:, 0]
         return self._read(pooled, x)
 
+    def read_part(self, tokens: Array, kept: Array, count: int) -> Array:
+        """The outputs for embedded tokens [B, N, D] of which only the patches `kept` [B, n] stay: `count` of them, the
+        same in every sample."""
+        places = self.prefix + jnp.flatnonzero(kept[0], size=count)
+        shown = jnp.concatenate([tokens[:, : self.prefix], tokens[:, places]], 1)
+        return self.classify(self.blocks(shown, None)[0])
+
     def pool(self, tokens: Array) -> Array:
         """As `classify`, of a model with an attention pool, and without the norm before it."""
         return self._read(self.attn_pool(tokens[:, self.prefix :]), tokens)

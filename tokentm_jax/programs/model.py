@@ -14,8 +14,8 @@ from jax import Array
 from jax.core import eval_jaxpr
 
 from tokentm_jax.errors import InputError, Unfit
+from tokentm_jax.inputs.values import check_inputs, looked_up, of, values
 from tokentm_jax.maths.scores import CLASS_LOGIT, Question, explained
-from tokentm_jax.models.inputs import Texts, Tokens, check_inputs, values
 from tokentm_jax.programs.flat import flatten
 from tokentm_jax.programs.reading import Reading, read
 from tokentm_jax.programs.running import Evaluation, Plan, Rules
@@ -73,12 +73,8 @@ class Function:
         return dataclasses.replace(self, function=Applied(self.module.clone(dtype=jnp.float32)))
 
     def look_up(self, params: Any, inputs: Any) -> Any:
-        """What is differentiated: `Tokens` become `Texts`, and all else is that already."""
-        if not isinstance(inputs, Tokens):
-            return inputs
-        if self.module is None:
-            raise InputError("Tokens are for a module that looks their embeddings up: give a function Texts")
-        return self.module.apply({"params": params}, jax.tree.map(jnp.asarray, inputs), method="look_up")
+        """What is differentiated: word pieces become their embeddings, and all else is that already."""
+        return looked_up(inputs, self.module, params)
 
     def read(self, params: Any, inputs: Any) -> "Model":
         """Its program, from a cache. Raises InputError for one that does not give arrays per sample."""
@@ -102,7 +98,7 @@ def _read(function: Function, tree: Any, shapes: Any, inputs_tree: Any, inputs: 
     own = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in program.jaxpr.invars]
     own = [*own[: -len(inputs)], *(jax.ShapeDtypeStruct(*shape) for shape in inputs)]
     single = jax.make_jaxpr(for_one_sample(program, len(inputs)))(*own)
-    return Model(function, Program(single, jax.tree.structure(outputs), len(inputs), isinstance(one, Texts)))
+    return Model(function, Program(single, jax.tree.structure(outputs), len(inputs), of(one).regular))
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -112,7 +108,7 @@ class Program:
     jaxpr: Any  # a closed one, for one sample without an axis of samples
     outputs: Any  # the tree of its outputs
     arrays: int  # of which the inputs of a sample consist; what is explained is the first
-    texts: bool  # whether they are `Texts`, whose maps are rows of all tokens
+    regular: bool  # whether maps are a grid of patches; else rows of all tokens
 
     @cached_property
     def reading(self) -> Reading:
@@ -147,7 +143,7 @@ class Model:
         differ."""
         if hasattr(self.source.module, "grid"):
             return self.source.module.grid
-        if self.program.texts:
+        if not self.program.regular:
             return None
         if self.source.grid is None:
             grid = self.structure.grid
@@ -381,5 +377,4 @@ def check_model(model: Function, params: Any, inputs: Any) -> None:
     """InputError for what are not the parameters of a Linen module, or not inputs."""
     if isinstance(model.module, nn.Module) and (not isinstance(params, Mapping) or not params):
         raise InputError("params must be the nested dictionary of the module's parameters")
-    if not isinstance(inputs, Tokens):
-        check_inputs(inputs)
+    check_inputs(inputs)

@@ -15,6 +15,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from tokentm_jax.errors import Unfit
+from tokentm_jax.inputs.values import mean_of_seen, read_out, seen
 from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.tokentm import (
     Blocks,
@@ -29,7 +30,6 @@ from tokentm_jax.maths.tokentm import (
     norm_gain,
     propagate,
 )
-from tokentm_jax.models.inputs import mean_of_seen, read_out, seen
 from tokentm_jax.programs.capture import (
     POINTS,
     as_before,

@@ -18,13 +18,15 @@ import numpy as np
 from jax import Array
 
 from tokentm_jax.data.labels import known_classes, read_label_map, translation
-from tokentm_jax.data.sources import PROFILES, Batch, Source, batches
+from tokentm_jax.data.sources import Source
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.identity import describe_model, digest, environment
+from tokentm_jax.inputs.batches import Batch, batches
+from tokentm_jax.inputs.reader import PROFILES
 from tokentm_jax.maths.scores import question
 from tokentm_jax.methods.explain import compiled
 from tokentm_jax.methods.table import METHODS
-from tokentm_jax.models.loading import LoadedViT
+from tokentm_jax.models.loading import Model
 from tokentm_jax.runs.store import (
     DONE,
     DTYPES,
@@ -57,7 +59,7 @@ class DatasetConfig:
       profile: how images are prepared: "default" (as the model says) or "reference" (squashed, bilinear).
       batch_size: examples computed at a time, on one device; from 1 to 4096.
       chunk_size: examples written at a time, a multiple of the batch size up to 65536; None: 256 or a little more.
-      score: what is explained: None for the logit of the class, or see `LoadedViT.score`.
+      score: what is explained: None for the logit of the class, or see `Model.score`.
       label_map: the model's class (name, wnid or number) of classes that the data set names otherwise, or the file of
         such a map, see `read_label_map`.
     """
@@ -91,7 +93,7 @@ Report = Callable[[int, int, int], None]
 
 def explain_dataset(
     config: DatasetConfig,
-    vit: LoadedViT,
+    vit: Model,
     source: Source,
     out: str,
     report: Report | None = None,
@@ -174,19 +176,19 @@ def check(config: DatasetConfig, source: Source) -> DatasetConfig:
     return config
 
 
-def shapes(config: DatasetConfig, vit: LoadedViT, source: Source) -> dict[str, list[int]]:
+def shapes(config: DatasetConfig, vit: Model, source: Source) -> dict[str, list[int]]:
     """What is stored of one example, where that depends on model, methods and names.
 
     Compiles nothing. Raises InputError for a method that cannot explain this model.
     """
-    pixels = jax.ShapeDtypeStruct((1, *vit.preprocessing.shape), jnp.uint8)
-    found, _ = jax.eval_shape(_program(config, vit), vit.params, pixels, _target(config, vit, None))
+    inputs, asked = vit.preprocessing.batch(1), _target(config, vit, None)
+    found, _ = jax.eval_shape(_program(config, vit), vit.params, inputs, asked)
     width = max(len(key.encode("utf-8", "surrogateescape")) for key in source.keys)
     maps = {f"maps/{method}": list(found[method].shape[1:]) for method in config.methods}
     return {**maps, "logits": [vit.module.num_classes], "key": [max(1, width)]}
 
 
-def provenance(config: DatasetConfig, vit: LoadedViT, source: Source) -> dict[str, Any]:
+def provenance(config: DatasetConfig, vit: Model, source: Source) -> dict[str, Any]:
     """What the maps are of and how they were made. It has no times, so that equal runs give equal bytes."""
     return {
         "format": FORMAT,
@@ -204,7 +206,7 @@ def provenance(config: DatasetConfig, vit: LoadedViT, source: Source) -> dict[st
     }
 
 
-def _translation(config: DatasetConfig, vit: LoadedViT, source: Source) -> Callable[[np.ndarray], np.ndarray]:
+def _translation(config: DatasetConfig, vit: Model, source: Source) -> Callable[[np.ndarray], np.ndarray]:
     """From the source's classes to the model's; -1 for what the model does not know, of which a warning tells."""
     if config.target == "label" or config.label_map is not None:
         table = translation(vit, source, config.label_map)
@@ -223,13 +225,13 @@ def _translation(config: DatasetConfig, vit: LoadedViT, source: Source) -> Calla
 # ---- computing ------------------------------------------------------------------------------------------------------
 
 
-def _program(config: DatasetConfig, vit: LoadedViT) -> Callable[..., tuple[dict[str, Array], dict[str, Array]]]:
+def _program(config: DatasetConfig, vit: Model) -> Callable[..., tuple[dict[str, Array], dict[str, Array]]]:
     """(params, pixels, target) -> maps, and logits and target; the logits are those of the first method's own pass."""
     methods = {name: config.options for name in config.methods}
     return compiled(vit.module, methods, details=("logits", "target"), preprocessing=vit.preprocessing)
 
 
-def _target(config: DatasetConfig, vit: LoadedViT, classes: np.ndarray | None) -> Any:
+def _target(config: DatasetConfig, vit: Model, classes: np.ndarray | None) -> Any:
     """What is explained: the classes [B], None for the predicted ones, or the config's score of them."""
     if config.score is None:
         return classes
@@ -241,7 +243,7 @@ Found = dict[str, np.ndarray]
 
 
 def _results(
-    config: DatasetConfig, vit: LoadedViT, translate: Callable[[np.ndarray], np.ndarray], stream: Iterable[Batch]
+    config: DatasetConfig, vit: Model, translate: Callable[[np.ndarray], np.ndarray], stream: Iterable[Batch]
 ) -> Generator[tuple[Batch, Found], None, None]:
     """Every batch with its results on the host.
 
@@ -259,10 +261,10 @@ def _results(
             labels = translate(batch.labels)
             target = np.maximum(labels, 0) if config.target == "label" else None  # unknown labels are skipped later
             asked = _target(config, vit, target)
-            maps, details = program(params[turn], *jax.device_put((batch.images, asked), devices[turn]))
+            maps, details = program(params[turn], *jax.device_put((batch.inputs, asked), devices[turn]))
             found = {**{f"maps/{name}": array for name, array in maps.items()}, **details}
             if found["target"] is None:
-                found["target"] = jnp.full(len(batch.images), -1, jnp.int32)
+                found["target"] = jnp.full(len(batch.labels), -1, jnp.int32)
             for array in found.values():
                 array.copy_to_host_async()
             found["label"] = labels

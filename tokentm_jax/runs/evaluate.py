@@ -14,19 +14,19 @@ from jax import Array
 from tokentm_jax import metrics
 from tokentm_jax.configs import RANDOM, EvaluateConfig, Row, check
 from tokentm_jax.data.labels import read_label_map, translation
-from tokentm_jax.data.preprocessing import Preprocessing
-from tokentm_jax.data.sources import Source, batches, open_source
+from tokentm_jax.data.sources import Source, open_source
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import reason, require_ours, write_json, write_text
 from tokentm_jax.identity import claimed, describe_model, digest, environment, write_figure
-from tokentm_jax.maths.maps import to_pixels, unit
+from tokentm_jax.inputs.batches import batches
+from tokentm_jax.inputs.reader import Reader
 from tokentm_jax.maths.mixed import linear
 from tokentm_jax.maths.scores import Question, Versus, question
 from tokentm_jax.methods.explain import compiled
 from tokentm_jax.methods.table import METHODS
 from tokentm_jax.metrics.task import CLEAN, PREDICTED, TARGET, Fields, Subject, Task, record_types
 from tokentm_jax.metrics.tasks import TASKS
-from tokentm_jax.models.loading import LoadedViT, predict
+from tokentm_jax.models.loading import Model, predict
 from tokentm_jax.models.sharding import over_batch
 from tokentm_jax.models.vit import init_params
 from tokentm_jax.runs.records import EXAMPLES, KEPT, Records, clean_fields, record_file
@@ -35,12 +35,12 @@ from tokentm_jax.runs.store import Maps
 
 
 @lru_cache(maxsize=16)
-def _clean_program(module: Any, preprocessing: Preprocessing) -> Callable[..., dict[str, Array]]:
+def _clean_program(module: Any, preprocessing: Reader) -> Callable[..., dict[str, Array]]:
     """(params, pixels, labels, question) -> what the model says of whole images; the question is None, or has no
     target yet."""
 
     def program(params: Any, pixels: Array, labels: Array, asked: Question | None) -> dict[str, Array]:
-        logits = predict(module, preprocessing, params, unit(pixels))
+        logits = predict(module, preprocessing, params, preprocessing.unit(pixels))
         predicted = logits.argmax(-1).astype(jnp.int32)
         target = predicted if asked is None else asked._replace(target=predicted)
         return {"predicted": predicted, "label": labels, **metrics.scores(logits, target, labels)}
@@ -54,7 +54,7 @@ Options = tuple[tuple[str, Any], ...]
 @lru_cache(maxsize=64)
 def _score_program(
     module: Any,
-    preprocessing: Preprocessing,
+    preprocessing: Reader,
     task: Task,
     options: Options,
     row: tuple[str, Options] | None,
@@ -96,10 +96,10 @@ def _score_program(
 
         finite, given = jnp.isfinite(maps).all((1, 2)), ready(maps)
         original = None if original is None else ready(original)
-        subject = Subject(unit(pixels), target, labels, masks, original, reference, shared)
-        subject = subject._replace(grid=module.grid, mean=preprocessing.mean, tiling=tiling)
+        subject = Subject(preprocessing.unit(pixels), target, labels, masks, original, reference, shared)
+        subject = subject._replace(grid=module.grid, mean=getattr(preprocessing, "mean", ()), tiling=tiling)
         subject = subject._replace(explain=explain if task.explains else None)
-        measured = given if task.raw else to_pixels(given, preprocessing.size, tiling)
+        measured = given if task.raw else preprocessing.to_pixels(given, subject.images, module)
         model = partial(predict, module.clone(linear=linear) if mixed else module, preprocessing, params)
         return {"finite": finite, **task.compute(model, subject, measured, **dict(options))}
 
@@ -108,14 +108,16 @@ def _score_program(
 
 @lru_cache(maxsize=16)
 def _shared_program(
-    module: Any, preprocessing: Preprocessing, task: Task, options: Options, mixed: bool
+    module: Any, preprocessing: Reader, task: Task, options: Options, mixed: bool
 ) -> Callable[..., Any]:
     """(params, pixels, target, labels) -> what the task needs of the images, and no map changes."""
     shared = task.shared
     assert shared is not None
 
     def program(params: Any, pixels: Array, target: metrics.Target, labels: Array) -> Any:
-        subject = Subject(unit(pixels), target, labels, grid=module.grid, mean=preprocessing.mean)
+        subject = Subject(
+            preprocessing.unit(pixels), target, labels, grid=module.grid, mean=getattr(preprocessing, "mean", ())
+        )
         subject = subject._replace(tiling=getattr(module, "tiling", None))
         model = partial(predict, module.clone(linear=linear) if mixed else module, preprocessing, params)
         return shared(model, subject, **dict(options))
@@ -126,7 +128,7 @@ def _shared_program(
 class Programs:
     """The compiled programs of one evaluation, and where their arrays go. `pixels` are uint8 [B, H, W, C]."""
 
-    def __init__(self, config: EvaluateConfig, vit: LoadedViT) -> None:
+    def __init__(self, config: EvaluateConfig, vit: Model) -> None:
         self.config, self.vit = config, vit
         self._model: Any = (vit.module, vit.preprocessing)
         self.asked = None if config.score is None else question(vit.score(config.score))
@@ -195,7 +197,7 @@ class Programs:
 
     def reference_fields(self) -> Fields:
         """What stands in the records of the maps of the task's `reference`."""
-        pixels = jax.ShapeDtypeStruct((1, *self.vit.preprocessing.shape), jnp.uint8)
+        pixels = self.vit.preprocessing.batch(1)
         classes = jax.ShapeDtypeStruct((1,), jnp.int32)
         maps, _ = jax.eval_shape(self._reference(), self.vit.params, pixels, classes)
         return record_types(dict.fromkeys(("map", "standard_error"), maps[self.task.reference]))
@@ -230,7 +232,7 @@ def examples(config: EvaluateConfig) -> Source:
 
 def evaluate(
     config: EvaluateConfig,
-    vit: LoadedViT,
+    vit: Model,
     source: Source,
     out: Path,
     report: Report | None = None,
@@ -292,7 +294,7 @@ def _terms(run: Mapping[str, Any]) -> dict[str, Any]:
 
 def _evaluate(
     config: EvaluateConfig,
-    vit: LoadedViT,
+    vit: Model,
     source: Source,
     out: Path,
     translate: np.ndarray | None,
@@ -333,7 +335,7 @@ def _evaluate(
         if not group:
             continue
         full = group + group[-1:] * (size - len(group))
-        pixels, masks = programs.place(batch.images), None
+        pixels, masks = programs.place(batch.inputs), None
         if task.needs == "masks":
             masks = programs.place(batch.masks)
         classes = programs.place(np.array([job.explained_class for job in full], np.int32))
@@ -409,7 +411,7 @@ def _predictions(
             if label >= vit.module.num_classes or (label < 0 and source.labelled):
                 classes = f"{vit.name} has classes 0 to {vit.module.num_classes - 1}"
                 raise InputError(f"{source.name}: {key} has the label {label}, and {classes}")
-        found = programs.clean(programs.place(batch.images), programs.place(labels))
+        found = programs.clean(programs.place(batch.inputs), programs.place(labels))
         fields = {name: np.asarray(array)[:count] for name, array in found.items()}
         _require_finite(fields, batch.keys, vit.name)
         clean.append([(key, CLEAN) for key in batch.keys], fields)
@@ -450,7 +452,7 @@ def _open(row: Row, records: Records, group: Sequence[Job]) -> list[int]:
     ]
 
 
-def _check_maps(maps: Maps, run: Mapping[str, Any], config: EvaluateConfig, vit: LoadedViT) -> dict[str, Any]:
+def _check_maps(maps: Maps, run: Mapping[str, Any], config: EvaluateConfig, vit: Model) -> dict[str, Any]:
     """What the results say of stored maps. InputError for those of another model, data set, profile or shape."""
     made = maps.provenance
     for what in ("model", "data"):
@@ -507,7 +509,7 @@ def randomised(params: Any, fresh: Any, blocks: Array | int) -> Any:
     return {**params, **heads, "blocks": jax.tree.map(mix, params["blocks"], fresh["blocks"])}
 
 
-def describe(config: EvaluateConfig, vit: LoadedViT, source: Source) -> dict[str, Any]:
+def describe(config: EvaluateConfig, vit: Model, source: Source) -> dict[str, Any]:
     """The `run` object of the results. It has no times, so that equal runs give equal files."""
     return {
         **environment(),

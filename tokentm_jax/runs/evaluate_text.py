@@ -14,11 +14,11 @@ from tokentm_jax.data.sentences import Sentences
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import ours, read_json, reason, require_ours, write_json, write_text
 from tokentm_jax.identity import claimed, environment, identity_of
+from tokentm_jax.inputs.texts import Tokens, words
 from tokentm_jax.methods.explain import compiled
 from tokentm_jax.metrics.task import CLEAN, PREDICTED, Number
 from tokentm_jax.metrics.texts import Probabilities, agreement, kendall, leave_one_out, read_lexicon, removal_curves
-from tokentm_jax.models.inputs import Tokens
-from tokentm_jax.models.texts import LoadedText, words
+from tokentm_jax.models.loading import Model
 from tokentm_jax.runs.records import Records, record_file
 from tokentm_jax.runs.report import RowSettings, document, in_table, joined
 from tokentm_jax.validation import Name, Text, check_fields, checked, lists_of
@@ -32,7 +32,7 @@ class TextEvaluateConfig:
 
     Args:
       name: of the output folder; no path.
-      model: a folder, as for `load_text`.
+      model: a folder, as for `load`.
       data: see `tokentm_jax.data.sentences`.
       rows: the methods; a `random` row is added.
       ratings: for the class that a sentence is explained for, by its number: 1 if words that people rate as good speak
@@ -93,7 +93,7 @@ def check_text_config(config: TextEvaluateConfig) -> TextEvaluateConfig:
 
 def evaluate_text(
     config: TextEvaluateConfig,
-    text: LoadedText,
+    text: Model,
     data: Sentences,
     out: Path,
     report: Callable[[int, int, Callable[[], list[dict[str, Any]]]], None] | None = None,
@@ -133,13 +133,13 @@ def evaluate_text(
         return _evaluate(config, text, data, out, run, lexicon, report, overwrite)
 
 
-def _identity(text: LoadedText) -> str:
-    return identity_of(text.module, text.params, [[text.tokenizer.digest], text.tokenizer.length])
+def _identity(text: Model) -> str:
+    return identity_of(text.module, text.params, text.preprocessing.to_dict())
 
 
 def _evaluate(
     config: TextEvaluateConfig,
-    text: LoadedText,
+    text: Model,
     data: Sentences,
     out: Path,
     run: dict[str, Any],
@@ -167,7 +167,7 @@ def _evaluate(
         if waiting or missing:
             full = group + group[-1:] * (size - len(group))
             given = [data.texts[place] for place in full]
-            tokens = text.tokenizer(given)[0]
+            tokens = text.read(given)
             probability = Probabilities(text.logits)
             logits = np.asarray(text.logits(tokens))
             target = logits.argmax(-1).astype(np.int32)
@@ -204,7 +204,7 @@ def _with_kept_rows(config: TextEvaluateConfig, out: Path) -> TextEvaluateConfig
 
 
 def _scores(
-    config: TextEvaluateConfig, text: LoadedText, row: Row, tokens: Tokens, target: np.ndarray, places: Sequence[int]
+    config: TextEvaluateConfig, text: Model, row: Row, tokens: Tokens, target: np.ndarray, places: Sequence[int]
 ) -> np.ndarray:
     """Scores [B, N] of a row; those that are not finite count as zero."""
     if row.method == RANDOM:
@@ -221,7 +221,7 @@ def _taus(scores: np.ndarray, losses: np.ndarray, tokens: Tokens) -> np.ndarray:
 
 
 def _people(
-    text: LoadedText, given: Sequence[str], scores: np.ndarray, lexicon: Mapping[str, float], signs: Sequence[int]
+    text: Model, given: Sequence[str], scores: np.ndarray, lexicon: Mapping[str, float], signs: Sequence[int]
 ) -> dict[str, np.ndarray]:
     pairs = zip(words(text, list(given), scores), signs, strict=True)
     found = [agreement(listed, lexicon, sign) for listed, sign in pairs]

@@ -27,7 +27,7 @@ from tokentm_jax.identity import claimed, describe_model, digest, environment, w
 from tokentm_jax.methods.explain import compiled
 from tokentm_jax.methods.table import METHODS
 from tokentm_jax.metrics.tasks import TASKS
-from tokentm_jax.models.loading import LoadedViT
+from tokentm_jax.models.loading import Model
 from tokentm_jax.runs.dataset import DatasetConfig, explain_dataset
 from tokentm_jax.runs.dataset import Report as Counted
 from tokentm_jax.runs.evaluate import Report, evaluate, examples
@@ -127,7 +127,7 @@ Watch = Callable[[str], AbstractContextManager[Report | None]]
 
 def leaderboard(
     config: LeaderboardConfig,
-    vit: LoadedViT,
+    vit: Model,
     out: Path,
     maps: Sequence[Maps] = (),
     watch: Watch = lambda _: nullcontext(),
@@ -223,7 +223,7 @@ def _is_of(store: Maps, run: EvaluateConfig, source: Source) -> bool:
 
 def _shared_maps(
     config: LeaderboardConfig,
-    vit: LoadedViT,
+    vit: Model,
     sources: Mapping[str, Source],
     given: Mapping[str, Sequence[Maps]],
     out: Path,
@@ -255,7 +255,7 @@ def _shared_maps(
     return stores
 
 
-def _filled(place: Path, settings: DatasetConfig, vit: LoadedViT, source: Source, report: Counted) -> list[Maps]:
+def _filled(place: Path, settings: DatasetConfig, vit: Model, source: Source, report: Counted) -> list[Maps]:
     """Stores that together have the maps of all images: "`place`-0", and so on.
 
     A store keeps the images and the batch size that it was begun with. With a larger limit the next one has the images
@@ -289,7 +289,7 @@ def _counted(report: Report | None) -> Counted:
 
 
 def images_per_second(
-    vit: LoadedViT, rows: Mapping[str, Row], batch_size: int, report: Report | None = None
+    vit: Model, rows: Mapping[str, Row], batch_size: int, report: Report | None = None
 ) -> dict[str, float]:
     """How many images each method explains per second, compiled and warm, on one device.
 
@@ -313,7 +313,7 @@ def images_per_second(
     return {name: 1 / median(times[1:] or times) for name, times in seconds.items()}
 
 
-def _timed(vit: LoadedViT, row: Row, size: int) -> Callable[[], float]:
+def _timed(vit: Model, row: Row, size: int) -> Callable[[], float]:
     """The method compiled for so many images: explains them, and returns the seconds that it took."""
     pixels = np.random.default_rng(0).integers(0, 256, (size, *vit.preprocessing.shape), np.uint8)
     inputs = (vit.params, jnp.asarray(pixels), jnp.zeros(size, jnp.int32))

@@ -1,8 +1,10 @@
-"""How photos and recordings become the input of a model."""
+"""Images as inputs: `Preprocessing` reads photos (`photos.py`) or recordings (`recordings.py`) for a model."""
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import os
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 import jax
@@ -12,7 +14,11 @@ from jax import Array
 from jax.core import Tracer
 
 from tokentm_jax.data.audio import LONGEST, MOST, Spectrogram
+from tokentm_jax.data.sources import Example
 from tokentm_jax.errors import InputError, suggest
+from tokentm_jax.files import as_path
+from tokentm_jax.inputs import photos, recordings
+from tokentm_jax.maths.maps import to_pixels, unit
 
 Channels = tuple[float, ...]  # 3 of photos, 1 of recordings
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
@@ -86,9 +92,88 @@ class Preprocessing:
             )
 
     @property
+    def kind(self) -> str:
+        """What a sample is called."""
+        return self.of.KIND
+
+    @property
+    def of(self) -> Any:
+        """The file of the modality that is read: `photos` or `recordings`."""
+        return photos if self.audio is None else recordings
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """Of an image: (H, W, C)."""
         return (*self.size, len(self.mean))
+
+    # ---- what every reader has (`tokentm_jax.inputs.reader`) ----
+
+    def read(self, paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> np.ndarray:
+        """Files as the model receives them, not normalised: float32 [B, H, W, C] in [0, 1].
+
+        Warns where a recording is longer than what the model receives. Raises InputError.
+        """
+        several = paths if isinstance(paths, Sequence) and not isinstance(paths, str | bytes) else [paths]
+        images = []
+        for path in [as_path(path, f"a {self.of.KIND}") for path in several]:
+            content = self.of.opened(path)
+            images.append(self.image(Example(str(path), content)))
+            if (said := self.of.notice(content, self, str(path))) is not None:
+                warnings.warn(said, stacklevel=3)
+        if not images:
+            raise InputError(f"no {self.of.KIND}s were given")
+        return np.stack(images)
+
+    def image(self, example: Example, profile: str = "default") -> np.ndarray:
+        """An example as the model receives it, float32 [H, W, C] in [0, 1]."""
+        found = self.of.fitted(example.content, self, example.key, profile)
+        return found.astype(np.float32) / 255 if found.dtype == np.uint8 else found
+
+    @property
+    def suffixes(self) -> set[str]:
+        """Of the files that are read."""
+        return self.of.SUFFIXES
+
+    def picture(self, content: Any, side: int | None = None, profile: str = "default") -> np.ndarray:
+        """The picture that maps are shown on, uint8 [h, w, 3], of what `of.opened` gives; its long side in pixels."""
+        more = {} if side is None else {"side": side}
+        return self.of.view(content, self, **more, profile=profile)
+
+    def shown(self, heatmap: np.ndarray, module: Any, squares: bool) -> np.ndarray:
+        """A map [h, w] as it lies on the picture."""
+        return self.of.shown(heatmap, self, getattr(module, "tiling", None), squares)
+
+    def levels(self, example: Example, profile: str = "default") -> tuple[np.ndarray, np.ndarray | None]:
+        """An example as 256 levels, uint8 [H, W, C], and its mask bool [H, W], cut alike.
+
+        Profile "default": this preprocessing. Profile "reference": photos are squashed to the size, bilinear. Raises
+        InputError for a mask of another size than the image, and for an example of another modality.
+        """
+        content: Any = example.content
+        mask = example.mask
+        if mask is not None and mask.shape != content.size[::-1]:
+            raise InputError(f"{example.key}: image and mask differ in size")
+        found = self.of.fitted(example.content, self, example.key, profile)
+        levels = found if found.dtype == np.uint8 else (found * 255).round().astype(np.uint8)
+        return levels, None if mask is None else self.of.fitted_mask(mask, self, profile)
+
+    def stacked(self, samples: Sequence[np.ndarray]) -> np.ndarray:
+        """Levels, or masks, of examples as a batch [B, H, W, ...]."""
+        return np.stack(samples)
+
+    stacked_masks = stacked
+
+    def batch(self, size: int) -> jax.ShapeDtypeStruct:
+        """Shape and type of what `stacked` gives for `size` examples."""
+        return jax.ShapeDtypeStruct((size, *self.shape), jnp.uint8)
+
+    def unit(self, levels: Any) -> Any:
+        """Levels of a batch, uint8 -> images float32 in [0, 1]."""
+        return unit(levels)
+
+    def to_pixels(self, maps: Array, inputs: Array, module: Any) -> Array:
+        """Maps of a model -> [B, H, W] in [0, 1], see `maps.to_pixels`."""
+        return to_pixels(maps, self.size, getattr(module, "tiling", None))
 
     def checked(self, images: Any) -> Array:
         """Images from a caller as an array [B, H, W, C] in [0, 1], or the reason why they are none.

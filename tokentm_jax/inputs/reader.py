@@ -1,0 +1,57 @@
+"""`Reader`: from files and texts to the input of a model, whatever the modality. `Preprocessing` is one for images."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from jax import Array
+
+from tokentm_jax.data.sources import Example
+
+PROFILES = ("default", "reference")
+
+
+class Reader(Protocol):
+    """What a loaded model has as `preprocessing`. Frozen and hashable: compiled programs are kept for it."""
+
+    kind: str  # what a sample is called: "photo", "recording", "text"
+
+    def read(self, given: Any) -> Any:
+        """Files, or texts, of a caller -> what `explain` takes. Raises InputError."""
+        ...
+
+    def checked(self, inputs: Any) -> Any:
+        """What `explain` takes, as arrays of the right shape and type. Raises InputError for anything else."""
+        ...
+
+    def normalise(self, inputs: Any) -> Any:
+        """What `explain` takes -> the input of the module; to be compiled."""
+        ...
+
+    def levels(self, example: Example, profile: str = "default") -> tuple[Any, Any]:
+        """An example of a data set as small numbers, and its mask. Raises InputError."""
+        ...
+
+    def stacked(self, samples: Sequence[Any]) -> Any:
+        """The `levels` of examples as a batch."""
+        ...
+
+    def stacked_masks(self, masks: Sequence[Any]) -> np.ndarray:
+        """The masks of examples as an array [B, ...]."""
+        ...
+
+    def unit(self, levels: Any) -> Any:
+        """A batch of `stacked` -> what `explain` takes; to be compiled."""
+        ...
+
+    def batch(self, size: int) -> Any:
+        """Shapes and types of a batch of `size` examples, as `stacked` gives it."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that the numbers depend on, as JSON."""
+        ...
+
+    def to_pixels(self, maps: Array, inputs: Any, module: Any) -> Array:
+        """Maps of a model -> maps in [0, 1] of what can be removed: pixels of images, words of texts."""
+        ...

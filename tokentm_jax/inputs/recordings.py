@@ -1,0 +1,85 @@
+"""Recordings: how one becomes a spectrogram, and the picture on which a map is shown, the lowest frequency below."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tokentm_jax.data.audio import SUFFIXES, Recording, open_recording
+from tokentm_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from tokentm_jax.inputs.images import Preprocessing
+
+__all__ = ["SUFFIXES"]
+KIND = "recording"
+FRAME = "Spectrogram"  # what the picture under a map is called
+SIZE = (336, 448)  # pixels of that picture
+
+
+def opened(path: str | Path) -> Recording:
+    """The content of a file. Raises InputError."""
+    return open_recording(path)
+
+
+def fitted(recording: Any, preprocessing: "Preprocessing", name: str, profile: str = "default") -> np.ndarray:
+    """A recording as the model receives it: float32 [mel bins, frames, 1] in [0, 1]; every profile is the same."""
+    if not isinstance(recording, Recording):
+        raise InputError(f"{name} is a photo, and the model takes recordings")
+    assert preprocessing.audio is not None
+    return preprocessing.audio.image(recording, preprocessing.size)
+
+
+def fitted_mask(mask: np.ndarray, preprocessing: "Preprocessing", profile: str) -> np.ndarray:
+    raise InputError("masks are for photos, and the model takes recordings")
+
+
+def notice(recording: Recording, preprocessing: "Preprocessing", name: str) -> str | None:
+    """A sentence about the end of a long recording, which the model does not receive; None for a short one."""
+    assert preprocessing.audio is not None
+    heard = preprocessing.audio.seconds(preprocessing.size[1])
+    if recording.seconds < heard + preprocessing.audio.hop / preprocessing.audio.sampling_rate:
+        return None
+    return f"{name} is {recording.seconds:.2f} s long: the model hears its first {heard:.2f} s"
+
+
+def view(
+    recording: Recording, preprocessing: "Preprocessing", side: int = SIZE[1], profile: str = "default"
+) -> np.ndarray:
+    """The spectrogram for display: uint8 [h, w, 3], grey, the lowest frequency below, long side `side` pixels."""
+    image = fitted(recording, preprocessing, "it")
+    size = (SIZE[0] * side // SIZE[1], side)
+    rows, columns = (np.arange(wanted) * count // wanted for wanted, count in zip(size, image.shape, strict=False))
+    grey = (image[::-1, :, 0][rows][:, columns] * 255).round().astype(np.uint8)
+    return np.repeat(grey[..., None], 3, -1)
+
+
+def shown(heatmap: np.ndarray, preprocessing: "Preprocessing", tiling: Any, squares: bool) -> np.ndarray:
+    """A map as it lies on the picture; where patches overlap, values are at their centres."""
+    import jax.numpy as jnp
+
+    from tokentm_jax.maths.maps import resized
+
+    if squares:
+        return heatmap[::-1]
+    return np.asarray(resized(jnp.asarray(heatmap[None]), preprocessing.size, tiling))[0, ::-1]
+
+
+def scales(preprocessing: "Preprocessing") -> tuple[str, list[tuple[float, str]], str, list[tuple[float, str]]]:
+    """Label and ticks (place in [0, 1] from the left, text) of time [s], and of frequency [Hz] (from above)."""
+    (bins, frames), sound = preprocessing.size, preprocessing.audio
+    assert sound is not None
+    longest = sound.seconds(frames)
+    step = next(step for step in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if longest / step < 6)
+    centres = sound.frequencies(bins)
+    x = [
+        (((t * sound.sampling_rate - sound.window / 2) / sound.hop + 0.5) / frames, f"{t:g}")
+        for t in np.arange(0, longest, step)
+    ]
+    octaves = [62.5 * 2**k for k in range(12)]
+    y = [
+        (1 - (np.interp(f, centres, np.arange(bins)) + 0.5) / bins, f"{f:g}")
+        for f in octaves
+        if centres[0] <= f <= centres[-1]
+    ]
+    return "time [s]", [tick for tick in x if 0 <= tick[0] <= 1], "frequency [Hz]", y

@@ -1,0 +1,359 @@
+"""Texts as inputs: `Tokens` and `Texts`, the tokenizer that reads them, and scores of words from those of tokens.
+
+Axes: B batch, N tokens of the longest text, D width of the word embeddings.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from tokentm_jax.data.sources import Example
+from tokentm_jax.errors import InputError, Unfit
+from tokentm_jax.files import read_text, reason
+from tokentm_jax.inputs.values import Hide
+from tokentm_jax.maths.maps import min_max
+
+LARGEST_TEXT = 1_000_000  # characters
+STEP = 16  # texts are padded to a multiple of this number of tokens, so that few lengths have to be compiled
+MASKS = ("[MASK]", "<mask>")
+# Radford et al. (ICML 2021): what counts as a word before byte pairs are merged.
+_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+
+Text = str | tuple[str, str]  # or a pair, for models of two texts
+
+
+class Tokens(NamedTuple):
+    """Texts as numbers of word pieces, padded at the end to one length. NumPy or JAX arrays."""
+
+    ids: Any  # [B, N] int32
+    mask: Any  # [B, N] bool: a token of the text, and not padding
+    types: Any  # [B, N] int32: of which of two texts
+    special: Any  # [B, N] bool: a mark such as [CLS], or padding; no part of a word
+
+    def look_up(self, module: Any, params: Any) -> "Texts":
+        """The embeddings of a module's word pieces. Raises InputError for a function, which takes `Texts`."""
+        if module is None:
+            raise InputError("Tokens are for a module that looks their embeddings up: give a function Texts")
+        return module.apply({"params": params}, jax.tree.map(jnp.asarray, self), method="look_up")
+
+
+class Texts(NamedTuple):
+    """Texts as the input of a model: what is differentiated is the embedding of each word piece."""
+
+    embeddings: Array  # [B, N, D]; position and type are added inside the model
+    mask: Array  # the others as in `Tokens`
+    types: Array
+    special: Array
+
+    regular = False
+
+    @property
+    def values(self) -> Array:
+        return self.embeddings
+
+    def with_values(self, numbers: Array) -> "Texts":
+        return self._replace(embeddings=numbers)
+
+    def parts(self, model: Any, params: Any, options: Any) -> tuple[tuple[int, int], Hide]:
+        """Word pieces: the model's mask replaces those that are hidden, and marks such as [CLS] stay."""
+        if options.fill != "mean" or options.patch is not None:
+            raise Unfit("options 'fill' and 'patch' are for images: of texts, words are removed")
+        blank: Any = blank_of(model.source.module, params)
+
+        def hide(kept: Array) -> Texts:
+            shown = (kept | self.special)[..., None]
+            return self.with_values(jnp.where(shown, self.embeddings, jnp.asarray(blank, self.embeddings.dtype)))
+
+        return (1, self.mask.shape[1]), hide
+
+    def remaining(self, kept: Array) -> Array:
+        return self.mask & (kept | self.special)
+
+
+def blank_of(module: Any, params: Any) -> Any:
+    """The embedding [D] of a module that replaces a removed word piece; zero for a function."""
+    return 0.0 if module is None else module.apply({"params": params}, method="blank")
+
+
+class Word(NamedTuple):
+    """A word of a text with its score: `text[start:end]` of the first text (`part` 0) or the second of a pair."""
+
+    text: str
+    score: float
+    start: int
+    end: int
+    part: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class WordPieces:
+    """The reader of texts: the `tokenizer.json` of a model, as it was when it was loaded (`from_file`).
+
+    Args:
+      length: the most tokens that the model takes; longer texts are cut.
+      vocabulary, types: how many word pieces, and types of tokens, the model knows.
+      padded: tokens that every batch of a data set is padded to; 0: to a multiple of `STEP`.
+    """
+
+    file: Path
+    content: str = dataclasses.field(repr=False)
+    length: int = 512
+    vocabulary: int = 2**31 - 1
+    types: int = 0
+    padded: int = 0
+
+    kind = "text"
+
+    @classmethod
+    def from_file(cls, file: Path, length: int = 512) -> "WordPieces":
+        """Raises InputError for a file that cannot be read; its content is parsed when it is first used."""
+        return cls(file, read_text(file, what="tokenizer"), length)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that the numbers depend on, as JSON."""
+        return {"tokenizer": hashlib.sha256(self.content.encode()).hexdigest(), "length": self.length}
+
+    @property
+    def _engine(self) -> Any:
+        return engine((self.content,), self.length, self.file)
+
+    def token(self, *names: str) -> int | None:
+        """The number of the first of these tokens that the vocabulary has."""
+        known = (self._engine.token_to_id(name) for name in names)
+        return next((number for number in known if number is not None), None)
+
+    def encode(self, texts: Any) -> list[Any]:
+        """One `tokenizers.Encoding` a text. Raises InputError for anything but texts with words, and as `engine`."""
+        listed = [texts] if isinstance(texts, str) else texts
+        if not isinstance(listed, Sequence) or not listed:
+            raise InputError(f"texts must be a text or a list of texts, got {texts!r:.80}")
+        for number, text in enumerate(listed, 1):
+            parts = text if isinstance(text, tuple) and len(text) == 2 else (text,)
+            if not all(isinstance(part, str) and part.strip() for part in parts):
+                raise InputError(f"text {number} must be a text with a word at least, or a pair, got {text!r:.80}")
+            if sum(map(len, parts)) > LARGEST_TEXT:
+                raise InputError(f"text {number} has more than {LARGEST_TEXT} characters")
+            if any("\ud800" <= character <= "\udfff" for part in parts for character in part):
+                raise InputError(f"text {number} is no valid Unicode: it holds half of a surrogate pair")
+        with one_sentence((self.file,)):
+            return self._engine.encode_batch(list(listed))
+
+    def cut(self, texts: Any) -> list[bool]:
+        """Which texts are longer than the model's `length`."""
+        return [bool(each.overflowing) for each in self.encode(texts)]
+
+    def read(self, texts: str | Sequence[Text]) -> Tokens:
+        """A text, several, or pairs of them -> `Tokens` [B, N], with special tokens, padded to a multiple of 16.
+
+        Texts that are longer than the model's `length` are cut, with a warning. Raises InputError for anything but
+        texts.
+        """
+        encoded = self.encode(texts)
+        if count := sum(bool(each.overflowing) for each in encoded):
+            found = f"{count} of {len(encoded)} texts have more than the {self.length} tokens of the model"
+            warnings.warn(f"{found}, and were cut", stacklevel=3)
+        return self.stacked([_sample(each) for each in encoded])
+
+    def checked(self, tokens: Any) -> Tokens:
+        """Tokens of a caller as arrays of the types that the model wants. Raises InputError for others."""
+        if not isinstance(tokens, Tokens):
+            raise InputError(f"the model takes texts: expected what its `read` gives, got {type(tokens).__name__}")
+        kinds = (np.int32, np.bool_, np.int32, np.bool_)
+        arrays = Tokens(*(np.asarray(a).astype(kind) for a, kind in zip(tokens, kinds, strict=True)))
+        shape = arrays.ids.shape
+        if len(shape) != 2 or 0 in shape or any(a.shape != shape for a in arrays):
+            raise InputError(f"tokens must be four arrays [B, N], got {[list(a.shape) for a in arrays]}")
+        if shape[1] > self.length:
+            raise InputError(f"tokens must be at most {self.length} a text, got {shape[1]}")
+        if not arrays.mask[:, 0].all():
+            raise InputError("every text must have a first token: padding follows the texts")
+        for name, numbers, most in (("ids", arrays.ids, self.vocabulary), ("types", arrays.types, self.types)):
+            if most and (numbers.min() < 0 or numbers.max() >= most):
+                raise InputError(f"the {name} of tokens must be from 0 to {most - 1}")
+        return arrays
+
+    def normalise(self, tokens: Tokens) -> Tokens:
+        return tokens
+
+    unit = normalise
+
+    def levels(self, example: Example, profile: str = "default") -> tuple[Tokens, np.ndarray | None]:
+        """A text of a data set as tokens [N], and where its characters are rated [N, 2]: for each token the number
+        of its word (-1: none), and the word's rating."""
+        if not isinstance(example.content, str):
+            raise InputError(f"{example.key} is no text, and the model takes texts")
+        (encoded,) = self.encode([example.content])
+        if example.mask is None:
+            return _sample(encoded), None
+        ratings = np.full((len(encoded.ids), 2), (-1.0, 0.0), np.float32)
+        for place, (word, (start, end)) in enumerate(zip(encoded.word_ids, encoded.offsets, strict=True)):
+            if word is not None and end > start:
+                ratings[place] = word, example.mask[start:end].mean()
+        return _sample(encoded), ratings
+
+    def _size(self, longest: int) -> int:
+        return min(self.padded or -(-longest // STEP) * STEP, self.length)
+
+    def stacked(self, samples: Sequence[Tokens]) -> Tokens:
+        """Tokens [N] of texts as a batch [B, N]."""
+        size = self._size(max(len(each.ids) for each in samples))
+        fill = Tokens(0, False, 0, True)
+        return Tokens(
+            *(_padded(arrays, size, value) for arrays, value in zip(zip(*samples, strict=True), fill, strict=True))
+        )
+
+    def stacked_masks(self, masks: Sequence[np.ndarray]) -> np.ndarray:
+        """Ratings [N, 2] of texts as a batch [B, N, 2]."""
+        size = self._size(max(map(len, masks)))
+        return np.stack([np.pad(m, ((0, size - len(m)), (0, 0)), constant_values=-1) for m in masks])
+
+    def batch(self, size: int) -> Tokens:
+        """Shapes and types of a batch of texts."""
+        shape = (size, self._size(1))
+        return Tokens(*(jax.ShapeDtypeStruct(shape, kind) for kind in (jnp.int32, jnp.bool_, jnp.int32, jnp.bool_)))
+
+    def for_store(self, texts: Sequence[str]) -> "WordPieces":
+        """The same reader with one length for all of these texts."""
+        longest = max(len(each.ids) for each in self.encode(texts))
+        return dataclasses.replace(self, padded=dataclasses.replace(self, padded=0)._size(longest))
+
+    def to_pixels(self, maps: Array, inputs: Texts, module: Any) -> Array:
+        """Maps [B, 1, N] with the words' scores in [0, 1], and 0 for tokens that are no part of a word."""
+        words = ~inputs.special[:, None]
+        return jnp.where(words, min_max(maps, words), 0)
+
+
+def _sample(encoded: Any) -> Tokens:
+    """Tokens [N] of one text."""
+    ids = np.array(encoded.ids, np.int32)
+    special = np.array(encoded.special_tokens_mask, bool)
+    return Tokens(ids, np.ones(len(ids), bool), np.array(encoded.type_ids, np.int32), special)
+
+
+def _padded(arrays: Sequence[np.ndarray], size: int, value: Any) -> np.ndarray:
+    return np.stack([np.pad(a, (0, size - len(a)), constant_values=value) for a in arrays])
+
+
+@contextmanager
+def one_sentence(files: tuple[Path, ...]) -> Iterator[None]:
+    """Turns whatever the tokenizers library raises into one InputError; its panics are no Exceptions."""
+    try:
+        yield
+    except InputError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        names = " and ".join(map(str, files))
+        raise InputError(f"{names}: no tokenizer that can be used ({reason(error)})") from None
+
+
+@functools.lru_cache(maxsize=4)
+def engine(contents: tuple[str, ...], context: int, *files: Path) -> Any:
+    """A `tokenizers.Tokenizer` of these texts of files that cuts texts to `context` tokens. InputError for damaged
+    ones, and without the extra."""
+    try:
+        import tokenizers  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise InputError("texts need a tokenizer: pip install 'tokentm_jax[text]'") from None
+    with one_sentence(files):
+        found = (
+            tokenizers.Tokenizer.from_str(contents[0])
+            if len(contents) == 1
+            else _byte_pairs(contents[0], contents[1], files[0])
+        )
+        found.no_padding()
+        found.enable_truncation(context)
+    return found
+
+
+def _byte_pairs(vocabulary: str, merges: str, where: Path) -> Any:
+    """CLIP's tokenizer from its vocabulary (JSON) and the merges, one pair a line, below a line with the version."""
+    from tokenizers import (  # pyright: ignore[reportMissingImports]
+        Regex,
+        Tokenizer,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+    )
+
+    ids = json.loads(vocabulary)
+    if not isinstance(ids, dict) or not {_START, _END} <= ids.keys():
+        raise InputError(f"{where} must be an object from token to id, with {_START} and {_END}")
+    pairs: Any = [
+        tuple(line.split()) for line in merges.splitlines() if line.strip() and not line.startswith("#version")
+    ]
+    engine = Tokenizer(models.BPE(ids, pairs, end_of_word_suffix="</w>", unk_token=_END))
+    engine.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True)
+    engine.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    engine.post_processor = processors.RobertaProcessing(
+        (_END, ids[_END]), (_START, ids[_START]), trim_offsets=False, add_prefix_space=False
+    )
+    return engine
+
+
+MERGES = {"sum": np.sum, "mean": np.mean, "max": np.max}
+
+
+def words(
+    model: Any, texts: str | Sequence[Text], scores: Any, merge: Literal["sum", "mean", "max"] = "sum"
+) -> list[list[Word]]:
+    """Scores of words, from those of the tokens that a tokenizer made of them.
+
+    Args:
+      model: a text model, of `tokentm_jax.load`.
+      texts: what was given to its `read`.
+      scores: [B, N], of `explain`.
+      merge: what a word's score is of its pieces' ones.
+
+    Returns:
+      For each text its words in order, with their places in it. What a tokenizer takes for a word is up to it:
+      punctuation marks and Chinese characters are words of their own with most. Special tokens, and what was cut off,
+      have none.
+
+    Raises:
+      InputError: scores of another shape, an unknown `merge`.
+    """
+    reader = getattr(model, "preprocessing", model)
+    if not isinstance(reader, WordPieces):
+        raise InputError(f"words are those of a text model, got {getattr(model, 'name', type(model).__name__)}")
+    if merge not in MERGES:
+        raise InputError(f"merge must be one of {', '.join(MERGES)}, got {merge!r:.80}")
+    encoded, scores = reader.encode(texts), np.asarray(scores)
+    if scores.ndim != 2 or len(scores) != len(encoded) or scores.shape[1] < max(len(each.ids) for each in encoded):
+        raise InputError(f"scores must be [{len(encoded)}, N] for every token of the texts, got {list(scores.shape)}")
+    listed = [texts] if isinstance(texts, str) else texts
+    return [_words(given, each, row, merge) for given, each, row in zip(listed, encoded, scores, strict=True)]
+
+
+def _words(given: Text, encoding: Any, scores: np.ndarray, merge: str) -> list[Word]:
+    pieces: dict[tuple[int, int], list[int]] = {}
+    places = zip(encoding.sequence_ids, encoding.word_ids, strict=True)
+    for place, (part, word) in enumerate(places):
+        if part is not None and word is not None:
+            pieces.setdefault((part, word), []).append(place)
+    found = []
+    for (part, _), own in pieces.items():
+        start = min(encoding.offsets[place][0] for place in own)
+        end = max(encoding.offsets[place][1] for place in own)
+        source = given[part] if isinstance(given, tuple) else given
+        shown = source[start:end]
+        start += len(shown) - len(shown.lstrip())
+        found.append(Word(shown.strip(), float(MERGES[merge](scores[own])), start, start + len(shown.strip()), part))
+    return found
