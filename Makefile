@@ -56,13 +56,13 @@ docs: .venv/docs  ## the documentation, into out/site
 	@echo "out/site/index.html"
 
 lock:  ## refresh requirements.lock (needs uv)
-	uv pip compile pyproject.toml --group dev --group docs --extra audio --extra hub --extra data --extra text --extra serve --extra report --universal --python-version 3.11 --no-annotate -o requirements.lock
+	uv pip compile pyproject.toml --group dev --group docs --extra all --universal --python-version 3.11 --no-annotate -o requirements.lock
 
 # Old packages meet new ones here, which warn of each other: warnings are no errors.
 LOWEST := methods photos figure tokentm interface show checkpoint shipped serve scores cli
 lowest:  ## a part of the tests with the lowest versions that pyproject.toml allows (needs uv)
 	uv venv --quiet --clear --python 3.11 out/lowest
-	uv pip compile --quiet pyproject.toml --resolution lowest-direct --extra serve --python-version 3.11 -o out/lowest.txt
+	uv pip compile --quiet pyproject.toml --resolution lowest-direct --extra all --python-version 3.11 -o out/lowest.txt
 	uv pip install --quiet --python out/lowest/bin/python -r out/lowest.txt pytest hypothesis sybil equinox
 	uv pip install --quiet --python out/lowest/bin/python --no-deps .
 	out/lowest/bin/python -m pytest -p no:anyio -o filterwarnings= $(LOWEST:%=tests/test_%.py)
@@ -70,7 +70,7 @@ lowest:  ## a part of the tests with the lowest versions that pyproject.toml all
 newest:  ## the same part of the tests with the newest versions that there are, below no bound of requirements.lock
 	$(PYTHON) -m venv --clear out/newest
 	out/newest/bin/pip install --quiet --upgrade pip
-	out/newest/bin/pip install --quiet --upgrade --upgrade-strategy eager ".[serve]" pytest hypothesis sybil equinox
+	out/newest/bin/pip install --quiet --upgrade --upgrade-strategy eager ".[all]" pytest hypothesis sybil equinox
 	out/newest/bin/python -c "import flax, jax; print('jax', jax.__version__, 'flax', flax.__version__)"
 	out/newest/bin/python -m pytest -p no:anyio -o filterwarnings= $(LOWEST:%=tests/test_%.py)
 

@@ -5,7 +5,7 @@
 
 The classifier is made by `models/training/recipes/sst2_minilm.py`.
 ERASER's comprehensiveness and sufficiency, by deleting and by masking, Kendall's tau with leave-one-out, and agreement
-with VADER's lexicon (`pip install vaderSentiment`).
+with VADER's lexicon (the extra `[evaluation]`).
 
 Data: `tokentm data fetch sentences`.
 Run time: more than two hours on two CPU cores without the Shapley values, which take about the same time

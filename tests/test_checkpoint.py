@@ -624,7 +624,7 @@ def test_without_torch_the_extra_is_named(plain, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     path = tmp_path / "model.pth"
     path.write_bytes(b"\x80\x02")
-    with pytest.raises(InputError, match=r"tokentm_jax\[torch\]"):
+    with pytest.raises(InputError, match=r"tokentm-jax\[torch\]"):
         read_checkpoint(plain[0], path)
 
 

@@ -346,9 +346,10 @@ def test_errors_name_commands_options_and_extras_that_there_are():
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("InputError", "Unfit"):
                 parts = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
                 found.append("".join(part for part in parts if isinstance(part, str)))
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require":
+                assert isinstance(node.args[1], ast.Constant) and node.args[1].value in extras, file
     messages = "\n".join(found)
     assert len(found) > 200
     named = re.findall(r"`tokentm ([a-z-]+)", messages), re.findall(r"(--[a-z-]+)", messages)
     assert {*named[0]} <= {*commands} and {*named[1]} <= options
-    installs = re.findall(r"pip install '?tokentm[_-]jax\[(\w+)\]", messages)
-    assert installs and {*installs} <= {*extras}
+    assert {*re.findall(r"pip install '?tokentm[_-]jax\[(\w+)\]", messages)} <= {*extras}

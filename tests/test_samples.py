@@ -272,7 +272,8 @@ def test_who_misses_data_is_told_the_command(home, monkeypatch):
     with pytest.raises(tm.InputError, match="unknown part 'x' of the sample data 'sentences'"):
         sample_data("sentences", "x")
     monkeypatch.setitem(sys.modules, "pooch", None)
-    assert "need the package pooch: pip install 'tokentm_jax[data]'" in run("data", "fetch", "photos", code=2).stderr
+    error = run("data", "fetch", "photos", code=2).stderr
+    assert "fetching sample data needs pooch: pip install 'tokentm-jax[data]'" in error
 
 
 def test_every_config_can_be_read_without_data(home):

@@ -458,7 +458,7 @@ def test_what_the_command_refuses(monkeypatch):
     assert code == 2 and "nothing.safetensors" in text
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.delitem(sys.modules, "tokentm_jax.cli.web")
-    expected = "Error: tokentm serve needs the package uvicorn: pip install 'tokentm-jax[serve]'\n"
+    expected = "Error: tokentm serve needs uvicorn: pip install 'tokentm-jax[serve]'\n"
     assert command() == (2, expected)
 
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokentm_jax.errors import InputError
+from tokentm_jax.errors import InputError, require
 from tokentm_jax.files import MARK, generator, opened, read_json, reason, replace, version_of, write_json
 
 if TYPE_CHECKING:
@@ -155,8 +155,7 @@ def claimed(folder: Path, terms: Terms, writes: Iterable[str], overwrite: bool =
     `writes` names what the run will write there: in a folder without an identity, it is not ours. Files give way with
     `overwrite`, folders never. Raises InputError for that, for other terms, and where another process is at work.
     """
-    from filelock import FileLock, Timeout
-
+    filelock = require("filelock", "evaluation", "an output folder that can be continued")
     known, lock_file = folder / "identity.json", folder / ".lock"
     foreign = [] if os.path.lexists(known) else [folder / n for n in writes if not _may_take(folder / n, overwrite)]
     if os.path.lexists(lock_file) and not (_is_file(lock_file) and not lock_file.stat().st_size):
@@ -166,9 +165,9 @@ def claimed(folder: Path, terms: Terms, writes: Iterable[str], overwrite: bool =
         raise InputError(f"{foreign[0]} is not a file of this program; {advice}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(lock_file, timeout=0)
+        lock = filelock.FileLock(lock_file, timeout=0)
         lock.acquire()
-    except Timeout:
+    except filelock.Timeout:
         raise InputError(f"{folder} is being written by another process") from None
     except (OSError, NotImplementedError, ValueError) as error:
         raise InputError(f"the output folder {folder} cannot be written: {reason(error)}") from None

@@ -209,10 +209,7 @@ def _write_page(
     out: Path, text: "Model", given: list[str], outputs: Any, scores: Scores, asked: int | None, overwrite: bool
 ) -> None:
     """Write the page, which begins with the class `asked`; None: with the predicted class of each text."""
-    try:
-        from tokentm_jax.cli.templates import render
-    except ImportError:
-        raise InputError("a page needs a template library: pip install 'tokentm_jax[text]'") from None
+    from tokentm_jax.cli.templates import render
     from tokentm_jax.methods.titles import title_of
 
     classes = list(scores)

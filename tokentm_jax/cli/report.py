@@ -76,13 +76,8 @@ def report(
       tokentm report runs/photos
       tokentm report maps --data photos/
     """
-    try:
-        from tokentm_jax.cli.report_page import Photos, photos_page, run_page, store_page, write_page
-    except ModuleNotFoundError as error:
-        if str(error.name).startswith("tokentm_jax"):
-            raise
-        raise InputError(f"tokentm report needs the package {error.name}: pip install 'tokentm-jax[report]'") from None
     from tokentm_jax.cli.recipes import read_task
+    from tokentm_jax.cli.report_page import Photos, photos_page, run_page, store_page, write_page
     from tokentm_jax.configs import rows
     from tokentm_jax.data.photos import find_photos
     from tokentm_jax.models.loading import load

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from tokentm_jax.cli.options import MODELS_HELP, PATH, TEXT, class_names, methods_of, start_jax
-from tokentm_jax.errors import InputError, printable
+from tokentm_jax.errors import InputError, printable, require
 from tokentm_jax.files import reason
 
 QUICK = (  # methods of a few passes, each family once or twice
@@ -61,12 +61,9 @@ def serve(
       tokentm serve --model deit_tiny_patch16_224
       tokentm serve --methods gae,rollout --host 0.0.0.0 --port 8080
     """
-    try:
-        from tokentm_jax.cli.web import PAGE, application, explained, is_local, server
-    except ModuleNotFoundError as error:
-        if str(error.name).startswith("tokentm_jax"):
-            raise
-        raise InputError(f"tokentm serve needs the package {error.name}: pip install 'tokentm-jax[serve]'") from None
+    for package in ("starlette", "uvicorn"):
+        require(package, "serve", "tokentm serve")
+    from tokentm_jax.cli.web import PAGE, application, explained, is_local, server
     from tokentm_jax.models.loading import load
 
     chosen = methods_of(methods or ",".join(QUICK))

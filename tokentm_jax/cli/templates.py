@@ -1,11 +1,12 @@
-"""Pages from templates of `cli/pages`, in the look of `cli/page`. Without the template library, the import fails."""
+"""Pages from templates of `cli/pages`, in the look of `cli/page`. Without the template library, the import raises
+InputError."""
 
 from typing import Any
 
-import jinja2
-
+from tokentm_jax.errors import require
 from tokentm_jax.files import generator
 
+jinja2 = require("jinja2", "report", "a page")
 _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.ChoiceLoader([jinja2.PackageLoader("tokentm_jax.cli", name) for name in ("pages", "page")]),
     autoescape=True,

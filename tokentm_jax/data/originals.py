@@ -24,10 +24,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from filelock import FileLock, Timeout
 from PIL import Image
 
-from tokentm_jax.errors import InputError
+from tokentm_jax.errors import InputError, require
 from tokentm_jax.files import opened, reason
 from tokentm_jax.samples import SAMPLES, Sample, cache, folder_of
 
@@ -35,7 +34,6 @@ TIMEOUT = 30.0  # seconds without a byte
 UNFINISHED = ".fetching-"
 PIECE = 2**16  # bytes that are read at a time
 SLACK = 200 * 2**20  # bytes that an archive may be larger than was seen
-NEEDS = "pip install 'tokentm_jax[data]'"
 Watch = Callable[[str, int], AbstractContextManager[Callable[[int], Any]]]
 
 
@@ -61,9 +59,10 @@ def fetch(name: str, watch: Watch = lambda *_: nullcontext(lambda _: None)) -> P
     if (folder := folder_of(name)) is not None:
         return folder
     sample, folder = SAMPLES[name], cache()
+    filelock = require("filelock", "data", "fetching sample data")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock", timeout=0), ExitStack() as stack:
+        with filelock.FileLock(folder / ".lock", timeout=0), ExitStack() as stack:
             for left in folder.glob(f"{UNFINISHED}*"):  # by a process that was killed: nobody else has the lock
                 shutil.rmtree(left, ignore_errors=True)
             work = stack.enter_context(tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder))
@@ -76,12 +75,10 @@ def fetch(name: str, watch: Watch = lambda *_: nullcontext(lambda _: None)) -> P
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if not os.path.lexists(target):
                     os.rename(made / place, target)
-    except Timeout:
+    except filelock.Timeout:
         raise InputError(f"{folder} is being written by another process") from None
     except InputError:
         raise
-    except ImportError as error:
-        raise InputError(f"the sample data {name!r} need the package {error.name}: {NEEDS}") from None
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {reason(error)}") from None
     return folder
@@ -170,8 +167,8 @@ def hashed(originals: Originals) -> str:
 
 def _download(sample: Sample, work: Path, step: Callable[[int], Any]) -> Path:
     """The archive of a repository, in the folder `work`."""
-    import pooch
-    import requests
+    pooch = require("pooch", "data", "fetching sample data")
+    requests = require("requests", "data", "fetching sample data")
 
     def download(address: str, output: str, _: Any) -> None:
         with open(output, "wb") as file:
@@ -297,12 +294,12 @@ def _tensor_name(path: str) -> str | None:
 def _deit_tiny(originals: Originals, out: Path, step: Callable[[int], Any]) -> None:
     """One tensor of each MATLAB file, under timm's names."""
     import safetensors.numpy
-    import scipy.io
 
+    scipy_io = require("scipy.io", "data", "reading MATLAB files")
     tensors = {}
     for path in originals.paths:
         name = _tensor_name(path)
-        values = np.ascontiguousarray(scipy.io.loadmat(io.BytesIO(originals.read(path)))["data"])
+        values = np.ascontiguousarray(scipy_io.loadmat(io.BytesIO(originals.read(path)))["data"])
         flat = name is not None and values.ndim == 2 and len(values) == 1  # MATLAB knows no vectors
         tensors[name] = values.ravel() if flat else values
         step(1)
@@ -359,8 +356,7 @@ def _of_masks(split: str, number: str) -> tuple[str, str, str]:
 
 def _masks(originals: Originals, out: Path, step: Callable[[int], Any]) -> None:
     """Photos, and masks of the pixels of one category, in the layout of `gtsegs_ijcv.mat`."""
-    import h5py
-
+    h5py = require("h5py", "data", "writing the masks")
     annotations: dict[str, Any] = {}
     out.mkdir()
     with h5py.File(out / "segmentation_a.mat", "w") as file:

@@ -20,7 +20,7 @@ from tokentm_jax.data import audio, photos
 from tokentm_jax.data.audio import Recording
 from tokentm_jax.data.labels import csv_rows, number
 from tokentm_jax.data.photos import PIXEL, SUFFIXES, check_size, decode, decoding, open_photo
-from tokentm_jax.errors import InputError
+from tokentm_jax.errors import InputError, require
 from tokentm_jax.files import opened, read_text, reason
 from tokentm_jax.identity import digest, digest_files
 from tokentm_jax.validation import checked
@@ -263,10 +263,7 @@ def _listed(path: Path) -> Source:
 
 def _segmentation(path: Path) -> Source:
     """`value/img` and `value/gt` of an HDF5 file: references to images [3, W, H] and, twice, masks [W, H]."""
-    try:
-        import h5py
-    except ImportError:
-        raise InputError(f"{path} needs the optional packages: pip install 'tokentm_jax[data]'") from None
+    h5py = require("h5py", "data", str(path))
 
     def is_reference(dataset: Any) -> bool:
         return h5py.check_ref_dtype(dataset.dtype) is h5py.Reference
@@ -339,10 +336,7 @@ def _tfds(spec: str) -> Source:
     name, _, split = spec.removeprefix("tfds:").partition(":")
     if not name or not split:
         raise InputError(f"a TensorFlow data set is given as tfds:NAME:SPLIT, got {spec!r}")
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError:
-        raise InputError(f"{spec} needs the optional packages: pip install 'tokentm_jax[data]'") from None
+    tfds = require("tensorflow_datasets", "data", spec)
     command = f"tfds build {name} --file_format=array_record"
     unprepared = InputError(f"{spec} is not prepared; run `{command}` once (it needs tensorflow)")
     try:

@@ -4,7 +4,6 @@ Functions take a batch of NumPy arrays and give results per text: `tokens` are `
 tokens are never removed. What is followed is the probability of the class `target` [B].
 """
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from tokentm_jax.errors import InputError
+from tokentm_jax.errors import require
 from tokentm_jax.files import read_text
 from tokentm_jax.inputs.texts import Tokens
 
@@ -120,12 +119,9 @@ def kendall(a: np.ndarray, b: np.ndarray) -> float:
 def read_lexicon() -> dict[str, float]:
     """Valences of words by people, from -4 to 4: VADER's lexicon (Hutto & Gilbert, ICWSM 2014), of the package
     `vaderSentiment`. Raises InputError without it."""
-    found = importlib.util.find_spec("vaderSentiment")
-    places = [] if found is None else list(found.submodule_search_locations or [])
-    if not places:
-        raise InputError("ratings of words need VADER's lexicon: pip install vaderSentiment")
+    package = require("vaderSentiment", "evaluation", "a rating of words by people")
     valences = {}
-    for line in read_text(Path(places[0]) / "vader_lexicon.txt").splitlines():
+    for line in read_text(Path(package.__path__[0]) / "vader_lexicon.txt").splitlines():
         word, _, rest = line.partition("\t")
         valences[word.lower()] = float(rest.partition("\t")[0])
     return valences

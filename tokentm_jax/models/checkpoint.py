@@ -26,7 +26,7 @@ import safetensors.numpy
 from flax import traverse_util
 from pydantic import JsonValue
 
-from tokentm_jax.errors import InputError
+from tokentm_jax.errors import InputError, require
 from tokentm_jax.files import (
     MARK,
     as_path,
@@ -392,10 +392,7 @@ def _declared_size(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path)
 
 
 def _read_torch(path: Path) -> Tensors:
-    try:
-        import torch  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise InputError(f"reading {path} needs PyTorch: pip install 'tokentm_jax[torch]'") from None
+    torch = require("torch", "torch", f"reading {path}")
     try:
         # timm's training keeps its arguments beside the weights: a Namespace only holds values.
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
@@ -440,8 +437,7 @@ def _quiet_orbax() -> Iterator[None]:
 
 
 def _read_orbax(path: Path) -> Tensors:
-    import orbax.checkpoint as ocp
-
+    ocp = require("orbax.checkpoint", "orbax", f"reading the folder {path}")
     for file in (path / "params").rglob("*"):
         if not file.is_file() and not file.is_dir():  # a pipe: Orbax would wait for ever
             raise InputError(f"checkpoint {path}: {file} is no regular file")
@@ -635,8 +631,7 @@ def _is_real(leaf: Any) -> bool:
 
 
 def _write_orbax(folder: Path, params: Mapping[str, Any], description: str) -> None:
-    import orbax.checkpoint as ocp
-
+    ocp = require("orbax.checkpoint", "orbax", "writing a checkpoint as a folder")
     folder.mkdir()
     (folder / "description.json").write_text(description, encoding="utf-8")
     tree = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), dict(params))

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tokentm_jax.errors import InputError
+from tokentm_jax.errors import InputError, require
 from tokentm_jax.files import reason
 from tokentm_jax.models.architectures import repository_of
 from tokentm_jax.models.layouts import CONFIG, INDEX, OPEN_CLIP, OPEN_CLIP_WEIGHTS, OTHERS, WEIGHTS, shards
@@ -23,7 +23,7 @@ def download(name: str) -> Path:
     Only the files that `layouts` reads are fetched, all of one commit. Raises InputError when the hub has no such
     model, or cannot be reached and its cache lacks a file.
     """
-    client = _client(f"{name} needs the hub's client: pip install 'tokentm_jax[hub]'")
+    client = require("huggingface_hub", "hub", name)
     repository, _, revision = name.removeprefix(HUB).partition("@")
     with _quiet_client():
         files = _Repository(client, name, repository, revision or None)
@@ -43,18 +43,9 @@ def download_weights(name: str) -> tuple[str, Path]:
     Raises InputError as `download`, and for weights that timm does not offer.
     """
     tagged, repository = repository_of(name)
-    advice = "pip install 'tokentm_jax[hub]' to download its weights"
-    client = _client(f"{name} needs a checkpoint, or {advice}")
+    client = require("huggingface_hub", "hub", f"{name} without a checkpoint")
     with _quiet_client():
         return tagged, _Repository(client, tagged, repository, None).first(WEIGHTS[0])
-
-
-def _client(needed: str) -> Any:
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise InputError(needed) from None
-    return huggingface_hub
 
 
 @contextmanager

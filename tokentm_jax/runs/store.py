@@ -26,17 +26,16 @@ import re
 import stat
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args
 from zlib import crc32
 
 import numpy as np
-import tensorstore as ts
 from annotated_types import Interval, MaxLen, MinLen
 from pydantic import StringConstraints
 
-from tokentm_jax.errors import InputError
+from tokentm_jax.errors import InputError, require
 from tokentm_jax.files import as_path, opened, read_bytes, reason, size_of
 from tokentm_jax.identity import require_same
 from tokentm_jax.validation import checked
@@ -63,7 +62,6 @@ _CODECS = [
     {"name": "crc32c"},
 ]
 _AGAIN = "run the same `tokentm dataset` command again"
-_CONTEXT = ts.Context()  # one for all, so that what "memory://" holds stays
 
 Arrays = Mapping[str, tuple[tuple[int, ...], str]]  # name -> (shape for one example, type)
 
@@ -212,6 +210,13 @@ def _patience() -> float:
     return seconds
 
 
+@cache
+def _tensorstore() -> tuple[Any, Any]:
+    """TensorStore, and one context for all stores, so that what "memory://" holds stays."""
+    library = require("tensorstore", "stores", "a store of maps")
+    return library, library.Context()
+
+
 def _kvstore(path: str) -> dict[str, Any]:
     """TensorStore's description of a folder or URL. InputError for what is neither, or has none of the `SCHEMES`."""
     scheme, separator, place = path.partition("://")
@@ -220,7 +225,7 @@ def _kvstore(path: str) -> dict[str, Any]:
     if not separator:
         return {"driver": "file", "path": f"{os.path.abspath(path)}/"}
     try:
-        spec = ts.KvStore.Spec(f"{path}/").to_json() if scheme in SCHEMES else {}
+        spec = _tensorstore()[0].KvStore.Spec(f"{path}/").to_json() if scheme in SCHEMES else {}
     except ValueError as error:
         raise InputError(f"the store {path} cannot be opened: {_reason(error)}") from None
     if spec.get("driver") not in ("gcs", "s3", "memory", "file"):  # also for a chain, such as file:///a.zip|zip:
@@ -249,7 +254,8 @@ class _Place:
         except (OSError, ValueError) as error:
             raise InputError(f"the store {self.path} cannot be opened: {reason(error)}") from None
         try:
-            self.files = ts.KvStore.open(self.kvstore, context=_CONTEXT).result(timeout=_patience())
+            library, context = _tensorstore()
+            self.files = library.KvStore.open(self.kvstore, context=context).result(timeout=_patience())
         except InputError:
             raise
         except Exception as error:  # TensorStore's errors have no common type
@@ -295,7 +301,7 @@ class _Arrays:
         self.at_a_time = max(1, _IN_MEMORY // chunk_bytes(provenance) - 1)
         self.opened = {name: self._open(name, create) for name in self.shapes}
 
-    def _open(self, name: str, create: bool) -> ts.TensorStore:
+    def _open(self, name: str, create: bool) -> Any:
         shape, dtype = self.shapes[name]
         spec = {
             "driver": "zarr3",
@@ -318,7 +324,8 @@ class _Arrays:
             if found is None and not create:
                 raise InputError("it does not exist")
             mode: dict[str, Any] = {"create": True} if create else {"read": True}
-            return ts.open(spec, open=True, **mode, context=_CONTEXT).result(timeout=_patience())
+            library, context = _tensorstore()
+            return library.open(spec, open=True, **mode, context=context).result(timeout=_patience())
         except Exception as error:
             if found is None and not isinstance(error, InputError):
                 raise
