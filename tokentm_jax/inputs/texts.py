@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 
 from tokentm_jax.data.sources import Example
-from tokentm_jax.errors import InputError, Unfit
+from tokentm_jax.errors import InputError, Unfit, require
 from tokentm_jax.files import read_text, reason
 from tokentm_jax.inputs.values import Hide
 from tokentm_jax.maths.maps import min_max
@@ -264,10 +264,7 @@ def one_sentence(files: tuple[Path, ...]) -> Iterator[None]:
 def engine(contents: tuple[str, ...], context: int, *files: Path) -> Any:
     """A `tokenizers.Tokenizer` of these texts of files that cuts texts to `context` tokens. InputError for damaged
     ones, and without the extra."""
-    try:
-        import tokenizers  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise InputError("texts need a tokenizer: pip install 'tokentm_jax[text]'") from None
+    tokenizers = require("tokenizers", "text", "reading texts")
     with one_sentence(files):
         found = (
             tokenizers.Tokenizer.from_str(contents[0])
