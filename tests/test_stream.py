@@ -10,7 +10,7 @@ import pytest
 from tokentm_jax.data.sources import open_source
 from tokentm_jax.inputs.batches import batches
 from tokentm_jax.inputs.values import token_map
-from tokentm_jax.maths.tokentm import READINGS, TokenTM, contributions, sample_axes
+from tokentm_jax.maths.variants import READINGS, TokenTM, contributions, sample_axes
 from tokentm_jax.methods.explain import explain_fn
 from tokentm_jax.metrics import rank_correlation
 from tokentm_jax.models.vit import ViT, init_params

@@ -10,17 +10,15 @@ import oracle
 import pytest
 
 from tokentm_jax.maths.tokentm import (
-    READINGS,
-    Blocks,
-    TokenTM,
-    change,
-    contributions,
+    aggregate,
+    attention_map,
     cosine,
+    initial_contribution,
+    length,
     necc,
-    sample_axes,
-    token_length,
-    transformation_weights,
+    transformation_weight,
 )
+from tokentm_jax.maths.variants import DIRECTIONS, READINGS, Blocks, TokenTM, contributions, sample_axes
 from tokentm_jax.methods.explain import explain_fn
 from tokentm_jax.programs.capture import KERNELS, SHOWN, capture
 
@@ -85,16 +83,25 @@ def test_full_map_and_row_equal_the_slow_loop(options):
     np.testing.assert_allclose(got, row @ expected, rtol=2e-5, atol=2e-6)
 
 
+def test_the_equations_of_the_paper_give_the_default_map():
+    arrays, embedded = random_blocks()
+    blocks = Blocks(**jax.tree.map(jnp.asarray, arrays))
+    w_attn = transformation_weight(blocks.tokens, blocks.transformed_value)
+    w_ffn = transformation_weight(blocks.tokens + blocks.attention_branch, blocks.ffn_branch)
+    A_bar = jax.vmap(attention_map)(blocks.attention, blocks.attention_grad)
+    full = initial_contribution(aggregate(jnp.eye(N), (A_bar, w_attn, w_ffn)), jnp.asarray(embedded))
+    np.testing.assert_allclose(full, oracle.full_map(arrays, embedded), rtol=2e-5, atol=2e-6)
+
+
 def test_hand_computed_weights():
     x = jnp.array([[3.0, 4.0], [1.0, 0.0], [0.0, 0.0]])
     y = jnp.array([[6.0, 8.0], [0.0, 2.0], [1.0, 1.0]])
-    np.testing.assert_allclose(token_length(x), [5, 1, 0])
-    tokens = change(x, y)
-    np.testing.assert_allclose(cosine(tokens), [1, 0, 0], atol=1e-7)
+    np.testing.assert_allclose(length(x), [5, 1, 0])
+    np.testing.assert_allclose(cosine(x, y), [1, 0, 0], atol=1e-7)
     mean = (np.e + 1 + 1) / 3
-    np.testing.assert_allclose(necc(tokens), [np.e / mean, 1 / mean, 1 / mean], rtol=1e-6)
+    np.testing.assert_allclose(necc(cosine(x, y)), [np.e / mean, 1 / mean, 1 / mean], rtol=1e-6)
     for direction, total in (("necc", mean), ("softmax", 3 * mean)):
-        weights = transformation_weights(tokens, TokenTM(direction=direction))
+        weights = transformation_weight(x, y, direction=DIRECTIONS[direction])
         np.testing.assert_allclose(weights, [2 * np.e / total, 2 / total, 0], rtol=1e-6)
 
 

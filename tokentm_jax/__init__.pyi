@@ -15,9 +15,9 @@ from .maths import scores as scores
 from .maths import weights as weights
 from .maths.maps import combine as combine
 from .maths.maps import to_pixels as to_pixels
-from .maths.tokentm import READINGS as READINGS
-from .maths.tokentm import TokenTM as TokenTM
-from .maths.tokentm import contributions as contributions
+from .maths.variants import READINGS as READINGS
+from .maths.variants import TokenTM as TokenTM
+from .maths.variants import contributions as contributions
 from .methods.explain import explain as explain
 from .methods.explain import explain_fn as explain_fn
 from .methods.explain import inspect as inspect

@@ -9,7 +9,8 @@ from annotated_types import Ge, Le, Len
 from tokentm_jax.data.sources import Half
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.inputs.reader import PROFILES
-from tokentm_jax.maths.tokentm import READINGS, WEIGHT_NAMES
+from tokentm_jax.maths.variants import READINGS
+from tokentm_jax.maths.weights import WEIGHTS
 from tokentm_jax.methods.table import METHODS, PIXELS
 from tokentm_jax.metrics.task import CLEAN, LARGEST_SEED
 from tokentm_jax.metrics.tasks import TASKS
@@ -118,7 +119,7 @@ MIX_ROWS = (
 
 WEIGHT_ROWS = (
     *rows("tokentm"),
-    *(Row(f"weights={name}", "tokentm", {"weights": name}) for name in WEIGHT_NAMES),
+    *(Row(f"weights={name}", "tokentm", {"weights": name}) for name in WEIGHTS),
     Row("length alone", "tokentm", {"direction": "none"}),
     *rows("gae"),
 )

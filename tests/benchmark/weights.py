@@ -5,6 +5,8 @@
 Says why TokenTM and GAE differ: a block with large weights counts for more, whatever its attention says.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ from common import parser, publish, table
 import tokentm_jax as tm
 from tokentm_jax.data.sources import open_source
 from tokentm_jax.inputs.batches import batches
-from tokentm_jax.maths.tokentm import TokenTM, block_weights
+from tokentm_jax.maths.variants import TokenTM, block_terms
 
 CASES = (
     ("deit_tiny_patch16_224", tm.sample_data("deit_tiny"), tm.sample_data("photos")),
@@ -33,9 +35,9 @@ def measure(model: str, checkpoint: str | None, data: str) -> list[list[str]]:
     blocks = jax.jit(lambda p, x: tm.capture(vit.module, p, x).blocks())(vit.params, inputs)
     rows = []
     for reading, options in READINGS.items():
-        weights = jax.vmap(jax.vmap(lambda block, options=options: block_weights(block, options)))(blocks)
-        for layer in ("attention", "ffn") if reading == "length" else ("attention",):
-            means = np.asarray(getattr(weights, layer))[..., vit.module.prefix :].mean((1, 2))
+        _, *weights = jax.vmap(jax.vmap(partial(block_terms, options=options)))(blocks)
+        for layer, found in zip(("attention", "ffn"), weights[: 2 if reading == "length" else 1], strict=False):
+            means = np.asarray(found)[..., vit.module.prefix :].mean((1, 2))
             rows.append([vit.name, reading, layer, " ".join(f"{mean:.2f}" for mean in means)])
     return rows
 

@@ -14,6 +14,17 @@ def wide(x: Array) -> Array:
     return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
+def root(squared: Array) -> Array:
+    """Square root; zero, with gradient zero, where `squared` is not positive."""
+    positive = squared > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, 1)), 0)
+
+
+def ratio(a: Array, b: Array) -> Array:
+    """`a / b`, zero where b is zero."""
+    return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)
+
+
 def linear(x: Array, kernel: Array, bias: Array | None) -> Array:
     """Affine map `x @ kernel + bias`: x [..., I], kernel [I, O], bias [O] or None -> [..., O]."""
     rows = x.reshape(-1, x.shape[-1])  # one large matrix product is faster on CPU than a batched one

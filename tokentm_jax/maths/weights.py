@@ -13,9 +13,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from tokentm_jax.maths.tokentm import change, necc, ratio, token_length
-
-Weight = Callable[..., Any]
+from tokentm_jax.maths.primitives import ratio
+from tokentm_jax.maths.tokentm import cosine, length, necc
 
 
 def entropy(original: Array, transformed: Array) -> Array:
@@ -32,10 +31,10 @@ def entropy(original: Array, transformed: Array) -> Array:
 
 def alignment(original: Array, transformed: Array, gradient: Array, seen: Array | None = None) -> Array:
     """`L(x~) / L(x)` times NECC of x~ with the class's direction in place of the original token."""
-    lengths = ratio(token_length(transformed), token_length(original))
+    lengths = ratio(length(transformed), length(original))
     # Its direction alone counts, and the squares of a small gradient would be zero.
     gradient = ratio(gradient, jnp.abs(gradient).max(-1, keepdims=True))
-    return lengths * necc(change(gradient, transformed, seen))
+    return lengths * necc(cosine(gradient, transformed), seen)
 
 
 def distance_from_mean(original: Array, transformed: Array, seen: Array | None = None) -> Array:
@@ -43,13 +42,9 @@ def distance_from_mean(original: Array, transformed: Array, seen: Array | None =
     there = None if seen is None else seen[:, None]
 
     def distance(x: Array) -> Array:
-        return token_length(x - x.mean(0, where=there))
+        return length(x - x.mean(0, where=there))
 
     return ratio(distance(transformed), distance(original))
 
 
-WEIGHTS: dict[str, Weight] = {
-    "entropy": entropy,
-    "alignment": alignment,
-    "distance_from_mean": distance_from_mean,
-}
+WEIGHTS: dict[str, Callable[..., Any]] = {w.__name__: w for w in (entropy, alignment, distance_from_mean)}

@@ -17,18 +17,8 @@ from tokentm_jax.errors import InputError, Unfit
 from tokentm_jax.inputs.values import mean_of_seen, read_out, seen, token_map, values, with_values
 from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.scores import explained, is_open
-from tokentm_jax.maths.tokentm import (
-    Blocks,
-    TokenTM,
-    Weights,
-    attention_update,
-    block_update,
-    initial_contributions,
-    propagate,
-    sample_axes,
-    token_length,
-    transformed_attention,
-)
+from tokentm_jax.maths.tokentm import aggregate, attention_update, length
+from tokentm_jax.maths.variants import Blocks, TokenTM, block_terms, initialised, sample_axes
 from tokentm_jax.programs import passes
 from tokentm_jax.programs.capture import Trace, capture, of_sample
 from tokentm_jax.programs.model import Applied, Function, Model
@@ -74,16 +64,12 @@ def tokentm(
     options: TokenTM,
     memory: Memory = "store",
 ) -> Explanation:
-    """TokenTM; see `tokentm_jax.maths.tokentm`.
+    """TokenTM; see `tokentm_jax.maths.tokentm` and, for the options, `variants`.
 
     `memory` is how to run it, with equal results: "store" what the linear maps of each block gave until the backward
     pass, for speed, or "recompute" it, for memory.
     """
     check_blocks(model.depth, options.first_block, options.end_block)
-
-    def summary(view: View) -> tuple[Array, Weights]:
-        weights = view.weights(options)
-        return transformed_attention(view.attention, None, weights.attention, options), weights
 
     def one(sample: Any, score: Score) -> tuple[tuple[Array, Array], Any]:
         gradients = None
@@ -91,14 +77,13 @@ def tokentm(
             known, _ = of_sample(model, params, sample, score, ("token_grads", "final_tokens"))
             gradients = known["token_grads"][1:]
         elif options.attention == "plain":
-            chosen = (options.first_block, options.end_block)
-            update = lambda row, known: block_update(row, *known)  # noqa: E731
-            return passes.rows_behind(model, params, sample, summary, update, *chosen)
+            chosen = {"first_block": options.first_block, "end_block": options.end_block}
+            return passes.rows_behind(model, params, sample, partial(block_terms, options=options), **chosen)
         done, outputs = passes.rows_inside(model, params, sample, score, options, memory, gradients)
         return (done.row, done.embedded), outputs
 
     (rows, embedded), details = model.per_sample(one, inputs, target)
-    rows = jax.vmap(partial(initial_contributions, options=options))(rows, wide(embedded))
+    rows = jax.vmap(partial(initialised, options=options))(rows, wide(embedded))
     return token_map(model, rows), details
 
 
@@ -304,7 +289,7 @@ def beyond_intuition(
 
     def update(rows: Array, block: Blocks) -> Array:
         if variant == "token":
-            weights = token_length(block.transformed_value) / jnp.maximum(token_length(block.tokens), 1e-12)
+            weights = length(block.transformed_value) / jnp.maximum(length(block.tokens), 1e-12)
             return attention_update(rows, block.attention.mean(0) * weights)
         influence = jnp.abs(jnp.einsum("hqk,hqj->hkj", block.attention, block.attention_grad)).mean((1, 2))
         influence = influence / jnp.maximum(influence.sum(), 1e-30)
@@ -313,7 +298,7 @@ def beyond_intuition(
     def one(blocks: Blocks, feedback: Array, row: Array) -> Array:
         # Where the head reads several tokens, F and P multiply before they are read, so P is needed for each.
         identity = jnp.eye(len(row), dtype=row.dtype)
-        return row @ (feedback * propagate(update, blocks, identity, first_block))
+        return row @ (feedback * aggregate(identity, blocks, update, first_block))
 
     readout = read_out(model, trace.seen, feedback)
     rows = jax.vmap(one, in_axes=(sample_axes(1), 0, 0))(wide_blocks(trace.blocks()), feedback, readout)

@@ -8,15 +8,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from tokentm_jax.inputs.values import read_out, token_map
-from tokentm_jax.maths.tokentm import (
-    Blocks,
-    TokenTM,
-    change,
-    contributions,
-    necc,
-    ratio,
-    transformation_weights,
-)
+from tokentm_jax.maths.primitives import ratio
+from tokentm_jax.maths.tokentm import cosine, length, necc, transformation_weight
+from tokentm_jax.maths.variants import Blocks, TokenTM, contributions
 from tokentm_jax.programs.capture import capture
 from tokentm_jax.programs.model import function_of
 
@@ -56,9 +50,8 @@ def by_block(module: Any, params: Any, inputs: Array, target: Any = None) -> ByB
         return jnp.moveaxis(jax.vmap(partial(token_map, model))(rows), 0, 1)
 
     def layer(original: Array, transformed: Array) -> Layer:  # [L, B, N, D] each
-        tokens = change(original, transformed)
-        weight = transformation_weights(tokens, OPTIONS)
-        return Layer(maps(ratio(tokens.after, tokens.before)), maps(necc(tokens)), maps(weight))
+        lengths, direction = ratio(length(transformed), length(original)), necc(cosine(original, transformed))
+        return Layer(maps(lengths), maps(direction), maps(transformation_weight(original, transformed)))
 
     def grown(blocks: Blocks, rows: Array) -> Array:  # one sample's arrays -> [L, N]
         depth = len(blocks.attention)

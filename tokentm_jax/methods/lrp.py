@@ -17,7 +17,7 @@ from jax import Array
 from tokentm_jax.errors import Unfit
 from tokentm_jax.inputs.values import input_map, read_out, token_map, values
 from tokentm_jax.maths.primitives import wide
-from tokentm_jax.maths.tokentm import attention_update, propagate, rectified_mean
+from tokentm_jax.maths.tokentm import aggregate, attention_map, attention_update
 from tokentm_jax.methods.attention import Block, Details, Explanation, check_blocks
 from tokentm_jax.programs.capture import Trace, capture
 from tokentm_jax.programs.model import Model
@@ -90,10 +90,10 @@ def transformer_attribution(
 
     def update(row: Array, block: tuple[Array, Array]) -> Array:
         gradient, carried = block
-        return attention_update(row, rectified_mean(carried * gradient))
+        return attention_update(row, attention_map(carried, gradient))
 
     arrays = (trace.attention_grad, relevance.attention_grad)
-    maps = _maps(model, trace.seen, arrays, lambda blocks, row: propagate(update, blocks, row, first_block))
+    maps = _maps(model, trace.seen, arrays, lambda blocks, row: aggregate(row, blocks, update, first_block))
     return maps, {**_details(relevance, relevance.token_grads), **trace.details()}
 
 

@@ -10,7 +10,7 @@ from jax import Array
 from tokentm_jax.inputs.values import token_map
 from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.scores import explained, is_open
-from tokentm_jax.maths.tokentm import TokenTM, initial_contributions
+from tokentm_jax.maths.variants import TokenTM, initialised
 from tokentm_jax.methods.attention import OFF, Details, Explanation
 from tokentm_jax.programs.model import Model
 from tokentm_jax.programs.passes import rows_inside
@@ -63,7 +63,7 @@ def shared_maps(
         one = lambda sample, score: rows_inside(ruled, params, sample, score, options, legrad=noted)  # noqa: B023, E731
         done, more = model.per_sample(one, inputs, target)
         embedded = wide(done.embedded)
-        start = partial(initial_contributions, options=options)
+        start = partial(initialised, options=options)
         found[name] = token_map(model, jax.vmap(start)(done.row, embedded))
         if noted:
             found["legrad"] = token_map(model, done.legrad)

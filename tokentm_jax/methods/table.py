@@ -21,7 +21,7 @@ from tokentm_jax.inputs.reader import Reader
 from tokentm_jax.inputs.values import seen
 from tokentm_jax.maths.maps import Normalisation, combine
 from tokentm_jax.maths.primitives import wide
-from tokentm_jax.maths.tokentm import TokenTM
+from tokentm_jax.maths.variants import TokenTM
 from tokentm_jax.methods import attention, gradient, perturbation
 from tokentm_jax.methods import lrp as relevance
 from tokentm_jax.methods.attention import Explanation

@@ -11,7 +11,7 @@ from jax import Array
 
 from tokentm_jax.errors import InputError, Unfit, suggest
 from tokentm_jax.inputs.values import seen, values, with_values
-from tokentm_jax.maths.tokentm import Blocks
+from tokentm_jax.maths.variants import Blocks
 from tokentm_jax.programs.model import Model, Notes, check_model, function_of
 from tokentm_jax.programs.reading import Reading
 from tokentm_jax.programs.running import Evaluation, Plan, scan_key

@@ -1,11 +1,11 @@
 """Rules that run inside the passes of a model, block by block: no array of two blocks is held at once.
 
-The row of TokenTM and GAE is the cotangent of a stream of zeros [N] that goes from tap to tap; see `maths.tokentm`.
+The row of TokenTM and GAE is the cotangent of a stream of zeros [N] that goes from tap to tap; see `maths.variants`.
 Everything here is for one sample.
 """
 
 from collections.abc import Callable
-from functools import partial, reduce
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -17,19 +17,8 @@ from jax.ad_checkpoint import checkpoint_name
 from tokentm_jax.errors import Unfit
 from tokentm_jax.inputs.values import mean_of_seen, read_out, seen
 from tokentm_jax.maths.primitives import wide
-from tokentm_jax.maths.tokentm import (
-    Blocks,
-    Change,
-    TokenTM,
-    Weights,
-    attention_layer,
-    attention_weights,
-    change_by_heads,
-    ffn_layer,
-    ffn_weights,
-    norm_gain,
-    propagate,
-)
+from tokentm_jax.maths.tokentm import aggregate, block_update
+from tokentm_jax.maths.variants import TokenTM, attention_layer, attention_weights, ffn_layer, ffn_weights, norm_gain
 from tokentm_jax.programs.capture import (
     POINTS,
     as_before,
@@ -41,7 +30,7 @@ from tokentm_jax.programs.capture import (
 )
 from tokentm_jax.programs.model import Model
 from tokentm_jax.programs.running import Evaluation, Plan, scan_key
-from tokentm_jax.programs.structure import Attention, Layer, Stage
+from tokentm_jax.programs.structure import Layer, Stage
 from tokentm_jax.programs.tokens import for_tokens
 
 Block = list[Layer]
@@ -58,20 +47,22 @@ POLICIES = {
         _WEIGHTS_ALONE, jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     ),
 }
-NOTHING = Blocks(*[None] * len(Blocks._fields))
 
 
 class View:
     """What one block of an evaluation did, as one block of `Blocks`; computed where it is not known yet."""
 
+    attention_grad = None
+
     def __init__(self, evaluation: Evaluation, block: Block, count: int, there: Array | None, gradient: Any) -> None:
         self.evaluation, self.block, self.count = evaluation, block, count
+        self.layer: Any = block[0].attention
         self.seen, self.output_grad = there, gradient
 
     def __getattr__(self, name: str) -> Array:
         """The fields [N, D], and x~ of the attention layer."""
         if name == "transformed_value":
-            return self._through(self._value(self.block[0].attention.value))  # type: ignore[union-attr]
+            return self._through(self._value(self.layer.value))
         if name not in POINTS:
             raise AttributeError(name)
         return self.rows(POINTS[name](self.evaluation.reading, self.block))
@@ -80,7 +71,7 @@ class View:
         """A value of the program in its own layout."""
         return self.evaluation.function([], number)()
 
-    def rows(self, number: int) -> Array:
+    def rows(self, number: Any) -> Array:
         """A value of the program as tokens [N, D], in float32 at least."""
         return wide(self._value(number).reshape(self.count, -1))
 
@@ -90,59 +81,40 @@ class View:
     @property
     def attention(self) -> Array:
         """[H, N, N], in float32 at least."""
-        layer: Any = self.block[0].attention
-        return wide(heads_of(layer, self._value(layer.weights)))
+        return wide(heads_of(self.layer, self._value(self.layer.weights)))
+
+    @property
+    def value(self) -> Array:
+        return wide(values_of(self.layer, self._value(self.layer.value)))
+
+    @property
+    def output_kernel(self) -> Array:
+        """W_O [D, D], from what the rest of the layer makes of unit vectors in the place of tokens."""
+        like = self._value(self.layer.value)
+        h, n, width = values_of(self.layer, like).shape
+        places = np.eye(-(-h * width // n) * n, h * width).reshape(-1, n, h, width)
+        units = jnp.asarray(places.transpose(0, 2, 1, 3), like.dtype)
+        rows = jax.lax.map(lambda heads: self._through(values_before(self.layer, heads, like)), units)
+        return rows.reshape(-1, rows.shape[-1])[: h * width]
 
     def through(self, x: Array) -> Array:
         return self._through(self._projected(x))
+
+    def project(self, x: Array) -> Array:
+        return wide(values_of(self.layer, self._projected(x)))
 
     def _projected(self, x: Array) -> Array:
         """The values of tokens x [N, D], without the bias of their projection, in the program's layout."""
         place = POINTS["normalised"](self.evaluation.reading, self.block)
         read = self._value(place)
-        project = self.evaluation.function([place], self.block[0].attention.value)  # type: ignore[union-attr]
+        project = self.evaluation.function([place], self.layer.value)
         return jax.jvp(project, (read,), (x.reshape(read.shape).astype(read.dtype),))[1]
 
-    def by_heads(self, x: Array, linear: bool) -> Change:
-        layer: Any = self.block[0].attention
-        value = self._projected(x) if linear else self._value(layer.value)
-        heads = values_of(layer, value)
-        return change_by_heads(x, wide(heads), self._output_kernel(layer, value, heads.shape), self.seen)
+    def ffn_layers(self) -> list[tuple[Array, Array]]:
+        return [(self.rows(layer.stream), self.rows(layer.branch)) for layer in self.block[1:]]
 
-    def _output_kernel(self, layer: Attention, like: Array, shape: tuple[int, ...]) -> Array:
-        """W_O [D, D], from what the rest of the layer makes of unit vectors in the place of tokens."""
-        h, n, width = shape
-        places = np.eye(-(-h * width // n) * n, h * width).reshape(-1, n, h, width)
-        units = jnp.asarray(places.transpose(0, 2, 1, 3), like.dtype)
-        rows = jax.lax.map(lambda heads: self._through(values_before(layer, heads, like)), units)
-        return rows.reshape(-1, rows.shape[-1])[: h * width]
-
-    def attention_weights(self, options: TokenTM) -> Array:
-        """Diagonal of W_attn, [N], or [H, N]."""
-        if not options.weighs:
-            return jnp.ones_like(self.tokens[:, 0])
-        return attention_weights(self, options)
-
-    def ffn_weights(self, layer: Layer, options: TokenTM) -> Array:
-        """Diagonal of W_ffn of one layer, [N]."""
-        x = self.rows(layer.stream)
-        if not options.weighs:
-            return jnp.full_like(x[:, 0], 1.0 if options.ffn else 0.0)
-        known = NOTHING._replace(ffn_branch=self.rows(layer.branch), seen=self.seen, output_grad=self.output_grad)
-        return ffn_weights(x, known, options)
-
-    def norm_gain(self, layer: Layer) -> Array:
-        """What the norm behind a layer's sum does to the length of each token, [N]."""
-        assert layer.normed is not None
-        return norm_gain(self.rows(layer.output), self.rows(layer.normed))
-
-    def weights(self, options: TokenTM) -> Weights:
-        """The diagonals of all updates of the block."""
-        ffn = [self.ffn_weights(layer, options) for layer in self.block[1:]]
-        none = jnp.zeros_like(self.tokens[:, 0])
-        normed = options.norms and self.block[0].normed is not None
-        norms = [self.norm_gain(layer) for layer in self.block[:2]] if normed else []
-        return Weights(self.attention_weights(options), reduce(lambda a, b: a + b + a * b, ffn, none), *norms)
+    def norms(self) -> list[tuple[Array, Array]]:
+        return [(self.rows(layer.output), self.rows(layer.normed)) for layer in self.block[:2] if layer.normed]
 
 
 def _wide_type(kind: Any) -> Any:
@@ -195,7 +167,7 @@ def rows_inside(
         def tap(value: Array, state: Any, extra: Any) -> Any:
             u, index = state
             evaluation.values[evaluation.current] = value
-            weights = kept(index, View(evaluation, block, n, there, extra).attention_weights(options))
+            weights = kept(index, attention_weights(View(evaluation, block, n, there, extra), options))
             passed: Any = attention_layer(options, heads_of(layer, value), u, weights)
             heads, u = passed
             return as_before(layer, heads, value), (u, index), None
@@ -209,10 +181,11 @@ def rows_inside(
             u, index = state
             evaluation.values[evaluation.current] = value
             view, noted = View(evaluation, block, n, there, extra), None
-            if layer.attention is None and evaluation.current == layer.output:
-                u = ffn_layer(u, kept(index, view.ffn_weights(layer, options)))
+            if options.ffn and layer.attention is None and evaluation.current == layer.output:
+                own = view.rows(layer.stream), view.rows(layer.branch)
+                u = ffn_layer(u, kept(index, ffn_weights(*own, view, options)))
             if norms and evaluation.current == layer.normed:
-                u = ffn_layer(u, kept(index, view.norm_gain(layer) - 1))
+                u = ffn_layer(u, kept(index, norm_gain(view.rows(layer.output), view.rows(layer.normed)) - 1))
             if layer is block[-1] and evaluation.current == layer.end:
                 index = index + 1
                 noted = None if by_rules is None else by_rules(evaluation, block)
@@ -292,7 +265,7 @@ def rows_behind(
     params: Any,
     sample: Any,
     summary: Callable[[View], Any],
-    update: Callable[[Array, Any], Array],
+    update: Callable[[Array, Any], Array] = block_update,
     first_block: int = 0,
     end_block: int | None = None,
 ) -> tuple[tuple[Array, Array], Any]:
@@ -310,7 +283,7 @@ def rows_behind(
     embedded = notes[structure.embedded].reshape(n, -1)
     row = _row(model, sample, structure.reading.flat.types[structure.embedded])
     summaries = _noted_at_ends(structure.stages, notes)
-    return (propagate(update, summaries, row, first_block, end_block), embedded), outputs
+    return (aggregate(row, summaries, update, first_block, end_block), embedded), outputs
 
 
 def legrad_of_block(

@@ -1,0 +1,318 @@
+"""TokenTM's other choices: ablations, readings of public codes, weights per head, post-norm blocks, and the form that
+runs inside the backward pass. All of them are other arguments for the functions of `tokentm`.
+
+Post-norm blocks (BERT) put a LayerNorm behind each sum u: `C <- diag(L(LN(u)) / L(u)) C`, a diagonal update as that of
+an FFN layer.
+
+A row goes from the last block to the first, which is also the order of the backward pass, where the gradient G of the
+logit at the attention comes from. So a stream u [N] of zeros passes through the blocks next to the tokens, by
+`attention_layer` and `ffn_layer`. It changes nothing and stays zero. Its cotangent enters the backward pass as the
+read-out and leaves it as the heatmap's row. So no attention and no gradient of it is held for two blocks at once.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+
+import chex
+import jax
+import jax.numpy as jnp
+from annotated_types import Ge
+from jax import Array
+
+from tokentm_jax.maths import tokentm
+from tokentm_jax.maths.primitives import ratio, root
+from tokentm_jax.maths.weights import WEIGHTS
+
+
+class Blocks(NamedTuple):
+    """What one sample's blocks did. Each array has a leading L axis where all blocks are meant; None is not known.
+
+    The two kernels are parameters, the same for all samples. Head h has the columns of W_V, and the rows of W_O, from
+    h D/H on.
+    """
+
+    attention: Any  # [L, H, N, N] after softmax
+    attention_grad: Any  # [L, H, N, N] gradient of the logit at the attention
+    tokens: Any  # [L, N, D] input tokens x
+    normalised: Any  # [L, N, D] LN1(x)
+    transformed_value: Any  # [L, N, D] x~ of the attention layer: value and output projection, without mixing
+    attention_branch: Any  # [L, N, D] output of the attention layer before the residual sum
+    ffn_branch: Any  # [L, N, D] x~ of the FFN layer: its output before the residual sum
+    value: Any = None  # [L, H, N, D/H] value projection of LN1(x)
+    value_kernel: Any = None  # [L, D, D] W_V of the value projection, without its bias
+    output_kernel: Any = None  # [L, D, D] W_O of the output projection, with the layer's scale
+    middle: Any = None  # [L, N, D] of post-norm blocks: x', LN of the sum behind the attention layer
+    after: Any = None  # [L, N, D] of post-norm blocks: x+, LN of the sum behind the FFN layer
+    output_grad: Any = None  # [L, N, D] gradient of the score at the block's output tokens
+    seen: Any = None  # [L, N] bool: which tokens are there, and not padding; None: all
+
+    def through(self, x: Array) -> Array:
+        """Tokens x [N, D] through the projections of values and of the output, without biases, of one block."""
+        return x @ self.value_kernel @ self.output_kernel
+
+    def project(self, x: Array) -> Array:
+        """Values [H, N, D/H] of tokens x [N, D], without bias, of one block."""
+        return jnp.swapaxes((x @ self.value_kernel).reshape(len(x), len(self.attention), -1), 0, 1)
+
+    def ffn_layers(self) -> list[tuple[Any, Any]]:
+        """Input x' and output [N, D] of the FFN layer of one block; None where they are not known."""
+        if self.ffn_branch is None:
+            return [(None, None)]
+        return [(self.tokens + self.attention_branch if self.middle is None else self.middle, self.ffn_branch)]
+
+    def norms(self) -> list[tuple[Array, Array]]:
+        """Input and output [N, D] of the norms behind the sums of one block."""
+        if self.after is None:
+            return []
+        return [(self.tokens + self.attention_branch, self.middle), (self.middle + self.ffn_branch, self.after)]
+
+
+def sample_axes(axis: int) -> Blocks:
+    """`in_axes` of `jax.vmap` for Blocks whose samples are along `axis`."""
+    return Blocks(**{name: None if name.endswith("_kernel") else axis for name in Blocks._fields})
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenTM:
+    """The choices of TokenTM; the defaults are the method, all components off is GAE.
+
+    Args:
+      length: whether `w` has the ratio of lengths.
+      direction: "necc"; "softmax", which is NECC with sum 1 in place of mean 1; "cosine" (`cos` in place of NECC) or
+        "none".
+      initialise: whether `C0` has the lengths of the embedded tokens, in place of the identity.
+      ffn: whether the FFN layers update the contributions.
+      attention: "gradient" for `mean_h relu(G * A_h)`, which is class-specific; "means" for
+        `mean_h relu(G) * mean_h A_h`, which is, too; or "plain" for `mean_h A_h`.
+      heads: whether the attention layer's weights compare tokens with the "sum" over heads of what they become, or for
+        "each" head alone: `mean_h relu(G * A_h) diag(w_h)`.
+      original: what the attention layer's `x_j` is: the "residual" stream x or the "normalised" LN1(x).
+      transformed: what the attention layer's `x~_j` is: the "value" projection of LN1(x), with bias, through the
+        output projection; that of `x_j` itself, without bias ("linear"); or the "stream" after the layer.
+      ffn_transformed: what the FFN layer's `x~_j` is: its "branch", or the "stream" after the layer.
+      norms: whether the LayerNorms behind the sums of post-norm blocks scale the contributions.
+      weights: a function of a layer's original and transformed tokens in place of `w`, or the name of one of
+        `tokentm_jax.maths.weights`; `length` and `direction` are then not looked at.
+      first_block: first block that is aggregated, from 0.
+      end_block: one past the last block that is aggregated; None for all.
+    """
+
+    length: bool = True
+    direction: Literal["necc", "softmax", "cosine", "none"] = "necc"
+    initialise: bool = True
+    ffn: bool = True
+    attention: Literal["gradient", "means", "plain"] = "gradient"
+    heads: Literal["sum", "each"] = "sum"
+    original: Literal["residual", "normalised"] = "residual"
+    transformed: Literal["value", "linear", "stream"] = "value"
+    ffn_transformed: Literal["branch", "stream"] = "branch"
+    norms: bool = True
+    weights: Literal["entropy", "alignment", "distance_from_mean"] | Callable[..., Any] | None = None
+    first_block: Annotated[int, Ge(0)] = 0
+    end_block: Annotated[int, Ge(1)] | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a choice that is none, so that no map is ever computed by a misspelt one."""
+        for field in dataclasses.fields(self):
+            choices, given = get_args(field.type), getattr(self, field.name)
+            if get_origin(field.type) is Literal and given not in choices:
+                raise ValueError(f"{field.name} must be one of {', '.join(choices)}, got {given!r}")
+        if self.heads == "each" and self.transformed == "stream":
+            raise ValueError("heads='each' needs what each head makes of a token, and transformed='stream' has none")
+        if self.weights is not None and self.heads == "each":
+            raise ValueError("weights are those of tokens as all heads make them: heads='each' has none")
+        if isinstance(self.weights, str) and self.weights not in WEIGHTS:
+            raise ValueError(f"weights must be a function or one of {', '.join(WEIGHTS)}, got {self.weights!r}")
+        if self.end_block is not None and self.end_block <= self.first_block:
+            raise ValueError(f"end_block must be past first_block ({self.first_block}), got {self.end_block}")
+
+    @property
+    def weighs(self) -> bool:
+        """Whether tokens and what they become have weights at all."""
+        return self.length or self.direction != "none" or self.weights is not None
+
+    @property
+    def weight(self) -> Callable[..., Any] | None:
+        """The function that `weights` is, or names."""
+        return WEIGHTS[self.weights] if isinstance(self.weights, str) else self.weights
+
+    def takes(self, name: str) -> bool:
+        """Whether the function of `weights` has an argument of that name."""
+        return self.weight is not None and name in inspect.signature(self.weight).parameters
+
+    def uses(self, post_norm: bool = False) -> set[str]:
+        """The fields of `Blocks` that these choices read of pre-norm blocks, or of post-norm ones."""
+        names = {"attention"} | (set() if self.attention == "plain" else {"attention_grad"})
+        if self.weighs:
+            names |= {"tokens" if self.original == "residual" else "normalised"}
+            names |= {
+                "value": {"value", "output_kernel"} if self.heads == "each" else {"transformed_value"},
+                "linear": {"value_kernel", "output_kernel"},
+                "stream": {"tokens", "attention_branch"},
+            }[self.transformed]
+        if self.takes("gradient"):
+            names |= {"output_grad"}
+        if self.weighs and self.ffn:
+            names |= {"ffn_branch", *(("middle",) if post_norm else ("tokens", "attention_branch"))}
+        if self.norms and post_norm:
+            names |= {"tokens", "attention_branch", "middle", "ffn_branch", "after"}
+        return names | ({"tokens"} if self.initialise else set())
+
+
+# What public re-implementations compute, as options of `TokenTM`.
+READINGS: dict[str, dict[str, str]] = {
+    "featuregradientgate": {"direction": "softmax", "heads": "each", "transformed": "linear"},
+    "decompv": {"direction": "softmax", "attention": "means", "transformed": "stream", "ffn_transformed": "stream"},
+}
+
+DIRECTIONS: dict[str, Callable[[Array, Array | None], Array]] = {
+    "necc": tokentm.necc,
+    "softmax": lambda cos, present: jax.nn.softmax(cos, where=present),
+    "cosine": lambda cos, present: cos,
+    "none": lambda cos, present: jnp.ones_like(cos),
+}
+
+
+def weigh(x: Array, x_tilde: Array, block: Any, options: TokenTM) -> Array:
+    """The weights [N] of paired tokens [N, D] of a block (`Blocks`, or what has its fields)."""
+    if options.weight is not None:
+        more = {"gradient": block.output_grad, "seen": block.seen}
+        return options.weight(x, x_tilde, **{name: a for name, a in more.items() if options.takes(name)})
+    measure = tokentm.length if options.length else lambda x: jnp.ones_like(x[..., 0])
+    return tokentm.transformation_weight(x, x_tilde, block.seen, measure, DIRECTIONS[options.direction])
+
+
+def weights_of_heads(x: Array, value: Array, kernel: Array, present: Array | None, options: TokenTM) -> Array:
+    """The weights [H, N] of tokens x [N, D] by each head, `x~_h = v_h W_h`, with no array [H, N, D].
+
+    For values v [H, N, D/H] and the rows W_h [D/H, D] of the output projection [D, D]: `||v W||^2 = v (W W^T) v^T` and
+    `x . v W = v . (W x)`.
+    """
+    kernel = kernel.reshape(*value.shape[::2], -1)
+    gram = jnp.einsum("hid,hjd->hij", kernel, kernel)
+    transformed = root((jnp.einsum("hni,hij->hnj", value, gram) * value).sum(-1))
+    product = (jnp.einsum("nd,hid->hni", x, kernel) * value).sum(-1)
+    weights = DIRECTIONS[options.direction](ratio(ratio(product, tokentm.length(x)), transformed), present)
+    return ratio(transformed, tokentm.length(x)) * weights if options.length else weights
+
+
+def attention_weights(block: Any, options: TokenTM) -> Array:
+    """Diagonal of W_attn of one block, [N], or [H, N] with `heads="each"`."""
+    if not options.weighs:
+        return jnp.ones_like(block.attention[0, 0])
+    x = block.tokens if options.original == "residual" else block.normalised
+    if options.heads == "each":
+        value = block.project(x) if options.transformed == "linear" else block.value
+        return weights_of_heads(x, value, block.output_kernel, block.seen, options)
+    match options.transformed:
+        case "value":
+            x_tilde = block.transformed_value
+        case "linear":
+            x_tilde = block.through(x)
+        case "stream":
+            x_tilde = block.tokens + block.attention_branch
+    return weigh(x, x_tilde, block, options)
+
+
+def ffn_weights(x: Array, branch: Array, block: Any, options: TokenTM) -> Array:
+    """Diagonal [N] of W_ffn from the input and the output [N, D] of an FFN layer of a block."""
+    if not options.weighs:
+        return jnp.ones_like(block.attention[0, 0])
+    return weigh(x, branch if options.ffn_transformed == "branch" else x + branch, block, options)
+
+
+def norm_gain(before: Array, after: Array) -> Array:
+    """`L(LN(u)) / L(u)` [N] of the tokens u [N, D] before and after a LayerNorm."""
+    return ratio(tokentm.length(after), tokentm.length(before))
+
+
+def attention_terms(A: Array, G: Any, w: Array, options: TokenTM) -> tuple[Array, Array]:
+    """`Ā` [N, N] and w [N] of an attention layer, from A and G [H, N, N]. Weights w [H, N] per head go into `Ā`:
+    `Ā = mean_h relu(G * A_h) diag(w_h)`."""
+    match options.attention:
+        case "gradient":
+            if w.ndim == 1:
+                return tokentm.attention_map(A, G), w
+            heads = jax.nn.relu(G * A)
+        case "means":
+            heads = jax.nn.relu(G).mean(0) * A
+        case "plain":
+            heads = A
+    if w.ndim == 2:
+        heads, w = heads * w[:, None, :], jnp.ones_like(w[0])
+    return heads.mean(0), w
+
+
+def block_terms(block: Any, options: TokenTM) -> tuple[Array, Array, Array]:
+    """`Ā` [N, N], w_attn [N] and w_ffn [N] of one block, for `tokentm.block_update`; `1 + w_ffn` is the product of all
+    diagonal factors behind the attention, those of norms among them."""
+    A_bar, w_attn = attention_terms(block.attention, block.attention_grad, attention_weights(block, options), options)
+    factor = jnp.ones_like(w_attn)
+    for x, branch in block.ffn_layers() if options.ffn else []:
+        factor *= 1 + ffn_weights(x, branch, block, options)
+    for before, after in block.norms() if options.norms else []:
+        factor *= norm_gain(before, after)
+    return A_bar, w_attn, factor - 1
+
+
+def contributions(blocks: Blocks, embedded: Array | None, rows: Array, options: TokenTM = TokenTM()) -> Array:
+    """Contribution of every input token to the outputs that `rows` [..., N] read.
+
+    With `rows` the read-out of the head this is the heatmap's row; with the identity it is the full map C [N, N].
+
+    Args:
+      blocks: arrays with a leading L axis; those that `options.uses()` names.
+      embedded: tokens x0 [N, D] that enter the first block; needed where `options.initialise`.
+      rows: distributions over output tokens, [..., N].
+      options: see `TokenTM`.
+
+    Returns:
+      Contributions [..., N], column j for input token j.
+    """
+    chex.assert_axis_dimension(rows, -1, blocks.attention.shape[-1])
+    update = lambda rows, block: tokentm.block_update(rows, block_terms(block, options))  # noqa: E731
+    rows = tokentm.aggregate(rows, blocks, update, options.first_block, options.end_block)
+    return initialised(rows, embedded, options)
+
+
+def initialised(rows: Array, embedded: Array | None, options: TokenTM) -> Array:
+    """Rows [..., N] times C0, for the embedded tokens x0 [N, D]: what each token brings into the first block."""
+    if not options.initialise:
+        return rows
+    assert embedded is not None
+    return tokentm.initial_contribution(rows, embedded)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attention_layer(options: TokenTM, attention: Array, u: Array, weights: Array) -> tuple[Array, Array]:
+    """Attention [H, N, N] and the stream u [N] through an attention layer: both unchanged.
+
+    Backward, the cotangent of the attention is its gradient G, and that of u is a row r, which is updated. The weights
+    get none, for u is zero.
+    """
+    return attention, u
+
+
+def _attention_layer_backward(
+    options: TokenTM, saved: tuple[Array, Array], cotangents: tuple[Array, Array]
+) -> tuple[Any, ...]:
+    (attention, weights), (gradient, row) = saved, cotangents
+    terms = attention_terms(attention.astype(row.dtype), gradient.astype(row.dtype), weights, options)
+    return gradient, tokentm.attention_update(row, *terms), None
+
+
+attention_layer.defvjp(
+    lambda options, attention, u, weights: ((attention, u), (attention, weights)), _attention_layer_backward
+)
+
+
+@jax.custom_vjp
+def ffn_layer(u: Array, weights: Array) -> Array:
+    """The stream u [N] through an FFN layer, unchanged. Backward, its cotangent, a row r, becomes `r * (1 + w)`."""
+    return u
+
+
+ffn_layer.defvjp(lambda u, weights: (u, weights), lambda weights, row: (tokentm.ffn_update(row, weights), None))
