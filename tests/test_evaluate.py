@@ -11,7 +11,6 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, get_args, get_origin, get_type_hints
-from unittest.mock import patch
 
 import jax
 import jax.numpy as jnp
@@ -903,31 +902,3 @@ def test_a_comparison_needs_all_records_that_the_figures_are_of(whole, tmp_path)
     for command in (["compare", out], ["compare", out, whole[0]], ["report", out, "--out", tmp_path / "page.html"]):
         result = CliRunner().invoke(main, [str(a) for a in command])
         assert result.exit_code == 2 and f"{path} holds the results of no image: it is gone" in result.stderr
-
-
-def test_a_task_of_a_recipe_is_compared_and_reported(vit, folder, tmp_path):
-    checkpoint = write_checkpoint(tmp_path / "tiny.safetensors", vit.module, vit.params, vit.preprocessing)
-    recipe, out, page = tmp_path / "own.py", tmp_path / "out", tmp_path / "page.html"
-    recipe.write_text(
-        "from tokentm_jax import EvaluateConfig\n"
-        "from tokentm_jax.configs import rows\n"
-        "from tokentm_jax.metrics import TASKS, Column, Task\n"
-        "TASKS['middle'] = Task(lambda predict, subject, maps: {'middle': maps.mean((1, 2))},\n"
-        "    {'middle': Column(lambda table: table['predicted_middle'], better='lower', digits=3)})\n"
-        f"config = EvaluateConfig('own', 'middle', {str(folder)!r}, rows('rollout'), checkpoint={str(checkpoint)!r},\n"
-        "    batch_size=4)\n"
-    )
-
-    def run(*arguments, code=0):
-        with patch.dict(TASKS):  # as in another process
-            result = CliRunner().invoke(main, [str(a) for a in arguments])
-        assert result.exit_code == code, result.output
-        return result
-
-    assert "| method | middle ↓ |" in run("evaluate", recipe, "--out", out).output
-    for command in (["compare", out], ["report", out, "--out", page]):
-        assert "unknown task 'middle'" in (error := run(*command, code=2).stderr) and "--recipe FILE" in error
-    entries = json.loads(run("compare", out, "--recipe", recipe, "--json").stdout)
-    assert [entries[0][name] for name in ("method", "metric", "better")] == ["rollout", "middle", "lower"]
-    run("report", out, "--recipe", recipe, "--out", page, "--best", 0)
-    assert "middle" in page.read_text()

@@ -179,6 +179,13 @@ def test_names_of_training_are_in_a_clone_alone():
             _ = tm.TrainConfig
 
 
+def test_lists_of_rows_are_in_configs():
+    for name in ("rows", "PAPER_ROWS", "COMPONENT_ROWS", "CHOICE_ROWS", "READING_ROWS", "WEIGHT_ROWS", "TEXT_ROWS",
+                 "MIX_ROWS", "PIXEL_ROWS", "depth_rows", "sanity_rows"):  # fmt: skip
+        with pytest.warns(DeprecationWarning, match=f"is now tokentm_jax.configs.{name}"):
+            assert getattr(tm, name) is getattr(tm.configs, name)
+
+
 # ---- targets ---------------------------------------------------------------------------------------------------
 
 

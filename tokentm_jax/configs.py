@@ -209,7 +209,8 @@ def check(config: EvaluateConfig) -> EvaluateConfig:
     option or number that does not exist."""
     config = check_fields(config, "the evaluation")
     if config.task not in TASKS:
-        raise suggest("task", config.task, TASKS)
+        known = suggest("task", config.task, TASKS)
+        raise InputError(f"{known}; a task of yours must be in tokentm_jax.metrics.TASKS (--task FILE.py adds it)")
     if config.profile not in PROFILES:
         raise suggest("profile", config.profile, PROFILES)
     TASKS[config.task].check(config.task, config.options)

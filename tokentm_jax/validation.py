@@ -85,7 +85,7 @@ def options_of(kind: Callable[..., Any]) -> dict[str, Any]:
     """The annotation of every option: a function's keyword-only arguments, or a dataclass's fields."""
     hints, every = get_type_hints(kind, include_extras=True), dataclasses.is_dataclass(kind)
     parameters = inspect.signature(kind).parameters.values()
-    return {p.name: hints[p.name] for p in parameters if every or p.kind is p.KEYWORD_ONLY}
+    return {p.name: hints.get(p.name, Any) for p in parameters if every or p.kind is p.KEYWORD_ONLY}
 
 
 def check_options(where: str, known: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:

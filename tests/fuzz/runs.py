@@ -106,7 +106,7 @@ def results() -> Iterator[tuple[str, Any]]:
 
     places = [("run",), ("rows",), ("run", "config"), ("run", "seed"), ("run", "data"), ("run", "model"),
         ("run", "config", "rows"), ("run", "config", "task"), ("run", "config", "seed"), ("run", "config", "paper"),
-        ("run", "config", "name")]
+        ("run", "config", "name"), ("run", "config", "options"), ("run", "config", "score")]
     places += [("run", "config", "rows", 0), ("run", "config", "rows", 0, "name"),
         ("run", "config", "rows", 0, "method"), ("run", "config", "rows", 0, "options"),
         ("run", "config", "rows", 1, "random_blocks"), ("run", "config", "batch_size")]

@@ -7,7 +7,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from tokentm_jax.cli.options import PATH
+from tokentm_jax.cli.options import PATH, own_tasks
 from tokentm_jax.cli.terminal import console
 from tokentm_jax.errors import printable
 
@@ -15,9 +15,9 @@ from tokentm_jax.errors import printable
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=PATH, metavar="RUN...")
 @click.option("--to", metavar="METHOD", help="The row that the others are compared with; default: the first.")
-@click.option("--recipe", type=PATH, metavar="CONFIG.py", help="Recipe that defines the task of the runs; it is run.")
+@own_tasks
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
-def compare(runs: tuple[Path, ...], to: str | None, recipe: Path | None, as_json: bool) -> None:
+def compare(runs: tuple[Path, ...], to: str | None, task: tuple[Path, ...], as_json: bool) -> None:
     """Put finished evaluations side by side, with paired differences and their 95 % intervals.
 
     RUN is an output folder of `tokentm evaluate`. Of one run, every method is compared with the first, or with that
@@ -28,12 +28,11 @@ def compare(runs: tuple[Path, ...], to: str | None, recipe: Path | None, as_json
     Example:
       tokentm compare runs/perturbation_photos --to gae
     """
-    from tokentm_jax.cli.recipes import read_task
+    from tokentm_jax.cli.recipes import run_tasks
     from tokentm_jax.runs.report import ARROWS
     from tokentm_jax.runs.report import compare as compare_runs
 
-    read_task(recipe)
-
+    run_tasks(task)
     entries = compare_runs(list(dict.fromkeys(runs)), to)
     if as_json:
         click.echo(json.dumps(entries, indent=1))

@@ -14,9 +14,10 @@ from tokentm_jax.cli.options import (
     make_folder,
     may_overwrite,
     names_of,
+    own_tasks,
     start_jax,
 )
-from tokentm_jax.cli.recipes import read_recipe
+from tokentm_jax.cli.recipes import read_recipe, run_tasks
 from tokentm_jax.cli.terminal import complain, running_table, show_results
 from tokentm_jax.errors import InputError
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 @class_names
 @click.option("--maps", type=TEXT, multiple=True, help="Store of `tokentm dataset` to take maps from; repeatable.")
 @click.option("--out", type=PATH, help="Folder; default: runs/<name of the recipe>.")
+@own_tasks
 @may_overwrite
 def evaluate(
     recipe: Path,
@@ -53,6 +55,7 @@ def evaluate(
     classes: Path | None,
     maps: tuple[str, ...],
     out: Path | None,
+    task: tuple[Path, ...],
     overwrite: bool,
 ) -> None:
     """Measure explanation methods by a recipe; started again with the same folder, it goes on where it stopped.
@@ -71,6 +74,7 @@ def evaluate(
     from tokentm_jax.runs.evaluate_text import TextEvaluateConfig
     from tokentm_jax.runs.store import open_maps
 
+    run_tasks(task)
     config = read_recipe(recipe, EvaluateConfig, TextEvaluateConfig)
     if isinstance(config, TextEvaluateConfig):
         unused = {"--checkpoint": checkpoint, "--half": half, "--names": names, "--label-map": label_map}

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import click
 
-from tokentm_jax.cli.options import PATH, TEXT, class_names, make_folder, may_overwrite, names_of, start_jax
-from tokentm_jax.cli.recipes import read_recipe
+from tokentm_jax.cli.options import PATH, TEXT, class_names, make_folder, may_overwrite, names_of, own_tasks, start_jax
+from tokentm_jax.cli.recipes import read_recipe, run_tasks
 from tokentm_jax.cli.terminal import running_table, show_results
 
 
@@ -20,6 +20,7 @@ from tokentm_jax.cli.terminal import running_table, show_results
 @class_names
 @click.option("--maps", type=TEXT, multiple=True, help="Store of `tokentm dataset` to take maps from; repeatable.")
 @click.option("--out", type=PATH, help="Folder; default: runs/<name of the recipe>.")
+@own_tasks
 @may_overwrite
 def leaderboard(
     recipe: Path,
@@ -31,6 +32,7 @@ def leaderboard(
     classes: Path | None,
     maps: tuple[str, ...],
     out: Path | None,
+    task: tuple[Path, ...],
     overwrite: bool,
 ) -> None:
     """Measure methods by many metrics and rank them; started again with the same folder, it goes on.
@@ -48,6 +50,7 @@ def leaderboard(
     from tokentm_jax.runs.leaderboard import LeaderboardConfig, check, leaderboard, select
     from tokentm_jax.runs.store import open_maps
 
+    run_tasks(task)
     chosen = {"methods": methods, "runs": runs}
     chosen = {kind: names_of(names) for kind, names in chosen.items() if names is not None}
     config = select(read_recipe(recipe, LeaderboardConfig), **chosen)

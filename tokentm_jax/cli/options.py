@@ -41,6 +41,9 @@ class_names = click.option("--classes", type=PATH, help="Class names: .json, or 
 may_overwrite = click.option(
     "--overwrite", is_flag=True, help="Also replace files that this program did not write; folders never."
 )
+own_tasks = click.option(
+    "--task", type=PATH, multiple=True, metavar="FILE.py", help="File that adds your metric to TASKS; it is run."
+)
 
 
 def names_of(text: str) -> list[str]:

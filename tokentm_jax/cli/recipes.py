@@ -1,16 +1,48 @@
-"""Recipes: Python files that are run, and define an evaluation or a leaderboard."""
+"""Recipes: Python files that are run, and define an evaluation or a leaderboard; and files that define tasks."""
 
 import contextlib
 import runpy
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from tokentm_jax.cli.options import parse_options
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import read_text
 
 LARGEST_RECIPE = 2**20  # bytes
+
+
+@contextlib.contextmanager
+def _running(what: str, path: Path) -> Iterator[None]:
+    """In it, code of this file runs: each of its errors is an InputError, and what it prints goes to stderr."""
+    refused = f"{what} {path}"
+    read_text(path, LARGEST_RECIPE, what)  # a pipe, a device, no text: before it is run
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    except SystemExit as error:
+        raise InputError(f"{refused} ends the program (SystemExit: {error.code})") from None
+    except InputError as error:
+        raise error if str(path) in str(error) else InputError(f"{refused} cannot be run: {error}") from None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a recipe may raise what it likes
+        raise InputError(f"{refused} cannot be run: {type(error).__name__}{_said(error)}") from None
+
+
+def run_tasks(files: Sequence[Path]) -> None:
+    """Run Python files that add tasks to `tokentm_jax.metrics.TASKS`. Raises InputError as `read_recipe`, and for a
+    file that adds none."""
+    from tokentm_jax.metrics import TASKS
+
+    for path in files:
+        before = dict(TASKS)
+        with _running("the file", path):
+            runpy.run_path(str(path))
+        if before == TASKS:
+            raise InputError(f"the file {path} adds no task to tokentm_jax.metrics.TASKS")
 
 
 def read_recipe(recipe: Path, *kinds: type) -> Any:
@@ -29,44 +61,20 @@ def read_recipe(recipe: Path, *kinds: type) -> Any:
     name, colon, rest = str(recipe).rpartition(".py:")
     path = Path(f"{name}.py") if colon else recipe
     options = parse_options(rest.split(",") if rest and colon else [])
-
-    def refuse(reason: str) -> NoReturn:
-        raise InputError(f"the recipe {path} {reason}") from None
-
-    read_text(path, LARGEST_RECIPE, "the recipe")  # a pipe, a device, no text: before it is run
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # where results go, it has nothing to print
-            found = runpy.run_path(str(path))
-            make = found.get("get_config")
-            if callable(make):
-                config = make(**check_options(f"the recipe {path}", options_of(make), options))
-            elif options:
-                refuse("has no options: it defines no function `get_config`")
-            else:
-                config = found.get("config")
-    except SystemExit as error:
-        refuse(f"ends the program (SystemExit: {error.code})")
-    except InputError as error:
-        if str(path) in str(error):
-            raise
-        refuse(f"cannot be run: {error}")
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # a recipe may raise what it likes
-        refuse(f"cannot be run: {type(error).__name__}{_said(error)}")
+    with _running("the recipe", path):
+        found = runpy.run_path(str(path))
+        make = found.get("get_config")
+        if callable(make):
+            config = make(**check_options(f"the recipe {path}", options_of(make), options))
+        elif options:
+            raise InputError(f"the recipe {path} has no options: it defines no function `get_config`")
+        else:
+            config = found.get("config")
     if type(config) not in kinds:
         names = " or ".join(kind.__name__ for kind in kinds)
-        refuse(f"must define `config` as a {names}, or a function `get_config` that gives one")
+        defined = f"must define `config` as a {names}, or a function `get_config` that gives one"
+        raise InputError(f"the recipe {path} {defined}")
     return check_fields(config, f"the recipe {path}")
-
-
-def read_task(recipe: Path | None) -> None:
-    """Run a recipe for the task that it defines, where one is given. Raises InputError as `read_recipe`."""
-    if recipe is not None:
-        from tokentm_jax.configs import EvaluateConfig
-        from tokentm_jax.runs.leaderboard import LeaderboardConfig
-
-        read_recipe(recipe, EvaluateConfig, LeaderboardConfig)
 
 
 def _said(error: BaseException) -> str:

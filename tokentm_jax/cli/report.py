@@ -16,6 +16,7 @@ from tokentm_jax.cli.options import (
     may_overwrite,
     methods_of,
     names_of,
+    own_tasks,
     require_place,
     start_jax,
 )
@@ -42,7 +43,7 @@ METHODS_SHOWN = ("tokentm", "gae", "attn_lrp", "legrad", "transformer_attributio
     "--best", type=click.IntRange(0, 50), default=3, show_default=True,
     help="Of a run: number of the best and of the worst images of each method that are explained.",
 )  # fmt: skip
-@click.option("--recipe", type=PATH, metavar="CONFIG.py", help="Recipe that defines the task of the run; it is run.")
+@own_tasks
 @class_names
 @may_overwrite
 def report(
@@ -56,7 +57,7 @@ def report(
     data: str | None,
     limit: int | None,
     best: int,
-    recipe: Path | None,
+    task: tuple[Path, ...],
     classes: Path | None,
     overwrite: bool,
 ) -> None:
@@ -76,7 +77,7 @@ def report(
       tokentm report runs/photos
       tokentm report maps --data photos/
     """
-    from tokentm_jax.cli.recipes import read_task
+    from tokentm_jax.cli.recipes import run_tasks
     from tokentm_jax.cli.report_page import Photos, photos_page, run_page, store_page, write_page
     from tokentm_jax.configs import rows
     from tokentm_jax.data.photos import find_photos
@@ -91,13 +92,13 @@ def report(
         ("model", "photos", "a run"),
         ("checkpoint", "photos", "a run"),
         ("best", "a run"),
-        ("recipe", "a run"),
+        ("task", "a run"),
         ("data", "a run", "a store"),
     ):
         if source(option) is ParameterSource.COMMANDLINE and kind not in kinds:
             raise InputError(f"--{option} is for a report on {' or '.join(kinds)}, not on {kind}")
     require_place(out, overwrite)
-    read_task(recipe)
+    run_tasks(task)
     if kind == "photos" and overwrite and os.path.realpath(out) in map(os.path.realpath, find_photos(what)):
         raise InputError(f"the page {out} is one of the photos: choose another name")
     start_jax()

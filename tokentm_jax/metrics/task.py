@@ -136,7 +136,7 @@ class Task:
         instead of the probability, and whether the map was finite. No model is needed: they are the shapes for images
         of `SIDE` pixels, each of them a patch.
 
-        Raises InputError as `check`, and for arrays whose first axis is not the batch.
+        Raises InputError as `check`, and for anything but arrays whose first axis is the batch.
         """
         own, batch = self.check(name, options), 2
         maps = jax.ShapeDtypeStruct((batch, SIDE, SIDE), jnp.float32)
@@ -154,9 +154,8 @@ class Task:
             return self.compute(predict, subject, maps, **own["compute"])
 
         found = jax.eval_shape(compute, images, classes, masks, maps)
-        for array, each in found.items():
-            if each.shape[:1] != (batch,):
-                raise InputError(f"the task {name!r} must give arrays [B, ...], got {array!r} {list(each.shape)}")
+        if not isinstance(found, dict) or any(array.shape[:1] != (batch,) for array in found.values()):
+            raise InputError(f"the task {name!r} must return a dict of arrays [B, ...], got {found}")
         return record_types({"finite": jax.ShapeDtypeStruct((batch,), bool), **found})
 
     def measure(self, table: Table) -> dict[str, np.ndarray]:

@@ -312,13 +312,12 @@ def _evaluate(
         (out / "records").mkdir(exist_ok=True)
     except OSError as error:
         raise InputError(f"{out / 'records'} cannot be written: {reason(error)}") from None
-    programs, skipped = Programs(config, vit), {}
+    programs, fields, skipped = Programs(config, vit), fields_of(config), {}
     clean = _predictions(programs, source, translate, out, skipped)
     jobs = _jobs(config, source, clean, programs.asked)
     if not jobs:
         raise InputError(f"{source.name} has no image that can be read: {next(iter(skipped.values()), 'it is empty')}")
     keys = [job.key for job in jobs if job.explained == PREDICTED]
-    fields = fields_of(config)
     records = {row.name: Records(record_file(out, row), fields) for row in whole.rows}
     references = None
     if task.reference:

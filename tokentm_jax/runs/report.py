@@ -301,9 +301,6 @@ def open_finished(out: Path) -> Finished:
     results = _read_results(path)
     run = results["run"]
     given = run["config"]
-    if given["task"] not in TASKS:
-        known = suggest("task", given["task"], TASKS)
-        raise InputError(f"{path}: {known}; --recipe FILE names the recipe that defines a task of yours")
     try:
         rows = [Row(**row) for row in given["rows"]]
         config = check(EvaluateConfig(**{**given, "rows": rows}))
