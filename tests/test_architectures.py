@@ -189,12 +189,12 @@ def test_preprocessing_round_trip():
         ("size", [4, 10**9], "'size'"),
         ("crop_pct", 0, "'crop_pct'"),
         ("crop_pct", "1", "'crop_pct'"),
-        ("interpolation", "cubic", "did you mean 'bicubic'"),
+        ("interpolation", "cubic", "'interpolation' must be 'nearest', 'bilinear'"),
         ("interpolation", [1], "interpolation"),
         ("mean", [0.5, 0.5], "'mean'"),
         ("std", [0.5, 0, 0.5], "'std'"),
         ("std", [0.5, float("inf"), 0.5], "'std'"),
-        ("colour", 1, "unknown preprocessing field 'colour'"),
+        ("colour", 1, "unknown field 'colour' of preprocessing"),
     ],
 )
 def test_bad_preprocessing_is_named(field, value, words):

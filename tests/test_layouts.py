@@ -316,7 +316,7 @@ WRONG = {
     ),
     "deviation": (
         lambda folder: changed(folder / "preprocessor_config.json", image_std=[0, 0, 0]),
-        "'std' must be three numbers above 0",
+        "'std'[0] must be greater than 0",
     ),
     "resample": (lambda folder: changed(folder / "preprocessor_config.json", resample=9), "'resample' must be one of"),
     "size": (lambda folder: changed(folder / "preprocessor_config.json", size={}), "'shortest_edge'"),
@@ -523,7 +523,7 @@ def test_the_hub_fails_with_a_sentence(hub):
         (json.dumps(card(num_classes=-1)), "num_classes"),
         (json.dumps(card(model_args={}, pretrained_cfg={"input_size": 3})), "is not a timm model's"),
         (json.dumps(card(pretrained_cfg={"std": [0, 0, 0]})), "'std'"),
-        (json.dumps(card(pretrained_cfg={"crop_mode": "border"})), "unknown crop_mode 'border'"),
+        (json.dumps(card(pretrained_cfg={"crop_mode": "border"})), "'crop_mode' must be 'center' or 'squash'"),
     ],
 )
 def test_a_wrong_card_is_one_sentence(tmp_path, content, words):

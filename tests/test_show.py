@@ -164,7 +164,7 @@ def test_what_is_refused(vit, path):
     for options, message in (
         ({"colours": "infreno"}, "did you mean 'inferno'"),
         ({"colours": None}, "unknown colours"),
-        ({"side": 0}, "side must be a whole number of pixels"),
+        ({"side": 0}, "side must be greater than or equal to 16, got 0"),
         ({"target": ["each", 7]}, "out of range"),
         ({"target": "1,x"}, "class 'x'"),
         ({"target": []}, "target is an empty list"),

@@ -71,14 +71,35 @@ def checked(where: str, annotation: Any, value: Any) -> Any:
         raise InputError(f"{where} is nested too deeply") from None
 
 
+@functools.lru_cache(maxsize=64)
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
 def check_fields(config: Any, where: str) -> Any:
-    """A dataclass whose every field meets its annotation. InputError "{where}: 'field' must be ..., got ..."."""
-    hints = get_type_hints(type(config), include_extras=True)
-    fields = {
-        field.name: checked(f"{where}: {field.name!r}", hints[field.name], getattr(config, field.name))
-        for field in dataclasses.fields(config)
-    }
-    return dataclasses.replace(config, **fields)
+    """A dataclass whose every field meets its annotation, NumPy scalars as Python's.
+
+    InputError "{where}: 'field' must be ..., got ...".
+    """
+    hints = _hints(type(config))
+    for field in dataclasses.fields(config):
+        value = checked(f"{where}: {field.name!r}", hints[field.name], getattr(config, field.name))
+        object.__setattr__(config, field.name, value)  # frozen, and perhaps in its `__post_init__`
+    return config
+
+
+def read_fields(kind: Callable[..., Any], values: Any, where: str) -> Any:
+    """A dataclass from JSON values, whose lists become tuples. InputError for a field that is unknown or missing."""
+    if not isinstance(values, Mapping):
+        raise InputError(f"{where} must be a mapping of field names, got {type(values).__name__}")
+    fields = {parameter.name: parameter for parameter in inspect.signature(kind).parameters.values()}
+    for name in values:
+        if name not in fields:
+            raise suggest("field", name, fields, of=where)
+    for name, parameter in fields.items():
+        if name not in values and parameter.default is parameter.empty:
+            raise InputError(f"{where}: {name!r} is missing")
+    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
 def options_of(kind: Callable[..., Any]) -> dict[str, Any]:

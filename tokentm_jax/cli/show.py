@@ -7,9 +7,10 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+from annotated_types import Ge, Le
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -30,6 +31,7 @@ from tokentm_jax.cli.figure import (
 from tokentm_jax.errors import InputError, printable
 from tokentm_jax.files import as_path, generator
 from tokentm_jax.identity import write_figure
+from tokentm_jax.validation import checked
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as MatplotlibFigure
@@ -142,8 +144,7 @@ def show(
     look, title = look_of(colours, squares), "" if title is None else str(title)
     from tokentm_jax.models.loading import require_loaded
 
-    if not isinstance(side, int) or not 16 <= side <= 4096:
-        raise InputError(f"side must be a whole number of pixels from 16 to 4096, got {side!r:.80}")
+    checked("side", Annotated[int, Ge(16), Le(4096)], side)
     if maps is None and _is_explanation(what):
         found, details = what if isinstance(what, tuple) else (what, {})
         stacked = _stacked(found, "the explanation")

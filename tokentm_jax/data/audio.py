@@ -15,7 +15,7 @@ from annotated_types import Ge, Le, Lt
 
 from tokentm_jax.errors import InputError, require
 from tokentm_jax.files import opened
-from tokentm_jax.validation import check_fields
+from tokentm_jax.validation import check_fields, read_fields
 
 SUFFIXES = {".wav", ".wave", ".flac", ".ogg", ".oga", ".opus"}
 LONGEST = 30  # seconds of a recording that are read, however long it is
@@ -66,6 +66,7 @@ class Spectrogram:
 
     def __post_init__(self) -> None:
         where = "preprocessing: 'audio'"
+        check_fields(self, where)
         if self.window > self.fft:
             raise InputError(
                 f"{where}: the window of {self.window} samples is longer than the transform of {self.fft}"
@@ -78,13 +79,7 @@ class Spectrogram:
     @classmethod
     def from_dict(cls, values: Any) -> "Spectrogram":
         """From untrusted JSON values. Raises InputError."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(values, dict) or not values.keys() <= known:
-            raise InputError(f"preprocessing: 'audio' must be a mapping with the fields {', '.join(sorted(known))}")
-        try:
-            return check_fields(cls(**values), "preprocessing: 'audio'")
-        except (TypeError, OverflowError):  # of the comparisons
-            raise InputError("preprocessing: 'audio' must hold numbers") from None
+        return read_fields(cls, values, "preprocessing: 'audio'")
 
     def seconds(self, frames: int) -> float:
         """How long `frames` are, from the start of the first to the end of the last."""

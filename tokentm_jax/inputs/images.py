@@ -5,25 +5,25 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from annotated_types import Ge, Gt, Le
 from jax import Array
 from jax.core import Tracer
 
 from tokentm_jax.data.audio import LONGEST, MOST, Spectrogram
 from tokentm_jax.data.sources import Example
-from tokentm_jax.errors import InputError, suggest
+from tokentm_jax.errors import InputError
 from tokentm_jax.files import as_path
 from tokentm_jax.inputs import photos, recordings
 from tokentm_jax.maths.maps import to_pixels, unit
+from tokentm_jax.validation import check_fields, read_fields
 
 Channels = tuple[float, ...]  # 3 of photos, 1 of recordings
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
-CROP_MODES = ("center", "squash")
-LARGEST_SIDE = 8192
+Side = Annotated[int, Ge(1), Le(8192)]  # in pixels
 LOWEST, HIGHEST = -0.5, 1.5  # what the overshoot of resizing may reach; normalised images and 0 ... 255 go beyond
 
 
@@ -54,12 +54,12 @@ class Preprocessing:
     are resized then says nothing. Raises InputError naming the field that is out of range.
     """
 
-    size: tuple[int, int]
-    crop_pct: float = 0.9
-    interpolation: str = "bicubic"
+    size: tuple[Side, Side]
+    crop_pct: Annotated[float, Gt(0), Le(1)] = 0.9
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
     mean: Channels = dataclasses.field(kw_only=True)
-    std: Channels = dataclasses.field(kw_only=True)
-    crop_mode: str = dataclasses.field(default="center", kw_only=True)
+    std: tuple[Annotated[float, Gt(0)], ...] = dataclasses.field(kw_only=True)
+    crop_mode: Literal["center", "squash"] = dataclasses.field(default="center", kw_only=True)
     audio: Spectrogram | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -67,22 +67,12 @@ class Preprocessing:
             if not holds:
                 raise InputError(f"preprocessing: {field!r} must be {expected}, got {getattr(self, field)!r}")
 
-        def numbers(values: object) -> bool:
-            return isinstance(values, tuple) and len(values) == channels and all(_is_finite(v) for v in values)
-
-        sides = self.size if isinstance(self.size, tuple) else ()
-        whole = [isinstance(s, int) and not isinstance(s, bool) and 0 < s <= LARGEST_SIDE for s in sides]
-        check(whole == [True, True], "size", f"two whole numbers from 1 to {LARGEST_SIDE}")
-        check(_is_finite(self.crop_pct) and 0 < self.crop_pct <= 1, "crop_pct", "a number above 0 and at most 1")
-        if self.interpolation not in INTERPOLATIONS:
-            raise suggest("interpolation", self.interpolation, INTERPOLATIONS)
-        if self.crop_mode not in CROP_MODES:
-            raise suggest("crop_mode", self.crop_mode, CROP_MODES)
-        lengths = [len(values) for values in (self.mean, self.std) if isinstance(values, tuple)]
-        channels = 1 if self.audio is not None else 3 if 3 in lengths or not lengths else lengths[0]
+        check_fields(self, "preprocessing")
+        lengths = len(self.mean), len(self.std)
+        channels = 1 if self.audio is not None else 3 if 3 in lengths else max(1, *lengths)
         many = {1: "one number", 3: "three numbers"}.get(channels, f"{channels} numbers")
-        check(numbers(self.mean) and channels > 0, "mean", many)
-        check(numbers(self.std) and min(self.std) > 0, "std", f"{many} above 0")
+        check(len(self.mean) == channels, "mean", many)
+        check(len(self.std) == channels, "std", many)
         if self.audio is not None:
             bins, frames = self.size
             check(bins <= self.audio.fft // 2, "size", f"at most {self.audio.fft // 2} mel bins")
@@ -235,21 +225,6 @@ class Preprocessing:
     @classmethod
     def from_dict(cls, values: Any) -> "Preprocessing":
         """From untrusted JSON values; raises InputError naming what is missing, unknown or out of range."""
-        if not isinstance(values, Mapping):
-            raise InputError(f"preprocessing must be a mapping of field names, got {type(values).__name__}")
-        known = {field.name for field in dataclasses.fields(cls)}
-        for name in values:
-            if name not in known:
-                raise suggest("preprocessing field", name, known)
-        for name in ("size", "mean", "std"):
-            if name not in values:
-                raise InputError(f"preprocessing: {name!r} is missing")
-        fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        if fields.get("audio") is not None:
-            fields["audio"] = Spectrogram.from_dict(fields["audio"])
-        return cls(**fields)
-
-
-def _is_finite(value: object) -> bool:
-    # An int may be too large for a float.
-    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
+        if isinstance(values, Mapping) and values.get("audio") is not None:
+            values = {**values, "audio": Spectrogram.from_dict(values["audio"])}
+        return read_fields(cls, values, "preprocessing")

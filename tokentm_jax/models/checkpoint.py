@@ -680,12 +680,10 @@ def _checked_description(description: Any, path: Path) -> dict[str, Any]:
         Preprocessing.from_dict(description["preprocessing"])
     except InputError as error:
         raise InputError(f"{path}: in the description, {error}") from None
-    names = description.setdefault("class_names", None)
-    if names is not None:
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise InputError(f"{path}: 'class_names' in the description must be a list of names")
-        if len(names) != module.num_classes:
-            raise InputError(f"{path}: {len(names)} class names for {module.num_classes} classes")
+    where = f"{path}: 'class_names' in the description"
+    names = checked(where, list[str] | None, description.setdefault("class_names", None))
+    if names is not None and len(names) != module.num_classes:
+        raise InputError(f"{path}: {len(names)} class names for {module.num_classes} classes")
     return description
 
 
