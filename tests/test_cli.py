@@ -16,8 +16,8 @@ from conftest import mostly_slow
 from everything import everything
 from PIL import Image
 
-from tokentm_jax.cli.heatmaps import output_names
 from tokentm_jax.cli.main import main
+from tokentm_jax.cli.names import output_names
 from tokentm_jax.cli.options import parse_option
 from tokentm_jax.inputs.images import IMAGENET, Preprocessing
 from tokentm_jax.models.architectures import ARCHITECTURES, build, parameter_count
@@ -199,7 +199,7 @@ def test_each_class(folder, checkpoint, monkeypatch):
 
 def test_formats_and_looks(folder, checkpoint):
     """One figure for each photo, in the format and the colours that are asked for."""
-    from tokentm_jax.cli.figure import COLOURS
+    from tokentm_jax.inputs.pictures import COLOURS
 
     arguments = ("explain", "photos/a.png", "--checkpoint", checkpoint, "--target", "2")
     pictures = {}

@@ -287,6 +287,59 @@ def test_words_on_the_command_line_and_on_a_page(tmp_path):
     assert bars.output.count("%") == 2
 
 
+def test_explain_writes_what_the_library_computes(tmp_path, monkeypatch):
+    """The words are printed, and go with their scores to a file for each text, and to one page."""
+    monkeypatch.chdir(tmp_path)
+    model, texts, methods = GOLDENS / "distilbert", ["a funny film", "dull", "a funny film"], ("tokentm", "gae")
+    given = ("explain", "-", "--model", model, "--target", "1,2", "--method", ",".join(methods))
+    lines = "\n\n".join(texts)
+    found = json.loads(run(*given, "--json", input=lines).stdout)
+    assert [entry["text"] for entry in found] == texts
+    parts = [f"{m}.label-{k}" for m in methods for k in (1, 2)]
+    written = {"texts.html", *(f"text-{i}.{part}.npz" for i in (1, 2, 3) for part in parts)}
+    assert {path.name for path in (tmp_path / "explanations").iterdir()} == written
+    text = tm.load(model)
+    tokens = text.read(texts)
+    shares = np.asarray(jax.nn.softmax(text.logits(tokens)))
+    for method in methods:
+        for place, target in enumerate((1, 2)):
+            expected = tm.words(text, texts, tm.explain(text, tokens, method, target))
+            for i, (entry, words) in enumerate(zip(found, expected, strict=True)):
+                own = entry["targets"][place]
+                assert own["probability"] == pytest.approx(shares[i, target], rel=1e-4)
+                assert [w["word"] for w in own["methods"][method]] == [w.text for w in words]
+                scores = [w.score for w in words]
+                np.testing.assert_allclose([w["score"] for w in own["methods"][method]], scores, rtol=1e-4, atol=1e-7)
+                stored = np.load(f"explanations/text-{i + 1}.{method}.label-{target}.npz")
+                np.testing.assert_allclose(stored["scores"], scores, rtol=1e-4, atol=1e-7)
+                assert stored["words"].tolist() == [w.text for w in words] and str(stored["text"]) == texts[i]
+    settings = settings_of(tmp_path / "explanations/texts.html")
+    assert (settings["classes"], settings["first"]) == (["label 1", "label 2"], "0")
+    first = [[w["score"] for w in entry["targets"][0]["methods"]["gae"]] for entry in found]
+    assert [scores[0]["gae"] for scores in settings["scores"]] == first
+    assert run(*given, input=lines).stdout.count("<- explained") == 6  # and the same command has the same files
+    assert {path.name for path in (tmp_path / "explanations").iterdir()} == written
+
+
+def test_each_text_and_each_question_has_its_files(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "text-1.html").write_text("mine")
+    given = ("--model", GOLDENS / "distilbert", "--out", out, "--method", "rollout")
+    for text in ("a film", "a film", "dull"):
+        assert run("explain", text, *given).exit_code == 0
+    names = lambda: {path.name for path in out.iterdir()}  # noqa: E731
+    assert names() == {"text-1.html", *(f"text-{i}.{kind}" for i in (2, 3) for kind in ("html", "npz"))}
+    assert (out / "text-1.html").read_text() == "mine"
+    found = run("explain", "dull", " ", "a \x1b[2Jfilm", *given, "--format", "svg", "--versus", "4")
+    assert found.exit_code == 2 and "text 2 must be a text with a word" in found.output and "\x1b" not in found.output
+    assert "1 of 3 texts failed" in found.output and "<- compared with" in found.output
+    assert names() >= {"sheet.svg", "text-1.npz", "text-5.npz"}
+    assert "label 3 " in (out / "sheet.svg").read_text()
+    for more in (("--format", "html", "--squares"), ("--colours", "magma")):
+        assert "--format html is for texts" in run("explain", "dull", *given, *more).output
+
+
 @pytest.mark.filterwarnings("ignore:.*left out of its weights")  # a pooler
 @pytest.mark.parametrize(
     ("arguments", "message"),

@@ -10,21 +10,11 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
-from tokentm_jax.cli.figure import (
-    COLOURS,
-    Explained,
-    Look,
-    Panel,
-    arranged,
-    blend,
-    grid,
-    look_of,
-    overlay_figure,
-    shade,
-)
+from tokentm_jax.cli.figure import Explained, arranged, grid, overlay_figure
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import ours
 from tokentm_jax.identity import write_figure
+from tokentm_jax.inputs.pictures import COLOURS, Look, Panel, blend, look_of, shade
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
 

@@ -64,3 +64,13 @@ def test_the_package_does_not_train():
     """Training is in `models/training`, which is not in the wheel; optax comes with it."""
     for path in PACKAGE.rglob("*.py"):
         assert not {name.split(".")[0] for name in imports(path)} & {"models", "optax"}, path
+
+
+def test_only_the_inputs_know_their_kinds():
+    """Elsewhere, what differs between images, recordings and texts is a member of the reader or of the inputs."""
+    kinds = {"Images", "Passage", "Preprocessing", "Recording", "Texts", "Tokens", "WordPieces"}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())) if room(path) not in ("inputs", "data") else ():
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+                asked = {inner.id for inner in ast.walk(node.args[1]) if isinstance(inner, ast.Name)}
+                assert not asked & kinds, f"{path.relative_to(PACKAGE)}: {ast.unparse(node)}"

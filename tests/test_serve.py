@@ -30,10 +30,10 @@ from matplotlib import colormaps
 from PIL import Image
 
 import tokentm_jax as tm
-from tokentm_jax.cli.figure import COLOURS, shade
 from tokentm_jax.cli.main import main
 from tokentm_jax.data.photos import MAX_PIXELS
 from tokentm_jax.inputs.photos import fit, view
+from tokentm_jax.inputs.pictures import COLOURS, shade
 from tokentm_jax.methods.table import METHODS
 
 for package in ("starlette", "uvicorn"):

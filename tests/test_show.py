@@ -11,8 +11,8 @@ from conftest import tiny_vit
 from PIL import Image
 
 import tokentm_jax as tm
-from tokentm_jax.cli.figure import blend, shade
 from tokentm_jax.inputs.photos import fit, view
+from tokentm_jax.inputs.pictures import blend, shade
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 METHODS = ("tokentm", "gradient_x_input")

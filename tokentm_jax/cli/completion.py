@@ -14,8 +14,7 @@ from tokentm_jax.errors import InputError
 from tokentm_jax.samples import SAMPLES
 
 FILES = (
-    "photos",
-    "recordings",
+    "samples",
     "what",
     "data",
     "recipe",

@@ -1,94 +1,122 @@
-"""`tokentm explain` and `tokentm explain-audio`: heatmaps of photos and of recordings."""
+"""`tokentm explain`, and its aliases for recordings (`explain-audio`) and texts (`explain-text`)."""
 
 import json
 import os
 from collections.abc import Sequence
-from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tokentm_jax.cli.heatmaps import (
-    Pictures,
+    EACH,
+    Job,
+    Sample,
     Writer,
     classes_asked,
     columns_of,
     fail,
-    output_names,
     print_result,
     prompts_asked,
-    sheet_names,
 )
+from tokentm_jax.cli.names import output_names, question_of, require_free, sheet_names
 from tokentm_jax.cli.options import (
     MODELS_HELP,
     PATH,
     TEXT,
     class_names,
     make_folder,
+    may_overwrite,
     methods_of,
     parse_options,
+    require_place,
     start_jax,
 )
 from tokentm_jax.cli.terminal import running
-from tokentm_jax.errors import InputError
+from tokentm_jax.cli.words import page_of, print_words, signed_methods
+from tokentm_jax.errors import InputError, printable
+from tokentm_jax.files import write_text
 from tokentm_jax.identity import digest
 
-OF_OPTION = "Option of the method; repeatable."
-KINDS = click.Choice(["png", "pdf", "svg"])
-OF_COLOURS = "Of the maps: inferno, magma, viridis, cividis, turbo or grey."
-HEARS = "spoken_digits"  # the shipped model of recordings
+if TYPE_CHECKING:
+    from tokentm_jax.models.loading import Model
 
+KINDS = click.Choice(["png", "pdf", "svg", "html"])
+SPEECH = "spoken_digits"  # the shipped model of recordings
+BATCH = 8
+Results = dict[str, dict[str, Any]]
 
-def _shared(thing: str, model: str, checkpoint: str, *more: Any, target: Sequence[str] = ("--target",)) -> Any:
-    """The options of both commands, in the order of their help, with `more` in their midst."""
-    of_target = (
-        f"Class to explain, by number or name; several as a,b,c, or repeat; 'each': all classes of a model with up to "
-        f"10, else each {thing}'s top five. Default: each {thing}'s predicted class."
-    )
-    of_method = "A method, several as a,b,c, or 'all'."
-    options = [
-        click.option("--model", type=TEXT, help=model),
-        click.option("--checkpoint", type=PATH, help=checkpoint),
-        click.option("--method", default="tokentm", show_default=True, help=of_method),
-        click.option(*target, "targets", multiple=True, metavar="CLASS", help=of_target),
-        click.option("--versus", metavar="CLASS", help="Explain why the class, and not this other one."),
-        *more,
-        click.option("--out", type=PATH, default="explanations", show_default=True, help="Folder."),
-        click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help=OF_OPTION),
-        click.option("--batch-size", type=click.IntRange(1, 1024), default=8, show_default=True),
-        class_names,
-        click.option("--format", "kind", type=KINDS, default="png", show_default=True, help="Format of pictures."),
-        click.option("--title", help="Line above a picture; default: what it explains. Empty for none."),
-        click.option("--colours", metavar="NAME", default="inferno", show_default=True, help=OF_COLOURS),
-        click.option("--squares", is_flag=True, help="Show each patch as a square, not smoothly."),
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables."),
-    ]
-
-    def add(command: Any) -> Any:
-        return reduce(lambda given, option: option(given), reversed(options), command)
-
-    return add
+of_method = click.option(
+    "--method", default="tokentm", show_default=True, help="A method, several as a,b,c, or 'all'."
+)
+of_option = click.option(
+    "--option", "options", multiple=True, metavar="KEY=VALUE", help="Option of the method; repeatable."
+)
 
 
 @click.command()
-@click.argument("photos", nargs=-1, required=True, metavar="PHOTO...")
-@_shared(
-    "photo",
-    MODELS_HELP,
-    "Weights; default: the shipped model's, or timm's of a timm name, from the Hugging Face Hub.",
-    click.option(
-        "--text", "prompts", multiple=True, metavar="PROMPT", help="Explain a prompt, with CLIP or SigLIP; repeatable."
-    ),
+@click.argument("samples", nargs=-1, required=True, metavar="PHOTO|SOUND|TEXT...")
+@click.option("--model", type=TEXT, help=MODELS_HELP)
+@click.option(
+    "--checkpoint", type=PATH,
+    help="Weights; default: the shipped model's, or timm's of a timm name, from the Hugging Face Hub.",
+)  # fmt: skip
+@of_method
+@click.option(
+    "--target", "--class", "targets", multiple=True, metavar="CLASS",
+    help="Class to explain, by number or name; several as a,b,c, or repeat; 'each': all classes of a model with up to "
+    "10, else the five most probable ones of each sample. Default: the predicted class of each.",
+)  # fmt: skip
+@click.option("--versus", metavar="CLASS", help="Explain why the class, and not this other one.")
+@click.option(
+    "--text", "prompts", multiple=True, metavar="PROMPT", help="Explain a prompt, with CLIP or SigLIP; repeatable."
 )
-def explain(photos: tuple[str, ...], **given: Any) -> None:
-    """Show the top five classes of photos and write heatmaps.
+@click.option("--out", type=PATH, default="explanations", show_default=True, help="Folder.")
+@of_option
+@click.option("--batch-size", type=click.IntRange(1, 1024), default=BATCH, show_default=True)
+@class_names
+@click.option("--format", "kind", type=KINDS, help="Format of pictures; default: png, and of texts a page, html.")
+@click.option("--title", help="Line above a picture or page; default: what it explains. Empty for none.")
+@click.option(
+    "--colours", metavar="NAME", default="inferno", show_default=True,
+    help="Of the maps: inferno, magma, viridis, cividis, turbo or grey.",
+)  # fmt: skip
+@click.option("--squares", is_flag=True, help="Show each patch as a square, not smoothly.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables.")
+def explain(
+    samples: tuple[str, ...],
+    model: str | None,
+    checkpoint: Path | None,
+    method: str,
+    targets: tuple[str, ...],
+    versus: str | None,
+    prompts: tuple[str, ...],
+    out: Path,
+    options: tuple[str, ...],
+    batch_size: int,
+    classes: Path | None,
+    kind: str | None,
+    title: str | None,
+    colours: str,
+    squares: bool,
+    as_json: bool,
+) -> None:
+    """Show the top five classes of photos, recordings or texts, and write heatmaps.
 
-    PHOTO is a file, a folder or a pattern. For each photo, <name>.png (photo, heatmap, both) and <name>.npz (the
-    map and how it was made) go to the output folder. With several methods, classes or prompts, each batch of photos
-    gives one picture, a grid with a name for each row and column, and each photo <name>.<method>.<class>.npz, or the
-    number of the prompt, of which a name has what differs. The same command replaces its files; where another question
-    was answered before, or a file of yours is, <name>-2 is the next name.
+    The model decides what is explained. A photo or a recording (WAV, FLAC or OGG) is a file, a folder or a pattern. A
+    text is an argument, and "-" reads one from each line of the standard input.
+
+    For each photo or recording, <name>.png (picture, heatmap, both) and <name>.npz (the map and how it was made) go to
+    the output folder. With several methods, classes or prompts, each batch gives one picture, a grid with a name for
+    each row and column, and each photo <name>.<method>.<class>.npz, or the number of the prompt, of which a name has
+    what differs.
+
+    The words of a text are printed: on a terminal red for the class and blue against it, or yellow for importance
+    where a method gives no signs; elsewhere each with its score on a line. Texts are written to text-1.npz, text-2.npz
+    and so on, and to one page.
+
+    The same command replaces its files; where another question was answered before, or a file of yours is, <name>-2 is
+    the next name.
 
     \b
     Examples:
@@ -99,71 +127,22 @@ def explain(photos: tuple[str, ...], **given: Any) -> None:
       tokentm explain cat.jpg --versus dog
       tokentm explain cat.jpg --model hf-hub:openai/clip-vit-base-patch32 --text "a cat" --text "whiskers"
       tokentm explain cat.jpg --option ffn=false --json
+      tokentm explain seven.wav --model spoken_digits
+      tokentm explain "a stirring, funny film" --model runs/sst2_minilm
     """
-    _explain("photo", photos, **given)
-
-
-@click.command("explain-audio")
-@click.argument("recordings", nargs=-1, required=True, metavar="SOUND...")
-@_shared(
-    "recording",
-    f"{MODELS_HELP[:-1]}, else {HEARS}.",
-    f"Weights; default: the shipped model {HEARS}.",
-    target=("--class", "--target"),
-)
-def explain_audio(recordings: tuple[str, ...], model: str | None, checkpoint: Path | None, **given: Any) -> None:
-    """Show the top five classes of recordings and write heatmaps over their spectrograms.
-
-    SOUND is a file (WAV, FLAC or OGG), a folder or a pattern. For each recording, <name>.png (spectrogram, heatmap,
-    both, with time and frequency) and <name>.npz (the map, its first row the lowest frequency, and how it was made)
-    go to the output folder; with several methods as in `tokentm explain`. Of 1 to 32 channels, at 1 to 384 kHz.
-
-    \b
-    Examples:
-      tokentm explain-audio seven.wav
-      tokentm explain-audio seven.wav --method tokentm,gae,occlusion --class 9
-      tokentm explain-audio dog.wav --model hf-hub:MIT/ast-finetuned-audioset-10-10-0.4593
-    """
-    if model is None and checkpoint is None:
-        model = HEARS
-    _explain("recording", recordings, model=model, checkpoint=checkpoint, **given)
-
-
-def _explain(
-    what: str,
-    files: tuple[str, ...],
-    *,
-    model: str | None,
-    checkpoint: Path | None,
-    method: str,
-    targets: tuple[str, ...],
-    versus: str | None,
-    out: Path,
-    options: tuple[str, ...],
-    batch_size: int,
-    classes: Path | None,
-    kind: str,
-    title: str | None,
-    colours: str,
-    squares: bool,
-    as_json: bool,
-    prompts: tuple[str, ...] = (),
-) -> None:
-    """What both commands do; `what` is "photo" or "recording"."""
-    from tokentm_jax.cli.figure import look_of
-    from tokentm_jax.data.photos import find_photos
-    from tokentm_jax.methods.table import METHODS
+    from tokentm_jax.inputs.pictures import look_of
     from tokentm_jax.models.loading import load
 
-    chosen, settings = methods_of(method), parse_options(options)
-    for name in chosen:
-        METHODS[name].bind(name, settings)  # an unknown option is noticed before any work
+    chosen, settings = _bound(method, options)
     if prompts and (targets or versus is not None):
         raise InputError("--text explains a prompt: leave out --target and --versus")
-    pictures = Pictures(title, kind, look_of(colours, squares))
+    look = look_of(colours, squares)
     start_jax()
     vit = load(model, checkpoint, class_names=classes)
-    what = vit.preprocessing.kind
+    reader = vit.preprocessing
+    kind = str(kind or reader.figures)
+    if kind == "html" and (reader.figures != kind or squares or colours != "inferno"):
+        raise InputError("--format html is for texts, without --squares and --colours; `tokentm report` has photos")
     other = None if versus is None else vit.class_index(versus)
     asked = prompts_asked(vit, list(dict.fromkeys(prompts))) if prompts else classes_asked(vit, targets, other)
     if other is not None and other in (one.index for one in asked):
@@ -178,37 +157,159 @@ def _explain(
     columns = columns_of(chosen, asked)
     make_folder(out)
 
-    results: dict[str, dict[str, Any]] = {}
-    paths: list[Path] = []
-    for argument in files:
-        try:
-            found = find_photos([argument], vit.preprocessing.suffixes, what)
-            paths += [path for path in found if path not in paths]
-        except InputError as error:
-            fail(results, argument, error)
-    results |= {str(path): {} for path in paths}
+    results, found = _found(vit, samples)
+    given = list(found.values())
     weights = None if checkpoint is None else os.path.realpath(checkpoint)
     question = digest(vit.name, weights, chosen, settings, [one.identity for one in asked], other)
     suffixes = [column.suffix for column in columns]
-    if len(columns) == 1 or len(paths) == 1:  # else a picture is of a batch, and has another name
+    single = len(columns) == 1 and reader.frame is not None  # else a picture is of a batch, and has another name
+    if single or len(given) == 1:
         suffixes.append(f".{kind}")
-    names = output_names(paths, out, suffixes, question)
-    batches = [paths[i : i + batch_size] for i in range(0, len(paths), batch_size)]
-    sheets = list(names.values()) if len(paths) == 1 else sheet_names(batches, out, f".{kind}", question)
-    with running("Explaining", len(paths)) as step:
-        for sheet, batch in zip(sheets, batches, strict=True):
-            rows = min(batch_size, len(paths))
-            writer = Writer(vit, columns, settings, other, out, names, sheet, question, rows, pictures)
-            writer.write(batch, results, skip_unfit=method == "all")
+    names = output_names(given, out, suffixes, question)
+    listed = [Sample(name, each, names[i]) for i, (name, each) in enumerate(found.items())]
+    batches = [listed[i : i + batch_size] for i in range(0, len(listed), batch_size)]
+    sheets = [listed] if kind == "html" and listed else batches
+    stem = "texts" if kind == "html" else "sheet"
+    titles = sheet_names([[one.given for one in sheet] for sheet in sheets], out, f".{kind}", question, stem)
+    titles = [listed[0].file] if len(listed) == 1 else titles
+    job = Job(vit, columns, settings, min(batch_size, len(listed)), method == "all", other, squares)
+    writer = Writer(job, out, question, kind, title, look)
+    passages = []
+    with running("Explaining", len(listed)) as step:
+        for i, batch in enumerate(batches):
+            explained = job.explained(batch, results)
+            writer.write(explained, results, titles[min(i, len(titles) - 1)])
+            passages += explained.panels if kind == "html" else []
             step(len(batch))
+    fine = {name: result for name, result in results.items() if "error" not in result}
+    if passages:
+        file, of_page = out / f"{titles[0]}.html", question_of(given, question)
+        require_free(file, of_page)
+        write_text(file, page_of(vit.name, passages, list(fine.values()), None, title, of_page))
+        for result in fine.values():
+            result["files"].insert(0, str(file))
 
-    failed = sum("error" in result for result in results.values())
     if as_json:
-        click.echo(json.dumps([{"path": path, **result} for path, result in results.items()], indent=1))
+        named = "path" if reader.frame is not None else "text"
+        entries = [{named: str(found.get(name, name)), **result} for name, result in results.items()]
+        click.echo(json.dumps(entries, indent=1))
     else:
-        for path, result in results.items():
-            if "error" not in result:
-                print_result(path, result)
-    if failed:
+        signed = signed_methods(list(fine.values()))
+        for name, result in fine.items():
+            print_result(str(found[name]), result, signed)
+    _end(results, reader.kind)
+
+
+@click.command("explain-audio", params=explain.params)
+@click.pass_context
+def explain_audio(context: click.Context, model: str | None, checkpoint: Path | None, **given: Any) -> None:
+    """The same as `tokentm explain`, with the shipped model of recordings, spoken_digits, as the default.
+
+    \b
+    Examples:
+      tokentm explain-audio seven.wav
+      tokentm explain-audio seven.wav --method tokentm,gae,occlusion --class 9
+    """
+    model = SPEECH if model is None and checkpoint is None else model
+    context.invoke(explain, model=model, checkpoint=checkpoint, **given)
+
+
+@click.command("explain-text")
+@click.argument("texts", nargs=-1, required=True, metavar="TEXT...")
+@click.option("--model", type=TEXT, required=True, help="Folder of a text classifier, or hf-hub:OWNER/NAME.")
+@of_method
+@click.option("--target", help="Class to explain, by number or name; default: each text's predicted class.")
+@click.option(
+    "--out", type=PATH, metavar="PAGE.html", help="Also write a page, with the best five classes of each text."
+)
+@of_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of words.")
+@may_overwrite
+def explain_text(
+    texts: tuple[str, ...],
+    model: str,
+    method: str,
+    target: str | None,
+    out: Path | None,
+    options: tuple[str, ...],
+    as_json: bool,
+    overwrite: bool,
+) -> None:
+    """Show which words of texts speak for a class, as `tokentm explain` does, and write no files but a page.
+
+    \b
+    Examples:
+      tokentm explain-text "a stirring, funny film" --model runs/sst2_minilm
+      tokentm explain-text - --model runs/sst2_minilm --method tokentm,attn_lrp --out reviews.html < reviews.txt
+    """
+    from tokentm_jax.models.loading import load
+
+    chosen, settings = _bound(method, options)
+    if out is not None:
+        require_place(out, overwrite)
+    start_jax()
+    vit = load(model)
+    vit.require_classes()
+    first = None if target is None else vit.class_index(target)
+    asked = classes_asked(vit, [*([] if target is None else [target]), *([] if out is None else [EACH])])
+    results, found = _found(vit, texts)
+    listed = [Sample(name, text, "") for name, text in found.items()]
+    job = Job(vit, columns_of(chosen, asked), settings, min(BATCH, len(listed)), method == "all")
+    passages = []
+    with running("Explaining", len(listed)) as step:
+        for start in range(0, len(listed), BATCH):
+            passages += job.explained(listed[start : start + BATCH], results).panels
+            step(BATCH)
+    fine = {name: result for name, result in results.items() if "error" not in result}
+    if out is not None and passages:
+        write_text(out, page_of(vit.name, passages, list(fine.values()), first), overwrite=overwrite)
+    shown = {
+        name: next(t for t in one["targets"] if t["class"] == (one["top5"][0]["class"] if first is None else first))
+        for name, one in fine.items()
+    }
+    if as_json:
+        entries = [
+            {
+                "text": found[name],
+                "classes": [{"name": c["name"], "probability": c["probability"]} for c in fine[name]["top5"]],
+                "target": {key: value for key, value in own.items() if key != "methods"},
+                "methods": own["methods"],
+            }
+            for name, own in shown.items()
+        ]
+        click.echo(json.dumps(entries, indent=1))
+    else:
+        signed = signed_methods(list(fine.values()))
+        for name, own in shown.items():
+            print_words(found[name], own, signed)
+        if out is not None and passages:
+            click.echo(f"The page is {printable(out)}")
+    _end(results, "text")
+
+
+def _bound(method: str, options: tuple[str, ...]) -> tuple[list[str], dict[str, Any]]:
+    """The methods and their options. Raises InputError for an unknown one, before any work."""
+    from tokentm_jax.methods.table import METHODS
+
+    chosen, settings = methods_of(method), parse_options(options)
+    for name in chosen:
+        METHODS[name].bind(name, settings)
+    return chosen, settings
+
+
+def _found(vit: "Model", arguments: Sequence[str]) -> tuple[Results, dict[str, Any]]:
+    """The results of arguments that name nothing, and an empty one for each sample; and the samples."""
+    results: Results = {}
+    found: dict[str, Any] = {}
+    for argument in arguments:
+        try:
+            found |= vit.preprocessing.found(argument, len(found) + 1)
+        except InputError as error:
+            fail(results, argument, error)
+    return results | {name: {} for name in found}, found
+
+
+def _end(results: Results, what: str) -> None:
+    if failed := sum("error" in result for result in results.values()):
         click.echo(f"{failed} of {len(results)} {what}s failed", err=True)
         click.get_current_context().exit(2)

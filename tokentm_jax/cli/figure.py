@@ -1,8 +1,6 @@
 """Pictures of heatmaps over photos and spectrograms."""
 
-import base64
 import dataclasses
-import io
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,56 +9,28 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
-from PIL import Image
 
-from tokentm_jax.errors import printable, suggest
+from tokentm_jax.errors import printable
+from tokentm_jax.inputs.pictures import (
+    COLOURS,
+    SIDE,
+    SMOOTH,
+    Look,
+    Panel,
+    as_base64,
+    blend,
+    has_signs,
+    scale_of,
+    shade,
+)
 
 DPI = 130
 INK, GREY = "#1c1c1c", "#666666"
 PANEL = 3.0  # inches
-SIDE = 224  # units of the long side of a picture in a grid, where all lengths are whole units
 UNIT = 2.0 / SIDE  # inches
-
-
-COLOURS = {  # name: the scale of maps without negative values, and that of signed ones
-    "inferno": ("inferno", "RdBu_r"),
-    "magma": ("magma", "PiYG_r"),
-    "viridis": ("viridis", "PRGn_r"),
-    "cividis": ("cividis", "PuOr_r"),
-    "turbo": ("turbo", "seismic"),
-    "grey": ("gray", "coolwarm"),
-}
-
-
-class Look(NamedTuple):
-    """How maps are drawn: the name of their `COLOURS`, and whether each patch is a square, not smooth."""
-
-    colours: str = "inferno"
-    squares: bool = False
-
-
-SMOOTH = Look()
-
-
-def look_of(colours: Any, squares: bool) -> Look:
-    """A look whose colours exist. Raises InputError."""
-    if not isinstance(colours, str) or colours not in COLOURS:
-        raise suggest("colours", colours, COLOURS)
-    return Look(colours, bool(squares))
-
-
-@dataclasses.dataclass(frozen=True)
-class Panel:
-    """A picture uint8 [h, w, 3] with its name and a smaller line. `signed` is None for a photo, which has no map."""
-
-    picture: np.ndarray
-    title: str
-    note: str = ""
-    signed: bool | None = None
 
 
 class Explained(NamedTuple):
@@ -71,17 +41,6 @@ class Explained(NamedTuple):
     maps: Sequence[np.ndarray]
     names: Sequence[str]
     values: Sequence[str]
-
-
-def as_base64(content: bytes) -> str:
-    return base64.b64encode(content).decode()
-
-
-def data_url(image: Image.Image, kind: str, **how: Any) -> str:
-    """A picture as the address of a file of that kind ("PNG", "JPEG"), which a page may hold."""
-    file = io.BytesIO()
-    image.save(file, kind, **how)
-    return f"data:image/{kind.lower()};base64,{as_base64(file.getvalue())}"
 
 
 def colour_tables() -> dict[str, list[str]]:
@@ -101,59 +60,6 @@ class Scales(NamedTuple):
     x: Sequence[tuple[float, str]]
     y_label: str
     y: Sequence[tuple[float, str]]
-
-
-def has_signs(heatmap: np.ndarray) -> bool:
-    """Whether a map has negative values, apart from those that are not finite."""
-    values = np.asarray(heatmap)
-    return bool((values[np.isfinite(values)] < 0).any())
-
-
-def shade(
-    heatmap: np.ndarray, size: tuple[int, int], squares: bool = False, signed: bool | None = None
-) -> tuple[np.ndarray, bool]:
-    """A token or pixel map [gh, gw] as values to show on `size` (h, w) pixels, and whether it is signed: with negative
-    values, or where the caller says so, as for a map beside others of its method.
-
-    Maps without negative values are stretched to [0, 1] (smallest to largest; a constant map is 0). Signed maps are
-    divided by the 99.5th percentile of their magnitude and cut to [-1, 1], so that zero stays in the middle and few
-    extreme pixels do not hide the rest. What is not finite counts as 0. Values between the centres of patches are
-    interpolated, or with `squares` those of the nearest patch.
-    """
-    values = np.nan_to_num(np.asarray(heatmap, np.float64), posinf=0, neginf=0)
-    values = values / (np.abs(values).max(initial=0) or 1)
-    signed = has_signs(values) if signed is None else signed
-    # Bilinear with half-pixel centres, as `to_pixels`; that one's min-max would move the zero of a signed map.
-    way = Image.Resampling.NEAREST if squares else Image.Resampling.BILINEAR
-    values = np.asarray(Image.fromarray(values.astype(np.float32)).resize((size[1], size[0]), way))
-    if signed:
-        limit = np.percentile(np.abs(values), 99.5) or np.abs(values).max() or 1
-        return np.clip(values / limit, -1, 1), True
-    low, high = values.min(), values.max()
-    return (values - low) / (high - low if high > low else 1), False
-
-
-def scale_of(signed: bool, colours: str = "inferno") -> ScalarMappable:
-    """The colour scale of a shaded map."""
-    return ScalarMappable(Normalize(-1 if signed else 0, 1), COLOURS[colours][signed])
-
-
-def blend(photo: np.ndarray, values: np.ndarray, signed: bool, colours: str = "inferno") -> np.ndarray:
-    """The photo uint8 [h, w, 3], a little paler, under its shaded map [h, w]: the stronger the value, the less photo
-    shows. Of a signed map, a value of 0 has no weight, and weights next to it grow with the value's square."""
-    base = photo.astype(np.float64) / 255
-    grey = base @ np.array([0.299, 0.587, 0.114])
-    base = 0.4 * base + 0.6 * grey[..., None]  # a paler photo, so that colour means heat
-    if signed:
-        # Small values have the scale's whites, which would be fog on the photo: the outer halves are taken, and the
-        # weight makes them pale.
-        shown, squared = np.sign(values) * (0.5 + 0.5 * np.abs(values)), values**2
-        weight = 0.98 * squared / (squared + 0.15)
-    else:
-        shown, weight = values, 0.25 + 0.5 * np.sqrt(values)
-    colour = scale_of(signed, colours).to_rgba(shown)[..., :3]
-    mixed = base * (1 - weight[..., None]) + colour * weight[..., None]
-    return (mixed.clip(0, 1) * 255).round().astype(np.uint8)
 
 
 def overlay_figure(
@@ -199,7 +105,7 @@ def overlay_figure(
             _scale(axes, scales, photo.shape[:2], i == 0)
     x = left + 3 * (width + gap)
     axes = figure.add_axes((x / total, below / tall, bar / total, height / tall))
-    _bar(axes, signed, look.colours, "vertical")
+    _bar(axes, signed, scale_of(signed, look.colours), "vertical")
     return figure
 
 
@@ -212,19 +118,26 @@ def arranged(photos: Sequence[Panel], explained: Sequence[Explained], look: Look
     rows = []
     for i, photo in enumerate(photos):
         for question in questions if len(methods) > 1 else [None]:
-            row = [photo]
+            row = [photo] if photo.plain else []
             for one in explained:
                 if question in (None, one.question):
-                    signed, size = one.method in signed_ones, photo.picture.shape[:2]
-                    values, _ = shade(one.maps[i], size, look.squares, signed)
-                    picture, both = (
-                        blend(photo.picture, values, signed, look.colours),
-                        f"{one.names[i]} {one.values[i]}",
-                    )
-                    title, note = (one.names[i], one.values[i]) if shared else (one.method, both.strip())
-                    row.append(Panel(picture, title, note, signed))
+                    title, note = one.method, f"{one.names[i]} {one.values[i]}".strip()
+                    if shared:
+                        title, note = one.names[i], one.values[i]
+                    row.append(photo.under(one.maps[i], title, note, one.method in signed_ones, look))
             rows.append(row)
-    return rows
+    tallest = max(panel.picture.shape[0] for row in rows for panel in row)
+    return [[_of_height(panel, tallest) for panel in row] for row in rows]
+
+
+def _of_height(panel: Panel, height: int) -> Panel:
+    """A panel with white below its picture: texts have different lengths."""
+    missing = height - panel.picture.shape[0]
+    if not missing:
+        return panel
+    return dataclasses.replace(
+        panel, picture=np.pad(panel.picture, ((0, missing), (0, 0), (0, 0)), constant_values=255)
+    )
 
 
 _LONGEST = 60_000  # pixels: no file of a picture can have 2**16
@@ -256,15 +169,14 @@ def _layout(rows: Sequence[Sequence[Panel]], heading: str, widest: int) -> _Layo
     cells, labelled = len(rows[0]), rows[0][0].signed is None
     lines = -(-cells // widest)
     columns = -(-cells // lines)
-    sides = rows[0][0].picture.shape[:2]
-    height, width = (max(1, round(side * SIDE / max(sides))) for side in sides)
+    height, width = rows[0][0].units
     maps = [row[labelled:] for row in rows]
     shared = lines == 1 and all(len({panel.title for panel in column}) == 1 for column in zip(*maps, strict=True))
     above = max(len(_wrap(panel.title, width * UNIT, 2, 9.5)) for row in maps for panel in row) * _LINE + 4
     # A note that the maps of each row share is part of the row's name.
     noted = labelled and all(len({panel.note for panel in row}) == 1 for row in maps)
     names: list[list[tuple[str, bool]]] = []
-    for photo, first, *_ in rows if labelled else []:
+    for photo, first, *_ in rows if labelled else ():
         room = (lines * height + (lines - 1) * _GAP) * UNIT
         bold = _wrap(photo.title, room, 1, 9.5, "bold") if photo.title else []
         plain = _wrap(first.note, room, 2, 9.5) if noted and first.note else []
@@ -321,12 +233,12 @@ def grid(
             if plan.below and panel.note:
                 (line,) = _wrap(panel.note, width * UNIT, 1, 9)
                 write(line, x + width / 2, y + height + 2, 9, ha="center", color=GREY)
-    kinds = sorted({panel.signed for row in rows for panel in row if panel.signed is not None})
+    kinds = sorted({panel.signed: panel for row in rows for panel in row if panel.signed is not None}.items())
     length = min(SIDE, (total - 2 * _MARGIN - 4 * _GAP * (len(kinds) - 1)) // len(kinds))
-    for i, signed in enumerate(kinds):
+    for i, (signed, panel) in enumerate(kinds):
         x = _MARGIN + i * (length + 4 * _GAP)
         axes = figure.add_axes((x / total, 36 / tall, length / total, _GAP / tall))
-        _bar(axes, signed, look.colours, "horizontal")
+        _bar(axes, signed, panel.scale(look), "horizontal")
     return figure
 
 
@@ -352,8 +264,8 @@ def _scale(axes: Axes, scales: Scales, size: tuple[int, ...], first: bool) -> No
         axes.set_ylabel(scales.y_label, fontsize=9.5, color=INK, labelpad=2)
 
 
-def _bar(axes: Axes, signed: bool, colours: str, orientation: str) -> None:
-    bar = axes.figure.colorbar(scale_of(signed, colours), cax=axes, orientation=orientation)
+def _bar(axes: Axes, signed: bool, scale: ScalarMappable, orientation: str) -> None:
+    bar = axes.figure.colorbar(scale, cax=axes, orientation=orientation)
     bar.set_ticks([-1, 0, 1] if signed else [0, 1], labels=["against", "0", "for"] if signed else ["low", "high"])
     bar.outline.set_visible(False)
     axes.tick_params(labelsize=9.5, length=0, colors=INK, pad=4)

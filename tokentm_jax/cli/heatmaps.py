@@ -1,12 +1,9 @@
-"""From a batch of photos or recordings to files: the work of `tokentm explain` and `tokentm explain-audio`."""
+"""From a batch of photos, recordings or texts to files: the work of `tokentm explain`."""
 
-import contextlib
 import dataclasses
-import itertools
 import json
-import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,14 +11,17 @@ import click
 from rich.table import Table
 from rich.text import Text
 
+from tokentm_jax.cli.names import question_of, require_free
 from tokentm_jax.cli.terminal import complain, console, memory_errors
+from tokentm_jax.cli.words import print_words
 from tokentm_jax.errors import InputError, printable
-from tokentm_jax.files import question_in, replace, version_of
-from tokentm_jax.identity import digest
+from tokentm_jax.files import replace, version_of
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from tokentm_jax.inputs.pictures import Panel
+    from tokentm_jax.inputs.texts import Word
     from tokentm_jax.models.loading import Model
 
 
@@ -113,73 +113,79 @@ def columns_of(methods: Sequence[str], asked: Sequence[Asked]) -> list[Column]:
     return columns
 
 
-class Pictures(NamedTuple):
-    """How pictures are drawn: the title (None: what is explained), the format, and the look of maps."""
+class Sample(NamedTuple):
+    """One of what is to be explained."""
 
-    title: str | None
-    kind: str
-    look: Any
+    name: str  # what messages call it: a path, or "text 1"
+    given: Path | str  # a file, or a text
+    file: str  # the name of its files, without suffix
+
+
+class Found(NamedTuple):
+    """The samples of a batch that could be explained, what their maps are shown on, and for each column their maps."""
+
+    samples: list[Sample]
+    panels: list["Panel"]
+    maps: list[tuple[Column, "np.ndarray"]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Writer:
-    """Makes the files of a batch of photos, or of recordings for a model that takes these."""
+class Job:
+    """What a command asks about its samples."""
 
     vit: "Model"
     columns: list[Column]
     options: dict[str, Any]
-    versus: int | None
-    out: Path
-    names: dict[Path, str]
-    sheet: str
-    question: str  # about every photo, as `question_of` takes it
-    rows: int  # every batch is filled up to this number of photos: another shape would be compiled again
-    pictures: Pictures
+    rows: int  # every batch is filled up to this number of samples: another shape would be compiled again
+    skip_unfit: bool  # a method that cannot explain this model is left out, instead of an error
+    versus: int | None = None
+    squares: bool = False
 
-    def write(self, paths: Sequence[Path], results: dict[str, dict[str, Any]], skip_unfit: bool) -> None:
-        """Explain photos and write their files; `results` gets an entry for each: classes and files, or an error."""
+    def explained(self, samples: Sequence[Sample], results: dict[str, dict[str, Any]]) -> Found:
+        """Explain a batch of samples; `results` gets an entry for each: its classes, or an error."""
         import numpy as np
 
-        good, inputs, views = [], [], []
-        for path in paths:
+        good, inputs, panels = [], [], []
+        for sample in samples:
             try:
-                image, shown = self._look(path)
-                inputs.append(image)
-                views.append(shown)
-                good.append(path)
+                given, panel = self._read(sample)
+                inputs.append(given)
+                panels.append(panel)
+                good.append(sample)
             except InputError as error:
-                fail(results, str(path), error)
+                fail(results, sample.name, error)
         if not good:
-            return
-        images = np.stack(inputs + inputs[-1:] * (self.rows - len(inputs)))
-        outputs = np.asarray(self.vit.logits(images), np.float64)
+            return Found([], [], [])
+        reader = self.vit.preprocessing
+        batch = reader.stacked(inputs + inputs[-1:] * (self.rows - len(inputs)))
+        outputs = np.asarray(self.vit.logits(batch), np.float64)
         maps: list[tuple[Column, np.ndarray]] = []
         for column in self.columns:
             try:
-                maps.append((column, self._explain(images, outputs, column)))
+                maps.append((column, self._explain(batch, outputs, column)))
             except InputError as error:
-                if not skip_unfit:
+                if not self.skip_unfit:
                     raise
                 complain(f"{column.method} is left out: {error}")
         if not maps:
             raise InputError("no method can explain this model")
         kept = []
-        for i, path in enumerate(good):
+        for i, sample in enumerate(good):
             targets = self._targets(outputs[i])
             if self.versus is not None and self.versus in targets:
                 name = self.vit.class_name(self.versus)
-                fail(results, str(path), InputError(f"{path}: {name!r} is the predicted class itself; name a target"))
+                error = InputError(f"{sample.name}: {name!r} is the predicted class itself; name a target")
+                fail(results, sample.name, error)
             elif np.isfinite(outputs[i]).all() and all(np.isfinite(m[i]).all() for _, m in maps):
-                results[str(path)] = self._describe(outputs[i], targets)
-                self._write_maps(path, results[str(path)], [(column, m[i]) for column, m in maps])
+                results[sample.name] = self._describe(outputs[i], targets)
+                for column, m in maps:
+                    self._add_words(results[sample.name], column, panels[i].words(m[i]))
                 kept.append(i)
             else:
-                fail(results, str(path), InputError(f"the model gives no finite numbers for {path}"))
-        if kept:
-            entries = [results[str(good[i])] for i in kept]
-            self._draw([good[i] for i in kept], entries, [views[i] for i in kept], [(c, m[kept]) for c, m in maps])
+                fail(results, sample.name, InputError(f"the model gives no finite numbers for {sample.name}"))
+        return Found([good[i] for i in kept], [panels[i] for i in kept], [(column, m[kept]) for column, m in maps])
 
-    def _explain(self, images: "np.ndarray", outputs: "np.ndarray", column: Column) -> "np.ndarray":
+    def _explain(self, batch: Any, outputs: "np.ndarray", column: Column) -> "np.ndarray":
         import numpy as np
 
         from tokentm_jax.maths.scores import Cosine, Versus
@@ -191,49 +197,50 @@ class Writer:
         else:
             score, target = None if self.versus is None else Versus(self.versus), asked.classes(outputs)
         with memory_errors():
-            return np.asarray(
-                explain(self.vit, images, column.method, target, score=score, **self.options), np.float32
-            )
+            return np.asarray(explain(self.vit, batch, column.method, target, score=score, **self.options), np.float32)
 
-    def _asked(self) -> list[Asked]:
+    def asked(self) -> list[Asked]:
         """The questions, each once."""
         return list({column.asked.part: column.asked for column in self.columns}.values())
 
-    def _place(self, column: Column) -> int:
+    def place(self, column: Column) -> int:
         """Of a column's question among all."""
-        return [asked.part for asked in self._asked()].index(column.asked.part)
+        return [asked.part for asked in self.asked()].index(column.asked.part)
 
     def _targets(self, outputs: "np.ndarray") -> list[int]:
-        """The classes that are explained for a photo, by the model's outputs [C]."""
-        return [int(asked.classes(outputs[None])[0]) for asked in self._asked() if asked.prompt is None]
+        """The classes that are explained for a sample, by the model's outputs [C]."""
+        return [int(asked.classes(outputs[None])[0]) for asked in self.asked() if asked.prompt is None]
 
-    def _look(self, path: Path) -> tuple["np.ndarray", "np.ndarray"]:
-        """The model's input of a file, float32 [H, W, C] in [0, 1], and a picture of it. Raises InputError."""
+    def _read(self, sample: Sample) -> tuple[Any, "Panel"]:
+        """The model's input of a sample, and what its maps are shown on. Raises InputError."""
         from tokentm_jax.data.sources import Example
 
         reader = self.vit.preprocessing
-        content = reader.of.opened(path)
-        if (said := reader.of.notice(content, reader, str(path))) is not None:
+        content = reader.opened(sample.given)
+        if (said := reader.notice(content, sample.name)) is not None:
             click.echo(f"Notice: {printable(said)}", err=True)
-        return reader.image(Example(str(path), content)), reader.picture(content)
-
-    def _shown(self, heatmap: "np.ndarray") -> "np.ndarray":
-        """A map as it lies on the picture."""
-        return self.vit.preprocessing.shown(heatmap, self.vit.module, self.pictures.look.squares)
+        title = sample.given.name if isinstance(sample.given, Path) else sample.name
+        return reader.sample(Example(sample.name, content)), reader.panel(content, printable(title))
 
     def _describe(self, outputs: "np.ndarray", targets: list[int]) -> dict[str, Any]:
         import numpy as np
 
-        prompts = {asked.prompt: asked.embedding for asked in self._asked() if asked.prompt is not None}
+        prompts = {asked.prompt: asked.embedding for asked in self.asked() if asked.prompt is not None}
         if not prompts:
             return describe(self.vit, outputs, targets, self.versus)
         direction = outputs / np.linalg.norm(outputs)
         return {"prompts": [{"text": t, "cosine": float(direction @ e)} for t, e in prompts.items()], "files": []}
 
-    def _answer(self, result: dict[str, Any], column: Column) -> tuple[str, str]:
-        """What a map of a photo explains, and the number that the model gives for it: of a class the name and the
+    def _add_words(self, result: dict[str, Any], column: Column, words: Sequence["Word"]) -> None:
+        """The scores of a text's words, in the entry of the class that they explain."""
+        if words:
+            listed = [{"word": w.text, "score": w.score, "start": w.start, "end": w.end} for w in words]
+            result["targets"][self.place(column)].setdefault("methods", {})[column.method] = listed
+
+    def answer(self, result: dict[str, Any], column: Column) -> tuple[str, str]:
+        """What a map of a sample explains, and the number that the model gives for it: of a class the name and the
         probability, of a prompt the text and the cosine."""
-        place = self._place(column)
+        place = self.place(column)
         if column.asked.prompt is not None:
             return column.asked.prompt, f"{result['prompts'][place]['cosine']:.3f}"
         target = result["targets"][place]
@@ -241,15 +248,38 @@ class Writer:
         other = "" if versus is None else f" versus {versus['name']} {versus['probability']:.1%}"
         return target["name"], f"{target['probability']:.1%}{other}"
 
-    def _write_maps(self, path: Path, result: dict[str, Any], maps: Sequence[tuple[Column, "np.ndarray"]]) -> None:
+    def shown(self, heatmap: "np.ndarray") -> "np.ndarray":
+        """A map as it lies on its panel."""
+        return self.vit.preprocessing.shown(heatmap, self.vit.module, self.squares)
+
+
+@dataclasses.dataclass(frozen=True)
+class Writer:
+    """Writes what was found to files: maps, and pictures in the format `kind` (a title of None: what is explained)."""
+
+    job: Job
+    out: Path
+    question: str  # about every sample, as `question_of` takes it
+    kind: str
+    title: str | None
+    look: Any
+
+    def write(self, found: Found, results: dict[str, dict[str, Any]], sheet: str) -> None:
+        for i, sample in enumerate(found.samples):
+            self._write_maps(sample, results[sample.name], found, i)
+        if found.samples and self.kind != "html":
+            self._draw(found, [results[sample.name] for sample in found.samples], sheet)
+
+    def _write_maps(self, sample: Sample, result: dict[str, Any], found: Found, place: int) -> None:
         import numpy as np
 
         versions = {name: version_of(name) for name in ("tokentm_jax", "jax", "flax")}
-        for column, heatmap in maps:
-            file = self.out / f"{self.names[path]}{column.suffix}"
-            place = self._place(column)
+        question = question_of([sample.given], self.question)
+        for column, maps in found.maps:
+            file = self.out / f"{sample.file}{column.suffix}"
+            own = self.job.place(column)
             if column.asked.prompt is None:
-                target = result["targets"][place]
+                target = result["targets"][own]
                 asked = {
                     "target": np.int32(target["class"]),
                     "target_name": target["name"],
@@ -257,16 +287,19 @@ class Writer:
                     "versus": result["versus"]["name"] if "versus" in result else "",
                 }
             else:
-                entry = result["prompts"][place]
+                entry = result["prompts"][own]
                 asked = {"prompt": entry["text"], "cosine": np.float32(entry["cosine"])}
+            words = found.panels[place].words(maps[place])
+            of_words = {"words": [w.text for w in words], "scores": np.array([w.score for w in words], np.float32)}
             members = {  # `files.question_in` knows the file by them
-                "question": question_of([path], self.question),
-                "map": heatmap,
+                "question": question,
+                "map": maps[place],
                 **asked,
-                "photo": printable(path),
-                "model": self.vit.name,
+                **(of_words if words else {}),
+                "photo" if isinstance(sample.given, Path) else "text": printable(sample.given),
+                "model": self.job.vit.name,
                 "method": column.method,
-                "options": json.dumps(self.options),
+                "options": json.dumps(self.job.options),
                 "versions": json.dumps(versions),
             }
 
@@ -274,49 +307,42 @@ class Writer:
                 with part.open("wb") as stream:  # a name without .npz would get it
                     np.savez_compressed(stream, **members)
 
-            require_free(file, question_of([path], self.question))
+            require_free(file, question)
             replace(file, write)
             result["files"].append(str(file))
 
-    def _draw(
-        self,
-        paths: list[Path],
-        results: list[dict[str, Any]],
-        views: list["np.ndarray"],
-        maps: Sequence[tuple[Column, "np.ndarray"]],
-    ) -> None:
-        from tokentm_jax.cli.figure import Explained, Panel, Scales, arranged, grid, overlay_figure
+    def _draw(self, found: Found, results: list[dict[str, Any]], sheet: str) -> None:
+        from tokentm_jax.cli.figure import Explained, Scales, arranged, grid, overlay_figure
         from tokentm_jax.identity import write_figure
 
-        title, kind, look = self.pictures
-        if len(self.columns) > 1:
+        job, reader = self.job, self.job.vit.preprocessing
+        if len(job.columns) > 1 or reader.frame is None:
             explained = []
-            for column, found in maps:
-                answers = [self._answer(result, column) for result in results]
-                names, values = zip(*answers, strict=True)
-                shown = [self._shown(heatmap) for heatmap in found]
+            for column, maps in found.maps:
+                names, values = zip(*(job.answer(result, column) for result in results), strict=True)
+                shown = [job.shown(heatmap) for heatmap in maps]
                 explained.append(Explained(column.method, column.asked.part, shown, names, values))
-            photos = [Panel(shown, printable(path.name)) for path, shown in zip(paths, views, strict=True)]
-            file = self.out / f"{self.sheet}.{kind}"
-            methods = {column.method for column in self.columns}
-            heading = " · ".join([self.vit.name, *(methods if len(methods) == 1 else ())]) if title is None else title
-            drawn = grid(arranged(photos, explained, look), heading, look)
-            write_figure(drawn, file, question=question_of(paths, self.question))
+            file = self.out / f"{sheet}.{self.kind}"
+            methods = {column.method for column in job.columns}
+            heading = " · ".join([job.vit.name, *(methods if len(methods) == 1 else ())])
+            heading = heading if self.title is None else self.title
+            drawn = grid(arranged(found.panels, explained, self.look), heading, self.look)
+            write_figure(drawn, file, question=question_of([one.given for one in found.samples], self.question))
             for result in results:
                 result["files"].insert(0, str(file))
             return
-        ((column, found),) = maps
-        reader = self.vit.preprocessing
-        what, axes = reader.of.FRAME, reader.of.scales(reader)
-        scales = None if axes is None else Scales(*axes)
-        for i, (path, result) in enumerate(zip(paths, results, strict=True)):
-            parts = [printable(path.name), self.vit.name, column.method]
+        ((column, maps),) = found.maps
+        scales = None if reader.scales is None else Scales(*reader.scales)
+        for sample, panel, result, heatmap in zip(found.samples, found.panels, results, maps, strict=True):
+            parts = [panel.title, job.vit.name, column.method]
             if column.asked.prompt is None and (best := result["top5"][0])["class"] != result["target"]["class"]:
                 parts.insert(0, f"predicted: {best['name']} {best['probability']:.1%}")
-            above = (" ".join(self._answer(result, column)), " · ".join(parts)) if title is None else (title, "")
-            file = self.out / f"{self.names[path]}.{kind}"
-            drawn = overlay_figure(views[i], self._shown(found[i]), *above, what, scales, look)
-            write_figure(drawn, file, question=question_of([path], self.question))
+            above = (
+                (" ".join(job.answer(result, column)), " · ".join(parts)) if self.title is None else (self.title, "")
+            )
+            file = self.out / f"{sample.file}.{self.kind}"
+            drawn = overlay_figure(panel.picture, job.shown(heatmap), *above, reader.frame, scales, self.look)
+            write_figure(drawn, file, question=question_of([sample.given], self.question))
             result["files"].insert(0, str(file))
 
 
@@ -351,80 +377,13 @@ def describe(vit: "Model", logits: "np.ndarray", targets: Sequence[int], versus:
     }
 
 
-def question_of(paths: Sequence[Path], question: str) -> str:
-    """The digest by which a file is known to answer a question about these photos."""
-    return digest([os.path.realpath(path) if "\0" not in str(path) else str(path) for path in paths], question)
-
-
-def output_names(
-    paths: Sequence[Path], out: Path, suffixes: Sequence[str] = (".png", ".npz"), question: str = ""
-) -> dict[Path, str]:
-    """A file name without suffix for each photo: that of the photo, with a number where two would meet, or where a
-    file of others or the answer to another question is."""
-    stems = {path: _cut(path.stem) for path in paths}
-    own = {stem.lower() for stem in stems.values()}  # file systems that ignore case would join them
-    photos = _real(paths)
-    used: set[str] = set()
-    names: dict[Path, str] = {}
-    for path, stem in stems.items():
-        for number in itertools.count(1):
-            name = stem if number == 1 else f"{stem}-{number}"
-            taken = name.lower() in used or (number > 1 and name.lower() in own)
-            of_photo = question_of([path], question)
-            if not taken and all(_may_write(out / f"{name}{suffix}", photos, of_photo) for suffix in suffixes):
-                break
-        used.add(name.lower())
-        names[path] = name
-    return names
-
-
-def sheet_names(batches: Sequence[Sequence[Path]], out: Path, suffix: str, question: str) -> list[str]:
-    """A file name without suffix for the comparison picture of each batch of photos, as `output_names`."""
-    photos = _real(itertools.chain(*batches))
-    numbered = (f"sheet-{i}" for i in itertools.count(1))
-    candidates = itertools.chain(["sheet"], itertools.islice(numbered, 1, None)) if len(batches) == 1 else numbered
-    questions = [question_of(batch, question) for batch in batches]
-    return [
-        next(name for name in candidates if _may_write(out / f"{name}{suffix}", photos, of_batch))
-        for of_batch in questions
-    ]
-
-
-def _cut(stem: str) -> str:
-    """The first 150 bytes of a name, in whole characters: a suffix, a number and a method's name need room too."""
-    while len(os.fsencode(stem)) > 150:
-        stem = stem[:-1]
-    return stem
-
-
-def _real(paths: Iterable[Path]) -> set[str]:
-    """Where paths lead; those that lead nowhere are left out."""
-    found = set()
-    for path in paths:
-        with contextlib.suppress(OSError, ValueError):  # a name too long, or with a NUL
-            found.add(os.path.realpath(path))
-    return found
-
-
-def _may_write(file: Path, photos: set[str], question: str) -> bool:
-    """Whether a file is not there, or is this program's answer to the question and nobody asked to explain it."""
-    if not os.path.lexists(file):
-        return True
-    return question_in(file) == question and os.path.realpath(file) not in photos
-
-
-def require_free(file: Path, question: str) -> None:
-    """InputError where another process has written a file since its name was chosen."""
-    if not _may_write(file, set(), question):
-        raise InputError(f"{file} is there by now, and answers another question: run the same command again")
-
-
 def fail(results: dict[str, dict[str, Any]], path: str, error: InputError) -> None:
     results[path] = {"error": str(error)}
     complain(str(error))
 
 
-def print_result(path: str, result: dict[str, Any]) -> None:
+def print_result(given: str, result: dict[str, Any], signed: set[str]) -> None:
+    """`signed` are the methods whose scores of words have signs."""
     table = Table(box=None)
     if "prompts" in result:
         table.add_column("Prompt")
@@ -433,8 +392,11 @@ def print_result(path: str, result: dict[str, Any]) -> None:
             table.add_row(Text(printable(entry["text"])), f"{entry['cosine']:.3f}")
     else:
         _list_classes(table, result)
-    console().print(Text(printable(path), style="bold"), soft_wrap=True)  # whole, to be copied
+    console().print(Text(printable(given), style="bold"), soft_wrap=True)  # whole, to be copied
     console().print(table)
+    for target in result.get("targets", ()):
+        if "methods" in target:
+            print_words(given, target, signed)
     for file in result["files"]:
         click.echo(f" {printable(file)}")
     click.echo()
@@ -447,7 +409,8 @@ def _list_classes(table: Table, result: dict[str, Any]) -> None:
     marks = {entry["class"]: "<- explained" for entry in result["targets"]}
     compared = [result["versus"]] if "versus" in result else []
     marks |= {entry["class"]: "<- compared with" for entry in compared}
-    others = [entry for entry in (*result["targets"], *compared) if entry not in result["top5"]]
+    best = {entry["class"] for entry in result["top5"]}
+    others = [entry for entry in (*result["targets"], *compared) if entry["class"] not in best]
     for entry in (*result["top5"], *others):
         explained = marks.get(entry["class"], "")
         table.add_row(Text(printable(entry["name"])), f"{entry['probability']:.1%}", explained)

@@ -15,8 +15,7 @@ from tokentm_jax.cli.convert import convert
 from tokentm_jax.cli.data import data
 from tokentm_jax.cli.dataset import dataset
 from tokentm_jax.cli.evaluate import evaluate
-from tokentm_jax.cli.explain import explain, explain_audio
-from tokentm_jax.cli.explain_text import explain_text
+from tokentm_jax.cli.explain import explain, explain_audio, explain_text
 from tokentm_jax.cli.leaderboard import leaderboard
 from tokentm_jax.cli.report import report
 from tokentm_jax.cli.serve import serve
@@ -97,9 +96,9 @@ def main(ctx: click.Context) -> None:
 
 # Every command with what it does, in one line of a terminal of 80 columns.
 COMMANDS = {
-    explain: "Show the top five classes of photos and write heatmaps.",
-    explain_text: "Show which words of a text speak for a class.",
-    explain_audio: "Show the top five classes of recordings and write heatmaps.",
+    explain: "Show classes of photos, sounds or texts; write heatmaps.",
+    explain_text: "As explain, for texts, which are printed.",
+    explain_audio: "As explain, with the shipped model of recordings.",
     serve: "Serve a page that explains the photos dropped on it.",
     report: "Write a page about photos, an evaluation or a store.",
     models: "List the models that are shipped or can be loaded.",

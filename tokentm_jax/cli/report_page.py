@@ -19,7 +19,7 @@ from jax import Array
 from PIL import Image
 
 from tokentm_jax import metrics
-from tokentm_jax.cli.figure import as_base64, colour_tables, data_url
+from tokentm_jax.cli.figure import colour_tables
 from tokentm_jax.cli.heatmaps import softmax
 from tokentm_jax.cli.templates import render
 from tokentm_jax.cli.terminal import complain, memory_errors, running_images
@@ -30,6 +30,7 @@ from tokentm_jax.data.sources import Example, Source, open_source, spread
 from tokentm_jax.errors import InputError, printable
 from tokentm_jax.files import write_text
 from tokentm_jax.identity import digest
+from tokentm_jax.inputs.pictures import as_base64, data_url
 from tokentm_jax.methods.by_block import Layer, by_block
 from tokentm_jax.methods.explain import explain
 from tokentm_jax.methods.table import METHODS
@@ -258,7 +259,7 @@ def photos_page(photos: Photos, what: Sequence[str], limit: int | None) -> Page:
     """A page about photos: files, folders or patterns. Raises InputError where none can be read."""
     vit = photos.vit
     reader = vit.preprocessing
-    paths = spread(find_photos(what, reader.suffixes, reader.kind), limit)
+    paths = spread(find_photos(what, reader.of.SUFFIXES, reader.kind), limit)
     side = SIDES["thumb" if len(paths) <= MANY else "small"]
     notices: list[str] = []
     page: list[tuple[Json, Json | None]] = []

@@ -14,23 +14,11 @@ from annotated_types import Ge, Le
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from tokentm_jax.cli.figure import (
-    SIDE,
-    SMOOTH,
-    UNIT,
-    Explained,
-    Look,
-    Panel,
-    arranged,
-    data_url,
-    grid,
-    look_of,
-    scale_of,
-    shade,
-)
+from tokentm_jax.cli.figure import UNIT, Explained, arranged, grid
 from tokentm_jax.errors import InputError, printable
 from tokentm_jax.files import as_path, generator
 from tokentm_jax.identity import write_figure
+from tokentm_jax.inputs.pictures import SIDE, SMOOTH, Look, Panel, look_of, scale_of, shade
 from tokentm_jax.validation import checked
 
 if TYPE_CHECKING:
@@ -70,8 +58,8 @@ class Figure:
 
     def _drawn(self) -> "MatplotlibFigure":
         """The grid, with as many dots as its pictures have pixels."""
-        side = max(self.rows[0][0].picture.shape[:2])
-        return grid(self.rows, self.title, self.look, side / (SIDE * UNIT))
+        first = self.rows[0][0]
+        return grid(self.rows, self.title, self.look, first.picture.shape[1] / (first.units[1] * UNIT))
 
     def image(self) -> Image.Image:
         """The whole figure as one picture. Panels whose long side is a multiple of 224 pixels are in it unchanged."""
@@ -234,8 +222,8 @@ def _photos(what: Any, vit: "Model", side: int) -> list[tuple[str, np.ndarray, n
         title = f"photo {i}" if len(several) > 1 else "photo"
         if not hasattr(photo, "__array__"):
             path = as_path(photo, "a photo")
-            content, title = reader.of.opened(path), printable(path.name)
-            found.append((title, reader.image(Example(str(path), content)), reader.picture(content, side)))
+            content, title = reader.opened(path), printable(path.name)
+            found.append((title, reader.sample(Example(str(path), content)), reader.picture(content, side)))
             continue
         array = np.asarray(photo)
         known = array.dtype == np.uint8 or array.dtype.kind == "f"
@@ -251,7 +239,7 @@ def _photos(what: Any, vit: "Model", side: int) -> list[tuple[str, np.ndarray, n
                 raise InputError("a photo of floating-point numbers must be in [0, 1]")
             array = (array.clip(0, 1) * 255).round()
         image = Image.fromarray(array.astype(np.uint8))
-        found.append((title, vit.preprocessing.image(Example(title, image)), vit.preprocessing.picture(image, side)))
+        found.append((title, vit.preprocessing.sample(Example(title, image)), vit.preprocessing.picture(image, side)))
     return found
 
 
@@ -288,11 +276,8 @@ def _described(vit: "Model | None", details: Mapping[str, Any], count: int) -> t
 
 def _html(panel: Panel) -> str:
     title, note = (html.escape(printable(text)) for text in (panel.title, panel.note))
-    height, width = panel.picture.shape[:2]
     below = f'<br><span style="opacity:.7">{note}</span>' if note else "<br>&nbsp;"
     return (
-        f'<figure style="margin:0;max-width:{width}px">'
-        f'<figcaption style="overflow-wrap:anywhere"><b>{title}</b>{below}</figcaption>'
-        f'<img width="{width}" height="{height}" style="max-width:100%;height:auto" '
-        f'alt="{title} {note}" src="{data_url(Image.fromarray(panel.picture), "PNG")}"></figure>'
+        f'<figure style="margin:0;max-width:{panel.picture.shape[1]}px">'
+        f'<figcaption style="overflow-wrap:anywhere"><b>{title}</b>{below}</figcaption>{panel.html()}</figure>'
     )

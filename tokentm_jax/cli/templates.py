@@ -16,9 +16,9 @@ _ENVIRONMENT = jinja2.Environment(
 _ENVIRONMENT.policies["json.dumps_kwargs"] = {"sort_keys": False, "separators": (",", ":")}
 
 
-def render(template: str, **values: Any) -> str:
+def render(template: str, question: str = "", **values: Any) -> str:
     """The page that a template makes of the values, which it may use with the package's `version`, and with the
-    `generator` by which `files.ours` knows it."""
+    `generator` by which `files.question_in` knows it."""
     from tokentm_jax import __version__
 
-    return _ENVIRONMENT.get_template(template).render(version=__version__, generator=generator(), **values)
+    return _ENVIRONMENT.get_template(template).render(version=__version__, generator=generator(question), **values)

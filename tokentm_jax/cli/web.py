@@ -26,9 +26,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from tokentm_jax.cli.figure import as_base64, colour_tables, data_url, shade
+from tokentm_jax.cli.figure import colour_tables
 from tokentm_jax.data.labels import number
 from tokentm_jax.errors import InputError
+from tokentm_jax.inputs.pictures import as_base64, data_url, shade
 
 if TYPE_CHECKING:
     from tokentm_jax.models.loading import Model
@@ -153,7 +154,7 @@ def explained(vit: "Model", content: bytes, method: str, target: int | None) -> 
 
     photo = decode(io.BytesIO(content), "the photo")
     seen = vit.preprocessing.picture(photo)
-    images = vit.preprocessing.image(Example("the photo", photo))[None]
+    images = vit.preprocessing.sample(Example("the photo", photo))[None]
     del photo
     outputs = np.asarray(vit.logits(images), np.float64)[0]
     target = int(outputs.argmax()) if target is None else target

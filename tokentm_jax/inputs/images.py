@@ -5,6 +5,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
 import jax
@@ -15,10 +16,12 @@ from jax import Array
 from jax.core import Tracer
 
 from tokentm_jax.data.audio import LONGEST, MOST, Spectrogram
+from tokentm_jax.data.photos import find_photos
 from tokentm_jax.data.sources import Example
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import as_path
 from tokentm_jax.inputs import photos, recordings
+from tokentm_jax.inputs.pictures import Panel
 from tokentm_jax.maths.maps import to_pixels, unit
 from tokentm_jax.validation import check_fields, read_fields
 
@@ -106,23 +109,46 @@ class Preprocessing:
         several = paths if isinstance(paths, Sequence) and not isinstance(paths, str | bytes) else [paths]
         images = []
         for path in [as_path(path, f"a {self.of.KIND}") for path in several]:
-            content = self.of.opened(path)
-            images.append(self.image(Example(str(path), content)))
-            if (said := self.of.notice(content, self, str(path))) is not None:
+            content = self.opened(path)
+            images.append(self.sample(Example(str(path), content)))
+            if (said := self.notice(content, str(path))) is not None:
                 warnings.warn(said, stacklevel=3)
         if not images:
             raise InputError(f"no {self.of.KIND}s were given")
         return np.stack(images)
 
-    def image(self, example: Example, profile: str = "default") -> np.ndarray:
+    def sample(self, example: Example) -> np.ndarray:
         """An example as the model receives it, float32 [H, W, C] in [0, 1]."""
-        found = self.of.fitted(example.content, self, example.key, profile)
+        found = self.of.fitted(example.content, self, example.key)
         return found.astype(np.float32) / 255 if found.dtype == np.uint8 else found
 
+    def found(self, argument: str, number: int = 1) -> dict[str, Path]:
+        """The files that an argument of the command line names, by what messages call them."""
+        return {str(path): path for path in find_photos([argument], self.of.SUFFIXES, self.kind)}
+
+    def opened(self, given: Any) -> Any:
+        """The content of a file that was `found`, or of a stream of its bytes. Raises InputError."""
+        return self.of.opened(given)
+
+    def notice(self, content: Any, name: str) -> str | None:
+        """What of a sample the model does not receive, as a sentence; None for nothing."""
+        return self.of.notice(content, self, name)
+
+    figures = "png"  # the usual format of what is drawn
+
     @property
-    def suffixes(self) -> set[str]:
-        """Of the files that are read."""
-        return self.of.SUFFIXES
+    def frame(self) -> str:
+        """What the picture under a map is called."""
+        return self.of.FRAME
+
+    @property
+    def scales(self) -> Any:
+        """Labels and ticks of the axes of that picture; None without."""
+        return self.of.scales(self)
+
+    def panel(self, content: Any, title: str, side: int | None = None) -> Panel:
+        """What maps are shown on."""
+        return Panel(self.picture(content, side), title)
 
     def picture(self, content: Any, side: int | None = None, profile: str = "default") -> np.ndarray:
         """The picture that maps are shown on, uint8 [h, w, 3], of what `of.opened` gives; its long side in pixels."""

@@ -7,6 +7,7 @@ import numpy as np
 from jax import Array
 
 from tokentm_jax.data.sources import Example
+from tokentm_jax.inputs.pictures import Panel
 
 PROFILES = ("default", "reference")
 
@@ -15,6 +16,32 @@ class Reader(Protocol):
     """What a loaded model has as `preprocessing`. Frozen and hashable: compiled programs are kept for it."""
 
     kind: str  # what a sample is called: "photo", "recording", "text"
+    frame: str | None  # what the picture under a map is called; None without one
+    figures: str  # the usual format of what is drawn
+
+    def found(self, argument: str, number: int = 1) -> dict[str, Any]:
+        """What an argument of the command line names, by what messages call it. Raises InputError."""
+        ...
+
+    def opened(self, given: Any) -> Any:
+        """The content of what was found, as in an `Example`. Raises InputError."""
+        ...
+
+    def notice(self, content: Any, name: str) -> str | None:
+        """What of a sample the model does not receive, as a sentence; None for nothing."""
+        ...
+
+    def sample(self, example: Example) -> Any:
+        """An example as `explain` takes it, without the axis of samples; see `stacked`. Raises InputError."""
+        ...
+
+    def panel(self, content: Any, title: str, side: int = ...) -> Panel:
+        """What maps are shown on."""
+        ...
+
+    def shown(self, heatmap: np.ndarray, module: Any, squares: bool) -> np.ndarray:
+        """A map as it lies on the panel."""
+        ...
 
     def read(self, given: Any) -> Any:
         """Files, or texts, of a caller -> what `explain` takes. Raises InputError."""

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from jax import Array
 from tokentm_jax.data.sources import Example
 from tokentm_jax.errors import InputError, Unfit, require
 from tokentm_jax.files import read_text, reason
+from tokentm_jax.inputs.pictures import SIDE
 from tokentm_jax.inputs.values import Hide
 from tokentm_jax.maths.maps import min_max
 
@@ -115,6 +117,8 @@ class WordPieces:
     padded: int = 0
 
     kind = "text"
+    frame = None
+    figures = "html"
 
     @classmethod
     def from_file(cls, file: Path, length: int = 512) -> "WordPieces":
@@ -134,25 +138,55 @@ class WordPieces:
         known = (self._engine.token_to_id(name) for name in names)
         return next((number for number in known if number is not None), None)
 
-    def encode(self, texts: Any) -> list[Any]:
-        """One `tokenizers.Encoding` a text. Raises InputError for anything but texts with words, and as `engine`."""
+    def encode(self, texts: Any, name: str = "") -> list[Any]:
+        """One `tokenizers.Encoding` a text. Raises InputError for anything but texts with words, and as `engine`; of
+        one text, with its name."""
         listed = [texts] if isinstance(texts, str) else texts
         if not isinstance(listed, Sequence) or not listed:
             raise InputError(f"texts must be a text or a list of texts, got {texts!r:.80}")
         for number, text in enumerate(listed, 1):
+            called = name or f"text {number}"
             parts = text if isinstance(text, tuple) and len(text) == 2 else (text,)
             if not all(isinstance(part, str) and part.strip() for part in parts):
-                raise InputError(f"text {number} must be a text with a word at least, or a pair, got {text!r:.80}")
+                raise InputError(f"{called} must be a text with a word at least, or a pair, got {text!r:.80}")
             if sum(map(len, parts)) > LARGEST_TEXT:
-                raise InputError(f"text {number} has more than {LARGEST_TEXT} characters")
+                raise InputError(f"{called} has more than {LARGEST_TEXT} characters")
             if any("\ud800" <= character <= "\udfff" for part in parts for character in part):
-                raise InputError(f"text {number} is no valid Unicode: it holds half of a surrogate pair")
+                raise InputError(f"{called} is no valid Unicode: it holds half of a surrogate pair")
         with one_sentence((self.file,)):
             return self._engine.encode_batch(list(listed))
 
-    def cut(self, texts: Any) -> list[bool]:
-        """Which texts are longer than the model's `length`."""
-        return [bool(each.overflowing) for each in self.encode(texts)]
+    def found(self, argument: str, number: int = 1) -> dict[str, str]:
+        """The texts of an argument of the command line, by what messages call them: itself, or with "-" the lines of
+        the standard input."""
+        texts = _lines() if argument == "-" else [argument]
+        if not texts:
+            raise InputError("texts must be a text or a list of texts, and the standard input has none")
+        return {f"text {place}": text for place, text in enumerate(texts, number)}
+
+    def opened(self, given: Text) -> Text:
+        """The content of what was `found`."""
+        return given
+
+    def sample(self, example: Example) -> Tokens:
+        """A text as tokens [N]."""
+        return self.levels(example)[0]
+
+    def notice(self, content: Text, name: str) -> str | None:
+        """A sentence about the end of a long text, which the model does not receive; None for a short one."""
+        (encoded,) = self.encode([content], name)
+        return (
+            f"{name} has more than the {self.length} tokens of the model, and is cut" if encoded.overflowing else None
+        )
+
+    def panel(self, content: Text, title: str, side: int = SIDE) -> Any:
+        """What maps are shown on: see `Passage`."""
+        from tokentm_jax.inputs.passages import passage
+
+        return passage(content, self.encode([content], title)[0], title, side)
+
+    def shown(self, heatmap: np.ndarray, module: Any, squares: bool) -> np.ndarray:
+        return heatmap
 
     def read(self, texts: str | Sequence[Text]) -> Tokens:
         """A text, several, or pairs of them -> `Tokens` [B, N], with special tokens, padded to a multiple of 16.
@@ -194,7 +228,7 @@ class WordPieces:
         of its word (-1: none), and the word's rating."""
         if not isinstance(example.content, str):
             raise InputError(f"{example.key} is no text, and the model takes texts")
-        (encoded,) = self.encode([example.content])
+        (encoded,) = self.encode([example.content], example.key)
         if example.mask is None:
             return _sample(encoded), None
         ratings = np.full((len(encoded.ids), 2), (-1.0, 0.0), np.float32)
@@ -233,6 +267,13 @@ class WordPieces:
         """Maps [B, 1, N] with the words' scores in [0, 1], and 0 for tokens that are no part of a word."""
         words = ~inputs.special[:, None]
         return jnp.where(words, min_max(maps, words), 0)
+
+
+def _lines() -> list[str]:
+    try:
+        return [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    except UnicodeDecodeError:
+        raise InputError("the standard input is no UTF-8 text") from None
 
 
 def _sample(encoded: Any) -> Tokens:
@@ -336,10 +377,11 @@ def words(
     if scores.ndim != 2 or len(scores) != len(encoded) or scores.shape[1] < max(len(each.ids) for each in encoded):
         raise InputError(f"scores must be [{len(encoded)}, N] for every token of the texts, got {list(scores.shape)}")
     listed = [texts] if isinstance(texts, str) else texts
-    return [_words(given, each, row, merge) for given, each, row in zip(listed, encoded, scores, strict=True)]
+    return [scored(given, each, row, merge) for given, each, row in zip(listed, encoded, scores, strict=True)]
 
 
-def _words(given: Text, encoding: Any, scores: np.ndarray, merge: str) -> list[Word]:
+def scored(given: Text, encoding: Any, scores: np.ndarray, merge: str = "sum") -> list[Word]:
+    """The words of one text, from the scores [N] of its tokens."""
     pieces: dict[tuple[int, int], list[int]] = {}
     places = zip(encoding.sequence_ids, encoding.word_ids, strict=True)
     for place, (part, word) in enumerate(places):

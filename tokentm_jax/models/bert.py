@@ -87,10 +87,11 @@ class Bert(nn.Module):
         return Block(**self._block_fields, parent=None)
 
     def __call__(self, texts: Texts | Tokens) -> Array:
-        texts = texts if isinstance(texts, Texts) else self.look_up(texts)
-        tokens, _ = self.blocks(self.embed(texts), texts.mask)
+        given: Any = texts
+        known = self.look_up(given) if hasattr(given, "look_up") else given
+        tokens, _ = self.blocks(self.embed(known), known.mask)
         self.sow("intermediates", "final_tokens", tokens)
-        return self.classify(tokens, texts.mask)
+        return self.classify(tokens, known.mask)
 
     def look_up(self, tokens: Tokens) -> Texts:
         """Word pieces -> their embeddings; NaN for an id that there is not."""
