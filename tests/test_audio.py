@@ -25,6 +25,7 @@ from tokentm_jax.cli.main import main
 from tokentm_jax.data import audio
 from tokentm_jax.data.audio import Recording, Spectrogram, decode, resample
 from tokentm_jax.data.sources import open_source
+from tokentm_jax.inputs.pictures import blend, shade
 from tokentm_jax.maths.maps import Tiling, spread, to_pixels
 from tokentm_jax.metrics import by_patch, perturb
 from tokentm_jax.models.checkpoint import read_description, write_checkpoint
@@ -565,6 +566,26 @@ def test_augmentation_of_spectrograms():
             if np.array_equal(np.pad(image, ((0, 0), (3, 3), (0, 0)))[:, 3 - s :][:, :12], moved)
         }
     assert starts == set(range(-2, 4))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_show_recordings(recordings, tones, tmp_path):
+    """Files and spectrograms, with the lowest frequency below."""
+    vit = tm.load(checkpoint=tones[0])
+    (tmp_path / "a.wav").write_bytes(wav(np.tile(WAVE, (4, 1)), rate=11_025))
+    images = vit.read(tmp_path / "a.wav")
+    (row,) = tm.show(tmp_path / "a.wav", vit, "gae", squares=True).rows
+    picture, heatmap = row[0].picture, np.asarray(tm.explain(vit, images, "gae"))[0, ::-1]
+    assert [panel.title for panel in row] == ["a.wav", "gae"] and picture.shape == (168, 224, 3)
+    assert picture[-1, 0, 0] == round(float(images[0, 0, 0, 0]) * 255)
+    np.testing.assert_array_equal(row[1].picture, blend(picture, *shade(heatmap, picture.shape[:2], squares=True)))
+    for same in (images, images[0], [images[0]]):
+        (other,) = tm.show(same, vit, "gae", squares=True).rows
+        np.testing.assert_array_equal(other[1].picture, row[1].picture)
+    with pytest.raises(tm.InputError, match="a recording must be a path, or a spectrogram"):
+        tm.show(np.zeros((4, 4, 3)), vit)
+    with pytest.raises(tm.InputError, match="no recordings were given"):
+        tm.show([], vit)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -4,7 +4,9 @@ import base64
 import html
 import io
 import re
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from conftest import tiny_vit
@@ -180,3 +182,57 @@ def test_what_is_refused(vit, path):
     for maps in (np.zeros((2, 2, 3)), np.zeros(3), "maps", np.zeros((1, 2, 3), int)):
         with pytest.raises(tm.InputError, match="the maps 'heatmap'"):
             tm.show(PHOTO, vit, maps=maps)
+
+
+TEXTS = Path(__file__).parent / "goldens" / "texts" / "distilbert"
+
+
+def test_words_of_texts(tmp_path):
+    """In a notebook they are text, each on the colour of its score; in a file they are drawn."""
+    pytest.importorskip("tokenizers")
+    text, texts = tm.load(TEXTS), ["a funny <b> film", "it is " + "very " * 10 + "dull"]
+    figure = tm.show(texts, text, ",".join(METHODS), target=2)
+    assert [[panel.title for panel in row] for row in figure.rows] == [list(METHODS)] * 2  # and no text without a map
+    tokens = text.read(texts)
+    shares = np.asarray(jax.nn.softmax(text.logits(tokens)))
+    for place, method in enumerate(METHODS):
+        scores = tm.explain(text, tokens, method, 2)
+        for row, words, share in zip(figure.rows, tm.words(text, texts, scores), shares[:, 2], strict=True):
+            panel = row[place]
+            assert panel.note == f"label 2 {share:.1%}"
+            page = re.findall(r'title="([^"]+)" style="background:#(\w{6})(\w\w)[^>]*>([^<]*)<', panel.html())
+            assert [html.unescape(shown) for *_, shown in page] == [word.text for word in words]
+            assert [score for score, *_ in page] == [f"{word.score:.3g}" for word in words]
+            most = max(abs(word.score) for word in words)
+            for (_, colour, opacity, _), word in zip(page, words, strict=True):
+                assert int(opacity, 16) == round(0.75 * 255 * abs(word.score) / most)
+                red, blue = int(colour[:2], 16), int(colour[4:], 16)
+                assert red > blue if word.score >= 0 else red < blue
+    both = figure.rows[0][0].picture, figure.rows[1][0].picture
+    assert both[0].shape == both[1].shape and both[0].shape[1] == 336  # the first has white below
+    strongest = figure.rows[0][0].picture.reshape(-1, 3).astype(int)
+    assert (np.abs(strongest - [251, 171, 71]).max(1) < 4).sum() > 200
+    figure.save(tmp_path / "figure.png")
+    seen = np.asarray(Image.open(tmp_path / "figure.png").convert("RGB"))
+    np.testing.assert_array_equal(seen, np.asarray(figure.image()))
+    assert "&lt;</span>" in figure._repr_html_() and "<b> film" not in figure._repr_html_()
+
+
+def test_texts_with_maps_that_are_given():
+    pytest.importorskip("tokenizers")
+    text = tm.load(TEXTS)
+    pair = ("a film", "\u05e9\u05dc\u05d5\u05dd 漢字 " + "x" * 80)
+    found = tm.explain(text, text.read([pair]), "gae", details=True)
+    (row,) = tm.show([pair], text, maps=found).rows
+    assert row[0].note == tm.show([pair], text, "gae").rows[0][0].note
+    assert row[0].html().count("<span") == len(tm.words(text, [pair], found[0])[0])
+    assert "\n" in row[0].html()  # the second text of a pair begins a line
+    (row,) = tm.show("a film", text, "rollout", target="each", colours="viridis", side=448).rows
+    assert [panel.title for panel in row] == [f"label {k}" for k in range(5)] and row[0].picture.shape[1] == 672
+    for what, options, message in (
+        (7, {}, "must be a text or a list"),
+        ("a film", {"maps": np.zeros((1, 2, 3))}, r"must be scores \[B, N\]"),
+        ("a film", {"maps": np.zeros((2, 16))}, "are of 2 texts, and 1 are to be shown"),
+    ):
+        with pytest.raises(tm.InputError, match=message):
+            tm.show(what, text, **options)

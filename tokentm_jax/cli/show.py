@@ -1,4 +1,4 @@
-"""`tm.show`: photos and their heatmaps as a figure, for notebooks and papers."""
+"""`tm.show`: photos, recordings or texts and their heatmaps as a figure, for notebooks and papers."""
 
 import dataclasses
 import html
@@ -91,12 +91,13 @@ def show(
     squares: bool = False,
     side: int = SIDE,
 ) -> Figure:
-    """A figure of photos and their heatmaps: a grid of photos and methods, or of photos and classes.
+    """A figure of photos, recordings or texts and their heatmaps, in a column for each method or for each class.
 
     Args:
-      what: a photo or several: a path, an array [H, W, 3] or [B, H, W, 3] (uint8, or floating-point numbers in [0, 1],
-        as `vit.read` gives them), or a list of these. Or what `tokentm_jax.explain` gave, to be shown by itself: maps
-        [h, w] or [B, h, w], or `(maps, details)`. An array of three axes whose last is 3 long is a photo.
+      what: what the model takes, one or several. A photo is a path or an array [H, W, 3] (uint8, or floating-point
+        numbers in [0, 1], as `vit.read` gives them), or several as [B, H, W, 3] or a list; a recording a path or an
+        array that `vit.read` gives; a text is a text. Or what `tokentm_jax.explain` gave, to be shown by itself: maps
+        [h, w] or [B, h, w], or `(maps, details)`. An array of three axes whose last is 3 or 1 long is no map.
       model: from `tokentm_jax.load`, or what it takes as the name of a model; None for the shipped one.
       methods: a name of `METHODS`, or several, a list or with commas between.
       target: a class by number or name, for all photos; several of them, a list or with commas between; "each" for
@@ -108,16 +109,17 @@ def show(
       colours: of the maps: "inferno", "magma", "viridis", "cividis", "turbo" or "grey". Each is a scale for maps
         without negative values, and one for signed maps.
       squares: show each patch as a square, instead of interpolating between patches.
-      side: pixels of a picture's long side, best a multiple of 224; 448 or more for print.
+      side: pixels of a picture's long side, best a multiple of 224; 448 or more for print. A text is 1.5 of them wide.
 
     Returns:
       A `Figure`: a row for each photo, with its heatmaps over it, one for each method, or for each class of one
-      method. With several of both, each photo has a row for each class. Its `save(path)` writes a PNG, JPEG, PDF or
+      method. With several of both, each photo has a row for each class. The heatmap of a text is its words, in colours
+      that grow with their scores; a notebook shows them as text. Its `save(path)` writes a PNG, JPEG, PDF or
       SVG file, `image()` gives a Pillow image.
 
     Raises:
-      InputError: no photo, as `vit.read` says it; no such class, method, colours or model; wrong maps, or another
-        number of them than of photos.
+      InputError: nothing that the model takes, as `vit.read` says it; no such class, method, colours or model; wrong
+        maps, or another number of them than of photos.
 
     Examples:
         >>> import tokentm_jax as tm
@@ -139,15 +141,16 @@ def show(
         of = model if model is not None and not isinstance(model, str) else None
         panels = []
         for heatmap, name, value in zip(stacked, *_described(of, details, len(stacked)), strict=True):
-            picture, signed = _heat(heatmap, look, side)
+            shown = heatmap if of is None else of.preprocessing.shown(heatmap, of.module, squares)
+            picture, signed = _heat(shown, look, side)
             panels.append(Panel(picture, "heatmap", f"{name} {value}".strip(), signed))
         return Figure(tuple((panel,) for panel in panels), title, look)
     vit = model if model is not None and not isinstance(model, str) else _loaded(model)
     require_loaded(vit)
-    photos = _photos(what, vit, side)
-    images = np.stack([seen for _, seen, _ in photos])
+    reader = vit.preprocessing
+    samples, panels = zip(*reader.panels(what, side), strict=True)
     if maps is None:
-        results = _explained(vit, images, methods, target)
+        results = _explained(vit, reader.stacked(samples), len(panels), methods, target)
     else:
         given = dict(maps) if isinstance(maps, Mapping) else {"heatmap": maps}
         results = {(str(name), ""): result for name, result in given.items()}
@@ -156,15 +159,16 @@ def show(
     explained = []
     for (method, question), result in results.items():
         found, details = result if isinstance(result, tuple) else (result, {})
-        stacked = _stacked(found, f"the maps {method!r}")
-        if len(stacked) != len(photos):
-            raise InputError(f"the maps {method!r} are of {len(stacked)} photos, and {len(photos)} are to be shown")
-        explained.append(Explained(method, question, list(stacked), *_described(vit, details, len(photos))))
-    rows = arranged([Panel(shown, title) for title, _, shown in photos], explained, look)
-    return Figure(tuple(map(tuple, rows)), title, look)
+        stacked = _stacked(found, f"the maps {method!r}", panels[0].axes)
+        if len(stacked) != len(panels):
+            count, what = f"{len(panels)} are to be shown", reader.kind
+            raise InputError(f"the maps {method!r} are of {len(stacked)} {what}s, and {count}")
+        shown = [reader.shown(heatmap, vit.module, squares) for heatmap in stacked]
+        explained.append(Explained(method, question, shown, *_described(vit, details, len(panels))))
+    return Figure(tuple(map(tuple, arranged(panels, explained, look))), title, look)
 
 
-def _explained(vit: "Model", images: np.ndarray, methods: Any, target: Any) -> dict[tuple[str, str], Any]:
+def _explained(vit: "Model", inputs: Any, count: int, methods: Any, target: Any) -> dict[tuple[str, str], Any]:
     """What `tokentm_jax.explain` gives for each method and question."""
     from tokentm_jax.cli.heatmaps import classes_asked
     from tokentm_jax.methods.explain import explain
@@ -176,12 +180,12 @@ def _explained(vit: "Model", images: np.ndarray, methods: Any, target: Any) -> d
         raise InputError("target is an empty list: name a class, or leave it out for the predicted one")
     asked = classes_asked(vit, [] if target is None else several)
     ranked = any(one.rank for one in asked)
-    outputs = np.asarray(vit.logits(images)) if ranked else np.zeros((len(images), 1))
+    outputs = np.asarray(vit.logits(inputs)) if ranked else np.zeros((count, 1))
     found = {}
     for one in asked:
         chosen = None if target is None else one.classes(outputs)
         for name in names:
-            found[name, one.part] = explain(vit, images, name, chosen, details=True)
+            found[name, one.part] = explain(vit, inputs, name, chosen, details=True)
     return found
 
 
@@ -195,60 +199,17 @@ def _loaded(name: str | None) -> "Model":
 def _is_explanation(what: Any) -> bool:
     if isinstance(what, tuple) and len(what) == 2 and isinstance(what[1], Mapping):
         return True
-    return hasattr(what, "__array__") and (np.ndim(what) == 2 or (np.ndim(what) == 3 and np.shape(what)[-1] != 3))
+    shape = np.shape(what) if hasattr(what, "__array__") else ()
+    return len(shape) == 2 or (len(shape) == 3 and shape[-1] not in (1, 3))
 
 
-def _stacked(maps: Any, name: str) -> np.ndarray:
-    """Maps [B, h, w] of one or several. Raises InputError."""
-    array = np.asarray(maps) if hasattr(maps, "__array__") else np.empty(0)
-    if array.ndim not in (2, 3) or not array.size or array.dtype.kind != "f":
-        raise InputError(f"{name} must be maps [B, h, w] of floating-point numbers, as tm.explain gives them")
-    return array[None] if array.ndim == 2 else array
-
-
-def _photos(what: Any, vit: "Model", side: int) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """Title, what the model sees (float32 [H, W, 3] in [0, 1]) and what is shown (uint8 [h, w, 3]) of each photo."""
-    from tokentm_jax.data.sources import Example
-
-    if hasattr(what, "__array__"):
-        several = list(np.asarray(what)) if np.ndim(what) == 4 else [what]
-    else:
-        several = list(what) if isinstance(what, Sequence) and not isinstance(what, str | bytes) else [what]
-    if not several:
-        raise InputError("no photos were given")
-    found: list[tuple[str, np.ndarray, np.ndarray]] = []
-    reader, (height, width) = vit.preprocessing, vit.preprocessing.size
-    for i, photo in enumerate(several, 1):
-        title = f"photo {i}" if len(several) > 1 else "photo"
-        if not hasattr(photo, "__array__"):
-            path = as_path(photo, "a photo")
-            content, title = reader.opened(path), printable(path.name)
-            found.append((title, reader.sample(Example(str(path), content)), reader.picture(content, side)))
-            continue
-        array = np.asarray(photo)
-        known = array.dtype == np.uint8 or array.dtype.kind == "f"
-        if array.ndim != 3 or array.shape[-1] != 3 or not array.size or not known:
-            shape = f"{list(array.shape)} {array.dtype}"
-            raise InputError(f"a photo must be a path or an array [H, W, 3] of uint8 or floats, got {shape}")
-        if array.dtype.kind == "f" and array.shape[:2] == (height, width):  # the model sees these very numbers
-            seen = np.asarray(vit.preprocessing.checked(array[None]), np.float32)[0]
-            found.append((title, seen, _enlarged((seen.clip(0, 1) * 255).round().astype(np.uint8), side)))
-            continue
-        if array.dtype.kind == "f":
-            if not (np.isfinite(array).all() and array.min() >= -0.5 and array.max() <= 1.5):
-                raise InputError("a photo of floating-point numbers must be in [0, 1]")
-            array = (array.clip(0, 1) * 255).round()
-        image = Image.fromarray(array.astype(np.uint8))
-        found.append((title, vit.preprocessing.sample(Example(title, image)), vit.preprocessing.picture(image, side)))
-    return found
-
-
-def _enlarged(picture: np.ndarray, side: int) -> np.ndarray:
-    """With a long side of `side` pixels."""
-    height, width = picture.shape[:2]
-    scale = side / max(height, width)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
+def _stacked(maps: Any, name: str, axes: int = 2) -> np.ndarray:
+    """Maps [B, h, w], or [B, N] of texts, of one or several. Raises InputError."""
+    array = np.asarray(maps) if hasattr(maps, "__array__") else np.empty(())
+    if array.ndim not in (axes, axes + 1) or not array.size or array.dtype.kind != "f":
+        kind = "scores [B, N]" if axes == 1 else "maps [B, h, w]"
+        raise InputError(f"{name} must be {kind} of floating-point numbers, as tm.explain gives them")
+    return array[None] if array.ndim == axes else array
 
 
 def _heat(heatmap: np.ndarray, look: Look, side: int) -> tuple[np.ndarray, bool]:

@@ -18,7 +18,7 @@ from jax.core import Tracer
 from tokentm_jax.data.audio import LONGEST, MOST, Spectrogram
 from tokentm_jax.data.photos import find_photos
 from tokentm_jax.data.sources import Example
-from tokentm_jax.errors import InputError
+from tokentm_jax.errors import InputError, printable
 from tokentm_jax.files import as_path
 from tokentm_jax.inputs import photos, recordings
 from tokentm_jax.inputs.pictures import Panel
@@ -149,6 +149,29 @@ class Preprocessing:
     def panel(self, content: Any, title: str, side: int | None = None) -> Panel:
         """What maps are shown on."""
         return Panel(self.picture(content, side), title)
+
+    def panels(self, what: Any, side: int) -> list[tuple[np.ndarray, Panel]]:
+        """Files or arrays of a caller: each as the model receives it, and what its map is shown on. InputError."""
+        if hasattr(what, "__array__"):
+            several = list(np.asarray(what)) if np.ndim(what) == 4 else [what]
+        else:
+            several = list(what) if isinstance(what, Sequence) and not isinstance(what, str | bytes) else [what]
+        if not several:
+            raise InputError(f"no {self.kind}s were given")
+        found: list[tuple[np.ndarray, Panel]] = []
+        for i, given in enumerate(several, 1):
+            title = f"{self.kind} {i}" if len(several) > 1 else self.kind
+            if not hasattr(given, "__array__"):
+                path = as_path(given, f"a {self.kind}")
+                key, content, title = str(path), self.opened(path), printable(path.name)
+            elif (array := np.asarray(given)).shape == self.shape and array.dtype.kind == "f":  # its very numbers
+                seen = np.asarray(self.checked(array[None]), np.float32)[0]
+                found.append((seen, Panel(self.of.pictured(seen, side), title)))
+                continue
+            else:
+                key, content = title, self.of.from_array(array)
+            found.append((self.sample(Example(key, content)), self.panel(content, title, side)))
+        return found
 
     def picture(self, content: Any, side: int | None = None, profile: str = "default") -> np.ndarray:
         """The picture that maps are shown on, uint8 [h, w, 3], of what `of.opened` gives; its long side in pixels."""

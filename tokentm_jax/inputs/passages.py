@@ -32,6 +32,7 @@ class Passage(Panel):
     colours: tuple[str, ...] = ()
 
     plain = False
+    axes = 1
 
     @property
     def units(self) -> tuple[int, int]:
@@ -77,7 +78,9 @@ class Passage(Panel):
             f'style="background:{self.colours[word]};border-radius:.2em">{html.escape(text)}</span>'
             for text, word in pieces(self.text, self.shown)
         ]
-        return f'<p dir="auto" style="line-height:1.8;white-space:pre-wrap;margin:0">{"".join(parts)}</p>'
+        size = f"width:{self.picture.shape[1]}px;max-width:100%"
+        style = f"{size};line-height:1.8;white-space:pre-wrap;overflow-wrap:anywhere;margin:0"
+        return f'<p dir="auto" style="{style}">{"".join(parts)}</p>'
 
 
 def passage(text: Text, encoding: Any, title: str, side: int = SIDE) -> Passage:
@@ -125,16 +128,19 @@ def drawn(parts: Sequence[tuple[str, int | None]], colours: Sequence[str], side:
     margin, line, width = (round(length * scale) for length in (MARGIN, LINE, WIDTH * SIDE))
     x, y, placed = margin, margin, []
     for text, word in parts:
-        # A line is broken between words, or within one that is wider than a line.
-        for chunk in re.findall(r"\n|[^\S\n]+|\S+", text) if word is None else [text]:
-            if chunk == "\n" or (x > margin and x + font.getlength(chunk) > width - margin):
+        colour = None if word is None or not colours else colours[word]
+        for chunk in re.findall(r"\n|[^\S\n]+|\S+", text):
+            shown = " " if chunk.isspace() else printable(chunk)
+            wide = font.getlength(shown)
+            if chunk == "\n" or (x > margin and x + wide > width - margin):
                 x, y = margin, y + line
-            for letters in (chunk,) if font.getlength(chunk) <= width - 2 * margin else chunk:
-                length = font.getlength(letters := printable(letters.strip("\n")))
+            # A line is broken between words, or within one that is wider than a line.
+            for letters in shown if wide > width - 2 * margin else (shown,):
+                length = font.getlength(letters)
                 if x > margin and x + length > width - margin:
                     x, y = margin, y + line
-                if x > margin or letters.strip():
-                    placed.append((x, y, length, letters, None if word is None or not colours else colours[word]))
+                if x > margin or letters != " ":
+                    placed.append((x, y, length, letters, colour))
                     x += length
     image = Image.new("RGB", (width, y + line + margin), "white")
     brush = ImageDraw.Draw(image)

@@ -57,6 +57,26 @@ def view(image: Image.Image, preprocessing: "Preprocessing", side: int = 448, pr
     return np.asarray(image.resize(size, Image.Resampling.BICUBIC, box))
 
 
+def from_array(array: np.ndarray) -> Image.Image:
+    """The content of an array [H, W, 3] of uint8, or of floats in [0, 1]. Raises InputError for others."""
+    known = array.dtype == np.uint8 or array.dtype.kind == "f"
+    if array.ndim != 3 or array.shape[-1] != 3 or not array.size or not known:
+        shape = f"{list(array.shape)} {array.dtype}"
+        raise InputError(f"a photo must be a path or an array [H, W, 3] of uint8 or floats, got {shape}")
+    if array.dtype.kind == "f":
+        if not (np.isfinite(array).all() and array.min() >= -0.5 and array.max() <= 1.5):
+            raise InputError("a photo of floating-point numbers must be in [0, 1]")
+        array = (array.clip(0, 1) * 255).round()
+    return Image.fromarray(array.astype(np.uint8))
+
+
+def pictured(image: np.ndarray, side: int) -> np.ndarray:
+    """What the model receives, float32 [H, W, 3], as a picture whose long side has `side` pixels."""
+    height, width = (max(1, round(length * side / max(image.shape))) for length in image.shape[:2])
+    levels = (image.clip(0, 1) * 255).round().astype(np.uint8)
+    return np.asarray(Image.fromarray(levels).resize((width, height), Image.Resampling.BICUBIC))
+
+
 def _scaled(image: Image.Image, preprocessing: "Preprocessing") -> tuple[int, int]:
     """(width, height) of the whole photo after the resize."""
     height, width = (math.floor(side / preprocessing.crop_pct) for side in preprocessing.size)

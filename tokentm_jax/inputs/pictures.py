@@ -53,6 +53,7 @@ class Panel:
     signed: bool | None = None
 
     plain = True  # whether the picture without a map is shown as well
+    axes = 2  # of its map
 
     @property
     def units(self) -> tuple[int, int]:

@@ -39,6 +39,10 @@ class Reader(Protocol):
         """What maps are shown on."""
         ...
 
+    def panels(self, what: Any, side: int) -> list[tuple[Any, Panel]]:
+        """What `read` takes: each as a `sample`, and what its map is shown on, of `side` pixels. Raises InputError."""
+        ...
+
     def shown(self, heatmap: np.ndarray, module: Any, squares: bool) -> np.ndarray:
         """A map as it lies on the panel."""
         ...

@@ -47,7 +47,16 @@ def view(
     recording: Recording, preprocessing: "Preprocessing", side: int = SIZE[1], profile: str = "default"
 ) -> np.ndarray:
     """The spectrogram for display: uint8 [h, w, 3], grey, the lowest frequency below, long side `side` pixels."""
-    image = fitted(recording, preprocessing, "it")
+    return pictured(fitted(recording, preprocessing, "it"), side)
+
+
+def from_array(array: np.ndarray) -> Recording:
+    shape = f"{list(array.shape)} {array.dtype}"
+    raise InputError(f"a recording must be a path, or a spectrogram as `read` gives it, got {shape}")
+
+
+def pictured(image: np.ndarray, side: int) -> np.ndarray:
+    """A spectrogram [mel bins, frames, 1] as `view` shows it."""
     size = (SIZE[0] * side // SIZE[1], side)
     rows, columns = (np.arange(wanted) * count // wanted for wanted, count in zip(size, image.shape, strict=False))
     grey = (image[::-1, :, 0][rows][:, columns] * 255).round().astype(np.uint8)

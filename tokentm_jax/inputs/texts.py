@@ -185,6 +185,16 @@ class WordPieces:
 
         return passage(content, self.encode([content], title)[0], title, side)
 
+    def panels(self, what: Any, side: int) -> list[tuple[Tokens, Any]]:
+        """Texts of a caller: each as tokens [N], and what its map is shown on. InputError."""
+        from tokentm_jax.inputs.passages import passage
+
+        listed = [what] if isinstance(what, str) else what
+        encoded = self.encode(listed)
+        titles = [f"text {i}" for i in range(1, len(encoded) + 1)] if len(encoded) > 1 else ["text"]
+        of_each = zip(listed, encoded, titles, strict=True)
+        return [(_sample(each), passage(text, each, title, side)) for text, each, title in of_each]
+
     def shown(self, heatmap: np.ndarray, module: Any, squares: bool) -> np.ndarray:
         return heatmap
 
