@@ -102,10 +102,11 @@ def tiny_vit(depth):
 
 def tiny_bert(**fields):
     """(module, params) of a random text model that compiles fast, with 30 word pieces and 3 classes."""
-    from tokentm_jax.models.bert import Bert, init_bert
+    from tokentm_jax.models.bert import Bert
+    from tokentm_jax.models.vit import init_params
 
     module = Bert(30, 16, 16, 2, 2, 24, 3, mask_id=3, **fields)
-    return module, jax.tree.map(lambda a: a * 8 if a.ndim > 1 else a + 0.1, init_bert(module, jax.random.key(0)))
+    return module, jax.tree.map(lambda a: a * 8 if a.ndim > 1 else a + 0.1, init_params(module, jax.random.key(0)))
 
 
 def batch(lengths, size):

@@ -39,7 +39,6 @@ from tokentm_jax.models.checkpoint import write_checkpoint
 from tokentm_jax.runs import evaluate as evaluation
 from tokentm_jax.runs import records as records_module
 from tokentm_jax.runs.evaluate import evaluate
-from tokentm_jax.runs.evaluate_text import TextEvaluateConfig, check_text_config
 from tokentm_jax.runs.leaderboard import LeaderboardConfig
 from tokentm_jax.runs.leaderboard import check as check_leaderboard
 from tokentm_jax.runs.report import compare
@@ -780,9 +779,6 @@ def test_the_configs_of_the_project():
             if kind is LeaderboardConfig:
                 check_leaderboard(config)
                 continue
-            if kind is TextEvaluateConfig:
-                check_text_config(config)
-                continue
             check(config)
             assert {row for row, _ in config.paper} <= {row.name for row in config.rows}
         text = file.read_text()
@@ -792,14 +788,6 @@ def test_the_configs_of_the_project():
         for command in commands:
             read_recipe(ROOT / command, kind)
     assert len(names) == len(set(names)) > 50
-
-
-@pytest.mark.parametrize(
-    "row", [Row("a", "gae", {}, 0), Row("a", "gae", by_patch=True), Row("a", "random", {"pixels": True})]
-)
-def test_rows_of_images_are_not_for_texts(row):
-    with pytest.raises(InputError, match="are for images, and 'a' has them"):
-        check_text_config(TextEvaluateConfig("t", "model", "data", [row]))
 
 
 def test_options_of_a_recipe():

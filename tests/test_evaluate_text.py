@@ -1,4 +1,4 @@
-"""Explanations of texts: the metrics against slow loops and by hand, and evaluations that resume."""
+"""Explanations of texts: the metrics against slow loops and by hand; evaluations, stores and leaderboards."""
 
 import dataclasses
 import json
@@ -15,10 +15,14 @@ from click.testing import CliRunner
 from everything import everything
 
 import tokentm_jax as tm
-from tokentm_jax.data.sentences import read_sentences
-from tokentm_jax.inputs.texts import Word
-from tokentm_jax.metrics import texts as metrics
-from tokentm_jax.runs.evaluate_text import TextEvaluateConfig, evaluate_text
+from tokentm_jax.configs import eraser_config
+from tokentm_jax.data.sources import open_source, read_lexicon
+from tokentm_jax.metrics import Subject
+from tokentm_jax.metrics.eraser import agreement, kendall, leave_one_out
+from tokentm_jax.metrics.tasks import TASKS
+from tokentm_jax.runs.dataset import DatasetConfig, explain_dataset
+from tokentm_jax.runs.evaluate import evaluate
+from tokentm_jax.runs.report import compare, open_finished
 
 pytest.importorskip("tokenizers")
 GOLDENS = Path(__file__).parent / "goldens/texts"
@@ -40,17 +44,19 @@ def test_curves_are_those_of_texts_that_were_cut_by_hand(text):
     tokens = text.read(SENTENCES[:3])
     scores = np.random.default_rng(0).integers(0, 5, tokens.ids.shape).astype(np.float32)  # with ties
     target = np.array([0, 4, 2], np.int32)
-    seen = []
+    texts = tokens.look_up(text.module, text.params)
+    blank = text.preprocessing.blank(text.module, text.params)
+    subject = Subject(texts, jnp.asarray(target), jnp.zeros(3, jnp.int32), mean=blank)
 
-    def predict(given):
-        seen.extend(tuple(ids[mask]) for ids, mask in zip(given.ids, given.mask, strict=True))
-        return text.logits(given)
+    def predict(texts):
+        return text.module.apply({"params": text.params}, texts)
 
-    probability = metrics.Probabilities(predict, 16)
-    curves = metrics.removal_curves(probability, tokens, scores, target, text.module.mask_id)
-    losses = metrics.leave_one_out(probability, tokens, target)
+    ways = ("delete", "mask")
+    eraser = jax.jit(TASKS["eraser"].compute, static_argnums=0, static_argnames="fill")
+    found = [eraser(predict, subject, jnp.asarray(scores)[:, None], fill=fill) for fill in ways]
+    curves = np.exp(np.stack([each["log_probability"] for each in found], 1))  # [B, ways, kept or removed, 11]
+    losses = jax.jit(leave_one_out, static_argnums=0)(predict, texts, subject.target)
     assert curves.shape == (3, 2, 2, 11)
-    assert len(set(seen)) <= len(seen) <= len(set(seen)) + 30  # each text once, but for filling
 
     def probability(ids, i):
         full = tm.Tokens(*(np.array([[value] * 16]) for value in (0, False, 0, True)))
@@ -63,41 +69,56 @@ def test_curves_are_those_of_texts_that_were_cut_by_hand(text):
         ids = tokens.ids[i][tokens.mask[i]]
         for share in (0, 3, 5, 10):
             count = int(share / 10 * len(order) + 0.5)
-            for kept, gone in ((0, order[:count]), (1, order[count:])):
+            for curve, gone in ((1, order[:count]), (0, order[count:])):
                 cut = [n for place, n in enumerate(ids) if place not in gone]
                 masked = [text.module.mask_id if place in gone else n for place, n in enumerate(ids)]
                 expected = [probability(cut, i), probability(masked, i)]
-                np.testing.assert_allclose(curves[i, :, kept, share], expected, rtol=1e-4)
+                np.testing.assert_allclose(curves[i, :, curve, share], expected, rtol=1e-4)
         for place in places:
             cut = [n for at, n in enumerate(ids) if at != place]
             np.testing.assert_allclose(losses[i, place], probability(ids, i) - probability(cut, i), atol=1e-6)
         assert not np.asarray(losses)[i][tokens.special[i]].any()
+    table = {"predicted_log_probability": np.log(curves[:, 0])}
+    columns = TASKS["eraser"].columns
+    areas = [np.trapezoid(curves[:, 0, 1, :1] - curves[:, 0, k], dx=0.1) for k in (1, 0)]
+    np.testing.assert_allclose(columns["comprehensiveness"].values(table), areas[0], rtol=1e-5)
+    np.testing.assert_allclose(columns["sufficiency"].values(table), areas[1], rtol=1e-5)
 
 
 def test_kendall_is_scipy_s():
     from scipy.stats import kendalltau
 
     rng = np.random.default_rng(0)
-    for _ in range(5):
-        a, b = rng.integers(0, 6, 12).astype(float), rng.normal(size=12).round(1)
-        assert metrics.kendall(a, b) == pytest.approx(kendalltau(a, b).statistic)
-    assert metrics.kendall(np.ones(4), np.arange(4.0)) == 0
+    for count in (12, 12, 9, 7, 5):
+        a, b = rng.integers(0, 6, 12).astype(np.float32), rng.normal(size=12).round(1).astype(np.float32)
+        where = np.arange(12) < count
+        expected = kendalltau(a[where], b[where]).statistic
+        np.testing.assert_allclose(kendall(*map(jnp.asarray, (a, b, where))), expected, rtol=1e-5)
+    assert kendall(jnp.ones(4), jnp.arange(4.0), jnp.ones(4, bool)) == 0
 
 
 def test_agreement_by_hand():
-    words = [Word(t, s, 0, 0) for t, s in (("A", 0.1), ("Great", 0.9), ("film", 0.2), ("bad", -0.5))]
-    valences = {"great": 3.1, "bad": -2.5}
-    assert metrics.agreement(words, valences, 1) == {
-        "rated": True, "top_is_rated": 1.0, "agreement": pytest.approx(5 / np.sqrt(6 * 5))
-    }  # fmt: skip
-    assert metrics.agreement(words, valences, -1)["top_is_rated"] == 0.0
-    assert metrics.agreement(words[:1], valences, 1) == {"rated": False, "top_is_rated": 0.0, "agreement": 0.0}
+    """Four words, of which the second has two tokens, among marks: scores 0.1, 0.9, 0.2 and -0.5."""
+    words = jnp.array([-1, 0, 1, 1, 2, 3, -1])
+    scores = jnp.array([7.0, 0.1, 0.3, 0.6, 0.2, -0.5, 9.0])
+    ratings = jnp.array([0.0, 0.0, 3.1, 3.1, 0.0, -2.5, 0.0])
+
+    def found(sign, kept=slice(None)):
+        result = agreement(scores[kept], words[kept], ratings[kept], jnp.asarray(sign))
+        return {name: float(value) for name, value in result.items()}
+
+    assert found(1) == {"rated": 1.0, "top_is_rated": 1.0, "agreement": pytest.approx(5 / np.sqrt(6 * 5))}
+    assert found(-1)["top_is_rated"] == 0.0
+    assert found(1, slice(2)) == {"rated": 0.0, "top_is_rated": 0.0, "agreement": 0.0}
 
 
-def test_the_lexicon_of_the_package():
+def test_the_lexicon_of_the_package(data):
     pytest.importorskip("vaderSentiment")
-    valences = metrics.read_lexicon()
+    valences = read_lexicon()
     assert len(valences) > 7000 and valences["good"] == 1.9 and valences["horrible"] == -2.5
+    example = open_source(f"vader:{data}")[0]
+    rated = {example.content[i] for i in np.flatnonzero(example.mask)}
+    assert rated == set("funny") and example.mask[2] == np.float32(valences["funny"])
 
 
 @pytest.fixture
@@ -106,13 +127,14 @@ def data(tmp_path):
     return tmp_path / "data.tsv"
 
 
-def config_of(data, *methods):
-    return TextEvaluateConfig("t", str(GOLDENS / "distilbert"), str(data), tm.configs.rows(*methods), batch_size=2)
+def config_of(data, *methods, task="eraser", **more):
+    rows = tm.configs.rows(*methods)
+    return tm.EvaluateConfig("t", task, str(data), rows, str(GOLDENS / "distilbert"), batch_size=2, **more)
 
 
 def test_an_evaluation_resumes_and_takes_more_rows(text, data, tmp_path):
-    sentences = read_sentences(data, 5)
-    whole = evaluate_text(config_of(data, "raw_attention", "gradient_x_input"), text, sentences, tmp_path / "whole")
+    source = open_source(data)
+    whole = evaluate(config_of(data, "raw_attention", "gradient_x_input"), text, source, tmp_path / "whole")
 
     def stop(done, total, figures):
         assert {row["method"] for row in figures()} == {"clean", "raw_attention", "random"}
@@ -120,70 +142,161 @@ def test_an_evaluation_resumes_and_takes_more_rows(text, data, tmp_path):
 
     out = tmp_path / "parts"
     with pytest.raises(KeyboardInterrupt):
-        evaluate_text(config_of(data, "raw_attention"), text, sentences, out, stop)
-    assert evaluate_text(config_of(data, "raw_attention", "gradient_x_input"), text, sentences, out) == whole
-    assert evaluate_text(config_of(data, "gradient_x_input"), text, sentences, out) == whole  # the other row stays
+        evaluate(config_of(data, "raw_attention"), text, source, out, stop)
+    assert evaluate(config_of(data, "raw_attention", "gradient_x_input"), text, source, out)["rows"] == whole["rows"]
+    again = evaluate(config_of(data, "gradient_x_input"), text, source, out)  # the other row stays
+    assert {row["method"] for row in again["rows"]} == {"clean", "raw_attention", "gradient_x_input", "random"}
     values = {(row["method"], row["metric"]): row for row in whole["rows"]}
     assert values["clean", "accuracy"]["value"] == 100 * float(
-        np.mean(np.asarray(text.logits(text.read(SENTENCES))).argmax(-1) == sentences.labels)
+        np.mean(np.asarray(text.logits(text.read(SENTENCES))).argmax(-1) == np.arange(5) % 5)
     )
-    assert {metric for method, metric in values if method == "random"} == {
-        "comprehensiveness", "sufficiency", "comprehensiveness_masked", "sufficiency_masked", "kendall_leave_one_out"
-    }  # fmt: skip
-    (out / "records" / "clean.jsonl").unlink()  # as the program advises where it is damaged
-    other = dataclasses.replace(config_of(data, "raw_attention", "gradient_x_input"), batch_size=3)
-    assert evaluate_text(other, text, sentences, out)["rows"] == whole["rows"]
-    # What is followed is the same for all when all is there and when nothing is.
-    lines = [json.loads(line) for file in (out / "records").glob("r*.jsonl") for line in file.read_text().splitlines()]
-    by_key = {}
-    for line in lines:
-        for (key, _), curves in zip(line["keys"], line["fields"]["curves"], strict=True):
-            by_key.setdefault(key, []).append(np.array(curves))
-    for first, second in by_key.values():
-        np.testing.assert_allclose(first[..., [0, 10]], second[..., [0, 10]], rtol=1e-5)
+    assert {metric for method, metric in values if method == "random"} == {"comprehensiveness", "sufficiency"}
     assert "| raw_attention |" in (out / "results.md").read_text()
     with pytest.raises(tm.InputError, match="data"):
-        evaluate_text(config_of(data, "gae"), text, read_sentences(data, 5, 3), out)
+        shorter = tmp_path / "shorter.tsv"
+        shorter.write_text("a film\t0\n")
+        evaluate(config_of(shorter, "gae"), text, open_source(shorter), out)
     last = jax.tree.map(lambda leaf: leaf.at[-1].multiply(1.5) if leaf.ndim > 1 else leaf, text.params["blocks"])
     longer = dataclasses.replace(text.preprocessing, length=text.preprocessing.length - 1)
     for changed in ({"params": {**text.params, "blocks": last}}, {"preprocessing": longer}):
         with pytest.raises(tm.InputError, match="model"):
-            evaluate_text(config_of(data, "gae"), dataclasses.replace(text, **changed), sentences, out)
+            evaluate(config_of(data, "gae"), dataclasses.replace(text, **changed), source, out)
+
+
+OF_TEXTS = [name for name, task in TASKS.items() if task.regular is not True and name != "people"]
+QUICK = {"sensitivity": {"samples": 2}, "infidelity": {"samples": 3}, "shapley": {"pairs": 2}, "saco": {"groups": 3}}
+
+
+@pytest.mark.parametrize("name", OF_TEXTS)
+def test_every_task_of_texts_gives_a_text_the_same_in_any_batch(text, data, tmp_path, name):
+    """And so whatever the padding behind it: batches of one and of two have other lengths."""
+    source = open_source(data)
+    method = "rollout" if name == "sanity" else "gradient_x_input"
+    config = config_of(data, method, task=name, options=QUICK.get(name, {}))
+    if name == "sanity":
+        config = dataclasses.replace(config, rows=[tm.Row(method, method, {}, 0)])
+    found = []
+    for size in (2, 1):
+        out = tmp_path / str(size)
+        evaluate(dataclasses.replace(config, batch_size=size), text, source, out)
+        finished = open_finished(out)
+        rows = [finished.measured(row) for row in finished.config.rows]
+        found.append([{(m, key): v for m, values in per.items() for key, v in zip(done, values, strict=True)}
+                      for done, per in rows])  # fmt: skip
+    for first, second in zip(*found, strict=True):
+        assert first.keys() == second.keys() and len({key for _, key in first}) == 5
+        for key in first:
+            np.testing.assert_allclose(first[key], second[key], rtol=2e-3, atol=2e-5)
+
+
+def test_agreement_with_people_is_of_those_texts_that_have_a_rated_word(text, data, tmp_path):
+    pytest.importorskip("vaderSentiment")
+    config = config_of(f"vader:{data}", "gradient_x_input", task="people", options={"signs": "1,1,1,1,1"})
+    results = evaluate(config, text, open_source(f"vader:{data}"), tmp_path / "out")
+    finished = open_finished(tmp_path / "out")
+    done, per = finished.measured(finished.config.rows[0])
+    rated = per["agreement_with_people"][:, 1]
+    valences = read_lexicon()
+    expected = {f"{i:06d}": any(valences.get(w, 0) > 0 for w in s.split()) for i, s in enumerate(SENTENCES, 1)}
+    assert dict(zip(done, rated.astype(bool), strict=True)) == expected and 0 < rated.sum() < 5
+    values = {row["metric"]: row["value"] for row in results["rows"] if row["method"] == "gradient_x_input"}
+    own = per["agreement_with_people"][rated > 0, 0]
+    np.testing.assert_allclose(values["agreement_with_people"], own.mean(), rtol=1e-5)
+    scores = np.asarray(tm.explain(text, text.read(SENTENCES), "gradient_x_input"))
+    for key, (agrees, is_rated) in zip(done, per["agreement_with_people"], strict=True):
+        if is_rated:
+            from scipy.stats import kendalltau
+
+            i = int(key) - 1
+            (listed,) = tm.words(text, [SENTENCES[i]], scores[i : i + 1])
+            ratings = [valences.get(word.text.lower(), 0.0) for word in listed]
+            tau = kendalltau([word.score for word in listed], ratings).statistic
+            np.testing.assert_allclose(agrees, tau, atol=1e-5)
+
+
+def test_stored_maps_are_those_that_an_evaluation_computes(text, data, tmp_path):
+    source = open_source(data)
+    store = str(tmp_path / "maps")
+    explain_dataset(DatasetConfig(("rollout",), dtype="float32", batch_size=2), text, source, store)
+    stored = tm.open_maps(store)
+    maps = np.asarray(stored.maps["rollout"])
+    tokens = dataclasses.replace(text.preprocessing, padded=16).tokens(SENTENCES)
+    expected = tm.explain(text, tokens, "rollout")
+    np.testing.assert_allclose(maps[:, 0], expected, rtol=1e-5, atol=1e-7)
+    results = [
+        evaluate(config_of(data, "rollout"), text, source, tmp_path / name, maps=given)
+        for name, given in (("computed", []), ("stored", [stored]))
+    ]
+    for own, other in zip(*(found["rows"] for found in results), strict=True):
+        np.testing.assert_allclose(own["value"], other["value"], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_leaderboard_of_texts(data, tmp_path):
+    run = CliRunner().invoke
+    recipe = tmp_path / "texts.py"
+    recipe.write_text(
+        "import tokentm_jax as tm\n"
+        f"rows, model, data = tm.configs.rows('rollout', 'gae'), {str(GOLDENS / 'distilbert')!r}, {str(data)!r}\n"
+        "runs = [tm.EvaluateConfig(n, t, data, rows, model, options=o, batch_size=2) for n, t, o in "
+        "[('deletion', 'eraser', {}), ('srg', 'srg', {}), ('loo', 'leave_one_out', {})]]\n"
+        "config = tm.LeaderboardConfig('texts', runs, ('deletion', 'comprehensiveness'))\n"
+    )
+    found = run(everything, ["leaderboard", str(recipe), "--out", str(tmp_path / "out")])
+    assert found.exit_code == 0, found.output
+    assert "comprehensiveness" in (tmp_path / "out/leaderboard.md").read_text()
+    compared = compare([tmp_path / "out/srg"])
+    assert {entry["method"] for entry in compared} == {"rollout", "gae", "random"}
+
+
+def test_what_is_for_images_is_refused(text, data, tmp_path):
+    source = open_source(data)
+    for config, message in (
+        (config_of(data, "gae", task="road"), "'road' is not for texts"),
+        (dataclasses.replace(config_of(data), rows=[tm.Row("a", "gae", by_patch=True)]), "by_patch is for maps of"),
+        (config_of(data, "gae", task="srg", options={"fill": "blur"}), "'blur' is for images"),
+        (config_of(data, "gae", task="people"), "has no masks"),
+    ):
+        with pytest.raises(tm.InputError, match=message):
+            evaluate(config, text, source, tmp_path / "out")
+    photos = tm.load()
+    with pytest.raises(tm.InputError, match="'eraser' is not for photos"):
+        evaluate(config_of(data, "gae"), photos, source, tmp_path / "out")
+    with pytest.raises(tm.InputError, match=r"no image that can be read: 00000\d is a text, and the model takes photos"):
+        evaluate(config_of(data, "gae", task="srg"), photos, source, tmp_path / "photos")
+
+
+def test_the_config_of_before(data):
+    with pytest.warns(DeprecationWarning, match=r"TextEvaluateConfig is now tokentm_jax\.configs\.eraser_config"):
+        old = tm.TextEvaluateConfig
+    assert old is eraser_config
+    rows = tm.configs.rows("gae")
+    assert old("t", "model", "d.tsv", rows, batch_size=3) == tm.EvaluateConfig(
+        "t", "eraser", "d.tsv", rows, "model", batch_size=3
+    )
+    assert old("t", "model", "d.tsv", rows, (-1, 1)).options == {"signs": "-1,1"}
 
 
 def test_sentences_are_spread_evenly(data):
-    assert [read_sentences(data, 5, limit).texts for limit in (None, 5, 9)] == [tuple(SENTENCES)] * 3
-    assert read_sentences(data, 5, 2).texts == (SENTENCES[0], SENTENCES[2])
-
-
-def test_lengths_are_within_the_model_s(text):
-    """Texts as long as the model takes, which is no multiple of eight."""
-    tokenizer = dataclasses.replace(text.preprocessing, length=14)
-    with pytest.warns(UserWarning, match="1 of 2 texts"):
-        tokens = tokenizer.read(["a funny film " * 9, "dull"])
-    assert tokens.ids.shape == (2, 14)
-
-    def predict(given):
-        assert given.ids.shape[1] <= 14
-        return text.logits(given)
-
-    found = metrics.Probabilities(predict, 2)(tokens, np.array([1, 2]))
-    np.testing.assert_allclose(found, jax.nn.softmax(text.logits(tokens))[[0, 1], [1, 2]], rtol=1e-4)
+    texts = [
+        [source[i].content for i in range(len(source))] for source in (open_source(data), open_source(data, limit=2))
+    ]
+    assert texts == [SENTENCES, [SENTENCES[0], SENTENCES[2]]]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "holds no sentence"),
-        ("a film 1\n", "line 1 must be a sentence, a tab and a class from 0 to 4"),
-        ("a film\t1\nfun\t9\n", "line 2 must be"),
+        ("", "holds no examples"),
+        ("a film 1\n", "line 1 must be a text, a tab and the number of a class"),
+        ("a film\t1\nfun\t-9\n", "line 2 must be"),
         ("\t1\n", "line 1 must be"),
     ],
 )
 def test_bad_sentences_are_one_sentence(tmp_path, content, message):
     (tmp_path / "data.tsv").write_text(content)
     with pytest.raises(tm.InputError, match=message):
-        read_sentences(tmp_path / "data.tsv", 5)
+        open_source(tmp_path / "data.tsv")
 
 
 # ---- the commands ---------------------------------------------------------------------------------------------------
@@ -344,7 +457,7 @@ def test_each_text_and_each_question_has_its_files(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["a", "--model", "/nowhere"], "unknown model"),
+        (["a", "--model", "/nowhere"], "does not exist"),
         (["a", "--model", GOLDENS / "distilbert", "--method", "gea"], "did you mean 'gae'"),
         (["a", "--model", GOLDENS / "distilbert", "--method", "smooth_grad", "--option", "noise=1e38"], "no finite"),
         (["a", "--model", GOLDENS / "distilbert", "--target", "9"], "out of range"),

@@ -60,6 +60,19 @@ def test_the_mathematics_needs_jax_alone():
         assert roots <= known | {"tokentm_jax"}, path
 
 
+def test_a_modality_is_known_to_its_file_only():
+    """Elsewhere nothing asks which modality an input or a reader is of: it calls their members."""
+    classes = {"Texts", "Tokens", "Images", "WordPieces", "Preprocessing", "Recording"}
+    for path in PACKAGE.rglob("*.py"):
+        if room(path) in ("inputs", "data"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+                asked = {name.id for name in ast.walk(node.args[1]) if isinstance(name, ast.Name)}
+                asked |= {name.attr for name in ast.walk(node.args[1]) if isinstance(name, ast.Attribute)}
+                assert not asked & classes, f"{path.relative_to(PACKAGE)}:{node.lineno}"
+
+
 def test_the_package_does_not_train():
     """Training is in `models/training`, which is not in the wheel; optax comes with it."""
     for path in PACKAGE.rglob("*.py"):

@@ -11,7 +11,7 @@ from conftest import CHEAP, mostly_slow
 import tokentm_jax as tm
 from tokentm_jax.inputs.images import HALF, Preprocessing
 from tokentm_jax.methods.table import METHODS
-from tokentm_jax.models.bert import init_bert
+from tokentm_jax.models.vit import init_params
 
 FIELDS = {"img_size": (8, 12), "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2, "num_classes": 3}
 GRID = (2, 3)
@@ -195,7 +195,7 @@ def test_the_page_says_which_method_explains_which_model(vit):
     works = {heading: tm.methods_for(make(), params, images) for heading, make in MODELS.items()}
     bert = tm.Bert(8, 4, 8, 1, 2, 8)
     tokens = tm.Tokens(*(np.full((1, 4), value) for value in (np.int32(1), True, np.int32(0), False)))
-    works["`tm.Bert`"] = tm.methods_for(bert, init_bert(bert, jax.random.key(0)), tokens)
+    works["`tm.Bert`"] = tm.methods_for(bert, init_params(bert, jax.random.key(0)), tokens)
     lines = [f"| method | {' | '.join(works)} |", f"|---|{'---|' * len(works)}"]
     lines += [f"| `{m}` | {' | '.join('yes' if m in found else '-' for found in works.values())} |" for m in METHODS]
     table = "\n".join(lines)

@@ -391,10 +391,11 @@ def test_libra_conserves_in_random_programs(names, seed):
 def test_a_post_norm_encoder_of_texts(method, briefly):
     """A BERT as a function of embedded tokens, which have no grid: the maps of the module."""
     from tokentm_jax.inputs.texts import Texts
-    from tokentm_jax.models.bert import Bert, init_bert
+    from tokentm_jax.models.bert import Bert
+    from tokentm_jax.models.vit import init_params
 
     module = Bert(30, 16, 16, 2, 2, 24, 3)
-    params = jax.tree.map(lambda a: a * 8 if a.ndim > 1 else a + 0.1, init_bert(module, jax.random.key(0)))
+    params = jax.tree.map(lambda a: a * 8 if a.ndim > 1 else a + 0.1, init_params(module, jax.random.key(0)))
     embedded = np.random.default_rng(0).normal(size=(2, 6, 16)).astype(np.float32)
     target = jnp.array([0, 2], jnp.int32)
 

@@ -9,7 +9,6 @@ from conftest import mostly_slow
 import tokentm_jax as tm
 from tokentm_jax.maths import primitives
 from tokentm_jax.methods.explain import explain_fn
-from tokentm_jax.models.bert import init_bert
 from tokentm_jax.models.vit import ViT, init_params
 from tokentm_jax.programs.capture import capture
 from tokentm_jax.programs.flat import flatten
@@ -289,7 +288,7 @@ def test_a_pooler_of_texts_by_its_gradient_as_published():
     ids = jnp.array([[3, 7, 1, 12]], jnp.int32)
     tokens = tm.Tokens(ids, ids > 0, 0 * ids, ids < 0)
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda a: rng.normal(size=a.shape) * 0.6, init_bert(module, jax.random.key(0)))
+    params = jax.tree.map(lambda a: rng.normal(size=a.shape) * 0.6, init_params(module, jax.random.key(0)))
     body = {name: a for name, a in params.items() if name != "head"}
     pooled = np.asarray(module.clone(num_classes=0).apply({"params": body}, tokens))[0]
     gain = (1 - pooled**2) * np.arctanh(pooled) / pooled

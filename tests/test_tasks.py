@@ -53,6 +53,9 @@ RECORDS: dict[str, dict[str, tuple[Any, ...]]] = {  # type and shape per image o
     "infidelity": {"relevance": (float, 50), "drop": (float, 50)},
     "complexity": {"gini": (float,), "entropy": (float,)},
     "shapley": {"agreement": (float,)},
+    "eraser": {"log_probability": ("log", 2, 11)},
+    "leave_one_out": {"kendall": (float,)},
+    "people": {"rated": (bool,), "top_is_rated": (float,), "agreement": (float,)},
 }
 VALUES: dict[Any, tuple[list[Any], list[Any]]] = {  # those that are right, and those that are wrong
     bool: ([True], [0, 1.0, "x", None]),

@@ -12,7 +12,6 @@ from conftest import mostly_slow
 
 import tokentm_jax as tm
 from tokentm_jax.methods.explain import explain_fn
-from tokentm_jax.models.bert import init_bert
 from tokentm_jax.models.vit import ViT, init_params
 from tokentm_jax.programs.capture import capture
 
@@ -99,7 +98,7 @@ def test_what_is_read_from_the_program_is_what_the_module_sows(vit, kind):
     inputs: Any = IMAGES
     if kind == "post-norm":
         module = tm.Bert(20, 8, embed_dim=8, depth=2, num_heads=2, mlp_hidden=16, num_classes=3)
-        params = jax.tree.map(lambda a: a * 8, init_bert(module, jax.random.key(0)))
+        params = jax.tree.map(lambda a: a * 8, init_params(module, jax.random.key(0)))
         ids = jnp.array([[3, 7, 1, 12, 4], [5, 6, 0, 0, 0]], jnp.int32)
         inputs = tm.Tokens(ids, ids > 0, 0 * ids, ids < 0)
     names = ("tokens", "normalised", "attention", "value", "transformed_value", "attention_branch", "ffn_branch")

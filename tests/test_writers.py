@@ -33,8 +33,8 @@ RECIPES = {
     "leaderboard.py": "config = tm.LeaderboardConfig('x', [tm.EvaluateConfig('saco', 'saco', 'photos', "
     "tm.configs.rows('rollout'), options={'groups': 2}, checkpoint='tiny.safetensors', batch_size=4)], "
     "('saco', 'saco'))",
-    "texts.py": f"config = tm.TextEvaluateConfig('x', {str(TEXTS / 'distilbert')!r}, 'texts.tsv', "
-    "tm.configs.rows('rollout'), batch_size=2)",
+    "texts.py": "config = tm.EvaluateConfig('x', 'eraser', 'texts.tsv', tm.configs.rows('rollout'), "
+    f"{str(TEXTS / 'distilbert')!r}, batch_size=2)",
     "train.py": "config = TrainConfig('x', 'photos', 'photos', dict(img_size=16, patch_size=8, embed_dim=16, "
     "depth=1, num_heads=2, num_classes=2), 1, batch_size=2)",
     "train_text.py": f"config = TextTrainConfig('x', {str(TEXTS / 'bert_encoder')!r}, 'texts.tsv', 'texts.tsv', "

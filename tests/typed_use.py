@@ -83,7 +83,7 @@ def runs(mesh: jax.sharding.Mesh, vit: tm.Model) -> None:
     rows: list[tm.Row] = [*own.PAPER_ROWS, *own.COMPONENT_ROWS, *own.CHOICE_ROWS, *own.READING_ROWS, *own.MIX_ROWS]
     rows += [*own.WEIGHT_ROWS, *own.TEXT_ROWS, *own.PIXEL_ROWS]
     rows += [*own.rows("gae"), *own.depth_rows(12), *own.sanity_rows(12, "gae")]
-    for config in (tm.EvaluateConfig, tm.LeaderboardConfig, tm.TextEvaluateConfig):
+    for config in (tm.EvaluateConfig, tm.LeaderboardConfig):
         assert_type(config.__name__, str)
     assert_type(tm.sample_data("photos"), str)
     tm.over_devices(tm.explain_fn(vit.module))

@@ -15,8 +15,9 @@ _MOVED = {
     **dict.fromkeys(("TrainConfig", "TextTrainConfig"), "models.training.recipe"),  # out of the package
     **dict.fromkeys((*_ROWS.split(), "sanity_rows"), "tokentm_jax.configs"),
     **dict.fromkeys(("LoadedViT", "LoadedText", "load_text"), "tokentm_jax"),
+    "TextEvaluateConfig": "tokentm_jax.configs",
 }
-_RENAMED = {"LoadedViT": "Model", "LoadedText": "Model", "load_text": "load"}
+_RENAMED = {"LoadedViT": "Model", "LoadedText": "Model", "load_text": "load", "TextEvaluateConfig": "eraser_config"}
 
 
 def __getattr__(name: str) -> Any:

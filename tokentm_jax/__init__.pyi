@@ -37,7 +37,6 @@ from .models.vit import ViT as ViT
 from .models.vit import init_params as init_params
 from .programs.capture import Trace as Trace
 from .programs.capture import capture as capture
-from .runs.evaluate_text import TextEvaluateConfig as TextEvaluateConfig
 from .runs.leaderboard import LeaderboardConfig as LeaderboardConfig
 from .runs.store import open_maps as open_maps
 from .samples import sample_data as sample_data

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Le, Len
 
-from tokentm_jax.data.sources import Half
+from tokentm_jax.data.sources import VADER, Half
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.inputs.reader import PROFILES
 from tokentm_jax.maths.variants import READINGS
@@ -202,6 +202,20 @@ class EvaluateConfig:
         """The classes whose explanations are wanted, see `Task.explained`; one where the score looks at no class."""
         explained = TASKS[self.task].explained
         return explained[:1] if self.score is not None and self.score.startswith("channel") else explained
+
+
+def eraser_config(
+    name: str, model: str, data: str, rows: Sequence[Row], ratings: Sequence[int] | None = None, **options: Any
+) -> EvaluateConfig:
+    """The config that `TextEvaluateConfig` was: ERASER's metrics by deletion, or agreement with people for `ratings`.
+
+    Each of the four tables of texts is a task of its own now: "eraser" with the fill "delete" or "mask",
+    "leave_one_out", and "people".
+    """
+    if ratings is None:
+        return EvaluateConfig(name, "eraser", data, rows, model, **options)
+    signs = ",".join(map(str, ratings))
+    return EvaluateConfig(name, "people", f"{VADER}{data}", rows, model, options={"signs": signs}, **options)
 
 
 def check(config: EvaluateConfig) -> EvaluateConfig:

@@ -44,8 +44,7 @@ def train(
     from models.training import train as photos
     from models.training.data import load_dataset
     from models.training.recipe import TextTrainConfig, TrainConfig
-    from models.training.train_text import train_text
-    from tokentm_jax.data.sentences import read_sentences
+    from models.training.train_text import read_sentences, train_text
     from tokentm_jax.models.architectures import build
 
     given = {"train_data": train_data, "test_data": test_data, "epochs": epochs}

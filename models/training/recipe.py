@@ -85,7 +85,7 @@ class TextTrainConfig:
 
     name: Name
     encoder: Text  # a folder, as for `load`
-    train_data: Text  # see `tokentm_jax.data.sentences`
+    train_data: Text  # see `tokentm_jax.data.sources.open_source`
     test_data: Text
     class_names: Annotated[tuple[Text, ...], Len(2), Lax]
     epochs: Annotated[float, Gt(0), Le(10_000)] = 3.0

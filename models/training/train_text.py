@@ -15,10 +15,10 @@ from jax import Array
 
 from models.training.loop import Loop, State, adamw, begin, descend, run_steps
 from models.training.recipe import TextTrainConfig
-from tokentm_jax.data.sentences import Sentences
+from tokentm_jax.data.sources import open_source
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import replace, write_json, write_text
-from tokentm_jax.identity import claimed, digest_files, environment
+from tokentm_jax.identity import claimed, digest, digest_files, environment
 from tokentm_jax.inputs.texts import MASKS, Tokens, WordPieces
 from tokentm_jax.models.bert import Bert
 from tokentm_jax.models.checkpoint import Tensors, to_timm
@@ -27,6 +27,25 @@ from tokentm_jax.models.text_layouts import ACTIVATIONS, read_text_folder
 from tokentm_jax.validation import check_fields
 
 SORTED = 8  # batches of sentences that are sorted by length together, so that little is padding
+
+
+class Sentences(NamedTuple):
+    """Sentences with their classes, int32 [n]; `identity` identifies these and their order."""
+
+    texts: tuple[str, ...]
+    labels: np.ndarray
+    identity: str
+
+
+def read_sentences(path: str, classes: int, limit: int | None = None) -> Sentences:
+    """The sentences of a `.tsv` file. Raises InputError, also for a class that is not below `classes`."""
+    source = open_source(path, limit=limit)
+    examples = [source[i] for i in range(len(source))]
+    labels = np.array([example.label for example in examples], np.int32)
+    if labels.max() >= classes:
+        raise InputError(f"{path} has the class {labels.max()}, and the recipe has classes 0 to {classes - 1}")
+    texts: Any = tuple(example.content for example in examples)
+    return Sentences(texts, labels, digest(texts, labels.tolist()))
 
 
 class Batch(NamedTuple):
@@ -49,7 +68,7 @@ def _batches(config: TextTrainConfig, tokenize: Callable[..., Any], data: Senten
         groups = rng.permutation(order.reshape(per_epoch, size))
         while step // per_epoch == epoch:
             rows = groups[step % per_epoch]
-            yield Batch(tokenize([data.texts[i] for i in rows])[0], data.labels[rows])
+            yield Batch(tokenize([data.texts[i] for i in rows]), data.labels[rows])
             step += 1
 
 
@@ -67,7 +86,7 @@ def text_accuracy(module: Bert, params: Any, tokenize: Callable[..., Any], data:
         rows = order[start : start + size]
         full = np.concatenate([rows, rows[-1:].repeat(size - len(rows))])  # the last batch is as large as the others
         labels = np.where(np.arange(size) < len(rows), data.labels[full], -1).astype(np.int32)
-        hits += int(_hits(module, params, Batch(tokenize([data.texts[i] for i in full])[0], labels)))
+        hits += int(_hits(module, params, Batch(tokenize([data.texts[i] for i in full]), labels)))
     return hits / len(data.texts)
 
 
@@ -94,7 +113,7 @@ def train_text(
     changes = {"num_classes": len(config.class_names), "pool": config.pool}
     changes |= {"pooler": "tanh" if config.pool == "token" else None}
     module, params, *_ = read_text_folder(folder, pieces.token(*MASKS), changes, config.seed)
-    tokenize = dataclasses.replace(pieces, length=min(config.max_length, module.max_length))
+    tokenize = dataclasses.replace(pieces, length=min(config.max_length, module.max_length)).tokens
     per_epoch = len(data.texts) // config.batch_size
     steps = round(config.epochs * per_epoch)
     if not steps:

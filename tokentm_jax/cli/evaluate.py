@@ -2,7 +2,6 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -19,10 +18,6 @@ from tokentm_jax.cli.options import (
 )
 from tokentm_jax.cli.recipes import read_recipe, run_tasks
 from tokentm_jax.cli.terminal import complain, running_table, show_results
-from tokentm_jax.errors import InputError
-
-if TYPE_CHECKING:
-    from tokentm_jax.runs.evaluate_text import TextEvaluateConfig
 
 
 @click.command()
@@ -31,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--checkpoint", type=PATH, help="Weights, instead of the recipe's.")
 @click.option("--data", type=TEXT, help="Folder, zip, .mat file or tfds:NAME:SPLIT, instead of the recipe's.")
 @click.option("--methods", help="Rows of the recipe or other methods, as a,b,c.")
-@click.option("--limit", type=click.IntRange(1), help="Number of images, drawn by the seed; of texts, spread evenly.")
+@click.option("--limit", type=click.IntRange(1), help="Number of examples, drawn by the seed.")
 @click.option("--half", type=click.Choice(["even", "odd"]), help="Use only the images at even (or odd) positions.")
 @click.option("--names", type=TEXT, metavar="PATTERN", help="Use only images whose names match; !PATTERN: do not.")
 @click.option("--batch-size", type=click.IntRange(1, 4096), help="Instead of the recipe's.")
@@ -61,8 +56,7 @@ def evaluate(
     """Measure explanation methods by a recipe; started again with the same folder, it goes on where it stopped.
 
     CONFIG.py is a Python file that is run, and whose `config`, or what its `get_config(KEY=VALUE, ...)` returns, is an
-    EvaluateConfig, or a TextEvaluateConfig for sentences. The results are results.json, results.md and, of images,
-    curves.png.
+    EvaluateConfig. The results are results.json, results.md and curves.png.
 
     \b
     Example:
@@ -71,20 +65,10 @@ def evaluate(
     from tokentm_jax.configs import EvaluateConfig, check, select
     from tokentm_jax.models.loading import load
     from tokentm_jax.runs.evaluate import evaluate, examples
-    from tokentm_jax.runs.evaluate_text import TextEvaluateConfig
     from tokentm_jax.runs.store import open_maps
 
     run_tasks(task)
-    config = read_recipe(recipe, EvaluateConfig, TextEvaluateConfig)
-    if isinstance(config, TextEvaluateConfig):
-        unused = {"--checkpoint": checkpoint, "--half": half, "--names": names, "--label-map": label_map}
-        for name, value in {**unused, "--classes": classes, "--maps": maps or None}.items():
-            if value is not None:
-                raise InputError(f"{name} is for images, and the recipe {recipe} is for texts")
-        changes = {"model": model, "data": data, "limit": limit, "batch_size": batch_size}
-        config = dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
-        _evaluate_text(config if methods is None else select(config, names_of(methods)), out, overwrite)
-        return
+    config = read_recipe(recipe, EvaluateConfig)
     if model is not None or checkpoint is not None:  # another model's checkpoint would not fit
         config = dataclasses.replace(
             config, model=model or config.model, checkpoint=None if checkpoint is None else str(checkpoint)
@@ -114,20 +98,4 @@ def evaluate(
         complain(f"skipped: {sentence}")
     if skipped["count"]:
         click.echo(f"{skipped['count']} images were skipped", err=True)
-    show_results(folder / "results.md")
-
-
-def _evaluate_text(config: "TextEvaluateConfig", out: Path | None, overwrite: bool) -> None:
-    from tokentm_jax.data.sentences import read_sentences
-    from tokentm_jax.models.loading import load
-    from tokentm_jax.runs.evaluate_text import check_text_config, evaluate_text
-
-    config = check_text_config(config)
-    start_jax()
-    text = load(config.model)
-    sentences = read_sentences(config.data, max(text.module.num_classes, 1), config.limit)
-    folder = out or Path("runs") / config.name
-    make_folder(folder)
-    with running_table() as report:
-        evaluate_text(config, text, sentences, folder, report, overwrite=overwrite)
     show_results(folder / "results.md")

@@ -5,9 +5,10 @@ import fnmatch
 import functools
 import math
 import os
+import re
 import threading
 import zipfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
@@ -28,6 +29,8 @@ from tokentm_jax.validation import checked
 MAX_ENTRY = 64 * 2**20  # bytes of one image inside a zip or another file
 MAX_RECORDS = 10**7  # of a .mat file
 LARGEST_LABEL = 2**31 - 1
+LARGEST_TEXTS = 256 * 2**20  # bytes of a file of texts
+VADER = "vader:"
 
 
 Item = TypeVar("Item")
@@ -41,6 +44,11 @@ class Example(NamedTuple):
     content: Image.Image | Recording | str
     label: int | None = None
     mask: np.ndarray | None = None
+
+
+def kind_of(content: Any) -> str:
+    """What the content of an example is called."""
+    return "text" if isinstance(content, str) else "recording" if isinstance(content, Recording) else "photo"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,6 +67,7 @@ class Source:
     labelled: bool = True
     masked: bool = False
     named: bool = True
+    sizes: tuple[int, ...] | None = None  # of texts, so that batches hold texts of a length
 
     @functools.cached_property
     def identity(self) -> str:
@@ -86,7 +95,9 @@ def open_source(
     """Open a data set without reading its images.
 
     Args:
-      spec: a folder or zip of class folders (`cat/1.jpg` or `train/cat/1.jpg`; classes in the order of their names;
+      spec: a `.tsv` file of texts (on each line a text, a tab and the number of its class), with `vader:` before the
+        path if words are to be rated by VADER's lexicon; a folder or zip of class folders (`cat/1.jpg` or
+        `train/cat/1.jpg`; classes in the order of their names;
         links to folders are not followed) or of images without labels, a folder with `labels.csv` (columns `file` and
         `class_index`), a `.mat` file laid out as ImageNet-Segmentation's `gtsegs_ijcv.mat`, or "tfds:NAME:SPLIT" for a
         prepared TensorFlow data set. A zip is never extracted: its entries are read in
@@ -114,8 +125,13 @@ def open_source(
     elif os.path.isdir(path):
         source = _listed(path) if os.path.lexists(path / "labels.csv") else _folder(path)
     else:
+        rated = str(spec).startswith(VADER)
+        path = Path(str(spec).removeprefix(VADER))
         with opened(path, "the data set"):  # tells what is missing or no regular file
-            source = _segmentation(path) if path.suffix.lower() == ".mat" else _zip(path)
+            if path.suffix.lower() == ".tsv":
+                source = _sentences(path, rated)
+            else:
+                source = _segmentation(path) if path.suffix.lower() == ".mat" else _zip(path)
     if not source.keys:
         raise InputError(f"{source.name} holds no examples")
     keys = source.keys
@@ -129,7 +145,9 @@ def open_source(
         raise InputError(f"{source.name} holds one example, and none at an odd place")
     if seed is not None:
         keys = [keys[i] for i in np.random.default_rng(seed).permutation(len(keys))[:limit]]
-    return dataclasses.replace(source, keys=tuple(spread(keys, limit)))
+    chosen = tuple(spread(keys, limit))
+    sizes = dict(zip(source.keys, source.sizes, strict=True)) if source.sizes else None
+    return dataclasses.replace(source, keys=chosen, sizes=sizes and tuple(sizes[key] for key in chosen))
 
 
 def spread(items: Sequence[Item], limit: int | None) -> Sequence[Item]:
@@ -329,6 +347,47 @@ def _segmentation(path: Path) -> Source:
     keys = tuple(f"{i:05d}" for i in range(len(images)))
     identify = functools.cache(lambda: digest(digest_files([path])))
     return Source(str(path), identify, keys, read, labelled=False, masked=True)
+
+
+def _sentences(path: Path, rated: bool) -> Source:
+    """A `.tsv` file without a header, such as SST-2's: on each line a text, a tab and the number of its class."""
+    texts: dict[str, tuple[str, int]] = {}
+    for place, line in enumerate(read_text(path, LARGEST_TEXTS, "the texts").split("\n"), 1):
+        if not line.strip():
+            continue
+        text, tab, label = line.rstrip("\r").rpartition("\t")
+        index = number(label.strip())
+        if not tab or not text.strip() or index is None or not 0 <= index <= LARGEST_LABEL:
+            raise InputError(f"{path}: line {place} must be a text, a tab and the number of a class, got {line!r:.80}")
+        texts[f"{place:06d}"] = text.strip(), index
+    valences = read_lexicon() if rated else {}
+
+    def read(key: str) -> Example:
+        text, label = texts[key]
+        return Example(key, text, label, _rated(text, valences) if rated else None)
+
+    identity = digest([*texts.items()], digest(sorted(valences.items())) if rated else "")
+    sizes = tuple(len(text) for text, _ in texts.values())
+    return Source(str(path), lambda: identity, tuple(texts), read, masked=rated, sizes=sizes)
+
+
+def _rated(text: str, valences: Mapping[str, float]) -> np.ndarray:
+    """The valence of the word that each character of a text is in, 0 where it has none: float32 [characters]."""
+    found = np.zeros(len(text), np.float32)
+    for word in re.finditer(r"[^\W_]+", text):
+        found[word.start() : word.end()] = valences.get(word[0].lower(), 0.0)
+    return found
+
+
+def read_lexicon() -> dict[str, float]:
+    """Valences of words by people, from -4 to 4: VADER's lexicon (Hutto & Gilbert, ICWSM 2014), of the package
+    `vaderSentiment`. Raises InputError without it."""
+    package = require("vaderSentiment", "evaluation", "a rating of words by people")
+    valences = {}
+    for line in read_text(Path(package.__path__[0]) / "vader_lexicon.txt").splitlines():
+        word, _, rest = line.partition("\t")
+        valences[word.lower()] = float(rest.partition("\t")[0])
+    return valences
 
 
 def _tfds(spec: str) -> Source:

@@ -17,11 +17,12 @@ from jax.core import Tracer
 
 from tokentm_jax.data.audio import LONGEST, MOST, Spectrogram
 from tokentm_jax.data.photos import find_photos
-from tokentm_jax.data.sources import Example
+from tokentm_jax.data.sources import Example, Source
 from tokentm_jax.errors import InputError, printable
 from tokentm_jax.files import as_path
 from tokentm_jax.inputs import photos, recordings
 from tokentm_jax.inputs.pictures import Panel
+from tokentm_jax.inputs.reader import random_map
 from tokentm_jax.maths.maps import to_pixels, unit
 from tokentm_jax.validation import check_fields, read_fields
 
@@ -83,6 +84,8 @@ class Preprocessing:
             check(
                 frames * self.audio.fft <= MOST, "size", f"of at most {MOST // self.audio.fft} frames of such length"
             )
+
+    regular = True
 
     @property
     def kind(self) -> str:
@@ -205,6 +208,22 @@ class Preprocessing:
     def batch(self, size: int) -> jax.ShapeDtypeStruct:
         """Shape and type of what `stacked` gives for `size` examples."""
         return jax.ShapeDtypeStruct((size, *self.shape), jnp.uint8)
+
+    def fixed(self, source: Source) -> "Preprocessing":
+        """A reader whose batches have one shape for all of a source: this one."""
+        return self
+
+    def dummy(self, size: int) -> np.ndarray:
+        """A batch of noise, to measure speed."""
+        return np.random.default_rng(0).integers(0, 256, (size, *self.shape), np.uint8)
+
+    def noise(self, keys: Sequence[str], seed: int, module: Any, inputs: Any, pixels: bool) -> np.ndarray:
+        """A random map for each key, of the model's patches or of pixels: [B, h, w]."""
+        return np.stack([random_map(key, self.size if pixels else module.grid, seed) for key in keys])
+
+    def blank(self, module: Any, params: Any) -> Channels:
+        """The mean colour of the model's data, which replaces removed pixels."""
+        return self.mean
 
     def unit(self, levels: Any) -> Any:
         """Levels of a batch, uint8 -> images float32 in [0, 1]."""

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from tokentm_jax.data.photos import MAX_PIXELS, SUFFIXES, open_photo
+from tokentm_jax.data.sources import kind_of
 from tokentm_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def view(image: Image.Image, preprocessing: "Preprocessing", side: int = 448, pr
     """The same part of the photo as `fitted`, from the original pixels and for display: uint8 [h, w, 3], long side
     `side` pixels, so that a model of 32 pixels is shown on a sharp photo."""
     if not isinstance(image, Image.Image):
-        raise InputError("this is a recording, and the model takes photos")
+        raise InputError(f"this is a {kind_of(image)}, and the model takes photos")
     height, width = preprocessing.size
     scale = side / max(width, height)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -105,7 +106,7 @@ def _corner(scaled: tuple[int, int], preprocessing: "Preprocessing") -> tuple[in
 def fitted(image: Any, preprocessing: "Preprocessing", name: str, profile: str = "default") -> np.ndarray:
     """As `fit`; with the profile "reference", squashed to the model's size, bilinear."""
     if not isinstance(image, Image.Image):
-        raise InputError(f"{name} is a recording, and the model takes photos")
+        raise InputError(f"{name} is a {kind_of(image)}, and the model takes photos")
     if profile != "reference":
         return fit(image, preprocessing)
     return np.asarray(image.resize(preprocessing.size[::-1], Image.Resampling.BILINEAR))

@@ -1,15 +1,22 @@
 """`Reader`: from files and texts to the input of a model, whatever the modality. `Preprocessing` is one for images."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from jax import Array
 
-from tokentm_jax.data.sources import Example
+from tokentm_jax.data.sources import Example, Source
 from tokentm_jax.inputs.pictures import Panel
 
 PROFILES = ("default", "reference")
+
+
+def random_map(key: str, shape: tuple[int, int], seed: int = 0) -> np.ndarray:
+    """The baseline: noise [h, w] in [0, 1) that depends on the example's name only, float32."""
+    digest = hashlib.sha256(f"{seed}/{key}".encode("utf-8", "surrogatepass")).digest()
+    return np.random.default_rng(int.from_bytes(digest[:16])).random(shape, np.float32)
 
 
 class Reader(Protocol):
@@ -47,6 +54,8 @@ class Reader(Protocol):
         """A map as it lies on the panel."""
         ...
 
+    regular: bool  # whether every map is a grid of the same parts
+
     def read(self, given: Any) -> Any:
         """Files, or texts, of a caller -> what `explain` takes. Raises InputError."""
         ...
@@ -77,6 +86,22 @@ class Reader(Protocol):
 
     def batch(self, size: int) -> Any:
         """Shapes and types of a batch of `size` examples, as `stacked` gives it."""
+        ...
+
+    def fixed(self, source: Source) -> "Reader":
+        """A reader whose batches have one shape for all of a source."""
+        ...
+
+    def dummy(self, size: int) -> Any:
+        """A batch as `stacked` gives it, to measure speed."""
+        ...
+
+    def noise(self, keys: Sequence[str], seed: int, module: Any, inputs: Any, pixels: bool) -> np.ndarray:
+        """The baseline: a random map for each key that depends on nothing else: [B, h, w]; `inputs` are a batch."""
+        ...
+
+    def blank(self, module: Any, params: Any) -> Any:
+        """What replaces a removed part, in the values of the inputs that `unit` gives."""
         ...
 
     def to_dict(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tokentm_jax.data.audio import SUFFIXES, Recording, open_recording
+from tokentm_jax.data.sources import kind_of
 from tokentm_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def opened(path: str | Path) -> Recording:
 def fitted(recording: Any, preprocessing: "Preprocessing", name: str, profile: str = "default") -> np.ndarray:
     """A recording as the model receives it: float32 [mel bins, frames, 1] in [0, 1]; every profile is the same."""
     if not isinstance(recording, Recording):
-        raise InputError(f"{name} is a photo, and the model takes recordings")
+        raise InputError(f"{name} is a {kind_of(recording)}, and the model takes recordings")
     assert preprocessing.audio is not None
     return preprocessing.audio.image(recording, preprocessing.size)
 

@@ -19,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tokentm_jax.data.sources import Example
+from tokentm_jax.data.sources import Example, Source, kind_of
 from tokentm_jax.errors import InputError, Unfit, require
 from tokentm_jax.files import read_text, reason
 from tokentm_jax.inputs.pictures import SIDE
+from tokentm_jax.inputs.reader import random_map
 from tokentm_jax.inputs.values import Hide
 from tokentm_jax.maths.maps import min_max
 
@@ -48,7 +49,8 @@ class Tokens(NamedTuple):
         """The embeddings of a module's word pieces. Raises InputError for a function, which takes `Texts`."""
         if module is None:
             raise InputError("Tokens are for a module that looks their embeddings up: give a function Texts")
-        return module.apply({"params": params}, jax.tree.map(jnp.asarray, self), method="look_up")
+        found: Any = module.apply({"params": params}, jax.tree.map(jnp.asarray, self), method="look_up")
+        return found
 
 
 class Texts(NamedTuple):
@@ -65,8 +67,26 @@ class Texts(NamedTuple):
     def values(self) -> Array:
         return self.embeddings
 
+    @property
+    def removable(self) -> Array:
+        """The word pieces, as a map [B, 1, N]: all tokens except marks and padding."""
+        return ~self.special[:, None]
+
     def with_values(self, numbers: Array) -> "Texts":
         return self._replace(embeddings=numbers)
+
+    def without(self, removed: Array, fill: Any, tiling: Any = None) -> "Texts":
+        """Word pieces are replaced, or deleted where `fill` is `deleted`."""
+        if callable(fill):
+            return fill(self, removed)
+        fill = jnp.asarray(fill, self.embeddings.dtype)
+        return self.with_values(jnp.where(removed[:, 0, :, None], fill, self.embeddings))
+
+    def background(self, fill: str, mean: Any) -> Array:
+        """The embedding of the model's mask, which has no colour: it also replaces black."""
+        if fill == "blur":
+            raise Unfit("the fill 'blur' is for images: of texts, words are replaced by the model's mask")
+        return mean
 
     def parts(self, model: Any, params: Any, options: Any) -> tuple[tuple[int, int], Hide]:
         """Word pieces: the model's mask replaces those that are hidden, and marks such as [CLS] stay."""
@@ -82,6 +102,18 @@ class Texts(NamedTuple):
 
     def remaining(self, kept: Array) -> Array:
         return self.mask & (kept | self.special)
+
+
+def deleted(texts: Texts, removed: Array) -> Texts:
+    """Texts without the tokens that are `removed` [B, 1, N]: those behind move up, and padding follows."""
+    kept = texts.mask & ~removed[:, 0]
+    order = jnp.argsort(~kept, axis=1, stable=True)  # kept tokens first, in their order
+    embeddings = jnp.take_along_axis(texts.embeddings, order[..., None], 1)
+    types, special = (jnp.take_along_axis(a, order, 1) for a in (texts.types, texts.special))
+    present = jnp.arange(kept.shape[1]) < kept.sum(1, keepdims=True)
+    return Texts(
+        jnp.where(present[..., None], embeddings, 0), present, jnp.where(present, types, 0), special | ~present
+    )
 
 
 def blank_of(module: Any, params: Any) -> Any:
@@ -116,6 +148,7 @@ class WordPieces:
     types: int = 0
     padded: int = 0
 
+    regular = False
     kind = "text"
     frame = None
     figures = "html"
@@ -210,6 +243,10 @@ class WordPieces:
             warnings.warn(f"{found}, and were cut", stacklevel=3)
         return self.stacked([_sample(each) for each in encoded])
 
+    def tokens(self, texts: Sequence[Text]) -> Tokens:
+        """As `read`, without a warning."""
+        return self.stacked([_sample(each) for each in self.encode(texts)])
+
     def checked(self, tokens: Any) -> Tokens:
         """Tokens of a caller as arrays of the types that the model wants. Raises InputError for others."""
         if not isinstance(tokens, Tokens):
@@ -237,7 +274,7 @@ class WordPieces:
         """A text of a data set as tokens [N], and where its characters are rated [N, 2]: for each token the number
         of its word (-1: none), and the word's rating."""
         if not isinstance(example.content, str):
-            raise InputError(f"{example.key} is no text, and the model takes texts")
+            raise InputError(f"{example.key} is a {kind_of(example.content)}, and the model takes texts")
         (encoded,) = self.encode([example.content], example.key)
         if example.mask is None:
             return _sample(encoded), None
@@ -268,10 +305,23 @@ class WordPieces:
         shape = (size, self._size(1))
         return Tokens(*(jax.ShapeDtypeStruct(shape, kind) for kind in (jnp.int32, jnp.bool_, jnp.int32, jnp.bool_)))
 
-    def for_store(self, texts: Sequence[str]) -> "WordPieces":
-        """The same reader with one length for all of these texts."""
+    def fixed(self, source: Source) -> "WordPieces":
+        """The same reader with one length of batches for all texts of a source."""
+        texts: Any = [source[i].content for i in range(len(source))]
         longest = max(len(each.ids) for each in self.encode(texts))
         return dataclasses.replace(self, padded=dataclasses.replace(self, padded=0)._size(longest))
+
+    def dummy(self, size: int) -> Tokens:
+        """A batch of texts of medium length, to measure speed."""
+        return self.stacked([_sample(each) for each in self.encode(["a text of some common words " * 4] * size)])
+
+    def noise(self, keys: Sequence[str], seed: int, module: Any, inputs: Tokens, pixels: bool) -> np.ndarray:
+        """A random map [1, N] for each key, the same for every length of the padding: [B, 1, N]."""
+        return np.stack([random_map(key, (1, self.length), seed) for key in keys])[..., : inputs.ids.shape[1]]
+
+    def blank(self, module: Any, params: Any) -> Any:
+        """The embedding [D] that replaces a removed word piece."""
+        return blank_of(module, params)
 
     def to_pixels(self, maps: Array, inputs: Texts, module: Any) -> Array:
         """Maps [B, 1, N] with the words' scores in [0, 1], and 0 for tokens that are no part of a word."""

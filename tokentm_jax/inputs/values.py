@@ -35,8 +35,22 @@ class Inputs(Protocol):
         """Which tokens [B, N] are present; None: all."""
         ...
 
+    @property
+    def removable(self) -> Any:
+        """Which places [B, h, w] of a map can be removed; None: all."""
+        ...
+
     def with_values(self, numbers: Array) -> Any:
         """The model's input with other numbers."""
+        ...
+
+    def without(self, removed: Array, fill: Any, tiling: Any = None) -> Any:
+        """The model's input with places `removed` [B, h, w] of a map replaced by `fill`: a value, an array that fits
+        the values, or a function `(inputs, removed) -> inputs`."""
+        ...
+
+    def background(self, fill: str, mean: Any) -> Any:
+        """The `fill` of that name, "mean", "black" or "blur"; `mean` is the reader's `blank`."""
         ...
 
     def parts(self, model: Any, params: Any, options: Any) -> tuple[tuple[int, int], Hide]:
@@ -58,9 +72,25 @@ class Images(NamedTuple):
 
     regular = True
     mask = None
+    removable = None
 
     def with_values(self, numbers: Array) -> Array:
         return numbers
+
+    def without(self, removed: Array, fill: Any, tiling: Any = None) -> Array:
+        """Pixels are replaced; `removed` may be of patches, which divide the image or lie as `tiling` says."""
+        images = self.values
+        if removed.shape[1:] != images.shape[1:3]:
+            removed = spread(removed, (images.shape[1], images.shape[2]), tiling)
+        if callable(fill):
+            return fill(images, removed)
+        return jnp.where(removed[..., None], jnp.asarray(fill, images.dtype), images)
+
+    def background(self, fill: str, mean: Any) -> Array:
+        """The mean colour [C], black [C], or the images blurred [B, H, W, C]."""
+        if fill == "blur":
+            return blur(self.values)
+        return jnp.asarray(mean if fill == "mean" else (0.0,) * len(mean), self.values.dtype)
 
     def parts(self, model: Any, params: Any, options: Any) -> tuple[tuple[int, int], Hide]:
         """Squares of pixels; of patches that overlap, the pixels that are nearest to the centre of the patch."""

@@ -1,5 +1,6 @@
 """How faithful heatmaps are: one file per metric with its task, and the table of tasks."""
 
+from tokentm_jax.inputs.reader import random_map as random_map
 from tokentm_jax.maths.perturbation import blur as blur
 from tokentm_jax.metrics.complexity import entropy as entropy
 from tokentm_jax.metrics.complexity import gini as gini
@@ -17,7 +18,6 @@ from tokentm_jax.metrics.removal import by_patch as by_patch
 from tokentm_jax.metrics.removal import coarsened as coarsened
 from tokentm_jax.metrics.removal import confidence as confidence
 from tokentm_jax.metrics.removal import perturb as perturb
-from tokentm_jax.metrics.removal import random_map as random_map
 from tokentm_jax.metrics.removal import rank_pixels as rank_pixels
 from tokentm_jax.metrics.removal import removal as removal
 from tokentm_jax.metrics.removal import scores as scores

@@ -8,32 +8,38 @@ from tokentm_jax.maths.maps import shares
 from tokentm_jax.metrics.task import Column, Predict, Subject, Task
 
 
-def _shares(maps: Array) -> Array:
-    """Absolute values as shares of their sum: [B, n]; equal ones for a map of zeros."""
-    found = jnp.abs(shares(maps)).reshape(len(maps), -1)
-    return jnp.where(found.any(1, keepdims=True), found, 1 / found.shape[1])
+def _shares(maps: Array, where: Array | None) -> tuple[Array, Array]:
+    """Absolute values as shares of their sum, equal ones for a map of zeros: [B, n]; and how many count: [B, 1]."""
+    counted = jnp.ones(maps.shape, bool) if where is None else where
+    found = jnp.abs(shares(jnp.where(counted, maps, 0))).reshape(len(maps), -1)
+    counted = counted.reshape(len(maps), -1)
+    count = counted.sum(1, keepdims=True)
+    equal = jnp.where(counted, 1 / jnp.maximum(count, 1).astype(found.dtype), 0)
+    return jnp.where(found.any(1, keepdims=True), found, equal), count
 
 
-def gini(maps: Array) -> Array:
+def gini(maps: Array, where: Array | None = None) -> Array:
     """Gini index of the absolute values (sparseness; Chalasani et al., ICML 2020) -> [B], from 0 for equal ones to
     1 - 1/n for a single one.
 
         1 - 2 sum_k share_(k) (n - k + 1/2) / n,   shares sorted from the least, k = 1 ... n
+
+    Only the n values `where` True [B, h, w] count.
     """
-    shares = jnp.sort(_shares(maps), axis=1)
-    n = shares.shape[1]
-    weights = (n - jnp.arange(1, n + 1, dtype=shares.dtype) + 0.5) / n
+    found, count = _shares(maps, where)
+    shares, n = jnp.sort(found, axis=1), found.shape[1]
+    weights = (n - jnp.arange(1, n + 1, dtype=shares.dtype) + 0.5) / jnp.maximum(count, 1).astype(shares.dtype)
     return 1 - 2 * (shares * weights).sum(1)
 
 
-def entropy(maps: Array) -> Array:
+def entropy(maps: Array, where: Array | None = None) -> Array:
     """Entropy in nats of the absolute values as a distribution (complexity; Bhatt et al., IJCAI 2020) -> [B], from 0
     for a single one to ln n for equal ones."""
-    return jax.scipy.special.entr(_shares(maps)).sum(1)
+    return jax.scipy.special.entr(_shares(maps, where)[0]).sum(1)
 
 
 def _complexity(predict: Predict, subject: Subject, maps: Array) -> dict[str, Array]:
-    return {"gini": gini(maps), "entropy": entropy(maps)}
+    return {"gini": gini(maps, subject.removable), "entropy": entropy(maps, subject.removable)}
 
 
 COMPLEXITY = Task(

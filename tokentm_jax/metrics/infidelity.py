@@ -1,7 +1,7 @@
 """Infidelity: whether relevance predicts what the removal of random patches costs."""
 
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from annotated_types import Gt, Lt
 from jax import Array
 
 from tokentm_jax.maths.maps import Tiling
-from tokentm_jax.metrics.removal import by_patch, confidence, perturb
+from tokentm_jax.metrics.removal import by_patch, confidence, perturb, rank_pixels
 from tokentm_jax.metrics.task import Background, Column, Predict, Samples, Seed, Subject, Target, Task
 
 REMOVALS = 50
@@ -19,7 +19,7 @@ Share = Annotated[float, Gt(0), Lt(1)]
 
 def random_removals(
     predict: Predict,
-    images: Array,
+    images: Any,
     maps: Array,
     target: Target,
     fill: Array | float,
@@ -47,14 +47,27 @@ def removed_patches(grid: tuple[int, int], samples: int, share: float, seed: int
     return order.reshape(samples, *grid) < max(1, round(share * patches))
 
 
+def removed_parts(removable: Array, samples: int, share: float, seed: int = 0) -> Array:
+    """As `removed_patches`, among the places that are `removable` [B, h, w]: bool [samples, B, h, w]. The same order
+    of places for every sample."""
+
+    def one(key: Array) -> Array:
+        noise = jnp.broadcast_to(jax.random.uniform(key, removable.shape[1:]), removable.shape)
+        counts = removable.sum((1, 2), keepdims=True, dtype=jnp.int32)
+        counts = jnp.round(share * counts.astype(noise.dtype)).astype(jnp.int32)
+        return (rank_pixels(noise, removable) < jnp.maximum(counts, 1)) & removable
+
+    return jax.lax.map(one, jax.random.split(jax.random.key(seed), samples))
+
+
 def removed_relevance(maps: Array, removed: Array) -> Array:
-    """Sums [B, samples] of maps [B, gh, gw] over the patches removed [samples, gh, gw]."""
+    """Sums [B, samples] of maps [B, gh, gw] over the patches removed [samples, gh, gw] (or [samples, B, gh, gw])."""
     return jax.lax.map(lambda patches: jnp.where(patches, maps, 0).sum((1, 2)), removed).T
 
 
 def removal_drops(
     predict: Predict,
-    images: Array,
+    images: Any,
     removed: Array,
     target: Target,
     fill: Array | float,
@@ -63,7 +76,7 @@ def removal_drops(
     """How much what is followed drops, [B, samples], where patches [samples, gh, gw] of images are set to `fill`."""
 
     def left(patches: Array) -> Array:
-        ranks = jnp.where(patches, 0, 1)[None]
+        ranks = jnp.where(patches, 0, 1).reshape(-1, *patches.shape[-2:])
         return confidence(predict, perturb(images, ranks, 1, True, fill, tiling), target)
 
     return (confidence(predict, images, target) - jax.lax.map(left, removed)).T
@@ -91,9 +104,12 @@ def _removals(
     share: Share = 0.1,
     seed: Seed = 0,
 ) -> tuple[Array, Array]:
-    removed = removed_patches(subject.grid, samples, share, seed)
+    if subject.removable is None:
+        removed = removed_patches(subject.grid, samples, share, seed)
+    else:
+        removed = removed_parts(subject.removable, samples, share, seed)
     background = subject.background(fill)
-    return removed, removal_drops(predict, subject.images, removed, subject.target, background, subject.tiling)
+    return removed, removal_drops(predict, subject.inputs, removed, subject.target, background, subject.tiling)
 
 
 def _infidelity(predict: Predict, subject: Subject, maps: Array) -> dict[str, Array]:

@@ -1,29 +1,36 @@
 """Insertion and deletion (Petsiuk et al., BMVC 2018): the probability as pixels appear and as they are removed."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
 from annotated_types import Ge, Le
 from jax import Array
 
-from tokentm_jax.metrics.removal import MOST, Fill, no_labels, plotted, removal, two_curves
+from tokentm_jax.metrics.removal import Fill, most, no_labels, plotted, removal, stacked, total, two_curves
 from tokentm_jax.metrics.statistics import unit_area
 from tokentm_jax.metrics.task import Column, Plot, Predict, Steps, Subject, Target, Task, followed_in
 from tokentm_jax.validation import checked
 
 
 def insertion_deletion(
-    predict: Predict, images: Array, maps: Array, target: Target, fill: Fill = 0.0, steps: int = 20
+    predict: Predict,
+    images: Any,
+    maps: Array,
+    target: Target,
+    fill: Fill = 0.0,
+    steps: int = 20,
+    nearest: bool = False,
 ) -> dict[str, Array]:
     """Log-probability, or score, [B, 2, steps + 1] while the pixels, the most relevant first, are put on `fill`
     (insertion), and are replaced by it (deletion). Insertion of k pixels is removal of all but k from the other end.
+    Of n pixels s n / steps are changed in step s, rounded down, or to the `nearest` number (a half up).
 
     Raises InputError for `steps` that are not from 1 to the number of pixels, and 1000 at most.
     """
-    pixels = maps.shape[1] * maps.shape[2]
-    steps = checked("steps", Annotated[int, Ge(1), Le(min(pixels, MOST))], steps)
-    shown = [s * pixels // steps for s in range(steps + 1)]
-    counts = jnp.asarray([pixels - k for k in shown] + shown, jnp.int32)
+    pixels = total(images, maps)
+    steps = checked("steps", Annotated[int, Ge(1), Le(most(pixels))], steps)
+    shown = [(s * pixels + (steps // 2 if nearest else 0)) // steps for s in range(steps + 1)]
+    counts = stacked([pixels - k for k in shown] + shown)
     positive = jnp.arange(len(counts)) > steps
     return two_curves(removal(predict, images, maps, target, no_labels(images), counts, positive, fill))
 
@@ -31,7 +38,7 @@ def insertion_deletion(
 def _insertion(
     predict: Predict, subject: Subject, maps: Array, *, fill: Literal["black", "blur"] = "black", steps: Steps = 20
 ) -> dict[str, Array]:
-    return insertion_deletion(predict, subject.images, maps, subject.target, subject.background(fill), steps)
+    return insertion_deletion(predict, subject.inputs, maps, subject.target, subject.background(fill), steps)
 
 
 INSERTION = Task(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from annotated_types import Ge, Le
 from jax import Array
 
 from tokentm_jax.maths.perturbation import linear_imputation
-from tokentm_jax.metrics.removal import Fill, removal
+from tokentm_jax.metrics.removal import Fill, removal, stacked, total
 from tokentm_jax.metrics.statistics import area
 from tokentm_jax.metrics.task import (
     CLEAN,
@@ -34,14 +34,14 @@ Noise = Annotated[float, Ge(0), Le(10)]
 
 
 def perturbation(
-    predict: Predict, images: Array, maps: Array, target: Target, labels: Array, fill: Fill = 0.0
+    predict: Predict, images: Any, maps: Array, target: Target, labels: Array, fill: Fill = 0.0
 ) -> dict[str, Array]:
     """Positive and negative perturbation test: `scores` [B, 2, 9] with floor(0.1 s H W) pixels black, s = 1 ... 9.
 
     With `noisy_linear` as the `fill` it is ROAD (Rong et al., ICML 2022).
     """
-    pixels = maps.shape[1] * maps.shape[2]
-    counts = jnp.asarray([s * pixels // 10 for s in range(1, STEPS + 1)] * 2, jnp.int32)
+    pixels = total(images, maps)
+    counts = stacked([s * pixels // 10 for s in range(1, STEPS + 1)] * 2)
     positive = jnp.arange(2 * STEPS) < STEPS
     found = removal(predict, images, maps, target, labels, counts, positive, fill)
     return jax.tree.map(lambda a: a.reshape(len(a), 2, STEPS), found)
@@ -59,12 +59,13 @@ def noisy_linear(images: Array, removed: Array, noise: float = 0.01, seed: int =
 
 
 def _perturbation(predict: Predict, subject: Subject, maps: Array) -> dict[str, Array]:
-    return perturbation(predict, subject.images, maps, subject.target, subject.labels)
+    black = subject.background("black")
+    return perturbation(predict, subject.inputs, maps, subject.target, subject.labels, black)
 
 
 def _road(predict: Predict, subject: Subject, maps: Array, *, noise: Noise = 0.01, seed: Seed = 0) -> dict[str, Array]:
     fill = partial(noisy_linear, noise=noise, seed=seed)
-    return perturbation(predict, subject.images, maps, subject.target, subject.labels, fill)
+    return perturbation(predict, subject.inputs, maps, subject.target, subject.labels, fill)
 
 
 # Accuracies start at the clean one; probabilities are those of the predicted class, the most relevant pixels removed
@@ -115,4 +116,5 @@ ROAD = Task(
     },
     Plot("pixels imputed [%]", "accuracy [%]", _perturbation_curves),
     needs="labels",
+    regular=True,
 )

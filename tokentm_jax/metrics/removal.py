@@ -5,9 +5,8 @@ Functions take a batch and give results per image: maps are pixel maps [B, H, W]
 `target` [B], or the score of a `Question` (`tokentm_jax.maths.scores`), which need be no probability.
 """
 
-import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import chex
@@ -16,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tokentm_jax.maths.maps import Tiling, spread
+from tokentm_jax.inputs.values import of
+from tokentm_jax.maths.maps import Tiling
 from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.scores import Question, explained, log_probability
 from tokentm_jax.metrics.task import Predict, Table, Target, followed_in
@@ -25,37 +25,52 @@ Fill = Array | float | Callable[[Array, Array], Array]  # what replaces removed 
 MOST = 1000  # steps, or groups of pixels: each is a forward pass
 
 
-def rank_pixels(maps: Array) -> Array:
+def rank_pixels(maps: Array, removable: Array | None = None) -> Array:
     """Rank of every pixel of maps [B, H, W], as int32 of that shape: 0 is the most relevant; of equal values, the
-    one with the lower index comes first."""
+    one with the lower index comes first. Places that are not `removable` [B, H, W] come last."""
     chex.assert_rank(maps, 3)
-    order = jnp.argsort(maps.reshape(len(maps), -1), axis=1, descending=True, stable=True).astype(jnp.int32)
+    values = maps if removable is None else jnp.where(removable, maps, -jnp.inf)
+    order = jnp.argsort(values.reshape(len(maps), -1), axis=1, descending=True, stable=True).astype(jnp.int32)
     places = jnp.broadcast_to(jnp.arange(order.shape[1], dtype=jnp.int32), order.shape)
     put = jax.vmap(lambda o, p: jnp.zeros_like(p).at[o].set(p, unique_indices=True))
     return put(order, places).reshape(maps.shape)
 
 
+def total(inputs: Any, maps: Array) -> Any:
+    """How many places of maps [B, h, w] can be removed: a number, or [B, 1, 1] where samples differ."""
+    removable = of(inputs).removable
+    if removable is None:
+        return maps.shape[1] * maps.shape[2]
+    return removable.sum((1, 2), keepdims=True, dtype=jnp.int32)
+
+
+def most(pixels: Any) -> int:
+    """The most steps for that many `total` places, each a forward pass; samples that differ may repeat a step."""
+    return min(pixels, MOST) if isinstance(pixels, int) else MOST
+
+
+def stacked(counts: Sequence[Any]) -> Array:
+    """Counts, each a number or [B, 1, 1], as an array [S] or [S, B, 1, 1]."""
+    return jnp.stack([jnp.asarray(count, jnp.int32) for count in counts])
+
+
 def perturb(
-    images: Array,
+    images: Any,
     ranks: Array,
     count: Array | int,
     positive: Array | bool,
     fill: Fill = 0.0,
     tiling: Tiling | None = None,
-) -> Array:
+) -> Any:
     """Images [B, H, W, C] with `count` pixels set to `fill`: the first by rank (positive) or the last.
 
-    `ranks` are those of pixels [B, H, W], or of patches [B, gh, gw]: then `count` patches go, which divide the image
-    or lie as `tiling` says (`tokentm_jax.maths.maps.spread`). `fill` is a value, an array that fits the images, or a
-    function `(images, removed [B, H, W]) -> images`.
+    `ranks` are those of pixels [B, H, W], or of patches [B, gh, gw]: then `count` patches are removed, which divide
+    the image or lie as `tiling` says (`tokentm_jax.maths.maps.spread`). `fill` is a value, an array that fits the
+    images, or a function `(images, removed [B, H, W]) -> images`. Of `Texts`, word pieces are removed.
     """
-    _, gh, gw = ranks.shape
-    removed = jnp.where(positive, ranks < count, ranks >= gh * gw - count)
-    if ranks.shape[1:] != images.shape[1:3]:
-        removed = spread(removed, (images.shape[1], images.shape[2]), tiling)
-    if callable(fill):
-        return fill(images, removed)
-    return jnp.where(removed[..., None], jnp.asarray(fill, images.dtype), images)
+    removed = jnp.where(positive, ranks < count, ranks >= total(images, ranks) - count)
+    removable = of(images).removable
+    return of(images).without(removed if removable is None else removed & removable, fill, tiling)
 
 
 def scores(logits: Array, target: Target, labels: Array) -> dict[str, Array]:
@@ -73,19 +88,19 @@ def followed(found: dict[str, Any]) -> Any:
     return found["score"] if "score" in found else jnp.exp(found["log_probability"])
 
 
-def confidence(predict: Predict, images: Array, target: Target) -> Array:
+def confidence(predict: Predict, images: Any, target: Target) -> Array:
     """What is followed, the probability of the class or the score of a question, for images [B, H, W, C]: [B]."""
     return followed(scores(predict(images), target, no_labels(images)))
 
 
-def no_labels(images: Array) -> Array:
+def no_labels(images: Any) -> Array:
     """Labels of images that have none."""
-    return jnp.full(len(images), -1)
+    return jnp.full(len(of(images).values), -1)
 
 
 def removal(
     predict: Predict,
-    images: Array,
+    images: Any,
     maps: Array,
     target: Target,
     labels: Array,
@@ -94,11 +109,12 @@ def removal(
     fill: Fill = 0.0,
     tiling: Tiling | None = None,
 ) -> dict[str, Array]:
-    """`scores` after removing `counts` [S] pixels, or patches, in the given directions [S] (`perturb`): arrays [B, S].
+    """`scores` after removing `counts` [S], or [S, B, 1, 1], of pixels or patches, in the given directions [S]
+    (`perturb`): arrays [B, S].
 
     One forward pass of the whole batch after the other, so that memory does not grow with S.
     """
-    ranks = rank_pixels(maps)
+    ranks = rank_pixels(maps, of(images).removable)
 
     def step(way: tuple[Array, Array]) -> dict[str, Array]:
         return scores(predict(perturb(images, ranks, *way, fill, tiling)), target, labels)
@@ -130,12 +146,6 @@ def coarsened(maps: Array, grid: tuple[int, int], tiling: Tiling | None = None) 
     """Maps [B, h, w] as they are, or where they have more values than a grid has patches, their means (`by_patch`)."""
     finer = maps.shape[1] * maps.shape[2] > math.prod(grid)
     return by_patch(maps, grid, tiling) if finer else maps
-
-
-def random_map(key: str, shape: tuple[int, int], seed: int = 0) -> np.ndarray:
-    """The baseline: noise [h, w] in [0, 1) that depends on the example's name only, float32."""
-    digest = hashlib.sha256(f"{seed}/{key}".encode("utf-8", "surrogatepass")).digest()
-    return np.random.default_rng(int.from_bytes(digest[:16])).random(shape, np.float32)
 
 
 def two_curves(found: dict[str, Array]) -> dict[str, Array]:

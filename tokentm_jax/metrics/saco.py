@@ -1,6 +1,6 @@
 """SaCo (Wu et al., CVPR 2024): whether more salient groups of pixels cost the class more."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,8 @@ from annotated_types import Ge, Le
 from jax import Array
 
 from tokentm_jax.errors import InputError
-from tokentm_jax.metrics.removal import MOST, confidence, rank_pixels
+from tokentm_jax.inputs.values import of
+from tokentm_jax.metrics.removal import MOST, confidence, rank_pixels, total
 from tokentm_jax.metrics.task import Column, Predict, Subject, Target, Task
 from tokentm_jax.validation import checked
 
@@ -17,23 +18,26 @@ GROUPS = 10  # of pixels
 
 
 def group_drops(
-    predict: Predict, images: Array, maps: Array, target: Target, groups: int = GROUPS
+    predict: Predict, images: Any, maps: Array, target: Target, groups: int = GROUPS, fill: Array | None = None
 ) -> dict[str, Array]:
     """What `saco` needs: salience [B, groups] of equally large groups of pixels, the most relevant first, and the
-    drop of what is followed when a group is set to the image's mean colour.
+    drop of what is followed when a group is set to `fill`; None: the image's mean colour.
 
     Raises InputError for `groups` that are not from 2 (a pair) to the number of pixels, and 1000 at most.
     """
     _, h, w = maps.shape
     groups = checked("groups", Annotated[int, Ge(2), Le(min(h * w, MOST))], groups)
     # 64 bits are not at hand; h * w * groups stays below 2^31 up to 14,000 x 14,000 pixels.
-    group = rank_pixels(maps) * groups // (h * w)
-    fill = images.mean((1, 2), keepdims=True)
+    removable = of(images).removable
+    group = rank_pixels(maps, removable) * groups // total(images, maps)
+    if removable is not None:
+        group = jnp.where(removable, group, groups)
+    fill = images.mean((1, 2), keepdims=True) if fill is None else fill
 
     def step(k: Array) -> tuple[Array, Array]:
         inside = group == k
         salience = jnp.where(inside, maps, 0).sum((1, 2))
-        return salience, confidence(predict, jnp.where(inside[..., None], fill, images), target)
+        return salience, confidence(predict, of(images).without(inside, fill), target)
 
     salience, without = jax.lax.map(step, jnp.arange(groups, dtype=jnp.int32))
     return {"salience": salience.T, "drop": (confidence(predict, images, target) - without).T}
@@ -59,7 +63,8 @@ def saco(salience: np.ndarray, drop: np.ndarray) -> np.ndarray:
 def _saco(
     predict: Predict, subject: Subject, maps: Array, *, groups: Annotated[int, Ge(2), Le(MOST)] = GROUPS
 ) -> dict[str, Array]:
-    return group_drops(predict, subject.images, maps, subject.target, groups)
+    fill = None if subject.removable is None else subject.background("mean")
+    return group_drops(predict, subject.inputs, maps, subject.target, groups, fill)
 
 
 SACO = Task(

@@ -109,4 +109,5 @@ SEGMENTATION = Task(
     },
     Plot("recall", "precision", _segmentation_curves),
     needs="masks",
+    regular=True,
 )

@@ -1,20 +1,21 @@
 """Max-sensitivity: whether maps stay when images change little."""
 
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 from annotated_types import Gt, Le
 from jax import Array
 
+from tokentm_jax.inputs.values import values, with_values
 from tokentm_jax.metrics.task import Column, Predict, Samples, Seed, Subject, Task
 
 Radius = Annotated[float, Gt(0), Le(1)]
 
 
 def max_sensitivity(
-    explain: Callable[[Array], Array], images: Array, maps: Array, radius: float, samples: int, seed: int = 0
+    explain: Callable[[Any], Array], images: Any, maps: Array, radius: float, samples: int, seed: int = 0
 ) -> Array:
     """Largest relative change of maps [B, h, w] over random images within `radius` of each pixel's value: [B].
 
@@ -24,9 +25,11 @@ def max_sensitivity(
     class that was explained. A map of zeros that stays has 0, and one that does not has 1, as one that becomes zeros.
     """
 
+    numbers = values(images)
+
     def change(key: Array) -> Array:
-        step = jax.random.uniform(key, images.shape[1:], images.dtype, -radius, radius)
-        return jnp.sqrt(jnp.square(explain(images + step) - maps).sum((1, 2)))
+        step = jax.random.uniform(key, numbers.shape[1:], numbers.dtype, -radius, radius)
+        return jnp.sqrt(jnp.square(explain(with_values(images, numbers + step)) - maps).sum((1, 2)))
 
     largest = jax.lax.map(change, jax.random.split(jax.random.key(seed), samples)).max(0)
     size = jnp.sqrt(jnp.square(maps).sum((1, 2)))
@@ -43,7 +46,7 @@ def _sensitivity(
     seed: Seed = 0,
 ) -> dict[str, Array]:
     assert subject.explain is not None
-    return {"sensitivity": max_sensitivity(subject.explain, subject.images, maps, radius, samples, seed)}
+    return {"sensitivity": max_sensitivity(subject.explain, subject.inputs, maps, radius, samples, seed)}
 
 
 SENSITIVITY = Task(

@@ -9,32 +9,35 @@ from tokentm_jax.metrics.statistics import magnitude
 from tokentm_jax.metrics.task import Column, Predict, Subject, Task
 
 
-def rank_correlation(a: Array, b: Array) -> Array:
-    """Spearman's correlation of maps [B, ...] -> [B], equal values sharing their mean rank; 0 for a constant map."""
+def rank_correlation(a: Array, b: Array, where: Array | None = None) -> Array:
+    """Spearman's correlation of maps [B, ...] -> [B], equal values sharing their mean rank; 0 for a constant map.
+    Only the values `where` True [B, ...] count."""
+    counted = jnp.ones(a.shape, bool) if where is None else jnp.broadcast_to(where, a.shape)
 
-    def ranks(values: Array) -> Array:
-        ordered = jnp.sort(values)
+    def ranks(values: Array, counted: Array) -> Array:
+        ordered = jnp.sort(jnp.where(counted, values, jnp.inf))
         low, high = (jnp.searchsorted(ordered, values, side=side) for side in ("left", "right"))
-        return (low + high).astype(jnp.float32) / 2
+        found = (low + jnp.minimum(high, counted.sum())).astype(jnp.float32) / 2
+        return jnp.where(counted, found - found.mean(where=counted), 0)
 
-    def one(x: Array, y: Array) -> Array:
-        x, y = (r - r.mean() for r in (ranks(x.ravel()), ranks(y.ravel())))
+    def one(x: Array, y: Array, counted: Array) -> Array:
+        x, y = (ranks(values.ravel(), counted.ravel()) for values in (x, y))
         norm = jnp.sqrt(jnp.square(x).sum() * jnp.square(y).sum())
         return jnp.where(norm > 0, (x * y).sum() / jnp.where(norm > 0, norm, 1), 0)
 
-    return jax.vmap(one)(a, b)
+    return jax.vmap(one)(a, b, counted)
 
 
 def _sanity(predict: Predict, subject: Subject, maps: Array) -> dict[str, Array]:
     assert subject.original is not None
-    return {"similarity": rank_correlation(maps, subject.original)}
+    return {"similarity": rank_correlation(maps, subject.original, subject.removable)}
 
 
 def _agreement(predict: Predict, subject: Subject, maps: Array) -> dict[str, Array]:
     assert subject.reference is not None
     _, gh, gw = subject.reference.shape
     maps = by_patch(maps, (gh, gw), subject.tiling)
-    return {"agreement": rank_correlation(maps, subject.reference)}
+    return {"agreement": rank_correlation(maps, subject.reference, subject.removable)}
 
 
 SANITY = Task(

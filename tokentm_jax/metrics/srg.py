@@ -1,6 +1,6 @@
 """Symmetric relevance gain (Bluecher et al., TMLR 2024): the probability as patches are removed from either end."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +8,7 @@ from annotated_types import Ge, Le
 from jax import Array
 
 from tokentm_jax.maths.maps import Tiling
-from tokentm_jax.metrics.removal import MOST, Fill, by_patch, no_labels, plotted, removal, two_curves
+from tokentm_jax.metrics.removal import Fill, by_patch, most, no_labels, plotted, removal, stacked, total, two_curves
 from tokentm_jax.metrics.statistics import unit_area
 from tokentm_jax.metrics.task import Background, Column, Plot, Predict, Steps, Subject, Target, Task, followed_in
 from tokentm_jax.validation import checked
@@ -16,7 +16,7 @@ from tokentm_jax.validation import checked
 
 def patch_removal(
     predict: Predict,
-    images: Array,
+    images: Any,
     maps: Array,
     target: Target,
     fill: Fill,
@@ -28,9 +28,9 @@ def patch_removal(
 
     Raises InputError for `steps` that are not from 1 to the number of patches, and 1000 at most.
     """
-    patches = maps.shape[1] * maps.shape[2]
-    steps = checked("steps", Annotated[int, Ge(1), Le(min(patches, MOST))], steps)
-    counts = jnp.asarray([s * patches // steps for s in range(steps + 1)] * 2, jnp.int32)
+    patches = total(images, maps)
+    steps = checked("steps", Annotated[int, Ge(1), Le(most(patches))], steps)
+    counts = stacked([s * patches // steps for s in range(steps + 1)] * 2)
     positive = jnp.arange(2 * steps + 2) <= steps
     return two_curves(removal(predict, images, maps, target, no_labels(images), counts, positive, fill, tiling))
 
@@ -55,7 +55,7 @@ def _srg(
 ) -> dict[str, Array]:
     maps = by_patch(maps, subject.grid, subject.tiling)
     background = subject.background(fill)
-    return patch_removal(predict, subject.images, maps, subject.target, background, steps, subject.tiling)
+    return patch_removal(predict, subject.inputs, maps, subject.target, background, steps, subject.tiling)
 
 
 SRG = Task(

@@ -1,7 +1,7 @@
 """What a task is: a metric of every image, the columns that a table shows of it, and its plot."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
@@ -11,8 +11,9 @@ from annotated_types import Ge, Le
 from jax import Array
 
 from tokentm_jax.errors import InputError
+from tokentm_jax.inputs.texts import Texts
+from tokentm_jax.inputs.values import of
 from tokentm_jax.maths.maps import Tiling
-from tokentm_jax.maths.perturbation import blur
 from tokentm_jax.maths.scores import Channel, Question
 from tokentm_jax.methods.table import METHODS
 from tokentm_jax.metrics.statistics import Statistic, mean
@@ -35,9 +36,9 @@ Seed = Annotated[int, Ge(0), Le(LARGEST_SEED)]
 
 
 class Subject(NamedTuple):
-    """A batch that is measured: images in [0, 1], what is explained, the label of each, and what a task asks for."""
+    """A batch that is measured: its inputs, what is explained, the label of each, and what a task asks for."""
 
-    images: Array  # [B, H, W, C]
+    inputs: Any  # images [B, H, W, C] in [0, 1], or `Texts`
     target: Target  # classes [B], or the `Question` whose score is explained and followed
     labels: Array  # [B]
     masks: Array | None = None  # [B, H, W], where the task needs them
@@ -46,14 +47,17 @@ class Subject(NamedTuple):
     shared: Any = None  # what the task's `shared` gave
     explain: Callable[[Array], Array] | None = None  # images -> maps by the row's method, for a task that `explains`
     grid: tuple[int, int] = (1, 1)  # of the model's patches
-    mean: Sequence[float] = (0.5, 0.5, 0.5)  # the mean colour of the model's data
+    mean: Any = (0.5, 0.5, 0.5)  # the mean colour of the model's data, or the embedding [D] of its mask
     tiling: Tiling | None = None  # of the model's patches, where it has them
 
     def background(self, fill: Background) -> Array:
-        """What replaces removed pixels, [C] or [B, H, W, C]."""
-        if fill == "blur":
-            return blur(self.images)
-        return jnp.asarray(self.mean if fill == "mean" else (0.0,) * len(self.mean), self.images.dtype)
+        """What replaces removed pixels, [C] or [B, H, W, C], or word pieces, [D]."""
+        return of(self.inputs).background(fill, self.mean)
+
+    @property
+    def removable(self) -> Array | None:
+        """Which places [B, h, w] of a map can be removed; None: all."""
+        return of(self.inputs).removable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +107,7 @@ class Task:
     columns: Mapping[str, Column]
     plot: Plot | None = None  # None: the first column with its interval
     needs: Literal["", "labels", "masks"] = ""
+    regular: bool | None = None  # True: only for images; False: only for inputs whose parts are no grid, such as texts
     raw: bool = False  # `maps` are as the method gives them, [B, gh, gw] or [B, H, W], and not pixel maps in [0, 1]
     against_original: bool = False  # `subject.original` are the maps without `random_blocks`
     reference: str = ""  # a method whose maps, made once for every image and kept in the run, are `subject.reference`
@@ -139,21 +144,22 @@ class Task:
         Raises InputError as `check`, and for anything but arrays whose first axis is the batch.
         """
         own, batch = self.check(name, options), 2
-        maps = jax.ShapeDtypeStruct((batch, SIDE, SIDE), jnp.float32)
-        images = jax.ShapeDtypeStruct((batch, SIDE, SIDE, 3), jnp.float32)
-        masks, classes = (jax.ShapeDtypeStruct(s, d) for s, d in ((maps.shape, bool), ((batch,), jnp.int32)))
+        inputs, maps, masks = _example(batch, self.regular is not False)
+        classes = jax.ShapeDtypeStruct((batch,), jnp.int32)
 
-        def predict(images: Array) -> Array:
-            return images.mean((1, 2))
+        def predict(inputs: Any) -> Array:
+            numbers = of(inputs).values
+            return numbers.reshape(batch, -1, numbers.shape[-1]).mean(1)
 
-        def compute(images: Array, classes: Array, masks: Array, maps: Array) -> dict[str, Array]:
+        def compute(inputs: Any, classes: Array, masks: Array, maps: Array) -> dict[str, Array]:
             target = Question(Channel(0)) if scored else classes
-            subject = Subject(images, target, classes, masks, maps, maps, explain=lambda _: maps, grid=(SIDE, SIDE))
+            grid = (maps.shape[1], maps.shape[2])
+            subject = Subject(inputs, target, classes, masks, maps, maps, explain=lambda _: maps, grid=grid)
             if self.shared is not None:
                 subject = subject._replace(shared=self.shared(predict, subject, **own["shared"]))
             return self.compute(predict, subject, maps, **own["compute"])
 
-        found = jax.eval_shape(compute, images, classes, masks, maps)
+        found = jax.eval_shape(compute, inputs, classes, masks, maps)
         if not isinstance(found, dict) or any(array.shape[:1] != (batch,) for array in found.values()):
             raise InputError(f"the task {name!r} must return a dict of arrays [B, ...], got {found}")
         return record_types({"finite": jax.ShapeDtypeStruct((batch,), bool), **found})
@@ -168,6 +174,20 @@ class Task:
 
 SIDE = 32  # so that an image has more patches than the most steps or groups that an option may ask for
 LARGEST = 3.5e38  # of float32
+
+
+def _example(batch: int, regular: bool) -> tuple[Any, Any, Any]:
+    """Shapes and types of images, maps and masks whose patches are pixels; or of texts, maps and ratings."""
+
+    def array(*shape: int, dtype: Any = jnp.float32) -> Any:
+        return jax.ShapeDtypeStruct((batch, *shape), dtype)
+
+    if regular:
+        return array(SIDE, SIDE, 3), array(SIDE, SIDE), array(SIDE, SIDE, dtype=bool)
+    flags, types = array(SIDE, dtype=bool), array(SIDE, dtype=jnp.int32)
+    return Texts(array(SIDE, 3), flags, types, flags), array(1, SIDE), array(SIDE, 2)
+
+
 Number = Annotated[float, Ge(-LARGEST), Le(LARGEST)]
 LogProbability = Annotated[float, Ge(-LARGEST), Le(1e-3)]
 

@@ -1,6 +1,7 @@
 """The table of tasks. A task of yours is a new row: `TASKS["mine"] = Task(...)`."""
 
 from tokentm_jax.metrics.complexity import COMPLEXITY
+from tokentm_jax.metrics.eraser import ERASER, LEAVE_ONE_OUT, PEOPLE
 from tokentm_jax.metrics.infidelity import INFIDELITY
 from tokentm_jax.metrics.insertion import INSERTION
 from tokentm_jax.metrics.perturbation import PERTURBATION, ROAD
@@ -23,4 +24,7 @@ TASKS: dict[str, Task] = {
     "infidelity": INFIDELITY,
     "complexity": COMPLEXITY,
     "shapley": SHAPLEY,
+    "eraser": ERASER,
+    "leave_one_out": LEAVE_ONE_OUT,
+    "people": PEOPLE,
 }

@@ -3,7 +3,6 @@
 Its blocks are those of `vit`, and sow the same names. Axes as there; N is the number of tokens of the longest text.
 """
 
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -44,6 +43,11 @@ class Bert(nn.Module):
     post_norm = True
     prefix = 0  # every token has a score
     grid = None
+
+    def example(self) -> Tokens:
+        """Shapes and types of a batch of one."""
+        ids, flags = (jax.ShapeDtypeStruct((1, 2), kind) for kind in (jnp.int32, jnp.bool_))
+        return Tokens(ids, flags, ids, flags)
 
     def reads(self, mask: Array) -> Array:
         """r0 [B, N]: the distribution with which the head reads tokens; mask [B, N]."""
@@ -135,11 +139,3 @@ class Bert(nn.Module):
         if self.pooler is not None:
             pooled = primitives.activation(self.linear(pooled, *self.pooler_layer(d)), self.pooler)
         return wide(self.linear(pooled, *self.head(d)) if self.num_classes else pooled)
-
-
-@partial(jax.jit, static_argnums=0)
-def init_bert(module: Bert, key: Array) -> Any:
-    """Random parameters of `module` in float32."""
-    ids = jnp.zeros((1, 2), jnp.int32)
-    there = jnp.ones((1, 2), bool)
-    return module.init(key, Tokens(ids, there, ids, ~there))["params"]

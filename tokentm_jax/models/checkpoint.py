@@ -39,7 +39,6 @@ from tokentm_jax.files import (
     uninterrupted,
 )
 from tokentm_jax.inputs.images import Preprocessing
-from tokentm_jax.inputs.texts import Tokens
 from tokentm_jax.models.architectures import ARCHITECTURES, LARGEST, build, config_of
 from tokentm_jax.models.bert import Bert
 from tokentm_jax.models.text import TextEncoder
@@ -58,14 +57,7 @@ LARGEST_FACTOR = 50  # weights hardly compress: a file that becomes so many time
 @functools.lru_cache(maxsize=8)
 def _shapes(module: ViT | TextEncoder | Bert) -> dict[tuple[str, ...], tuple[int, ...]]:
     """Path -> shape of every parameter of `module`; those of `blocks` have the axis L in front."""
-    if isinstance(module, ViT):
-        inputs = jax.ShapeDtypeStruct((1, *module.img_size, module.in_chans), jnp.float32)
-    elif isinstance(module, Bert):
-        ids, flags = (jax.ShapeDtypeStruct((1, 2), kind) for kind in (jnp.int32, jnp.bool_))
-        inputs = Tokens(ids, flags, ids, flags)
-    else:
-        inputs = jax.ShapeDtypeStruct((1, module.context), jnp.int32)
-    variables: Any = jax.eval_shape(module.init, jax.random.key(0), inputs)
+    variables: Any = jax.eval_shape(module.init, jax.random.key(0), module.example())
     flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(variables["params"])
     return {path: leaf.shape for path, leaf in flat.items()}
 

@@ -31,6 +31,7 @@ from tokentm_jax.models.hub import HUB, download, download_weights
 from tokentm_jax.models.layouts import Folder, is_folder, is_text_folder, present, read_folder
 from tokentm_jax.models.text import TextTower
 from tokentm_jax.models.text_layouts import read_text_folder
+from tokentm_jax.samples import hint
 
 DEFAULT_MODEL = "cifar10_distilled"
 _PACKAGE = Path(__file__).parent.parent
@@ -318,6 +319,8 @@ def _weights(model: str | Mapping[str, Any] | None) -> tuple[str | None, Path]:
         return None, files[name]
     if name.partition(".")[0] in ARCHITECTURES:
         return download_weights(name)
+    if os.sep in name:
+        raise InputError(f"the folder {name} of a model does not exist{hint(Path(name))}")
     if not files:
         raise InputError(f"model {name!r} is not shipped with this installation: give a checkpoint")
     raise suggest("model", name, {**files, **ARCHITECTURES})

@@ -44,6 +44,10 @@ class TextEncoder(nn.Module):
     activation: str = "gelu"
     norm_eps: float = 1e-5
 
+    def example(self) -> jax.ShapeDtypeStruct:
+        """Shape and type of a batch of one."""
+        return jax.ShapeDtypeStruct((1, self.context), jnp.int32)
+
     @nn.compact
     def __call__(self, ids: Array) -> Array:
         w = self.width

@@ -12,7 +12,7 @@ import jax
 
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import read_json
-from tokentm_jax.models.bert import Bert, init_bert
+from tokentm_jax.models.bert import Bert
 from tokentm_jax.models.checkpoint import Tensors, fused, to_params, to_timm
 from tokentm_jax.models.layouts import (
     CONFIG,
@@ -29,6 +29,7 @@ from tokentm_jax.models.layouts import (
     renamed,
     require_heads,
 )
+from tokentm_jax.models.vit import init_params
 from tokentm_jax.samples import hint
 from tokentm_jax.validation import Name, checked
 
@@ -143,7 +144,7 @@ def read_text_folder(
             left_out.append("pooler")
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("pooler.")}
     if changes is not None:
-        fresh = to_timm(init_bert(module, jax.random.key(seed)))
+        fresh = to_timm(init_params(module, jax.random.key(seed)))
         tensors |= {name: a for name, a in fresh.items() if name.startswith("head.")}
         tensors = {**{name: a for name, a in fresh.items() if name.startswith("pooler.")}, **tensors}
         names = None

@@ -337,6 +337,10 @@ class ViT(nn.Module):
         )
         return Tiling(patch, stride)
 
+    def example(self) -> jax.ShapeDtypeStruct:
+        """Shape and type of a batch of one."""
+        return jax.ShapeDtypeStruct((1, *self.img_size, self.in_chans), jnp.float32)
+
     @property
     def prefix(self) -> int:
         """Number of tokens before the patch tokens: class, distillation, registers."""
@@ -507,6 +511,6 @@ class ViT(nn.Module):
 
 
 @partial(jax.jit, static_argnums=0)
-def init_params(module: ViT, key: Array) -> Any:
-    """Random parameters of `module` in float32, and nothing else that `init` returns."""
-    return module.init(key, jnp.zeros((1, *module.img_size, module.in_chans), jnp.float32))["params"]
+def init_params(module: Any, key: Array) -> Any:
+    """Random parameters of a module such as `ViT` or `Bert` in float32, and nothing else that `init` returns."""
+    return module.init(key, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), module.example()))["params"]

@@ -119,6 +119,7 @@ def explain_dataset(
     if config.score is None:
         vit.require_classes()
     translate = _translation(config, vit, source)
+    vit = dataclasses.replace(vit, preprocessing=vit.preprocessing.fixed(source))
     store = Store(out, provenance(config, vit, source))
     at_once = min(WRITING, store.at_a_time)
     own = range(process, store.chunks, processes)
@@ -184,7 +185,7 @@ def shapes(config: DatasetConfig, vit: Model, source: Source) -> dict[str, list[
     inputs, asked = vit.preprocessing.batch(1), _target(config, vit, None)
     found, _ = jax.eval_shape(_program(config, vit), vit.params, inputs, asked)
     width = max(len(key.encode("utf-8", "surrogateescape")) for key in source.keys)
-    maps = {f"maps/{method}": list(found[method].shape[1:]) for method in config.methods}
+    maps = {f"maps/{method}": [1, *found[method].shape[1:]][-2:] for method in config.methods}
     return {**maps, "logits": [vit.module.num_classes], "key": [max(1, width)]}
 
 
@@ -262,7 +263,7 @@ def _results(
             target = np.maximum(labels, 0) if config.target == "label" else None  # unknown labels are skipped later
             asked = _target(config, vit, target)
             maps, details = program(params[turn], *jax.device_put((batch.inputs, asked), devices[turn]))
-            found = {**{f"maps/{name}": array for name, array in maps.items()}, **details}
+            found = {**{f"maps/{name}": a.reshape(len(a), -1, a.shape[-1]) for name, a in maps.items()}, **details}
             if found["target"] is None:
                 found["target"] = jnp.full(len(batch.labels), -1, jnp.int32)
             for array in found.values():

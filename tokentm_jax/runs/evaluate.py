@@ -20,6 +20,7 @@ from tokentm_jax.files import reason, require_ours, write_json, write_text
 from tokentm_jax.identity import claimed, describe_model, digest, environment, write_figure
 from tokentm_jax.inputs.batches import batches
 from tokentm_jax.inputs.reader import Reader
+from tokentm_jax.inputs.values import looked_up, of
 from tokentm_jax.maths.mixed import linear
 from tokentm_jax.maths.scores import Question, Versus, question
 from tokentm_jax.methods.explain import compiled
@@ -46,6 +47,14 @@ def _clean_program(module: Any, preprocessing: Reader) -> Callable[..., dict[str
         return {"predicted": predicted, "label": labels, **metrics.scores(logits, target, labels)}
 
     return jax.jit(program)
+
+
+def _subject(module: Any, reader: Reader, params: Any, batch: Any, target: metrics.Target, labels: Array) -> Subject:
+    """A batch of a data set as what is measured."""
+    inputs = looked_up(reader.unit(batch), module, params)
+    grid = module.grid or (1, of(inputs).values.shape[1])
+    blank = reader.blank(module, params)
+    return Subject(inputs, target, labels, grid=grid, mean=blank, tiling=getattr(module, "tiling", None))
 
 
 Options = tuple[tuple[str, Any], ...]
@@ -83,23 +92,22 @@ def _score_program(
         shared: Any,
         own: Any,
     ) -> dict[str, Array]:
-        tiling = getattr(module, "tiling", None)
+        subject = _subject(module, preprocessing, params, pixels, target, labels)
 
         def ready(maps: Array) -> Array:
-            maps = jnp.where(jnp.isfinite(maps), maps, 0)
-            return metrics.coarsened(maps, module.grid, tiling) if by_patch else maps
+            maps = jnp.where(jnp.isfinite(maps), maps, 0).reshape(len(maps), -1, maps.shape[-1])
+            return metrics.coarsened(maps, subject.grid, subject.tiling) if by_patch else maps
 
         def explain(images: Array) -> Array:
             if explained is None or row is None:
                 return given
             return ready(explained(own, preprocessing.normalise(images), target)[0][row[0]])
 
-        finite, given = jnp.isfinite(maps).all((1, 2)), ready(maps)
+        finite, given = jnp.isfinite(maps).all(tuple(range(1, maps.ndim))), ready(maps)
         original = None if original is None else ready(original)
-        subject = Subject(preprocessing.unit(pixels), target, labels, masks, original, reference, shared)
-        subject = subject._replace(grid=module.grid, mean=getattr(preprocessing, "mean", ()), tiling=tiling)
+        subject = subject._replace(masks=masks, original=original, reference=reference, shared=shared)
         subject = subject._replace(explain=explain if task.explains else None)
-        measured = given if task.raw else preprocessing.to_pixels(given, subject.images, module)
+        measured = given if task.raw else preprocessing.to_pixels(given, subject.inputs, module)
         model = partial(predict, module.clone(linear=linear) if mixed else module, preprocessing, params)
         return {"finite": finite, **task.compute(model, subject, measured, **dict(options))}
 
@@ -115,10 +123,7 @@ def _shared_program(
     assert shared is not None
 
     def program(params: Any, pixels: Array, target: metrics.Target, labels: Array) -> Any:
-        subject = Subject(
-            preprocessing.unit(pixels), target, labels, grid=module.grid, mean=getattr(preprocessing, "mean", ())
-        )
-        subject = subject._replace(tiling=getattr(module, "tiling", None))
+        subject = _subject(module, preprocessing, params, pixels, target, labels)
         model = partial(predict, module.clone(linear=linear) if mixed else module, preprocessing, params)
         return shared(model, subject, **dict(options))
 
@@ -156,8 +161,8 @@ class Programs:
         """The row's maps of a batch and, for a task that compares them, those without random blocks."""
         seed, compares = self.config.seed, self.task.against_original
         if row.method == RANDOM:
-            grid = self.vit.preprocessing.size if row.options.get("pixels") else self.vit.module.grid
-            noise = [np.stack([metrics.random_map(key, grid, s) for key in keys]) for s in (seed, seed + 1)]
+            reader, of_pixels = self.vit.preprocessing, bool(row.options.get("pixels"))
+            noise = [reader.noise(keys, s, self.vit.module, pixels, of_pixels) for s in (seed, seed + 1)]
             return self.place(noise[0]), self.place(noise[1]) if compares else None
         program = compiled(self.vit.module, {row.method: row.options}, preprocessing=self.vit.preprocessing)
         target = self.target(classes)
@@ -200,12 +205,14 @@ class Programs:
         pixels = self.vit.preprocessing.batch(1)
         classes = jax.ShapeDtypeStruct((1,), jnp.int32)
         maps, _ = jax.eval_shape(self._reference(), self.vit.params, pixels, classes)
-        return record_types(dict.fromkeys(("map", "standard_error"), maps[self.task.reference]))
+        shape = (1, 1, *maps[self.task.reference].shape[1:])[-2:]
+        return record_types(dict.fromkeys(("map", "standard_error"), jax.ShapeDtypeStruct((1, *shape), jnp.float32)))
 
     def reference(self, pixels: Array, classes: Array) -> dict[str, Array]:
         """Maps of the task's `reference`, and their standard errors: each [B, h, w]."""
         maps, errors = self._reference()(self.vit.params, pixels, self.target(classes))
-        return {"map": maps[self.task.reference], **errors}
+        found = {"map": maps[self.task.reference], **errors}
+        return {name: a.reshape(len(a), -1, a.shape[-1]) for name, a in found.items()}
 
 
 class Job(NamedTuple):
@@ -266,7 +273,12 @@ def evaluate(
         raise InputError(
             f"{source.name} has no {task.needs}, which the task {config.task!r} needs; tasks without: {without}"
         )
+    regular = vit.preprocessing.regular
+    if task.regular not in (None, regular):
+        raise InputError(f"the task {config.task!r} is not for {vit.preprocessing.kind}s, which {vit.name} takes")
     for row in config.rows:
+        if row.by_patch and not regular:
+            raise InputError(f"by_patch is for maps of pixels, and {row.name!r} has it for {vit.preprocessing.kind}s")
         if row.random_blocks is not None and not 0 <= row.random_blocks <= vit.module.depth:
             raise InputError(f"random_blocks of {row.name!r} must be from 0 to {vit.module.depth} for {vit.name}")
     if config.mixed_precision and not hasattr(vit.module, "linear"):
@@ -276,6 +288,8 @@ def evaluate(
     vit.require_classes() if config.score is None else vit.score(config.score)
     translate = translation(vit, source, config.label_map)
     run = describe(config, vit, source)
+    if maps or task.reference:  # which have one shape
+        vit = dataclasses.replace(vit, preprocessing=vit.preprocessing.fixed(source))
     if maps:
         run["maps"] = [_check_maps(store, run, config, vit) for store in maps]
     with claimed(out, _terms(run), (*RESULTS, "records"), overwrite):
@@ -436,6 +450,9 @@ def _jobs(config: EvaluateConfig, source: Source, clean: Records, asked: Questio
         raise InputError(
             f"the score {config.score!r} leaves out the images of its class, and {source.name} has no other"
         )
+    if source.sizes is not None:
+        sizes = source.sizes
+        examples.sort(key=lambda example: sizes[example[0]])
     jobs = [Job(source.keys[i], PREDICTED, i, y, c) for i, c, y in examples]
     if targets:
         jobs += [Job(source.keys[i], TARGET, i, y, y) for i, c, y in examples if c != y]
@@ -465,15 +482,15 @@ def _check_maps(maps: Maps, run: Mapping[str, Any], config: EvaluateConfig, vit:
         )
     if made.get("score") != config.score:
         raise InputError(f"{maps.path} was made with the score {made.get('score')!r}, not {config.score!r}")
-    images = jax.ShapeDtypeStruct((1, *vit.preprocessing.shape), jnp.float32)
-    classes = jax.ShapeDtypeStruct((1,), jnp.int32)
+    inputs, classes = vit.preprocessing.batch(1), jax.ShapeDtypeStruct((1,), jnp.int32)
     for row in config.rows:
         if maps.has(row.method, row.options):
-            program = compiled(vit.module, {row.method: row.options})
-            shape = jax.eval_shape(program, vit.params, images, classes)[0][row.method].shape
-            if maps.maps[row.method].shape[1:] != shape[1:]:
+            program = compiled(vit.module, {row.method: row.options}, preprocessing=vit.preprocessing)
+            shape = jax.eval_shape(program, vit.params, inputs, classes)[0][row.method].shape
+            expected = [1, *shape[1:]][-2:]
+            if [*maps.maps[row.method].shape[1:]] != expected:
                 found = f"holds maps {list(maps.maps[row.method].shape[1:])} of {row.method!r}"
-                raise InputError(f"{maps.path} {found}, expected {list(shape[1:])} for {vit.name}")
+                raise InputError(f"{maps.path} {found}, expected {expected} for {vit.name}")
     return {"store": maps.path, **{name: made[name] for name in ("methods", "options", "target", "dtype", "versions")}}
 
 
