@@ -78,7 +78,8 @@ class Texts(NamedTuple):
     def without(self, removed: Array, fill: Any, tiling: Any = None) -> "Texts":
         """Word pieces are replaced, or deleted where `fill` is `deleted`."""
         if callable(fill):
-            return fill(self, removed)
+            changed: Any = fill(self, removed)
+            return changed
         fill = jnp.asarray(fill, self.embeddings.dtype)
         return self.with_values(jnp.where(removed[:, 0, :, None], fill, self.embeddings))
 

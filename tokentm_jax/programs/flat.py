@@ -31,7 +31,7 @@ WRITTEN_OUT = {
     "unstack": lambda x, axis: [lax.index_in_dim(x, i, axis, keepdims=False) for i in range(x.shape[axis])],
     "stack": lambda *xs, axis: [lax.concatenate([lax.expand_dims(x, (axis,)) for x in xs], axis)],
 }
-_LIBRARY = Path(jax.__file__).parent
+_LIBRARY = Path(str(jax.__file__)).parent
 
 
 @dataclasses.dataclass(eq=False, repr=False)
