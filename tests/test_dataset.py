@@ -22,7 +22,6 @@ from tokentm_jax.cli.main import main
 from tokentm_jax.configs import EvaluateConfig, rows
 from tokentm_jax.data.sources import open_source
 from tokentm_jax.errors import InputError
-from tokentm_jax.identity import describe_model
 from tokentm_jax.inputs.batches import batches
 from tokentm_jax.models.checkpoint import write_checkpoint
 from tokentm_jax.runs import dataset as job
@@ -91,7 +90,7 @@ def test_the_store_holds_what_the_library_computes(whole, vit, source, folder):
     assert found.status[:].tolist() == [1, 1, 1, 1, 1, 2, 1, 1, 1, 1]
     assert np.isnan(found.maps["gae"][5]).all() and np.isnan(found.logits[5]).all() and found.target[5] == -1
     made = found.provenance
-    assert made["data"]["identity"] == source.identity and made["model"]["identity"] == describe_model(vit)["identity"]
+    assert made["data"]["identity"] == source.identity and made["model"]["identity"] == vit.described()["identity"]
     assert {"jax", "tokentm_jax"} <= set(made["versions"]) and "0x" not in json.dumps(made)
     assert "10 examples, 9 done, 1 skipped, complete" in repr(found)
     for file in whole.rglob("zarr.json"):  # what a reader of zarr v3 needs, and a checksum on every chunk

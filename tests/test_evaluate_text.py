@@ -262,9 +262,7 @@ def test_what_is_for_images_is_refused(text, data, tmp_path):
     photos = tm.load()
     with pytest.raises(tm.InputError, match="'eraser' is not for photos"):
         evaluate(config_of(data, "gae"), photos, source, tmp_path / "out")
-    with pytest.raises(
-        tm.InputError, match=r"00000\d is a text, and the model takes photos"
-    ):
+    with pytest.raises(tm.InputError, match=r"00000\d is a text, and the model takes photos"):
         evaluate(config_of(data, "gae", task="srg"), photos, source, tmp_path / "photos")
 
 

@@ -14,10 +14,11 @@ from PIL import Image
 from tokentm_jax.cli.main import main
 from tokentm_jax.configs import EvaluateConfig, rows
 from tokentm_jax.data import labels
-from tokentm_jax.data.labels import read_label_map, translation
+from tokentm_jax.data.labels import read_label_map
 from tokentm_jax.data.sources import Source, open_source
 from tokentm_jax.errors import InputError
 from tokentm_jax.models.checkpoint import write_checkpoint
+from tokentm_jax.models.classes import known_classes, translation
 from tokentm_jax.runs.dataset import DatasetConfig, explain_dataset
 from tokentm_jax.runs.evaluate import evaluate
 from tokentm_jax.runs.store import open_maps
@@ -170,11 +171,11 @@ def test_a_store_keeps_the_labels_that_the_model_knows(vit, folder):
     ],
 )
 def test_classes_that_are_known(vit, names, expected, unknown):
-    table, said = labels.known_classes(vit, source(*names))
+    table, said = known_classes(vit, source(*names))
     assert (table if table is None else table.tolist()) == expected
     assert unknown in said if unknown else said == ""
     nameless = dataclasses.replace(vit, class_names=None, wnids=None)
-    table, said = labels.known_classes(nameless, source("cat", "004", "5"))
+    table, said = known_classes(nameless, source("cat", "004", "5"))
     assert table is not None and table.tolist() == [-1, 4, -1] and "'cat', '5'" in said
 
 

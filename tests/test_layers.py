@@ -28,15 +28,12 @@ def room(path: Path) -> str:
 
 
 def imports(path: Path) -> set[str]:
-    """Modules that a file imports, lazily or not, but not for type checking alone."""
-    tree = ast.parse(path.read_text())
-    checks = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n.test)]
-    skipped = {id(inner) for node in checks for inner in ast.walk(node)}
+    """Modules that a file imports, lazily or not, those for type checking among them."""
     found: set[str] = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        if isinstance(node, ast.ImportFrom) and id(node) not in skipped:
+        if isinstance(node, ast.ImportFrom):
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
@@ -51,6 +48,18 @@ def test_imports_go_to_earlier_rooms():
             imported = rest.partition(".")[0]
             if package == "tokentm_jax" and imported in ROOMS:
                 assert ROOMS.index(imported) <= own, f"{path.relative_to(PACKAGE)} imports {name}"
+
+
+def test_no_imports_go_in_a_circle():
+    files = {".".join(p.relative_to(PACKAGE.parent).with_suffix("").parts): p for p in PACKAGE.rglob("*.py")}
+    left = {}
+    for name, path in files.items():
+        found = {each if each in files else each.rpartition(".")[0] for each in imports(path)}
+        left[name] = (found & files.keys()) - {name}
+    while free := [name for name, found in left.items() if not found & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, {name: found & left.keys() for name, found in left.items()}
 
 
 def test_the_mathematics_needs_jax_alone():

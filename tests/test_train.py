@@ -21,7 +21,6 @@ from models.training.loop import OPTIMISERS
 from models.training.recipe import TrainConfig, augment, mix, view
 from models.training.train import accuracy, batches, initial_params, train
 from tokentm_jax.cli.recipes import read_recipe
-from tokentm_jax.identity import describe_model
 from tokentm_jax.models.checkpoint import read_description
 from tokentm_jax.models.vit import ViT, init_params
 
@@ -107,7 +106,7 @@ def test_learns_and_ships_a_file_that_loads(data, whole):
     assert (np.asarray(predicted) == data.labels).mean() == top_1
     assert vit.preprocessing == tm.Preprocessing((8, 8), 1.0, mean=CONFIG.mean, std=CONFIG.std)
     unrolled = dataclasses.replace(vit, module=vit.module.clone(unroll=2))  # as training runs it
-    assert describe_model(unrolled)["identity"] == describe_model(vit)["identity"]
+    assert unrolled.described()["identity"] == vit.described()["identity"]
     images = jnp.asarray(data.images[:2], jnp.float32) / 255
     np.testing.assert_allclose(unrolled.logits(images), vit.logits(images), rtol=1e-5, atol=1e-5)
     description = read_description(folder / "toy.safetensors")

@@ -9,8 +9,8 @@ from .data.audio import Spectrogram as Spectrogram
 from .errors import InputError as InputError
 from .inputs.images import Preprocessing as Preprocessing
 from .inputs.texts import Tokens as Tokens
-from .inputs.texts import Word as Word
-from .inputs.texts import words as words
+from .inputs.words import Word as Word
+from .inputs.words import words as words
 from .maths import scores as scores
 from .maths import weights as weights
 from .maths.maps import combine as combine

@@ -22,8 +22,6 @@ from tokentm_jax.files import MARK, generator, opened, read_json, reason, replac
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from tokentm_jax.models.loading import Model
-
 Terms = Mapping[str, Any]
 PACKAGES = ("tokentm_jax", "jax", "jaxlib", "flax", "numpy", "pillow")  # that numbers depend on
 _READERS = 8  # files read at a time
@@ -92,34 +90,6 @@ def digest_files(paths: Sequence[Path]) -> list[str | None]:
 
     with ThreadPoolExecutor(_READERS) as pool:
         return list(pool.map(one, paths))
-
-
-def describe_model(vit: "Model") -> dict[str, Any]:
-    """Name, architecture and preprocessing of a model, and an identity of these two and of every parameter."""
-    architecture, preprocessing = architecture_of(vit.module), vit.preprocessing.to_dict()
-    identity = identity_of(vit.module, vit.params, preprocessing)
-    return {"name": vit.name, "identity": identity, "architecture": architecture, "preprocessing": preprocessing}
-
-
-def architecture_of(module: Any) -> dict[str, str]:
-    """The fields of a module but for functions, whose text is an address, and for what changes no number."""
-    import dataclasses
-
-    left_out = {"linear", "unroll", "parent", "name"}
-    names = [field.name for field in dataclasses.fields(module) if field.name not in left_out]
-    return {name: str(getattr(module, name)) for name in names}
-
-
-def identity_of(module: Any, params: Any, read: Any) -> str:
-    """A hash of a model: its architecture, every parameter, and how it reads its inputs (as JSON has it)."""
-    import jax
-    import numpy as np
-
-    state = hashlib.sha256(json.dumps([architecture_of(module), read]).encode())
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        state.update(jax.tree_util.keystr(path).encode())
-        state.update(np.asarray(leaf).tobytes())
-    return state.hexdigest()[:16]
 
 
 def require_same(where: str, made: Terms, wanted: Terms) -> None:

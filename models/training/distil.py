@@ -17,7 +17,7 @@ from models.training.data import Data
 from models.training.recipe import OF_SPECTROGRAMS, TrainConfig, resize, view
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import reason, replace
-from tokentm_jax.identity import describe_model, digest, environment
+from tokentm_jax.identity import digest, environment
 from tokentm_jax.inputs.images import Preprocessing
 from tokentm_jax.maths.mixed import linear
 from tokentm_jax.models.loading import load
@@ -66,7 +66,7 @@ def load_teacher(
         shown = ", ".join(lacking[:5])
         raise InputError(f"the teacher {checkpoint or model} does not know each of the classes by its name: {shown}")
     order = tuple(known.index(name) for name in class_names)
-    identity = digest(describe_model(vit)["identity"], order)
+    identity = digest(vit.described()["identity"], order)
     function = TeacherFunction(vit.module.clone(linear=linear) if mixed else vit.module, vit.preprocessing, order)
     return Teacher(function, vit.params, vit.name, identity)
 

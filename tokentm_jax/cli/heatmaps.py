@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from tokentm_jax.inputs.pictures import Panel
-    from tokentm_jax.inputs.texts import Word
+    from tokentm_jax.inputs.words import Word
     from tokentm_jax.models.loading import Model
 
 

@@ -1,28 +1,18 @@
-"""Which of the model's classes a data set's classes are. Names say it, never the order they come in."""
+"""Labels as text: numbers, names of classes, CSV files and label maps."""
 
 import csv
-import difflib
 import io
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import read_json, read_text, reason
 from tokentm_jax.validation import checked
 
-if TYPE_CHECKING:
-    from tokentm_jax.data.sources import Source
-    from tokentm_jax.models.loading import Model
-
 IMAGENET_1K = Path(__file__).with_name("imagenet_1k.json")  # {"wnid": [...], "name": [...]} of its 1000 classes
 LabelMap = Mapping[str, str | int]
-SHOWN = 5  # classes that an error names
-_ADVICE = "give a label map (--label-map FILE), or class names to the model"
 
 
 def number(text: str) -> int | None:
@@ -70,111 +60,3 @@ def read_label_map(given: LabelMap | str | os.PathLike[str] | None) -> dict[str,
         if found.setdefault(name, value) != value:
             raise InputError(f"{where}: line {line} gives another class for {name!r}")
     return found
-
-
-def translation(vit: "Model", source: "Source", label_map: LabelMap | str | None = None) -> np.ndarray | None:
-    """The model's class of each of the source's classes [classes]; None where the source's numbers are the model's.
-
-    A class goes by the label map, else by its exact name, its wnid, or the one name that differs in case, underscores
-    and spaces alone. Where the model's names are unknown, classes that are called by numbers ("7", "007") are these.
-
-    Raises InputError for classes that the model does not have, each with the nearest name that it has, for names that
-    two of the model's classes share, two classes that would be the same, and a label map that does not fit.
-    """
-    names, mapped = source.class_names, read_label_map(label_map) or {}
-    if names is None or not source.named:
-        if mapped:
-            raise InputError(f"{source.name} gives its classes by number: a label map has no names to map")
-        return None
-    if not mapped and names == vit.class_names:
-        return None
-    for name in mapped:
-        if name not in names:
-            raise InputError(f"the label map has {name!r}, which is no class of {source.name}{_nearest(name, names)}")
-    found: dict[str, int] = {}
-    for name, value in mapped.items():
-        try:
-            found[name] = vit.class_index(value)
-        except InputError as error:
-            raise InputError(f"the label map gives {name!r} a class that the model lacks: {error}") from None
-    rest = [name for name in names if name not in found]
-    found |= _by_name(vit, source, rest) if vit.class_names is not None else _by_number(vit, source, rest)
-    return np.array([found[name] for name in names], np.int32)
-
-
-def known_classes(vit: "Model", source: "Source") -> tuple[np.ndarray | None, str]:
-    """As `translation` without a label map, but -1 for every class that the model does not have.
-
-    Returns:
-      The model's class of each of the source's classes [classes], or None, and a sentence that names those that the
-      model does not have, "" where it has all.
-    """
-    names = source.class_names
-    if names is None or not source.named or names == vit.class_names:
-        return None, ""
-    classes = _candidates(vit, names)
-    unknown = [name for name, found in classes.items() if len(found) != 1]
-    table = np.array([classes[name][0] if len(classes[name]) == 1 else -1 for name in names], np.int32)
-    return table, _unknown(vit, source, unknown) if unknown else ""
-
-
-def _candidates(vit: "Model", names: Iterable[str]) -> dict[str, list[int]]:
-    """The model's classes that each name can be: by its exact name, else its wnid, else a name alike; by number where
-    the model's names are unknown."""
-    if vit.class_names is None:
-        numbers = {name: number(name) for name in names}
-        return {name: [n] if n is not None and 0 <= n < vit.module.num_classes else [] for name, n in numbers.items()}
-    known: tuple[dict[str, list[int]], ...] = ({}, {}, {})  # the exact names, the wnids, the names alike
-    for i, name in enumerate(vit.class_names):
-        known[0].setdefault(name, []).append(i)
-        known[2].setdefault(alike(name), []).append(i)
-    for i, wnid in enumerate(vit.wnids or ()):
-        known[1].setdefault(wnid, []).append(i)
-    return {name: known[0].get(name) or known[1].get(name) or known[2].get(alike(name), []) for name in names}
-
-
-def _unknown(vit: "Model", source: "Source", unknown: Sequence[str]) -> str:
-    shown = ", ".join(f"{name[:60]!r}{_nearest(name, vit.class_names or ())}" for name in unknown[:SHOWN])
-    more = f", and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
-    count = f"{len(unknown)} of its {len(source.class_names or ())} classes"
-    return f"{source.name}: {vit.name} does not know {count}: {shown}{more}; {_ADVICE}"
-
-
-def _by_name(vit: "Model", source: "Source", names: list[str]) -> dict[str, int]:
-    found: dict[str, int] = {}
-    owner: dict[int, str] = {}
-    candidates = _candidates(vit, names)
-    for name, classes in candidates.items():
-        if len(classes) > 1:
-            several = ", ".join(map(str, classes))
-            raise InputError(f"{source.name}: {vit.name} has the classes {several} of the name {name!r}; {_ADVICE}")
-        for index in classes:
-            other = owner.setdefault(index, name)
-            if other != name:
-                raise InputError(f"{source.name}: {other!r} and {name!r} are both class {index} of {vit.name}")
-            found[name] = index
-    unknown = [name for name in names if not candidates[name]]
-    if unknown:
-        raise InputError(_unknown(vit, source, unknown))
-    return found
-
-
-def _by_number(vit: "Model", source: "Source", names: list[str]) -> dict[str, int]:
-    numbers = {name: number(name) for name in names}
-    found = {name: n for name, n in numbers.items() if n is not None}
-    classes = vit.module.num_classes
-    if len(found) < len(names):
-        counts = f"has {len(source.class_names or ())} classes, {vit.name} has {classes}, whose names are unknown"
-        raise InputError(f"{source.name} {counts}; {_ADVICE}")
-    for name, n in found.items():
-        if not 0 <= n < classes:
-            raise InputError(f"{source.name}: its class {name!r} is out of range: {vit.name} has 0 to {classes - 1}")
-    if len(set(found.values())) < len(found):
-        raise InputError(f"{source.name} has two classes of the same number: {', '.join(sorted(found)[:SHOWN])}, ...")
-    return found
-
-
-def _nearest(name: str, known: tuple[str, ...]) -> str:
-    names = {alike(other): other for other in known}
-    close = difflib.get_close_matches(alike(name)[:100], names, n=1, cutoff=0.0)
-    return f" (nearest: {names[close[0]][:60]!r})" if close else ""

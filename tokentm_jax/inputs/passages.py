@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tokentm_jax.errors import printable
 from tokentm_jax.inputs.pictures import COLOURS, SIDE, SMOOTH, Look, Panel
-from tokentm_jax.inputs.texts import Text, Word, scored
+from tokentm_jax.inputs.words import Text, Word, scored
 
 if TYPE_CHECKING:
     from matplotlib.cm import ScalarMappable

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -11,9 +11,6 @@ from PIL import Image
 from tokentm_jax.data.photos import MAX_PIXELS, SUFFIXES, open_photo
 from tokentm_jax.data.sources import kind_of
 from tokentm_jax.errors import InputError
-
-if TYPE_CHECKING:
-    from tokentm_jax.inputs.images import Preprocessing
 
 __all__ = ["SUFFIXES"]
 KIND = "photo"
@@ -25,7 +22,7 @@ def opened(path: str | Path) -> Image.Image:
     return open_photo(path)
 
 
-def fit(image: Image.Image, preprocessing: "Preprocessing") -> np.ndarray:
+def fit(image: Image.Image, preprocessing: Any) -> np.ndarray:
     """The photo as the model sees it: uint8 [H, W, 3] of `preprocessing.size`. InputError for a model of other images.
 
     The photo is resized so that it covers `size / crop_pct`, keeping its proportions (unless it is to be squashed to
@@ -41,7 +38,7 @@ def fit(image: Image.Image, preprocessing: "Preprocessing") -> np.ndarray:
     return np.asarray(image.resize(scaled, resample).crop((left, top, left + width, top + height)))
 
 
-def view(image: Image.Image, preprocessing: "Preprocessing", side: int = 448, profile: str = "default") -> np.ndarray:
+def view(image: Image.Image, preprocessing: Any, side: int = 448, profile: str = "default") -> np.ndarray:
     """The same part of the photo as `fitted`, from the original pixels and for display: uint8 [h, w, 3], long side
     `side` pixels, so that a model of 32 pixels is shown on a sharp photo."""
     if not isinstance(image, Image.Image):
@@ -78,7 +75,7 @@ def pictured(image: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(Image.fromarray(levels).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def _scaled(image: Image.Image, preprocessing: "Preprocessing") -> tuple[int, int]:
+def _scaled(image: Image.Image, preprocessing: Any) -> tuple[int, int]:
     """(width, height) of the whole photo after the resize."""
     height, width = (math.floor(side / preprocessing.crop_pct) for side in preprocessing.size)
     if preprocessing.crop_mode == "squash":
@@ -97,13 +94,13 @@ def _scaled(image: Image.Image, preprocessing: "Preprocessing") -> tuple[int, in
     return scaled
 
 
-def _corner(scaled: tuple[int, int], preprocessing: "Preprocessing") -> tuple[int, int]:
+def _corner(scaled: tuple[int, int], preprocessing: Any) -> tuple[int, int]:
     """(left, top) of the centre crop in the resized photo."""
     height, width = preprocessing.size
     return round((scaled[0] - width) / 2), round((scaled[1] - height) / 2)
 
 
-def fitted(image: Any, preprocessing: "Preprocessing", name: str, profile: str = "default") -> np.ndarray:
+def fitted(image: Any, preprocessing: Any, name: str, profile: str = "default") -> np.ndarray:
     """As `fit`; with the profile "reference", squashed to the model's size, bilinear."""
     if not isinstance(image, Image.Image):
         raise InputError(f"{name} is a {kind_of(image)}, and the model takes photos")
@@ -112,7 +109,7 @@ def fitted(image: Any, preprocessing: "Preprocessing", name: str, profile: str =
     return np.asarray(image.resize(preprocessing.size[::-1], Image.Resampling.BILINEAR))
 
 
-def fitted_mask(mask: np.ndarray, preprocessing: "Preprocessing", profile: str) -> np.ndarray:
+def fitted_mask(mask: np.ndarray, preprocessing: Any, profile: str) -> np.ndarray:
     """A mask bool [h, w] of a photo, cut as the photo is, by nearest neighbour: bool [H, W]."""
     picture = Image.fromarray(mask.astype(np.uint8))
     if profile == "reference":
@@ -120,15 +117,15 @@ def fitted_mask(mask: np.ndarray, preprocessing: "Preprocessing", profile: str) 
     return fit(picture, dataclasses.replace(preprocessing, interpolation="nearest")) > 0
 
 
-def notice(image: Any, preprocessing: "Preprocessing", name: str) -> str | None:
+def notice(image: Any, preprocessing: Any, name: str) -> str | None:
     """What of a sample the model does not get, as a sentence: nothing."""
     return None
 
 
-def shown(heatmap: np.ndarray, preprocessing: "Preprocessing", tiling: Any, squares: bool) -> np.ndarray:
+def shown(heatmap: np.ndarray, preprocessing: Any, tiling: Any, squares: bool) -> np.ndarray:
     """A map as it lies on the picture."""
     return heatmap
 
 
-def scales(preprocessing: "Preprocessing") -> None:
+def scales(preprocessing: Any) -> None:
     """The axes of the picture: none."""

@@ -1,16 +1,13 @@
 """Recordings: how one becomes a spectrogram, and the picture on which a map is shown, the lowest frequency below."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from tokentm_jax.data.audio import SUFFIXES, Recording, open_recording
 from tokentm_jax.data.sources import kind_of
 from tokentm_jax.errors import InputError
-
-if TYPE_CHECKING:
-    from tokentm_jax.inputs.images import Preprocessing
 
 __all__ = ["SUFFIXES"]
 KIND = "recording"
@@ -23,7 +20,7 @@ def opened(path: str | Path) -> Recording:
     return open_recording(path)
 
 
-def fitted(recording: Any, preprocessing: "Preprocessing", name: str, profile: str = "default") -> np.ndarray:
+def fitted(recording: Any, preprocessing: Any, name: str, profile: str = "default") -> np.ndarray:
     """A recording as the model receives it: float32 [mel bins, frames, 1] in [0, 1]; every profile is the same."""
     if not isinstance(recording, Recording):
         raise InputError(f"{name} is a {kind_of(recording)}, and the model takes recordings")
@@ -31,11 +28,11 @@ def fitted(recording: Any, preprocessing: "Preprocessing", name: str, profile: s
     return preprocessing.audio.image(recording, preprocessing.size)
 
 
-def fitted_mask(mask: np.ndarray, preprocessing: "Preprocessing", profile: str) -> np.ndarray:
+def fitted_mask(mask: np.ndarray, preprocessing: Any, profile: str) -> np.ndarray:
     raise InputError("masks are for photos, and the model takes recordings")
 
 
-def notice(recording: Recording, preprocessing: "Preprocessing", name: str) -> str | None:
+def notice(recording: Recording, preprocessing: Any, name: str) -> str | None:
     """A sentence about the end of a long recording, which the model does not receive; None for a short one."""
     assert preprocessing.audio is not None
     heard = preprocessing.audio.seconds(preprocessing.size[1])
@@ -44,9 +41,7 @@ def notice(recording: Recording, preprocessing: "Preprocessing", name: str) -> s
     return f"{name} is {recording.seconds:.2f} s long: the model hears its first {heard:.2f} s"
 
 
-def view(
-    recording: Recording, preprocessing: "Preprocessing", side: int = SIZE[1], profile: str = "default"
-) -> np.ndarray:
+def view(recording: Recording, preprocessing: Any, side: int = SIZE[1], profile: str = "default") -> np.ndarray:
     """The spectrogram for display: uint8 [h, w, 3], grey, the lowest frequency below, long side `side` pixels."""
     return pictured(fitted(recording, preprocessing, "it"), side)
 
@@ -64,7 +59,7 @@ def pictured(image: np.ndarray, side: int) -> np.ndarray:
     return np.repeat(grey[..., None], 3, -1)
 
 
-def shown(heatmap: np.ndarray, preprocessing: "Preprocessing", tiling: Any, squares: bool) -> np.ndarray:
+def shown(heatmap: np.ndarray, preprocessing: Any, tiling: Any, squares: bool) -> np.ndarray:
     """A map as it lies on the picture; where patches overlap, values are at their centres."""
     import jax.numpy as jnp
 
@@ -75,7 +70,7 @@ def shown(heatmap: np.ndarray, preprocessing: "Preprocessing", tiling: Any, squa
     return np.asarray(resized(jnp.asarray(heatmap[None]), preprocessing.size, tiling))[0, ::-1]
 
 
-def scales(preprocessing: "Preprocessing") -> tuple[str, list[tuple[float, str]], str, list[tuple[float, str]]]:
+def scales(preprocessing: Any) -> tuple[str, list[tuple[float, str]], str, list[tuple[float, str]]]:
     """Label and ticks (place in [0, 1] from the left, text) of time [s], and of frequency [Hz] (from above)."""
     (bins, frames), sound = preprocessing.size, preprocessing.audio
     assert sound is not None

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,11 @@ from jax import Array
 from tokentm_jax.data.sources import Example, Source, kind_of
 from tokentm_jax.errors import InputError, Unfit, require
 from tokentm_jax.files import read_text, reason
+from tokentm_jax.inputs.passages import passage
 from tokentm_jax.inputs.pictures import SIDE
 from tokentm_jax.inputs.reader import random_map
 from tokentm_jax.inputs.values import Hide
+from tokentm_jax.inputs.words import Text
 from tokentm_jax.maths.maps import min_max
 
 LARGEST_TEXT = 1_000_000  # characters
@@ -33,8 +35,6 @@ MASKS = ("[MASK]", "<mask>")
 # Radford et al. (ICML 2021): what counts as a word before byte pairs are merged.
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _START, _END = "<|startoftext|>", "<|endoftext|>"
-
-Text = str | tuple[str, str]  # or a pair, for models of two texts
 
 
 class Tokens(NamedTuple):
@@ -122,16 +122,6 @@ def blank_of(module: Any, params: Any) -> Any:
     return 0.0 if module is None else module.apply({"params": params}, method="blank")
 
 
-class Word(NamedTuple):
-    """A word of a text with its score: `text[start:end]` of the first text (`part` 0) or the second of a pair."""
-
-    text: str
-    score: float
-    start: int
-    end: int
-    part: int = 0
-
-
 @dataclasses.dataclass(frozen=True)
 class WordPieces:
     """The reader of texts: the `tokenizer.json` of a model, as it was when it was loaded (`from_file`).
@@ -215,14 +205,10 @@ class WordPieces:
 
     def panel(self, content: Text, title: str, side: int = SIDE) -> Any:
         """What maps are shown on: see `Passage`."""
-        from tokentm_jax.inputs.passages import passage
-
         return passage(content, self.encode([content], title)[0], title, side)
 
     def panels(self, what: Any, side: int) -> list[tuple[Tokens, Any]]:
         """Texts of a caller: each as tokens [N], and what its map is shown on. InputError."""
-        from tokentm_jax.inputs.passages import passage
-
         listed = [what] if isinstance(what, str) else what
         encoded = self.encode(listed)
         titles = [f"text {i}" for i in range(1, len(encoded) + 1)] if len(encoded) > 1 else ["text"]
@@ -405,55 +391,3 @@ def _byte_pairs(vocabulary: str, merges: str, where: Path) -> Any:
         (_END, ids[_END]), (_START, ids[_START]), trim_offsets=False, add_prefix_space=False
     )
     return engine
-
-
-MERGES = {"sum": np.sum, "mean": np.mean, "max": np.max}
-
-
-def words(
-    model: Any, texts: str | Sequence[Text], scores: Any, merge: Literal["sum", "mean", "max"] = "sum"
-) -> list[list[Word]]:
-    """Scores of words, from those of the tokens that a tokenizer made of them.
-
-    Args:
-      model: a text model, of `tokentm_jax.load`.
-      texts: what was given to its `read`.
-      scores: [B, N], of `explain`.
-      merge: what a word's score is of its pieces' ones.
-
-    Returns:
-      For each text its words in order, with their places in it. What a tokenizer takes for a word is up to it:
-      punctuation marks and Chinese characters are words of their own with most. Special tokens, and what was cut off,
-      have none.
-
-    Raises:
-      InputError: scores of another shape, an unknown `merge`.
-    """
-    reader = getattr(model, "preprocessing", model)
-    if not isinstance(reader, WordPieces):
-        raise InputError(f"words are those of a text model, got {getattr(model, 'name', type(model).__name__)}")
-    if merge not in MERGES:
-        raise InputError(f"merge must be one of {', '.join(MERGES)}, got {merge!r:.80}")
-    encoded, scores = reader.encode(texts), np.asarray(scores)
-    if scores.ndim != 2 or len(scores) != len(encoded) or scores.shape[1] < max(len(each.ids) for each in encoded):
-        raise InputError(f"scores must be [{len(encoded)}, N] for every token of the texts, got {list(scores.shape)}")
-    listed = [texts] if isinstance(texts, str) else texts
-    return [scored(given, each, row, merge) for given, each, row in zip(listed, encoded, scores, strict=True)]
-
-
-def scored(given: Text, encoding: Any, scores: np.ndarray, merge: str = "sum") -> list[Word]:
-    """The words of one text, from the scores [N] of its tokens."""
-    pieces: dict[tuple[int, int], list[int]] = {}
-    places = zip(encoding.sequence_ids, encoding.word_ids, strict=True)
-    for place, (part, word) in enumerate(places):
-        if part is not None and word is not None:
-            pieces.setdefault((part, word), []).append(place)
-    found = []
-    for (part, _), own in pieces.items():
-        start = min(encoding.offsets[place][0] for place in own)
-        end = max(encoding.offsets[place][1] for place in own)
-        source = given[part] if isinstance(given, tuple) else given
-        shown = source[start:end]
-        start += len(shown) - len(shown.lstrip())
-        found.append(Word(shown.strip(), float(MERGES[merge](scores[own])), start, start + len(shown.strip()), part))
-    return found

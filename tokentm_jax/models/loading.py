@@ -1,6 +1,8 @@
 """From a name or a file to a model that is ready to use: `load`."""
 
 import dataclasses
+import hashlib
+import json
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -75,6 +77,23 @@ class Model:
     def prepare(self, inputs: Any) -> Any:
         """What `read` gives -> the input of the module. Raises InputError for anything else."""
         return self.preprocessing.normalise(self.preprocessing.checked(inputs))
+
+    def described(self) -> dict[str, Any]:
+        """Name, architecture and preprocessing, and an identity of these two and of every parameter.
+
+        The architecture has the fields of the module except functions, whose text is an address, and those that change
+        no number.
+        """
+        left_out = {"linear", "unroll", "parent", "name"}
+        names = [field.name for field in dataclasses.fields(self.module) if field.name not in left_out]
+        architecture = {name: str(getattr(self.module, name)) for name in names}
+        preprocessing = self.preprocessing.to_dict()
+        state = hashlib.sha256(json.dumps([architecture, preprocessing]).encode())
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
+            state.update(jax.tree_util.keystr(path).encode())
+            state.update(np.asarray(leaf).tobytes())
+        identity = state.hexdigest()[:16]
+        return {"name": self.name, "identity": identity, "architecture": architecture, "preprocessing": preprocessing}
 
     def require_classes(self) -> None:
         """Raises InputError for a model whose outputs are features, so that no class can be asked for."""

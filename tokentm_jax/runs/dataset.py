@@ -17,15 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tokentm_jax.data.labels import known_classes, read_label_map, translation
+from tokentm_jax.data.labels import read_label_map
 from tokentm_jax.data.sources import Source
 from tokentm_jax.errors import InputError, suggest
-from tokentm_jax.identity import describe_model, digest, environment
+from tokentm_jax.identity import digest, environment
 from tokentm_jax.inputs.batches import Batch, batches
 from tokentm_jax.inputs.reader import PROFILES
 from tokentm_jax.maths.scores import question
 from tokentm_jax.methods.explain import compiled
 from tokentm_jax.methods.table import METHODS
+from tokentm_jax.models.classes import known_classes, translation
 from tokentm_jax.models.loading import Model
 from tokentm_jax.runs.store import (
     DONE,
@@ -193,7 +194,7 @@ def provenance(config: DatasetConfig, vit: Model, source: Source) -> dict[str, A
     """What the maps are of and how they were made. It has no times, so that equal runs give equal bytes."""
     return {
         "format": FORMAT,
-        "model": describe_model(vit),
+        "model": vit.described(),
         "data": {"name": source.name, "identity": source.identity},
         "examples": len(source),
         "keys": digest(*source.keys),

@@ -13,11 +13,11 @@ from jax import Array
 
 from tokentm_jax import metrics
 from tokentm_jax.configs import RANDOM, EvaluateConfig, Row, check
-from tokentm_jax.data.labels import read_label_map, translation
+from tokentm_jax.data.labels import read_label_map
 from tokentm_jax.data.sources import Source, open_source
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import reason, require_ours, write_json, write_text
-from tokentm_jax.identity import claimed, describe_model, digest, environment, write_figure
+from tokentm_jax.identity import claimed, digest, environment, write_figure
 from tokentm_jax.inputs.batches import batches
 from tokentm_jax.inputs.reader import Reader
 from tokentm_jax.inputs.values import looked_up, of
@@ -27,6 +27,7 @@ from tokentm_jax.methods.explain import compiled
 from tokentm_jax.methods.table import METHODS
 from tokentm_jax.metrics.task import CLEAN, PREDICTED, TARGET, Fields, Subject, Task, record_types
 from tokentm_jax.metrics.tasks import TASKS
+from tokentm_jax.models.classes import translation
 from tokentm_jax.models.loading import Model, predict
 from tokentm_jax.models.sharding import over_batch
 from tokentm_jax.models.vit import init_params
@@ -532,7 +533,7 @@ def describe(config: EvaluateConfig, vit: Model, source: Source) -> dict[str, An
         "seed": config.seed,
         "config": settings_of(config),
         "data": {"name": source.name, "identity": source.identity, "examples": len(source)},
-        "model": describe_model(vit),
+        "model": vit.described(),
         "classes": digest(vit.class_names, vit.wnids),
     }
 

@@ -23,7 +23,7 @@ from tokentm_jax.configs import RANDOM, EvaluateConfig, Row
 from tokentm_jax.data.sources import Source
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.files import ours, read_json, require_ours, write_json, write_text
-from tokentm_jax.identity import claimed, describe_model, digest, environment, write_figure
+from tokentm_jax.identity import claimed, digest, environment, write_figure
 from tokentm_jax.methods.explain import compiled
 from tokentm_jax.methods.table import METHODS
 from tokentm_jax.metrics.tasks import TASKS
@@ -155,7 +155,7 @@ def leaderboard(
         if not any(store in own for own in given.values()):
             data = store.provenance["data"]["name"]
             raise InputError(f"{store.path} holds maps of {data} that no run of {config.name} has a use for")
-    made = {"kind": "leaderboard", "model": describe_model(vit), **environment()}
+    made = {"kind": "leaderboard", "model": vit.described(), **environment()}
     with claimed(out, made, (*RESULTS, MAPS, *sources), overwrite):
         for name in RESULTS:
             require_ours(out / name, overwrite)
