@@ -145,6 +145,56 @@ def test_the_page_and_what_it_needs(vit, port):
         assert explain(port, content)[0] == 200
 
 
+TEXTS = ROOT / "tests/goldens/texts/distilbert"
+
+
+@pytest.fixture(scope="module")
+def texts():
+    pytest.importorskip("tokenizers")
+    with serving(web.application(text := tm.load(TEXTS), NAMES, largest=LARGEST)) as number:
+        yield text, number
+
+
+def test_a_model_of_texts(texts):
+    """The body is a text; the answer is the text in pieces, the words with their scores."""
+    text, port = texts
+    given = "a funny <b> film שלום"
+    for method in NAMES:
+        status, found = explain(port, given.encode(), f"?method={method}&class=2")
+        assert status == 200 and found["target"]["class"] == 2 and "photo" not in found
+        (words,) = tm.words(text, [given], tm.explain(text, text.read(given), method, 2))
+        assert "".join(part for part, _ in found["parts"]) == given
+        scores = [(part, score) for part, score in found["parts"] if score is not None]
+        assert [part for part, _ in scores] == [word.text for word in words]
+        np.testing.assert_allclose([s for _, s in scores], [word.score for word in words], rtol=1e-5, atol=1e-7)
+        assert found["signed"] == (method == "gradient_x_input")
+    settings = json.loads(ask(port, path="/settings")[2])
+    assert (settings["kind"], settings["size"], settings["examples"]) == ("text", [24], [])
+    for body, message in ((b" ", "the text must be a text with a word"), (b"\xff", "the text is not UTF-8")):
+        status, found = explain(port, body)
+        assert status == 400 and message in found["error"]
+    assert explain(port, b"x" * 200_000)[0] == 200  # only its first tokens are read
+
+
+def test_a_model_of_recordings(tmp_path):
+    pytest.importorskip("soundfile")
+    vit = tm.load("spoken_digits")
+    (tmp_path / "a.wav").write_bytes(sound := vit.preprocessing.example())
+    with serving(web.application(vit, NAMES, largest=LARGEST)) as port:
+        status, found = explain(port, sound, "?method=tokentm&class=7")
+        assert status == 200 and found["target"]["name"] == "7"
+        expected = np.asarray(tm.explain(vit, vit.read(tmp_path / "a.wav"), "tokentm", 7))[0]
+        shown = vit.preprocessing.shown(expected, vit.module, False)  # with the lowest frequency below
+        values, _ = shade(shown, pixels(found["photo"]).shape[:2])
+        np.testing.assert_allclose(pixels(found["shade"]) / 255, values, atol=1 / 255)
+        numbers = np.frombuffer(base64.b64decode(found["map"]["data"]), "<f4").reshape(found["map"]["shape"])
+        np.testing.assert_allclose(numbers, expected, rtol=1e-5)
+        settings = json.loads(ask(port, path="/settings")[2])
+        assert (settings["kind"], settings["size"], settings["examples"]) == ("recording", [40, 96], [])
+        status, found = explain(port, PNG)
+        assert status == 400 and "the recording is not a WAV" in found["error"]
+
+
 def test_every_method_has_a_readable_name_and_a_sentence():
     """And one of them is marked as recommended, which is that of the page of choices."""
     rows = web._described(tiny_vit(1), list(METHODS))["methods"]
@@ -668,6 +718,37 @@ def test_the_page_in_a_browser(shipped, tmp_path):
         assert page.input_value("#class") == name
         assert page.locator("#top button").nth(3).get_attribute("aria-pressed") == "true"
         assert f"Gradient × input for {name}" in (page.locator("#overlay").get_attribute("aria-label") or "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_texts_in_a_browser(texts, scheme):
+    text, port = texts
+    with opened(port, viewport={"width": 360, "height": 700}, color_scheme=scheme) as page:
+        page.fill("#text", "a funny <b> film")
+        page.click("#write button")
+        explained(page, "TokenTM,")
+        assert page.inner_text("#passage") == "a funny <b> film"
+        page.fill("#text", "dull")
+        page.click("#write button")
+        page.locator("#passage", has_text="dull").wait_for()
+        page.click("#photos button >> text=funny")
+        page.select_option("#method", "gradient_x_input")
+        explained(page, "Gradient × input,")
+        words = page.locator("#passage span")
+        style = "all => all.map(e => [e.textContent, e.title, getComputedStyle(e).backgroundColor])"
+        found = words.evaluate_all(style)
+        given = ["a funny <b> film"]
+        (expected,) = tm.words(text, given, tm.explain(text, text.read(given), "gradient_x_input"))
+        assert [name for name, *_ in found] == [word.text for word in expected]
+        for (_, score, colour), word in zip(found, expected, strict=True):
+            assert float(score) == pytest.approx(word.score, rel=1e-2)
+            red, _, blue, *_ = map(float, re.findall(r"[\d.]+", colour))
+            assert (red > blue) == (word.score > 0)
+        assert page.evaluate("document.documentElement.scrollWidth") == 360
+        assert "photo" not in page.inner_text("body").lower() and not page.locator("#save-picture").is_visible()
+        small = "all => all.filter(e => e.offsetParent && e.getBoundingClientRect().height < 24).map(e => e.outerHTML)"
+        assert page.locator("button, select, input, textarea").evaluate_all(small) == []
 
 
 def captioned(picture, wanted):

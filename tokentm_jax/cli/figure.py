@@ -1,6 +1,5 @@
 """Pictures of heatmaps over photos and spectrograms."""
 
-import dataclasses
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -127,17 +126,7 @@ def arranged(photos: Sequence[Panel], explained: Sequence[Explained], look: Look
                     row.append(photo.under(one.maps[i], title, note, one.method in signed_ones, look))
             rows.append(row)
     tallest = max(panel.picture.shape[0] for row in rows for panel in row)
-    return [[_of_height(panel, tallest) for panel in row] for row in rows]
-
-
-def _of_height(panel: Panel, height: int) -> Panel:
-    """A panel with white below its picture: texts have different lengths."""
-    missing = height - panel.picture.shape[0]
-    if not missing:
-        return panel
-    return dataclasses.replace(
-        panel, picture=np.pad(panel.picture, ((0, missing), (0, 0), (0, 0)), constant_values=255)
-    )
+    return [[panel.of_height(tallest) for panel in row] for row in rows]
 
 
 _LONGEST = 60_000  # pixels: no file of a picture can have 2**16

@@ -99,7 +99,7 @@ COMMANDS = {
     explain: "Show classes of photos, sounds or texts; write heatmaps.",
     explain_text: "As explain, for texts, which are printed.",
     explain_audio: "As explain, with the shipped model of recordings.",
-    serve: "Serve a page that explains the photos dropped on it.",
+    serve: "Serve a page that explains photos, recordings or texts.",
     report: "Write a page about photos, an evaluation or a store.",
     models: "List the models that are shipped or can be loaded.",
     methods: "List the explanation methods.",

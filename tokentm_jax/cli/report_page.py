@@ -259,7 +259,7 @@ def photos_page(photos: Photos, what: Sequence[str], limit: int | None) -> Page:
     """A page about photos: files, folders or patterns. Raises InputError where none can be read."""
     vit = photos.vit
     reader = vit.preprocessing
-    paths = spread(find_photos(what, reader.of.SUFFIXES, reader.kind), limit)
+    paths = spread(find_photos(what, reader.suffixes, reader.kind), limit)
     side = SIDES["thumb" if len(paths) <= MANY else "small"]
     notices: list[str] = []
     page: list[tuple[Json, Json | None]] = []

@@ -1,4 +1,4 @@
-"""`tokentm serve`: a page to drop photos on."""
+"""`tokentm serve`: a page that explains photos, recordings or texts."""
 
 import socket
 import time
@@ -35,9 +35,7 @@ QUICK = (  # methods of a few passes, each family once or twice
 @click.option("--host", type=TEXT, default="127.0.0.1", show_default=True, help="0.0.0.0 opens it to other machines.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free one.")
 @click.option("--allow-host", "names", type=TEXT, multiple=True, metavar="NAME", help="Another name of the server.")
-@click.option(
-    "--max-upload", type=click.IntRange(1, 512), default=20, show_default=True, help="MiB of a photo's file."
-)
+@click.option("--max-upload", type=click.IntRange(1, 512), default=20, show_default=True, help="MiB of an upload.")
 @click.option("--timeout", type=click.IntRange(1, 3600), default=60, show_default=True, help="Seconds of one answer.")
 def serve(
     model: str | None,
@@ -50,20 +48,21 @@ def serve(
     max_upload: int,
     timeout: int,
 ) -> None:
-    """Serve a page that explains photos: drop one, choose class and method, see the map.
+    """Serve a page that explains photos, recordings or texts: give one, choose class and method, see the map.
 
-    Needs the extra [serve]. Only this machine can open the page, unless --host says otherwise. Photos stay in memory,
-    and are forgotten with their answer. Ctrl-C ends it.
+    Needs the extra [serve]. Only this machine can open the page, unless --host says otherwise. What is sent stays in
+    memory, and is forgotten with its answer. Ctrl-C ends it.
 
     \b
     Examples:
       tokentm serve
       tokentm serve --model deit_tiny_patch16_224
+      tokentm serve --model runs/sst2_minilm
       tokentm serve --methods gae,rollout --host 0.0.0.0 --port 8080
     """
     for package in ("starlette", "uvicorn"):
         require(package, "serve", "tokentm serve")
-    from tokentm_jax.cli.web import PAGE, application, explained, is_local, server
+    from tokentm_jax.cli.web import application, explained, is_local, server
     from tokentm_jax.models.loading import load
 
     chosen = methods_of(methods or ",".join(QUICK))
@@ -72,7 +71,7 @@ def serve(
         vit = load(model, checkpoint, class_names=classes)
         vit.require_classes()
         click.echo(f"Compiling {chosen[0]} for {printable(vit.name)} ...", err=True)
-        example, took = (PAGE / "examples" / "cat.jpg").read_bytes(), []
+        example, took = vit.preprocessing.example(), []
         for _ in range(2):
             began = time.monotonic()
             explained(vit, example, chosen[0], None)
@@ -89,9 +88,9 @@ def serve(
         )
         number = listening.getsockname()[1]
         shown = "localhost" if is_local(host) else f"[{host}]" if ":" in host else host
-        click.echo(f"http://{shown}:{number}/ explains a photo in {took[1]:.2f} s; Ctrl-C ends it")
+        click.echo(f"http://{shown}:{number}/ explains a {vit.preprocessing.kind} in {took[1]:.2f} s; Ctrl-C ends it")
         if not is_local(host):
-            click.echo("Other machines can open it too, and so can who uses them.", err=True)
+            click.echo("Anyone who can reach this machine over the network can open this page.", err=True)
         server(app, timeout).run([listening])
 
 

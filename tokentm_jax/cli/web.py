@@ -1,11 +1,11 @@
 """The web application of `tokentm serve`: what may be asked, by whom, and how much of it at a time.
 
 Every answer is computed by one thread, and made of what stands in memory: no request names a file of the server. An
-upload is the photo's bytes, as the body of the request, and nothing of it is kept after the answer.
+upload is the bytes of a photo, a recording or a text, as the body of the request; nothing of it is kept after the
+answer.
 """
 
 import asyncio
-import io
 import ipaddress
 import json
 import logging
@@ -29,7 +29,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from tokentm_jax.cli.figure import colour_tables
 from tokentm_jax.data.labels import number
 from tokentm_jax.errors import InputError
-from tokentm_jax.inputs.pictures import as_base64, data_url, shade
+from tokentm_jax.inputs.pictures import as_base64
 
 if TYPE_CHECKING:
     from tokentm_jax.models.loading import Model
@@ -38,7 +38,7 @@ PAGE = Path(__file__).parent / "page"
 WAITING = 64  # requests that wait for their turn; one more is told to come back
 COME_BACK = "2"  # seconds until then
 HELD = 256 * 2**20  # bytes of all uploads that are held at a time
-UPLOAD_TIME = 60.0  # seconds in which a photo must have arrived
+UPLOAD_TIME = 60.0  # seconds in which an upload must have arrived
 PATIENCE = 10.0  # seconds that a connection may do nothing
 CONNECTIONS = 512
 OCTETS = "application/octet-stream"
@@ -96,10 +96,10 @@ class Turns:
 
 
 class Uploads:
-    """Photos as they arrive: each of at most `largest` bytes, in `UPLOAD_TIME`, and all together of at most `HELD`."""
+    """Uploads as they arrive: each of at most `largest` bytes, in `UPLOAD_TIME`, and all of at most `HELD`."""
 
-    def __init__(self, largest: int) -> None:
-        self.largest, self._held = largest, 0
+    def __init__(self, largest: int, kind: str) -> None:
+        self.largest, self._kind, self._held = largest, kind, 0
 
     @asynccontextmanager
     async def content(self, request: Request) -> AsyncIterator[bytes]:
@@ -117,7 +117,7 @@ class Uploads:
                             raise Busy
                         parts.append(part)
             except TimeoutError:
-                raise HTTPException(408, f"the photo did not arrive within {UPLOAD_TIME:g} s") from None
+                raise HTTPException(408, f"the {self._kind} did not arrive within {UPLOAD_TIME:g} s") from None
             content = b"".join(parts)
             parts.clear()
             yield content
@@ -126,51 +126,46 @@ class Uploads:
 
     def _check(self, size: int) -> None:
         if size > self.largest:
-            raise HTTPException(413, f"the photo's file is larger than {self.largest / 2**20:g} MiB")
+            raise HTTPException(413, f"the {self._kind} is larger than {self.largest / 2**20:g} MiB")
 
 
 def explained(vit: "Model", content: bytes, method: str, target: int | None) -> dict[str, Any]:
-    """What the page shows of one photo.
+    """What the page shows of one photo, recording or text.
 
     Args:
-      content: the bytes of an image file.
+      content: the bytes of a file, or of a text in UTF-8.
       method: a name of `METHODS`.
       target: a class; None for the predicted one.
 
     Returns:
-      JSON values: "top5" and "target" (class, name, probability), the part of the photo that the model sees, its map
-      shaded for so many pixels ("shade", grey values 0 ... 255, and "signed"), and the map's own numbers, float32.
+      JSON values: "top5" and "target" (class, name, probability), what the map is shown on and its colours (see
+      `Panel.answer`, `Passage.answer`), and the map's own numbers, float32.
 
     Raises:
-      InputError: no photo (see `photos.open_photo`), a class that there is not, no finite numbers.
+      InputError: nothing that the model takes, a class that there is not, no finite numbers.
     """
     import numpy as np
-    from PIL import Image
 
     from tokentm_jax.cli.heatmaps import describe
-    from tokentm_jax.data.photos import decode
     from tokentm_jax.data.sources import Example
     from tokentm_jax.methods.explain import explain
 
-    photo = decode(io.BytesIO(content), "the photo")
-    seen = vit.preprocessing.picture(photo)
-    images = vit.preprocessing.sample(Example("the photo", photo))[None]
-    del photo
-    outputs = np.asarray(vit.logits(images), np.float64)[0]
+    reader = vit.preprocessing
+    name, given = f"the {reader.kind}", reader.decoded(content)
+    inputs = reader.stacked([reader.sample(Example(name, given))])
+    panel = reader.panel(given, name)
+    del given
+    outputs = np.asarray(vit.logits(inputs), np.float64)[0]
     target = int(outputs.argmax()) if target is None else target
-    heatmap = np.asarray(explain(vit, images, method, np.array([target], np.int32)), np.float32)[0]
+    heatmap = np.asarray(explain(vit, inputs, method, np.array([target], np.int32)), np.float32)[0]
     if not (np.isfinite(outputs).all() and np.isfinite(heatmap).all()):
-        raise InputError("the model gives no finite numbers for the photo")
-    values, signed = shade(heatmap, seen.shape[:2])
-    grey = ((values + 1) / 2 if signed else values) * 255
+        raise InputError(f"the model gives no finite numbers for {name}")
     found = describe(vit, outputs, [target])
     return {
         "method": method,
         "top5": found["top5"],
         "target": found["target"],
-        "photo": data_url(Image.fromarray(seen), "JPEG", quality=90),
-        "shade": data_url(Image.fromarray(grey.round().astype(np.uint8)), "PNG"),
-        "signed": signed,
+        **panel.answer(reader.shown(heatmap, vit.module, False)),
         "map": {"shape": list(heatmap.shape), "data": as_base64(heatmap.astype("<f4").tobytes())},
     }
 
@@ -292,17 +287,18 @@ def application(
       methods: names of `METHODS`; the first is the one that the page begins with.
       host: where the server listens.
       names: more names of the server, such as that of a proxy before it.
-      largest: bytes of one photo's file.
+      largest: bytes of one upload.
       seconds: time limit of waiting for a turn, and of computing.
       ready: methods that are compiled.
       compiling: seconds that compiling one took.
       answer: what computes an answer, as `explained`.
     """
     files = {path.relative_to(PAGE).as_posix(): path.read_bytes() for path in PAGE.rglob("*") if path.is_file()}
-    compiled, turns, uploads = set(ready), Turns(seconds), Uploads(largest)
+    suffixes = vit.preprocessing.suffixes
+    compiled, turns, uploads = set(ready), Turns(seconds), Uploads(largest, vit.preprocessing.kind)
     constant = {
         **_described(vit, methods),
-        "examples": sorted(name for name in files if name.startswith("examples/")),
+        "examples": sorted(name for name in files if name.startswith("examples/") and Path(name).suffix in suffixes),
         "largest": largest,
         "compiling": compiling,
     }
@@ -324,7 +320,7 @@ def application(
         index = None if name is None else number(name)  # the page sends a number, whatever classes are called
         target = None if name is None else vit.class_index(name if index is None else index)
         if request.headers.get("content-type") != OCTETS:
-            raise HTTPException(415, f"send the photo's bytes as the body, of the type {OCTETS}")
+            raise HTTPException(415, f"send the {vit.preprocessing.kind}'s bytes as the body, of the type {OCTETS}")
 
         def work() -> bytes:
             found = answer(vit, content, method, target)
@@ -379,7 +375,7 @@ async def _refused(_: Request, error: Any) -> Response:
 FAULTS: dict[Any, Any] = {
     InputError: _fault(400, ""),
     HTTPException: _refused,
-    Busy: _fault(503, "too many photos are waiting here: try again in a moment", {"retry-after": COME_BACK}),
+    Busy: _fault(503, "too many requests are waiting here: try again in a moment", {"retry-after": COME_BACK}),
     ClientDisconnect: _fault(400, "nobody waits for an answer"),
     Exception: _fault(500, "something went wrong here; the server's terminal says what"),
 }
@@ -397,6 +393,8 @@ def _described(vit: "Model", methods: Sequence[str]) -> dict[str, Any]:
 
     return {
         "model": vit.name,
+        "kind": vit.preprocessing.kind,
+        "accept": sorted(vit.preprocessing.suffixes),
         "size": vit.preprocessing.size,
         "classes": [vit.class_name(i) for i in range(vit.module.num_classes)],
         "methods": [entry(name) for name in methods],

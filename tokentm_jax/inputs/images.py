@@ -1,6 +1,7 @@
 """Images as inputs: `Preprocessing` reads photos (`photos.py`) or recordings (`recordings.py`) for a model."""
 
 import dataclasses
+import io
 import math
 import os
 import warnings
@@ -127,17 +128,30 @@ class Preprocessing:
 
     def found(self, argument: str, number: int = 1) -> dict[str, Path]:
         """The files that an argument of the command line names, by what messages call them."""
-        return {str(path): path for path in find_photos([argument], self.of.SUFFIXES, self.kind)}
+        return {str(path): path for path in find_photos([argument], self.suffixes, self.kind)}
 
     def opened(self, given: Any) -> Any:
-        """The content of a file that was `found`, or of a stream of its bytes. Raises InputError."""
+        """The content of a file that was `found`. Raises InputError."""
         return self.of.opened(given)
+
+    def decoded(self, content: bytes) -> Any:
+        """The content of an upload. Raises InputError."""
+        return self.of.decode(io.BytesIO(content), f"the {self.kind}")
+
+    def example(self) -> bytes:
+        """An upload, to compile programs for."""
+        return self.of.example()
 
     def notice(self, content: Any, name: str) -> str | None:
         """What of a sample the model does not receive, as a sentence; None for nothing."""
         return self.of.notice(content, self, name)
 
     figures = "png"  # the usual format of what is drawn
+
+    @property
+    def suffixes(self) -> frozenset[str]:
+        """Of the files that are read."""
+        return frozenset(self.of.SUFFIXES)
 
     @property
     def frame(self) -> str:

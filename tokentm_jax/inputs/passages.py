@@ -1,6 +1,7 @@
 """A text as the panel of a figure: its words on the colours of their scores."""
 
 import dataclasses
+import functools
 import html
 import re
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from tokentm_jax.errors import printable
-from tokentm_jax.inputs.pictures import COLOURS, SIDE, SMOOTH, Look, Panel
+from tokentm_jax.inputs.pictures import COLOURS, SIDE, SMOOTH, Look
 from tokentm_jax.inputs.words import Text, Word, scored
 
 if TYPE_CHECKING:
@@ -22,17 +23,25 @@ STRONGEST = 0.75  # share of the colour behind the word of the largest score; th
 
 
 @dataclasses.dataclass(frozen=True)
-class Passage(Panel):
-    """A text, drawn `side * WIDTH` pixels wide; `encoding` is what the tokenizer made of it."""
+class Passage:
+    """A text, as a `Panel`; `encoding` is what the tokenizer made of it."""
 
-    text: Text = ""
-    encoding: Any = None
-    side: int = SIDE
-    shown: tuple[Word, ...] = ()  # the words of its map, and the share of the largest score and colour of each
+    text: Text
+    encoding: Any
+    title: str
+    side: int = SIDE  # its picture is `side * WIDTH` pixels wide
+    note: str = ""
+    signed: bool | None = None
+    height: int = 0  # of the picture, at least
+    shown: tuple[Word, ...] = ()  # the words of its map, and the colour behind each as "#rrggbbaa"
     colours: tuple[str, ...] = ()
 
     plain = False
     axes = 1
+
+    @functools.cached_property
+    def picture(self) -> np.ndarray:
+        return drawn(self._received(), self.colours, self.side, self.height)
 
     @property
     def units(self) -> tuple[int, int]:
@@ -46,8 +55,12 @@ class Passage(Panel):
 
     @property
     def parts(self) -> list[tuple[str, int | None]]:
-        """The text as it was given: its words by their number, and None for what is between them."""
-        return pieces(self.text, self.words(np.zeros(len(self.encoding.ids))))
+        """The text as it was given: its words with their number, and with None what is between them."""
+        return pieces(self.text, self.shown or self.words(np.zeros(len(self.encoding.ids))))
+
+    def _received(self) -> list[tuple[str, int | None]]:
+        """The parts, without the end of a text that is cut."""
+        return [*self.parts[:-1], (" …", None)] if self.cut else self.parts
 
     def words(self, heatmap: np.ndarray) -> list[Word]:
         return scored(self.text, self.encoding, heatmap)
@@ -57,10 +70,16 @@ class Passage(Panel):
         words = tuple(self.words(heatmap))
         most = max((abs(word.score) for word in words), default=0) or 1
         colours = tuple(_colour(word.score / most, signed, look) for word in words)
-        picture = drawn(pieces(self.text, words), colours, self.side)
-        return dataclasses.replace(
-            self, picture=picture, title=title, note=note, signed=signed, shown=words, colours=colours
-        )
+        return dataclasses.replace(self, title=title, note=note, signed=signed, shown=words, colours=colours)
+
+    def of_height(self, height: int) -> "Passage":
+        return dataclasses.replace(self, height=height)
+
+    def answer(self, heatmap: np.ndarray) -> dict[str, Any]:
+        """The parts of the text with the scores of the words."""
+        words = self.words(heatmap)
+        parts = [[text, None if word is None else words[word].score] for text, word in self.parts]
+        return {"parts": parts, "signed": any(word.score < 0 for word in words)}
 
     def scale(self, look: Look = SMOOTH) -> "ScalarMappable":
         from matplotlib.cm import ScalarMappable
@@ -76,16 +95,11 @@ class Passage(Panel):
             if word is None
             else f'<span title="{self.shown[word].score:.3g}" '
             f'style="background:{self.colours[word]};border-radius:.2em">{html.escape(text)}</span>'
-            for text, word in pieces(self.text, self.shown)
+            for text, word in self.parts
         ]
-        size = f"width:{self.picture.shape[1]}px;max-width:100%"
+        size = f"width:{round(self.side * WIDTH)}px;max-width:100%"
         style = f"{size};line-height:1.8;white-space:pre-wrap;overflow-wrap:anywhere;margin:0"
         return f'<p dir="auto" style="{style}">{"".join(parts)}</p>'
-
-
-def passage(text: Text, encoding: Any, title: str, side: int = SIDE) -> Passage:
-    """A text without a map."""
-    return Passage(drawn(pieces(text, ()), (), side), title, text=text, encoding=encoding, side=side)
 
 
 def pieces(text: Text, words: Sequence[Word]) -> list[tuple[str, int | None]]:
@@ -119,7 +133,7 @@ def _on_paper(colour: str) -> tuple[int, ...]:
     return tuple(round(255 + (part - 255) * opacity / 255) for part in rgb)
 
 
-def drawn(parts: Sequence[tuple[str, int | None]], colours: Sequence[str], side: int) -> np.ndarray:
+def drawn(parts: Sequence[tuple[str, int | None]], colours: Sequence[str], side: int, height: int = 0) -> np.ndarray:
     """The pieces of a text as a picture uint8 [h, w, 3], the words on their colours."""
     from matplotlib.font_manager import findfont
 
@@ -142,7 +156,7 @@ def drawn(parts: Sequence[tuple[str, int | None]], colours: Sequence[str], side:
                 if x > margin or letters != " ":
                     placed.append((x, y, length, letters, colour))
                     x += length
-    image = Image.new("RGB", (width, y + line + margin), "white")
+    image = Image.new("RGB", (width, max(height, y + line + margin)), "white")
     brush = ImageDraw.Draw(image)
     for left, top, length, letters, colour in placed:
         if colour is not None:

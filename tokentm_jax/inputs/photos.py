@@ -1,6 +1,7 @@
 """Photos: how one becomes the input of a model, and the picture on which a map is shown."""
 
 import dataclasses
+import io
 import math
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tokentm_jax.data.photos import MAX_PIXELS, SUFFIXES, open_photo
+from tokentm_jax.data.photos import MAX_PIXELS, SUFFIXES, decode, open_photo
 from tokentm_jax.data.sources import kind_of
 from tokentm_jax.errors import InputError
 
-__all__ = ["SUFFIXES"]
+__all__ = ["SUFFIXES", "decode"]
 KIND = "photo"
 FRAME = "Photo"  # what the picture under a map is called
 
@@ -20,6 +21,13 @@ FRAME = "Photo"  # what the picture under a map is called
 def opened(path: str | Path) -> Image.Image:
     """The content of a file. Raises InputError."""
     return open_photo(path)
+
+
+def example() -> bytes:
+    """A file."""
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "PNG")
+    return file.getvalue()
 
 
 def fit(image: Image.Image, preprocessing: Any) -> np.ndarray:

@@ -66,6 +66,19 @@ class Panel:
         values, _ = shade(heatmap, self.picture.shape[:2], look.squares, signed)
         return Panel(blend(self.picture, values, signed, look.colours), title, note, signed)
 
+    def of_height(self, height: int) -> "Panel":
+        """With white below the picture: texts have different lengths."""
+        missing = height - self.picture.shape[0]
+        white = ((0, missing), (0, 0), (0, 0))
+        return dataclasses.replace(self, picture=np.pad(self.picture, white, constant_values=255))
+
+    def answer(self, heatmap: np.ndarray) -> dict[str, Any]:
+        """The picture, and the shaded map for as many pixels (grey values 0 ... 255), as the live page has them."""
+        values, signed = shade(heatmap, self.picture.shape[:2])
+        grey = (((values + 1) / 2 if signed else values) * 255).round().astype(np.uint8)
+        photo = data_url(Image.fromarray(self.picture), "JPEG", quality=90)
+        return {"photo": photo, "shade": data_url(Image.fromarray(grey), "PNG"), "signed": signed}
+
     def words(self, heatmap: np.ndarray) -> list[Any]:
         """The words of a text with their scores: a picture has none."""
         return []

@@ -25,6 +25,8 @@ class Reader(Protocol):
     kind: str  # what a sample is called: "photo", "recording", "text"
     frame: str | None  # what the picture under a map is called; None without one
     figures: str  # the usual format of what is drawn
+    suffixes: frozenset[str]  # of the files that are read
+    size: tuple[int, ...]  # of what the model receives
 
     def found(self, argument: str, number: int = 1) -> dict[str, Any]:
         """What an argument of the command line names, by what messages call it. Raises InputError."""
@@ -32,6 +34,14 @@ class Reader(Protocol):
 
     def opened(self, given: Any) -> Any:
         """The content of what was found, as in an `Example`. Raises InputError."""
+        ...
+
+    def decoded(self, content: bytes) -> Any:
+        """The content of an upload. Raises InputError."""
+        ...
+
+    def example(self) -> bytes:
+        """An upload, to compile programs for."""
         ...
 
     def notice(self, content: Any, name: str) -> str | None:

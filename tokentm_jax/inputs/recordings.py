@@ -1,15 +1,17 @@
 """Recordings: how one becomes a spectrogram, and the picture on which a map is shown, the lowest frequency below."""
 
+import io
+import wave
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tokentm_jax.data.audio import SUFFIXES, Recording, open_recording
+from tokentm_jax.data.audio import SUFFIXES, Recording, decode, open_recording
 from tokentm_jax.data.sources import kind_of
 from tokentm_jax.errors import InputError
 
-__all__ = ["SUFFIXES"]
+__all__ = ["SUFFIXES", "decode"]
 KIND = "recording"
 FRAME = "Spectrogram"  # what the picture under a map is called
 SIZE = (336, 448)  # pixels of that picture
@@ -18,6 +20,17 @@ SIZE = (336, 448)  # pixels of that picture
 def opened(path: str | Path) -> Recording:
     """The content of a file. Raises InputError."""
     return open_recording(path)
+
+
+def example() -> bytes:
+    """A file: a tenth of a second of silence."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(8000)
+        sound.writeframes(bytes(1600))
+    return file.getvalue()
 
 
 def fitted(recording: Any, preprocessing: Any, name: str, profile: str = "default") -> np.ndarray:

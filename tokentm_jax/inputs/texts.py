@@ -22,7 +22,7 @@ from jax import Array
 from tokentm_jax.data.sources import Example, Source, kind_of
 from tokentm_jax.errors import InputError, Unfit, require
 from tokentm_jax.files import read_text, reason
-from tokentm_jax.inputs.passages import passage
+from tokentm_jax.inputs.passages import Passage
 from tokentm_jax.inputs.pictures import SIDE
 from tokentm_jax.inputs.reader import random_map
 from tokentm_jax.inputs.values import Hide
@@ -143,6 +143,12 @@ class WordPieces:
     kind = "text"
     frame = None
     figures = "html"
+    suffixes = frozenset({".txt"})
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Tokens, at most."""
+        return (self.length,)
 
     @classmethod
     def from_file(cls, file: Path, length: int = 512) -> "WordPieces":
@@ -192,6 +198,16 @@ class WordPieces:
         """The content of what was `found`."""
         return given
 
+    def decoded(self, content: bytes) -> str:
+        """The content of an upload. Raises InputError."""
+        try:
+            return content.decode()
+        except UnicodeDecodeError:
+            raise InputError("the text is not UTF-8") from None
+
+    def example(self) -> bytes:
+        return b"an example"
+
     def sample(self, example: Example) -> Tokens:
         """A text as tokens [N]."""
         return self.levels(example)[0]
@@ -205,7 +221,7 @@ class WordPieces:
 
     def panel(self, content: Text, title: str, side: int = SIDE) -> Any:
         """What maps are shown on: see `Passage`."""
-        return passage(content, self.encode([content], title)[0], title, side)
+        return Passage(content, self.encode([content], title)[0], title, side)
 
     def panels(self, what: Any, side: int) -> list[tuple[Tokens, Any]]:
         """Texts of a caller: each as tokens [N], and what its map is shown on. InputError."""
@@ -213,7 +229,7 @@ class WordPieces:
         encoded = self.encode(listed)
         titles = [f"text {i}" for i in range(1, len(encoded) + 1)] if len(encoded) > 1 else ["text"]
         of_each = zip(listed, encoded, titles, strict=True)
-        return [(_sample(each), passage(text, each, title, side)) for text, each, title in of_each]
+        return [(_sample(each), Passage(text, each, title, side)) for text, each, title in of_each]
 
     def shown(self, heatmap: np.ndarray, module: Any, squares: bool) -> np.ndarray:
         return heatmap

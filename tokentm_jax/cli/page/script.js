@@ -1,4 +1,5 @@
 // The page of `tokentm serve`. A photo is sent again for each class and method; colours and opacity are drawn here.
+// For a model of recordings or texts, "photo" is one of these: `named` changes the words that people read.
 "use strict";
 
 const $ = (id) => document.getElementById(id);
@@ -6,7 +7,8 @@ const TRIES = 8; // how often a busy server is asked again
 const KEPT = 100; // answers, about half a megabyte each
 const LISTED = 100; // classes in the open list
 const UNSURE = 0.05; // probability below which the page cautions
-let settings; // of the server: model, classes, methods, colours, examples
+const UNITS = { photo: "pixels", recording: "mel bins and frames", text: "tokens at most" };
+let settings; // of the server: kind, model, classes, methods, colours, examples
 const photos = []; // {name, file, path, target, button}: those of the strip; `path` is that of an example
 let photo = null; // the one that is explained
 let shown = null; // the last answer, its photo, and its pictures as pixels
@@ -29,6 +31,9 @@ const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1) + (text.
 const method = (name) => settings.methods.find((row) => row.name === name);
 // A file's name without what would turn or hide the text around it.
 const plain = (name) => name.replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, "\ufffd");
+
+const named = (text) => text.replaceAll("photo", settings.kind).replaceAll("Photo", settings.kind[0].toUpperCase() + settings.kind.slice(1));
+const complain = (text) => ($("error").textContent = named(text));
 
 // Settings that a link carries, in the part of the address that is never sent. A class belongs to its photo.
 
@@ -111,7 +116,7 @@ async function explain() {
   const clock = setInterval(tick, 1000);
   try {
     const answer = await ask(asked, stop.signal, progress);
-    const pixels = { photo: await pixelsOf(answer.photo), shade: await pixelsOf(answer.shade) };
+    const pixels = answer.photo && { photo: await pixelsOf(answer.photo), shade: await pixelsOf(answer.shade) };
     ready.add(name);
     if (stop.signal.aborted) return;
     answers.set(key, { ...answer, asked, pixels, seconds: (performance.now() - began) / 1000 });
@@ -120,7 +125,7 @@ async function explain() {
   } catch (error) {
     if (stop.signal.aborted) return;
     goBack("");
-    $("error").textContent = `${own.name}: ${sentence(error.message)}`;
+    complain(`${own.name}: ${sentence(error.message)}`);
   } finally {
     clearInterval(clock);
     if (asking === stop) document.body.classList.remove("waiting");
@@ -186,7 +191,8 @@ function goBack(text) {
   say(text || (shown ? told(shown) : ""));
 }
 
-function say(text) {
+function say(said) {
+  const text = named(said);
   if ($("status").textContent !== text) $("status").textContent = text;
 }
 
@@ -214,17 +220,19 @@ function show(answer) {
   for (const id of ["pictures", "answer", "take"]) $(id).hidden = false;
   $("drop").hidden = true;
   const { target, map, signed, asked } = answer;
-  const [rows, columns] = map.shape;
-  const numbers = new Float32Array(bytes(map.data).buffer);
-  const most = numbers.reduce((best, value, i) => (value > numbers[best] ? i : best), 0);
-  const where = `strongest in row ${Math.floor(most / columns) + 1} of ${rows}, column ${(most % columns) + 1} of ${columns}`;
-  const what = `${method(answer.method).title} for ${target.name}`;
-  $("overlay").setAttribute("aria-label", `Photo under its heatmap: ${what}, ${where}`);
-  $("heat").setAttribute("aria-label", `Heatmap: ${what}, ${where}`);
+  if (answer.photo) {
+    const [rows, columns] = map.shape;
+    const numbers = new Float32Array(bytes(map.data).buffer);
+    const most = numbers.reduce((best, value, i) => (value > numbers[best] ? i : best), 0);
+    const where = `strongest in row ${Math.floor(most / columns) + 1} of ${rows}, column ${(most % columns) + 1} of ${columns}`;
+    const what = `${method(answer.method).title} for ${target.name}`;
+    $("overlay").setAttribute("aria-label", named(`Photo under its heatmap: ${what}, ${where}`));
+    $("heat").setAttribute("aria-label", `Heatmap: ${what}, ${where}`);
+  }
   $("low").textContent = signed ? "against" : "low";
   $("high").textContent = signed ? "for" : "high";
   const thumbnail = asked.photo.button.querySelector("img");
-  if (thumbnail.hidden) [thumbnail.src, thumbnail.hidden] = [answer.photo, false]; // a file that browsers do not draw
+  if (thumbnail?.hidden) [thumbnail.src, thumbnail.hidden] = [answer.photo, false]; // a file that browsers do not draw
   say(told(answer));
   caution(answer);
   showClass();
@@ -246,7 +254,7 @@ function caution({ target, top5 }) {
 function meaning({ signed, target, method: name }, table) {
   if (!signed) {
     const same = method(name).class_specific ? `the more important for “${target.name}”` : "the more important, whatever the class";
-    return [`The brighter, ${same}.`];
+    return [`The ${settings.kind === "text" ? "stronger the colour" : "brighter"}, ${same}.`];
   }
   const swatch = (step) => {
     const node = make("i", { className: "swatch" });
@@ -285,6 +293,7 @@ function covering(value, signed) {
 // The photo turns pale where the opacity grows, so that colour means heat: the stronger the value, the less photo shows.
 function draw() {
   if (!shown) return;
+  if (shown.parts) return drawWords();
   const { photo: seen, shade } = shown.pixels;
   const table = settings.tables[$("colours").value][shown.signed ? 1 : 0];
   const opacity = $("opacity").value / 100;
@@ -306,6 +315,30 @@ function draw() {
   put($("heat"), heat);
   put($("photo"), seen);
   put($("scale"), ramp(table));
+  $("meaning").replaceChildren(...meaning(shown, table));
+}
+
+// The words of a text on the scale's bright colours, the more opaque the larger the score, as `Passage` has them.
+function drawWords() {
+  const { parts, signed } = shown;
+  const table = settings.tables[$("colours").value][signed ? 1 : 0];
+  const strongest = $("opacity").value / 100;
+  const most = Math.max(...parts.map(([, score]) => Math.abs(score ?? 0)), 1e-30);
+  const colour = (share) => {
+    const place = 3 * (signed ? (share < 0 ? 38 : 217) : 191);
+    return [...table.slice(place, place + 3), strongest * Math.abs(share)];
+  };
+  $("passage").hidden = false;
+  $("passage").replaceChildren(
+    ...parts.map(([text, score]) => {
+      if (score === null) return text;
+      const word = make("span", { textContent: text, title: score.toPrecision(3) });
+      word.style.background = `rgba(${colour(score / most)})`;
+      return word;
+    }),
+  );
+  const steps = Array.from({ length: 256 }, (_, i) => colour(signed ? i / 127.5 - 1 : i / 255));
+  put($("scale"), new ImageData(new Uint8ClampedArray(steps.flatMap(([r, g, b, share]) => [r, g, b, 255 * share])), 256, 1));
   $("meaning").replaceChildren(...meaning(shown, table));
 }
 
@@ -406,8 +439,8 @@ function press() {
 
 function addPhoto(facts, source, label) {
   const one = { target: "", ...facts };
-  const image = make("img", { alt: "", loading: "lazy", decoding: "async", src: source });
-  one.button = make("button", { type: "button", title: label }, image, make("span", { textContent: one.path ? words(one.name) : one.name }));
+  const image = make("img", { alt: "", loading: "lazy", decoding: "async", ...(source && { src: source }) });
+  one.button = make("button", { type: "button", title: label }, ...(settings.kind === "text" ? [] : [image]), make("span", { textContent: one.path ? words(one.name) : one.name }));
   if (one.path) one.button.dataset.path = one.path;
   one.button.setAttribute("aria-label", label);
   one.button.setAttribute("aria-pressed", false);
@@ -427,7 +460,7 @@ async function choose(one) {
       if (!response.ok) throw new Error();
       one.file = await response.blob();
     } catch {
-      $("error").textContent = "The server does not answer: it may have ended.";
+      complain("The server does not answer: it may have ended.");
       return;
     }
   if (taken !== before) return;
@@ -444,12 +477,17 @@ function takeFiles(files) {
   const added = [...files]
     .filter((file) => !large.includes(file))
     .map((file) => {
-      const name = plain(nameOf(file.name)) || "photo";
+      const name = plain(nameOf(file.name)) || settings.kind;
       return addPhoto({ name, file }, URL.createObjectURL(file), name);
     });
   if (added.length) choose(added[0]);
   if (large.length)
-    $("error").textContent = `${large.map((file) => plain(file.name)).join(", ")}: ${large.length > 1 ? "these files are" : "the photo's file is"} larger than ${settings.largest / 2 ** 20} MiB.`;
+    complain(`${large.map((file) => plain(file.name)).join(", ")}: ${large.length > 1 ? "these files are" : "the photo's file is"} larger than ${settings.largest / 2 ** 20} MiB.`);
+}
+
+function takeText(text) {
+  const name = plain(text.trim().replace(/\s+/g, " "));
+  choose(addPhoto({ name: name.length > 40 ? `${name.slice(0, 40)}…` : name, file: new Blob([text]) }, "", name.slice(0, 1000)));
 }
 
 // The menu of classes: a text field that filters a list.
@@ -544,6 +582,19 @@ function settingsChanged(asksAnew) {
 
 const option = (value, text) => make("option", { value, textContent: text });
 
+// The page itself for a model of recordings or texts.
+function nameAll() {
+  if (settings.kind === "photo") return;
+  document.body.classList.add(`of-${settings.kind}`);
+  $("file").accept = settings.accept.join(",");
+  $("write").hidden = settings.kind !== "text";
+  if (settings.kind === "text") document.title = $("about").previousElementSibling.textContent = "Which words matter for a class?";
+  else $("received").textContent = "What the model receives: time to the right, frequency upwards";
+  for (const node of document.querySelectorAll("[aria-label*=hoto]")) node.ariaLabel = named(node.ariaLabel);
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (texts.nextNode()) texts.currentNode.data = named(texts.currentNode.data);
+}
+
 async function start() {
   try {
     settings = await (await fetch("settings")).json();
@@ -554,8 +605,8 @@ async function start() {
   ready = new Set(settings.ready);
   settings.lower = settings.classes.map((name) => name.toLowerCase());
   settings.tables = Object.fromEntries(Object.entries(settings.colours).map(([name, both]) => [name, both.map(bytes)]));
-  const [height, width] = settings.size;
-  $("about").textContent = `${settings.model}: ${settings.classes.length} classes, ${height} × ${width} pixels.`;
+  nameAll();
+  $("about").textContent = `${settings.model}: ${settings.classes.length} classes, ${settings.size.join(" × ")} ${UNITS[settings.kind]}.`;
   $("method").append(...settings.methods.map(({ name, title, recommended }) => option(name, recommended ? `${title} (recommended)` : title)));
   $("colours").append(...Object.keys(settings.colours).map((name) => option(name, name)));
   for (const path of settings.examples) addPhoto({ name: nameOf(path), path }, path, `Example: ${words(nameOf(path))}`);
@@ -577,6 +628,10 @@ async function start() {
   $("opacity").addEventListener("input", () => settingsChanged(false));
   $("controls").addEventListener("submit", (event) => event.preventDefault());
   $("cancel").addEventListener("click", cancel);
+  $("write").addEventListener("submit", (event) => {
+    event.preventDefault();
+    if ($("text").value.trim()) takeText($("text").value);
+  });
   for (const button of document.querySelectorAll("[data-choose]")) button.addEventListener("click", () => $("file").click());
   $("file").addEventListener("change", () => {
     takeFiles($("file").files);
