@@ -364,7 +364,7 @@ def test_long_names(tmp_path):
         (["--option", "ffn=true", "--option", "ffn=false"], "'ffn' is given twice"),
         (["--option", "ffn=" + "x" * 10**5], "must be a valid bool"),
         (["--target", "9" * 5000], "classes 0 to 5"),
-        (["--checkpoint", "/dev/zero"], "is no regular file"),
+        (["--checkpoint", "/dev/zero"], "is not a regular file"),
         (["--model", ""], "must be a name that a file can have"),
         (["--checkpoint", ""], "must be a name that a file can have"),
         (["--classes", ""], "must be a name that a file can have"),

@@ -343,7 +343,7 @@ def test_a_provenance_is_not_taken_on_trust(whole, tmp_path):
         (out / "zarr.json").write_bytes(bad)
         with pytest.raises(InputError, match=sentence):
             open_maps(out)
-    for change, sentence in ((wait_forever, "zarr.json is no regular file"), (occupy, "zarr.json is a folder")):
+    for change, sentence in ((wait_forever, "zarr.json is not a regular file"), (occupy, "zarr.json is a folder")):
         change(out / "zarr.json")
         with pytest.raises(InputError, match=sentence):
             open_maps(out)

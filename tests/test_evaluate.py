@@ -735,9 +735,9 @@ GOOD = RECIPE.format("rows('gae')")
         (GOOD + "print('hello')", "the data set nowhere does not exist"),
         (RECIPE.format("()"), "recipe.py: 'rows'"),
         (GOOD.replace("'a'", "'../../x'"), "recipe.py: 'name' must be a plain name"),
-        (os.mkfifo, "is no regular file"),
+        (os.mkfifo, "is not a regular file"),
         (Path.mkdir, "is a folder"),
-        (lambda path: path.symlink_to("/dev/zero"), "is no regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "is not a regular file"),
         (lambda path: path.symlink_to(path), "cannot be read"),
     ],
 )

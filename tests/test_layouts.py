@@ -188,7 +188,7 @@ def test_a_pipe_in_a_folder_is_not_waited_for(folder, name):
         (folder / "merges.txt").write_text("#version")
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
-    with pytest.raises(tm.InputError, match=f"{name} is no regular file"):
+    with pytest.raises(tm.InputError, match=f"{name} is not a regular file"):
         tm.load(str(folder))
 
 
@@ -517,11 +517,11 @@ def test_the_hub_fails_with_a_sentence(hub):
         ("[]", "must be an object"),
         ("{", "is not valid JSON"),
         ("[" * 10**5, "is not valid JSON"),
-        (json.dumps(card(model_args=[1])), "is not a timm model's"),
-        (json.dumps(card(model_args={"name": "x"})), "is not a timm model's"),
+        (json.dumps(card(model_args=[1])), "is not of a timm model"),
+        (json.dumps(card(model_args={"name": "x"})), "is not of a timm model"),
         (json.dumps(card(architecture="resnet50")), "unknown model 'resnet50'"),
         (json.dumps(card(num_classes=-1)), "num_classes"),
-        (json.dumps(card(model_args={}, pretrained_cfg={"input_size": 3})), "is not a timm model's"),
+        (json.dumps(card(model_args={}, pretrained_cfg={"input_size": 3})), "is not of a timm model"),
         (json.dumps(card(pretrained_cfg={"std": [0, 0, 0]})), "'std'"),
         (json.dumps(card(pretrained_cfg={"crop_mode": "border"})), "'crop_mode' must be 'center' or 'squash'"),
     ],
@@ -596,7 +596,7 @@ def test_a_name_is_enough(hub, shared):
 
 def test_a_name_without_weights_is_one_sentence(hub, monkeypatch):
     for name, words in (
-        ("vit_base_patch16_plus_240", "offers no weights of 'vit_base_patch16_plus_240' on the hub"),
+        ("vit_base_patch16_plus_240", "has no weights of 'vit_base_patch16_plus_240' on the hub"),
         ("deit_tiny_patch16_224.fb_in2k", "did you mean 'fb_in1k'"),
         ("deit_tiny_patch16_224", r"model\.safetensors of deit_tiny_patch16_224\.fb_in1k could not be downloaded"),
     ):

@@ -63,9 +63,9 @@ def test_options_with_a_bare_file(bare):
     model = load(options, bare)  # the number of classes is that of the file
     assert (model.module.num_classes, model.class_names, model.class_name(2)) == (3, None, "class 2")
     assert model.preprocessing == Preprocessing((16, 16), **IMAGENET)
-    with pytest.raises(InputError, match="does not say which architecture"):
+    with pytest.raises(InputError, match="does not specify its architecture"):
         load(checkpoint=bare)
-    with pytest.raises(InputError, match=r"head\.bias \[3\] in place of \[4\]"):
+    with pytest.raises(InputError, match=r"head\.bias \[3\] instead of \[4\]"):
         load(options, bare, num_classes=4)
 
 
@@ -165,8 +165,8 @@ def test_missing_class_names_file(bare, tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
     for path, message in (
         (tmp_path / "none.txt", "does not exist"),
-        (tmp_path / "pipe.txt", "is no regular file"),
-        ("/dev/zero", "is no regular file"),
+        (tmp_path / "pipe.txt", "is not a regular file"),
+        ("/dev/zero", "is not a regular file"),
         (tmp_path, "is a folder"),
     ):
         with pytest.raises(InputError, match=f"{path} {message}"):

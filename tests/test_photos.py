@@ -238,7 +238,7 @@ def test_missing_folder_and_pipe(tmp_path):
     for path, message in [
         (tmp_path / "missing.png", "does not exist"),
         (tmp_path, "is a folder"),
-        (tmp_path / "pipe.png", "is no regular file"),
+        (tmp_path / "pipe.png", "is not a regular file"),
         ("nul\0.png", "cannot be read"),
     ]:
         with pytest.raises(InputError, match=message):

@@ -182,7 +182,7 @@ def test_a_csv_of_labels(folder):
         open_source(folder)
     table.unlink()
     os.mkfifo(table)
-    with pytest.raises(InputError, match=r"labels\.csv is no regular file"):
+    with pytest.raises(InputError, match=r"labels\.csv is not a regular file"):
         open_source(folder)
 
 
@@ -484,7 +484,7 @@ def test_odd_things_in_a_folder(folder):
     assert set(source.keys) == {*ENTRIES, "ant/self.png", "ant/nowhere.png", "ant/pipe.png"}
     found = [key for batch in batches(source, MODEL, 4, skipped=skipped) for key in batch.keys]
     assert set(found) == set(ENTRIES) and len(source.identity) == 16
-    for name, message in (("self", "cannot be read"), ("nowhere", "does not exist"), ("pipe", "no regular file")):
+    for name, message in (("self", "cannot be read"), ("nowhere", "does not exist"), ("pipe", "not a regular file")):
         assert message in skipped[f"ant/{name}.png"]
 
 
@@ -556,7 +556,7 @@ def test_what_is_no_data_set(tmp_path):
         ("", "is empty"),
         ("nul\0.zip", "NUL"),
         ("x" * 300, "cannot be read"),
-        ("/dev/zero", "no regular file"),
+        ("/dev/zero", "not a regular file"),
     ):
         with pytest.raises(InputError, match=message):
             open_source(spec)

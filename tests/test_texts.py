@@ -285,7 +285,7 @@ def test_bad_tokens_are_one_sentence(text):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: (f / "config.json").unlink(), "holds no model: expected config.json"),
+        (lambda f: (f / "config.json").unlink(), "has no (text )?model: expected config.json"),
         (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
         (lambda f: (f / "tokenizer.json").write_text("{}"), "no tokenizer that can be used"),
         (lambda f: edited(f, model_type="vit2"), "model type 'vit2' is not supported"),
@@ -293,7 +293,7 @@ def test_bad_tokens_are_one_sentence(text):
         (lambda f: edited(f, num_attention_heads=3), "must be a multiple of the number of heads, 3"),
         (lambda f: edited(f, type_vocab_size=-1), "'type_vocab_size' must be greater than or equal to 0, got -1"),
         (lambda f: edited(f, type_vocab_size=10**12), "'type_vocab_size' must be less than or equal to 2147483647"),
-        (lambda f: edited(f, type_vocab_size=2**31 - 1), r"type_embeddings \[2, 16\] in place of \[2147483647, 16\]"),
+        (lambda f: edited(f, type_vocab_size=2**31 - 1), r"type_embeddings \[2, 16\] instead of \[2147483647, 16\]"),
         (lambda f: edited(f, hidden_act="mish"), "'hidden_act' must be one of"),
         (lambda f: edited(f, position_embedding_type="relative_key"), "nothing else is supported"),
         (lambda f: edited(f, id2label={"0": "a"}), "'id2label' names 1 classes of 5"),
@@ -413,7 +413,7 @@ def test_heads_of_other_tasks_are_not_left_out_in_silence(tmp_path):
         tm.load(tmp_path / "bert")
     shutil.copytree(GOLDENS / "bert", tmp_path / "other")
     edited(tmp_path / "other", architectures=None)
-    with pytest.warns(UserWarning, match="names no architecture: its classifier is taken for one of whole texts"):
+    with pytest.warns(UserWarning, match="has no architecture: its classifier is used for whole texts"):
         tm.load(tmp_path / "other")
 
 
@@ -443,7 +443,7 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path, name, kind):
     (folder / "1_Pooling").mkdir()
     (folder / name).unlink(missing_ok=True)
     {"pipe": os.mkfifo, "folder": os.mkdir, "device": lambda path: os.symlink("/dev/zero", path)}[kind](folder / name)
-    with pytest.raises(tm.InputError, match=f"{name} is (no regular file|a folder)"):
+    with pytest.raises(tm.InputError, match=f"{name} is (not a regular file|a folder)"):
         tm.load(folder)
 
 

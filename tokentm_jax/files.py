@@ -61,7 +61,7 @@ def opened(path: str | os.PathLike[str], what: str = "") -> Iterator[BufferedRea
     try:
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode):
-            raise InputError(f"{name} is a folder" if stat.S_ISDIR(mode) else f"{name} is no regular file")
+            raise InputError(f"{name} is a folder" if stat.S_ISDIR(mode) else f"{name} is not a regular file")
         # Without waiting, should it have become a pipe in the meantime.
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         with open(os.open(path, flags), "rb") as file:

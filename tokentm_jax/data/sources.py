@@ -127,7 +127,7 @@ def open_source(
     else:
         rated = str(spec).startswith(VADER)
         path = Path(str(spec).removeprefix(VADER))
-        with opened(path, "the data set"):  # tells what is missing or no regular file
+        with opened(path, "the data set"):  # tells what is missing or not a regular file
             if path.suffix.lower() == ".tsv":
                 source = _sentences(path, rated)
             else:

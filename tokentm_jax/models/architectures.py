@@ -19,13 +19,13 @@ from tokentm_jax.models.vit import ViT
 from tokentm_jax.validation import checked
 
 Config = dict[str, Any]  # keyword arguments of timm's VisionTransformer, JSON types only
-# Of each name of timm: the options of its model, and its sets of weights by tag, the default one first.
+# timm's name -> the options of its model, and its sets of weights by tag, the default one first.
 # Made by `tests/goldens/make_timm_goldens.py`.
 TIMM: dict[str, Any] = read_json(Path(__file__).with_name("architectures.json"))
 
 
 def _preprocessing(base: str, tag: str = "") -> Preprocessing:
-    """Of the weights with this tag, or of the default ones if timm has no such tag."""
+    """The preprocessing of the weights with this tag, or of the default weights if timm has no such tag."""
     weights = TIMM[base]["weights"]
     fields = weights.get(tag) or next(iter(weights.values()))
     return Preprocessing.from_dict({name: value for name, value in fields.items() if name != "repository"})
@@ -56,7 +56,7 @@ def _number(largest: float) -> Any:
     return Annotated[float, Ge(0), Le(largest)]
 
 
-OPTIONS: dict[str, Any] = {  # what each option of a model may be
+OPTIONS: dict[str, Any] = {  # the type of each option of a model
     "img_size": tuple[_whole("img_size"), _whole("img_size")],
     "patch_size": _whole("patch_size") | tuple[_whole("patch_size"), _whole("patch_size")],
     **{name: _whole(name) for name in ("embed_dim", "depth", "num_heads")},
@@ -77,9 +77,9 @@ OPTIONS: dict[str, Any] = {  # what each option of a model may be
     "in_chans": _whole("in_chans"),
     "stride": _whole("patch_size") | tuple[_whole("patch_size"), _whole("patch_size")] | None,
 }
-LATER: Config = {"in_chans": 3, "stride": None}  # a description says them where they are not so
-# Other options of timm's VisionTransformer: those that change nothing of a trained model's forward pass, and those of
-# which one value is supported.
+LATER: Config = {"in_chans": 3, "stride": None}  # a description leaves them out if they have these values
+# Other options of timm's VisionTransformer: without effect on the forward pass of a trained model, or with only one
+# supported value.
 WITHOUT_EFFECT = (
     *("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"),
     *("weight_init", "fix_init", "dynamic_img_size", "device", "dtype"),
@@ -99,19 +99,19 @@ def _places(base: str) -> dict[str, str]:
 
 
 def tags_of(base: str) -> list[str]:
-    """The tags of timm's weights on the hub of a name of the table; the default one is the first."""
+    """The tags of timm's weights on the hub for a name of the table; the first is the default."""
     return list(_places(base))
 
 
 def repository_of(name: str) -> tuple[str, str]:
-    """("deit_tiny_patch16_224.fb_in1k", its repository on the hub), for a name of the table with or without tag.
+    """The name with its tag and its repository on the hub, for a name of the table with or without tag.
 
-    Raises InputError for a tag that timm does not know, and for a name without weights on the hub.
+    Raises InputError for an unknown tag, and for a name without weights on the hub.
     """
     base, _, tag = name.partition(".")
     places = _places(base)
     if not places:
-        raise InputError(f"timm offers no weights of {base!r} on the hub: give a checkpoint")
+        raise InputError(f"timm has no weights of {base!r} on the hub: give a checkpoint")
     tag = tag or next(iter(places))
     if tag not in places:
         raise suggest("weights", tag, places, of=base)
@@ -121,9 +121,9 @@ def repository_of(name: str) -> tuple[str, str]:
 def architecture(name: str, **overrides: Any) -> tuple[Config, Preprocessing]:
     """Configuration and preprocessing of a timm name, with or without tag ("vit_base_patch16_224.dino").
 
-    Without a tag, the preprocessing is that of timm's default weights, as with `timm.create_model`. `overrides`
-    replace entries of the configuration; the preprocessing follows `img_size`.
-    Raises InputError, with the nearest known name, when the table lacks `name`.
+    Without a tag, the preprocessing is that of timm's default weights, as in `timm.create_model`. `overrides` replace
+    entries of the configuration; `img_size` also changes the preprocessing.
+    Raises InputError with the nearest known name if the table does not have `name`.
     """
     base, _, tag = str(name).partition(".")
     if base not in ARCHITECTURES:
@@ -145,12 +145,12 @@ def build(
 
     Args:
         config: besides timm's keys, `distilled`, `activation` ("gelu", "quick_gelu", "gelu_tanh") and `norm_eps`.
-        img_size: side or (height, width) in pixels, in place of the configuration's.
-        num_classes: in place of the configuration's.
-        dtype: type of the activations, such as "bfloat16"; None: that of the images.
+        img_size: side or (height, width) in pixels, instead of the configuration's.
+        num_classes: instead of the configuration's.
+        dtype: type of the activations, such as "bfloat16"; None: type of the images.
 
     Raises:
-        InputError: an unknown key, a wrong type, or a value that the model does not support; names the key.
+        InputError: an unknown key, a wrong type, or a value that is not supported; the message names the key.
     """
     if isinstance(config, str):
         config = architecture(config)[0]
@@ -172,28 +172,23 @@ def build(
 
 
 def config_of(module: ViT) -> Config:
-    """The configuration from which `build` makes this module, in JSON types."""
+    """The configuration of a module for `build`, in JSON types."""
     values = {name: getattr(module, name) for name in OPTIONS}
     values = {name: value for name, value in values.items() if name not in LATER or value != LATER[name]}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def _checked(key: str, value: Any) -> Any:
-    """`value` in the type of the option, or InputError."""
+    """`value` in the type of the option. InputError if it does not have that type."""
     if key == "img_size" or (key == "ref_feat_shape" and value is not None):
-        value = _pair(value)
+        value = tuple(value) if isinstance(value, list | tuple) else (value, value)
     if key in ("patch_size", "stride") and isinstance(value, list | tuple):
         value = value[0] if len(value) == 2 and value[0] == value[1] else tuple(value)
     return checked(f"model option {key!r}", OPTIONS[key], value)
 
 
-def _pair(value: Any) -> Any:
-    """A side as (height, width), and a list of JSON as a tuple."""
-    return tuple(value) if isinstance(value, list | tuple) else (value, value)
-
-
 def dtype_of(dtype: Any) -> Any:
-    """A type of activations by its name. Raises InputError for what is no floating-point type."""
+    """A type of activations by its name. Raises InputError for a type that is not floating-point."""
     if dtype is None:
         return None
     try:
@@ -206,7 +201,7 @@ def dtype_of(dtype: Any) -> Any:
 
 
 def _check_together(module: ViT) -> None:
-    """Refuse combinations of options that make no model."""
+    """InputError for options that do not fit together."""
     tokens = module.grid[0] * module.grid[1] + module.prefix
     if tokens > LARGEST_TOKENS:
         raise InputError(f"model option 'patch_size': {tokens} tokens are more than {LARGEST_TOKENS}")
@@ -236,7 +231,7 @@ def _check_together(module: ViT) -> None:
 
 
 def parameter_count(module: ViT) -> int:
-    """Number of parameters, by arithmetic: tracing all architectures would take many seconds."""
+    """Number of parameters, by arithmetic, because tracing all architectures takes many seconds."""
     d, hidden = module.embed_dim, int(module.embed_dim * module.mlp_ratio)
     biases = (3 if module.k_bias else 2) * module.qkv_bias
     attention = 3 * d * d + biases * d + d * (d + module.proj_bias) + 4 * module.qk_norm * (d // module.num_heads)

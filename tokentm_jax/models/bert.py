@@ -1,6 +1,6 @@
 """Text Transformer in Flax Linen, in the style of BERT: post-norm blocks, token types, learned positions, padding.
 
-Its blocks are those of `vit`, and sow the same names. Axes as there; N is the number of tokens of the longest text.
+Its blocks are those of `vit`, and sow the same names. Axes as in `vit`; N is the number of tokens of the longest text.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from tokentm_jax.models.vit import Affine, Block, Linear, Norm, trunc_normal
 class Bert(nn.Module):
     """Text encoder with a head: `Texts` or `Tokens` -> logits [B, classes], or features [B, D] for no classes.
 
-    `dtype` and `linear` are those of `ViT`. What stands behind the padding of a text changes nothing for it.
+    `dtype` and `linear` are those of `ViT`. Values at padded positions do not affect the result.
     """
 
     vocab_size: int = 30522
@@ -31,12 +31,12 @@ class Bert(nn.Module):
     mlp_hidden: int = 3072
     num_classes: int = 2  # 0: no head, the outputs are the pooled features
     type_vocab_size: int = 2  # 0: no token types
-    embedding_size: int | None = None  # of the embeddings, where a linear map leads from there to the width (ELECTRA)
+    embedding_size: int | None = None  # if a linear map follows the embeddings (ELECTRA): their width
     activation: str = "gelu"
     norm_eps: float = 1e-12
     pool: str = "token"  # the first token, or "avg" of all
     pooler: str | None = "tanh"  # the non-linearity of a layer between pooling and classifier; None: no such layer
-    mask_id: int | None = None  # of the word piece that stands for one taken away
+    mask_id: int | None = None  # of the word piece that replaces a removed one
     dtype: Any = None
     linear: Linear = primitives.linear
 
@@ -81,13 +81,11 @@ class Bert(nn.Module):
 
     @property
     def _block_fields(self) -> dict[str, Any]:
-        plain: dict[str, Any] = dict(qkv_bias=True, k_bias=True, qk_norm=False, rope=None, proj_bias=True)
-        plain |= dict(init_values=None, mlp_layer="mlp", scale_mlp_norm=False, post_norm=True)
-        same = ("num_heads", "mlp_hidden", "activation", "norm_eps", "linear")
-        return plain | {name: getattr(self, name) for name in same}
+        same = ("num_heads", "mlp_hidden", "activation", "norm_eps", "linear", "post_norm")
+        return {name: getattr(self, name) for name in same}
 
     def block(self) -> Block:
-        """One block on its own, to apply to a slice of `params["blocks"]`."""
+        """One block, to apply to a slice of `params["blocks"]`."""
         return Block(**self._block_fields, parent=None)
 
     def __call__(self, texts: Texts | Tokens) -> Array:
@@ -98,13 +96,13 @@ class Bert(nn.Module):
         return self.classify(tokens, known.mask)
 
     def look_up(self, tokens: Tokens) -> Texts:
-        """Word pieces -> their embeddings; NaN for an id that there is not."""
+        """Word pieces -> their embeddings; NaN for an unknown id."""
         known = (tokens.ids >= 0) & (tokens.ids < self.vocab_size)
         found = self.word_embeddings[tokens.ids].astype(self.dtype or self.word_embeddings.dtype)
         return Texts(jnp.where(known[..., None], found, jnp.nan), tokens.mask, tokens.types, tokens.special)
 
     def blank(self) -> Array:
-        """The embedding [D] that stands for a word taken away: the mask's, or zeros where there is none."""
+        """The embedding [D] that replaces a removed word: of the mask, or zeros for a model without a mask."""
         if self.mask_id is None:
             return jnp.zeros_like(self.word_embeddings[0])
         return self.word_embeddings[self.mask_id]
@@ -121,12 +119,14 @@ class Bert(nn.Module):
         return self.linear(x, *self.embed_project(x.shape[-1])) if self.embedding_size else x
 
     def read_part(self, tokens: Array, kept: Array, count: int) -> Array:
-        """The outputs for embedded tokens [B, N, D] of which nothing attends to those that are not `kept` [B, N]."""
+        """The outputs for embedded tokens [B, N, D] without attention to those that are not `kept` [B, N]."""
         return self.classify(self.blocks(tokens, kept)[0], kept)
 
     def classify(self, tokens: Array, mask: Array) -> Array:
-        """Tokens [B, N, D] that leave a block, and which are there [B, N] -> logits [B, classes], or features, in
-        float32 at least."""
+        """Tokens [B, N, D] that leave a block, and their mask [B, N] -> logits [B, classes], or features.
+
+        The result is in float32 at least.
+        """
         d = self.embed_dim
         if self.pool == "avg":
 

@@ -1,6 +1,6 @@
-"""Weights on disk: read in the layouts that people have, written under timm's names with a description.
+"""Weights on disk: read in common layouts, and written under timm's names with a description.
 
-Every layout is first brought to timm's names (`read_tensors`), then to the module's tree (`to_params`), so each
+Every layout is first translated to timm's names (`read_tensors`), then to the module's tree (`to_params`), so each
 check exists once. Files are untrusted: nothing in them is executed, and every fault is one InputError.
 """
 
@@ -48,7 +48,7 @@ from tokentm_jax.validation import checked
 Tensors = dict[str, np.ndarray]  # by timm name
 HEADS = ("head.", "head_dist.", "pre_logits.")
 LARGEST_DESCRIPTION = 10_000_000  # bytes
-LARGEST_FACTOR = 50  # weights hardly compress: a file that becomes so many times its size would fill the memory
+LARGEST_FACTOR = 50  # unpacked size / file size; weights hardly compress, so a larger factor is an attack
 
 
 # ---- our tree <-> timm's names ------------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ LARGEST_FACTOR = 50  # weights hardly compress: a file that becomes so many time
 
 @functools.lru_cache(maxsize=8)
 def _shapes(module: ViT | TextEncoder | Bert) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Path -> shape of every parameter of `module`; those of `blocks` have the axis L in front."""
+    """Path -> shape of every parameter of `module`; parameters of `blocks` have the first axis L."""
     variables: Any = jax.eval_shape(module.init, jax.random.key(0), module.example())
     flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(variables["params"])
     return {path: leaf.shape for path, leaf in flat.items()}
@@ -73,8 +73,8 @@ def _timm_name(path: tuple[str, ...], block: int = 0) -> str:
 
 
 def _timm_shape(module: Any, path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of one timm tensor, from that of our parameter without the axis L. Without a `ViT`, patches are square and
-    of 3 channels."""
+    """Shape of a timm tensor, from the shape of our parameter without the axis L. Without a module, patches are square
+    with 3 channels."""
     if path == ("patch_embed", "kernel"):
         side = int((shape[0] / 3) ** 0.5 + 0.5)
         return (shape[1], 3, side, side) if module is None else (shape[1], module.in_chans, *module.tiling.patch)
@@ -95,8 +95,7 @@ def _to_timm(module: Any, path: tuple[str, ...], value: np.ndarray) -> np.ndarra
 
 
 def to_timm(params: Mapping[str, Any], module: ViT | None = None, dtype: Any = np.float32) -> Tensors:
-    """The tree of `ViT` parameters -> timm's names and layouts. Without the module, patches are square and of 3
-    channels."""
+    """The tree of parameters -> timm's names and layouts. Without the module, patches are square with 3 channels."""
     tensors: Tensors = {}
     for path, leaf in traverse_util.flatten_dict(params).items():
         value = np.asarray(leaf, np.float32).astype(dtype)
@@ -115,17 +114,18 @@ def to_params(
     old_grid: tuple[int, int] | None = None,
     antialias: bool = True,
 ) -> dict[str, Any]:
-    """timm's names -> the tree of `module`, float32; position embeddings of another grid are resampled.
+    """timm's names -> the tree of `module`, float32. Position embeddings of another grid are resampled.
 
-    `source` names the file in errors. With `reset_head` the classifier is ignored and left out of the result.
-    `old_grid` is the patch grid of the file; None: the module's if the count agrees and is no square, else a square.
-    `antialias`: how positions are resampled, as timm and OpenCLIP do it, or as most of Hugging Face's models.
-    Raises InputError listing every missing, unexpected and wrongly shaped parameter.
+    `source` is the file's name in errors. With `reset_head` the classifier is ignored, and the result has none.
+    `old_grid` is the patch grid of the file. None means the module's grid if the number of positions fits it and is
+    not a square, else a square. `antialias`: positions are resampled as in timm and OpenCLIP (True), or as in most
+    models of Hugging Face (False).
+    Raises InputError with a list of every missing, unexpected and wrongly shaped parameter.
     """
     tensors = {name: t for name, t in tensors.items() if not (reset_head and name.startswith(HEADS))}
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     missing, wrong, params = [], [], {}
-    grid = None  # of the position embeddings, where it is another
+    grid = None  # of the position embeddings, if it differs
     for path, shape in _shapes(module).items():  # pyright: ignore[reportArgumentType] - modules are hashable
         stacked = path[0] == "blocks"
         names = [_timm_name(path, i) for i in range(module.depth if stacked else 1)]
@@ -138,11 +138,11 @@ def to_params(
             if name == "pos_embed" and isinstance(module, ViT):
                 grid = _other_grid(module, tensor, old_grid)
             if tensor.shape != expected and not (name == "pos_embed" and grid):
-                wrong.append(f"{name} {list(tensor.shape)} in place of {list(expected)}")
+                wrong.append(f"{name} {list(tensor.shape)} instead of {list(expected)}")
             elif not jnp.issubdtype(tensor.dtype, jnp.floating):
-                wrong.append(f"{name} {tensor.dtype} in place of floating-point numbers")
+                wrong.append(f"{name} {tensor.dtype} instead of floating-point numbers")
         if not missing and not wrong:
-            with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused below
+            with np.errstate(over="ignore"):  # values that are too large become infinite, and raise below
                 values = [_from_timm(path, np.asarray(tensor, np.float32)) for tensor in found.values()]
             params[path] = np.stack(values) if stacked else values[0]
     faults = [(label, names) for label, names in (("missing", missing), ("wrong shape", wrong)) if names]
@@ -153,20 +153,20 @@ def to_params(
         if any(n.startswith("fc_norm.") for n in missing) and any(n.startswith("norm.") for n in tensors):
             hint = "; the file normalises before pooling: set fc_norm=False"
         if any(n.startswith("pre_logits.") for n in tensors):
-            hint = "; the layer pre_logits, which its classifier reads, is not supported"
+            hint = "; its classifier reads the layer pre_logits, which is not supported"
         hint = hint or names_that_fit(shapes, module)
         listed = "; ".join(f"{label}: {', '.join(_shorten(names))}" for label, names in faults)
         raise InputError(f"{source} does not fit the model ({listed}){hint}")
     for path, value in params.items():
         if not np.isfinite(value).all():
-            raise InputError(f"{source}: parameter {_timm_name(path)!r} holds values that are not finite numbers")
-    if grid and isinstance(module, ViT):  # last: a small file that is otherwise wrong takes no memory for positions
+            raise InputError(f"{source}: parameter {_timm_name(path)!r} has values that are not finite numbers")
+    if grid and isinstance(module, ViT):  # last: a wrong file must not take memory for positions
         params[("pos_embed",)] = _resample(module, params[("pos_embed",)], grid, antialias)
     return traverse_util.unflatten_dict(params)
 
 
 def _shorten(names: list[str]) -> list[str]:
-    """The same parameter of many blocks as one entry: blocks.0.ls1.gamma ... -> blocks.*.ls1.gamma (12 times)."""
+    """One entry for the same parameter of many blocks: blocks.0.ls1.gamma ... -> blocks.*.ls1.gamma (12 times)."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(re.sub(r"^blocks\.\d+\.", "blocks.*.", name), []).append(name)
@@ -174,9 +174,9 @@ def _shorten(names: list[str]) -> list[str]:
 
 
 def names_that_fit(shapes: Mapping[str, tuple[int, ...]], module: Any = None) -> str:
-    """Which names of the table weights of these shapes may be of: "; width 192, depth 12: deit_tiny_patch16_224?".
+    """The names of the table that fit weights of these shapes best: "; width 192, depth 12: deit_tiny_patch16_224?".
 
-    Nothing where none has their width and depth, or where no other fits better than `module` does.
+    Empty if the weights are not of a ViT, or if no name fits better than `module`.
     """
     patches = shapes.get("patch_embed.proj.weight", ())
     depth = len({name.split(".")[1] for name in shapes if re.match(r"blocks\.\d+\.", name)})
@@ -200,7 +200,7 @@ def names_that_fit(shapes: Mapping[str, tuple[int, ...]], module: Any = None) ->
 
 
 def _unlike(module: Any, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """In how many names and shapes the parameters of a module differ, of its blocks only those of the first."""
+    """The number of names and shapes that differ from the parameters of a module. Only the first block is compared."""
     own = {
         _timm_name(path): _timm_shape(module, path, shape[path[0] == "blocks" :])
         for path, shape in _shapes(module).items()
@@ -210,8 +210,10 @@ def _unlike(module: Any, shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def _other_grid(module: ViT, positions: np.ndarray, stated: tuple[int, int] | None) -> tuple[int, int] | None:
-    """Patch grid of position embeddings [1, N, D] that must be resampled for the module. None: they are of its grid,
-    or nothing is known of theirs, and a wrong shape is then reported with all the others."""
+    """Patch grid of position embeddings [1, N, D] that must be resampled for the module.
+
+    None: they have the module's grid, or an unknown one. A wrong shape is then reported with the other faults.
+    """
     if positions.ndim != 3 or positions.shape[0] != 1 or positions.shape[2] != module.embed_dim:
         return None
     count = positions.shape[1] - (0 if module.no_embed_class else module.prefix)
@@ -223,8 +225,8 @@ def _other_grid(module: ViT, positions: np.ndarray, stated: tuple[int, int] | No
 def _resample(module: ViT, positions: np.ndarray, old_grid: tuple[int, int], antialias: bool) -> np.ndarray:
     """Bicubic resampling of position embeddings [1, N, D] to the module's grid; prefix tokens are kept.
 
-    With `antialias` the kernel widens as the grid shrinks, and is Keys' of a = -1/2; without, it is that of PyTorch's
-    `interpolate(mode="bicubic")`, a = -3/4, whose border is repeated.
+    With `antialias`, the kernel is Keys' with a = -1/2, and becomes wider as the grid shrinks. Without, it is that of
+    PyTorch's `interpolate(mode="bicubic")`: a = -3/4, with a repeated border.
     """
     prefix = 0 if module.no_embed_class else module.prefix
     gh, gw = module.grid
@@ -238,7 +240,7 @@ def _resample(module: ViT, positions: np.ndarray, old_grid: tuple[int, int], ant
 
 
 def _bicubic(old: int, new: int, a: float = -0.75) -> np.ndarray:
-    """[new, old]: the share of each old place in each new one, by Keys' cubic convolution (1981) of four places."""
+    """[new, old]: weight of each old position in each new one, by Keys' cubic convolution (1981) of four positions."""
     centres = (np.arange(new) + 0.5) * old / new - 0.5
     places = np.floor(centres)[:, None] + np.arange(-1, 3)
     x = np.abs(centres[:, None] - places)
@@ -254,8 +256,8 @@ def _bicubic(old: int, new: int, a: float = -0.75) -> np.ndarray:
 def read_checkpoint(module: ViT, path: str | os.PathLike[str], reset_head: bool = False) -> dict[str, Any]:
     """Parameters for `module.apply({"params": params}, images)` from a file or an Orbax folder.
 
-    Read: `.safetensors` and `.pth` with timm's names, `.npz` of Google's ViT and AugReg releases, and folders
-    that `write_checkpoint` wrote. The content decides, not the suffix.
+    It reads `.safetensors` and `.pth` with timm's names, `.npz` of Google's ViT and AugReg releases, and folders of
+    `write_checkpoint`. The content decides, not the suffix.
 
     Args:
         module: the model that the weights must fit.
@@ -266,7 +268,7 @@ def read_checkpoint(module: ViT, path: str | os.PathLike[str], reset_head: bool 
         The nested dictionary of float32 arrays.
 
     Raises:
-        InputError: no such file, damaged, of an unknown kind, or not this model's.
+        InputError: the file is missing, damaged, of an unknown kind, or does not fit the model.
     """
     path = as_path(path, "the checkpoint")
     return to_params(module, read_tensors(path), str(path), reset_head, described_grid(read_description(path)))
@@ -280,12 +282,12 @@ def read_tensors(path: str | os.PathLike[str]) -> Tensors:
     return current_names(_without_wrappers(readers[kind](path), path))
 
 
-# What training code wraps a model in: its attribute, PyTorch's DataParallel and compile.
+# Prefixes that training code adds: an attribute, PyTorch's DataParallel and compile.
 WRAPPERS = re.compile(r"^((module|model|backbone|_orig_mod)\.)+")
 
 
 def _without_wrappers(tensors: Tensors, path: Path) -> Tensors:
-    """The names without what wraps the model. InputError where two of them become one."""
+    """The tensors without prefixes of training code. InputError if two names become equal."""
     found: dict[str, str] = {}
     for name in tensors:
         bare = WRAPPERS.sub("", name)
@@ -296,7 +298,7 @@ def _without_wrappers(tensors: Tensors, path: Path) -> Tensors:
 
 
 def _kind(path: Path) -> str:
-    """What a path holds, from its content; InputError if it is no checkpoint."""
+    """The kind of a checkpoint, from its content. InputError if it is not a checkpoint."""
     if os.path.isdir(path):
         if (path / "description.json").is_file() and (path / "params").is_dir():
             return "orbax"
@@ -306,11 +308,8 @@ def _kind(path: Path) -> str:
         if not start:
             raise InputError(f"checkpoint {path} is empty")
         if start.startswith(b"PK\x03\x04"):
-            try:
-                with zipfile.ZipFile(file) as archive:
-                    entries = archive.infolist()
-            except Exception as error:  # zipfile raises a dozen kinds for damaged archives
-                raise _damaged(path, error) from None
+            with _damage_named(path), zipfile.ZipFile(file) as archive:
+                entries = archive.infolist()
             _require_room(path, sum(entry.file_size for entry in entries))
             if all(entry.filename.endswith(".npy") for entry in entries):
                 return "npz"
@@ -324,12 +323,19 @@ def _kind(path: Path) -> str:
     raise InputError(f"{path} is not a checkpoint: expected .safetensors, .pth, .npz or a folder of this project")
 
 
-def _damaged(path: Path, error: BaseException) -> InputError:
-    return InputError(f"checkpoint {path} is damaged or incomplete ({reason(error)})")
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Errors of the libraries that read checkpoints as InputError. They raise a dozen kinds for damaged files."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"checkpoint {path} is damaged or incomplete ({reason(error)})") from None
 
 
 def _require_room(path: Path, unpacked: int) -> None:
-    """InputError for more bytes than what is stored there can hold by right, or than the memory."""
+    """InputError if the unpacked bytes are too many for the size of the file, or more than the memory."""
     stored = 0
     for part in path.rglob("*") if path.is_dir() else [path]:
         if not part.is_dir():
@@ -338,38 +344,27 @@ def _require_room(path: Path, unpacked: int) -> None:
     if unpacked > LARGEST_FACTOR * stored:
         raise InputError(f"checkpoint {path} unpacks to {unpacked / 1e9:.1f} GB and is refused as unsafe")
     if hasattr(os, "sysconf") and unpacked > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-        raise InputError(f"checkpoint {path} holds {unpacked / 1e9:.1f} GB of numbers, more than the memory")
+        raise InputError(f"checkpoint {path} has {unpacked / 1e9:.1f} GB of numbers, more than the memory")
 
 
 def read_safetensors(path: Path) -> Tensors:
-    try:
-        with opened(path, "checkpoint"), safetensors.safe_open(path, "np") as file:  # which would wait for a pipe
-            names = file.keys()
-            _require_room(path, sum(4 * math.prod(file.get_slice(n).get_shape()) for n in names))
-            return {name: file.get_tensor(name) for name in names}
-    except InputError:
-        raise
-    # AttributeError: a type that numpy lacks, such as float8
-    except (safetensors.SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
-        raise _damaged(path, error) from None
+    # `opened` refuses a pipe, for which safetensors would wait.
+    with _damage_named(path), opened(path, "checkpoint"), safetensors.safe_open(path, "np") as file:
+        names = file.keys()
+        _require_room(path, sum(4 * math.prod(file.get_slice(n).get_shape()) for n in names))
+        return {name: file.get_tensor(name) for name in names}
 
 
 def _read_npz(path: Path) -> Tensors:
-    try:
-        with opened(path, "checkpoint") as file, zipfile.ZipFile(file) as archive:
-            unpacked = sum(_declared_size(archive, entry, path) for entry in archive.infolist())
-            _require_room(path, unpacked)
-            file.seek(0)
-            with np.load(file, allow_pickle=False) as arrays:
-                return _from_google({name: arrays[name] for name in arrays.files}, path)
-    except InputError:
-        raise
-    except Exception as error:  # numpy and zipfile raise a dozen kinds for damaged archives
-        raise _damaged(path, error) from None
+    with _damage_named(path), opened(path, "checkpoint") as file, zipfile.ZipFile(file) as archive:
+        _require_room(path, sum(_declared_size(archive, entry, path) for entry in archive.infolist()))
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as arrays:
+            return _from_google({name: arrays[name] for name in arrays.files}, path)
 
 
 def _declared_size(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> int:
-    """Bytes of an array as float32, from its header, which is not to declare more than the archive holds of it."""
+    """Bytes of an array as float32, from its header. The archive must hold as many as the header declares."""
     with archive.open(entry) as member:
         version = np.lib.format.read_magic(member)
         if version not in ((1, 0), (2, 0)):
@@ -377,33 +372,31 @@ def _declared_size(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(member)
         if dtype.hasobject:
-            raise InputError(f"checkpoint {path} holds Python objects; only arrays are read")
+            raise InputError(f"checkpoint {path} has Python objects; only arrays are read")
         if math.prod(shape) * dtype.itemsize > entry.file_size:
-            raise ValueError(f"{entry.filename} is shorter than it says")
+            raise ValueError(f"{entry.filename} is shorter than its header states")
         return 4 * math.prod(shape)
 
 
 def _read_torch(path: Path) -> Tensors:
     torch = require("torch", "torch", f"reading {path}")
-    try:
-        # timm's training keeps its arguments beside the weights: a Namespace only holds values.
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")  # about old pickle protocols: what is refused is said below
-            with opened(path, "checkpoint") as file:
-                content = torch.load(file, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
-    except Exception as error:  # torch raises many kinds; weights_only executes nothing
-        if "weights_only" in str(error) or "Unsupported" in str(error):
-            raise InputError(f"checkpoint {path} holds more than plain tensors and is refused as unsafe") from None
-        raise _damaged(path, error) from None
-    for _ in HELD:  # one may hold another, and a hostile one itself
+    # timm's training stores its arguments next to the weights. A Namespace only holds values.
+    safe = torch.serialization.safe_globals([argparse.Namespace])
+    with _damage_named(path), warnings.catch_warnings(), safe, opened(path, "checkpoint") as file:
+        warnings.simplefilter("ignore")  # about old pickle protocols
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)  # executes nothing
+        except Exception as error:
+            if "weights_only" in str(error) or "Unsupported" in str(error):
+                raise InputError(f"checkpoint {path} has more than plain tensors and is refused as unsafe") from None
+            raise
+    for _ in HELD:  # a mapping may hold another, and in a hostile file itself
         held = [content[key] for key in HELD if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)]
         content = held[0] if held else content
     if not isinstance(content, Mapping) or not any(isinstance(v, torch.Tensor) for v in content.values()):
         raise InputError(f"{path} is not a checkpoint: expected a dictionary of tensors")
     tensors = {str(name): t for name, t in content.items() if isinstance(t, torch.Tensor)}
-    # A tensor may repeat one number of the file without end.
+    # A tensor may repeat one number of the file any number of times.
     _require_room(path, sum(4 * t.numel() for t in tensors.values() if not t.is_nested))
     read: Tensors = {}
     for name, t in tensors.items():
@@ -419,7 +412,7 @@ HELD = ("state_dict_ema", "model_ema", "state_dict", "model")  # keys of the wei
 
 @contextmanager
 def _quiet_orbax() -> Iterator[None]:
-    """Orbax logs, with a traceback, every error that it also raises."""
+    """No log messages: Orbax logs every error with a traceback, and also raises it."""
     logger = logging.getLogger("absl")
     before, logger.disabled = logger.disabled, True
     try:
@@ -432,35 +425,31 @@ def _read_orbax(path: Path) -> Tensors:
     ocp = require("orbax.checkpoint", "orbax", f"reading the folder {path}")
     for file in (path / "params").rglob("*"):
         if not file.is_file() and not file.is_dir():  # a pipe: Orbax would wait for ever
-            raise InputError(f"checkpoint {path}: {file} is no regular file")
-    try:
-        with _quiet_orbax(), ocp.PyTreeCheckpointer() as reader:
-            folder = (path / "params").resolve()
-            found = reader.metadata(folder).item_metadata
-            if found is None:
-                raise ValueError("Orbax finds no parameters in it")
-            tree = found.tree
-            unpacked = 0
-            for names, leaf in traverse_util.flatten_dict(tree).items():
-                shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", object)
-                block = names[0] != "blocks" or (shape and 0 < shape[0] <= LARGEST["depth"])
-                if shape is None or not block or not jnp.issubdtype(dtype, jnp.floating):
-                    raise InputError(f"checkpoint {path}: {'.'.join(map(str, names))!r} is no parameter of a ViT")
-                unpacked += 4 * math.prod(shape)
-            _require_room(path, unpacked)
-            kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-            params = reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=kinds))
-            return to_timm(params, build(_described(path)["architecture"]))
-    except InputError:
-        raise
-    except Exception as error:  # Orbax and TensorStore raise many kinds
-        raise _damaged(path, error) from None
+            raise InputError(f"checkpoint {path}: {file} is not a regular file")
+    with _damage_named(path), _quiet_orbax(), ocp.PyTreeCheckpointer() as reader:
+        folder = (path / "params").resolve()
+        found = reader.metadata(folder).item_metadata
+        if found is None:
+            raise ValueError("Orbax finds no parameters in it")
+        unpacked = 0
+        for names, leaf in traverse_util.flatten_dict(found.tree).items():
+            shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", object)
+            block = names[0] != "blocks" or (shape and 0 < shape[0] <= LARGEST["depth"])
+            if shape is None or not block or not jnp.issubdtype(dtype, jnp.floating):
+                raise InputError(f"checkpoint {path}: {'.'.join(map(str, names))!r} is not a parameter of a ViT")
+            unpacked += 4 * math.prod(shape)
+        _require_room(path, unpacked)
+        kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), found.tree)
+        params = reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=kinds))
+        return to_timm(params, build(_described(path)["architecture"]))
 
 
 def current_names(tensors: Tensors) -> Tensors:
-    """Names of other releases -> the ones here: layer scale of DeiT-3 and EVA, registers of DINOv2, and projections of
-    EVA-02 one by one, which here are one. The layer pre_logits is dropped if no classifier reads it (in ImageNet-21k's
-    releases the classifier is zero)."""
+    """Names of other releases -> timm's current names.
+
+    These are layer scale of DeiT-3 and EVA, registers of DINOv2, and the separate projections of EVA-02, which are one
+    here. The layer pre_logits is removed if no classifier reads it (in releases of ImageNet-21k the classifier is 0).
+    """
     tensors = {re.sub(r"\bgamma_(\d)$", r"ls\1.gamma", name): t for name, t in tensors.items()}
     unread = ("mask_token",) if np.any(tensors.get("head.weight", 0)) else ("mask_token", "pre_logits.")
     tensors = {name: t for name, t in tensors.items() if not name.startswith(unread)}
@@ -474,7 +463,7 @@ def current_names(tensors: Tensors) -> Tensors:
                     tensors[f"{block}{part}_bias"] = tensors.pop(f"{block}{part}_proj.bias")
     first = tensors["pos_embed"][:, :1] if "pos_embed" in tensors and tensors["pos_embed"].ndim == 3 else None
     if "register_tokens" in tensors and first is not None and tensors.get("cls_token", first[:0]).shape == first.shape:
-        # DINOv2 adds a position to the class token and none to its registers; timm keeps positions of patches only.
+        # DINOv2 adds a position to the class token and not to its registers. timm has positions of patches only.
         tensors["reg_token"] = tensors.pop("register_tokens")
         tensors["cls_token"] = tensors["cls_token"] + first
         tensors["pos_embed"] = tensors["pos_embed"][:, 1:]
@@ -519,7 +508,7 @@ def _from_google(arrays: Tensors, path: Path) -> Tensors:
             if own:
                 tensors[own.replace("/", ".")] = block
     if "patch_embed.proj.weight" not in tensors:
-        raise InputError(f"{path} is not a checkpoint: it lacks 'embedding/kernel' of Google's ViT releases")
+        raise InputError(f"{path} is not a checkpoint: 'embedding/kernel' of Google's ViT releases is missing")
     for name, tensor in tensors.items():
         d = tensor.shape[-1:]
         if name == "patch_embed.proj.weight" and tensor.ndim == 4:
@@ -538,11 +527,11 @@ def _from_google(arrays: Tensors, path: Path) -> Tensors:
     return fused(tensors)
 
 
-_HEADS = re.compile(r"\.attn\.|^attn_pool\.(q|key|value|proj)\.")  # what is stored head by head
+_HEADS = re.compile(r"\.attn\.|^attn_pool\.(q|key|value|proj)\.")  # tensors with an axis of heads
 
 
 def fused(tensors: Tensors) -> Tensors:
-    """The query, key and value maps of each block as the one map that they are with timm."""
+    """The query, key and value maps of each block joined to one map, as in timm."""
     tensors = dict(tensors)
     for name in [n for n in tensors if ".attn.query." in n]:
         parts = [name.replace("query", part) for part in ("query", "key", "value")]
@@ -565,26 +554,26 @@ def write_checkpoint(
     *,
     overwrite: bool = False,
 ) -> Path:
-    """Write weights with everything needed to use them again.
+    """Write weights with a description, so that `load` needs nothing else.
 
     Args:
         path: `NAME.safetensors` (timm's names, readable by timm) or a path without suffix (an Orbax folder).
-        module, params: the model; its parameters in any floating type.
-        preprocessing: what the model expects of photos.
+        module, params: the model, and its parameters in any floating type.
+        preprocessing: how photos are prepared for the model.
         class_names: one per class.
         extra: more JSON values for the description, such as the accuracy.
-        dtype: in which numbers are stored, for a file of safetensors.
-        overwrite: also replace a regular file that this program did not write. A folder of others is never replaced.
+        dtype: type of the stored numbers, for a safetensors file.
+        overwrite: also replace a regular file that this program did not write. Such a folder is never replaced.
 
     Returns:
-        The path written. It appears whole or not at all, and replaces a checkpoint that was written here before.
+        The path. The write is atomic, and replaces a checkpoint that this program wrote.
 
     Raises:
-        InputError: another suffix, a place where something else stands or that cannot be written, parameters of
-            another model or not finite, or class names that do not match.
+        InputError: another suffix, a path that is in use or cannot be written, parameters of another model or not
+            finite, or class names that do not match.
     """
     path = as_path(path, "the checkpoint")
-    where = f"{path}: of what is written,"
+    where = f"{path}: in the new checkpoint,"
     names = checked(f"{where} 'class_names'", list[str] | tuple[str, ...] | None, class_names)
     description = {
         **checked(f"{where} 'extra'", Mapping[str, JsonValue], extra or {}),
@@ -601,16 +590,16 @@ def write_checkpoint(
     dtype = checked(f"{where} 'dtype'", Literal["float32", "float16"], dtype)
     if dtype != "float32" and not path.suffix:
         raise InputError(f"{path}: a folder is written in float32")
-    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused below
+    with np.errstate(over="ignore"):  # values that are too large become infinite, and raise below
         tensors = to_timm(params, module, dtype)
-    to_params(module, tensors, "params")  # what could not be read again is not written
+    to_params(module, tensors, "params")  # raises if the checkpoint could not be read again
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {reason(error)}") from None
     if path.suffix:
         data = safetensors.numpy.save(tensors, {MARK: text, "format": "pt"})
-        # Not save_file: it would make a file that nobody else may read.
+        # Not save_file, which makes a file that other users cannot read.
         replace(path, lambda part: part.write_bytes(data), overwrite=overwrite)
     else:
         replace_folder(path, lambda part: _write_orbax(part, params, text))
@@ -630,32 +619,27 @@ def _write_orbax(folder: Path, params: Mapping[str, Any], description: str) -> N
     try:
         with uninterrupted(), _quiet_orbax(), ocp.PyTreeCheckpointer() as writer:
             writer.save((folder / "params").resolve(), tree)
-    except (ValueError, RuntimeError) as error:  # TensorStore's, for a full disk
+    except (ValueError, RuntimeError) as error:  # of TensorStore, if the disk is full
         cause = re.search(r"([^:]+) \[os_error_code", str(error))
         raise OSError(cause[1].strip() if cause else reason(error)) from None
 
 
 def read_description(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """What `write_checkpoint` noted: "architecture", "preprocessing", "class_names" and the extra entries.
+    """The description of `write_checkpoint`: "architecture", "preprocessing", "class_names" and the extra entries.
 
-    None for a checkpoint that does not describe itself. Raises InputError when a description is there and invalid.
+    None for a checkpoint without a description. Raises InputError for an invalid description.
     """
     path = as_path(path, "the checkpoint")
     kind = _kind(path)
-    text: str | None = None
-    try:
-        if kind == "safetensors":
-            with safetensors.safe_open(path, "np") as file:
-                text = (file.metadata() or {}).get(MARK)
-        elif kind == "orbax":
-            return _described(path)
+    if kind == "orbax":
+        return _described(path)
+    if kind != "safetensors":
+        return None
+    with _damage_named(path), safetensors.safe_open(path, "np") as file:
+        text = (file.metadata() or {}).get(MARK)
         if text is None:
             return None
         description = json.loads(text) if len(text) <= LARGEST_DESCRIPTION else None
-    except InputError:
-        raise
-    except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise _damaged(path, error) from None
     return _checked_description(description, path)
 
 
@@ -664,9 +648,9 @@ def _described(folder: Path) -> dict[str, Any]:
 
 
 def _checked_description(description: Any, path: Path) -> dict[str, Any]:
-    """The description if it is valid, or InputError."""
+    """The description. InputError if it is not valid."""
     if not isinstance(description, dict) or not {"architecture", "preprocessing"} <= description.keys():
-        raise InputError(f"{path}: the description must hold 'architecture' and 'preprocessing'")
+        raise InputError(f"{path}: the description must have 'architecture' and 'preprocessing'")
     try:
         module = build(description["architecture"])
         Preprocessing.from_dict(description["preprocessing"])
@@ -680,5 +664,5 @@ def _checked_description(description: Any, path: Path) -> dict[str, Any]:
 
 
 def described_grid(description: Mapping[str, Any] | None) -> tuple[int, int] | None:
-    """Patch grid (gh, gw) that a description states."""
+    """Patch grid (gh, gw) of a described model; None without a description."""
     return None if description is None else build(description["architecture"]).grid

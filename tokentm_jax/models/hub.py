@@ -20,8 +20,8 @@ PATIENCE = 5.0  # seconds for each step of the hub's first answer
 def download(name: str) -> Path:
     """The folder of "hf-hub:OWNER/NAME" or "hf-hub:OWNER/NAME@REVISION", through the hub's cache.
 
-    Only the files that `layouts` reads are fetched, all of one commit. Raises InputError when the hub has no such
-    model, or cannot be reached and its cache lacks a file.
+    Only the files that `layouts` reads are fetched, all of one commit. Raises InputError if the hub has no such model,
+    or if it cannot be reached and the cache lacks a file.
     """
     client = require("huggingface_hub", "hub", name)
     repository, _, revision = name.removeprefix(HUB).partition("@")
@@ -38,9 +38,9 @@ def download(name: str) -> Path:
 
 
 def download_weights(name: str) -> tuple[str, Path]:
-    """A name of timm's table -> the name with its tag, and the file of timm's weights; by default of the default tag.
+    """A name of timm's table -> the name with its tag (by default the default tag), and the file of timm's weights.
 
-    Raises InputError as `download`, and for weights that timm does not offer.
+    Raises InputError as `download`, and for weights that timm does not have.
     """
     tagged, repository = repository_of(name)
     client = require("huggingface_hub", "hub", f"{name} without a checkpoint")
@@ -50,7 +50,7 @@ def download_weights(name: str) -> tuple[str, Path]:
 
 @contextmanager
 def _quiet_client() -> Iterator[None]:
-    """The client logs each of its attempts; what comes of them is one sentence here."""
+    """No log messages of the client: errors are one InputError here."""
     logger = logging.getLogger("huggingface_hub")
     before = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -61,14 +61,14 @@ def _quiet_client() -> Iterator[None]:
 
 
 class _Repository:
-    """The files of one revision of a repository. Where the hub does not answer, those of the client's cache."""
+    """The files of one revision of a repository; from the client's cache if the hub does not answer."""
 
     def __init__(self, client: Any, name: str, repository: str, revision: str | None) -> None:
         self.client, self.name, self.repository, self.revision = client, name, repository, revision
         self.silence = self._asked()  # why the hub does not answer; None: it does
 
     def _asked(self) -> str | None:
-        """One request. The client itself would retry for a minute, and wait for a name server that is silent."""
+        """One request, in a thread. The client would retry for a minute, and wait for a silent name server."""
         from huggingface_hub.errors import HfHubHTTPError
 
         answer: list[str | None] = []
@@ -79,10 +79,10 @@ class _Repository:
                 url = self.client.hf_hub_url(self.repository, CONFIG, revision=self.revision)
                 self.client.get_hf_file_metadata(url, timeout=PATIENCE)
                 answer.append(None)
-            except HfHubHTTPError as error:  # an answer, whose meaning is decided file by file
+            except HfHubHTTPError as error:  # an answer; what it means is decided for each file
                 down = error.response is not None and error.response.status_code >= 500
                 answer.append(f"{silent}: {reason(error)}" if down else None)
-            except Exception as error:  # the client lets errors of several network libraries through
+            except Exception as error:  # the client raises errors of several network libraries
                 answer.append(f"{silent}: {reason(error)}")
 
         asking = threading.Thread(target=ask, daemon=True)
@@ -91,14 +91,14 @@ class _Repository:
         return answer[0] if answer else f"{silent} within {2 * PATIENCE:g} seconds"
 
     def first(self, *files: str) -> Path:
-        """The first of these files that the repository has. InputError where it has none."""
+        """The first of these files that the repository has. InputError if it has none of them."""
         found = self.find(*files)
         if found is None:
             raise self._fault(" or ".join(files), "the repository has no such file")
         return found
 
     def find(self, *files: str) -> Path | None:
-        """As `first`, but None where it has none of them. InputError where that cannot be known."""
+        """As `first`, but None if the repository has none of them. InputError if that is unknown."""
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
         offline = self.silence is not None
@@ -106,7 +106,7 @@ class _Repository:
             try:
                 where = {"revision": self.revision, "local_files_only": offline}
                 found = Path(self.client.hf_hub_download(self.repository, file, **where))
-            except LocalEntryNotFoundError as error:  # an EntryNotFoundError, too: nobody knows whether there is one
+            except LocalEntryNotFoundError as error:  # also an EntryNotFoundError: the hub may have the file
                 if not (offline and self._known_to_lack(file)):
                     raise self._fault(file, self.silence or reason(error.__cause__ or error)) from None
             except EntryNotFoundError:
@@ -115,12 +115,12 @@ class _Repository:
                 raise self._fault(file, reason(error)) from None
             else:
                 if len(Path(file).parts) == 1:
-                    self.revision = found.parent.name  # a folder of the cache is a commit: the others are of it, too
+                    self.revision = found.parent.name  # a folder of the cache is a commit: use it for the others
                 return found
         return None
 
     def _known_to_lack(self, file: str) -> bool:
-        """Whether the cache holds that this revision has no such file."""
+        """Whether the cache states that this revision has no such file."""
         known = self.client.try_to_load_from_cache(self.repository, file, revision=self.revision)
         return known is not None and not isinstance(known, str)
 

@@ -1,13 +1,13 @@
-"""Folders of models in the layouts of other libraries: timm's, Hugging Face's and OpenCLIP's, all under timm's names.
+"""Folders of models in the layouts of timm, Hugging Face and OpenCLIP, translated to timm's names.
 
 A folder has a `config.json` (or `open_clip_config.json`) and weights in safetensors. A layout is a table of names and
-a function from its config to the options of `build`; what it says and this project cannot compute is one InputError.
+a function from its config to the options of `build`. A config that this project cannot compute raises InputError.
 """
 
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -24,40 +24,40 @@ from tokentm_jax.validation import checked
 
 CONFIG, OPEN_CLIP, INDEX = "config.json", "open_clip_config.json", "model.safetensors.index.json"
 WEIGHTS = ("model.safetensors", "open_clip_model.safetensors")
-OPEN_CLIP_WEIGHTS = WEIGHTS[::-1]  # a folder may hold the other library's, too
+OPEN_CLIP_WEIGHTS = WEIGHTS[::-1]  # a folder may have weights for both libraries
 TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt")
 OTHERS = ("preprocessor_config.json", *TOKENIZER)
 LARGEST_SHARDS = 1000
-TEXT = {  # of `text_layouts`: model type -> how names of its architectures begin
+TEXT = {  # of `text_layouts`: model type -> prefix of its architectures
     "bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert",
     "distilbert": "DistilBert", "electra": "Electra",
 }  # fmt: skip
 
-Names = Sequence[tuple[str, Any]]  # patterns of names, and what to put in their place
+Names = Sequence[tuple[str, Any]]  # pattern of a name, and its replacement
 Whole = Annotated[int, Ge(1), Le(2**31 - 1)]
-Count = Annotated[int, Ge(0), Le(2**31 - 1)]  # or the number of one of them
+Count = Annotated[int, Ge(0), Le(2**31 - 1)]  # or an index
 Depth = Annotated[int, Ge(1), Le(1000)]
 Side = Annotated[int, Ge(1), Le(2**16)]
-Sides = Side | Annotated[list[Side], Len(2, 2)]  # one for both, or (height, width)
+Sides = Side | Annotated[list[Side], Len(2, 2)]  # of a square, or (height, width)
 Ratio = Annotated[float, Gt(0), Le(1000)]
 
 
 class Folder(NamedTuple):
-    """A model as it is stored, in a folder or a file, under timm's names."""
+    """A stored model, of a folder or a file, under timm's names."""
 
     config: Config
     preprocessing: Preprocessing
     tensors: Tensors
     class_names: list[str] | None
     text: TextTower | None = None
-    of_timm: bool = False  # one of timm's own: its 1000 classes are ImageNet-1k's unless it names others
-    grid: tuple[int, int] | None = None  # of its position embeddings; None: that of `config`
-    antialias: bool = True  # whether the library resamples position embeddings so
-    notes: tuple[str, ...] = ()  # what differs from what the folder describes, for whoever loads it
+    of_timm: bool = False  # from timm: 1000 classes are ImageNet-1k's unless it has other names
+    grid: tuple[int, int] | None = None  # of its position embeddings; None: the grid of `config`
+    antialias: bool = True  # how the library resamples position embeddings
+    notes: tuple[str, ...] = ()  # differences from the folder's description, as warnings of `load`
 
 
 class Section:
-    """A part of a JSON file, whose values are checked where they are read."""
+    """A part of a JSON file. Its values are checked when they are read."""
 
     def __init__(self, where: str, content: Any) -> None:
         if not isinstance(content, Mapping):
@@ -65,7 +65,7 @@ class Section:
         self.where, self.content = where, content
 
     def __call__(self, key: str, kind: Any, *default: Any) -> Any:
-        """The value of `key`, in the type `kind`. InputError for another, and for one that is missing and needed."""
+        """The value of `key`. InputError if it does not have the type `kind`, or is missing and has no default."""
         if key not in self.content or (self.content[key] is None and default):
             if not default:
                 raise InputError(f"{self.where} lacks {key!r}")
@@ -76,20 +76,20 @@ class Section:
         return Section(f"{self.where}: {key!r}", self.content.get(key, {}))
 
     def only(self, key: str, value: Any) -> None:
-        """InputError for a value of `key` that is not the one that is supported."""
+        """InputError unless `key` has this value or is missing."""
         if self.content.get(key, value) != value:
             raise InputError(f"{self.where}: {key!r} must be {value!r}: nothing else is supported")
 
 
-def present(folder: Path, name: str) -> bool:
-    """Whether a folder has an entry of this name, which may be something that cannot be read."""
-    return os.path.lexists(folder / name)
+def present(folder: str | os.PathLike[str], name: str) -> bool:
+    """Whether a folder has an entry of this name, readable or not."""
+    return os.path.lexists(os.path.join(folder, name))
 
 
 def architecture_of(config: Section, families: Mapping[str, str], known: Mapping[str, bool]) -> bool | None:
-    """Whether the architecture that a config names has a classifier; None where it names none.
+    """Whether the architecture of a config has a classifier; None if the config has no architecture.
 
-    `families` are the beginnings of the names, `known` their ends with the answer. Raises InputError for another.
+    `families` has the prefixes of the names, `known` the suffixes and their answers. Raises InputError for others.
     """
     listed = config("architectures", list[str], None)
     if not listed:
@@ -104,12 +104,12 @@ def architecture_of(config: Section, families: Mapping[str, str], known: Mapping
 
 
 def is_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is a folder that says which model it holds."""
-    return any(os.path.lexists(os.path.join(path, name)) for name in (CONFIG, OPEN_CLIP))
+    """Whether a path is a folder with the config of a model."""
+    return present(path, CONFIG) or present(path, OPEN_CLIP)
 
 
 def is_text_folder(folder: Path) -> bool:
-    """Whether a folder holds a model of texts, see `text_layouts`."""
+    """Whether a folder has a model of texts, see `text_layouts`."""
     if not present(folder, CONFIG) or present(folder, OPEN_CLIP):
         return False
     content = read_json(folder / CONFIG, what="model")
@@ -117,29 +117,46 @@ def is_text_folder(folder: Path) -> bool:
 
 
 def read_folder(folder: Path) -> Folder:
-    """A folder of timm, Hugging Face or OpenCLIP. InputError for what is none, or is not supported, or is damaged."""
+    """A folder of timm, Hugging Face or OpenCLIP. InputError for another folder, or one that is damaged."""
     if present(folder, OPEN_CLIP):
         return _open_clip(folder)
     if not present(folder, CONFIG):
-        raise InputError(f"{folder} holds no model: expected {CONFIG} or {OPEN_CLIP} beside the weights")
-    config = Section(str(folder / CONFIG), read_json(folder / CONFIG, what="model"))
+        raise InputError(f"{folder} has no model: expected {CONFIG} or {OPEN_CLIP} next to the weights")
+    config = read_section(folder / CONFIG, "model")
     if "pretrained_cfg" in config.content:
         return _timm(folder, config)
-    kind = config("model_type", str)
-    if kind not in HUGGING_FACE:
-        known = ", ".join(HUGGING_FACE)
-        raise InputError(f"{config.where}: the model type {kind!r} is not supported; known: {known}")
+    kind = type_of(config, HUGGING_FACE)
     read, family, architectures = HUGGING_FACE[kind]
     classifies = architecture_of(config, {kind: family}, architectures)
     found = read(folder, config)
-    if classifies and "head.weight" not in found.tensors:
-        raise InputError(f"the weights of {folder} lack the classifier of {config.content['architectures'][0]}")
+    if classifies:
+        require_classifier(folder, config, found.tensors)
     return found
 
 
+def read_section(file: Path, what: str) -> Section:
+    return Section(str(file), read_json(file, what=what))
+
+
+def type_of(config: Section, known: Iterable[str]) -> str:
+    """The model type of a config. InputError if it is not one of `known`."""
+    kind = config("model_type", str)
+    if kind not in known:
+        raise InputError(f"{config.where}: the model type {kind!r} is not supported; known: {', '.join(known)}")
+    return kind
+
+
+def require_classifier(folder: Path, config: Section, tensors: Tensors) -> None:
+    """InputError for weights without the classifier of the architecture."""
+    if "head.weight" not in tensors:
+        raise InputError(f"the weights of {folder} lack the classifier of {config.content['architectures'][0]}")
+
+
 def read_weights(folder: Path, names: Sequence[str] = WEIGHTS) -> Tensors:
-    """The tensors of a folder, of one file (the first of the names, or any if there is no other) or of the shards that
-    an index lists. InputError as for a checkpoint."""
+    """The tensors of a folder: of the first of these files, of the shards in the index, or of the only other file.
+
+    Raises InputError as for a checkpoint.
+    """
     for name in names:
         if present(folder, name):
             return read_safetensors(folder / name)
@@ -155,8 +172,8 @@ def read_weights(folder: Path, names: Sequence[str] = WEIGHTS) -> Tensors:
 
 
 def shards(folder: Path) -> list[str]:
-    """The files of weights that the index of a folder names. InputError for one that is not in this folder."""
-    index = Section(str(folder / INDEX), read_json(folder / INDEX, what="index"))
+    """The files of weights in the index of a folder. InputError for a file outside of the folder."""
+    index = read_section(folder / INDEX, "index")
     files = sorted(set(index("weight_map", dict[str, str]).values()))
     if len(files) > LARGEST_SHARDS or any(PurePosixPath(name).name != name or name in ("", "..") for name in files):
         raise InputError(f"{index.where}: 'weight_map' must name files of this folder")
@@ -164,7 +181,7 @@ def shards(folder: Path) -> list[str]:
 
 
 def renamed(tensors: Tensors, names: Names) -> Tensors:
-    """Every tensor under its new name; those whose name becomes empty are left out."""
+    """The tensors under their new names, without those whose new name is empty."""
     found: Tensors = {}
     for name, tensor in tensors.items():
         for pattern, replacement in names:
@@ -177,27 +194,29 @@ def renamed(tensors: Tensors, names: Names) -> Tensors:
 
 
 def _ratio(hidden: int, width: int) -> float:
-    """The ratio that gives so many hidden channels, whatever the rounding."""
+    """The ratio that gives exactly `hidden` channels after rounding down."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
-def _activation(section: Section) -> str:
-    known = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
-    name = section("hidden_act", str, "gelu")
+ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+
+
+def activation_of(section: Section, key: str = "hidden_act", known: Mapping[str, str] = ACTIVATIONS) -> str:
+    name = section(key, str, "gelu")
     if name not in known:
-        raise InputError(f"{section.where}: 'hidden_act' must be one of {', '.join(known)}, got {name!r:.80}")
+        raise InputError(f"{section.where}: {key!r} must be one of {', '.join(known)}, got {name!r:.80}")
     return known[name]
 
 
 def _common(section: Section) -> Config:
-    """Options that all vision configs of Hugging Face say in the same words."""
+    """Options that have the same keys in all vision configs of Hugging Face."""
     section.only("num_channels", 3)
     return {"img_size": section("image_size", Sides), **_blocks(section)}
 
 
 def _blocks(section: Section) -> Config:
-    """Those that do not depend on what the images are."""
+    """Options that do not depend on the size of the images."""
     width = section("hidden_size", Whole)
     hidden = section("intermediate_size", Whole, None)
     return {
@@ -208,17 +227,21 @@ def _blocks(section: Section) -> Config:
         "mlp_ratio": section("mlp_ratio", Ratio, 4.0) if hidden is None else _ratio(hidden, width),
         "qkv_bias": section("qkv_bias", bool, True),
         "norm_eps": section("layer_norm_eps", float),
-        "activation": _activation(section),
+        "activation": activation_of(section),
     }
 
 
-def labels_of(config: Section) -> list[str] | None:
-    """Names of the classes, unless they are the ones that nobody gave."""
+def classes_of(config: Section, tensors: Tensors) -> tuple[int, list[str] | None]:
+    """The number of classes, and their names unless these are the default ones. InputError if they do not match."""
+    head = tensors.get("head.weight")
+    count = head.shape[0] if head is not None and head.ndim else 0
     names = config("id2label", dict[str, str], {})
     listed = [names.get(str(i)) for i in range(len(names))]
-    if not names or None in listed or all(re.fullmatch(r"LABEL_\d+", str(name)) for name in listed):
-        return None
-    return [str(name) for name in listed]
+    if not count or not names or None in listed or all(re.fullmatch(r"LABEL_\d+", str(name)) for name in listed):
+        return count, None
+    if len(listed) != count:
+        raise InputError(f"{config.where}: 'id2label' names {len(listed)} classes of {count}")
+    return count, [str(name) for name in listed]
 
 
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
@@ -227,16 +250,12 @@ RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 def _preprocessing(
     folder: Path, size: Any, shortest: bool = False, any_size: bool = False
 ) -> tuple[Preprocessing, tuple[str, ...]]:
-    """Of `preprocessor_config.json`, for a model of that size, or with `any_size` of the size that it cuts photos to;
-    and a note where the two differ.
+    """The preprocessing of a folder for a model of this size, and a note if the processor has another size.
 
-    A plain number as 'size' is the short side's (`shortest`, as processors of CLIP and DINOv2 have it), or both
-    sides'.
+    With `any_size`, the processor's size is used. A number as 'size' is the length of the short side (`shortest`, as
+    in processors of CLIP and DINOv2) or of both sides.
     """
-    file = folder / "preprocessor_config.json"
-    if not present(folder, file.name):
-        raise InputError(f"{folder} lacks preprocessor_config.json, which says how photos become the model's input")
-    section = Section(str(file), read_json(file, what="preprocessing"))
+    section = _processor(folder)
     size = tuple(size) if isinstance(size, list | tuple) else (size, size)
     fields: dict[str, Any] = {"crop_pct": 1.0}
     for key in ("do_resize", "do_rescale", "do_normalize"):
@@ -272,9 +291,15 @@ def _preprocessing(
     return Preprocessing.from_dict({**fields, "size": list(size)}), notes
 
 
+def _processor(folder: Path) -> Section:
+    file = folder / "preprocessor_config.json"
+    if not present(folder, file.name):
+        raise InputError(f"{folder} lacks {file.name}, which specifies how inputs are prepared")
+    return read_section(file, "preprocessing")
+
+
 def _sides(size: int | list[int] | dict[str, int]) -> tuple[tuple[int, int] | None, bool]:
-    """(height, width) of a processor's size, where both are the short side's if only that is given; and whether both
-    are given."""
+    """(height, width) of a processor's size, and whether both are given. If not, both are the short side."""
     if isinstance(size, dict):
         both = {"height", "width"} <= size.keys()
         short = size.get("shortest_edge")
@@ -313,7 +338,7 @@ def _vit(folder: Path, config: Section) -> Folder:
     stored = read_weights(folder)
     tensors = current_names(fused(renamed(stored, VIT_NAMES)))
     options = _common(config)
-    if "dist_token" in tensors and "head_dist.weight" not in tensors:  # a token that no head reads
+    if "dist_token" in tensors and "head_dist.weight" not in tensors:  # no head reads the token
         tensors["reg_token"] = tensors.pop("dist_token")
         options["reg_tokens"] = 1
     options["distilled"] = "dist_token" in tensors
@@ -327,34 +352,17 @@ def _vit(folder: Path, config: Section) -> Folder:
         options |= {"reg_tokens": registers, "no_embed_class": registers > 0}
         if "head.weight" in tensors:
             options["global_pool"] = "cat"
-    found = _classifier(folder, config, options, tensors)
-    if kind.startswith("dinov2"):
-        found = _at_the_processors_size(found)
-    pooler = any(re.match(r"(\w+\.)?pooler\.", name) for name in stored)
-    note = f"{folder}: left out of its weights: pooler; the outputs are the features that it reads"
-    return found._replace(antialias="registers" in kind, notes=found.notes + (note,) * pooler)
-
-
-def _at_the_processors_size(found: Folder) -> Folder:
-    """DINOv2 takes photos of any size, and the library those of the processor: its position embeddings may be of
-    another."""
-    grid = build(found.config, num_classes=0).grid
-    return found._replace(config=found.config | {"img_size": list(found.preprocessing.size)}, grid=grid)
-
-
-def _classifier(
-    folder: Path, config: Section, options: Config, tensors: Tensors, preprocessing: Preprocessing | None = None
-) -> Folder:
-    head = tensors.get("head.weight")
-    options["num_classes"] = head.shape[0] if head is not None and head.ndim else 0
-    names = labels_of(config) if options["num_classes"] else None
-    if names is not None and len(names) != options["num_classes"]:
-        raise InputError(f"{config.where}: 'id2label' names {len(names)} classes of {options['num_classes']}")
-    notes: tuple[str, ...] = ()
-    if preprocessing is None:
-        any_size = config("model_type", str).startswith("dinov2")
-        preprocessing, notes = _preprocessing(folder, options["img_size"], shortest=any_size, any_size=any_size)
-    return Folder(options, preprocessing, tensors, names, notes=notes)
+    options["num_classes"], names = classes_of(config, tensors)
+    any_size = kind.startswith("dinov2")
+    preprocessing, notes = _preprocessing(folder, options["img_size"], shortest=any_size, any_size=any_size)
+    grid = None
+    if any_size:  # the library uses the processor's size, and the position embeddings may have another
+        grid = build(options, num_classes=0).grid
+        options["img_size"] = list(preprocessing.size)
+    if any(re.match(r"(\w+\.)?pooler\.", name) for name in stored):
+        notes += (f"{folder}: left out of its weights: pooler; the outputs are the features that it reads",)
+    antialias = "registers" in kind
+    return Folder(options, preprocessing, tensors, names, grid=grid, antialias=antialias, notes=notes)
 
 
 # ---- AST ------------------------------------------------------------------------------------------------------------
@@ -371,31 +379,33 @@ AST_NAMES: Names = (
 )
 AST = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "patch_size": 16, "frequency_stride": 10, "time_stride": 10}
 AST |= {"num_mel_bins": 128, "max_length": 1024}
-LOG_RANGE = (-16.0, 16.0)  # of log energies, which are above -15.95, and below 16 for waves of full scale
+LOG_RANGE = (-16.0, 16.0)  # of log energies: they are above -15.95, and below 16 at full scale
 
 
 def _ast(folder: Path, config: Section) -> Folder:
-    """The Audio Spectrogram Transformer (Gong et al., Interspeech 2021): two tokens before the patches, whose mean is
-    read, with a norm before and after; patches overlap. Rows of its images are frequencies."""
+    """The Audio Spectrogram Transformer (Gong et al., Interspeech 2021).
+
+    Its head reads the mean of the two tokens before the patches, with a norm before and after. Patches overlap. Rows
+    of its images are frequencies.
+    """
     tensors = current_names(fused(renamed(read_weights(folder), AST_NAMES)))
     config = Section(config.where, {**AST, **config.content})
     size = [config("num_mel_bins", Whole), config("max_length", Whole)]
+    count, names = classes_of(config, tensors)
     options = _blocks(config) | {
         "img_size": size,
+        "num_classes": count,
         "stride": [config("frequency_stride", Whole), config("time_stride", Whole)],
         "in_chans": 1,
         "reg_tokens": 1,
         "global_pool": "prefix",
     }
-    return _classifier(folder, config, options, tensors, _sound(folder, size))
+    return Folder(options, _sound(folder, size), tensors, names)
 
 
 def _sound(folder: Path, size: list[int]) -> Preprocessing:
-    """Of AST's `preprocessor_config.json`. What it calls features are log energies, and 0 where a recording ended."""
-    file = folder / "preprocessor_config.json"
-    if not present(folder, file.name):
-        raise InputError(f"{folder} lacks {file.name}, which says how recordings become the model's input")
-    section = Section(str(file), read_json(file, what="preprocessing"))
+    """AST's preprocessing. Its features are log energies, and 0 after the end of a recording."""
+    section = _processor(folder)
     section.only("feature_size", 1)
     for key, value in zip(("num_mel_bins", "max_length"), size, strict=True):
         section.only(key, value)
@@ -405,21 +415,10 @@ def _sound(folder: Path, size: list[int]) -> Preprocessing:
     mean, deviation = 0.0, 0.5
     if section("do_normalize", bool, True):
         mean, deviation = section("mean", float, -4.2677393), section("std", float, 4.5689974)
-    where = {"window": window, "hop": rate // 100, "fft": 2 ** max(1, (window - 1).bit_length())}
-    return Preprocessing.from_dict(
-        {
-            "size": size,
-            "mean": [(mean - low) / (high - low)],
-            "std": [2 * deviation / (high - low)],  # it divides by twice the deviation
-            "audio": {
-                **where,
-                "sampling_rate": rate,
-                "floor": low,
-                "ceiling": high,
-                "padding": -low / (high - low),
-            },
-        }
-    )
+    audio = {"window": window, "hop": rate // 100, "fft": 2 ** max(1, (window - 1).bit_length())}
+    audio |= {"sampling_rate": rate, "floor": low, "ceiling": high, "padding": -low / (high - low)}
+    scaled = {"mean": [(mean - low) / (high - low)], "std": [2 * deviation / (high - low)]}  # it divides by 2 std
+    return Preprocessing.from_dict({"size": size, **scaled, "audio": audio})
 
 
 # ---- CLIP and SigLIP ------------------------------------------------------------------------------------------------
@@ -427,6 +426,7 @@ def _sound(folder: Path, size: list[int]) -> Preprocessing:
 # Of both towers, after "vision_model." or "text_model.".
 TOWER_NAMES: Names = (
     (r"^embeddings\.position_ids$", ""),
+    (r"^embeddings\.position_embedding\.weight$", "positional_embedding"),
     (r"^embeddings\.class_embedding$", "cls_token"),
     (r"^embeddings\.patch_embedding\.", "patch_embed.proj."),
     (r"^embeddings\.token_embedding\.weight$", "token_embedding"),
@@ -441,7 +441,7 @@ TOWER_NAMES: Names = (
     (r"^head\.attention\.in_proj_", "attn_pool.in_proj."),
     (r"^head\.layernorm\.", "attn_pool.norm."),
     (r"^head\.mlp\.", "attn_pool.mlp."),
-)  # fmt: skip
+)
 
 
 def _tower(tensors: Tensors, prefix: str, names: Names = TOWER_NAMES) -> Tensors:
@@ -449,8 +449,18 @@ def _tower(tensors: Tensors, prefix: str, names: Names = TOWER_NAMES) -> Tensors
     return fused(renamed(own, names))
 
 
+def _image_tower(tensors: Tensors, prefix: str, folder: Path, names: Names = TOWER_NAMES) -> Tensors:
+    """A tower whose positions and class token, if any, have the shape [1, N, D]."""
+    tower = _tower(tensors, prefix, names)
+    tower["pos_embed"] = _needed(tower, "positional_embedding", folder)
+    del tower["positional_embedding"]
+    for name in {"pos_embed", "cls_token"} & tower.keys():
+        tower[name] = tower[name].reshape(1, -1, tower[name].shape[-1] if tower[name].ndim else 1)
+    return tower
+
+
 def _head(weight: np.ndarray) -> Tensors:
-    """A projection [E, D] as the head that it is here, with a bias of zeros."""
+    """A projection [E, D] as a head, with a bias of zeros."""
     return {"head.weight": weight, "head.bias": np.zeros(weight.shape[:1], np.float32)}
 
 
@@ -468,7 +478,7 @@ def _scalar(tensors: Tensors, name: str, folder: Path) -> float:
 
 
 def _scale(tensors: Tensors, folder: Path) -> float:
-    """The factor of cosines, whose logarithm the weights hold."""
+    """The factor of cosines. The weights have its logarithm."""
     logarithm = _scalar(tensors, "logit_scale", folder)
     if logarithm > 50:
         raise InputError(f"'logit_scale' in the weights of {folder} must be at most 50, got {logarithm:g}")
@@ -476,7 +486,7 @@ def _scale(tensors: Tensors, folder: Path) -> float:
 
 
 def require_heads(section: Section, width: int, heads: int) -> None:
-    """InputError where heads do not divide the width of a tower that a config describes."""
+    """InputError if the number of heads does not divide the width."""
     if width % heads:
         raise InputError(f"{section.where}: the width {width} must be a multiple of the number of heads, {heads}")
 
@@ -502,8 +512,8 @@ def _text(section: Section, tensors: Tensors, folder: Path, output: int, causal:
         mlp_hidden=section("intermediate_size", Whole),
         output=output,
         causal=causal,
-        end=None if end == 2 else end,  # a config that was never put right: the library takes the highest id
-        activation=_activation(section),
+        end=None if end == 2 else end,  # 2 is a known error in configs: the library then uses the highest id
+        activation=activation_of(section),
         norm_eps=section("layer_norm_eps", float),
     )
     return module, to_params(module, tensors, f"the text tower of {folder}")
@@ -520,7 +530,7 @@ SIGLIP_VISION = {**CLIP_VISION, "hidden_act": "gelu_pytorch_tanh", "layer_norm_e
 
 
 def _with_defaults(config: Section, key: str, defaults: Mapping[str, Any]) -> Section:
-    """A section in which the library leaves out what is as usual."""
+    """A section, from which the library leaves out defaults."""
     found = config.section(key)
     return Section(found.where, {**defaults, **found.content})
 
@@ -529,47 +539,28 @@ def _clip(folder: Path, config: Section) -> Folder:
     tensors = read_weights(folder)
     vision = _with_defaults(config, "vision_config", CLIP_VISION)
     text = _with_defaults(config, "text_config", CLIP_TEXT)
-    image = _tower(tensors, "vision_model.")
-    image |= {"pos_embed": _positions(image, folder), "cls_token": _row(image, "cls_token", folder)}
+    image = _image_tower(tensors, "vision_model.", folder)
     image |= _head(_needed(tensors, "visual_projection.weight", folder))
     output = len(image["head.weight"])
-    words = _tower(tensors, "text_model.")
-    words["positional_embedding"] = words.pop("embeddings.position_embedding.weight", np.zeros(0))
-    module, params = _text(
-        text, words | _head(_needed(tensors, "text_projection.weight", folder)), folder, output, True
-    )
+    words = _tower(tensors, "text_model.") | _head(_needed(tensors, "text_projection.weight", folder))
+    module, params = _text(text, words, folder, output, True)
     tower = TextTower(module, params, _tokenizer(folder, module.context), _scale(tensors, folder))
     options = _common(vision) | {"pre_norm": True, "num_classes": output}
     photos, notes = _preprocessing(folder, options["img_size"], shortest=True)
     return Folder(options, photos, image, None, tower, antialias=False, notes=notes)
 
 
-def _positions(image: Tensors, folder: Path) -> np.ndarray:
-    return _row({"w": image.pop("embeddings.position_embedding.weight", np.zeros(()))}, "w", folder)
-
-
-def _row(tensors: Tensors, name: str, folder: Path) -> np.ndarray:
-    """[D] or [N, D] -> [1, N, D]."""
-    tensor = _needed(tensors, name, folder)
-    return tensor.reshape(1, -1, tensor.shape[-1] if tensor.ndim else 1)
-
-
 def _siglip(folder: Path, config: Section) -> Folder:
     tensors = read_weights(folder)
     vision = _with_defaults(config, "vision_config", SIGLIP_VISION)
     vision.only("vision_use_head", True)
-    image = _tower(tensors, "vision_model.")
-    image["pos_embed"] = _positions(image, folder)
+    image = _image_tower(tensors, "vision_model.", folder)
     for name in ("weight", "bias"):
-        joined = image.pop(f"attn_pool.in_proj.{name}", np.zeros(0))
-        image |= {
-            f"attn_pool.q.{name}": joined[: len(joined) // 3],
-            f"attn_pool.kv.{name}": joined[len(joined) // 3 :],
-        }
-    words = _tower(tensors, "text_model.")
-    words["positional_embedding"] = words.pop("embeddings.position_embedding.weight", np.zeros(0))
+        joined = np.atleast_1d(image.pop(f"attn_pool.in_proj.{name}", np.zeros(0)))
+        image[f"attn_pool.q.{name}"], image[f"attn_pool.kv.{name}"] = np.split(joined, [len(joined) // 3])
     text = _with_defaults(config, "text_config", SIGLIP_TEXT)
-    module, params = _text(text, words, folder, text("projection_size", Whole, text("hidden_size", Whole)), False)
+    output = text("projection_size", Whole, text("hidden_size", Whole))
+    module, params = _text(text, _tower(tensors, "text_model."), folder, output, False)
     tokenizer = _tokenizer(folder, module.context, pad=text("pad_token_id", Count, 1), canonical=True)
     scale, bias = _scale(tensors, folder), _scalar(tensors, "logit_bias", folder)
     options = _common(vision) | {"class_token": False, "global_pool": "map", "num_classes": 0}
@@ -579,7 +570,7 @@ def _siglip(folder: Path, config: Section) -> Folder:
 
 
 PHOTOS = {"ForImageClassification": True, "Model": False}
-# Model type -> its reader; how names of its architectures begin; how they end, with whether they have a classifier.
+# Model type -> its reader, the prefix of its architectures, and their suffixes with whether they have a classifier.
 HUGGING_FACE: dict[str, tuple[Callable[[Path, Section], Folder], str, Mapping[str, bool]]] = {
     "vit": (_vit, "ViT", PHOTOS),
     "deit": (_vit, "DeiT", PHOTOS | {"ForImageClassificationWithTeacher": True}),
@@ -609,7 +600,7 @@ OPEN_CLIP_NAMES: Names = (
 )
 
 
-# What changes the forward pass and is not supported in another way; other keys are of training.
+# Keys that change the forward pass, with the only supported value. Other keys are for training.
 OPEN_CLIP_VISION = {"ls_init_value": None, "attentional_pool": False, "no_ln_pre": False, "pool_type": "tok"}
 OPEN_CLIP_VISION |= {"pos_embed_type": "learnable", "final_ln_after_pool": False, "act_kwargs": None}
 OPEN_CLIP_VISION |= {"norm_kwargs": None}
@@ -619,13 +610,13 @@ OPEN_CLIP_TEXT |= {"act_kwargs": None, "norm_kwargs": None}
 
 
 def _open_clip(folder: Path) -> Folder:
-    file = Section(str(folder / OPEN_CLIP), read_json(folder / OPEN_CLIP, what="model"))
+    file = read_section(folder / OPEN_CLIP, "model")
     model, photos = file.section("model_cfg"), file.section("preprocess_cfg")
     vision, text = model.section("vision_cfg"), model.section("text_cfg")
     for key in ("timm_model_name", "hf_model_name"):
         for section in (vision, text):
             if section.content.get(key):
-                raise InputError(f"{section.where}: {key!r}: only towers of OpenCLIP's own are supported")
+                raise InputError(f"{section.where}: {key!r}: only OpenCLIP's towers are supported")
     for section, usual in ((vision, OPEN_CLIP_VISION), (text, OPEN_CLIP_TEXT)):
         for key, value in usual.items():
             section.only(key, value)
@@ -639,10 +630,7 @@ def _open_clip(folder: Path) -> Folder:
         "depth": vision("layers", Depth), "num_heads": width // vision("head_width", Whole, 64),
         "pre_norm": True, "norm_eps": 1e-5, "activation": activation, "num_classes": output,
     }  # fmt: skip
-    image = _tower(tensors, "visual.", OPEN_CLIP_NAMES)
-    image["pos_embed"] = _row(image, "positional_embedding", folder)
-    image["cls_token"] = _row(image, "cls_token", folder)
-    del image["positional_embedding"]
+    image = _image_tower(tensors, "visual.", folder, OPEN_CLIP_NAMES)
     image |= _head(_needed(tensors, "visual.proj", folder).T)
     words = renamed(tensors, OPEN_CLIP_NAMES) | _head(_needed(tensors, "text_projection", folder).T)
     module = TextEncoder(
@@ -671,7 +659,7 @@ def _open_clip(folder: Path) -> Folder:
 
 
 def _timm(folder: Path, card: Section) -> Folder:
-    """A folder as timm uploads them: `architecture`, `pretrained_cfg` and perhaps `model_args`."""
+    """A folder that timm uploaded, with `architecture`, `pretrained_cfg` and perhaps `model_args`."""
     try:
         base, pretrained = card.content["architecture"], card.content["pretrained_cfg"]
         overrides = dict(card.content.get("model_args") or {})
@@ -687,7 +675,7 @@ def _timm(folder: Path, card: Section) -> Folder:
     except InputError as error:
         raise InputError(f"{card.where}: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{card.where} is not a timm model's ({type(error).__name__}: {error})") from None
+        raise InputError(f"{card.where} is not of a timm model ({type(error).__name__}: {error})") from None
     labels = card.content.get("label_names")
     names = list(map(str, labels)) if isinstance(labels, list) else None
     return Folder(config, preprocessing, current_names(read_weights(folder)), names, of_timm=True)

@@ -1,4 +1,4 @@
-"""From a name or a file to a model that is ready to use: `load`."""
+"""`load`: from a name or a file to a model that is ready to use."""
 
 import dataclasses
 import hashlib
@@ -45,10 +45,10 @@ class Model:
     """A model with its weights, the reader of its inputs, and the names and wnids of its classes (None: unknown).
 
     Args:
-      module: a Linen module, or anything with its `apply`, such as `PlainModel`.
+      module: a Linen module, or an object with the same `apply`, such as `PlainModel`.
       params: its parameters.
       preprocessing: a `Preprocessing` for images or recordings, `WordPieces` for texts.
-      text: of CLIP and SigLIP, whose outputs are features: their text tower.
+      text: the text tower of CLIP and SigLIP, whose outputs are features.
     """
 
     module: Any
@@ -60,22 +60,22 @@ class Model:
     text: TextTower | None = None
 
     def read(self, given: Any) -> Any:
-        """Photos, resized and cropped for this model: float32 [B, H, W, 3] in [0, 1]. Recordings: their spectrograms
-        [B, mel bins, frames, 1]. Texts, or pairs of them: `Tokens` [B, N], padded to a multiple of 16.
+        """Photos -> float32 [B, H, W, 3] in [0, 1], resized and cropped for this model. Recordings -> spectrograms
+        [B, mel bins, frames, 1]. Texts or pairs of texts -> `Tokens` [B, N], padded to a multiple of 16.
 
-        Warns where a recording or a text is longer than what the model takes. Raises InputError.
+        Warns if a recording or a text is too long for the model. Raises InputError.
         """
         return self.preprocessing.read(given)
 
     def logits(self, inputs: Any) -> Array:
-        """What `read` gives -> logits [B, classes] in float32, or features; normalisation included.
+        """Results of `read` -> logits [B, classes] in float32, or features; normalisation is included.
 
         Raises InputError for anything else.
         """
         return _logits(self.module, self.preprocessing, self.params, self.preprocessing.checked(inputs))
 
     def prepare(self, inputs: Any) -> Any:
-        """What `read` gives -> the input of the module. Raises InputError for anything else."""
+        """Results of `read` -> the input of the module. Raises InputError for anything else."""
         return self.preprocessing.normalise(self.preprocessing.checked(inputs))
 
     def described(self) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class Model:
         return {"name": self.name, "identity": identity, "architecture": architecture, "preprocessing": preprocessing}
 
     def require_classes(self) -> None:
-        """Raises InputError for a model whose outputs are features, so that no class can be asked for."""
+        """Raises InputError for a model whose outputs are features instead of classes."""
         if self.text is not None or not self.module.num_classes:
             asked = "name a score" if self.text is None else "give a text, or a score"
             raise InputError(f"{self.name} gives features and no classes: {asked}, such as tm.scores.Cosine")
@@ -104,20 +104,20 @@ class Model:
     def embed_text(self, prompts: str | Sequence[str]) -> np.ndarray:
         """One prompt or several -> [T, E] float32 of unit length, in the space of the outputs.
 
-        Raises InputError for a model without a text tower, or a prompt that is none.
+        Raises InputError for a model without a text tower, or an invalid prompt.
         """
         if self.text is None:
             raise InputError(f"{self.name} has no text tower: a prompt is for models such as CLIP and SigLIP")
         return np.asarray(self.text.embed(prompts))
 
     def class_name(self, index: int) -> str:
-        """Name of a class, or "class 281" where names are unknown. Raises InputError when out of range."""
+        """Name of a class, or "class 281" if names are unknown. Raises InputError if out of range."""
         index = self.class_index(index)
         return f"class {index}" if self.class_names is None else self.class_names[index]
 
     def score(self, text: str) -> Callable[..., Any]:
         """A score by its name, for command lines and configs: "class_logit", "log_probability", "versus:CLASS" or
-        "channel:NUMBER"; see `tokentm_jax.maths.scores`. Raises InputError for another, or a class that there is not.
+        "channel:NUMBER"; see `tokentm_jax.maths.scores`. Raises InputError for another score, or an unknown class.
         """
         name, colon, rest = str(text).partition(":")
         if name == "versus" and colon:
@@ -133,8 +133,10 @@ class Model:
         return known[text]
 
     def class_index(self, name_or_number: str | int) -> int:
-        """Index of a class given by number, or as text: a name (any case, underscores as spaces), a number where no
-        class is called so ("281"), or a wnid ("n02123045").
+        """Index of a class, from a number or a text.
+
+        A text is a name (any case, underscores as spaces), a number if no class has this name ("281"), or a wnid
+        ("n02123045").
 
         Raises InputError for a number out of range, an unknown name (with the nearest one), or an ambiguous name.
         """
@@ -161,7 +163,7 @@ class Model:
 
 
 def require_loaded(vit: Any) -> None:
-    """InputError for what is no loaded model."""
+    """InputError for anything but a loaded model."""
     if isinstance(vit, Model):
         return
     found = type(vit).__name__
@@ -174,7 +176,7 @@ def require_loaded(vit: Any) -> None:
 
 
 def predict(module: Any, preprocessing: Any, params: Any, inputs: Any) -> Array:
-    """What a reader gives, such as images [B, H, W, C] in [0, 1] -> logits [B, classes]; to be compiled."""
+    """Results of a reader, such as images [B, H, W, C] in [0, 1] -> logits [B, classes]; for `jax.jit`."""
     logits = module.apply({"params": params}, preprocessing.normalise(inputs))
     assert isinstance(logits, jax.Array)  # nothing is mutable
     return logits
@@ -197,24 +199,24 @@ def load(
     Args:
         model: a timm name ("deit_tiny_patch16_224"), options of timm's VisionTransformer, the name of a shipped
             model, a folder in the layout of timm, Hugging Face or OpenCLIP (`tokentm_jax.models.layouts`), or
-            "hf-hub:OWNER/NAME" for such a one. None: what the checkpoint describes, or the shipped default. A folder
-            of a BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT or ELECTRA with its `tokenizer.json` is a model of
-            texts (extra `[text]`); without a classifier it gives features: the mean of its tokens, or what
-            sentence-transformers specifies.
-        checkpoint: weights; needed with options. None with a timm name: timm's weights, from the Hugging Face Hub
-            (extra `[hub]`); without a tag, timm's default ones. A file's own preprocessing goes before the
-            model's; for options without either it is ImageNet's statistics, or 0.5 for
-            other than 3 channels (`dataclasses.replace` changes it).
-        img_size: other resolution, side or (height, width); position embeddings are resampled.
-        num_classes: checked against the checkpoint's classifier, whose size is the default. A model without one
-            gives features, which a score explains.
+            "hf-hub:OWNER/NAME" for such a folder. None: the model that the checkpoint describes, or the shipped
+            default. A folder of a BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT or ELECTRA with its
+            `tokenizer.json` is a model of texts (extra `[text]`). Without a classifier it gives features: the mean of
+            its tokens, or the pooling that sentence-transformers specifies.
+        checkpoint: weights; needed with options. None with a timm name: timm's weights from the Hugging Face Hub
+            (extra `[hub]`), without a tag the default ones. The file's preprocessing is used if it has one, else the
+            model's. For options without either it is ImageNet's statistics, or 0.5 if there are not 3 channels
+            (`dataclasses.replace` changes it).
+        img_size: another resolution, side or (height, width); position embeddings are resampled.
+        num_classes: checked against the checkpoint's classifier, whose size is the default. A model without a
+            classifier gives features; explain them with a score.
         class_names: one per class, or a file: `.json` (a list, or index -> name) or `.txt` (one per line). A name may
-            be [wnid, name]. None: those in the checkpoint, else of `imagenet_classes.json` beside it if the counts
-            agree, else ImageNet-1k's for a timm name with 1000 classes.
+            be [wnid, name]. None: the names in the checkpoint, else of `imagenet_classes.json` next to it if the
+            counts agree, else ImageNet-1k's for a timm name with 1000 classes.
         dtype: type of the activations, such as "bfloat16".
 
     Raises:
-        InputError: one sentence that names what is wrong.
+        InputError: one sentence that states what is wrong.
 
     Examples:
         >>> import tokentm_jax as tm
@@ -226,7 +228,7 @@ def load(
     if folder is not None and is_text_folder(folder):
         for option, value in (("checkpoint", checkpoint), ("img_size", img_size), ("num_classes", num_classes)):
             if value is not None:
-                raise InputError(f"{option} is for models of images, and {folder} holds a model of texts")
+                raise InputError(f"{option} is for models of images, and {folder} has a model of texts")
         return _load_text(folder, _name_of(model or checkpoint), class_names, dtype)
     found, name, path, grid = _found(model, checkpoint, folder)
     if num_classes is None:
@@ -246,7 +248,7 @@ def load(
 
 
 def _folder(model: Any, checkpoint: Any) -> Path | None:
-    """The folder of a model in one of the layouts; None where a name, options or a file are given."""
+    """The folder of a model in one of the layouts; None for a name, options or a file."""
     if isinstance(model, os.PathLike):
         model = os.fspath(model)
     if not isinstance(model, str | Mapping | None) or (isinstance(model, str) and not model.strip()):
@@ -288,7 +290,7 @@ def _load_text(folder: Path, name: str, class_names: Any, dtype: Any) -> Model:
 
 
 def _found(model: Any, checkpoint: Any, folder: Path | None) -> tuple[Folder, str, Path, tuple[int, int]]:
-    """What `load` is asked for, as it is stored: its content, its name, its place, and its grid of patches."""
+    """The stored model for `load`: its content, name, path, and grid of patches."""
     if folder is not None:
         content = read_folder(folder)
         return content, _name_of(model or checkpoint), folder, content.grid or build(content.config).grid
@@ -305,7 +307,7 @@ def _found(model: Any, checkpoint: Any, folder: Path | None) -> tuple[Folder, st
 def _described(
     model: str | Mapping[str, Any] | None, description: Mapping[str, Any] | None, path: Path, tensors: Tensors
 ) -> tuple[Config, Preprocessing, str]:
-    """Configuration, preprocessing and name, from what the caller says first and from the file second."""
+    """Configuration, preprocessing and name, from the caller's arguments first and from the file second."""
     stored = None if description is None else Preprocessing.from_dict(description["preprocessing"])
     if isinstance(model, str):
         if model in (files := shipped()) and model.partition(".")[0] not in ARCHITECTURES:
@@ -318,7 +320,7 @@ def _described(
         return dict(model), stored or Preprocessing((224, 224), **usual), path.stem
     if description is None or stored is None:
         fitting = names_that_fit({name: tensor.shape for name, tensor in tensors.items()})
-        raise InputError(f"checkpoint {path} does not say which architecture it is for: name the model{fitting}")
+        raise InputError(f"checkpoint {path} does not specify its architecture: name the model{fitting}")
     return description["architecture"], stored, path.stem
 
 
@@ -328,8 +330,10 @@ def shipped() -> dict[str, Path]:
 
 
 def _weights(model: str | Mapping[str, Any] | None) -> tuple[str | None, Path]:
-    """The model and the file of its weights, without a checkpoint: a shipped one (None: the default), which describes
-    itself, or timm's, from the hub."""
+    """The model and the file of its weights, if no checkpoint is given.
+
+    Shipped weights (None: the default) have a description. Others are timm's weights from the hub.
+    """
     if model is not None and not isinstance(model, str):
         raise InputError("a model given by its options needs a checkpoint")
     name = DEFAULT_MODEL if model is None else model
@@ -349,8 +353,8 @@ Names = tuple[list[str], list[str] | None]  # of classes, and their wnids if the
 
 
 def _names(given: Any, found: Folder, path: Path, count: int) -> tuple[tuple[str, ...] | None, ...]:
-    """Names and wnids of the classes: those given, else the model's, else those beside it, else ImageNet-1k's for a
-    model of timm with 1000 classes; None where they are unknown, or of another number of classes."""
+    """Names and wnids of the classes: the given ones, else the model's, else of a file next to it, else ImageNet-1k's
+    for a model of timm with 1000 classes. None if they are unknown, or of another number of classes."""
     beside = path.parent / "imagenet_classes.json"
     names: Sequence[str] | None = found.class_names
     wnids: Sequence[str] | None = None
@@ -366,7 +370,7 @@ def _names(given: Any, found: Folder, path: Path, count: int) -> tuple[tuple[str
 
 
 def read_class_names(names: Sequence[Any] | str | os.PathLike[str], count: int) -> Names:
-    """The names of so many classes, as `load` takes them. Raises InputError for another form or number."""
+    """The names of `count` classes, as `load` takes them. Raises InputError for another form or number."""
     source = str(names) if isinstance(names, str | os.PathLike) else "class_names"
     found = _read_names(Path(names)) if isinstance(names, str | os.PathLike) else _listed(names, source)
     if len(found[0]) != count:

@@ -1,4 +1,4 @@
-"""A function with what else the module of a loaded model has."""
+"""A function as the module of a loaded model."""
 
 import dataclasses
 import inspect
@@ -17,7 +17,7 @@ _Grid = tuple[Annotated[int, Ge(1)], Annotated[int, Ge(1)]]
 
 
 def _listed(values: Any) -> Any:
-    """A sequence or array of numbers as a list of Python's, and anything else as it is."""
+    """A sequence or array of numbers as a list of Python numbers. Anything else is returned unchanged."""
     if isinstance(values, list | tuple):
         return [value.item() if isinstance(value, np.generic) else value for value in values]
     return values.tolist() if isinstance(values, np.ndarray | jax.Array) else values
@@ -30,16 +30,16 @@ class PlainModel:
     `explain_fn` takes the function itself.
 
     Args:
-      forward: of normalised images [B, H, W, C]. One that takes a third argument `tap` gets a function
+      forward: takes normalised images [B, H, W, C]. A third parameter `tap`, if it has one, gets a function
         `tap(name, array)` that returns the array.
       grid: the grid (gh, gw) of the patches, and of the maps.
-      prefix: how many tokens stand before those of the patches.
+      prefix: number of tokens before those of the patches.
       readout: how the head reads tokens: "token" (the first one), "avg" (the mean of the patches), or a share for each
-        of the N tokens. Only methods that carry a row through attention ask for it.
-      num_classes: how many outputs there are.
+        of the N tokens. Only methods that carry a row through attention use it.
+      num_classes: number of outputs.
       batched: False for a function of one image [H, W, C] whose arrays have no batch axis.
 
-    Two models are the same to a compiled program if their fields are, so make `forward` once.
+    Models with equal fields share a compiled program, so make `forward` once.
     """
 
     forward: Callable[..., Any]

@@ -1,7 +1,7 @@
 """Explanations on many devices: batches spread over them, or parameters too large for one.
 
-Every function of `explain_fn` runs on arrays sharded under any mesh, with automatic or explicit axes, and needs no
-collective when only the batch is sharded. What is here saves users the placing.
+Every function of `explain_fn` runs on arrays that are sharded under any mesh, with automatic or explicit axes. No
+collective is needed if only the batch is sharded. These functions place the arrays.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,16 +19,16 @@ BATCH, WIDTH = "batch", "width"
 
 
 def over_batch(devices: Sequence[Any]) -> NamedSharding:
-    """Placement of an array whose leading axis is the batch: a share on each of the devices."""
+    """Sharding of an array by its first axis, the batch, over the devices."""
     return NamedSharding(Mesh(np.array(devices), (BATCH,)), PartitionSpec(BATCH))
 
 
 def over_devices(explain: Callable[..., Any], devices: Sequence[Any] | None = None) -> Callable[..., Any]:
     """`explain(params, inputs, target=None)` of `explain_fn`, jitted, with the batch spread over `devices`.
 
-    The batch may have any size: where the devices do not divide it, the last sample fills it up and the copies are
-    cut off again. `target` is None or a class per sample [B]. Parameters are copied to every device at each call
-    unless they are there: `jax.device_put(params, run.replicated)` does it once.
+    The batch may have any size: copies of the last sample are added, and removed from the results. `target` is a class
+    per sample [B], or `None`. Each call copies the parameters to every device unless they are there already;
+    `jax.device_put(params, run.replicated)` copies them once.
     """
     if not callable(explain):
         raise InputError(f"over_devices takes a function, such as that of tm.explain_fn, got {explain!r:.80}")
@@ -57,11 +57,11 @@ def over_devices(explain: Callable[..., Any], devices: Sequence[Any] | None = No
 
 
 def over_width(params: Any, mesh: Mesh, axis: str = WIDTH) -> Any:
-    """Parameters placed for a model that is too large for one device: its width split over an axis of a mesh.
+    """Parameters of a model that is too large for one device, with its width split over an axis of a mesh.
 
-    Of the linear maps into heads and hidden channels (`qkv`, `fc1`) the outputs are split, of those back (`proj`,
-    `fc2`) the inputs, so that a layer needs one sum over the devices. All else is replicated. Raises InputError for
-    an axis that the mesh does not have, or that does not divide the width.
+    Linear maps into heads and hidden channels (`qkv`, `fc1`) are split by outputs, and maps back (`proj`, `fc2`) by
+    inputs, so a layer needs one sum over the devices. Everything else is replicated. Raises InputError for an axis
+    that the mesh does not have, or that does not divide the width.
     """
     if axis not in mesh.shape:
         raise InputError(f"the mesh has no axis {axis!r}, only {', '.join(map(repr, mesh.shape))}")

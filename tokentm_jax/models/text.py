@@ -28,8 +28,8 @@ LARGEST_PROMPT = 100_000  # characters
 class TextEncoder(nn.Module):
     """Text Transformer: token ids [T, C] -> embeddings [T, E], not of unit length.
 
-    A causal one (CLIP) is pooled at the first end-of-text token, which is the id `end` or, for None, the highest id
-    of the prompt; the other kind (SigLIP) at the last place, whatever stands there.
+    A causal encoder (CLIP) is pooled at the first end-of-text token: the id `end` or, for None, the highest id of the
+    prompt. The other kind (SigLIP) is pooled at the last position.
     """
 
     vocabulary: int
@@ -55,21 +55,7 @@ class TextEncoder(nn.Module):
         positions = self.param("positional_embedding", trunc_normal, (self.context, w))
         scan = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.depth)
         blocks = scan(
-            num_heads=self.num_heads,
-            mlp_hidden=self.mlp_hidden,
-            qkv_bias=True,
-            k_bias=True,
-            qk_norm=False,
-            rope=None,
-            proj_bias=True,
-            init_values=None,
-            activation=self.activation,
-            mlp_layer="mlp",
-            scale_mlp_norm=False,
-            norm_eps=self.norm_eps,
-            linear=linear,
-            causal=self.causal,
-            name="blocks",
+            self.num_heads, self.mlp_hidden, self.activation, self.norm_eps, causal=self.causal, name="blocks"
         )
         x, _ = blocks(tokens[ids] + positions, None)
         x = Norm(self.norm_eps, name="norm")(x)
@@ -89,15 +75,15 @@ def _embed(module: TextEncoder, params: Any, ids: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """Prompts -> token ids, with the files of a model as they were when it was loaded.
+    """Prompts -> token ids, with the model's files as they were when it was loaded.
 
     Attributes:
       files: `tokenizer.json`, or CLIP's `vocab.json` and `merges.txt`.
-      contents: their texts.
+      contents: of the files.
       context: number C of ids; longer prompts are cut, and keep their last special token.
-      pad: id behind shorter prompts; None: that of the prompt's own last token, which is the end of text.
-      canonical: lower the case and leave out punctuation, as SigLIP's processor does.
-      problem: why there is no tokenizer, for the error at the first prompt.
+      pad: id after shorter prompts; None: the id of the prompt's last token, which is the end of text.
+      canonical: lower case without punctuation, as in SigLIP's processor.
+      problem: why the tokenizer is missing, for the error at the first prompt.
     """
 
     files: tuple[Path, ...]
@@ -118,7 +104,7 @@ class Tokenizer:
         ids = np.empty((len(found), self.context), np.int32)
         for row, values in zip(ids, found, strict=True):
             if not values:
-                raise InputError(f"{self.files[0]}: the tokenizer marks no end of a text")
+                raise InputError(f"{self.files[0]}: the tokenizer does not mark the end of a text")
             row[:] = values[-1] if self.pad is None else self.pad
             row[: len(values)] = values[: self.context]
         return ids
@@ -152,7 +138,7 @@ class TextTower:
         if ids.min() < 0 or ids.max() >= self.module.vocabulary:
             raise InputError(
                 f"the tokenizer does not fit the model: it gives the id {ids.max()}, "
-                f"and the model knows {self.module.vocabulary} tokens"
+                f"and the model has {self.module.vocabulary} tokens"
             )
         if self.module.end is not None and not (ids == self.module.end).any(-1).all():
             raise InputError(f"the tokenizer does not end a text with the model's id {self.module.end}")

@@ -1,6 +1,6 @@
 """Folders of text encoders in Hugging Face's layouts: BERT, RoBERTa, DistilBERT and ELECTRA, for `load`.
 
-As in `layouts`: a table of names and a function from `config.json` to the fields of `Bert`.
+As in `layouts`, there is a table of names and a function from `config.json` to the fields of `Bert`.
 """
 
 import re
@@ -22,18 +22,22 @@ from tokentm_jax.models.layouts import (
     Names,
     Section,
     Whole,
+    activation_of,
     architecture_of,
-    labels_of,
+    classes_of,
     present,
+    read_section,
     read_weights,
     renamed,
+    require_classifier,
     require_heads,
+    type_of,
 )
 from tokentm_jax.models.vit import init_params
 from tokentm_jax.samples import hint
 from tokentm_jax.validation import Name, checked
 
-# Of BERT, and of all that were made from it; DistilBERT's names are brought to these first.
+# Names of BERT and its successors. DistilBERT's names are translated to these first.
 NAMES: Names = (
     (r"^(bert|roberta|electra|distilbert)\.", ""),
     (r"^(cls|lm_head|generator_\w+|discriminator_predictions|vocab_\w+)\..*$", ""),
@@ -71,30 +75,28 @@ ACTIVATIONS = {
     "swish": "silu", "tanh": "tanh",
 }  # fmt: skip
 MODULES, POOLING = "modules.json", "1_Pooling/config.json"  # of sentence-transformers
-POOLS = {"cls": "token", "mean": "avg"}  # its modes that are computed here
+POOLS = {"cls": "token", "mean": "avg"}  # its modes that are supported
 LEGACY_POOLS = {"cls_token": "cls", "mean_tokens": "mean", "lasttoken": "lasttoken"}  # of pooling_mode_NAME: true
 LEGACY_POOLS |= {f"{name}_tokens": name for name in ("max", "mean_sqrt_len", "weightedmean")}
-SENTENCE = ("Transformer", "Pooling", "Normalize", "Dropout")  # what leaves a cosine of pooled tokens what it is
-
-
-# What is read of the architectures of Hugging Face: whether they have a classifier.
+SENTENCE = ("Transformer", "Pooling", "Normalize", "Dropout")  # modules that do not change a cosine of pooled tokens
+# Suffixes of Hugging Face's architectures, with whether they have a classifier.
 ARCHITECTURES = {"ForSequenceClassification": True, "Model": False, "ForMaskedLM": False, "ForPreTraining": False}
 
 
 class TextFolder(NamedTuple):
-    """A text encoder as a folder describes it."""
+    """A text encoder of a folder."""
 
     module: Bert
     params: dict[str, Any]
     class_names: list[str] | None
-    notes: tuple[str, ...] = ()  # what differs from what the folder describes, for whoever loads it
+    notes: tuple[str, ...] = ()  # differences from the folder's description, as warnings of `load`
 
 
 def require_config(folder: Path) -> None:
     """InputError for a folder without config.json."""
     if not present(folder, CONFIG):
-        expected = f"expected {CONFIG} beside the weights and tokenizer.json{hint(folder / CONFIG)}"
-        raise InputError(f"{folder} holds no text model: {expected}")
+        expected = f"expected {CONFIG} next to the weights and tokenizer.json{hint(folder / CONFIG)}"
+        raise InputError(f"{folder} has no text model: {expected}")
 
 
 def read_text_folder(
@@ -102,37 +104,31 @@ def read_text_folder(
 ) -> TextFolder:
     """The model of a folder with `config.json` and weights in safetensors.
 
-    `changes` are fields of `Bert` in place of the folder's, to fine-tune it: a pooler that the weights lack, and the
-    head, are then random.
+    `changes` replace fields of `Bert`, to fine-tune the model. The head is then random, and so is a pooler that the
+    weights lack.
 
-    Raises InputError for what is no such folder, or is not supported, or is damaged.
+    Raises InputError for another folder, or one that is damaged.
     """
     require_config(folder)
-    config = Section(str(folder / CONFIG), read_json(folder / CONFIG, what="model"))
-    kind = config("model_type", str)
-    if kind not in TEXT:
-        raise InputError(f"{config.where}: the model type {kind!r} is not supported; known: {', '.join(TEXT)}")
+    config = read_section(folder / CONFIG, "model")
+    kind = type_of(config, TEXT)
     classifies = architecture_of(config, TEXT, ARCHITECTURES) if changes is None else None
     tensors = read_weights(folder)
     if kind == "distilbert":
         tensors = renamed(tensors, DISTIL)
-    if any(name.startswith("classifier.dense.") for name in tensors):  # then nobody reads the encoder's own pooler
+    if any(name.startswith("classifier.dense.") for name in tensors):  # then the encoder's pooler is not used
         tensors = {name: t for name, t in tensors.items() if not re.match(r"(\w+\.)?pooler\.", name)}
     left_out = _unread_heads(tensors)
     tensors = fused(renamed(tensors, NAMES))
     fields = _distilbert(config) if kind == "distilbert" else _bert(config, kind)
     if "roberta" in kind or kind == "camembert":
         _drop_padding(config, tensors)
-    head = tensors.get("head.weight")
-    if head is None and classifies:
-        raise InputError(f"the weights of {folder} lack the classifier of {config.content['architectures'][0]}")
-    if head is None:
-        fields |= {"num_classes": 0, **_pooling(folder)}
-    else:
-        fields["num_classes"] = head.shape[0] if head.ndim else 0
-    names = labels_of(config) if head is not None else None
-    if names is not None and len(names) != fields["num_classes"]:
-        raise InputError(f"{config.where}: 'id2label' names {len(names)} classes of {fields['num_classes']}")
+    if classifies:
+        require_classifier(folder, config, tensors)
+    has_head = "head.weight" in tensors
+    fields["num_classes"], names = classes_of(config, tensors)
+    if not has_head:
+        fields |= _pooling(folder)
     positions = tensors.get("position_embeddings")
     if positions is not None and positions.ndim == 2:
         fields["max_length"] = min(fields["max_length"], len(positions)) or 1
@@ -152,22 +148,15 @@ def read_text_folder(
     if left_out:
         outputs = "the classes" if module.num_classes else "the mean of the tokens"
         notes.append(f"{folder}: left out of its weights: {', '.join(left_out)}; the outputs are {outputs}")
-    if classifies is None and head is not None:
-        notes.append(f"{config.where} names no architecture: its classifier is taken for one of whole texts")
+    if classifies is None and has_head:
+        notes.append(f"{config.where} has no architecture: its classifier is used for whole texts")
     return TextFolder(module, to_params(module, tensors, str(folder)), names, tuple(notes))
 
 
 def _unread_heads(tensors: Tensors) -> list[str]:
-    """Heads in the weights that are of other tasks: "cls.predictions", "lm_head"."""
+    """Heads of other tasks in the weights: "cls.predictions", "lm_head"."""
     found = (re.match(r"cls\.\w+|lm_head|generator_\w+|discriminator_predictions|vocab_\w+", name) for name in tensors)
     return sorted({match[0] for match in found if match})
-
-
-def _activation(section: Section, key: str) -> str:
-    name = section(key, str, "gelu")
-    if name not in ACTIVATIONS:
-        raise InputError(f"{section.where}: {key!r} must be one of {', '.join(ACTIVATIONS)}, got {name!r:.80}")
-    return ACTIVATIONS[name]
 
 
 def _bert(config: Section, kind: str) -> dict[str, Any]:
@@ -175,7 +164,7 @@ def _bert(config: Section, kind: str) -> dict[str, Any]:
         config.only(key, value)
     width = config("hidden_size", Whole)
     embedding = config("embedding_size", Whole, None)
-    own = config.section("tokentm_jax")  # of this project's training
+    own = config.section("tokentm_jax")  # written by this project's training
     return {
         "vocab_size": config("vocab_size", Whole),
         "max_length": config("max_position_embeddings", Whole),
@@ -185,7 +174,7 @@ def _bert(config: Section, kind: str) -> dict[str, Any]:
         "mlp_hidden": config("intermediate_size", Whole),
         "type_vocab_size": config("type_vocab_size", Count, 2),
         "embedding_size": None if embedding == width else embedding,
-        "activation": _activation(config, "hidden_act"),
+        "activation": activation_of(config, known=ACTIVATIONS),
         "norm_eps": config("layer_norm_eps", float, 1e-12),
         "pool": own("pool", Literal["token", "avg"], "token"),
         "pooler": own("pooler", str, None) if own.content else "gelu" if kind == "electra" else "tanh",
@@ -201,14 +190,14 @@ def _distilbert(config: Section) -> dict[str, Any]:
         "num_heads": config("n_heads", Whole),
         "mlp_hidden": config("hidden_dim", Whole),
         "type_vocab_size": 0,
-        "activation": _activation(config, "activation"),
+        "activation": activation_of(config, "activation", ACTIVATIONS),
         "norm_eps": 1e-12,
         "pooler": "relu",
     }
 
 
 def _drop_padding(config: Section, tensors: Tensors) -> None:
-    """RoBERTa counts positions from its padding's number on; the ones up to there are never used."""
+    """RoBERTa counts positions from the id of its padding. Earlier positions are never used."""
     positions, first = tensors.get("position_embeddings"), config("pad_token_id", Count, 1) + 1
     if positions is not None and positions.ndim == 2:
         if not 0 <= first < len(positions):
@@ -217,7 +206,7 @@ def _drop_padding(config: Section, tensors: Tensors) -> None:
 
 
 def pooling_file(folder: Path) -> str:
-    """The file of a folder of sentence-transformers that specifies how tokens are pooled, as its modules name it.
+    """The file of sentence-transformers in a folder that specifies how tokens are pooled.
 
     Raises InputError for modules that change a cosine of pooled tokens.
     """
@@ -238,13 +227,13 @@ def pooling_file(folder: Path) -> str:
 
 
 def _pooling(folder: Path) -> dict[str, Any]:
-    """How an encoder without a classifier is read: as sentence-transformers says, or the mean of its tokens."""
+    """How an encoder without a classifier is pooled: as sentence-transformers specifies, or by the mean of tokens."""
     file = pooling_file(folder)
     if not present(folder, file):
         if present(folder, MODULES):
             raise InputError(f"{folder} lacks {file}, which specifies how its tokens are pooled")
         return {"pool": "avg", "pooler": None}
-    section = Section(str(folder / file), read_json(folder / file, what="pooling"))
+    section = read_section(folder / file, "pooling")
     named = section("pooling_mode", str | list[str], None)
     legacy = [mode for mode in LEGACY_POOLS if section(f"pooling_mode_{mode}", bool, False)]
     modes = [named] if isinstance(named, str) else named or [LEGACY_POOLS[mode] for mode in legacy] or ["mean"]

@@ -1,4 +1,4 @@
-"""Vision Transformer in Flax Linen that exposes its tokens and its attention.
+"""Vision Transformer in Flax Linen.
 
 Axes, for the whole project:
 
@@ -6,7 +6,7 @@ Axes, for the whole project:
     gh, gw patch grid (n = gh * gw patches, N = prefix + n)
 
 The module is a frozen dataclass: it is its own configuration, hashable, and can be a static argument of `jit`.
-Field names and their meaning are those of timm's `VisionTransformer`.
+Fields have the names and meanings of timm's `VisionTransformer`.
 """
 
 from collections.abc import Callable
@@ -54,8 +54,10 @@ class Norm(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """Per-channel gain of a branch. It is folded into the linear map before it, which gives the same numbers and
-    leaves nothing between a branch and its residual sum."""
+    """Per-channel gain of a branch, multiplied into the linear map before it.
+
+    The numbers are the same, and nothing is between a branch and its residual sum.
+    """
 
     init: float
 
@@ -66,17 +68,17 @@ class LayerScale(nn.Module):
 
 
 class Rope(NamedTuple):
-    """Rotary positions of patches: timm's `rope_type` ("cat" of EVA-02, or "dinov3"), and what it depends on."""
+    """Rotary positions of patches, by timm's `rope_type`: "cat" (EVA-02) or "dinov3"."""
 
     kind: str
     grid: tuple[int, int]
-    prefix: int  # tokens before the patches, which do not turn
-    reference: tuple[int, int] | None  # grid of the pretraining, to which positions are scaled ("cat")
+    prefix: int  # tokens before the patches, which are not rotated
+    reference: tuple[int, int] | None  # grid of the pretraining; positions are scaled to it ("cat")
     temperature: float
 
     @property
     def half(self) -> bool:
-        """Whether channels i and i + D/2 turn together, and not 2i and 2i + 1."""
+        """Whether channels i and i + D/2 are rotated together, instead of 2i and 2i + 1."""
         return self.kind == "dinov3"
 
 
@@ -84,8 +86,9 @@ class Rope(NamedTuple):
 def rotation(rope: Rope, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Cosine and signed sine of each token's angles, for heads of `width` channels: each [N, width], float32.
 
-    Half of the channels turn with the row, half with the column. "cat": angle `position / temperature^(k / K)` for
-    the patches' numbers; "dinov3": `2 pi centre / temperature^(k / K)` for their centres in [-1, 1]; K = width / 4.
+    The angle depends on the row for half of the channels, and on the column for the others. "cat": angle
+    `position / temperature^(k / K)`; "dinov3": `2 pi centre / temperature^(k / K)` with centres in [-1, 1];
+    K = width / 4.
     """
     bands = rope.temperature ** -(np.arange(width // 4) / (width // 4))
     if rope.kind == "dinov3":
@@ -107,9 +110,9 @@ def rotation(rope: Rope, width: int) -> tuple[np.ndarray, np.ndarray]:
 class Attention(nn.Module):
     """Multi-head self-attention on normalised tokens.
 
-    Sows `attention` [B, H, Q, K] (after softmax), `value` [B, H, N, D/H] and `transformed_value` [B, N, D], the
-    value projection carried through the output projection without its bias: `x~_j = sum_h V_j^h W_O^h`. Also the
-    kernels of both, `value_kernel` and `output_kernel` [D, D].
+    Sows `attention` [B, H, Q, K] (after softmax), `value` [B, H, N, D/H] and `transformed_value` [B, N, D]: the values
+    after the output projection without its bias, `x~_j = sum_h V_j^h W_O^h`. Also the kernels of both projections,
+    `value_kernel` and `output_kernel` [D, D].
     """
 
     num_heads: int
@@ -142,7 +145,7 @@ class Attention(nn.Module):
         scores = jnp.einsum("bhqd,bhkd->bhqk", query, key)
         if self.causal:
             scores = jnp.where(jnp.tril(jnp.ones((n, n), bool)), scores, jnp.finfo(scores.dtype).min / 2)
-        if mask is not None:  # finite, so that no rule meets a product of infinity and zero
+        if mask is not None:  # finite, so that no rule multiplies infinity by zero
             scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min / 2)
         attention = primitives.softmax(scores, (d // h) ** -0.5)
         kernel, bias = Affine(d, self.proj_bias, name="proj")(d)
@@ -155,17 +158,16 @@ class Attention(nn.Module):
             self.sow("intermediates", "transformed_value", together @ kernel.astype(x.dtype))
             self.sow("intermediates", "value_kernel", projections[:, 2 * d :])
             self.sow("intermediates", "output_kernel", kernel)
-        if mask is not None:  # zeros already; now their gradient is zero, too
+        if mask is not None:  # these are zero already; now their gradient is zero as well
             attention = jnp.where(mask[:, None, None], attention, 0)
         mixed = jnp.einsum("bhqk,bhkd->bqhd", attention, value).reshape(b, n, d)
         return self.linear(mixed, kernel, bias)
 
 
 class FeedForward(nn.Module):
-    """Two linear maps with a non-linearity between them, or a gate of the same width (SwiGLU), and perhaps a norm.
+    """Two linear maps with a non-linearity or a gate (SwiGLU) between them, and perhaps a norm.
 
-    `layer` is "mlp"; "swiglu", whose gate and value are linear maps of their own; or "swiglu_packed", where both are
-    halves of one.
+    `layer` is "mlp", "swiglu" (gate and value are separate linear maps) or "swiglu_packed" (they are halves of one).
     """
 
     hidden: int
@@ -220,25 +222,25 @@ class AttentionPool(nn.Module):
 class Block(nn.Module):
     """Pre-norm block: `x' = x + MHSA(LN1(x))`, `x+ = x' + FFN(LN2(x'))`.
 
-    Or with `post_norm`: `x' = LN1(x + MHSA(x))`, `x+ = LN2(x' + FFN(x'))`. A mask [B, N] says which tokens are there.
+    Or with `post_norm`: `x' = LN1(x + MHSA(x))`, `x+ = LN2(x' + FFN(x'))`. A mask [B, N] is true for present tokens.
 
-    Sows `tokens` (its input), `normalised` (what the attention sees: LN1 of it, or itself), `attention_branch` and
-    `ffn_branch`, and with `post_norm` `middle` (x') and `after` (x+), each [B, N, D].
+    Sows `tokens` (its input), `normalised` (the input of the attention: LN1 of `tokens`, or `tokens`),
+    `attention_branch` and `ffn_branch`, and with `post_norm` `middle` (x') and `after` (x+), each [B, N, D].
     """
 
     num_heads: int
     mlp_hidden: int
-    qkv_bias: bool
-    k_bias: bool
-    qk_norm: bool
-    rope: Rope | None
-    proj_bias: bool
-    init_values: float | None
     activation: str
-    mlp_layer: str
-    scale_mlp_norm: bool
     norm_eps: float
-    linear: Linear
+    qkv_bias: bool = True
+    k_bias: bool = True
+    qk_norm: bool = False
+    rope: Rope | None = None
+    proj_bias: bool = True
+    init_values: float | None = None
+    mlp_layer: str = "mlp"
+    scale_mlp_norm: bool = False
+    linear: Linear = primitives.linear
     post_norm: bool = False
     causal: bool = False  # whether a token attends only to itself and those before it
 
@@ -283,9 +285,8 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Vision Transformer: normalised images [B, H, W, C] -> logits [B, classes], or features [B, D] for no classes.
 
-    `dtype` is the type of the activations (None: that of the images); norms and softmax are computed in float32 at
-    least. With the collection `intermediates` mutable the blocks sow what
-    the methods need, stacked over blocks; without it nothing is stored.
+    `dtype` is the type of the activations (None: of the images). Norms and softmax are computed in float32 at least.
+    If the collection `intermediates` is mutable, the blocks sow their arrays, stacked over blocks.
     """
 
     img_size: tuple[int, int] = (224, 224)
@@ -311,17 +312,17 @@ class ViT(nn.Module):
     pre_norm: bool = False  # a norm before the first block, and no patch-embedding bias
     global_pool: str = "token"  # "token", "avg", both ("cat"), "map" (attention pooling), or "prefix" (AST's)
     final_norm: bool = True  # a norm after the last block, or after pooling
-    fc_norm: bool | None = None  # norm after pooling in place of before; None: when pooling is "avg"
+    fc_norm: bool | None = None  # norm after pooling instead of before; None: if pooling is "avg"
     activation: str = "gelu"
     mlp_layer: str = "mlp"  # see `FeedForward`
     scale_mlp_norm: bool = False  # a norm before the FFN's last linear map
     norm_eps: float = 1e-6
-    patch_drop: float = 0.0  # share of patch tokens left out in training (with the rng "patch_drop")
+    patch_drop: float = 0.0  # share of patch tokens removed in training (with the rng "patch_drop")
     in_chans: int = 3
-    stride: int | tuple[int, int] | None = None  # from patch to patch, less where they overlap; None: the patch size
+    stride: int | tuple[int, int] | None = None  # between patches; smaller if they overlap; None: the patch size
     dtype: Any = None
     linear: Linear = primitives.linear
-    unroll: int = 1  # blocks in a turn of the loop over blocks: more run faster on CPU, and compile longer
+    unroll: int = 1  # blocks per iteration of the loop: more are faster on a CPU, and compile longer
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -330,7 +331,7 @@ class ViT(nn.Module):
 
     @property
     def tiling(self) -> Tiling:
-        """Height and width of a patch, and how far apart two begin."""
+        """Height and width of a patch, and the distances between patches."""
         patch, stride = (
             side if isinstance(side, tuple) else (side, side)
             for side in (self.patch_size, self.patch_size if self.stride is None else self.stride)
@@ -350,7 +351,7 @@ class ViT(nn.Module):
     def readout(self) -> tuple[float, ...]:
         """r0 [N]: the distribution with which the head reads tokens.
 
-        Attention pooling reads patches in shares that depend on the image; here all are equal.
+        With attention pooling the shares of patches depend on the image; here all are equal.
         """
         patches = self.grid[0] * self.grid[1]
         if self.global_pool == "cat":
@@ -416,7 +417,7 @@ class ViT(nn.Module):
         return {**{name: getattr(self, name) for name in same}, "mlp_hidden": hidden, "rope": rope}
 
     def block(self) -> Block:
-        """One block on its own, to apply to a slice of `params["blocks"]`."""
+        """One block, to apply to a slice of `params["blocks"]`."""
         return Block(**self._block_fields, parent=None)
 
     def __call__(self, images: Array) -> Array:
@@ -447,7 +448,7 @@ class ViT(nn.Module):
         return self.norm_pre(x) if self.pre_norm else x
 
     def _patches(self, x: Array) -> Array:
-        """Images [B, H, W, C] -> patches [B, n, ph pw C]. Where patches overlap, pixels are read more than once."""
+        """Images [B, H, W, C] -> patches [B, n, ph pw C]. If patches overlap, pixels are read more than once."""
         b, _, _, c = x.shape
         (gh, gw), ((ph, pw), stride) = self.grid, self.tiling
         if stride != (ph, pw) or x.shape[1:3] != (gh * ph, gw * pw):
@@ -475,24 +476,26 @@ class ViT(nn.Module):
         return self._read(pooled, x)
 
     def read_part(self, tokens: Array, kept: Array, count: int) -> Array:
-        """The outputs for embedded tokens [B, N, D] of which only the patches `kept` [B, n] stay: `count` of them, the
-        same in every sample."""
+        """The outputs for embedded tokens [B, N, D] without the patches that are not `kept` [B, n].
+
+        Each sample keeps the same `count` patches.
+        """
         places = self.prefix + jnp.flatnonzero(kept[0], size=count)
         shown = jnp.concatenate([tokens[:, : self.prefix], tokens[:, places]], 1)
         return self.classify(self.blocks(shown, None)[0])
 
     def pool(self, tokens: Array) -> Array:
-        """As `classify`, of a model with an attention pool, and without the norm before it."""
+        """As `classify`, for a model with an attention pool, without the norm before it."""
         return self._read(self.attn_pool(tokens[:, self.prefix :]), tokens)
 
     def _read(self, pooled: Array, tokens: Array) -> Array:
-        """What was pooled [B, D], and the second token where that is read, too -> logits [B, classes], or features."""
+        """Pooled tokens [B, D], and all tokens [B, N, D] -> logits [B, classes], or features."""
         if self._norms[1]:
             pooled = self.fc_norm_layer(pooled)
         if not self.num_classes:
             return wide(pooled)
         if self.distilled:
-            # The mean of two heads, with the halves in the weights: what is left is a residual sum.
+            # The mean of two heads, with the factors 1/2 in the weights, so that a residual sum remains.
             first, second = (
                 jax.tree.map(lambda a: a / 2, head(self.embed_dim)) for head in (self.head, self.head_dist)
             )
@@ -512,5 +515,5 @@ class ViT(nn.Module):
 
 @partial(jax.jit, static_argnums=0)
 def init_params(module: Any, key: Array) -> Any:
-    """Random parameters of a module such as `ViT` or `Bert` in float32, and nothing else that `init` returns."""
+    """Random float32 parameters of a module such as `ViT` or `Bert`, without other results of `init`."""
     return module.init(key, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), module.example()))["params"]
