@@ -203,7 +203,7 @@ def test_damage_is_told_where_it_is_read_and_computed_again(whole, vit, source, 
             arrays.get(name, found.prediction)[row]
         where = name if name != "checksum" or damage is lose else "prediction"
         assert f"{where} cannot be read (" in str(caught.value) and f"/c/{chunk}" in str(caught.value)
-        assert "run the same `tokentm dataset` command again, and it is computed anew" in str(caught.value)
+        assert "run the same `tokentm dataset` command again, and it is computed again" in str(caught.value)
         if name.startswith(("maps", "scale")):
             with pytest.raises(InputError, match="run the same"):
                 found.read("gae")
@@ -286,7 +286,7 @@ def test_a_provenance_is_not_taken_on_trust(whole, tmp_path):
     made = root["attributes"]["tokentm"]
     shapes = made["shapes"]
     for change, sentence in (
-        ({"format": None}, "has the layout 1, and this version of tokentm_jax has 2: make it anew"),
+        ({"format": None}, "has the layout 1, and this version has 2: make it again"),
         ({"format": 3}, "has the layout 3"),
         ({"format": [[]]}, "has the layout of another kind"),
         ({"chunk_size": 0}, "'chunk_size' must be greater than or equal to 1, got 0"),
@@ -333,11 +333,11 @@ def test_a_provenance_is_not_taken_on_trust(whole, tmp_path):
     for bad, sentence in (
         (b"", "holds no maps of `tokentm dataset`"),
         (b"{", "zarr.json is not valid JSON"),
-        (b"null", "its zarr.json says something else"),
-        (b'{"attributes": {"tokentm": [1]}}', "its zarr.json says something else"),
+        (b"null", "its zarr.json has something else"),
+        (b'{"attributes": {"tokentm": [1]}}', "its zarr.json has something else"),
         (b"\xff\xfe", "zarr.json is not valid JSON"),
         (deep, "zarr.json is not valid JSON .*recursion"),
-        (deep[:27] + b"[" * 900 + b"]" * 900 + b"}}", "says something else"),
+        (deep[:27] + b"[" * 900 + b"]" * 900 + b"}}", "has something else"),
         (b" " * (2**24 + 1), "zarr.json is larger than 16 MiB"),
     ):
         (out / "zarr.json").write_bytes(bad)
@@ -454,7 +454,7 @@ def test_only_the_same_job_goes_on(whole, vit, source, folder, tmp_path):
         (folder / "labels.csv", "is a file"),
         (tmp_path / "other", "holds no maps of `tokentm dataset`"),
         ("nonsense://maps", "unsupported URL scheme"),
-        (whole / "maps", "zarr.json says something else"),  # a group, but no root
+        (whole / "maps", "zarr.json has something else"),  # a group, but no root
     ):
         names = sorted(p.name for p in folder.iterdir())
         with pytest.raises(InputError, match=sentence):

@@ -41,6 +41,7 @@ from tokentm_jax.runs import records as records_module
 from tokentm_jax.runs.evaluate import evaluate
 from tokentm_jax.runs.leaderboard import LeaderboardConfig
 from tokentm_jax.runs.leaderboard import check as check_leaderboard
+from tokentm_jax.runs.programs import randomised
 from tokentm_jax.runs.report import compare
 from tokentm_jax.validation import lists_of
 
@@ -276,7 +277,7 @@ def test_maps_of_pixels_as_means_over_patches(config, vit, folder, tmp_path, mon
         pytest.param("infidelity", {"samples": 3, "fill": "blur"}, {"infidelity"}, marks=pytest.mark.slow),
     ],
 )
-def test_yardsticks_are_tasks(config, vit, folder, tmp_path, task, options, expected):
+def test_metrics_are_tasks(config, vit, folder, tmp_path, task, options, expected):
     """Each for images alone as for a batch."""
     source = open_source(folder, limit=3)
     some = dataclasses.replace(config, task=task, options=options, rows=rows("raw_attention"))
@@ -348,7 +349,7 @@ def test_segmentation(vit, tmp_path):
 def test_randomised_parameters(vit):
     fresh = jax.tree.map(lambda a: a + 1, vit.params)
     for blocks, same in ((0, [True, True]), (1, [True, False]), (2, [False, False])):
-        params = evaluation.randomised(vit.params, fresh, blocks)
+        params = randomised(vit.params, fresh, blocks)
         old, new = (p["blocks"]["attn"]["qkv"]["kernel"] for p in (vit.params, params))
         assert [bool((old[l] == new[l]).all()) for l in range(2)] == same
         assert (params["head"]["kernel"] != vit.params["head"]["kernel"]).all()

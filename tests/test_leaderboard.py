@@ -25,16 +25,12 @@ from tokentm_jax.runs.dataset import explain_dataset
 from tokentm_jax.runs.leaderboard import (
     LeaderboardConfig,
     check,
-    draw,
     images_per_second,
     leaderboard,
-    markdown,
-    mean_ranks,
-    pareto,
     select,
-    standings,
 )
 from tokentm_jax.runs.report import compare
+from tokentm_jax.runs.standings import draw, markdown, mean_ranks, pareto, standings
 from tokentm_jax.runs.store import open_maps
 
 METHODS = rows("rollout", "raw_attention")
@@ -143,7 +139,7 @@ def test_equal_figures_share_their_rank():
     figure = {"run": "a", "metric": "m", "better": "higher"}
     figures = [{**figure, "method": name, "value": value} for name, value in zip("xyzw", (3, 2, 2, 1), strict=True)]
     assert mean_ranks(figures) == {"x": 1, "y": 2.5, "z": 2.5, "w": 4}
-    # A yardstick counts once, however many columns it has; one without a better direction not at all.
+    # A metric counts once, however many columns it has; one without a better direction not at all.
     figures += [
         {**figure, "run": "b", "metric": m, "method": name, "value": v}
         for m in "pq"
@@ -377,8 +373,8 @@ def test_wrong_leaderboards(config, vit, folder, tmp_path):
     refused("'name' must be a plain name", name="a/b")
     refused("'runs'", runs=[])
     refused("'runs'.* must be an instance of EvaluateConfig", runs=[3])
-    refused("names of their own", runs=[srg, srg])
-    refused("names of their own, none of them 'maps'", runs=[srg, again(complexity, name="maps")])
+    refused("must have different names", runs=[srg, srg])
+    refused("must have different names, none of them 'maps'", runs=[srg, again(complexity, name="maps")])
     refused("must be of one model", runs=[srg, again(complexity, model="cifar10_vit")])
     refused("unknown task 'srgg'; did you mean 'srg'", runs=[again(srg, task="srgg")])
     for row in (Row("rollout", "rollout", {"first_block": 1}), Row("rollout", "rollout", by_patch=True)):

@@ -17,7 +17,7 @@ import tokentm_jax as tm
 from tokentm_jax import metrics
 from tokentm_jax.models.architectures import architecture
 from tokentm_jax.models.loading import predict
-from tokentm_jax.runs.evaluate import _score_program
+from tokentm_jax.runs.programs import _score_program
 
 PASSES = 2 * metrics.STEPS
 

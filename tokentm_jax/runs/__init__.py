@@ -1,1 +1,1 @@
-"""What computes for long, keeps what is done, and goes on where it stopped."""
+"""What computes for long, keeps what is done, and resumes where it stopped."""

@@ -57,7 +57,7 @@ class DatasetConfig:
       options: of the methods; each must know all of them.
       target: which class is explained, "predicted" or "label".
       dtype: of the stored maps, "float16" or "float32".
-      profile: how images are prepared: "default" (as the model says) or "reference" (squashed, bilinear).
+      profile: how images are prepared: "default" (as the model specifies) or "reference" (squashed, bilinear).
       batch_size: examples computed at a time, on one device; from 1 to 4096.
       chunk_size: examples written at a time, a multiple of the batch size up to 65536; None: 256 or a little more.
       score: what is explained: None for the logit of the class, or see `Model.score`.
@@ -209,7 +209,7 @@ def provenance(config: DatasetConfig, vit: Model, source: Source) -> dict[str, A
 
 
 def _translation(config: DatasetConfig, vit: Model, source: Source) -> Callable[[np.ndarray], np.ndarray]:
-    """From the source's classes to the model's; -1 for what the model does not know, of which a warning tells."""
+    """From the source's classes to the model's; -1, with a warning, for a class that the model does not have."""
     if config.target == "label" or config.label_map is not None:
         table = translation(vit, source, config.label_map)
     else:  # labels are stored, and nothing depends on them

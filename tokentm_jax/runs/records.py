@@ -96,12 +96,12 @@ class Records:
             self._add(line, str(self.path))
 
     def _add(self, content: Any, where: str) -> None:
-        """Take a line as it stands in JSON. InputError for anything else than `Line`, these fields and new keys."""
+        """Take a line of JSON. InputError for anything else than `Line`, these fields and new keys."""
         line = checked(where, Line, content)
         count, known = len(line["keys"]), len(self.places)
         for place, (key, explained) in enumerate(line["keys"], known):
             if explained not in self._explained:
-                raise InputError(f"{where}: {explained!r} is none of {', '.join(self._explained)}; {_DAMAGED}")
+                raise InputError(f"{where}: {explained!r} is not one of {', '.join(self._explained)}; {_DAMAGED}")
             if self.places.setdefault((key, explained), place) != place:
                 raise InputError(f"{where}: the results of {key} ({explained}) are there twice; {_DAMAGED}")
         if line["fields"].keys() != self._annotations.keys():

@@ -96,7 +96,7 @@ LEGEND = (
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """`results.md`: a line per method, with intervals; published figures in columns of their own."""
+    """`results.md`: a line per method, with intervals; published numbers in separate columns."""
     run, rows = results["run"], results["rows"]
     config = run["config"]
     clean = [row for row in rows if row["method"] == CLEAN]
@@ -134,7 +134,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def _asked_in_words(score: str | None) -> str:
-    return "" if score is None else f"Explained, and followed in place of the probability: {in_table(score)}. "
+    return "" if score is None else f"Explained, and followed instead of the probability: {in_table(score)}. "
 
 
 def in_table(name: str) -> str:

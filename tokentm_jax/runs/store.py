@@ -12,10 +12,9 @@
 A chunk is the same `chunk_size` examples in every array, and the unit of work. Each of its files has a checksum and
 is replaced as a whole; `status` is written when all others are on the disk, and removed before any of them is.
 
-Nothing that is read is taken on trust. The provenance says the type and shape of every array, and an array that says
-otherwise is refused. Where `status` says that an example is done, the file of every array that is read must be there
-and hold what was written: its own checksum tells one that is cut off or altered, and `checksum` one that belongs
-elsewhere. Where it says that an example is not done, no file is looked for, and fill values are given: NaN, -1, 0.
+Nothing that is read is trusted. The provenance has the type and shape of every array, and an array that differs is
+refused. If the `status` of an example is done, the file of every array that is read must exist and hold what was
+written: its own checksum detects a file that is cut off or altered, and `checksum` one of another example. If it is not done, no file is read, and the values are NaN, -1 or 0.
 """
 
 import dataclasses
@@ -50,7 +49,7 @@ REASON_BYTES = 200
 FILL: dict[str, Any] = {"float16": np.nan, "float32": np.nan, "int32": -1, "uint32": 0, "uint8": 0}
 LARGEST_CHUNK = 2**29  # bytes of a chunk, all arrays together
 SCHEMES = ("gs", "s3", "memory", "file")
-ANSWER = 6.0  # seconds that a store may take to answer when it is opened; the variable WAIT says another number
+ANSWER = 6.0  # seconds that a store may take to answer when it is opened; the variable WAIT sets another number
 WAIT = "TOKENTM_STORE_WAIT"
 _IN_MEMORY = 2**30  # bytes of the chunks that are filled, written or checked at a time
 _GROUPS = ("maps", "scale")
@@ -82,7 +81,7 @@ def scaled(maps: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     """Maps [n, h, w] -> what is stored of them and the scale [n] to multiply it with.
 
     float32 is stored as it is. For float16, whose range some methods leave by orders of magnitude, each map is divided
-    by the power of two that brings its largest value into [1, 2); that alone rounds nothing.
+    by the power of two that brings its largest value into [1, 2); which rounds nothing.
     """
     maps = maps.astype(np.float32)
     largest = np.abs(maps).max((1, 2), initial=0)
@@ -125,7 +124,7 @@ _FIELDS: dict[str, Any] = {
 
 
 def _check(where: str, provenance: Mapping[str, Any]) -> None:
-    """InputError that names the field that is missing or wrong, or says that a chunk is too large."""
+    """InputError that names the missing or wrong field, or a chunk that is too large."""
     for name, annotation in _FIELDS.items():
         value: Any = provenance
         for part in name.split("."):
@@ -170,10 +169,10 @@ def _understood(content: bytes, path: str) -> dict[str, Any]:
         found = json.loads(content)["attributes"]["tokentm"]
         layout = found.get("format", 1)
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{path} holds no maps of `tokentm dataset`: its zarr.json says something else") from None
+        raise InputError(f"{path} holds no maps of `tokentm dataset`: its zarr.json has something else") from None
     if layout != FORMAT:
         number = layout if isinstance(layout, int) else "of another kind"
-        raise InputError(f"{path} has the layout {number}, and this version of tokentm_jax has {FORMAT}: make it anew")
+        raise InputError(f"{path} has the layout {number}, and this version has {FORMAT}: make it again")
     _check(f"{path}/zarr.json", found)
     return found
 
@@ -188,9 +187,9 @@ def _terms(provenance: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    """The cause alone, of an error of TensorStore, whose text also has specs and transforms."""
+    """Only the cause of an error of TensorStore, whose text also has specs and transforms."""
     if isinstance(error, TimeoutError):
-        return f"no answer in {_patience():g} s; the environment variable {WAIT} says how many seconds to wait"
+        return f"no answer in {_patience():g} s; the environment variable {WAIT} sets the seconds to wait"
     if isinstance(error, OSError):
         return reason(error)
     number = re.search(r"os_error_code='(\d+)'", str(error))
@@ -262,7 +261,7 @@ class _Place:
             raise InputError(f"the store {self.path} cannot be opened: {_reason(error)}") from None
 
     def description(self, name: str) -> bytes | None:
-        """A zarr.json, None where there is none. InputError for one that cannot be read, is too large or no JSON."""
+        """A zarr.json, None without one. InputError for one that cannot be read, is too large or is not JSON."""
         if self.folder is None:
             found = self.files.read(name).result(timeout=_patience())
             content = None if found.state == "missing" else found.value
@@ -290,7 +289,7 @@ class _Place:
 class _Arrays:
     """The open arrays of a store. With `create`, those that are not there are made.
 
-    InputError for an array whose zarr.json does not say what the provenance says.
+    InputError for an array whose zarr.json differs from the provenance.
     """
 
     def __init__(self, place: _Place, provenance: Mapping[str, Any], *, create: bool = False) -> None:
@@ -403,7 +402,7 @@ class _Arrays:
 
     def _refuse(self, name: str, cause: str) -> NoReturn:
         where = f"{self.place.path}/{name}"
-        raise InputError(f"{where} cannot be read ({cause}): {_AGAIN}, and it is computed anew") from None
+        raise InputError(f"{where} cannot be read ({cause}): {_AGAIN}, and it is computed again") from None
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -441,7 +440,7 @@ class Store:
         self.at_a_time = self._arrays.at_a_time
 
     def _claim(self, provenance: Mapping[str, Any]) -> None:
-        """Write the root where nothing is; or make sure that the one that is there says the same."""
+        """Write the root where nothing is; or make sure that the existing one is equal."""
         place = self._place
         content = place.description("zarr.json")
         if content is None:
@@ -469,7 +468,7 @@ class Store:
             self._place.files.write(key, None, if_equal=b"none").result()
 
     def _refuse_foreign(self, provenance: Mapping[str, Any]) -> None:
-        """InputError for an array or group that is none of this store's."""
+        """InputError for an array or group that is not of this store."""
         known = {"zarr.json", *(f"{name}/zarr.json" for name in (*_GROUPS, *arrays_of(provenance)))}
         foreign = sorted(key for key in self._listed - known if key.rpartition("/")[2] == "zarr.json")
         if foreign:

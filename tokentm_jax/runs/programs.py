@@ -1,0 +1,216 @@
+"""The compiled programs of one evaluation: predictions, maps, and from maps to results per example."""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from tokentm_jax import metrics
+from tokentm_jax.configs import RANDOM, EvaluateConfig, Row
+from tokentm_jax.inputs.reader import Reader
+from tokentm_jax.inputs.values import looked_up, of
+from tokentm_jax.maths.mixed import linear
+from tokentm_jax.maths.scores import Question, question
+from tokentm_jax.methods.explain import compiled
+from tokentm_jax.methods.table import METHODS
+from tokentm_jax.metrics.task import Fields, Subject, Task, record_types
+from tokentm_jax.metrics.tasks import TASKS
+from tokentm_jax.models.loading import Model, predict
+from tokentm_jax.models.sharding import over_batch
+from tokentm_jax.models.vit import init_params
+
+
+@lru_cache(maxsize=16)
+def _clean_program(module: Any, preprocessing: Reader) -> Callable[..., dict[str, Array]]:
+    """(params, pixels, labels, question) -> predictions for whole examples; the question is None, or has no target
+    yet."""
+
+    def program(params: Any, pixels: Array, labels: Array, asked: Question | None) -> dict[str, Array]:
+        logits = predict(module, preprocessing, params, preprocessing.unit(pixels))
+        predicted = logits.argmax(-1).astype(jnp.int32)
+        target = predicted if asked is None else asked._replace(target=predicted)
+        return {"predicted": predicted, "label": labels, **metrics.scores(logits, target, labels)}
+
+    return jax.jit(program)
+
+
+def _subject(module: Any, reader: Reader, params: Any, batch: Any, target: metrics.Target, labels: Array) -> Subject:
+    """A batch of a data set as what is measured."""
+    inputs = looked_up(reader.unit(batch), module, params)
+    grid = module.grid or (1, of(inputs).values.shape[1])
+    blank = reader.blank(module, params)
+    return Subject(inputs, target, labels, grid=grid, mean=blank, tiling=getattr(module, "tiling", None))
+
+
+Options = tuple[tuple[str, Any], ...]
+
+
+@lru_cache(maxsize=64)
+def _score_program(
+    module: Any,
+    preprocessing: Reader,
+    task: Task,
+    options: Options,
+    row: tuple[str, Options] | None,
+    by_patch: bool,
+    mixed: bool,
+) -> Callable[..., dict[str, Array]]:
+    """(params, pixels, target, labels, masks, maps, original, reference, shared, own) -> results per image: everything
+    from map to score.
+
+    Masks, `original`, `reference` and `shared` are None if the task does not use them. For a task that explains,
+    `row` is the method, or None for maps that no image changes, and `own` are its parameters. With `by_patch`, maps
+    finer than the patches become means over them. With `mixed` the model answers in mixed precision, but is explained
+    as ever.
+    """
+    explained = None if row is None else compiled(module, {row[0]: dict(row[1])}, preprocessing=None)
+
+    def program(
+        params: Any,
+        pixels: Array,
+        target: metrics.Target,
+        labels: Array,
+        masks: Any,
+        maps: Array,
+        original: Any,
+        reference: Any,
+        shared: Any,
+        own: Any,
+    ) -> dict[str, Array]:
+        subject = _subject(module, preprocessing, params, pixels, target, labels)
+
+        def ready(maps: Array) -> Array:
+            maps = jnp.where(jnp.isfinite(maps), maps, 0).reshape(len(maps), -1, maps.shape[-1])
+            return metrics.coarsened(maps, subject.grid, subject.tiling) if by_patch else maps
+
+        def explain(images: Array) -> Array:
+            if explained is None or row is None:
+                return given
+            return ready(explained(own, preprocessing.normalise(images), target)[0][row[0]])
+
+        finite, given = jnp.isfinite(maps).all(tuple(range(1, maps.ndim))), ready(maps)
+        original = None if original is None else ready(original)
+        subject = subject._replace(masks=masks, original=original, reference=reference, shared=shared)
+        subject = subject._replace(explain=explain if task.explains else None)
+        measured = given if task.raw else preprocessing.to_pixels(given, subject.inputs, module)
+        model = partial(predict, module.clone(linear=linear) if mixed else module, preprocessing, params)
+        return {"finite": finite, **task.compute(model, subject, measured, **dict(options))}
+
+    return jax.jit(program)
+
+
+@lru_cache(maxsize=16)
+def _shared_program(
+    module: Any, preprocessing: Reader, task: Task, options: Options, mixed: bool
+) -> Callable[..., Any]:
+    """(params, pixels, target, labels) -> what the task needs of the images, and no map changes."""
+    shared = task.shared
+    assert shared is not None
+
+    def program(params: Any, pixels: Array, target: metrics.Target, labels: Array) -> Any:
+        subject = _subject(module, preprocessing, params, pixels, target, labels)
+        model = partial(predict, module.clone(linear=linear) if mixed else module, preprocessing, params)
+        return shared(model, subject, **dict(options))
+
+    return jax.jit(program)
+
+
+class Programs:
+    """The compiled programs of one evaluation, and where their arrays go. `pixels` are uint8 [B, H, W, C]."""
+
+    def __init__(self, config: EvaluateConfig, vit: Model) -> None:
+        self.config, self.vit = config, vit
+        self._model: Any = (vit.module, vit.preprocessing)
+        self.asked = None if config.score is None else question(vit.score(config.score))
+        self.task = TASKS[config.task]
+        self._options = self.task.check(config.task, config.options)
+        self._fresh: Any = None  # random parameters
+        devices, batch = jax.devices(), config.batch_size
+        self._sharding = None
+        if len(devices) > 1 and batch % len(devices) == 0:
+            self._sharding = over_batch(devices)
+
+    def clean(self, pixels: Array, labels: Array) -> dict[str, Array]:
+        """Predictions for whole examples, and what is followed of the predicted class."""
+        return _clean_program(*self._model)(self.vit.params, pixels, labels, self.asked)
+
+    def target(self, classes: Array) -> metrics.Target:
+        """What is explained, and followed: the classes [B], or the config's score of them."""
+        return classes if self.asked is None else self.asked._replace(target=classes)
+
+    def place(self, array: Any) -> Array:
+        """An array with a leading batch axis, on all devices if they divide the batch."""
+        return jax.device_put(array, self._sharding)
+
+    def maps(self, row: Row, keys: Sequence[str], pixels: Array, classes: Array) -> tuple[Array, Array | None]:
+        """The row's maps of a batch and, for a task that compares them, those without random blocks."""
+        seed, compares = self.config.seed, self.task.against_original
+        if row.method == RANDOM:
+            reader, of_pixels = self.vit.preprocessing, bool(row.options.get("pixels"))
+            noise = [reader.noise(keys, s, self.vit.module, pixels, of_pixels) for s in (seed, seed + 1)]
+            return self.place(noise[0]), self.place(noise[1]) if compares else None
+        program = compiled(self.vit.module, {row.method: row.options}, preprocessing=self.vit.preprocessing)
+        target = self.target(classes)
+        maps = program(self._params(row), pixels, target)[0][row.method]
+        return maps, program(self.vit.params, pixels, target)[0][row.method] if compares else None
+
+    def _params(self, row: Row) -> Any:
+        if row.random_blocks is None:
+            return self.vit.params
+        if self._fresh is None:
+            self._fresh = init_params(self.vit.module, jax.random.key(self.config.seed))
+        return randomised(self.vit.params, self._fresh, row.random_blocks)  # made again: all of them may not fit
+
+    def score(self, row: Row, pixels: Array, classes: Array, *others: Any) -> dict[str, Array]:
+        """Results per image of the row's maps; `others` are labels, masks, maps, original, reference and what
+        is shared."""
+        explained, own = None, None
+        if self.task.explains and row.method != RANDOM:
+            suited = METHODS[row.method].suited(row.options, self.vit.preprocessing)
+            explained, own = (row.method, tuple(sorted(suited.items()))), self._params(row)
+        options = tuple(sorted(self._options["compute"].items()))
+        mixed = self.config.mixed_precision
+        program = _score_program(*self._model, self.task, options, explained, row.by_patch, mixed)
+        return program(self.vit.params, pixels, self.target(classes), *others, own)
+
+    def shared(self, pixels: Array, classes: Array, labels: Array) -> Any:
+        """What the task's `shared` gives for a batch, None where it has none."""
+        if self.task.shared is None:
+            return None
+        options = tuple(sorted(self._options["shared"].items()))
+        program = _shared_program(*self._model, self.task, options, self.config.mixed_precision)
+        return program(self.vit.params, pixels, self.target(classes), labels)
+
+    def _reference(self) -> Callable[..., Any]:
+        methods = {self.task.reference: self._options["reference"]}
+        return compiled(self.vit.module, methods, details=("standard_error",), preprocessing=self.vit.preprocessing)
+
+    def reference_fields(self) -> Fields:
+        """The types in the records of the maps of the task's `reference`."""
+        pixels = self.vit.preprocessing.batch(1)
+        classes = jax.ShapeDtypeStruct((1,), jnp.int32)
+        maps, _ = jax.eval_shape(self._reference(), self.vit.params, pixels, classes)
+        shape = (1, 1, *maps[self.task.reference].shape[1:])[-2:]
+        return record_types(dict.fromkeys(("map", "standard_error"), jax.ShapeDtypeStruct((1, *shape), jnp.float32)))
+
+    def reference(self, pixels: Array, classes: Array) -> dict[str, Array]:
+        """Maps of the task's `reference`, and their standard errors: each [B, h, w]."""
+        maps, errors = self._reference()(self.vit.params, pixels, self.target(classes))
+        found = {"map": maps[self.task.reference], **errors}
+        return {name: a.reshape(len(a), -1, a.shape[-1]) for name, a in found.items()}
+
+
+@jax.jit
+def randomised(params: Any, fresh: Any, blocks: Array | int) -> Any:
+    """Parameters with the head, and the last `blocks` blocks, taken from `fresh`."""
+    heads = {name: value for name, value in fresh.items() if name.startswith("head")}
+
+    def mix(old: Array, new: Array) -> Array:
+        depth = len(old)
+        last = jnp.arange(depth) >= depth - blocks
+        return jnp.where(last.reshape(depth, *[1] * (old.ndim - 1)), new.astype(old.dtype), old)
+
+    return {**params, **heads, "blocks": jax.tree.map(mix, params["blocks"], fresh["blocks"])}
