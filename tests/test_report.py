@@ -119,6 +119,53 @@ def test_a_page_of_photos(place):
         np.testing.assert_allclose(growing[0], expected, rtol=1e-3, atol=1e-4 * growing.max())
 
 
+TEXTS = Path(__file__).parent / "goldens" / "texts" / "distilbert"
+
+
+def test_a_page_of_texts(tmp_path):
+    """The list has the texts, the details their pieces and the scores of the words."""
+    pytest.importorskip("tokenizers")
+    page, texts = tmp_path / "texts.html", [f"a funny {HOSTILE} film", "dull"]
+    found = run("report", *texts, " ", "--model", TEXTS, "--methods", "tokentm,rollout", "--top", 2, "--out", page)
+    assert found.exit_code == 0 and "text 3 must be a text with a word" in found.stderr
+    settings, details = content(page)
+    assert settings["kind"] == "text" and [photo["text"] for photo in settings["photos"]] == texts
+    assert "alert(1)>" not in page.read_text("utf-8")
+    text = tm.load(TEXTS)
+    tokens = text.read(texts)
+    shares = np.asarray(jax.nn.softmax(text.logits(tokens)))
+    for i, own in details.items():
+        assert "".join(part for part, _ in own["parts"]) == texts[i]
+        assert own["classes"] == np.argsort(-shares[i])[:2].tolist() and own["blocks"] == {} and own["pixels"] == []
+        for klass in own["classes"]:
+            words = tm.words(text, texts, tm.explain(text, tokens, "tokentm", klass))[i]
+            scores = unpacked(own["maps"]["tokentm"][str(klass)])
+            np.testing.assert_allclose(scores, [[word.score for word in words]], atol=1e-6)
+            numbered = [part for part, word in own["parts"] if word is not None]
+            assert numbered == [word.text for word in words]
+            (first, last) = own["curves"]["tokentm"][str(klass)]
+            assert len(first) == len(last) == 9
+    # The only word of the second text is there at 10 %.
+    curve = details[1]["curves"]["tokentm"][str(details[1]["classes"][0])][0]
+    assert curve[0] == pytest.approx(shares[1].max(), abs=1e-4)
+
+
+def test_a_page_of_recordings(tmp_path):
+    pytest.importorskip("soundfile")
+    vit, page = tm.load("spoken_digits"), tmp_path / "sound.html"
+    (tmp_path / "a.wav").write_bytes(vit.preprocessing.example())
+    given = ("report", tmp_path / "a.wav", "--model", "spoken_digits", "--methods", "gae", "--top", 1, "--out", page)
+    assert run(*given).exit_code == 0
+    settings, details = content(page)
+    klass = details[0]["classes"][0]
+    expected = np.asarray(tm.explain(vit, vit.read(tmp_path / "a.wav"), "gae", klass))[0]
+    assert settings["kind"] == "recording" and details[0]["picture"].startswith("data:image/jpeg")
+    np.testing.assert_allclose(  # with the lowest frequency below; an evaluation has 256 levels
+        unpacked(details[0]["maps"]["gae"][str(klass)]), expected[::-1], atol=0.05 * np.abs(expected).max()
+    )
+    assert run(*given[:-1], tmp_path / "a.wav", "--overwrite").exit_code == 2
+
+
 def test_pages_have_one_look():
     """Colours, type and spacing of all pages come from one file, and no style sheet has colours besides it."""
     folder = Path(report_page.__file__).parent

@@ -4,6 +4,7 @@ import glob
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 from click.core import ParameterSource
@@ -26,7 +27,7 @@ METHODS_SHOWN = ("tokentm", "gae", "attn_lrp", "legrad", "transformer_attributio
 
 
 @click.command()
-@click.argument("what", nargs=-1, required=True, metavar="PHOTO...|RUN|STORE")
+@click.argument("what", nargs=-1, required=True, metavar="PHOTO|SOUND|TEXT...|RUN|STORE")
 @click.option("--out", type=PATH, default="report.html", show_default=True, help="The page.")
 @click.option("--model", type=TEXT, help=f"{MODELS_HELP[:-1]}, or the run's.")
 @click.option(
@@ -63,8 +64,9 @@ def report(
 ) -> None:
     """Write a page that shows what a model looks at.
 
-    PHOTO is a file, a folder or a pattern: each is explained by several methods for its most probable classes, block
-    by block, with the curve of its probability as pixels are removed. RUN is the folder of a finished `tokentm
+    PHOTO and SOUND are a file, a folder or a pattern, TEXT is a text, as the model takes: each is explained by several
+    methods for its most probable classes, with the curve of its probability as pixels or words are removed, and block
+    by block (not texts). RUN is the folder of a finished `tokentm
     evaluate`: its tables and curves, and the best and worst images of every method. STORE is what `tokentm dataset`
     wrote.
 
@@ -74,16 +76,16 @@ def report(
     Examples:
       tokentm report cat.jpg --target cat
       tokentm report photos/ --model deit_tiny_patch16_224 --out deit.html
+      tokentm report "a stirring, funny film" --model runs/sst2_minilm
       tokentm report runs/photos
       tokentm report maps --data photos/
     """
     from tokentm_jax.cli.recipes import run_tasks
     from tokentm_jax.cli.report_page import Photos, photos_page, run_page, store_page, write_page
     from tokentm_jax.configs import rows
-    from tokentm_jax.data.photos import find_photos
     from tokentm_jax.models.loading import load
 
-    kind = _kind(what)
+    kind = _kind(what, model is None)
     chosen = None if methods is None else (methods_of if kind == "photos" else names_of)(methods)
     source = click.get_current_context().get_parameter_source
     for option, *kinds in (
@@ -99,14 +101,18 @@ def report(
             raise InputError(f"--{option} is for a report on {' or '.join(kinds)}, not on {kind}")
     require_place(out, overwrite)
     run_tasks(task)
-    if kind == "photos" and overwrite and os.path.realpath(out) in map(os.path.realpath, find_photos(what)):
-        raise InputError(f"the page {out} is one of the photos: choose another name")
     start_jax()
     if kind == "photos":
         vit = load(model, checkpoint, class_names=classes)
         vit.require_classes()
         asked = None if target is None else vit.class_index(target)
-        page = photos_page(Photos(vit, rows(*(chosen or METHODS_SHOWN)), top, asked, chosen is not None), what, limit)
+        found: dict[str, Any] = {}
+        for argument in what:
+            found |= vit.preprocessing.found(argument, len(found) + 1)
+        files = [os.path.realpath(each) for each in found.values() if isinstance(each, Path)]
+        if overwrite and os.path.realpath(out) in files:
+            raise InputError(f"the page {out} is one of the {vit.preprocessing.kind}s: choose another name")
+        page = photos_page(Photos(vit, rows(*(chosen or METHODS_SHOWN)), top, asked, chosen is not None), found, limit)
     elif kind == "a run":
         page = run_page(Path(what[0]), model, checkpoint, classes, chosen, data, limit, best)
     else:
@@ -115,11 +121,11 @@ def report(
     click.echo(f"The page is {printable(out)} ({out.stat().st_size / 2**20:.1f} MiB)")
 
 
-def _kind(what: Sequence[str]) -> str:
-    """What was given: "photos", "a run" or "a store"."""
+def _kind(what: Sequence[str], files: bool) -> str:
+    """What was given: "photos" (or recordings or texts), "a run" or "a store"; `files`: a single one must exist."""
     for each in what:
         kind = "photos"
-        if "://" in each or os.path.lexists(Path(each) / "zarr.json"):
+        if ("://" in each and " " not in each) or os.path.lexists(Path(each) / "zarr.json"):
             kind = "a store"
         elif os.path.lexists(Path(each) / "results.json"):
             kind = "a run"
@@ -127,6 +133,6 @@ def _kind(what: Sequence[str]) -> str:
             if len(what) > 1:
                 raise InputError(f"{each} is {kind}: a report is on one of them, or on photos")
             return kind
-    if len(what) == 1 and not os.path.lexists(what[0]) and not glob.has_magic(what[0]):
+    if files and len(what) == 1 and not os.path.lexists(what[0]) and not glob.has_magic(what[0]):
         raise InputError(f"{what[0]} does not exist: expected photos, a run or a store")
     return "photos"

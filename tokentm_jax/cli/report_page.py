@@ -25,12 +25,12 @@ from tokentm_jax.cli.templates import render
 from tokentm_jax.cli.terminal import complain, memory_errors, running_images
 from tokentm_jax.configs import RANDOM, Row
 from tokentm_jax.data.labels import IMAGENET_1K
-from tokentm_jax.data.photos import find_photos
-from tokentm_jax.data.sources import Example, Source, open_source, spread
+from tokentm_jax.data.sources import Example, Source, kind_of, open_source, spread
 from tokentm_jax.errors import InputError, printable
 from tokentm_jax.files import write_text
 from tokentm_jax.identity import digest
-from tokentm_jax.inputs.pictures import as_base64, data_url
+from tokentm_jax.inputs.pictures import Panel, as_base64
+from tokentm_jax.inputs.values import looked_up
 from tokentm_jax.methods.by_block import Layer, by_block
 from tokentm_jax.methods.explain import explain
 from tokentm_jax.methods.table import METHODS
@@ -61,6 +61,7 @@ class Page(NamedTuple):
     classes: Mapping[int, str]  # the names of those that the page mentions
     figures: Json | None = None  # of a run: its table, curves, and the results that photos are sorted by
     notices: Sequence[str] = ()
+    kind: str = "photo"
 
 
 # ---- numbers and pictures as text -----------------------------------------------------------------------------------
@@ -77,29 +78,22 @@ def packed(array: Any) -> Json:
 def packed_map(heatmap: np.ndarray) -> Json:
     """One map [h, w], of at most `LARGEST_MAP` values along a side."""
     scale = LARGEST_MAP / max(heatmap.shape)
-    if scale < 1:
+    if scale < 1 and len(heatmap) > 1:  # words are not averaged
         size = (round(heatmap.shape[1] * scale), round(heatmap.shape[0] * scale))
         finite = np.nan_to_num(heatmap.astype(np.float32), posinf=0, neginf=0)
         heatmap = np.asarray(Image.fromarray(finite).resize(size, Image.Resampling.BOX))
     return packed(heatmap)
 
 
-def jpeg(picture: np.ndarray, side: int) -> str:
-    """A picture uint8 [h, w, 3] as the address of a JPEG file."""
-    image = Image.fromarray(picture)
-    image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return data_url(image, "JPEG", quality=80, optimize=True)
-
-
-def picture_of(content: Any, reader: Any, profile: str = "default") -> np.ndarray:
-    """What the model receives of an example, sharper, uint8 [h, w, 3]; the whole photo where no model is known."""
+def panel_of(content: Any, name: str, reader: Any, profile: str = "default") -> Any:
+    """What maps of an example are shown on; the whole photo where no model is known."""
     side = SIDES["large"]
     if reader is not None:
-        return reader.picture(content, side, profile)
+        return reader.panel(content, name, side, profile)
     if not isinstance(content, Image.Image):
-        raise InputError("a report of maps without their model shows photos, and these are recordings")
+        raise InputError(f"without the model, a report shows photos, and this is a {kind_of(content)}")
     content.thumbnail((side, side))
-    return np.asarray(content.convert("RGB"))
+    return Panel(np.asarray(content.convert("RGB")), name)
 
 
 # ---- explanations ---------------------------------------------------------------------------------------------------
@@ -109,10 +103,12 @@ def picture_of(content: Any, reader: Any, profile: str = "default") -> np.ndarra
 def _programs(module: Any, preprocessing: Any) -> tuple[Any, Any]:
     """Compiled: the curves of maps, and TokenTM block by block."""
 
-    def curves(params: Any, images: Array, maps: Array, target: Array) -> Array:
-        pixels = preprocessing.to_pixels(jnp.nan_to_num(maps), images, module)
+    def curves(params: Any, given: Any, maps: Array, target: Array) -> Array:
+        inputs = looked_up(given, module, params)
+        rows = jnp.nan_to_num(maps).reshape(len(maps), -1, maps.shape[-1])  # of texts [B, 1, N]
         model = partial(predict, module, preprocessing, params)
-        found = metrics.perturbation(model, images, pixels, target, jnp.full(len(images), -1))
+        pixels = preprocessing.to_pixels(rows, inputs, module)
+        found = metrics.perturbation(model, inputs, pixels, target, jnp.full(len(maps), -1))
         return jnp.nan_to_num(jnp.exp(found["log_probability"]))  # [B, 2, 9]
 
     def blocks(params: Any, images: Array, target: Array) -> Any:
@@ -131,9 +127,10 @@ class Photos(NamedTuple):
     strict: bool = True  # a method that cannot explain this model is an error; else it is left out
     score: str | None = None  # of a run, in place of the class: of the predicted one alone, and without curves
 
-    def explain(self, images: np.ndarray, labels: np.ndarray) -> list[Json]:
-        """What the page shows of images uint8 [B, H, W, 3] with labels [B], -1 where unknown."""
-        vit, numbers = self.vit, images.astype(np.float32) / 255
+    def explain(self, levels: Any, labels: np.ndarray, panels: Sequence[Any]) -> list[Json]:
+        """What the page shows of a batch of the reader's `levels` with labels [B], -1 where unknown."""
+        vit = self.vit
+        numbers = vit.preprocessing.unit(levels)
         logits = np.asarray(vit.logits(numbers), np.float64)
         if not np.isfinite(logits).all():
             raise InputError(f"{vit.name} gives no finite numbers for these photos")
@@ -154,14 +151,14 @@ class Photos(NamedTuple):
                 "curves": {},
                 "blocks": {},
             }
-            for i in range(len(images))
+            for i in range(len(labels))
         ]
         for entry, own in zip(found, probabilities, strict=True):
             entry["probability"] = {c: float(own[c]) for c in entry["classes"]}
         asked = [asked[k] for k in range(len(asked)) if not any((asked[k] == own).all() for own in asked[:k])]
         for row in self.rows:
-            self._add(row, numbers, asked, found)
-        for classes in asked if self.score is None else ():
+            self._add(row, numbers, asked, found, panels)
+        for classes in asked if self.score is None and panels[0].axes == 2 else ():
             self._add_blocks(numbers, classes, found)
         return found
 
@@ -169,7 +166,9 @@ class Photos(NamedTuple):
         module: Any = self.vit.module
         return _programs(module, self.vit.preprocessing)
 
-    def _add(self, row: Row, images: np.ndarray, asked: Sequence[np.ndarray], found: list[Json]) -> None:
+    def _add(
+        self, row: Row, images: Any, asked: Sequence[np.ndarray], found: list[Json], panels: Sequence[Any]
+    ) -> None:
         """The maps of one method for every class that is asked for, and their curves."""
         program, options = self._compiled()[0], dict[str, Any](row.options)
         score = None if self.score is None else self.vit.score(self.score)
@@ -192,13 +191,13 @@ class Photos(NamedTuple):
                 for i, entry in enumerate(found):
                     own = str(classes[i]) if row.class_specific else "every"
                     shown = vit.preprocessing.shown(maps[i], module, True)
-                    entry["maps"].setdefault(row.name, {})[own] = packed_map(shown)
+                    entry["maps"].setdefault(row.name, {})[own] = packed_map(panels[i].values(shown))
             if score is not None:
                 continue
             curves = np.asarray(program(self.vit.params, images, maps, classes), np.float64).round(5)
             for i, entry in enumerate(found):
                 entry["curves"].setdefault(row.name, {})[str(classes[i])] = curves[i].tolist()
-        for entry in found if maps.shape[1:] == images.shape[1:3] else ():
+        for entry in found if panels[0].axes == 2 and maps.shape[1:] == vit.preprocessing.size else ():
             entry["pixels"].append(row.name)
 
     def _add_blocks(self, images: np.ndarray, classes: np.ndarray, found: list[Json]) -> None:
@@ -220,26 +219,27 @@ def _batched(items: Sequence[Any]) -> Iterator[list[Any]]:
 
 
 class _Look(NamedTuple):
-    """One photo as the model and as the reader sees it."""
+    """One photo, recording or text as the model and as people see it."""
 
     name: str
-    image: np.ndarray  # uint8 [H, W, 3]
-    picture: np.ndarray  # uint8 [h, w, 3]
+    image: Any  # the reader's `levels`
+    panel: Any
     label: int
 
 
-def _listed(name: str, picture: np.ndarray | None, side: int, label: int = -1, **facts: Any) -> Json:
+def _listed(name: str, panel: Any, side: int, label: int = -1, **facts: Any) -> Json:
     """What the list says of a photo."""
-    small = None if picture is None else jpeg(picture, side)
-    return {"name": printable(name), "thumb": small, "label": label, **facts}
+    small = {"thumb": None} if panel is None else panel.listed(side)
+    return {"name": printable(name), **small, "label": label, **facts}
 
 
 def _explained(photos: Photos, looks: Sequence[_Look], size: int) -> list[Json]:
     """The photos' explanations; a batch is filled up to `size`, for another shape would be compiled again."""
     full = [*looks, *[looks[-1]] * (size - len(looks))]
-    found = photos.explain(np.stack([look.image for look in full]), np.array([look.label for look in full]))
+    levels = photos.vit.preprocessing.stacked([look.image for look in full])
+    found = photos.explain(levels, np.array([look.label for look in full]), [look.panel for look in full])
     for entry, look in zip(found, looks, strict=False):
-        entry["picture"] = jpeg(look.picture, SIDES["large"])
+        entry |= look.panel.page(SIDES["large"])
     return found[: len(looks)]
 
 
@@ -255,11 +255,11 @@ def _names(photos: Sequence[tuple[Json, Json | None]], names: Sequence[str] | No
 # ---- the three kinds of pages ---------------------------------------------------------------------------------------
 
 
-def photos_page(photos: Photos, what: Sequence[str], limit: int | None) -> Page:
-    """A page about photos: files, folders or patterns. Raises InputError where none can be read."""
+def photos_page(photos: Photos, given: Mapping[str, Any], limit: int | None) -> Page:
+    """A page about photos, recordings or texts by their names. Raises InputError where none can be read."""
     vit = photos.vit
     reader = vit.preprocessing
-    paths = spread(find_photos(what, reader.suffixes, reader.kind), limit)
+    paths = spread(list(given), limit)
     side = SIDES["thumb" if len(paths) <= MANY else "small"]
     notices: list[str] = []
     page: list[tuple[Json, Json | None]] = []
@@ -268,25 +268,25 @@ def photos_page(photos: Photos, what: Sequence[str], limit: int | None) -> Page:
             looks = []
             for path in group:
                 try:
-                    example = Example(str(path), reader.of.opened(path))
-                    picture = picture_of(example.content, reader)
-                    looks.append(_Look(str(path), reader.levels(example)[0], picture, -1))
+                    example = Example(path, reader.opened(given[path]))
+                    looks.append(_Look(path, reader.levels(example)[0], panel_of(example.content, path, reader), -1))
                 except InputError as error:
                     complain(str(error))
                     notices.append(str(error))
             found = _explained(photos, looks, min(BATCH, len(paths))) if looks else []
             for look, entry in zip(looks, found, strict=True):
                 top, probability = entry["probabilities"][0]
-                listed = _listed(look.name, look.picture, side, predicted=top, probability=probability)
+                listed = _listed(look.name, look.panel, side, predicted=top, probability=probability)
                 page.append((listed, entry))
             report(len(page) + len(notices), len(paths), len(notices))
     if not page:
-        raise InputError("none of the photos can be read")
+        raise InputError(f"none of the {reader.kind}s can be read")
     kept = [row.name for row in photos.rows if any(details and row.name in details["maps"] for _, details in page)]
     if not kept:
         raise InputError("no method can explain this model")
     about = f"{vit.name}, {len(page)} {reader.kind}{'s' if len(page) > 1 else ''}"
-    return Page("What does the model look at?", about, page, kept, _names(page, vit.class_names), None, notices)
+    names = _names(page, vit.class_names)
+    return Page("What does the model look at?", about, page, kept, names, None, notices, reader.kind)
 
 
 def run_page(
@@ -349,6 +349,7 @@ def run_page(
         _names(page, None if vit is None else vit.class_names),
         figures,
         notices,
+        "photo" if vit is None else vit.preprocessing.kind,
     )
 
 
@@ -369,22 +370,22 @@ def _run_photos(
     }
     side = SIDES["thumb" if len(keys) <= MANY else "small"]
     profile, preprocessing = run.config.profile, None if photos is None else photos.vit.preprocessing
-    pictures: dict[str, str | None] = dict.fromkeys(keys)
+    pictures: dict[str, Json | None] = dict.fromkeys(keys)
     details: dict[str, Json] = {}
     failed: dict[str, str] = {}
 
     def look(key: str, source: Source) -> _Look | None:
         try:
             example = source.read(key)
-            picture = picture_of(example.content, preprocessing, profile)
-            pictures[key] = jpeg(picture, side)
+            panel = panel_of(example.content, key, preprocessing, profile)
+            pictures[key] = panel.listed(side)
             if photos is None or key not in chosen:
                 return None
             image, _ = photos.vit.preprocessing.levels(example, profile)
         except InputError as error:
             failed[key] = str(error)
             return None
-        return _Look(key, image, picture, facts[key]["label"])
+        return _Look(key, image, panel, facts[key]["label"])
 
     if source is not None:
         with running_images() as report:
@@ -402,7 +403,8 @@ def _run_photos(
     if failed:
         notices.append(f"{len(failed)} of {len(keys)} pictures cannot be had: {next(iter(failed.values()))}")
         complain(notices[-1])
-    return [({"name": printable(key), "thumb": pictures[key], **facts[key]}, details.get(key)) for key in keys]
+    listed = {key: {"name": printable(key), **(pictures[key] or {"thumb": None}), **facts[key]} for key in keys}
+    return [(listed[key], details.get(key)) for key in keys]
 
 
 def _figures(run: Finished, shown: Sequence[Row]) -> tuple[Json, dict[str, dict[str, dict[str, float]]]]:
@@ -477,14 +479,16 @@ def store_page(
     probabilities = softmax(logits)
     label, predicted, target = (np.asarray(a[places]) for a in (stored.label, stored.prediction, stored.target))
     maps = {name: stored.read(name, places) for name in kept}
+    if any(found.ndim != 3 for found in maps.values()):
+        raise InputError(f"{path} has maps of texts, whose words need their model: give the texts to tokentm report")
     known, failed = set() if source is None else set(source.keys), []
     page: list[tuple[Json, Json | None]] = []
     with running_images() as report:
         for i, place in enumerate(places):
-            key, picture = stored.keys[place], None
+            key, panel = stored.keys[place], None
             if source is not None and key in known:
                 try:
-                    picture = picture_of(source.read(key).content, None)
+                    panel = panel_of(source.read(key).content, key, None)
                 except InputError as error:
                     failed.append(str(error))
             order = np.argsort(-probabilities[i], kind="stable")[:5]
@@ -498,7 +502,7 @@ def store_page(
                 "blocks": {},
             }
             facts = {"predicted": int(predicted[i]), "probability": float(probabilities[i].max())}
-            page.append((_listed(key, picture, side, int(label[i]), **facts), details))
+            page.append((_listed(key, panel, side, int(label[i]), **facts), details))
             report(i + 1, len(places), len(failed))
     if failed:
         notices.append(f"{len(failed)} of {len(places)} pictures cannot be had: {failed[0]}")
@@ -538,6 +542,7 @@ def write_page(out: Path, page: Page, overwrite: bool = False) -> None:
         "colours": colour_tables(),
         "figures": page.figures,
         "photos": [listed | {"details": details is not None} for listed, details in page.photos],
+        "kind": page.kind,
         "titles": {name: _title(name) for name in page.methods if name in METHODS},
     }
     write_text(out, render("report.html.j2", page=page, settings=settings), overwrite=overwrite)

@@ -163,9 +163,9 @@ class Preprocessing:
         """Labels and ticks of the axes of that picture; None without."""
         return self.of.scales(self)
 
-    def panel(self, content: Any, title: str, side: int | None = None) -> Panel:
+    def panel(self, content: Any, title: str, side: int | None = None, profile: str = "default") -> Panel:
         """What maps are shown on."""
-        return Panel(self.picture(content, side), title)
+        return Panel(self.picture(content, side, profile), title)
 
     def panels(self, what: Any, side: int) -> list[tuple[np.ndarray, Panel]]:
         """Files or arrays of a caller: each as the model receives it, and what its map is shown on. InputError."""

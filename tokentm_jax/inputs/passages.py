@@ -81,6 +81,16 @@ class Passage:
         parts = [[text, None if word is None else words[word].score] for text, word in self.parts]
         return {"parts": parts, "signed": any(word.score < 0 for word in words)}
 
+    def listed(self, side: int) -> dict[str, Any]:
+        text = " ".join(self.text if isinstance(self.text, tuple) else (self.text,))
+        return {"thumb": None, "text": printable(text[:300])}
+
+    def page(self, side: int) -> dict[str, Any]:
+        return {"parts": self.parts}
+
+    def values(self, heatmap: np.ndarray) -> np.ndarray:
+        return np.array([[word.score for word in self.words(heatmap)] or [0.0]])
+
     def scale(self, look: Look = SMOOTH) -> "ScalarMappable":
         from matplotlib.cm import ScalarMappable
         from matplotlib.colors import ListedColormap, Normalize

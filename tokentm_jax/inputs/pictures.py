@@ -79,6 +79,18 @@ class Panel:
         photo = data_url(Image.fromarray(self.picture), "JPEG", quality=90)
         return {"photo": photo, "shade": data_url(Image.fromarray(grey), "PNG"), "signed": signed}
 
+    def listed(self, side: int) -> dict[str, Any]:
+        """What the list of a report shows of it, its long side in pixels."""
+        return {"thumb": jpeg(self.picture, side)}
+
+    def page(self, side: int) -> dict[str, Any]:
+        """What a report draws maps on."""
+        return {"picture": jpeg(self.picture, side)}
+
+    def values(self, heatmap: np.ndarray) -> np.ndarray:
+        """The numbers [h, w] of a map that a report draws."""
+        return heatmap
+
     def words(self, heatmap: np.ndarray) -> list[Any]:
         """The words of a text with their scores: a picture has none."""
         return []
@@ -156,6 +168,13 @@ def blend(photo: np.ndarray, values: np.ndarray, signed: bool, colours: str = "i
 
 def as_base64(content: bytes) -> str:
     return base64.b64encode(content).decode()
+
+
+def jpeg(picture: np.ndarray, side: int) -> str:
+    """A picture uint8 [h, w, 3] as the address of a JPEG file."""
+    image = Image.fromarray(picture)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return data_url(image, "JPEG", quality=80, optimize=True)
 
 
 def data_url(image: Image.Image, kind: str, **how: Any) -> str:

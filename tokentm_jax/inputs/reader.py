@@ -52,7 +52,7 @@ class Reader(Protocol):
         """An example as `explain` takes it, without the axis of samples; see `stacked`. Raises InputError."""
         ...
 
-    def panel(self, content: Any, title: str, side: int = ...) -> Panel:
+    def panel(self, content: Any, title: str, side: int = ..., profile: str = "default") -> Panel:
         """What maps are shown on."""
         ...
 

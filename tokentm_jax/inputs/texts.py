@@ -219,7 +219,7 @@ class WordPieces:
             f"{name} has more than the {self.length} tokens of the model, and is cut" if encoded.overflowing else None
         )
 
-    def panel(self, content: Text, title: str, side: int = SIDE) -> Any:
+    def panel(self, content: Text, title: str, side: int = SIDE, profile: str = "default") -> Any:
         """What maps are shown on: see `Passage`."""
         return Passage(content, self.encode([content], title)[0], title, side)
 

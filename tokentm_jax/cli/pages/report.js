@@ -10,6 +10,9 @@ const tables = Object.fromEntries(Object.entries(settings.colours).map(([name, b
 const UNSURE = 0.05; // probability below which the page cautions
 const title = (name) => settings.titles[name]?.title ?? name.replaceAll("_", " ");
 const named = (index) => classes[index] ?? `class ${index}`;
+// For recordings and texts, the words that people read name these instead of photos, and words instead of pixels.
+const nouns = settings.kind === "photo" ? {} : { photo: settings.kind, Photo: settings.kind[0].toUpperCase() + settings.kind.slice(1), ...(settings.kind === "text" && { pixel: "word", Pixel: "Word" }) };
+const worded = (text) => Object.entries(nouns).reduce((found, [from, to]) => found.replaceAll(from, to), text);
 const percent = (share) => (share > 0 && share < 0.0005 ? "<\u00a00.1\u00a0%" : `${(100 * share).toFixed(1)}\u00a0%`);
 
 function make(tag, facts = {}, ...children) {
@@ -93,13 +96,32 @@ function paint(canvas, shade, opacity) {
 
 const overlay = (canvas, map, range, method) => paint(canvas, shaded(resized(map, 96, Math.round((96 * map.w) / map.h)), range, method), $("opacity").value / 100);
 
+// Behind a word with this share of the largest score, as `Passage` of tokentm_jax/inputs/passages.py has it.
+function wordColour(share, signed) {
+  const place = 3 * (signed ? (share < 0 ? 38 : 217) : 191);
+  return [...tables[$("colours").value][signed ? 1 : 0].slice(place, place + 3), (Math.abs(share) * $("opacity").value) / 100];
+}
+
+function passage(parts, scores, signed) {
+  const most = scores.reduce((best, value) => Math.max(best, Math.abs(value)), 1e-30);
+  return make("p", { class: "passage", dir: "auto" }, ...parts.map(([text, word]) => {
+    if (word === null) return text;
+    const node = make("span", { text, title: scores[word].toPrecision(3) });
+    node.style.background = `rgba(${wordColour(scores[word] / most, signed)})`;
+    return node;
+  }));
+}
+
 // The colour scales of maps, signed or not, and what their colours mean.
 function scales(place, kinds, what, ends = null) {
   const line = (signed) => {
     const colours = tables[$("colours").value][signed ? 1 : 0];
     const ramp = make("canvas", { class: "ramp", width: 256, height: 1, "aria-hidden": "true" });
     const picture = new ImageData(256, 1);
-    for (let i = 0; i < 256; i++) picture.data.set([...colours.slice(3 * i, 3 * i + 3), 255], 4 * i);
+    for (let i = 0; i < 256; i++) {
+      const [r, g, b, share] = settings.kind === "text" ? wordColour(signed ? i / 127.5 - 1 : i / 255, signed) : [...colours.slice(3 * i, 3 * i + 3), 1];
+      picture.data.set([r, g, b, 255 * share], 4 * i);
+    }
     ramp.getContext("2d").putImageData(picture, 0, 0);
     const swatch = (step) => {
       const node = make("span", { class: "swatch", "aria-hidden": "true" });
@@ -107,7 +129,7 @@ function scales(place, kinds, what, ends = null) {
       return node;
     };
     const [low, high] = ends ?? (signed ? ["against", "for"] : ["low", "high"]);
-    const means = ends ? [what] : signed ? [swatch(225), ` speaks for ${what}, `, swatch(30), " against it."] : [`The brighter, the more important for ${what}.`];
+    const means = ends ? [what] : signed ? [swatch(225), ` speaks for ${what}, `, swatch(30), " against it."] : [`The ${settings.kind === "text" ? "stronger the colour" : "brighter"}, the more important for ${what}.`];
     return make("p", { class: "scale" }, low, ramp, high, make("span", {}, ...means));
   };
   place.replaceChildren(...[false, true].filter((signed) => kinds.has(signed)).map(line));
@@ -274,9 +296,9 @@ function facts(photo) {
 
 function card(index) {
   const photo = photos[index];
-  const picture = photo.thumb ? make("span", { class: "stack" }, make("img", { src: photo.thumb, alt: "", loading: "lazy" }), make("canvas", { "aria-hidden": "true" })) : make("span", { class: "nothing" });
-  picture.style.display = "block";
-  const button = make("button", { type: "button", "data-photo": String(index) }, picture, make("span", { class: "name", text: photo.name.replace(/^.*[\\/]/, "") }), ...facts(photo));
+  const picture = photo.text ? "" : photo.thumb ? make("span", { class: "stack" }, make("img", { src: photo.thumb, alt: "", loading: "lazy" }), make("canvas", { "aria-hidden": "true" })) : make("span", { class: "nothing" });
+  if (picture) picture.style.display = "block";
+  const button = make("button", { type: "button", "data-photo": String(index) }, picture, make("span", { class: "name", text: photo.text ?? photo.name.replace(/^.*[\\/]/, "") }), ...facts(photo));
   if (photo.details) {
     button.addEventListener("click", () => open(index));
     seen.observe(button);
@@ -298,14 +320,14 @@ function showGallery() {
     const photo = photos[i];
     const is = photo.label < 0 || photo.label === undefined ? null : photo.label === photo.predicted;
     return (!klass || String(photo.label) === klass || String(photo.predicted) === klass) && (!right || is === (right === "right"))
-      && photo.name.toLowerCase().includes(word) && (!$("only").checked || photo.details);
+      && `${photo.name} ${photo.text ?? ""}`.toLowerCase().includes(word) && (!$("only").checked || photo.details);
   });
   if (order) {
     const down = (figures.columns[$("metric").value].better === "lower") !== (order === "best") ? -1 : 1;
     const known = (i) => resultOf(photos[i]);
     chosen = chosen.filter((i) => known(i) !== undefined).sort((a, b) => down * (known(a) - known(b)));
   }
-  $("count").textContent = `${chosen.length} of ${photos.length} photos`;
+  $("count").textContent = worded(`${chosen.length} of ${photos.length} photos`);
   drawn = 0;
   $("gallery").replaceChildren();
   showScale();
@@ -368,6 +390,10 @@ function showPhoto() {
   $("maps").replaceChildren(
     ...(pictureOf() ? [make("figure", {}, make("div", { class: "stack" }, make("img", { src: pictureOf(), alt: `What the model receives of ${photos[current.index].name}` })), make("figcaption", { text: "What the model receives" }))] : []),
     ...methods.filter((name) => details.maps[name]).map((name) => {
+      if (details.parts) {
+        const scores = mapOf(details, name, klass).values, note = settings.titles[name]?.note ?? name;
+        return make("figure", {}, make("figcaption", { text: title(name), title: note }), passage(details.parts, scores, settings.signed.includes(name)));
+      }
       const canvas = make("canvas", { role: "img", "aria-label": `${title(name)} for ${named(klass)}` });
       overlay(canvas, mapOf(details, name, klass), undefined, name);
       const same = details.maps[name].every ? ", the same for every class" : "";
@@ -401,7 +427,9 @@ function showCurve() {
   }));
   if (details.pixels.includes(method))
     legend.append(make("br"), "A map of pixels: removing scattered pixels harms a model more than removing patches, whichever they are. Do not compare this curve with that of a map of patches.");
-  $("curve").replaceChildren(chart(curves, { label: `Probability of ${named(klass)} as pixels are removed, by ${title(method)}`, xLabel: "pixels removed [%]", yLabel: "probability", mark: share, at }), legend);
+  $("curve").replaceChildren(chart(curves, { label: worded(`Probability of ${named(klass)} as pixels are removed, by ${title(method)}`), xLabel: worded("pixels removed [%]"), yLabel: "probability", mark: share, at }), legend);
+  $("masked").closest("figure").hidden = Boolean(details.parts);
+  if (details.parts) return;
   const [h, w] = details.size, canvas = $("masked");
   const values = resized(mapOf(details, method, klass), h, w).values;
   const order = [...values.keys()].sort((a, b) => values[b] - values[a] || a - b);
@@ -491,6 +519,10 @@ function start() {
   const count = photos.filter((photo) => photo.details).length;
   $("for-only").hidden = count === photos.length || !count;
   $("only").checked = !$("for-only").hidden;
+  document.body.classList.add(`of-${settings.kind}`);
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT, (node) => (node.parentElement.closest("script, style") ? 2 : 1));
+  while (texts.nextNode()) texts.currentNode.data = worded(texts.currentNode.data);
+  for (const node of document.querySelectorAll("[aria-label*=photo]")) node.ariaLabel = worded(node.ariaLabel);
   startFigures();
   showGallery();
   restyle();
