@@ -30,7 +30,7 @@ READINGS = {
 
 def measure(model: str, checkpoint: str | None, data: str) -> list[list[str]]:
     vit = tm.load(model, checkpoint)
-    images = next(batches(open_source(data, limit=32), vit.preprocessing, 32)).images.astype(np.float32) / 255
+    images = next(batches(open_source(data, limit=32), vit.preprocessing, 32)).inputs.astype(np.float32) / 255
     inputs = vit.preprocessing.normalise(jnp.asarray(images))
     blocks = jax.jit(lambda p, x: tm.capture(vit.module, p, x).blocks())(vit.params, inputs)
     rows = []

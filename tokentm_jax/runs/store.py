@@ -14,7 +14,8 @@ is replaced as a whole; `status` is written when all others are on the disk, and
 
 Nothing that is read is trusted. The provenance has the type and shape of every array, and an array that differs is
 refused. If the `status` of an example is done, the file of every array that is read must exist and hold what was
-written: its own checksum detects a file that is cut off or altered, and `checksum` one of another example. If it is not done, no file is read, and the values are NaN, -1 or 0.
+written: its own checksum detects a file that is cut off or altered, and `checksum` one of another example. If it is
+not done, no file is read, and the values are NaN, -1 or 0.
 """
 
 import dataclasses
