@@ -119,7 +119,7 @@ def batch(lengths, size):
         ids[row, :length] = np.random.default_rng(length).integers(5, 30, length)
         types[row, length // 2 : length] = 1
         mask[row, :length], special[row, 1 : length - 1] = True, False
-    return tm.Tokens(ids, mask, types, special)
+    return tm.inputs.Tokens(ids, mask, types, special)
 
 
 @pytest.fixture

@@ -167,7 +167,7 @@ def test_occlusion_of_overlapping_patches_takes_the_nearest_pixels(overlapping):
 
 def test_a_model_of_other_channels_is_stored_whole(overlapping, tmp_path):
     params, _, _, _ = overlapping
-    made = tm.Preprocessing((7, 11), 1.0, mean=(0.5, 0.5), std=(0.5, 0.5))
+    made = tm.inputs.Preprocessing((7, 11), 1.0, mean=(0.5, 0.5), std=(0.5, 0.5))
     for name, tolerance, options in (
         ("a.safetensors", 0, {}),
         ("b", 0, {}),
@@ -411,9 +411,9 @@ PREPROCESSING = {
     ],
 )
 def test_a_wrong_description_is_one_sentence(change, message):
-    assert tm.Preprocessing.from_dict(PREPROCESSING).to_dict()["audio"]["sampling_rate"] == 8000
+    assert tm.inputs.Preprocessing.from_dict(PREPROCESSING).to_dict()["audio"]["sampling_rate"] == 8000
     with pytest.raises(tm.InputError, match=message):
-        tm.Preprocessing.from_dict({**PREPROCESSING, **change})
+        tm.inputs.Preprocessing.from_dict({**PREPROCESSING, **change})
 
 
 # ---- AST ------------------------------------------------------------------------------------------------------------
@@ -494,7 +494,7 @@ def recordings(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tones(tmp_path_factory):
     """The checkpoint of an untrained model that hears, and its preprocessing."""
-    made = tm.Preprocessing(SIZE, 1.0, mean=(0.3,), std=(0.3,), audio=SMALL)
+    made = tm.inputs.Preprocessing(SIZE, 1.0, mean=(0.3,), std=(0.3,), audio=SMALL)
     module = ViT(img_size=SIZE, patch_size=(4, 3), in_chans=1, embed_dim=8, depth=2, num_heads=2, num_classes=2)
     params = jax.tree.map(lambda a: a * 8 if a.ndim > 2 else a, init_params(module, jax.random.key(0)))
     path = tmp_path_factory.mktemp("model") / "tones.safetensors"

@@ -261,8 +261,8 @@ def test_every_method_in_other_modes(plain, method, mode):
     if mode == "function":
         from test_plain import FIELDS, GRID, one_vit
 
-        module, images = tm.PlainModel(one_vit, GRID, 1, batched=False), images[:, :8, :12]
-        params, target = tm.init_params(ViT(**FIELDS), jax.random.key(0)), target % 3
+        module, images = tm.models.PlainModel(one_vit, GRID, 1, batched=False), images[:, :8, :12]
+        params, target = tm.models.init_params(ViT(**FIELDS), jax.random.key(0)), target % 3
         if method == "token_dropping":
             with pytest.raises(tm.InputError, match="what works without is"):
                 explain_fn(module, method)(params, images, target)
@@ -357,7 +357,7 @@ def test_options_may_be_numpy_scalars():
         chosen = TABLE[method].check(method, options)
         assert chosen == {key: pytest.approx(value) for key, value in options.items()}
         assert {type(value) for value in chosen.values()} <= {int, float, bool}
-        explain_fn(tm.ViT(**BASE), method, **options)
+        explain_fn(tm.models.ViT(**BASE), method, **options)
 
 
 def test_equal_options_of_another_type_are_not_confused(plain):

@@ -395,7 +395,7 @@ def test_what_does_not_go_together(config, vit, folder, whole, tmp_path):
         evaluate(config, vit, changed(source, keys=("bad.png",)), tmp_path / "bad")
     other = changed(vit, module=SimpleNamespace(depth=2), name="other")
     with pytest.raises(
-        InputError, match=r"mixed_precision needs .* field 'linear', as tm.ViT has, and other has none"
+        InputError, match=r"mixed_precision needs .* field 'linear', as tm.models.ViT has, and other has none"
     ):
         evaluate(changed(config, mixed_precision=True), other, source, tmp_path / "mixed")
     with pytest.raises(InputError, match="did you mean 'rollout'"):

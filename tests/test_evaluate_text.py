@@ -59,7 +59,7 @@ def test_curves_are_those_of_texts_that_were_cut_by_hand(text):
     assert curves.shape == (3, 2, 2, 11)
 
     def probability(ids, i):
-        full = tm.Tokens(*(np.array([[value] * 16]) for value in (0, False, 0, True)))
+        full = tm.inputs.Tokens(*(np.array([[value] * 16]) for value in (0, False, 0, True)))
         full.ids[0, : len(ids)], full.mask[0, : len(ids)] = ids, True
         return float(jax.nn.softmax(text.logits(full))[0, target[i]])
 

@@ -103,19 +103,19 @@ def test_a_checkpoint_replaces_neither_files_nor_folders_of_others(kind, tmp_pat
         places = make(kind, path)
         before = [there(place) for place in places if os.path.lexists(place)]
         with pytest.raises(InputError, match="choose another name"):
-            tm.write_checkpoint(path, vit.module, vit.params, vit.preprocessing, overwrite=overwrite)
+            tm.models.write_checkpoint(path, vit.module, vit.params, vit.preprocessing, overwrite=overwrite)
         assert [there(place) for place in places if os.path.lexists(place)] == before
 
 
 def test_a_checkpoint_with_something_else_in_its_depth_stays(tmp_path):
     vit = tiny_vit(1)
-    path = tm.write_checkpoint(tmp_path / "model", vit.module, vit.params, vit.preprocessing)
-    tm.write_checkpoint(path, vit.module, vit.params, vit.preprocessing)  # this program's own gives way
+    path = tm.models.write_checkpoint(tmp_path / "model", vit.module, vit.params, vit.preprocessing)
+    tm.models.write_checkpoint(path, vit.module, vit.params, vit.preprocessing)  # this program's own gives way
     for name in ("params/d/thesis.tex", "params/ocdbt.process_0/d/mine"):
         (path / name).write_text(TEXT)
         before = there(path)
         with pytest.raises(InputError, match="was not written by this program"):
-            tm.write_checkpoint(path, vit.module, vit.params, vit.preprocessing)
+            tm.models.write_checkpoint(path, vit.module, vit.params, vit.preprocessing)
         assert there(path) == before
         (path / name).unlink()
     assert [p.name for p in tmp_path.iterdir()] == ["model"]

@@ -56,8 +56,9 @@ def test_names_are_completed(tmp_path):
 
 
 def test_underscores_are_spaces_in_the_name_of_a_class():
-    from tokentm_jax import InputError, build
+    from tokentm_jax import InputError
     from tokentm_jax.inputs.images import HALF, Preprocessing
+    from tokentm_jax.models import build
     from tokentm_jax.models.loading import Model
 
     module = build(dict(img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=5))

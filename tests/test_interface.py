@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib
 import re
 import subprocess
 import sys
@@ -147,18 +148,22 @@ def test_every_public_name_is_in_the_program_whose_types_are_checked():
 def test_every_public_name_is_there_at_first_use():
     """In a fresh process: those of each module before all else of the package is imported, and all at once."""
     program = """
-import re, sys
+import importlib, re, sys
 from pathlib import Path
 import tokentm_jax
-homes = re.findall(r"^from ([.\\w]+) import (\\w+) as", Path(tokentm_jax.__file__ + "i").read_text(), re.MULTILINE)
-for home in {home for home, _ in homes}:
+face, names = Path(tokentm_jax.__file__).parent, []
+for room in ("", ".models", ".inputs"):
+    stub = (face / room[1:] / "__init__.pyi").read_text()
+    names += [(room, *found) for found in re.findall(r"^from ([.\\w]+) import (\\w+) as", stub, re.MULTILINE)]
+for home in {(room, home) for room, home, _ in names}:
     for module in [module for module in sys.modules if module.split(".")[0] == "tokentm_jax"]:
         del sys.modules[module]
-    import tokentm_jax
-    for name in [name for place, name in homes if place == home]:
-        getattr(tokentm_jax, name)
+    for room, place, name in names:
+        if (room, place) == home:
+            getattr(importlib.import_module("tokentm_jax" + room), name)
 from tokentm_jax import *
-assert sorted(name for _, name in homes) == sorted(tokentm_jax.__all__)
+import tokentm_jax
+assert sorted(name for room, _, name in names if not room) == sorted(tokentm_jax.__all__)
 print(*{*tokentm_jax.__all__} - {*globals()})
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -179,11 +184,51 @@ def test_names_of_training_are_in_a_clone_alone():
             _ = tm.TrainConfig
 
 
-def test_lists_of_rows_are_in_configs():
-    for name in ("rows", "PAPER_ROWS", "COMPONENT_ROWS", "CHOICE_ROWS", "READING_ROWS", "WEIGHT_ROWS", "TEXT_ROWS",
-                 "MIX_ROWS", "PIXEL_ROWS", "depth_rows", "sanity_rows"):  # fmt: skip
-        with pytest.warns(DeprecationWarning, match=f"is now tokentm_jax.configs.{name}"):
-            assert getattr(tm, name) is getattr(tm.configs, name)
+def test_names_that_were_public_work_and_name_their_new_place():
+    moved = {name: place for name, place in tm._MOVED.items() if place.startswith("tokentm_jax.")}
+    assert len(moved) >= 30 and not {*moved} & {*tm.__all__}
+    for name, place in moved.items():
+        home, _, now = place.rpartition(".")
+        with pytest.warns(DeprecationWarning, match=f"tokentm_jax.{name} is now {place}$") as caught:
+            assert getattr(tm, name) is getattr(importlib.import_module(home), now)
+        assert caught[0].filename == __file__
+    with pytest.raises(AttributeError):
+        _ = tm.no_such_name
+
+
+def test_a_method_is_a_name_a_row_or_a_function(vit, images):
+    def strongest(module, params, inputs, target, *, power: int = 1):
+        """Attention to the patches, its largest value over blocks, heads and queries."""
+        trace = tm.capture(module, params, inputs, target)
+        found = trace.attention[..., module.prefix :].max((0, 2, 3)) ** power
+        return found.reshape(-1, *module.grid), trace.details()
+
+    row = tm.Method(strongest)
+    maps = tm.explain(vit, images, strongest, target=1, power=2)
+    assert maps.shape == tm.explain(vit, images).shape
+    explain = jax.jit(tm.explain_fn(vit.module, strongest, power=2))
+    for others in (tm.explain(vit, images, row, 1, power=2), explain(vit.params, vit.prepare(images), [1, 1])):
+        np.testing.assert_allclose(others, maps, rtol=1e-6)
+    both, details = tm.explain(vit, images, tm.METHODS["gae"], details=True)
+    np.testing.assert_array_equal(both, tm.explain(vit, images, "gae"))
+    assert {"logits", "target", "score"} <= {*details}
+    with pytest.raises(tm.InputError, match="unknown option 'last' of the method 'strongest'"):
+        tm.explain(vit, images, strongest, last=1)
+    with pytest.raises(tm.InputError, match="the method 'strongest' takes no rules"):
+        tm.explain_fn(vit.module, strongest, rules={"softmax": lambda f, *inputs: f(*inputs)})
+    with pytest.raises(tm.InputError, match="unknown method '3'"):
+        tm.explain(vit, images, 3)
+
+
+def test_lists_of_classes_are_taken_wherever_a_class_is(vit, images):
+    inputs, listed, array = vit.prepare(images), [3, 1], np.array([3, 1])
+    explain = tm.explain_fn(vit.module, "gae")
+    np.testing.assert_array_equal(explain(vit.params, inputs, listed), explain(vit.params, inputs, array))
+    for kind in (tm.scores.Versus, tm.scores.Channel):
+        found = [tm.explain_fn(vit.module, "gae", score=kind(c))(vit.params, inputs) for c in (listed, array)]
+        np.testing.assert_array_equal(*found)
+    assert "gae" in tm.methods_for(vit.module, vit.params, inputs, listed)
+    assert tm.capture(vit.module, vit.params, inputs, listed).target.tolist() == listed
 
 
 # ---- targets ---------------------------------------------------------------------------------------------------
@@ -257,8 +302,8 @@ CALLS = {  # what is called with a value of a wrong type -> the values that it t
     "load": (lambda vit, w: tm.load(w), [None]),
     "load checkpoint": (lambda vit, w: tm.load(checkpoint=w), [None]),
     "open_maps": (lambda vit, w: tm.open_maps(w), []),
-    "read_checkpoint": (lambda vit, w: tm.read_checkpoint(vit.module, w), []),
-    "write_checkpoint": (lambda vit, w: tm.write_checkpoint(w, vit.module, vit.params, vit.preprocessing), []),
+    "read_checkpoint": (lambda vit, w: tm.models.read_checkpoint(vit.module, w), []),
+    "write_checkpoint": (lambda vit, w: tm.models.write_checkpoint(w, vit.module, vit.params, vit.preprocessing), []),
     "read": (lambda vit, w: vit.read(w), []),
     "score": (lambda vit, w: vit.score(w), []),
     "explain": (lambda vit, w: tm.explain(w, np.ones((1, 16, 24, 3))), []),
@@ -290,11 +335,11 @@ CALLS = {  # what is called with a value of a wrong type -> the values that it t
     "combine": (lambda vit, w: tm.combine(w), []),
     "combine normalisation": (lambda vit, w: tm.combine([jnp.ones((1, 2, 2))], "mean", w), []),
     "combine weights": (lambda vit, w: tm.combine([jnp.ones((1, 2, 2))], "mean", weights=w), [None]),
-    "over_devices": (lambda vit, w: tm.over_devices(w), [int]),
-    "PlainModel": (lambda vit, w: tm.PlainModel(w, (2, 3)), [int]),
-    "PlainModel grid": (lambda vit, w: tm.PlainModel(print, w), []),
-    "PlainModel prefix": (lambda vit, w: tm.PlainModel(print, (2, 3), w), [5]),
-    "PlainModel readout": (lambda vit, w: tm.PlainModel(print, (2, 3), 0, w), []),
+    "over_devices": (lambda vit, w: tm.models.over_devices(w), [int]),
+    "PlainModel": (lambda vit, w: tm.models.PlainModel(w, (2, 3)), [int]),
+    "PlainModel grid": (lambda vit, w: tm.models.PlainModel(print, w), []),
+    "PlainModel prefix": (lambda vit, w: tm.models.PlainModel(print, (2, 3), w), [5]),
+    "PlainModel readout": (lambda vit, w: tm.models.PlainModel(print, (2, 3), 0, w), []),
     "depth_rows": (lambda vit, w: tm.configs.depth_rows(w), [5]),
     "words": (lambda vit, w: tm.words(w, ["x"], np.ones((1, 3))), []),
 }
@@ -321,7 +366,7 @@ def test_models_of_other_kinds_are_told_what_to_do(vit, images):
             return self.head(x.reshape(len(x), -1))
 
     network = Network(nnx.Rngs(0))
-    plain = tm.PlainModel(lambda params, x, tap: vit.module.apply({"params": params}, x), (2, 3))
+    plain = tm.models.PlainModel(lambda params, x, tap: vit.module.apply({"params": params}, x), (2, 3))
     with pytest.raises(tm.InputError, match=r"got the NNX module Network: split it, `graph, state = nnx.split"):
         tm.explain_fn(network)
     with pytest.raises(tm.InputError, match=r"got a function: give lambda params, images: \.\.\."):

@@ -468,8 +468,8 @@ def card(**changes):
 
 
 def tiny_weights(path, **options):
-    module = tm.build({**card()["model_args"], "num_classes": 3, **options})
-    shapes = jax.eval_shape(lambda key: tm.init_params(module, key), jax.random.key(0))
+    module = tm.models.build({**card()["model_args"], "num_classes": 3, **options})
+    shapes = jax.eval_shape(lambda key: tm.models.init_params(module, key), jax.random.key(0))
     random = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: random.standard_normal(leaf.shape, np.float32), shapes)
     safetensors.numpy.save_file(to_timm(params), path)
@@ -591,7 +591,7 @@ def test_a_name_is_enough(hub, shared):
     assert hub.asked[-1] == ("timm/deit_tiny_patch16_224.fb_in1k", "main", "model.safetensors")
     assert (vit.name, vit.module.num_classes) == ("deit_tiny_patch16_224.fb_in1k", 1000)
     assert vit.class_index("tabby") == vit.class_index("n02123045") == 281 and vit.class_name(149) == "dugong"
-    assert vit.preprocessing == tm.ARCHITECTURES["deit_tiny_patch16_224"][1]
+    assert vit.preprocessing == tm.models.ARCHITECTURES["deit_tiny_patch16_224"][1]
 
 
 def test_a_name_without_weights_is_one_sentence(hub, monkeypatch):

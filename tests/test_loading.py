@@ -229,7 +229,7 @@ def test_impossible_types_are_one_sentence(wrong):
         lambda: load(dtype=wrong),
         lambda: tm.load(wrong),
         lambda: tm.load(text, class_names=wrong),
-        lambda: tm.read_checkpoint(build(OPTIONS), wrong),
+        lambda: tm.models.read_checkpoint(build(OPTIONS), wrong),
     ):
         with pytest.raises(InputError):
             call()

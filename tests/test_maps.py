@@ -49,7 +49,7 @@ TOKENTM = [
     {"first_block": 1},
     {"end_block": 1},
     {"memory": "recompute"},
-    *tm.READINGS.values(),
+    *tm.configs.READINGS.values(),
 ]
 BOTH = [  # methods with options, on images and on texts
     *(("tokentm", options) for options in TOKENTM),

@@ -112,7 +112,7 @@ def test_legrad_of_the_pool_as_published_for_siglip(small):
     """The pool of SigLIP in NumPy, on the tokens of every block as they are, and the cosine with an embedding."""
     module = small[0].clone(class_token=False, reg_tokens=1, global_pool="map", num_classes=0)
     rng = np.random.default_rng(3)
-    shapes = jax.eval_shape(lambda key: tm.init_params(module, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: tm.models.init_params(module, key), jax.random.key(0))
     params = jax.tree.map(lambda s: rng.normal(size=s.shape) * 0.6, shapes)
     embedding, images = rng.normal(size=8), np.stack([small[2], -small[2]])
     with jax.enable_x64(True):
@@ -153,7 +153,7 @@ def test_forms_of_legrad_that_a_model_does_not_have(small, briefly):
             "read='mean' puts the mean of all tokens in the class token's place",
         ),
     ):
-        shapes = jax.eval_shape(lambda key, module=other: tm.init_params(module, key), jax.random.key(0))
+        shapes = jax.eval_shape(lambda key, module=other: tm.models.init_params(module, key), jax.random.key(0))
         with pytest.raises(tm.InputError, match=message):
             jax.eval_shape(explain_fn(other, "legrad", read=read), shapes, image[None])
 

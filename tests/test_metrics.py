@@ -353,11 +353,11 @@ def test_numbers_of_groups_and_steps_are_checked(maps, images):
 
 def test_an_image_alone_has_the_results_it_has_in_a_batch(maps):
     """Every metric of the device, on an average-pooled model, where all tokens are read."""
-    module = tm.ViT(
+    module = tm.models.ViT(
         img_size=(9, 9), patch_size=3, embed_dim=8, depth=1, num_heads=2, num_classes=3, class_token=False,
         global_pool="avg",
     )  # fmt: skip
-    params = jax.tree.map(lambda a: a * 8 if a.ndim > 2 else a, tm.init_params(module, jax.random.key(0)))
+    params = jax.tree.map(lambda a: a * 8 if a.ndim > 2 else a, tm.models.init_params(module, jax.random.key(0)))
     random = np.random.default_rng(5)
     images = random.random((B, 9, 9, 3)).astype(np.float32)
     maps = np.asarray(to_pixels(jnp.asarray(maps), (9, 9)))

@@ -29,7 +29,7 @@ def dense(x, p):
 
 
 def one_vit(params, image):
-    """The forward pass of tm.ViT for one image [H, W, 3]."""
+    """The forward pass of tm.models.ViT for one image [H, W, 3]."""
     (gh, gw), p, d, h = GRID, 4, 8, 2
     x = dense(image.reshape(gh, p, gw, p, 3).transpose(0, 2, 1, 3, 4).reshape(gh * gw, -1), params["patch_embed"])
     x = jnp.concatenate([params["cls_token"][0], x]) + params["pos_embed"][0]
@@ -51,8 +51,8 @@ def tapped(params, image, tap):
 
 @pytest.fixture(scope="module")
 def vit():
-    module = tm.ViT(**FIELDS)
-    params = jax.tree.map(lambda a: a * 8 if a.ndim > 2 else a, tm.init_params(module, jax.random.key(0)))
+    module = tm.models.ViT(**FIELDS)
+    params = jax.tree.map(lambda a: a * 8 if a.ndim > 2 else a, tm.models.init_params(module, jax.random.key(0)))
     return module, params, jax.random.normal(jax.random.key(1), (2, 8, 12, 3))
 
 
@@ -61,7 +61,10 @@ def test_the_maps_of_the_vit(vit, method):
     """Of a function of one image."""
     module, params, images = vit
     maps = []
-    for model in (module, *(tm.PlainModel(f, GRID, 1, num_classes=3, batched=False) for f in (one_vit, tapped))):
+    for model in (
+        module,
+        *(tm.models.PlainModel(f, GRID, 1, num_classes=3, batched=False) for f in (one_vit, tapped)),
+    ):
         maps.append(jax.jit(tm.explain_fn(model, method, **CHEAP.get(method, {})))(params, images))
     scale = float(jnp.abs(maps[0]).max())
     for found in maps[1:]:
@@ -73,7 +76,7 @@ def test_it_is_a_loaded_model(vit):
     module, params, _ = vit
     pixels = np.random.default_rng(0).random((2, 8, 12, 3)).astype(np.float32)
     preprocessing = Preprocessing((8, 12), 1.0, "bilinear", **HALF)
-    plain = tm.PlainModel(one_vit, GRID, 1, num_classes=3, batched=False)
+    plain = tm.models.PlainModel(one_vit, GRID, 1, num_classes=3, batched=False)
     loaded = [tm.Model(model, params, preprocessing, ("a", "b", "c"), "own") for model in (module, plain)]
     maps = [tm.explain(model, pixels, "gae", target=1, score=tm.scores.Versus(2)) for model in loaded]
     np.testing.assert_allclose(maps[1], maps[0], rtol=1e-4, atol=1e-7)
@@ -113,7 +116,7 @@ def test_models_without_one_attention_per_block(forward):
     }[forward]
     params = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) * 0.4 for name, shape in shapes.items()}
     images = jnp.asarray(rng.normal(size=(2, 16, 16, 3)), jnp.float32)
-    model = tm.PlainModel(forward, (4, 4), num_classes=3)
+    model = tm.models.PlainModel(forward, (4, 4), num_classes=3)
     works = tm.methods_for(model, params, images)
     assert works == ["lrp", *GRADIENTS, *REMOVAL]
 
@@ -139,10 +142,16 @@ def test_models_without_one_attention_per_block(forward):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: tm.PlainModel(one_vit, GRID, 1, "mean"), "readout must be 'token', 'avg' or a share for each token"),
-        (lambda: tm.PlainModel(one_vit, GRID, 1, (1, 0)), "readout must have a share for each of 1 + 6 tokens, got 2"),
         (
-            lambda: tm.PlainModel(lambda p, x: {"logits": x.sum((1, 2))}, GRID),
+            lambda: tm.models.PlainModel(one_vit, GRID, 1, "mean"),
+            "readout must be 'token', 'avg' or a share for each token",
+        ),
+        (
+            lambda: tm.models.PlainModel(one_vit, GRID, 1, (1, 0)),
+            "readout must have a share for each of 1 + 6 tokens, got 2",
+        ),
+        (
+            lambda: tm.models.PlainModel(lambda p, x: {"logits": x.sum((1, 2))}, GRID),
             "a class is explained by its logit, of logits [B, classes]; outputs [[2, 3]] need a `score`",
         ),
     ],
@@ -158,7 +167,7 @@ def test_outputs_may_be_any_pytree(vit):
     forward = lambda p, x: {"logits": one_logits(p, x), "mean": x.mean((1, 2, 3))}  # noqa: E731
     one_logits = jax.vmap(lambda p, x: one_vit(p, x), (None, 0))
     score = lambda outputs: outputs["logits"][:, 1] * outputs["mean"]  # noqa: E731
-    explain = tm.explain_fn(tm.PlainModel(forward, GRID, 1), "occlusion", score=score, details=True)
+    explain = tm.explain_fn(tm.models.PlainModel(forward, GRID, 1), "occlusion", score=score, details=True)
     maps, details = jax.jit(explain)(params, images)
     assert maps.shape == (2, *GRID) and jnp.isfinite(maps).all()
     np.testing.assert_allclose(details["score"], details["logits"]["logits"][:, 1] * images.mean((1, 2, 3)), rtol=1e-4)
@@ -167,7 +176,7 @@ def test_outputs_may_be_any_pytree(vit):
 # ---- which method explains which model ------------------------------------------------------------------------------
 
 
-class OwnPass(tm.ViT):
+class OwnPass(tm.models.ViT):
     """A subclass with a forward pass of its own, which sows what the parent sows."""
 
     def __call__(self, images):
@@ -178,11 +187,11 @@ def linear(params, images):
     return images.reshape(len(images), -1)[:, :8] @ params["head"]["kernel"]
 
 
-MODELS = {  # heading of the column -> a model with the parameters of tm.ViT
-    "`tm.ViT`": lambda: tm.ViT(**FIELDS),
+MODELS = {  # heading of the column -> a model with the parameters of tm.models.ViT
+    "`tm.models.ViT`": lambda: tm.models.ViT(**FIELDS),
     "own forward pass": lambda: OwnPass(**FIELDS),
     "function": lambda: lambda p, x: jax.vmap(one_vit, (None, 0))(p, x),
-    "function, no attention": lambda: tm.PlainModel(
+    "function, no attention": lambda: tm.models.PlainModel(
         lambda p, x: x.reshape(len(x), -1)[:, :8] @ p["head"]["kernel"], GRID
     ),
 }
@@ -193,9 +202,9 @@ PAGE = Path(__file__).resolve().parent.parent / "docs/reference/models.md"
 def test_the_page_says_which_method_explains_which_model(vit):
     _, params, images = vit
     works = {heading: tm.methods_for(make(), params, images) for heading, make in MODELS.items()}
-    bert = tm.Bert(8, 4, 8, 1, 2, 8)
-    tokens = tm.Tokens(*(np.full((1, 4), value) for value in (np.int32(1), True, np.int32(0), False)))
-    works["`tm.Bert`"] = tm.methods_for(bert, init_params(bert, jax.random.key(0)), tokens)
+    bert = tm.models.Bert(8, 4, 8, 1, 2, 8)
+    tokens = tm.inputs.Tokens(*(np.full((1, 4), value) for value in (np.int32(1), True, np.int32(0), False)))
+    works["`tm.models.Bert`"] = tm.methods_for(bert, init_params(bert, jax.random.key(0)), tokens)
     lines = [f"| method | {' | '.join(works)} |", f"|---|{'---|' * len(works)}"]
     lines += [f"| `{m}` | {' | '.join('yes' if m in found else '-' for found in works.values())} |" for m in METHODS]
     table = "\n".join(lines)

@@ -47,7 +47,7 @@ def place(tmp_path_factory):
     """A folder with a tiny model and photos in class folders, of which one has a hostile name."""
     folder = tmp_path_factory.mktemp("report")
     vit = tiny_vit(2)
-    tm.write_checkpoint(
+    tm.models.write_checkpoint(
         folder / "tiny.safetensors", vit.module, vit.params, vit.preprocessing, class_names=list("abcde")
     )
     rng = np.random.default_rng(0)

@@ -284,9 +284,9 @@ def test_res_lrp_without_gamma_is_attn_lrp(small):
 @pytest.mark.slow
 def test_a_pooler_of_texts_by_its_gradient_as_published():
     """`tanh z` with its derivative is `z tanh'(z)`: the identity rule of a head whose weights say so for this text."""
-    module = tm.Bert(20, 8, embed_dim=8, depth=1, num_heads=2, mlp_hidden=16, num_classes=3)
+    module = tm.models.Bert(20, 8, embed_dim=8, depth=1, num_heads=2, mlp_hidden=16, num_classes=3)
     ids = jnp.array([[3, 7, 1, 12]], jnp.int32)
-    tokens = tm.Tokens(ids, ids > 0, 0 * ids, ids < 0)
+    tokens = tm.inputs.Tokens(ids, ids > 0, 0 * ids, ids < 0)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda a: rng.normal(size=a.shape) * 0.6, init_params(module, jax.random.key(0)))
     body = {name: a for name, a in params.items() if name != "head"}

@@ -31,8 +31,8 @@ FIELDS = {"img_size": (8, 12), "patch_size": 4, "embed_dim": 8, "depth": 2, "num
 
 @pytest.fixture(scope="module")
 def model():
-    vit = tm.ViT(**FIELDS)
-    params = jax.tree.map(lambda a: a * 8 if a.ndim > 2 else a, tm.init_params(vit, jax.random.key(0)))
+    vit = tm.models.ViT(**FIELDS)
+    params = jax.tree.map(lambda a: a * 8 if a.ndim > 2 else a, tm.models.init_params(vit, jax.random.key(0)))
     params["head"]["bias"] = jnp.arange(4.0)
     return vit, params, jax.random.normal(jax.random.key(1), (3, 8, 12, 3)), jnp.array([1, 3, 0], jnp.int32)
 

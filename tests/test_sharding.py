@@ -19,9 +19,9 @@ CASES = mostly_slow(METHODS, QUICK)
 def model():
     if jax.device_count() != 8:
         pytest.skip("needs 8 devices")
-    vit = tm.ViT(img_size=(16, 16), patch_size=8, embed_dim=16, depth=2, num_heads=4, num_classes=5)
+    vit = tm.models.ViT(img_size=(16, 16), patch_size=8, embed_dim=16, depth=2, num_heads=4, num_classes=5)
     inputs = jax.random.normal(jax.random.key(1), (8, 16, 16, 3))
-    return vit, tm.init_params(vit, jax.random.key(0)), inputs, jnp.arange(8) % 5
+    return vit, tm.models.init_params(vit, jax.random.key(0)), inputs, jnp.arange(8) % 5
 
 
 def error(found, expected):
@@ -52,7 +52,7 @@ def test_any_batch_size_over_all_devices(model, size):
     vit, params, inputs, target = model
     inputs, target = jnp.concatenate([inputs, inputs])[:size], jnp.concatenate([target, target])[:size]
     explain = tm.explain_fn(vit, details=True)
-    maps, details = tm.over_devices(explain)(params, inputs, target)
+    maps, details = tm.models.over_devices(explain)(params, inputs, target)
     expected, more = jax.jit(explain)(params, inputs, target)
     assert maps.shape == expected.shape
     assert error(maps, expected) < 1e-5
@@ -68,7 +68,7 @@ def test_parameters_sharded_along_the_width(model, kind):
     expected = explain(params, inputs, target)
     mesh = jax.make_mesh((2, 4), ("batch", "width"), axis_types=(kind,) * 2)
     with jax.set_mesh(mesh):
-        placed = tm.over_width(params, mesh)
+        placed = tm.models.over_width(params, mesh)
         kernel = placed["blocks"]["attn"]["qkv"]["kernel"]
         assert kernel.addressable_shards[0].data.shape[-1] == kernel.shape[-1] // 4
         maps = explain(placed, *jax.device_put((inputs, target), NamedSharding(mesh, PartitionSpec("batch"))))
@@ -79,6 +79,6 @@ def test_a_width_that_the_devices_do_not_divide(model):
     _, params, _, _ = model
     mesh = jax.make_mesh((1, 3), ("batch", "width"), devices=jax.devices()[:3], axis_types=(AxisType.Auto,) * 2)
     with pytest.raises(tm.InputError, match="3 devices do not divide"):
-        tm.over_width(params, mesh)
+        tm.models.over_width(params, mesh)
     with pytest.raises(tm.InputError, match="no axis 'model'"):
-        tm.over_width(params, mesh, "model")
+        tm.models.over_width(params, mesh, "model")

@@ -74,7 +74,7 @@ def test_the_demo_ends_with_the_next_command():
     *_, last = demo[1].splitlines()
     words = last.partition("tokentm ")[2].strip('"').split()
     assert words[0] == "explain" and (ROOT / words[1]).exists()
-    assert words[words.index("--model") + 1] in tm.ARCHITECTURES
+    assert words[words.index("--model") + 1] in tm.models.ARCHITECTURES
 
 
 def test_the_photo_of_the_demo_is_a_part_of_the_photo_of_the_cat():

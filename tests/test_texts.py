@@ -188,7 +188,7 @@ def test_a_trace_holds_what_tokentm_needs(bert):
     def both(params, tokens):
         trace = tm.capture(module, params, tokens)
         blocks = jax.tree.map(lambda a: a[:, 0], trace.blocks())
-        of_trace = tm.contributions(blocks, trace.tokens[0, 0], module.reads(tokens.mask)[0])
+        of_trace = tm.maths.contributions(blocks, trace.tokens[0, 0], module.reads(tokens.mask)[0])
         return of_trace, tm.explain_fn(module, "tokentm")(params, tokens)[0]
 
     found, expected = both(params, batch([6], 6))
@@ -272,7 +272,7 @@ def test_bad_tokens_are_one_sentence(text):
         (good._replace(ids=good.ids[0]), r"four arrays \[B, N\]"),
         (good._replace(ids=good.ids + 99), "ids of tokens must be from 0 to 20"),
         (good._replace(mask=~good.mask), "padding follows"),
-        (tm.Tokens(*(np.repeat(a, 2, 1) for a in good)), "at most 24 a text, got 32"),
+        (tm.inputs.Tokens(*(np.repeat(a, 2, 1) for a in good)), "at most 24 a text, got 32"),
     ):
         with pytest.raises(tm.InputError, match=message):
             tm.explain(text, bad)

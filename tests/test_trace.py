@@ -97,10 +97,10 @@ def test_what_is_read_from_the_program_is_what_the_module_sows(vit, kind):
     module, params = vit
     inputs: Any = IMAGES
     if kind == "post-norm":
-        module = tm.Bert(20, 8, embed_dim=8, depth=2, num_heads=2, mlp_hidden=16, num_classes=3)
+        module = tm.models.Bert(20, 8, embed_dim=8, depth=2, num_heads=2, mlp_hidden=16, num_classes=3)
         params = jax.tree.map(lambda a: a * 8, init_params(module, jax.random.key(0)))
         ids = jnp.array([[3, 7, 1, 12, 4], [5, 6, 0, 0, 0]], jnp.int32)
-        inputs = tm.Tokens(ids, ids > 0, 0 * ids, ids < 0)
+        inputs = tm.inputs.Tokens(ids, ids > 0, 0 * ids, ids < 0)
     names = ("tokens", "normalised", "attention", "value", "transformed_value", "attention_branch", "ffn_branch")
     names += ("middle", "after") if kind == "post-norm" else ("value_kernel", "output_kernel")
     sown = module.apply({"params": params}, inputs, mutable=["intermediates"])[1]["intermediates"]["blocks"]

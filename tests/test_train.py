@@ -104,7 +104,7 @@ def test_learns_and_ships_a_file_that_loads(data, whole):
     assert vit.class_names == ("dark", "bright")
     predicted = vit.logits(jnp.asarray(data.images, jnp.float32) / 255).argmax(-1)
     assert (np.asarray(predicted) == data.labels).mean() == top_1
-    assert vit.preprocessing == tm.Preprocessing((8, 8), 1.0, mean=CONFIG.mean, std=CONFIG.std)
+    assert vit.preprocessing == tm.inputs.Preprocessing((8, 8), 1.0, mean=CONFIG.mean, std=CONFIG.std)
     unrolled = dataclasses.replace(vit, module=vit.module.clone(unroll=2))  # as training runs it
     assert unrolled.described()["identity"] == vit.described()["identity"]
     images = jnp.asarray(data.images[:2], jnp.float32) / 255
@@ -280,8 +280,8 @@ def test_mixed_precision_learns_the_same(data, whole, tmp_path):
 def test_fine_tuning_starts_from_a_checkpoint_with_a_fresh_head(data, tmp_path):
     old = ViT(**{**MODEL, "num_classes": 7})
     old_params = init_params(old, jax.random.key(9))
-    path = tm.write_checkpoint(
-        tmp_path / "old.safetensors", old, old_params, tm.Preprocessing((8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)
+    path = tm.models.write_checkpoint(
+        tmp_path / "old.safetensors", old, old_params, tm.inputs.Preprocessing((8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)
     )
     config = dataclasses.replace(CONFIG, fine_tune=("old", str(path)), mimetic_init=False, epochs=1)
     module = ViT(**MODEL)
@@ -292,8 +292,8 @@ def test_fine_tuning_starts_from_a_checkpoint_with_a_fresh_head(data, tmp_path):
     assert start["head"]["kernel"].shape == (16, 2)
     # A head of the same classes is kept.
     own = init_params(module, jax.random.key(8))
-    photo = tm.Preprocessing((8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)
-    same = tm.write_checkpoint(tmp_path / "same.safetensors", module, own, photo, class_names=data.class_names)
+    photo = tm.inputs.Preprocessing((8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)
+    same = tm.models.write_checkpoint(tmp_path / "same.safetensors", module, own, photo, class_names=data.class_names)
     again = dataclasses.replace(config, fine_tune=("same", str(same)))
     jax.tree.map(np.testing.assert_array_equal, initial_params(again, module, data.class_names), own)
     # Images of another size are resized to the model's.
@@ -395,11 +395,11 @@ def taught(data, tmp_path_factory):
     module = ViT(**{**MODEL, "img_size": (16, 16), "patch_size": 8})
     with jax.numpy_dtype_promotion("standard"):
         params = jax.tree.map(lambda a: 8 * a if a.ndim > 2 else a, init_params(module, jax.random.key(5)))
-        path = tm.write_checkpoint(
+        path = tm.models.write_checkpoint(
             tmp_path_factory.mktemp("teacher") / "teacher.safetensors",
             module,
             {**params, "head": {**params["head"], "kernel": 20 * params["head"]["kernel"]}},
-            tm.Preprocessing((16, 16), 1.0, mean=(0.5,) * 3, std=(0.2,) * 3),
+            tm.inputs.Preprocessing((16, 16), 1.0, mean=(0.5,) * 3, std=(0.2,) * 3),
             data.class_names[::-1],
         )
     config = dataclasses.replace(
@@ -507,4 +507,4 @@ RECIPES += ["cifar10_finetune_112", "cifar10_distilled", "cifar10_distilled:stag
 def test_the_shipped_recipes_are_valid(name):
     stem, colon, options = name.partition(":")
     config = read_recipe(Path(f"{CONFIGS / stem}.py{colon}{options}"), TrainConfig)
-    assert tm.build(config.model).num_classes == 10
+    assert tm.models.build(config.model).num_classes == 10

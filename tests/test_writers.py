@@ -81,7 +81,7 @@ def world(tmp_path_factory):
     """A folder with a tiny model, photos, sentences, a recording and recipes."""
     folder, rng = tmp_path_factory.mktemp("world"), np.random.default_rng(0)
     vit = tiny_vit(2)
-    tm.write_checkpoint(folder / "tiny.safetensors", vit.module, vit.params, vit.preprocessing, list("abcde"))
+    tm.models.write_checkpoint(folder / "tiny.safetensors", vit.module, vit.params, vit.preprocessing, list("abcde"))
     for number, name in enumerate(("a/1.png", "b/2.png", "a/3.png", "b/4.png")):
         path = folder / "photos" / name
         path.parent.mkdir(parents=True, exist_ok=True)

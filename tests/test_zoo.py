@@ -92,7 +92,7 @@ def test_flax_nnx_has_the_maps_of_the_same_weights_in_tm_vit():
             "mlp": {"fc1": pair(block.up), "fc2": pair(block.down)},
         }
 
-    module = tm.ViT(img_size=(16, 24), patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=5)
+    module = tm.models.ViT(img_size=(16, 24), patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=5)
     params = {
         "patch_embed": pair(network.embed),
         "cls_token": network.token[...],

@@ -13,16 +13,16 @@ import tokentm_jax as tm
 def loading(path: Path) -> tm.Model:
     vit = tm.load("deit_tiny_patch16_224", path, class_names=["cat", "dog"], dtype="bfloat16")
     assert_type(vit, tm.Model)
-    assert_type(vit.module, tm.ViT)
-    assert_type(vit.preprocessing, tm.Preprocessing)
+    assert_type(vit.module, tm.models.ViT)
+    assert_type(vit.preprocessing, tm.inputs.Preprocessing)
     assert_type(vit.class_index("cat"), int)
     assert_type(vit.class_name(3), str)
     assert_type(vit.logits(vit.read(path)), jax.Array)
-    module = tm.build({"depth": 2})
-    assert_type(tm.ARCHITECTURES[next(iter(tm.ARCHITECTURES))][1], tm.Preprocessing)
-    tm.init_params(module, jax.random.key(0))
-    params: Any = tm.read_checkpoint(module, path)
-    tm.write_checkpoint(path, module, params, vit.preprocessing)
+    module = tm.models.build({"depth": 2})
+    assert_type(tm.models.ARCHITECTURES[next(iter(tm.models.ARCHITECTURES))][1], tm.inputs.Preprocessing)
+    tm.models.init_params(module, jax.random.key(0))
+    params: Any = tm.models.read_checkpoint(module, path)
+    tm.models.write_checkpoint(path, module, params, vit.preprocessing)
     return vit
 
 
@@ -38,7 +38,8 @@ def explaining(vit: tm.Model, path: Path) -> jax.Array:
     assert_type(tm.methods_for(vit.module, vit.params, images), list[str])
     found = tm.inspect(network, vit.params, images, grid=(8, 8))
     assert_type(found.blocks, int)
-    assert_type(tm.METHODS["tokentm"].passes, str)
+    row: tm.Method = tm.METHODS["tokentm"]
+    assert_type(row.passes, str)
     assert_type(tm.to_pixels(maps, (32, 32)), jax.Array)
     both = tm.combine([maps, maps], "mean")
     figure = tm.show(path, vit, ["tokentm"], maps=(maps, {}))
@@ -49,31 +50,32 @@ def explaining(vit: tm.Model, path: Path) -> jax.Array:
     return both
 
 
-def reading(folder: Path) -> list[list[tm.Word]]:
+def reading(folder: Path) -> list[list[tm.inputs.Word]]:
     text = tm.load(folder)
     assert_type(text, tm.Model)
-    assert_type(text.module, tm.Bert)
+    assert_type(text.module, tm.models.Bert)
     tokens = text.read(["a funny film", "it is dull"])
-    assert_type(tokens, tm.Tokens)
+    assert_type(tokens, tm.inputs.Tokens)
     assert_type(text.logits(tokens), jax.Array)
     scores: jax.Array = tm.explain(text, tokens, "tokentm", weights=tm.weights.entropy)
     found = tm.words(text, ["a funny film", "it is dull"], scores)
     assert_type(found[0][0].text, str)
-    assert_type(tm.Spectrogram(sampling_rate=8000).hop, int)
+    assert_type(tm.inputs.Spectrogram(sampling_rate=8000).hop, int)
     return found
 
 
 def mathematics(vit: tm.Model, images: jax.Array) -> tm.Trace:
     assert_type(tm.TokenTM(ffn=False).ffn, bool)
-    options: Any = tm.READINGS[next(iter(tm.READINGS))]
+    options: Any = tm.configs.READINGS[next(iter(tm.configs.READINGS))]
     trace = tm.capture(vit.module, vit.params, images)
-    blocks: Any = trace
-    assert_type(tm.contributions(blocks, None, images), jax.Array)
+    fields: Any = trace
+    blocks: tm.Blocks = fields
+    assert_type(tm.maths.contributions(blocks, None, images), jax.Array)
 
     def forward(params: Any, images: jax.Array, tap: Any) -> jax.Array:
         return images
 
-    tm.explain_fn(tm.PlainModel(forward, (2, 3)), "occlusion", **options)
+    tm.explain_fn(tm.models.PlainModel(forward, (2, 3)), "occlusion", **options)
     return trace
 
 
@@ -86,8 +88,14 @@ def runs(mesh: jax.sharding.Mesh, vit: tm.Model) -> None:
     for config in (tm.EvaluateConfig, tm.LeaderboardConfig):
         assert_type(config.__name__, str)
     assert_type(tm.sample_data("photos"), str)
-    tm.over_devices(tm.explain_fn(vit.module))
-    tm.over_width(vit.params, mesh)
+    results: dict[str, Any] = tm.evaluate(
+        tm.EvaluateConfig("mine", "srg", "photos", own.rows("gae")), vit, out="runs/mine"
+    )
+    results |= tm.leaderboard(tm.LeaderboardConfig("board", [], ("srg", "srg")))
+    assert_type(tm.compare(["runs/mine"]), list[dict[str, Any]])
+    assert_type(tm.explain_dataset(tm.DatasetConfig(["gae"]), vit, "photos", "maps").chunks, int)
+    tm.models.over_devices(tm.explain_fn(vit.module))
+    tm.models.over_width(vit.params, mesh)
     try:
         loading(Path("weights.safetensors"))
     except tm.InputError as error:

@@ -9,7 +9,7 @@ from annotated_types import Ge, Le, Len
 from tokentm_jax.data.sources import VADER, Half
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.inputs.reader import PROFILES
-from tokentm_jax.maths.variants import READINGS
+from tokentm_jax.maths.variants import READINGS as READINGS
 from tokentm_jax.maths.weights import WEIGHTS
 from tokentm_jax.methods.table import METHODS, PIXELS
 from tokentm_jax.metrics.task import CLEAN, LARGEST_SEED

@@ -31,7 +31,7 @@ def over_a_trace(module: ViT) -> Any:
     def explain(params: Any, images: Any) -> Any:
         blocks = tm.capture(module, params, images).blocks()
         row = jnp.asarray(module.readout, jnp.float32)
-        rule = lambda one: tm.contributions(jax.tree.map(wide, one), wide(one.tokens[0]), row)  # noqa: E731
+        rule = lambda one: tm.maths.contributions(jax.tree.map(wide, one), wide(one.tokens[0]), row)  # noqa: E731
         return jax.vmap(rule, in_axes=1)(blocks)
 
     return jax.jit(explain)

@@ -22,7 +22,7 @@ ROWS = {
     "tokentm": ("tokentm", {}, 2.6, 1.10),
     "tokentm, recompute": ("tokentm", {"memory": "recompute"}, None, None),
     "tokentm, each head": ("tokentm", {"heads": "each"}, None, 1.15),
-    **{f"tokentm, {name}": ("tokentm", reading, None, 1.15) for name, reading in tm.READINGS.items()},
+    **{f"tokentm, {name}": ("tokentm", reading, None, 1.15) for name, reading in tm.configs.READINGS.items()},
     "gae": ("gae", {}, 2.6, 1.10),
     "gae, recompute": ("gae", {"memory": "recompute"}, None, None),
     "rollout": ("rollout", {}, 1.15, None),

@@ -92,11 +92,11 @@ def make(out: Path) -> None:
 
     out.mkdir(parents=True)
     os.chdir(out)
-    module = tm.build(OPTIONS)
-    params = jax.tree.map(lambda a: a * 8 if a.ndim > 2 else a, tm.init_params(module, jax.random.key(0)))
-    preprocessing = tm.Preprocessing((16, 24), 1.0, "bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    module = tm.models.build(OPTIONS)
+    params = jax.tree.map(lambda a: a * 8 if a.ndim > 2 else a, tm.models.init_params(module, jax.random.key(0)))
+    preprocessing = tm.inputs.Preprocessing((16, 24), 1.0, "bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     for name in ("tiny.safetensors", "orbax"):
-        tm.write_checkpoint(name, module, params, preprocessing, NAMES)
+        tm.models.write_checkpoint(name, module, params, preprocessing, NAMES)
     np.savez("google.npz", **google(safetensors.numpy.load_file("tiny.safetensors")))
     (out / "photo.png").write_bytes(png(0))
     with zipfile.ZipFile("classes.zip", "w") as archive:

@@ -275,14 +275,14 @@ def loading() -> Iterator[Case]:
                    {"size": [16, 24]}, {"mean": np.zeros(3)}, {"std": [1, 1, 1]}):
         wrong = not isinstance(fields.get("size", fields.get("std", fields.get("mean"))), list | np.ndarray)
         def made(fields: Any = fields) -> object:
-            return tm.Preprocessing(**{"size": (16, 24), "mean": (0.5,) * 3, "std": (0.5,) * 3, **fields})
+            return tm.inputs.Preprocessing(**{"size": (16, 24), "mean": (0.5,) * 3, "std": (0.5,) * 3, **fields})
         yield case(f"Preprocessing({fields!r:.40})", made, BAD if wrong else EITHER)
     for config in (None, 1, "", "x", [], {}, {"depth": 0}, {"depth": True}, {"img_size": (1, 2, 3)}, {"nothing": 1},
             {"embed_dim": 10**12}, {"num_heads": 7}, {"patch_size": 5, "img_size": 16}, {"mlp_ratio": float("nan")},
             {"mlp_ratio": 1e308}, {"activation": []}, {"global_pool": None}, {"in_chans": 0},
                    {"norm_eps": "x"}, {"class_token": 1}, {"depth": np.int64(1)}, {1: 1}, {"img_size": float("inf")},
                    {"reg_tokens": -1}, {"init_values": -1}, {"num_classes": 10**30}):
-        yield case(f"build({config!r:.40})", lambda c=config: tm.build(c), EITHER if config == {}
+        yield case(f"build({config!r:.40})", lambda c=config: tm.models.build(c), EITHER if config == {}
             or "int64" in repr(config) else BAD)
     yield from writing()
 
@@ -292,11 +292,12 @@ def writing() -> Iterator[Case]:
 
     def write(path: Any = "w.safetensors", params: Any = None, names: Any = None, extra: Any = None) -> object:
         made = vit().params if params is None else params(vit().params)
-        return tm.write_checkpoint(path, vit().module, made, vit().preprocessing, names, extra)
+        return tm.models.write_checkpoint(path, vit().module, made, vit().preprocessing, names, extra)
 
     for path in ("w.bin", "", 1, None, "\0", "x" * 300 + ".safetensors", "/proc/x.safetensors",
             "canary.txt/x.safetensors", "a/b.safetensors", "canary.txt", b"x", ".", "..", "/"):
-        yield case(f"write_checkpoint({str(path)[:20]!a})", lambda p=path: write(p), EITHER, tm.write_checkpoint)
+        yield case(f"write_checkpoint({str(path)[:20]!a})", lambda p=path: write(p), EITHER,
+            tm.models.write_checkpoint)
     for note, params in (("nothing", lambda p: {}), ("None inside", lambda p: {**p, "head": None}),
             ("NaN", lambda p: {**p, "cls_token": p["cls_token"] * np.nan}),
             ("texts", lambda p: {**p, "cls_token": "x"}), ("missing",

@@ -16,7 +16,8 @@ from annotated_types import Ge, Gt, Le
 from jax import Array
 from jax.core import Tracer
 
-from tokentm_jax.data.audio import LONGEST, MOST, Spectrogram
+from tokentm_jax.data.audio import LONGEST, MOST
+from tokentm_jax.data.audio import Spectrogram as Spectrogram
 from tokentm_jax.data.photos import find_photos
 from tokentm_jax.data.sources import Example, Source
 from tokentm_jax.errors import InputError, printable

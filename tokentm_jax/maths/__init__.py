@@ -8,3 +8,4 @@ Axes, for the whole project:
 
 from tokentm_jax.maths import scores as scores
 from tokentm_jax.maths import weights as weights
+from tokentm_jax.maths.variants import contributions as contributions

@@ -38,6 +38,9 @@ class Versus:
     other: Any
     of_class: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "other", listed(self.other))
+
     def __call__(self, outputs: Array, target: Array) -> Array:
         other = classes_of(self.other, outputs.shape[0], "the other class")
         return class_logit(outputs, target) - class_logit(outputs, other)
@@ -69,6 +72,9 @@ class Channel:
 
     index: Any
     of_class: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "index", listed(self.index))
 
     def __call__(self, outputs: Array) -> Array:
         return class_logit(outputs, classes_of(self.index, outputs.shape[0], "the channel"))
@@ -155,13 +161,22 @@ def as_numbers(value: Any) -> Array:
         raise InputError(f"the score needs an array of numbers, got {value!r:.80}") from None
 
 
+def listed(classes: Any) -> Any:
+    """A list of whole numbers, known or traced, as an array, one leaf of a pytree; anything else as it is."""
+    if type(classes) not in (list, tuple) or not classes:
+        return classes
+    if all(isinstance(each, int | np.integer) for each in classes):
+        return np.asarray(classes)
+    return jnp.stack(classes) if all(isinstance(each, jax.Array) for each in classes) else classes
+
+
 def classes_of(target: Any, samples: int, what: str = "target") -> Any:
     """A class for all samples or one per sample, as an array [B] of whole numbers, known or traced.
 
     Raises InputError for anything else; a number that is not a class of the model is for the caller to find.
     """
     try:
-        found = target if isinstance(target, jax.Array) else np.asarray(target)
+        found = target if isinstance(target := listed(target), jax.Array) else np.asarray(target)
     except (TypeError, ValueError):  # a ragged list, an object that fails to become an array
         found = None
     if found is None or found.dtype.kind not in "iu" or found.shape not in ((), (samples,)):

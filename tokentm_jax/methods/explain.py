@@ -14,7 +14,7 @@ from jax.sharding import AxisType, PartitionSpec
 from tokentm_jax.errors import InputError, Unfit, suggest
 from tokentm_jax.inputs.reader import Reader
 from tokentm_jax.inputs.values import readable, seen
-from tokentm_jax.maths.scores import Cosine, Question, Versus, as_numbers, classes_of, question
+from tokentm_jax.maths.scores import Cosine, Question, Versus, as_numbers, classes_of, listed, question
 from tokentm_jax.methods.table import METHODS, Method
 from tokentm_jax.models.loading import require_loaded
 from tokentm_jax.programs.inspection import Inspection, inspected
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def explain_fn(
     module: Any,
-    method: str = "tokentm",
+    method: str | Method | Callable[..., Any] = "tokentm",
     *,
     score: Callable[..., Any] | None = None,
     details: bool = False,
@@ -42,7 +42,7 @@ def explain_fn(
     Args:
       module: a function `(params, inputs) -> outputs` of any library, or a Linen module such as `ViT`; its program is
         read (see `inspect`).
-      method: a name of `METHODS`.
+      method: a name of `METHODS`, or a function such as those of its rows.
       score: what is explained, a function `(outputs, target) -> [B]` or `outputs -> [B]` of what the module gives,
         such as those of `tokentm_jax.maths.scores`; None for the logit of the class.
       details: return `(maps, details)`, with `logits`, `target`, `score` and what else the method reports.
@@ -69,20 +69,21 @@ def explain_fn(
         differentiated, a map without a true derivative.
     """
     model = function_of(module, grid, prefix, readout)
-    rules = _custom_rules(method, options)
-    explainer = _explainer(model, method, _method(method), options, details, differentiate_anyway, rules)
+    name, row = _found(method)
+    rules = _custom_rules(name, row, options)
+    explainer = _explainer(model, name, row, options, details, differentiate_anyway, rules)
     if score is None:
         return explainer
     asked = question(score)
     return lambda params, inputs, target=None: explainer(params, inputs, asked._replace(target=target))
 
 
-def _custom_rules(method: str, options: dict[str, Any]) -> Mapping[str, Any]:
+def _custom_rules(method: str, row: Method, options: dict[str, Any]) -> Mapping[str, Any]:
     """The option `rules` where it is a mapping, taken out of the options; else no rules."""
     if not isinstance(options.get("rules"), Mapping):
         return {}
     rules = options.pop("rules")
-    if not _method(method).takes_rules:
+    if not row.takes_rules:
         raise InputError(f"the method {method!r} takes no rules: it has its own")
     for kind, rule in rules.items():
         if kind not in KINDS:
@@ -117,11 +118,14 @@ def inspect(
     return inspected(model.read(params, inputs), lambda: methods_for(model, params, inputs))
 
 
-def _method(name: Any) -> Method:
-    """A row of the table. Raises InputError for a name that is none."""
-    if not isinstance(name, str) or name not in METHODS:
-        raise suggest("method", name, METHODS)
-    return METHODS[name]
+def _found(method: Any) -> tuple[str, Method]:
+    """Name and row of a method: one of the table, a row, or a function. Raises InputError for anything else."""
+    if isinstance(method, Method) or callable(method):
+        row: Method = method if isinstance(method, Method) else Method(method)  # pyright: ignore[reportArgumentType]
+        return getattr(row.function, "__name__", "method"), row
+    if not isinstance(method, str) or method not in METHODS:
+        raise suggest("method", method, METHODS)
+    return method, METHODS[method]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -223,6 +227,7 @@ def methods_for(
     """
     model = function_of(module, grid, prefix, readout)
     check_model(model, params, inputs)
+    target = listed(target)
     inputs = jax.eval_shape(model.look_up, params, inputs)
     program = model.read(params, inputs)
     found = []
@@ -244,7 +249,7 @@ def _nan_unless(true: Array, array: Array) -> Array:
 
 def compiled(
     module: Any,
-    methods: Mapping[str, Mapping[str, Any]],
+    methods: Mapping[Any, Mapping[str, Any]],
     *,
     details: Sequence[str] | None = (),
     preprocessing: Reader | None = None,
@@ -253,7 +258,7 @@ def compiled(
 
     Args:
       module: as for `explain_fn`.
-      methods: names of `METHODS`, and the options of each.
+      methods: names of `METHODS`, or functions, and the options of each.
       details: names of the details that are wanted, of the first method; None for all that it reports.
       preprocessing: where given, the program takes batches of a data set, such as pixels uint8 [B, H, W, 3], and makes
         the model's input of them.
@@ -266,7 +271,7 @@ def compiled(
     Raises:
       InputError: no such method or option.
     """
-    rows = [(name, _method(name), options) for name, options in methods.items()]
+    rows = [(*_found(method), options) for method, options in methods.items()]
     if preprocessing is not None:
         rows = [(name, row, row.suited(options, preprocessing)) for name, row, options in rows]
     checked = tuple((name, row, tuple(sorted(row.check(name, options).items()))) for name, row, options in rows)
@@ -299,7 +304,7 @@ def _compiled(
 def explain(
     vit: "Model",
     images: Any,
-    method: str = "tokentm",
+    method: str | Method | Callable[..., Any] = "tokentm",
     target: Any = None,
     *,
     score: Callable[..., Any] | None = None,
@@ -313,7 +318,8 @@ def explain(
       vit: from `tokentm_jax.load` or `tokentm_jax.load`.
       images: array [B, H, W, 3] in [0, 1], as `vit.read` gives them; normalisation is inside. For a text model, the
         `Tokens` that its `read` gives.
-      method: a name of `METHODS`.
+      method: a name of `METHODS`, or a function `(model, params, inputs, target, *, option=default)` that returns
+        maps and details.
       target: a class for all samples, or one per sample [B], by number or by name; None for each sample's predicted
         class. A custom score may take other arrays, with the batch first.
       score: what is explained, as in `explain_fn`; None for the logit of the class.
@@ -338,8 +344,8 @@ def explain(
         (1, 8, 8)
     """
     require_loaded(vit)
-    row, preprocessing = _method(method), vit.preprocessing
-    program = compiled(vit.module, {method: row.suited(options, preprocessing)}, details=None if details else ())
+    name, row = _found(method)
+    program = compiled(vit.module, {method: row.suited(options, vit.preprocessing)}, details=None if details else ())
     inputs = vit.prepare(images)
     samples = len(jax.tree.leaves(inputs)[0])
     if text is not None:
@@ -360,7 +366,7 @@ def explain(
     if score is not None:
         target = asked._replace(target=target)
     maps, found = program(vit.params, inputs, target)
-    return (maps[method], found) if details else maps[method]
+    return (maps[name], found) if details else maps[name]
 
 
 def _target(vit: "Model", target: Any, asked: Question, samples: int) -> Any:

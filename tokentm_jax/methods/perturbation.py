@@ -211,7 +211,7 @@ def token_dropping(
     if home is None or any(getattr(type(module), name) is not getattr(home, name) for name in FORWARD):
         raise Unfit(
             "the method 'token_dropping' takes tokens out of the sequence, so it needs a module with the forward pass "
-            f"of tm.ViT; {model.source.name} has its own"
+            f"of tm.models.ViT; {model.source.name} has its own"
         )
     if getattr(module, "rope_type", None) is not None:
         raise Unfit("the method 'token_dropping' needs blocks that do not know a token's place: no rotary positions")

@@ -41,8 +41,8 @@ class Method:
     """
 
     function: Callable[..., Explanation]
-    paper: str
-    year: int
+    paper: str = ""
+    year: int = 0
     passes: str = "1 F + 1 B"
     class_specific: bool = True  # with the default options; see `looks_at_class`
     output: str = TOKENS

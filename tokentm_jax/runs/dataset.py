@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 
 from tokentm_jax.data.labels import read_label_map
-from tokentm_jax.data.sources import Source
+from tokentm_jax.data.sources import Source, open_source
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.identity import digest, environment
 from tokentm_jax.inputs.batches import Batch, batches
@@ -95,7 +95,7 @@ Report = Callable[[int, int, int], None]
 def explain_dataset(
     config: DatasetConfig,
     vit: Model,
-    source: Source,
+    source: Source | str,
     out: str,
     report: Report | None = None,
     *,
@@ -106,6 +106,7 @@ def explain_dataset(
     """Write the maps of a data set to a store, or those that a store still lacks.
 
     Args:
+      source: the data, or a path as `tokentm_jax.data.sources.open_source` takes it.
       out: a local folder, or a URL of gs:// or s3://.
       report: called with (examples finished, examples in all, examples skipped by this run) of this process.
       process, processes: this process writes every chunk whose number has the remainder `process`.
@@ -115,6 +116,7 @@ def explain_dataset(
       InputError: a config, model and data set that do not go together, chunks too large for the memory, a store of
         something else, a full disk.
     """
+    source = open_source(source) if isinstance(source, str) else source
     config = check(config, source)
     config = dataclasses.replace(config, label_map=read_label_map(config.label_map))
     if config.score is None:

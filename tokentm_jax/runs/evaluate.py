@@ -22,7 +22,7 @@ from tokentm_jax.methods.explain import compiled
 from tokentm_jax.metrics.task import CLEAN, PREDICTED, TARGET
 from tokentm_jax.metrics.tasks import TASKS
 from tokentm_jax.models.classes import translation
-from tokentm_jax.models.loading import Model
+from tokentm_jax.models.loading import Model, load
 from tokentm_jax.runs.programs import Programs
 from tokentm_jax.runs.records import EXAMPLES, KEPT, Records, clean_fields, record_file
 from tokentm_jax.runs.report import draw, fields_of, markdown, summarise, with_kept_rows
@@ -53,9 +53,9 @@ def examples(config: EvaluateConfig) -> Source:
 
 def evaluate(
     config: EvaluateConfig,
-    vit: Model,
-    source: Source,
-    out: Path,
+    vit: Model | None = None,
+    source: Source | None = None,
+    out: str | Path | None = None,
     report: Report | None = None,
     maps: Sequence[Maps] = (),
     *,
@@ -66,9 +66,11 @@ def evaluate(
     Rows that an earlier run left in `out`, and that the config does not have, stay in the results.
 
     Args:
-      config: what to compute on `vit` and `source`, which stand for its `model`, `checkpoint`, `data`, `limit`,
-        `half` and `names`.
-      out: a folder, for the results and, in `records`, the results per image of every finished batch.
+      config: what to compute.
+      vit: the model; None for the config's `model` and `checkpoint`.
+      source: the data; None for the config's `data`, `limit`, `half` and `names`.
+      out: a folder for the results and, in `records`, the results per image of every finished batch; None for
+        `runs/NAME`.
       report: called after every batch with (done, total, a function that gives the rows so far).
       maps: stores of this model and data set that maps are taken from; those that none has are computed.
       overwrite: also replace files in `out` that this program did not write.
@@ -78,6 +80,9 @@ def evaluate(
         another evaluation, one by other versions or on another device, files of others, or a run that is going on.
     """
     config = check(config)
+    source = examples(config) if source is None else source
+    vit = load(config.model, config.checkpoint) if vit is None else vit
+    out = Path("runs", config.name) if out is None else Path(out)
     config = dataclasses.replace(config, label_map=read_label_map(config.label_map))
     if not any(row.method == RANDOM and not row.options.get("pixels") for row in config.rows):
         config = dataclasses.replace(config, rows=(*config.rows, Row(RANDOM, RANDOM)))
@@ -97,7 +102,7 @@ def evaluate(
             raise InputError(f"random_blocks of {row.name!r} must be from 0 to {vit.module.depth} for {vit.name}")
     if config.mixed_precision and not hasattr(vit.module, "linear"):
         raise InputError(
-            f"mixed_precision needs a module with the field 'linear', as tm.ViT has, and {vit.name} has none"
+            f"mixed_precision needs a module with the field 'linear', as tm.models.ViT has, and {vit.name} has none"
         )
     vit.require_classes() if config.score is None else vit.score(config.score)
     translate = translation(vit, source, config.label_map)

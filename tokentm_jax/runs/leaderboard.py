@@ -27,7 +27,7 @@ from tokentm_jax.identity import claimed, digest, environment, write_figure
 from tokentm_jax.methods.explain import compiled
 from tokentm_jax.methods.table import METHODS
 from tokentm_jax.metrics.tasks import TASKS
-from tokentm_jax.models.loading import Model
+from tokentm_jax.models.loading import Model, load
 from tokentm_jax.runs.dataset import DatasetConfig, explain_dataset
 from tokentm_jax.runs.dataset import Report as Counted
 from tokentm_jax.runs.evaluate import Report, evaluate, examples
@@ -127,8 +127,8 @@ Watch = Callable[[str], AbstractContextManager[Report | None]]
 
 def leaderboard(
     config: LeaderboardConfig,
-    vit: Model,
-    out: Path,
+    vit: Model | None = None,
+    out: str | Path | None = None,
     maps: Sequence[Maps] = (),
     watch: Watch = lambda _: nullcontext(),
     *,
@@ -139,8 +139,10 @@ def leaderboard(
     Methods that an earlier run left in `out`, and that the config does not have, stay in the table.
 
     Args:
-      config: what to compute on `vit`, which stands for its `model` and `checkpoint`.
-      out: a folder, for the table, the picture, a folder of every run, and the maps that several runs need.
+      config: what to compute.
+      vit: the model; None for the `model` and `checkpoint` of the runs.
+      out: a folder for the table, the picture, a folder of every run, and the maps that several runs need; None for
+        `runs/NAME`.
       maps: stores that maps are taken from, too; each is of the data and the profile of at least one run.
       watch: gives a context for the part of that name, and in it what to call after every batch, as in `evaluate`.
       overwrite: also replace files in `out` that this program did not write.
@@ -149,6 +151,8 @@ def leaderboard(
       InputError: as `check` and `evaluate` do, and for stores that are of no run.
     """
     config = check(config)
+    vit = load(config.runs[0].model, config.runs[0].checkpoint) if vit is None else vit
+    out = Path("runs", config.name) if out is None else Path(out)
     sources = {run.name: examples(run) for run in config.runs}
     given = {run.name: [store for store in maps if _is_of(store, run, sources[run.name])] for run in config.runs}
     for store in maps:

@@ -355,7 +355,7 @@ def _asked(config: EvaluateConfig) -> tuple[Any, ...]:
     return config.task, dict(config.options), config.score
 
 
-def compare(outs: Sequence[Path], to: str | None = None) -> list[dict[str, Any]]:
+def compare(outs: Sequence[str | Path], to: str | None = None) -> list[dict[str, Any]]:
     """Differences with 95 % intervals over the images that both have.
 
     Of one run: every method less the row `to`, or the run's first. Of several: every method less the same in the first
@@ -366,7 +366,7 @@ def compare(outs: Sequence[Path], to: str | None = None) -> list[dict[str, Any]]
     """
     if to is not None and len(outs) > 1:
         raise InputError("of several runs, every method is compared with the same method of the first, not with a row")
-    runs = [open_finished(out) for out in outs]
+    runs = [open_finished(Path(out)) for out in outs]
     first = runs[0]
     names = [row.name for row in first.config.rows]
     if to is not None and to not in names:

@@ -14,7 +14,8 @@ Run time: 80 seconds of one core.
 from typing import Literal
 
 from models.training.recipe import TrainConfig
-from tokentm_jax import Spectrogram, sample_data
+from tokentm_jax import sample_data
+from tokentm_jax.inputs import Spectrogram
 
 DATA = sample_data("recordings")  # 0/0_theo_12.wav: the digit, the speaker, the number
 
