@@ -31,7 +31,7 @@ def main(data: Path, count: int, batch: int, methods: list[str]) -> str:
     agree = []
     source = open_source(photos, limit=count)
     for part in batches(source, single.preprocessing, batch):
-        images = jnp.asarray(part.images, jnp.float32) / 255
+        images = jnp.asarray(part.inputs, jnp.float32) / 255
         target = single.logits(images).argmax(-1)
         agree.append((half.logits(images).argmax(-1) == target)[: len(part.keys)])
         for method in methods:
