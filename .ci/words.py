@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = (".", ".github", "configs", "docs", "models", "notebooks")  # "tokentm_jax" is rewritten last
+FOLDERS = (".", "tokentm_jax/cli", "tokentm_jax/inputs", "tokentm_jax/runs", ".github", "configs", "docs", "models", "notebooks")  # "tokentm_jax" is rewritten last
 DEEP = ("docs", "tokentm_jax")  # with their folders
 IDIOMS = {  # a regular expression, in which a space is any white space: what to write
     r"yardsticks?": "metric",
@@ -32,7 +32,7 @@ IDIOMS = {  # a regular expression, in which a space is any white space: what to
     r"(pixels?|patch|patches|words?|tokens?|window) (go|goes|have gone)": "are removed",
     r"(hears?|heard)": "receives",
     r"(model|teacher|student|head) (sees?|hears?)": "receives, reads",
-    r"(is|are|was) none": "is not a ..., is missing",
+    r"(is|are|was) (?-i:none)": "is not a ..., is missing",
     r"there (is|are) no \w+ (that|who)": "no ...",
     r"(can|and|for|to|of|by|so) who": "users who",
     r"by what (it|they) shows?": "depending on what it exposes",

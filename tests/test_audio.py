@@ -424,7 +424,7 @@ def test_ast_reads_a_file_as_the_library_does(tmp_path):
     (tmp_path / "a.wav").write_bytes(wav(ANSWERS["wave"][:, None] / (2**15 - 1), rate=16_000))
     vit = tm.load(str(AST))
     assert (vit.module.grid, vit.module.prefix, vit.module.readout[:3]) == ((5, 11), 2, (0.5, 0.5, 0.0))
-    with pytest.warns(UserWarning, match=r"a\.wav is 0\.30 s long: the model hears its first 0\.26 s"):
+    with pytest.warns(UserWarning, match=r"a\.wav is 0\.30 s long: the model receives its first 0\.26 s"):
         images = vit.read(tmp_path / "a.wav")
     assert images.shape == (1, 16, 24, 1)
     normalised = vit.preprocessing.normalise(jnp.asarray(images))
@@ -598,7 +598,7 @@ def test_explain_audio(recordings, tones, tmp_path):
     assert done.exit_code == 2 and "Traceback" not in done.output
     assert (
         "bad.wav is truncated" in done.stderr
-        and "a.wav is 0.18 s long: the model hears its first 0.05 s" in done.stderr
+        and "a.wav is 0.18 s long: the model receives its first 0.05 s" in done.stderr
     )
     assert "high" in done.stdout and "<- explained" in done.stdout
     vit = tm.load(checkpoint=checkpoint)

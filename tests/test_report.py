@@ -215,13 +215,13 @@ def test_a_page_of_a_run(place, tmp_path):
     shutil.copytree(place / "photos", other)
     (other / "a" / "1.png").write_bytes(b"damaged")
     found = run("report", out, "--out", page, "--best", 1, "--data", other)
-    assert found.exit_code == 0 and "1 of 4 pictures cannot be had" in found.stderr, found.output
+    assert found.exit_code == 0 and "1 of 4 pictures are not available" in found.stderr, found.output
     settings, details = content(page)
     assert [photo["thumb"] is None for photo in settings["photos"]] == [True, False, False, False] and 0 not in details
 
     gone = tmp_path / "gone"
     moved = run("report", out, "--out", page, "--data", gone, "--checkpoint", gone)
-    assert moved.exit_code == 0 and moved.stderr.count("cannot be had") == 2
+    assert moved.exit_code == 0 and moved.stderr.count("is not available") == 2
     settings, details = content(page)
     assert (
         details == {} and settings["photos"][0]["thumb"] is None and settings["figures"]["cells"] == figures["cells"]

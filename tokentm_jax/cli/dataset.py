@@ -52,7 +52,7 @@ def dataset(
     process: int | None,
     **settings: Any,
 ) -> None:
-    """Explain a whole data set; started again with the same store, it goes on where it stopped.
+    """Explain a whole data set; started again with the same store, it resumes where it stopped.
 
     SOURCE is a folder or zip of photos, in class folders or without labels, a folder with labels.csv, a .mat file or
     tfds:NAME:SPLIT. STORE becomes a zarr v3 group with maps, logits, labels, predictions and provenance, which

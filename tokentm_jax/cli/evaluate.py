@@ -53,7 +53,7 @@ def evaluate(
     task: tuple[Path, ...],
     overwrite: bool,
 ) -> None:
-    """Measure explanation methods by a recipe; started again with the same folder, it goes on where it stopped.
+    """Measure explanation methods by a recipe; started again with the same folder, it resumes where it stopped.
 
     CONFIG.py is a Python file that is run, and whose `config`, or what its `get_config(KEY=VALUE, ...)` returns, is an
     EvaluateConfig. The results are results.json, results.md and curves.png.

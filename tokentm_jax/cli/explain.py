@@ -235,7 +235,7 @@ def explain_text(
     as_json: bool,
     overwrite: bool,
 ) -> None:
-    """Show which words of texts speak for a class, as `tokentm explain` does, and write no files but a page.
+    """Show which words of texts support a class, as `tokentm explain` does, and write no files but a page.
 
     \b
     Examples:

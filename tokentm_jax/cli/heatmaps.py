@@ -42,7 +42,7 @@ class Asked(NamedTuple):
 
     @property
     def identity(self) -> list[Any]:
-        """What tells it from other questions, as JSON."""
+        """What identifies it among questions, as JSON."""
         return [self.index, self.rank, self.prompt]
 
     def classes(self, outputs: "np.ndarray") -> "np.ndarray":

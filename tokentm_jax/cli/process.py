@@ -91,7 +91,7 @@ def _keep_quiet_after(received: list[int]) -> None:
         def report(*args: Any) -> None:
             if received and isinstance(getattr(args[0], "exc_value", None), KeyboardInterrupt):
                 os._exit(128 + received[0])
-            # Of C++ in a thread of its own: TensorStore's, whose event loop ended with the error that we report.
+            # Of C++ in a separate thread: TensorStore's, whose event loop ended with the error that we report.
             lost = getattr(args[0], "object", args) is None and threading.current_thread() is not main_thread
             if not received and not lost:
                 hook(*args)
@@ -118,9 +118,9 @@ def _settle_environment() -> None:
         Path.home()
     except RuntimeError:  # a user id without an entry, as in containers
         os.environ["HOME"] = os.devnull  # no folder can be made in it
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it has a place of its own where it cannot write
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it uses another folder if it cannot write
     os.environ["MPLBACKEND"] = "agg"  # pictures go to files, and an unknown backend ends Matplotlib's import
-    for name in ("asyncio", "absl"):  # Orbax says through them what it also raises
+    for name in ("asyncio", "absl"):  # Orbax logs through them what it also raises
         logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.formatwarning = lambda message, *_, **__: f"Warning: {printable(message)}\n"
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")

@@ -46,7 +46,7 @@ def run_tasks(files: Sequence[Path]) -> None:
 
 
 def read_recipe(recipe: Path, *kinds: type) -> Any:
-    """The config of a recipe, every field as its annotation says.
+    """The config of a recipe, every field of the type of its annotation.
 
     Args:
       recipe: a Python file that defines `config`, or the function `get_config(**options)`; options follow the file's

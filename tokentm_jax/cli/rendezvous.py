@@ -92,7 +92,7 @@ def _come(coordinator: str, address: tuple[str, int], greeting: bytes, until: fl
 
 
 def _line(connection: socket.socket) -> bytes:
-    """What the other side says, up to the end of a line; empty for one that says nothing or too much."""
+    """What the other side sends, up to the end of a line; empty for nothing or too much."""
     said = b""
     with suppress(OSError):
         while not said.endswith(b"\n") and len(said) < LONGEST and (part := connection.recv(LONGEST)):

@@ -1,7 +1,7 @@
-"""What the page of `tokentm report` says, and how it is written.
+"""The content of the page of `tokentm report`, and how it is written.
 
 The page is a list of photos, each with a small picture and a few facts; those that are explained also have their maps
-and curves, as JSON in an element of its own that is read when the photo is looked at. Maps are numbers: colours are
+and curves, as JSON in a separate element that is read when the photo is looked at. Maps are numbers: colours are
 put on them by the page.
 """
 
@@ -122,10 +122,10 @@ class Photos(NamedTuple):
 
     vit: Model
     rows: Sequence[Row]
-    top: int  # so many of the most probable classes
+    top: int  # number of the most probable classes
     target: int | None = None  # a class beside them
     strict: bool = True  # a method that cannot explain this model is an error; else it is left out
-    score: str | None = None  # of a run, in place of the class: of the predicted one alone, and without curves
+    score: str | None = None  # of a run, instead of the class: only of the predicted one, and without curves
 
     def explain(self, levels: Any, labels: np.ndarray, panels: Sequence[Any]) -> list[Json]:
         """What the page shows of a batch of the reader's `levels` with labels [B], -1 where unknown."""
@@ -228,7 +228,7 @@ class _Look(NamedTuple):
 
 
 def _listed(name: str, panel: Any, side: int, label: int = -1, **facts: Any) -> Json:
-    """What the list says of a photo."""
+    """The facts of a photo in the list."""
     small = {"thumb": None} if panel is None else panel.listed(side)
     return {"name": printable(name), **small, "label": label, **facts}
 
@@ -302,7 +302,7 @@ def run_page(
     """A page about a finished evaluation.
 
     Raises InputError for a folder without one, or methods that it does not have. Where its model or its photos are not
-    there any more, the page says so, and shows the rest.
+    there any more, the page reports it, and shows the rest.
     """
     run = open_finished(out)
     config, notices = run.config, []
@@ -316,14 +316,14 @@ def run_page(
         own = checkpoint if checkpoint is not None or model is not None else config.checkpoint
         vit = load(config.model if model is None else model, own, class_names=class_names)
     except InputError as error:
-        notices.append(f"Nothing is explained anew, for the model cannot be had: {error}")
+        notices.append(f"Nothing is explained again: the model is not available: {error}")
     try:
         source = examples(dataclasses.replace(config, data=data or config.data))
         if set(run.keys) - set(source.keys):
             raise InputError(f"{source.name} has other examples than the run")
     except InputError as error:
         source = None
-        notices.append(f"No pictures, for the data cannot be had: {error}")
+        notices.append(f"No pictures: the data is not available: {error}")
     for notice in notices:
         complain(notice)
     figures, values = _figures(run, config.rows)
@@ -401,7 +401,7 @@ def _run_photos(
                     look(key, source)
                 report(number, len(keys), len(failed))
     if failed:
-        notices.append(f"{len(failed)} of {len(keys)} pictures cannot be had: {next(iter(failed.values()))}")
+        notices.append(f"{len(failed)} of {len(keys)} pictures are not available: {next(iter(failed.values()))}")
         complain(notices[-1])
     listed = {key: {"name": printable(key), **(pictures[key] or {"thumb": None}), **facts[key]} for key in keys}
     return [(listed[key], details.get(key)) for key in keys]
@@ -442,7 +442,7 @@ def _figures(run: Finished, shown: Sequence[Row]) -> tuple[Json, dict[str, dict[
 def _extremes(
     values: Mapping[str, Mapping[str, Mapping[str, float]]], metrics_: Sequence[str], keys: Sequence[str], best: int
 ) -> list[str]:
-    """The examples of the least and the greatest results of every row, by the first metric: the one that tells most
+    """The examples of the least and the greatest results of every row, by the first metric: the most informative one
     images apart."""
     if not metrics_ or not best:
         return []
@@ -471,7 +471,7 @@ def store_page(
     try:
         source = open_source(data or re.sub(r"^the (folder|zip file) ", "", made["data"]["name"]))
     except InputError as error:
-        notices.append(f"No pictures, for the data cannot be had: {error}")
+        notices.append(f"No pictures: the data is not available: {error}")
         complain(notices[-1])
     names = _names_of_store(made, source, class_names, stored.logits[:1].shape[1])
     side = SIDES["large" if len(places) <= MANY else "small"]
@@ -505,7 +505,7 @@ def store_page(
             page.append((_listed(key, panel, side, int(label[i]), **facts), details))
             report(i + 1, len(places), len(failed))
     if failed:
-        notices.append(f"{len(failed)} of {len(places)} pictures cannot be had: {failed[0]}")
+        notices.append(f"{len(failed)} of {len(places)} pictures are not available: {failed[0]}")
         complain(notices[-1])
     about = f"{made['model']['name']}, {len(page)} images of {Path(made['data']['name']).name}"
     unnamed = printable(str(made.get("score") or "no class"))

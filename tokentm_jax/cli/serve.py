@@ -50,7 +50,7 @@ def serve(
 ) -> None:
     """Serve a page that explains photos, recordings or texts: give one, choose class and method, see the map.
 
-    Needs the extra [serve]. Only this machine can open the page, unless --host says otherwise. What is sent stays in
+    Needs the extra [serve]. Only this machine can open the page, unless --host changes this. What is sent stays in
     memory, and is forgotten with its answer. Ctrl-C ends it.
 
     \b

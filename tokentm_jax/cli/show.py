@@ -118,7 +118,7 @@ def show(
       SVG file, `image()` gives a Pillow image.
 
     Raises:
-      InputError: nothing that the model takes, as `vit.read` says it; no such class, method, colours or model; wrong
+      InputError: nothing that the model takes, as for `vit.read`; no such class, method, colours or model; wrong
         maps, or another number of them than of photos.
 
     Examples:

@@ -1,6 +1,6 @@
 """The web application of `tokentm serve`: what may be asked, by whom, and how much of it at a time.
 
-Every answer is computed by one thread, and made of what stands in memory: no request names a file of the server. An
+Every answer is computed by one thread, and made from what is in memory: no request names a file of the server. An
 upload is the bytes of a photo, a recording or a text, as the body of the request; nothing of it is kept after the
 answer.
 """
@@ -188,7 +188,7 @@ class Guard:
     """Lets through what comes from the page itself, and puts the security headers on every answer.
 
     The Host must be one of the server's own, or a page of another site whose name leads here could read the answers;
-    and where the browser says which page asks, it must be one of ours. With `numbers`, any address in numbers is one
+    and if the browser names the page that asks, it must be one of ours. With `numbers`, any address in numbers is one
     of the server's own: no other site can lead one of these here.
     """
 
@@ -220,7 +220,7 @@ class Guard:
         if origin is not None and origin.lower().partition("://")[2] != host:
             return "pages of other sites may ask nothing here"
         elsewhere = headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
-        if elsewhere and headers.get("sec-fetch-mode") != "navigate":  # a link to the page is none of their business
+        if elsewhere and headers.get("sec-fetch-mode") != "navigate":  # a link to the page is allowed
             return "pages of other sites may ask nothing here"
         return ""
 
@@ -377,7 +377,7 @@ FAULTS: dict[Any, Any] = {
     HTTPException: _refused,
     Busy: _fault(503, "too many requests are waiting here: try again in a moment", {"retry-after": COME_BACK}),
     ClientDisconnect: _fault(400, "nobody waits for an answer"),
-    Exception: _fault(500, "something went wrong here; the server's terminal says what"),
+    Exception: _fault(500, "something went wrong here; the server's terminal shows what"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Examples of a data set as batches of one shape, decoded ahead of the device."""
+"""Examples of a data set as batches of one shape, decoded before the device needs them."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence

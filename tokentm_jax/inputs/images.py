@@ -57,7 +57,7 @@ class Preprocessing:
     statistics gives plausible and wrong results.
 
     With `audio` it is recordings that become spectrograms, of `size` (mel bins, frames) and one channel; how photos
-    are resized then says nothing. Raises InputError naming the field that is out of range.
+    are resized is then ignored. Raises InputError naming the field that is out of range.
     """
 
     size: tuple[Side, Side]
@@ -249,7 +249,7 @@ class Preprocessing:
         return to_pixels(maps, self.size, getattr(module, "tiling", None))
 
     def checked(self, images: Any) -> Array:
-        """Images from a caller as an array [B, H, W, C] in [0, 1], or the reason why they are none.
+        """Images from a caller as an array [B, H, W, C] in [0, 1], or the reason why they are refused.
 
         Args:
           images: a NumPy or JAX array (or what turns into one) of floating-point numbers in [0, 1]. What resizing
@@ -296,7 +296,7 @@ class Preprocessing:
         return (images - mean) / std
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON types, but for those that say what is usual: a model is the same as before there was
+        """The fields as JSON types, except those with usual values: a model is the same as before there was
         something else."""
         fields = dataclasses.asdict(self)
         if self.crop_mode == "center":

@@ -120,7 +120,7 @@ def shade(
     heatmap: np.ndarray, size: tuple[int, int], squares: bool = False, signed: bool | None = None
 ) -> tuple[np.ndarray, bool]:
     """A token or pixel map [gh, gw] as values to show on `size` (h, w) pixels, and whether it is signed: with negative
-    values, or where the caller says so, as for a map beside others of its method.
+    values, or if the caller asks for it, as for a map beside others of its method.
 
     Maps without negative values are stretched to [0, 1] (smallest to largest; a constant map is 0). Signed maps are
     divided by the 99.5th percentile of their magnitude and cut to [-1, 1], so that zero stays in the middle and few

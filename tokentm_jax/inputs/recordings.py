@@ -48,10 +48,10 @@ def fitted_mask(mask: np.ndarray, preprocessing: Any, profile: str) -> np.ndarra
 def notice(recording: Recording, preprocessing: Any, name: str) -> str | None:
     """A sentence about the end of a long recording, which the model does not receive; None for a short one."""
     assert preprocessing.audio is not None
-    heard = preprocessing.audio.seconds(preprocessing.size[1])
-    if recording.seconds < heard + preprocessing.audio.hop / preprocessing.audio.sampling_rate:
+    received = preprocessing.audio.seconds(preprocessing.size[1])
+    if recording.seconds < received + preprocessing.audio.hop / preprocessing.audio.sampling_rate:
         return None
-    return f"{name} is {recording.seconds:.2f} s long: the model hears its first {heard:.2f} s"
+    return f"{name} is {recording.seconds:.2f} s long: the model receives its first {received:.2f} s"
 
 
 def view(recording: Recording, preprocessing: Any, side: int = SIZE[1], profile: str = "default") -> np.ndarray:

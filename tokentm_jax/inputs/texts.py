@@ -251,7 +251,7 @@ class WordPieces:
         return self.stacked([_sample(each) for each in self.encode(texts)])
 
     def checked(self, tokens: Any) -> Tokens:
-        """Tokens of a caller as arrays of the types that the model wants. Raises InputError for others."""
+        """Tokens of a caller as arrays of the types that the model needs. Raises InputError for others."""
         if not isinstance(tokens, Tokens):
             raise InputError(f"the model takes texts: expected what its `read` gives, got {type(tokens).__name__}")
         kinds = (np.int32, np.bool_, np.int32, np.bool_)

@@ -78,7 +78,7 @@ class Images(NamedTuple):
         return numbers
 
     def without(self, removed: Array, fill: Any, tiling: Any = None) -> Array:
-        """Pixels are replaced; `removed` may be of patches, which divide the image or lie as `tiling` says."""
+        """Pixels are replaced; `removed` may be of patches, which divide the image or are placed by `tiling`."""
         images = self.values
         if removed.shape[1:] != images.shape[1:3]:
             removed = spread(removed, (images.shape[1], images.shape[2]), tiling)

@@ -34,7 +34,7 @@ def words(
 
     Returns:
       For each text its words in order, with their places in it. What a tokenizer takes for a word is up to it:
-      punctuation marks and Chinese characters are words of their own with most. Special tokens, and what was cut off,
+      punctuation marks and Chinese characters are separate words with most. Special tokens, and what was cut off,
       have none.
 
     Raises:
