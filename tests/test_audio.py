@@ -457,7 +457,7 @@ def test_ast_in_half_precision_and_under_newer_names(tmp_path):
         ("preprocessor_config.json", {"max_length": 25}, "'max_length' must be 24"),
         ("preprocessor_config.json", {"sampling_rate": 10**9}, "'sampling_rate' must be less than or equal to 384000"),
         ("preprocessor_config.json", {"std": 0.0}, "'std'\\[0\\] must be greater than 0"),
-        ("preprocessor_config.json", None, "says how recordings become the model's input"),
+        ("preprocessor_config.json", None, "specifies how inputs are prepared"),
         ("config.json", {"time_stride": 0}, "'time_stride' must be greater than or equal to 1"),
         ("config.json", {"time_stride": 3}, "does not fit the model"),
     ],
