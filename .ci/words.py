@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = (".", "tokentm_jax/cli", "tokentm_jax/inputs", "tokentm_jax/runs", ".github", "configs", "docs", "models", "notebooks")  # "tokentm_jax" is rewritten last
+ROOMS = ("cli", "inputs", "models", "runs")  # the other folders of the package are to follow
+FOLDERS = (".", ".github", "configs", "docs", "models", "notebooks", *(f"tokentm_jax/{room}" for room in ROOMS))
 DEEP = ("docs", "tokentm_jax")  # with their folders
 IDIOMS = {  # a regular expression, in which a space is any white space: what to write
     r"yardsticks?": "metric",

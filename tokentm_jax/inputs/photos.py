@@ -31,7 +31,7 @@ def example() -> bytes:
 
 
 def fit(image: Image.Image, preprocessing: Any) -> np.ndarray:
-    """The photo as the model receives it: uint8 [H, W, 3] of `preprocessing.size`. InputError for other channels than 3.
+    """The photo as the model receives it: uint8 [H, W, 3]. Raises InputError for a model of other channels.
 
     The photo is resized so that it covers `size / crop_pct`, keeping its proportions (unless it is to be squashed to
     these), and its centre is cut out, with the rounding of timm's evaluation transform (its resize to a target that is

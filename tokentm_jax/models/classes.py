@@ -18,7 +18,7 @@ def translation(vit: Model, source: Source, label_map: LabelMap | str | None = N
     """The model's class of each of the source's classes [classes]; None where the source's numbers are the model's.
 
     A class goes by the label map, else by its exact name, its wnid, or the one name that differs in case, underscores
-    and spaces alone. Where the model's names are unknown, classes that are called by numbers ("7", "007") are these.
+    and spaces. Where the model's names are unknown, classes that are called by numbers ("7", "007") are these.
 
     Raises InputError for classes that the model does not have, each with the nearest name that it has, for names that
     two of the model's classes share, two classes that would be the same, and a label map that does not fit.
