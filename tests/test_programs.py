@@ -166,7 +166,7 @@ def test_what_cannot_be_told_is_asked_for(images, briefly):
         return jax.lax.scan(block, tokens, stacked)[0].mean(1) @ params["head"]
 
     tokens = np.random.default_rng(0).normal(size=(2, 6, 8))
-    with pytest.raises(tm.InputError, match="the grid of patches cannot be told from this function: give it as grid="):
+    with pytest.raises(tm.InputError, match="the grid of patches of this function is unknown: specify grid="):
         explain_fn(tokens_first, "tokentm")(params, tokens)
     assert explain_fn(tokens_first, "tokentm", grid=(2, 3), prefix=0)(params, tokens).shape == (2, 2, 3)
     for wrong, message in (

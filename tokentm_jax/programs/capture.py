@@ -1,4 +1,4 @@
-"""From (model, params, inputs, target) to arrays: what all blocks did in a forward and backward pass."""
+"""From (model, params, inputs, target) to arrays: those of all blocks in a forward and backward pass."""
 
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
@@ -21,35 +21,35 @@ from tokentm_jax.programs.structure import Attention, Layer, Stage, behind_norm
 class Trace(NamedTuple):
     """One forward and backward pass of a batch. Axes: L blocks, B batch, H heads, N tokens, D width.
 
-    What was not asked for is None.
+    Fields that were not requested are None.
     """
 
-    tokens: Any  # [L+1, B, N, D] input of every block, and the output of the last (where `final_tokens` is asked for)
-    token_grads: Any  # [L+1, B, N, D] gradient of the score (the explained logit) there
+    tokens: Any  # [L+1, B, N, D] input of every block, and the output of the last one (with "final_tokens")
+    token_grads: Any  # [L+1, B, N, D] gradient of the score at `tokens`
     input_grads: Any  # [B, H, W, 3] gradient at the normalised images, or [B, N, D] at the embeddings of texts
     attention: Any  # [L, B, H, N, N] after softmax
     attention_grad: Any  # [L, B, H, N, N]
-    normalised: Any  # [L, B, N, D] what the attention layer reads: LN1 of the block's input, or itself
+    normalised: Any  # [L, B, N, D] input of the attention: LN1 of the block's input, or the block's input
     normalised_grads: Any  # [L, B, N, D]
     value: Any  # [L, B, H, N, D/H]
     transformed_value: Any  # [L, B, N, D]
     attention_branch: Any  # [L, B, N, D]
     ffn_branch: Any  # [L, B, N, D]
-    value_kernel: Any  # [L, D, D] of the value projection, without its bias; kept only where it is asked for
-    output_kernel: Any  # [L, D, D] of the output projection, with the layer's scale; likewise
-    middle: Any  # [L, B, N, D] of post-norm blocks: x', and
-    after: Any  # [L, B, N, D] x+
-    seen: Any  # [B, N] which tokens of texts are there; None: all
-    logits: Any  # [B, classes], or what else the model gives
-    target: Any  # [B] the class explained, or the `Question`
-    score: Array  # [B] what was explained: the logit of that class, or what the question's score is
+    value_kernel: Any  # [L, D, D] of the value projection, without its bias; only on request
+    output_kernel: Any  # [L, D, D] of the output projection, with the layer's scale; only on request
+    middle: Any  # [L, B, N, D] x' of post-norm blocks
+    after: Any  # [L, B, N, D] x+ of post-norm blocks
+    seen: Any  # [B, N] true for present tokens of texts; None: all
+    logits: Any  # [B, classes], or other outputs of the model
+    target: Any  # [B] the explained class, or the `Question`
+    score: Array  # [B] the explained number: the logit of the class, or the score of the question
 
     def details(self) -> dict[str, Any]:
-        """What every method reports: logits [B, classes], the class explained and its score [B]."""
+        """The details of every method: logits [B, classes], the explained class and its score [B]."""
         return {"logits": self.logits, "target": self.target, "score": self.score}
 
     def blocks(self) -> Blocks:
-        """The arrays of all blocks, `attention` among them, with the batch axis second, which kernels do not have."""
+        """The arrays of all blocks. The batch is the second axis, except for kernels, which have none."""
         found = {name: getattr(self, name, None) for name in Blocks._fields}
         depth = len(self.attention)
         if self.tokens is not None:
@@ -66,7 +66,7 @@ GRADIENTS = {"attention_grad": "attention", "token_grads": "tokens", "normalised
 SHOWN = ("tokens", "attention", "normalised", "value", "transformed_value", "attention_branch", "ffn_branch")
 KERNELS = ("value_kernel", "output_kernel")
 POST_NORM = ("middle", "after")
-ALL = ("final_tokens", "input_grads", *SHOWN, *GRADIENTS)  # but kernels, which are parameters
+ALL = ("final_tokens", "input_grads", *SHOWN, *GRADIENTS)  # without kernels, which are parameters
 FIELDS: Collection[str] = (*Trace._fields, "final_tokens")
 
 
@@ -79,24 +79,24 @@ def capture(
     *,
     gradients: bool = True,
 ) -> Trace:
-    """Run the model forward, and backward where gradients are asked for, and keep what the blocks did.
+    """Run the model forward, and backward if gradients are requested, and record arrays of the blocks.
 
     Args:
       module: a function `(params, inputs) -> outputs`, or a Linen module.
       params: its parameters.
       inputs: normalised images [B, H, W, C], `Tokens` or `Texts`.
-      target: class of each sample [B] or one class for all; None for the predicted ones; or a `Question` of
+      target: class of each sample [B] or one class for all; None for the predicted classes; or a `Question` of
         `tokentm_jax.maths.scores`.
-      fields: of `Trace`, which are wanted, and "final_tokens", which appends the output of the last block to `tokens`
-        and `token_grads`; None: all but the kernels, which a Linen module must sow. Logits and target are always
-        there, and a backward pass is run only for gradients.
-      gradients: False leaves out those fields that are gradients.
+      fields: requested fields of `Trace`, and "final_tokens", which appends the output of the last block to `tokens`
+        and `token_grads`; None: all except the kernels, which a Linen module must sow. Logits and target are always
+        present, and a backward pass is run only for gradients.
+      gradients: False leaves out fields that are gradients.
 
     Returns:
-      A `Trace`; gradients are those of each sample's own score.
+      A `Trace`. Gradients are of each sample's score.
 
     Raises:
-      InputError: what is wanted is not found in the model.
+      InputError: a requested field is not found in the model.
     """
     model: Any = module
     if not isinstance(model, Model):
@@ -121,7 +121,7 @@ def capture(
 
 
 def _sown(model: Model, params: Any, inputs: Any, name: str) -> Array:
-    """What a Linen module sows under a name, stacked over blocks."""
+    """The arrays that a Linen module sows under a name, stacked over blocks."""
     sown: Any = {}
     if model.source.module is not None:
         sown = model.source.module.apply({"params": params}, inputs, mutable=["intermediates"])[1]
@@ -137,7 +137,7 @@ def of_sample(
 ) -> tuple[Any, Any]:
     """The fields for one sample, those of blocks [L, ...], and its outputs."""
     points = {point for field, point in GRADIENTS.items() if field in fields}
-    both = "normalised" in points and model.post_norm  # the stream itself, which goes on beside the attention layer
+    both = "normalised" in points and model.post_norm  # the stream, which the residual sum also reads
     points |= {"sum"} if both else set()
     places = _places(model, {*fields, *points})
     taps = {reading: {at: partial(_note, known) for at, known in own.items()} for reading, own in places.items()}
@@ -155,30 +155,31 @@ def of_sample(
         known = {"input_grads": of_input} if "input_grads" in fields else {}
         for field, point in GRADIENTS.items():
             if field in fields:
-                known[field] = _of_blocks(model, point, grads, lambda gradient: gradient, final)
+                known[field] = _of_blocks(model, point, grads, final)
         if both:
-            known["normalised_grads"] -= _of_blocks(model, "sum", grads, lambda gradient: gradient, final)
+            known["normalised_grads"] -= _of_blocks(model, "sum", grads, final)
     else:
         _, (notes, outputs) = run({}, values(sample))
     for name in POINTS.keys() & set(fields):
-        known[name] = _of_blocks(model, name, notes, lambda names: names[name], final)  # noqa: B023
+        known[name] = _of_blocks(model, name, notes, final)
     return known, outputs
 
 
 def _note(names: dict[str, Any], evaluation: Evaluation) -> Any:
-    """A tap that adds what is handed in, and notes the value, or what `TAKEN` makes of it, under each of the names."""
+    """A tap that adds `extra`, and notes the value, or x~ for "transformed_value", under each of the names."""
 
     def tap(value: Array, state: Any, extra: Any) -> Any:
         value = value if extra is None else value + extra
         evaluation.values[evaluation.current] = value
-        found = {name: TAKEN[name](evaluation, block) if name in TAKEN else value for name, block in names.items()}
+        own = {name: name == "transformed_value" for name in names}
+        found = {name: transformed_value(evaluation, names[name]) if its else value for name, its in own.items()}
         return value, state, found
 
     return tap
 
 
 def _places(model: Model, names: Collection[str]) -> dict[Reading, dict[int, dict[str, Any]]]:
-    """The values that hold what is asked for, in each of the programs: their names, each with its block."""
+    """The requested values of each program: their names, each with its block."""
     places: dict[Reading, dict[int, dict[str, Any]]] = {}
     asked = POINTS.keys() & set(names)
     for stage in model.structure.stages if asked else ():
@@ -192,7 +193,7 @@ def _places(model: Model, names: Collection[str]) -> dict[Reading, dict[int, dic
 
 
 def _zeros(model: Model, points: Collection[str], final: bool) -> Notes:
-    """Zeros to add at every point whose gradient is asked for."""
+    """Zeros to add at every point whose gradient is requested."""
     zeros: Notes = {}
     for stage in model.structure.stages:
         own = zeros if stage.scan is None else zeros.setdefault(scan_key(stage.scan), {})
@@ -208,8 +209,9 @@ def _zeros(model: Model, points: Collection[str], final: bool) -> Notes:
     return zeros
 
 
-def _of_blocks(model: Model, name: str, found: Notes, pick: Callable[[Any], Array], final: bool) -> Array:
-    """The arrays of all blocks called `name`, in one layout: [L, H, N, N], [L, H, N, D/H] or [L, N, D]."""
+def _of_blocks(model: Model, name: str, found: Notes, final: bool) -> Array:
+    """The gradients or notes of all blocks called `name`: [L, H, N, N], [L, H, N, D/H] or [L, N, D]."""
+    pick = lambda own: own[name] if isinstance(own, dict) else own  # noqa: E731
     laid = LAID.get(name, lambda attention, array: array.reshape(model.structure.tokens, -1))
     parts = []
     for stage in model.structure.stages:
@@ -223,7 +225,7 @@ def _of_blocks(model: Model, name: str, found: Notes, pick: Callable[[Any], Arra
 
 
 def of_stage(stage: Stage, notes: Notes, pick: Callable[[list[Layer], Notes], Any]) -> Any:
-    """What `pick` finds in the notes of each of a stage's blocks, [length * blocks, ...]."""
+    """The results of `pick` for the notes of each block of a stage, [length * blocks, ...]."""
     own = notes if stage.scan is None else notes[scan_key(stage.scan)]
     arrays = [pick(block, own) for block in stage.blocks]
     if stage.scan is None:
@@ -231,7 +233,7 @@ def of_stage(stage: Stage, notes: Notes, pick: Callable[[list[Layer], Notes], An
     return jax.tree.map(lambda *a: jnp.stack(a, 1).reshape(-1, *a[0].shape[1:]), *arrays)
 
 
-# ---- where things are in a block ------------------------------------------------------------------------------------
+# ---- values of a block ----------------------------------------------------------------------------------------------
 
 
 def heads_of(attention: Attention, array: Array) -> Array:
@@ -259,7 +261,7 @@ def values_before(attention: Attention, heads: Array, like: Array) -> Array:
 
 
 def unmixed(attention: Attention, array: Array) -> Array:
-    """What the product of attention with values gives where each token attends only to itself."""
+    """The product of attention with values, if each token attends only to itself."""
     array = array.transpose(attention.order)
     count = len(attention.heads)
     array = jnp.moveaxis(array, tuple(range(count)), attention.heads)
@@ -269,7 +271,10 @@ def unmixed(attention: Attention, array: Array) -> Array:
 
 
 def through_output(evaluation: Evaluation, block: list[Layer], array: Array) -> Array:
-    """The values of attention [in their layout], each token's own, through the rest of the layer without its bias."""
+    """The values of attention, in the program's layout, through the rest of the layer without its bias.
+
+    Each token attends only to itself.
+    """
     attention = block[0].attention
     assert attention is not None
     mixed = unmixed(attention, array)
@@ -277,13 +282,13 @@ def through_output(evaluation: Evaluation, block: list[Layer], array: Array) -> 
 
 
 def transformed_value(evaluation: Evaluation, block: list[Layer]) -> Array:
-    """x~ of the attention layer: its branch with attention replaced by the identity, without its last bias."""
+    """x~ of the attention layer: its branch with the identity as attention, and without its last bias."""
     value = evaluation.function([], block[0].attention.value)()  # type: ignore[union-attr]
     return through_output(evaluation, block, value)
 
 
 def _normalised(reading: Reading, block: list[Layer]) -> int:
-    """What the attention reads: the stream behind its norm, or the stream itself."""
+    """The input of the attention: the stream after its norm, or the stream."""
     layer = block[0]
     norms = (n for n in reading.norms if n.of[2] == layer.stream and reading.descends(layer.branch, n.outputs[0]))
     norm = next(norms, None)
@@ -296,7 +301,7 @@ def _ffn(block: list[Layer]) -> Layer:
     return block[1]
 
 
-# Field of `Trace` -> the value of a block that holds it.
+# Field of `Trace` -> its value in a block.
 POINTS: dict[str, Callable[[Reading, list[Layer]], int]] = {
     "attention": lambda reading, block: block[0].attention.weights,  # type: ignore[union-attr]
     "tokens": lambda reading, block: block[0].stream,
@@ -309,5 +314,4 @@ POINTS: dict[str, Callable[[Reading, list[Layer]], int]] = {
     "middle": lambda reading, block: block[0].normed,  # type: ignore[return-value]
     "after": lambda reading, block: _ffn(block).normed,  # type: ignore[return-value]
 }
-TAKEN: dict[str, Callable[[Evaluation, list[Layer]], Array]] = {"transformed_value": transformed_value}
 LAID: dict[str, Callable[[Any, Array], Array]] = {"attention": heads_of, "value": values_of}

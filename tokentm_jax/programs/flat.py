@@ -1,7 +1,7 @@
-"""A jaxpr as one list of steps: calls are looked through, scans keep their loop.
+"""A jaxpr as one list of steps: calls are inlined, scans remain loops.
 
-Values have numbers, because a jaxpr that is called twice has the same variables both times. A `Call` remembers which
-steps came from a `custom_jvp` or `custom_vjp`: it keeps its own derivative where no rule asks for another.
+Values have numbers, because a jaxpr that is called twice has the same variables both times. A `Call` has the steps of
+a `custom_jvp` or `custom_vjp`, which keeps its derivative unless a rule needs another.
 """
 
 import dataclasses
@@ -13,20 +13,16 @@ import jax
 from jax import lax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
-# Calls that are looked through: the name of the parameter that holds their jaxpr.
+# Calls that are inlined: the name of the parameter with their jaxpr.
 CALLS = {
     "jit": "jaxpr",
-    "pjit": "jaxpr",
     "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
     "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-    "remat": "jaxpr",
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
 }
 CUSTOM = ("custom_jvp_call", "custom_vjp_call")
-# Steps that newer versions of jax have, by the steps that all have.
+# Steps that only newer versions of jax have, written with steps of all versions.
 WRITTEN_OUT = {
     "unstack": lambda x, axis: [lax.index_in_dim(x, i, axis, keepdims=False) for i in range(x.shape[axis])],
     "stack": lambda *xs, axis: [lax.concatenate([lax.expand_dims(x, (axis,)) for x in xs], axis)],
@@ -41,10 +37,10 @@ class Step:
     equation: JaxprEqn
     inputs: list[Any]
     outputs: list[int]
-    bodies: "tuple[Flat, ...]" = ()  # that of a scan, or the branches of a cond
-    call: JaxprEqn | None = None  # the outermost call that it came from
+    bodies: "tuple[Flat, ...]" = ()  # the body of a scan, or the branches of a cond
+    call: JaxprEqn | None = None  # the outermost call that contains it
     kind: str = ""  # see `reading`
-    of: Any = None  # what the rule of this kind needs to know
+    of: Any = None  # what the rule of this kind needs
 
     @property
     def name(self) -> str:
@@ -94,7 +90,7 @@ def bind(equation: Any, values: list[Any]) -> list[Any]:
 
 
 def scanned(params: dict[str, Any]) -> tuple[int, int]:
-    """Of a scan: how many of its inputs are constants, and how many are carried."""
+    """The number of constant inputs of a scan, and of carried ones."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
     constants, carried, _ = params["ft_in"].unpack()  # jax 0.12
@@ -118,7 +114,7 @@ def _new(flat: Flat, aval: Any) -> int:
 
 
 def _inline(flat: Flat, jaxpr: Jaxpr, constants: list[Any], inputs: list[Any], call: JaxprEqn | None) -> list[Any]:
-    """Append the steps of a jaxpr whose inputs have these numbers; the numbers of its outputs."""
+    """Append the steps of a jaxpr whose inputs have these numbers. Returns the numbers of its outputs."""
     names: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *inputs], strict=True))
 
     def number(atom: Any) -> Any:
@@ -134,7 +130,7 @@ def _inline(flat: Flat, jaxpr: Jaxpr, constants: list[Any], inputs: list[Any], c
         elif primitive in CALLS:
             inner = equation.params[CALLS[primitive]]
             inner_constants: list[Any] = []
-            if hasattr(inner, "consts"):  # a closed one
+            if hasattr(inner, "consts"):  # a closed jaxpr
                 inner_constants = [_new(flat, v.aval) for v in inner.jaxpr.constvars]
                 flat.constants |= dict(zip(inner_constants, inner.consts, strict=True))
                 inner = inner.jaxpr
@@ -155,7 +151,7 @@ def _inline(flat: Flat, jaxpr: Jaxpr, constants: list[Any], inputs: list[Any], c
 
 
 def line_of(step: Step) -> str:
-    """The source line of a step: the innermost one outside of JAX, as "file:line (function)"."""
+    """The innermost source line of a step outside of JAX, as "file:line (function)"."""
     for equation in (step.equation, step.call):
         frame = None if equation is None else users(equation.source_info.traceback)
         if frame is not None:

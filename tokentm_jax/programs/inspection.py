@@ -1,4 +1,4 @@
-"""What was found in a function, as a table to read."""
+"""What was found in a function, as a table."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -16,16 +16,16 @@ REMOVAL = ("occlusion", "rise", "shapley", "kernel_shap")  # methods that need o
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """What `tokentm_jax.inspect` found; `str` gives a table.
+    """The result of `tokentm_jax.inspect`; `str` gives a table.
 
     Args:
-      blocks: Transformer blocks, scans counted with their length; 0 where no Transformer was found.
+      blocks: number of Transformer blocks, with all iterations of scans; 0 if no Transformer was found.
       heads: attention heads of a block.
-      tokens: N, with those of the prefix.
-      prefix: tokens before those of the patches; None where it cannot be told.
-      grid: patches (height, width); None where it cannot be told.
-      readout: share of each token in what the head reads [N]; None where it cannot be told.
-      steps: how many steps there are of each kind that rules know, with the source line of the first.
+      tokens: N, including the prefix.
+      prefix: tokens before those of the patches; None if unknown.
+      grid: patches (height, width); None if unknown.
+      readout: share of each token in the input of the head [N]; None if unknown.
+      steps: number of steps of each kind that rules know, with the source line of the first.
       unknown: what was not understood, one sentence each.
       methods: names of the methods that explain this function.
     """
@@ -63,12 +63,12 @@ class Inspection:
             ("prefix", _shown(self.prefix)),
             ("grid", _shown(self.grid)),
             ("read-out", _of_readout(self.readout)),
-            ("norms", "behind the sums" if self.post_norm else "before the layers"),
+            ("norms", "after the sums" if self.post_norm else "before the layers"),
         ]
 
 
 def _shown(value: Any) -> str:
-    return "cannot be told: give it" if value is None else str(value)
+    return "unknown: specify it" if value is None else str(value)
 
 
 def _of_readout(readout: Sequence[float] | None) -> str:
@@ -83,7 +83,7 @@ def _of_readout(readout: Sequence[float] | None) -> str:
 
 
 def inspected(found: Model, methods: Callable[[], Sequence[str]]) -> Inspection:
-    """What was found; `methods()` names what works."""
+    """What was found; `methods()` returns the names of the methods that work."""
     unknown: list[str] = []
     steps: dict[str, tuple[int, str]] = {}
     try:
@@ -119,7 +119,7 @@ def inspected(found: Model, methods: Callable[[], Sequence[str]]) -> Inspection:
 
 
 def _count(reading: Reading, times: int, steps: dict[str, tuple[int, str]]) -> None:
-    """How many steps there are of each kind, in the order in which they come."""
+    """Count the steps of each kind, in order."""
     for step in reading.flat.steps:
         if step in reading.bodies:
             _count(reading.bodies[step], times * step.params["length"], steps)
@@ -129,7 +129,7 @@ def _count(reading: Reading, times: int, steps: dict[str, tuple[int, str]]) -> N
 
 
 def _activates(reading: Reading, step: Step) -> bool:
-    """Whether a group of elementwise steps, which are not linear, ends with this one."""
+    """Whether a non-linear group of elementwise steps ends with this one."""
     out = step.outputs[0]
     fact = reading.facts.get(out)
     if fact is None or fact.linear or fact.statistic or fact.reduced or out in reading.exempt:
@@ -139,7 +139,7 @@ def _activates(reading: Reading, step: Step) -> bool:
 
 
 def _pools(reading: Reading) -> list[str]:
-    """A sentence for every softmax that is no self-attention."""
+    """A sentence for every softmax that is not self-attention."""
     used = {step.of for step in reading.attentions}
     found = [
         f"{line_of(step)}: a softmax that is not contracted with values"

@@ -1,4 +1,4 @@
-"""Models as programs: `Function` is a model as it is given, and `Model` is its program, which methods work on."""
+"""Models as programs: `Function` is a model of the user, and `Model` is its program, the input of methods."""
 
 import dataclasses
 import inspect
@@ -44,9 +44,9 @@ class Function:
 
     Args:
       function: it must treat the samples of a batch independently; it is traced for a batch of one.
-      grid: patches (height, width), where the program does not show them.
-      prefix: tokens before those of the patches, likewise.
-      readout: how the head reads the tokens: "token", "avg" or a share for each; likewise.
+      grid: patches (height, width), if they are not found in the program.
+      prefix: tokens before those of the patches, if not found.
+      readout: how the head reads the tokens, if not found: "token", "avg" or a share for each.
     """
 
     function: Callable[..., Any]
@@ -56,12 +56,12 @@ class Function:
 
     @property
     def module(self) -> Any:
-        """The Linen module that it applies, or None. Grid, prefix and read-out are then the module's own."""
+        """The Linen module that it applies, or None. Grid, prefix and read-out are then the module's."""
         return self.function.module if isinstance(self.function, Applied) else None
 
     @property
     def name(self) -> str:
-        """What it is called in a sentence."""
+        """Its name in messages."""
         named = self.function if self.module is None else type(self.module)
         return getattr(named, "__name__", "the function")
 
@@ -73,11 +73,11 @@ class Function:
         return dataclasses.replace(self, function=Applied(self.module.clone(dtype=jnp.float32)))
 
     def look_up(self, params: Any, inputs: Any) -> Any:
-        """What is differentiated: word pieces become their embeddings, and all else is that already."""
+        """The inputs that are differentiated: embeddings of word pieces, or the same inputs."""
         return looked_up(inputs, self.module, params)
 
     def read(self, params: Any, inputs: Any) -> "Model":
-        """Its program, from a cache. Raises InputError for one that does not give arrays per sample."""
+        """Its program, from a cache. Raises InputError for a function that does not return arrays per sample."""
         types = lambda tree: tuple((jnp.shape(a), jax.dtypes.canonicalize_dtype(a.dtype)) for a in tree)  # noqa: E731
         leaves, tree = jax.tree.flatten(params)
         own, own_tree = jax.tree.flatten(inputs)
@@ -103,11 +103,11 @@ def _read(function: Function, tree: Any, shapes: Any, inputs_tree: Any, inputs: 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Program:
-    """A program, read when a method asks for it: a model without attention has input gradients all the same."""
+    """A program. It is read when a method needs it, because a model without attention still has input gradients."""
 
-    jaxpr: Any  # a closed one, for one sample without an axis of samples
+    jaxpr: Any  # a closed jaxpr, for one sample without an axis of samples
     outputs: Any  # the tree of its outputs
-    arrays: int  # of which the inputs of a sample consist; what is explained is the first
+    arrays: int  # number of arrays in the inputs of a sample; the first is explained
     regular: bool  # whether maps are a grid of patches; else rows of all tokens
 
     @cached_property
@@ -122,7 +122,7 @@ class Program:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A model with its program, and the backward rules by which that is evaluated; made by `Function.read`."""
+    """A model with its program and backward rules; made by `Function.read`."""
 
     source: Function
     program: Program
@@ -136,11 +136,10 @@ class Model:
     def structure(self) -> Structure:
         return self.program.structure
 
-    # ---- what methods read of a model ----
+    # ---- properties for methods ----
     @cached_property
     def grid(self) -> tuple[int, int] | None:
-        """The patch grid; None of texts. Raises InputError where it is not given and cannot be told, or where the two
-        differ."""
+        """The patch grid; None for texts. Raises InputError if it is unknown and not given, or if the two differ."""
         if hasattr(self.source.module, "grid"):
             return self.source.module.grid
         if not self.program.regular:
@@ -148,9 +147,7 @@ class Model:
         if self.source.grid is None:
             grid = self.structure.grid
             if grid is None:
-                raise InputError(
-                    "the grid of patches cannot be told from this function: give it as grid=(height, width)"
-                )
+                raise InputError("the grid of patches of this function is unknown: specify grid=(height, width)")
             return grid
         try:
             known = self.structure.grid
@@ -162,14 +159,14 @@ class Model:
 
     @cached_property
     def tiling(self) -> Any:
-        """How the patches are cut, where a convolution does it; else None: side by side."""
+        """The tiling of a convolution that makes the patches; None: patches do not overlap."""
         if hasattr(self.source.module, "tiling"):
             return self.source.module.tiling
         return self.structure.tiling if self.has_blocks else None
 
     @cached_property
     def prefix(self) -> int:
-        """How many tokens come before those of the patches. Raises InputError as `grid`."""
+        """The number of tokens before those of the patches. Raises InputError as `grid`."""
         if hasattr(self.source.module, "prefix"):
             return self.source.module.prefix
         if self.grid is None:
@@ -178,7 +175,7 @@ class Model:
         left = self.structure.tokens - gh * gw
         known = self.structure.prefix
         if known is None and self.source.prefix is None:
-            raise InputError("how many tokens come before those of the patches cannot be told: give it as prefix=")
+            raise InputError("the number of tokens before those of the patches is unknown: specify prefix=")
         if left < 0 or self.source.prefix not in (None, left):
             raise InputError(
                 f"grid and prefix must make the {self.structure.tokens} tokens of this function, got {self.grid} and "
@@ -194,7 +191,7 @@ class Model:
         n, given = self.structure.tokens, self.source.readout
         if given is None:
             if self.structure.readout is None:
-                raise InputError("how the head reads the tokens cannot be told: give readout='token', 'avg' or shares")
+                raise InputError("how the head reads the tokens is unknown: specify readout='token', 'avg' or shares")
             return self.structure.readout
         if given == "token":
             given = (1.0,) + (0.0,) * (n - 1)
@@ -208,7 +205,7 @@ class Model:
         return tuple(map(float, given))
 
     def reads(self, mask: Array) -> Array:
-        """How the head reads the tokens [B, N] of padded texts, of which those of the mask [B, N] are there."""
+        """How the head reads the tokens [B, N] of padded texts, whose mask [B, N] is true for present tokens."""
         if hasattr(self.source.module, "reads"):
             return self.source.module.reads(mask)
         if self.source.readout == "avg":
@@ -232,10 +229,12 @@ class Model:
     def post_norm(self) -> bool:
         return self.structure.post_norm
 
-    # ---- the same model otherwise ----
+    # ---- variants of the model ----
     def wide(self, params: Any, inputs: Any) -> "Model":
-        """The same model in float32 at least, for such parameters and inputs. Raises Unfit for a function that
-        computes in less, whatever it is given."""
+        """The same model in float32 at least, for these types of parameters and inputs.
+
+        Raises Unfit for a function that always computes in less.
+        """
         model = self.source.wide().read(params, inputs).by(self.rules)
         types = [t for t in _types(model.reading) if jnp.issubdtype(t, jnp.floating) and jnp.finfo(t).bits < 32]
         if types:
@@ -248,7 +247,7 @@ class Model:
 
     # ---- evaluation ----
     def apply(self, variables: Any, inputs: Any) -> Any:
-        """The outputs for a batch, as `apply` of a Linen module gives them."""
+        """The outputs for a batch, as from `apply` of a Linen module."""
         params = variables["params"]
         if self.rules:
             run = lambda x: self.evaluate(params, x, Plan(self.rules), None, None)[0]  # noqa: E731
@@ -270,22 +269,22 @@ class Model:
     def per_sample(
         self, one: Callable[[Any, Callable[[Any], Array]], tuple[Any, Any]], inputs: Any, target: Any
     ) -> tuple[Any, dict[str, Any]]:
-        """`one(sample, score) -> (arrays, outputs)` for every sample of a batch, and what `explained` says of them.
+        """`one(sample, score) -> (arrays, outputs)` for every sample of a batch, and the details of `explained`.
 
-        `score(outputs)` is the number that is explained, of one sample's outputs.
+        `score(outputs)` is the explained number of one sample's outputs.
         """
         asked = target if isinstance(target, Question) else Question(CLASS_LOGIT, target)
         count = values(inputs).shape[0]
         kinds = jax.tree.unflatten(self.program.outputs, self.program.jaxpr.out_avals)
         kinds = jax.tree.map(lambda a: jax.ShapeDtypeStruct((count, *a.shape), a.dtype), kinds)
-        jax.eval_shape(lambda outputs: explained(outputs, target)[0], kinds)  # refuses what cannot be asked
+        jax.eval_shape(lambda outputs: explained(outputs, target)[0], kinds)  # raises for an invalid target
         own = asked.of_samples(count)
 
         def of_sample(sample: Any, own: Question | None, index: Array) -> tuple[Any, Any]:
             def score(outputs: Any) -> Array:
                 if own is not None:
                     return explained(*jax.tree.map(lambda a: a[None], (outputs, own)))[0][0]
-                # A custom score is written for the batch: it sees this sample in every place.
+                # A custom score is written for a batch: it gets this sample at every position.
                 every = jax.tree.map(lambda a: jnp.broadcast_to(a, (count, *a.shape)), outputs)
                 return explained(every, target)[0][index]
 
@@ -295,18 +294,18 @@ class Model:
         return known, explained(outputs, target)[1]
 
     def head(self, params: Any, sample: Any) -> Callable[[Array], Any]:
-        """What follows the last residual sum: tokens as they leave a block -> outputs of one sample."""
+        """The part after the last residual sum: tokens that leave a block -> outputs of one sample."""
         structure = self.structure
         flat, facts = structure.reading.flat, structure.reading.facts
         inputs = [*jax.tree.leaves(params), *jax.tree.leaves(sample)]
         known = Evaluation(structure.reading, Plan(self.rules), inputs)
-        del known.values[flat.inputs[-self.program.arrays]]  # a head that reads more than the tokens is refused below
+        del known.values[flat.inputs[-self.program.arrays]]  # a head that reads more than the tokens raises below
 
         def head(tokens: Array) -> Any:
             outputs = []
             for out in flat.outputs:
                 if facts[out].above >> structure.last & 1 == 0:
-                    raise Unfit("an output of this function does not read the blocks' tokens")
+                    raise Unfit("an output of this function does not read the tokens of the blocks")
                 try:
                     outputs.append(known.function([structure.last], out)(tokens))
                 except KeyError:
@@ -322,12 +321,14 @@ def _types(reading: Reading) -> list[Any]:
     return own + [kind for body in reading.bodies.values() for kind in _types(body)]
 
 
-# ---- what may be a model ------------------------------------------------------------------------------------------
+# ---- valid models -------------------------------------------------------------------------------------------------
 
 
 def function_of(model: Any, grid: Any = None, prefix: Any = None, readout: Any = None) -> Function:
-    """A function or Linen module as a model. Raises InputError, with what to do, for anything else, and for a module
-    that is told what it shows itself."""
+    """A function or Linen module as a model.
+
+    Raises InputError, with advice, for anything else, and for a grid, prefix or readout of a module.
+    """
     if isinstance(model, Function):
         return model
     check_module(model)
@@ -335,18 +336,16 @@ def function_of(model: Any, grid: Any = None, prefix: Any = None, readout: Any =
         readout = readout if readout is None or isinstance(readout, str) else tuple(readout)
         return Function(model, grid, prefix, readout)
     if (grid, prefix, readout) != (None, None, None):
-        raise InputError("grid, prefix and readout are for functions: a module has its own")
+        raise InputError("grid, prefix and readout are for functions: a module has them already")
     return Function(Applied(model))
 
 
 def check_module(module: Any) -> None:
-    """InputError, with what to do, for what is neither a Linen module nor a function of parameters and inputs."""
+    """InputError, with advice, for anything but a Linen module or a function of parameters and inputs."""
     if hasattr(module, "apply") and not isinstance(module, type):
         return
-    what, found = (
-        "the model must be a function (params, inputs) -> outputs or a Flax Linen module",
-        type(module).__name__,
-    )
+    what = "the model must be a function (params, inputs) -> outputs or a Flax Linen module"
+    found = type(module).__name__
     if hasattr(module, "module") and hasattr(module, "params"):
         raise InputError(f"{what}, got a {found}: give its `module`, and then its `params`")
     if any(base.__module__.startswith("flax.nnx") for base in inspect.getmro(type(module))):
@@ -362,7 +361,7 @@ def check_module(module: Any) -> None:
 
 
 def is_function(model: Any) -> bool:
-    """Whether a model is a function `(params, inputs) -> outputs`, and not a module of some library that is called."""
+    """Whether a model is a function `(params, inputs) -> outputs`, and not a callable module of a library."""
     libraries = {base.__module__.partition(".")[0] for base in inspect.getmro(type(model))}
     if not callable(model) or isinstance(model, type) or libraries & {"flax", "equinox", "keras", "haiku", "penzai"}:
         return False
@@ -374,7 +373,7 @@ def is_function(model: Any) -> bool:
 
 
 def check_model(model: Function, params: Any, inputs: Any) -> None:
-    """InputError for what are not the parameters of a Linen module, or not inputs."""
+    """InputError for invalid parameters of a Linen module, or invalid inputs."""
     if isinstance(model.module, nn.Module) and (not isinstance(params, Mapping) or not params):
         raise InputError("params must be the nested dictionary of the module's parameters")
     check_inputs(inputs)

@@ -1,7 +1,7 @@
-"""Rules that run inside the passes of a model, block by block: no array of two blocks is held at once.
+"""Rules that run inside the passes of a model, block by block, so that arrays of two blocks are never stored at once.
 
 The row of TokenTM and GAE is the cotangent of a stream of zeros [N] that goes from tap to tap; see `maths.variants`.
-Everything here is for one sample.
+All functions are for one sample.
 """
 
 from collections.abc import Callable
@@ -37,20 +37,20 @@ Block = list[Layer]
 Score = Callable[[Any], Array]  # of one sample's outputs
 Memory = Literal["recompute", "store"]
 
-# What a block keeps for its backward pass beside its input: the transformation weights, [N], and what its linear maps
-# gave (queries, keys, values and the hidden channels) or not. Attention is computed again from queries and keys.
+# What a block stores for its backward pass besides its input: the transformation weights [N], and with "store" also
+# the results of its linear maps (queries, keys, values and hidden channels). Attention is always computed again.
 WEIGHTS = "transformation weights"
-_WEIGHTS_ALONE = jax.checkpoint_policies.save_only_these_names(WEIGHTS)
+_ONLY_WEIGHTS = jax.checkpoint_policies.save_only_these_names(WEIGHTS)
 POLICIES = {
-    "recompute": _WEIGHTS_ALONE,
+    "recompute": _ONLY_WEIGHTS,
     "store": jax.checkpoint_policies.save_from_both_policies(
-        _WEIGHTS_ALONE, jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        _ONLY_WEIGHTS, jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     ),
 }
 
 
 class View:
-    """What one block of an evaluation did, as one block of `Blocks`; computed where it is not known yet."""
+    """One block of an evaluation with the fields of `Blocks`, which are computed when they are read."""
 
     attention_grad = None
 
@@ -68,7 +68,7 @@ class View:
         return self.rows(POINTS[name](self.evaluation.reading, self.block))
 
     def _value(self, number: int) -> Array:
-        """A value of the program in its own layout."""
+        """A value of the program in its layout."""
         return self.evaluation.function([], number)()
 
     def rows(self, number: Any) -> Array:
@@ -89,7 +89,7 @@ class View:
 
     @property
     def output_kernel(self) -> Array:
-        """W_O [D, D], from what the rest of the layer makes of unit vectors in the place of tokens."""
+        """W_O [D, D], from the rest of the layer applied to unit vectors as tokens."""
         like = self._value(self.layer.value)
         h, n, width = values_of(self.layer, like).shape
         places = np.eye(-(-h * width // n) * n, h * width).reshape(-1, n, h, width)
@@ -118,7 +118,7 @@ class View:
 
 
 def _wide_type(kind: Any) -> Any:
-    """float64 for that, and float32 for all else."""
+    """float64 for float64, and float32 for all other types."""
     return kind.dtype if kind.dtype == jnp.float64 else jnp.float32
 
 
@@ -129,12 +129,12 @@ def _row(model: Model, sample: Any, kind: Any) -> Array:
 
 
 class Pass(NamedTuple):
-    """What one forward and backward pass gives of a sample."""
+    """The results of one forward and backward pass of a sample."""
 
-    row: Array  # [N] that began as the head's read-out, at the input of block `options.first_block`
+    row: Array  # [N] the head's read-out, carried to the input of block `options.first_block`
     embedded: Array  # [N, D] the tokens that enter the first block
-    gradient: Array  # [N, D] of the score there, or what the model's rules make of it
-    legrad: Any  # [N] LeGrad's row, where it is asked for
+    gradient: Array  # [N, D] of the score at `embedded`, by the model's rules
+    legrad: Any  # [N] LeGrad's row, if requested
 
 
 def rows_inside(
@@ -149,8 +149,8 @@ def rows_inside(
 ) -> tuple[Pass, Any]:
     """TokenTM's row for one sample in one forward and backward pass, and the outputs.
 
-    `gradients` [L, N, D] are those of the score at each block's output, for weights that take them; `legrad` asks for
-    LeGrad's row, too, which is found on the way forward.
+    `gradients` [L, N, D] are those of the score at each block's output, for weights that need them. `legrad` also
+    computes LeGrad's row, in the forward pass.
     """
     structure = model.structure
     n, first, there = structure.tokens, options.first_block, seen(sample)
@@ -217,7 +217,7 @@ def rows_inside(
         return tap
 
     if structure.embedded in taps[structure.reading]:
-        raise Unfit("the tokens that enter the first block cannot be told from a layer's")
+        raise Unfit("the tokens that enter the first block are not distinct from those of a layer")
     taps[structure.reading][structure.embedded] = noted
     kind = structure.reading.flat.types[structure.embedded]
     plan = Plan(model.rules, taps, partial(jax.checkpoint, policy=POLICIES[memory], prevent_cse=False))
@@ -238,7 +238,7 @@ def rows_inside(
 
 
 def _at_ends(model: Model, function: Callable[[Evaluation, Block], Any]) -> dict[Any, dict[int, Any]]:
-    """Taps that note what `function` gives where each block ends."""
+    """Taps that note the result of `function` at the end of each block."""
 
     def at_end(block: Block, evaluation: Evaluation) -> Any:
         def tap(value: Array, state: Any, extra: Any) -> Any:
@@ -255,7 +255,7 @@ def _at_ends(model: Model, function: Callable[[Evaluation, Block], Any]) -> dict
 
 
 def _noted_at_ends(stages: list[Stage], notes: Any) -> Any:
-    """What was noted where blocks end, [L, ...]."""
+    """The notes at the ends of blocks, [L, ...]."""
     parts = [of_stage(stage, notes, lambda block, own: own[block[-1].end]) for stage in stages]
     return jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
 
@@ -269,7 +269,7 @@ def rows_behind(
     first_block: int = 0,
     end_block: int | None = None,
 ) -> tuple[tuple[Array, Array], Any]:
-    """One forward pass that keeps `summary(view)` of every block, then a rule that needs no gradient.
+    """One forward pass that stores `summary(view)` of every block, then a rule that needs no gradient.
 
     Returns (row [N], embedded tokens [N, D]) and the outputs.
     """
@@ -289,15 +289,15 @@ def rows_behind(
 def legrad_of_block(
     model: Model, params: Any, sample: Any, score: Score, read: str = "head"
 ) -> Callable[[Evaluation, Block], Array]:
-    """`(evaluation, block that has run) -> mean_{h,q} relu(d s_l / d A_l)` [N], s_l read by what comes behind."""
+    """`(evaluation, finished block) -> mean_{h,q} relu(d s_l / d A_l)` [N], s_l from the block's output."""
     head, there, n = model.head(params, sample), seen(sample), model.structure.tokens
-    # Behind the attention tokens do not mix: those that the head does not read need not be computed.
+    # Tokens do not mix after the attention, so those that the head does not read are not computed.
     some = there is None and read == "head"
     tokens = np.flatnonzero(model.readout) if some else np.arange(n)
 
     def of_block(evaluation: Evaluation, block: Block) -> Array:
         attention: Any = block[0].attention
-        evaluation = evaluation.held()  # nothing of it is differentiated with the pass that it is found in
+        evaluation = evaluation.held()  # constant in the derivative of the surrounding pass
         weights = evaluation.values[attention.weights]
         rows, end = model.structure.rows[evaluation.reading], block[-1].end
         through = for_tokens(evaluation, rows, attention.weights, end, n, tokens) if len(tokens) < n else None
@@ -323,7 +323,10 @@ def legrad_of_block(
 def legrad_rows(
     model: Model, params: Any, sample: Any, score: Score, first_block: int = 0, read: str = "head"
 ) -> tuple[Array, Any]:
-    """LeGrad's row for one sample, `sum_l mean_{h,q} relu(d s_l / d A_l)`, and the outputs. The score is not open."""
+    """LeGrad's row for one sample, `sum_l mean_{h,q} relu(d s_l / d A_l)`, and the outputs.
+
+    The class of the score must be given.
+    """
     taps = _at_ends(model, legrad_of_block(model, params, sample, score, read))
     outputs, notes, _ = model.evaluate(params, sample, Plan(model.rules, taps), None, None)
     return _noted_at_ends(model.structure.stages, notes)[first_block:].sum(0), outputs
@@ -332,8 +335,8 @@ def legrad_rows(
 def full_gradient_rows(model: Model, params: Any, sample: Any, score: Score) -> tuple[tuple[Array, Array], Any]:
     """FullGrad+'s row for one sample by the model's rules: tokens and biases times gradients, mean over blocks.
 
-    Every token and bias has a factor 1 + share * u [N]; the derivative by u is the row. Returns (row, its sum less the
-    score) and the outputs.
+    Every token and bias has a factor 1 + share * u [N]; the derivative by u is the row. Returns (row, sum of the row
+    minus the score) and the outputs.
     """
     structure = model.structure
     n, depth = structure.tokens, structure.depth
@@ -361,7 +364,7 @@ def full_gradient_rows(model: Model, params: Any, sample: Any, score: Score) -> 
 
 
 def _scaled_stream(depth: int, n: int, evaluation: Evaluation) -> Any:
-    """The tokens that enter a block, with their share of the factor; from here on the block counts."""
+    """The tokens that enter a block, times their factor. The block then counts for the shares of biases."""
 
     def tap(value: Array, state: Any, extra: Any) -> Any:
         u, index = state
@@ -373,8 +376,11 @@ def _scaled_stream(depth: int, n: int, evaluation: Evaluation) -> Any:
 
 
 def _with_factor(step: Any, rows: Any, readout: Array | None, depth: int, evaluation: Evaluation) -> Any:
-    """A sum with a bias, whose share of the factor is that of the blocks that came before. After the tokens were read,
-    the factor is that of the tokens that were: by `readout` [N] where that depends on the sample."""
+    """A sum with a bias times its factor, whose share is that of the blocks before it.
+
+    After the head has read the tokens, the factor is that of the read tokens: by `readout` [N] if it depends on the
+    sample.
+    """
 
     def tap(value: Array, state: Any, extra: Any) -> Any:
         u, index = state

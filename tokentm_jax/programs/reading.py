@@ -1,7 +1,7 @@
-"""What the steps of a program are: read from its jaxpr, never from its names.
+"""The kinds of a program's steps, found from its jaxpr, never from names.
 
-Every value that depends on the explained input has a `Fact`: of which root it is an elementwise function, whether
-that function is linear, and whether it is a statistic. Every step that a rule may treat in its own way gets a kind:
+Every value that depends on the explained input has a `Fact`: the root of which it is an elementwise function, whether
+that function is linear, and whether it is a statistic. Every step with a rule gets a kind:
 
     kind         step                                           `step.of`
     linear       product with a kernel that does not depend     which input depends
@@ -13,14 +13,14 @@ that function is linear, and whether it is a statistic. Every step that a rule m
     turn         sum of one value with itself, moved and scaled -
     add          another sum of two dependent values            -
     bias, scale  sum or product with an array that does not     which input depends
-                 depend (a scalar constant is no step)
+                 depend (but not with a scalar constant)
     position     sum with an array that has an axis of tokens   which input depends
     norm         tokens times (or over) their statistic         (tokens, statistic, x): numbers of values
     centre       a norm of x, less one of the mean of x         (the former, the latter, x)
     softmax      exp(r) / sum exp(r)                            number of the scores r
     reduce       sum over an axis of something linear           -
 
-A value that is a non-linear function of its root is an `activation` where it leaves its group (`Fact.linear`).
+A value that is a non-linear function of its root is an `activation` at the end of its group (`Fact.linear`).
 """
 
 import dataclasses
@@ -33,32 +33,16 @@ from jax.extend.core import Literal
 from tokentm_jax.errors import Unfit
 from tokentm_jax.programs.flat import Flat, Step, line_of, scanned
 
-SHAPE = {
-    "reshape",
-    "transpose",
-    "broadcast_in_dim",
-    "squeeze",
-    "expand_dims",
-    "convert_element_type",
-    "copy",
-    "copy_p",
-    "sharding_constraint",
-    "reshard",
-    "optimization_barrier",
-    "device_put",
-    "stop_gradient",
-    "reduce_precision",
-}
 SAME_SHAPE = {
     "convert_element_type",
     "copy",
-    "copy_p",
     "sharding_constraint",
     "reshard",
     "stop_gradient",
     "device_put",
     "reduce_precision",
 }
+SHAPE = SAME_SHAPE | {"reshape", "transpose", "broadcast_in_dim", "squeeze", "optimization_barrier"}
 MOVES = {
     "slice",
     "dynamic_slice",
@@ -152,7 +136,6 @@ ELEMENTWISE = LINEAR_ELEMENTWISE | {
 REFUSED = {
     "while": "a while loop whose state depends on the input has no backward pass: use a scan or a Python loop",
     "pallas_call": "a Pallas kernel hides its attention: switch the fused attention of the model off",
-    "custom_call": "a custom call hides what it computes: switch the fused kernel off",
     "ffi_call": "a foreign call hides what it computes: switch the fused kernel off",
     "dot_product_attention_fwd_wrapper": "cuDNN's attention hides its weights: use implementation='xla'",
     "shard_map": "a shard_map hides its steps: explain the function without it",
@@ -162,32 +145,32 @@ REFUSED = {
 
 @dataclasses.dataclass(eq=False)
 class Fact:
-    """What is known of a value that depends on the input."""
+    """Properties of a value that depends on the input."""
 
-    root: int  # the value that it is an elementwise function of
-    linear: bool = True  # that function is linear (a scalar times the root, in another type)
-    statistic: bool = False  # a reduction of something non-linear, or a function of such
+    root: int  # the value of which it is an elementwise function
+    linear: bool = True  # that function is linear (a scalar times the root, perhaps in another type)
+    statistic: bool = False  # a reduction of something non-linear, or a function of such reductions
     reduced: bool = False  # a function of reductions only
-    exp: int | None = None  # the scores r, where it is exp(r), perhaps masked
-    exp_sum: tuple[int, bool] | None = None  # (r, whether its logarithm) where it is a function of sum exp(r)
-    centred: int | None = None  # x, where it is x less its mean
-    mean_of: int | None = None  # x, where it is the mean of x over an axis, broadcast or not
-    weights: Step | None = None  # the softmax that it is, perhaps in another shape
-    norm: Step | None = None  # the norm that it is, perhaps with an array added
-    raw: bool = False  # the explained input itself, its numbers perhaps moved
-    base: int = -1  # the value that its numbers are from, moved, scaled or summed with each other
-    above: int = 0  # the values that it depends on, as bits
+    exp: int | None = None  # the scores r, if it is exp(r), perhaps masked
+    exp_sum: tuple[int, bool] | None = None  # (r, whether of the logarithm), if it is a function of sum exp(r)
+    centred: int | None = None  # x, if it is x - mean(x)
+    mean_of: int | None = None  # x, if it is the mean of x over an axis, broadcast or not
+    weights: Step | None = None  # the softmax that gives it, perhaps in another shape
+    norm: Step | None = None  # the norm that gives it, perhaps with an array added
+    raw: bool = False  # the explained input, its numbers perhaps moved
+    base: int = -1  # the source of its numbers, which are moved, scaled or summed with each other
+    above: int = 0  # the values on which it depends, as bits
 
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Reading:
-    """The facts of a flat program; `bodies` are those of its scans, and `branches` those of its conds."""
+    """The facts of a flat program, with `bodies` for its scans and `branches` for its conds."""
 
     flat: Flat
     facts: dict[int, Fact]
     sums: list[Step]  # residual sums: `a + b` where b descends from a
     attentions: list[Step]  # products of a softmax with values
-    exempt: set[int]  # values inside of a softmax: no activation rule there
+    exempt: set[int]  # values inside a softmax, without the rule of activations
     bodies: dict[Step, "Reading"]
     branches: dict[Step, list["Reading"]]
     norms: list[Step]
@@ -199,9 +182,9 @@ class Reading:
 
 
 def read(flat: Flat, dependent: Iterable[int], raw: bool = True) -> Reading:
-    """Read a program whose values `dependent`, of its inputs, are those that are explained.
+    """Read a program. `dependent` are its explained inputs.
 
-    Raises Unfit for a step that no rule can pass, by its name and source line.
+    Raises Unfit for a step without a rule, with its name and source line.
     """
     reading = Reading(flat, {}, [], [], set(), {}, {}, [], [])
     for value in dependent:
@@ -214,7 +197,7 @@ def read(flat: Flat, dependent: Iterable[int], raw: bool = True) -> Reading:
 
 
 def _set(reading: Reading, step: Step, **known: Any) -> Fact:
-    """The fact of a step's outputs; by default a root of its own."""
+    """Set the fact of a step's outputs; by default each output is a new root."""
     above = 0
     for i in step.inputs:
         if not isinstance(i, Literal) and i in reading.facts:
@@ -257,7 +240,7 @@ def _read_shape(reading: Reading, step: Step, value: int) -> None:
     fact = reading.facts[value]
     kept = {field.name: getattr(fact, field.name) for field in dataclasses.fields(fact) if field.name != "above"}
     if step.name not in SAME_SHAPE or reading.flat.shape(value) != reading.flat.shape(step.outputs[0]):
-        # A group of elementwise steps ends where the shape changes; the numbers are still the same.
+        # A group of elementwise steps ends when the shape changes; the numbers are the same.
         kept |= {"root": step.outputs[0], "linear": True}
     _set(reading, step, **kept)
 
@@ -295,7 +278,7 @@ def _read_product(reading: Reading, step: Step, depends: list[int]) -> None:
 
 
 def _contracts_all(step: Step) -> bool:
-    """Whether a product of two values pairs all of their entries: x . x of each token, and not tokens with tokens."""
+    """Whether a product pairs all entries of two values: x . x of each token, not tokens with tokens."""
     if step.name != "dot_general":
         return False
     (contracted, _), (batched, _) = step.params["dimension_numbers"]
@@ -304,7 +287,7 @@ def _contracts_all(step: Step) -> bool:
 
 
 def _is_computed(reading: Reading, step: Step, value: int) -> bool:
-    """Whether the other factor of a product, which does not depend, is the work of a linear map: a learned query."""
+    """Whether the other factor of a product is the result of a linear map, such as a learned query."""
     other = step.inputs[1 - step.inputs.index(value)]
     while not isinstance(other, Literal) and (producer := reading.flat.producer.get(other)) is not None:
         if producer.name == "dot_general":
@@ -323,7 +306,7 @@ def _read_elementwise(reading: Reading, step: Step, depends: list[int]) -> None:
     facts, name = reading.facts, step.name
     known = [facts[i] for i in depends]
     statistics = [f for f in known if f.statistic]
-    # A mean times the deviation is a part of a norm that multiplies before it subtracts.
+    # A mean times the deviation is part of a norm that multiplies before it subtracts.
     scaled_mean = name in ("mul", "div") and any(f.linear and not f.statistic for f in known)
     if statistics and all(f.reduced or f.statistic for f in known) and not scaled_mean:
         sums = [f.exp_sum for f in statistics if f.exp_sum]
@@ -364,7 +347,7 @@ def _read_with_statistic(reading: Reading, step: Step, depends: list[int]) -> No
 
 
 def _read_of_one_root(reading: Reading, step: Step, depends: list[int]) -> None:
-    """An elementwise function of one root: it stays in the root's group, unless an array is added or multiplied."""
+    """An elementwise function of one root stays in the root's group, unless an array is added or multiplied."""
     facts, name = reading.facts, step.name
     known = [facts[i] for i in depends]
     first = known[0]
@@ -406,7 +389,7 @@ def _read_of_one_root(reading: Reading, step: Step, depends: list[int]) -> None:
         mean_of=mean,
     )
     if first.weights is not None and len(depends) == 1 and name in ("select_n", "mul"):
-        fact.weights = first.weights  # masked once more
+        fact.weights = first.weights  # masked again
     if name == "exp" and first.exp_sum is not None and first.exp_sum[1]:  # exp(r - log sum exp(r))
         step.kind, step.of = "softmax", exp
         fact.root, fact.linear, fact.exp, fact.weights = step.outputs[0], True, None, step
@@ -414,7 +397,7 @@ def _read_of_one_root(reading: Reading, step: Step, depends: list[int]) -> None:
 
 
 def _scores(reading: Reading, value: int) -> int:
-    """The scores of a softmax: what came before the maximum was subtracted."""
+    """The scores of a softmax, before the maximum was subtracted."""
     while True:
         step = reading.flat.producer.get(value)
         if step is None or step.name not in ("sub", "convert_element_type"):
@@ -427,13 +410,13 @@ def _scores(reading: Reading, value: int) -> int:
 
 
 def _base(facts: dict[int, Fact], depends: list[int]) -> dict[str, int]:
-    """The base of values that share it; nothing for others, which make one."""
+    """The base of values that share one; else nothing, and the result is a new base."""
     bases = {facts[i].base for i in depends}
     return {"base": bases.pop()} if len(bases) == 1 else {}
 
 
 def _has_tokens(reading: Reading, atom: Any, out: int) -> bool:
-    """Whether an array that is added has another axis than the last, beside axes of one (a table of positions)."""
+    """Whether an added array has more axes than the last, not counting axes of size 1 (a table of positions)."""
     shape = reading.flat.shape(atom)
     return len(shape) == len(reading.flat.shape(out)) and any(n > 1 for n in shape[:-1])
 
@@ -467,7 +450,7 @@ def _read_of_two_roots(reading: Reading, step: Step, depends: list[int]) -> None
 
 
 def _is_centre(facts: dict[int, Fact], norm: Step | None, other: Step | None) -> bool:
-    """Whether the one norm is of x and the other, by the same statistic, of the mean of x."""
+    """Whether one norm is of x, and the other of the mean of x by the same statistic."""
     if norm is None or other is None or (mean_of := facts[other.of[0]].mean_of) is None:
         return False
     same = facts[norm.of[1]].base == facts[other.of[1]].base
@@ -475,7 +458,7 @@ def _is_centre(facts: dict[int, Fact], norm: Step | None, other: Step | None) ->
 
 
 def _read_centre(reading: Reading, step: Step, scaled: int, mean: int) -> None:
-    """A norm that multiplies before it subtracts: it ends here."""
+    """The end of a norm that multiplies before it subtracts."""
     norm, of_mean = reading.facts[scaled].norm, reading.facts[mean].norm
     assert norm is not None and of_mean is not None
     step.kind, step.of = "centre", (scaled, mean, norm.of[2])
@@ -484,7 +467,7 @@ def _read_centre(reading: Reading, step: Step, scaled: int, mean: int) -> None:
 
 
 def _read_sum(reading: Reading, step: Step, pairs: Iterable[tuple[int, int]]) -> None:
-    """Whether a sum is one of a stream and its branch. A multiple of the stream is the stream, too."""
+    """Find a sum of a stream and its branch. A multiple of the stream counts as the stream."""
     for stream, branch in pairs:
         fact = reading.facts[stream]
         if reading.descends(branch, fact.root if fact.linear else stream):
@@ -494,7 +477,7 @@ def _read_sum(reading: Reading, step: Step, pairs: Iterable[tuple[int, int]]) ->
 
 
 def _read_scan(reading: Reading, step: Step) -> None:
-    """The body is read once, with those of its inputs that depend after any number of turns."""
+    """Read the body once. Its dependent inputs are those that depend after any number of iterations."""
     consts, carries = scanned(step.params)
     (body,) = step.bodies
     depends = [not isinstance(i, Literal) and i in reading.facts for i in step.inputs]
@@ -514,7 +497,7 @@ def _read_scan(reading: Reading, step: Step) -> None:
 
 
 def _read_cond(reading: Reading, step: Step) -> None:
-    """Every branch is read; which of them is taken must not depend on the input."""
+    """Read every branch. The choice of the branch must not depend on the input."""
     depends = [not isinstance(i, Literal) and i in reading.facts for i in step.inputs]
     if depends[0]:
         raise Unfit(f"{line_of(step)}: a branch that is chosen by the input has no rule: choose it by the parameters")
@@ -525,9 +508,6 @@ def _read_cond(reading: Reading, step: Step) -> None:
     reading.branches[step] = branches
     _set(reading, step)
     for place, out in enumerate(step.outputs):
-        if not any(branch.flat.outputs[place] in branch.facts for branch in branches if _is_value(branch, place)):
+        ends = [(branch, branch.flat.outputs[place]) for branch in branches]
+        if not any(not isinstance(end, Literal) and end in branch.facts for branch, end in ends):
             del reading.facts[out]
-
-
-def _is_value(branch: Reading, place: int) -> bool:
-    return not isinstance(branch.flat.outputs[place], Literal)

@@ -1,6 +1,6 @@
 """Backward rules as data: mappings from kinds of steps to functions `rule(f, *inputs)`; see `running`.
 
-One sample at a time: what is summed "over a sample" is the whole array.
+Arrays are of one sample, so a sum "over a sample" is the sum of the array.
 """
 
 from collections.abc import Callable
@@ -19,19 +19,19 @@ Variant = Literal["ours", "lrp"]
 Stabiliser = Literal["signed", "reference"]
 
 REFERENCE_EPSILON = 1e-9
-# Of the root mean square of the sample's denominators: the smallest power of ten at which float32 and float64 agree
-# in rank to 0.9999 on DeiT-tiny, in the median of many roundings (tests/benchmark/stabiliser.py).
+# Share of the root mean square of the sample's denominators: the smallest power of ten with a rank correlation of
+# 0.9999 between float32 and float64 on DeiT-tiny, in the median of many roundings (tests/benchmark/stabiliser.py).
 SIGNED_EPSILON = 1e-4
 
 
 def quotient_of(a: Array, b: Array, denominator: Array) -> Array:
-    """`a / denominator`, zero where b or the denominator is."""
+    """`a / denominator`, zero where b or the denominator is zero."""
     nonzero = (b != 0) & (denominator != 0)
     return jnp.where(nonzero, a / jnp.where(nonzero, denominator, 1), 0)
 
 
 def reference_quotient(a: Array, b: Array) -> Array:
-    """`a / (b + 1e-9)`, zero where b is zero: as published, so it blows up for b just below zero."""
+    """`a / (b + 1e-9)`, zero where b is zero, as published: it is very large for b just below zero."""
     return quotient_of(a, b, b + REFERENCE_EPSILON)
 
 
@@ -49,8 +49,10 @@ def parts(x: Array) -> tuple[Array, Array]:
 
 
 def with_backward(f: Any, inputs: tuple[Array, ...], backward: Any) -> Array:
-    """`f(*inputs)` whose cotangent g becomes `backward(g, *inputs)`, one for each of the inputs or None. f closes over
-    no value of the program."""
+    """`f(*inputs)` with the backward pass `backward(g, *inputs)`, a cotangent or None for each input.
+
+    `f` must not close over a value of the program.
+    """
     step = jax.custom_vjp(f)
     step.defvjp(lambda *inputs: (f(*inputs), inputs), lambda inputs, g: backward(g, *inputs))
     return step(*inputs)
@@ -58,21 +60,21 @@ def with_backward(f: Any, inputs: tuple[Array, ...], backward: Any) -> Array:
 
 @jax.custom_jvp
 def _multiple(x: Array, factor: Array, value: Array) -> Array:
-    """The value, as the product of x with a constant factor."""
+    """The value, with the derivative of `factor x` for a constant factor."""
     return value
 
 
-_multiple.defjvp(lambda values, tangents: (values[2], tangents[0] * values[1]))
+_multiple.defjvp(lambda values, tangents: (values[2], (tangents[0] * values[1]).astype(values[2].dtype)))
 
 
 def gain(f: Any, x: Array) -> Array:
-    """The identity rule `f(x) / x`: f as a product with a constant."""
+    """The identity rule: f as the product of x with the constant `f(x) / x`."""
     safe = jnp.where(x == 0, jnp.asarray(1e-6, x.dtype), x)
     return _multiple(x, stop_gradient(f(safe) / safe), f(x))
 
 
 def halved(f: Any, a: Array, b: Array) -> Array:
-    """A product whose factors share."""
+    """A product whose factors get half of the cotangent each."""
     return with_backward(f, (a, b), lambda g, a, b: tuple(d / 2 for d in jax.vjp(f, a, b)[1](g)))
 
 
@@ -83,19 +85,19 @@ LIBRA: Rules = {
     "product": halved,
     "activation": gain,
 }
-# AttnLRP (Achtibat et al., ICML 2024) in its gradient form, R = x * g: the epsilon rule of a linear map, in the limit
-# of a vanishing epsilon, and the softmax rule `R_in = x * (R - s sum R)` are the ordinary derivatives.
+# AttnLRP (Achtibat et al., ICML 2024) in its gradient form, R = x * g. The epsilon rule of a linear map, as epsilon
+# goes to 0, and the softmax rule `R_in = x * (R - s sum R)` are the ordinary derivatives.
 ATTN_LRP: Rules = {"mix": halved, "product": halved, "gate": halved, "norm": LIBRA["norm"], "activation": gain}
 
 
 @lru_cache
 def conservative(activation: Activation = "identity", pooler: Activation | None = None) -> Rules:
-    """Conservative LRP (Ali et al., ICML 2022): attention weights and the deviation of norms held constant, and the
-    gates of SwiGLU, which is newer. LibraGrad's pruned backward pass with "identity".
+    """Conservative LRP (Ali et al., ICML 2022): attention weights, the deviation of norms, and the gates of SwiGLU
+    (which is newer) are constant. With "identity" it is LibraGrad's pruned backward pass.
 
-    Without biases the model is then linear in its tokens, so that token * gradient sums to the logit, when the
-    activation takes the "identity" rule `f(x) / x` too; "gradient" takes its ordinary derivative. `pooler` is the rule
-    of a single tanh, which is the pooler's of BERT; None: that of the other activations.
+    `activation` is the rule of activations: "identity", `f(x) / x`, or "gradient", the ordinary derivative. With
+    "identity" and without biases the model is linear in its tokens, so token * gradient sums to the logit. `pooler` is
+    the rule of a single tanh, as in BERT's pooler; None: the same as `activation`.
     """
 
     def activated(f: Any, x: Array) -> Array:
@@ -109,9 +111,9 @@ def conservative(activation: Activation = "identity", pooler: Activation | None 
 def res_lrp(gamma: float) -> Rules:
     """ResLRP (2026): AttnLRP with the gamma rule at sums.
 
-    With R = out * g, out = a + b: each summand that agrees in sign with the sum counts 1 + gamma times, so that
-    `R_a = a' / (a' + b') R`, `a' = a (1 + gamma [a out >= 0])`. Where a and b nearly cancel, the plain rule makes the
-    shares of R as large as they like; here |R_a| + |R_b| is at most `1 + 2 / gamma` times |R|.
+    With R = out * g, out = a + b: a summand with the sign of the sum counts 1 + gamma times, so
+    `R_a = a' / (a' + b') R`, `a' = a (1 + gamma [a out >= 0])`. If a and b nearly cancel, the plain rule gives shares
+    of R without a bound; here |R_a| + |R_b| is at most `1 + 2 / gamma` times |R|.
     """
 
     def add(f: Any, a: Array, b: Array) -> Array:
@@ -131,33 +133,26 @@ def res_lrp(gamma: float) -> Rules:
     }
 
 
-def _passed_on(x: Array, value: Array, f: Any) -> Array:
-    """`value = f(x)` with its relevance passed on to x unchanged, where the shapes are the same."""
-    return _identity(x, value) if x.shape == value.shape else f(x)
-
-
-@jax.custom_jvp
-def _identity(x: Array, value: Array) -> Array:
-    return value
-
-
-_identity.defjvp(lambda values, tangents: (values[1], tangents[0].astype(values[1].dtype)))
+def _passed_on(f: Any, x: Array, *more: Array) -> Array:
+    """`f(x, *more)` with its relevance passed on to x unchanged, if the shapes are the same."""
+    value = f(x, *more)
+    return _multiple(x, jnp.ones((), x.dtype), value) if x.shape == value.shape else value
 
 
 @lru_cache
 def lrp(variant: Variant, stabiliser: Stabiliser) -> Rules:
-    """Layer-wise relevance propagation: the cotangent is the relevance R. "ours" of Transformer Attribution (Chefer
-    et al., CVPR 2021), or plain "lrp" (alpha = 1, beta = 0).
+    """Layer-wise relevance propagation: the cotangent is the relevance R. The variant is "ours" of Transformer
+    Attribution (Chefer et al., CVPR 2021), or plain "lrp" (alpha = 1, beta = 0).
 
-    Products and sums share R out, all else passes it on, and biases get none. A linear map has positive parts
-    `P_ij = x_i+ w_ij+` and `Q_ij = x_i- w_ij-`: "ours" shares R_j over `P + Q` together, "lrp" gives all of R_j once
-    over P and once over Q. "ours" rescales the branches of a sum so that a carries `|sum a| / (|sum a| + |sum b|)`.
-    The stabiliser chooses how quotients treat denominators near zero.
+    Products and sums distribute R, other steps pass it on, and biases get none. A linear map has positive parts
+    `P_ij = x_i+ w_ij+` and `Q_ij = x_i- w_ij-`: "ours" distributes R_j over `P + Q`, "lrp" distributes all of R_j over
+    P and again over Q. "ours" rescales the branches of a sum so that a gets `|sum a| / (|sum a| + |sum b|)`.
+    The stabiliser specifies how quotients treat denominators near zero.
     """
     quotient = QUOTIENTS[stabiliser]
 
     def by_parts(f: Any, x: Array, kernels: tuple[Any, Any], r: Array) -> Array:
-        """R of x, where `f(x, kernel)` has positive and negative parts."""
+        """R of x, from the positive and negative parts of `f(x, kernel)`."""
         pulls = [jax.vjp(partial(_second, f, k), own) for own, k in zip(parts(x), kernels, strict=True)]
         (z_pos, pull_pos), (z_neg, pull_neg) = pulls
         if variant == "ours":
@@ -215,24 +210,14 @@ def lrp(variant: Variant, stabiliser: Stabiliser) -> Rules:
     def position(f: Any, x: Array, p: Array) -> Array:
         return add(lambda a, b: a + b, x, jnp.broadcast_to(p, x.shape))
 
-    passed = lambda f, x, *more: _passed_on(x, f(x, *more), lambda x: f(x, *more))  # noqa: E731
     rules: dict[str, Any] = {
         "linear": linear,
         "embed": embed,
         "reduce": reduce,
-        "mix": product,
-        "product": product,
-        "gate": product,
-        "add": add,
-        "residual": add,
-        "turn": add,
         "position": position,
-        "bias": passed,
-        "scale": passed,
-        "norm": passed,
-        "centre": passed,
-        "softmax": passed,
-        "activation": passed,
+        **dict.fromkeys(("mix", "product", "gate"), product),
+        **dict.fromkeys(("add", "residual", "turn"), add),
+        **dict.fromkeys(("bias", "scale", "norm", "centre", "softmax", "activation"), _passed_on),
     }
     return rules | ({"fork": fork} if stabiliser == "reference" else {})
 

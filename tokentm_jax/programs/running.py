@@ -1,7 +1,7 @@
-"""A program that was read, evaluated step by step: with other backward rules, and with taps.
+"""The evaluation of a program, step by step, with other backward rules and with taps.
 
-A rule is a function `rule(f, *inputs)` that gives `f(*inputs)` with another backward pass. `f` computes one step of a
-kind (`reading`) from the inputs that matter:
+A rule is a function `rule(f, *inputs)` that returns `f(*inputs)` with another backward pass. `f` computes one step of
+a kind (`reading`) from these inputs:
 
     linear, embed           f(x, kernel)          bias, scale, position   f(x, array)
     mix, product            f(a, b)               norm                    f(x, statistic)
@@ -10,11 +10,11 @@ kind (`reading`) from the inputs that matter:
     add, residual, turn     f(a, b)               reduce, activation      f(x)
     fork                    f(x) -> (x as the residual sum reads it, x as its branch does)
 
-`f.steps` of an activation, a norm and a softmax are the names of the operations that it consists of.
+`f.steps` of an activation, a norm and a softmax are the names of its operations.
 
-A tap is a function `tap(value, state, extra) -> (value, state, note)` of one value of the program, which goes on with
-what it returns. The state goes from tap to tap, also through scans. Notes are collected, stacked over the turns of a
-scan. `extra` is the tap's slice of what is handed in for each turn.
+A tap is a function `tap(value, state, extra) -> (value, state, note)` of one value of the program, which continues
+with the returned value. The state goes from tap to tap, also through scans. Notes are collected, and stacked over the
+iterations of a scan. `extra` is the tap's slice of additional inputs for each iteration.
 """
 
 import copy
@@ -39,7 +39,7 @@ Tap = Callable[[Array, Any, Any], tuple[Array, Any, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How a program is evaluated: rules by kind, and taps by reading and value."""
+    """How to evaluate a program: rules by kind, and taps by reading and value."""
 
     rules: Rules = dataclasses.field(default_factory=dict)
     taps: Mapping[Reading, Mapping[int, Callable[..., Tap]]] = dataclasses.field(default_factory=dict)
@@ -47,17 +47,17 @@ class Plan:
 
 
 def scan_key(step: Step) -> int:
-    """The key of a scan's own notes and extras among those of the program's values."""
+    """The key of a scan's notes and extras among those of the program's values."""
     return -1 - step.outputs[0]
 
 
 class Evaluation:
-    """One evaluation of a program, or of one turn of a scan's body; `values` are those that are known so far."""
+    """One evaluation of a program, or of one iteration of a scan's body; `values` are the ones known so far."""
 
     def __init__(self, reading: Reading, plan: Plan, inputs: list[Any], state: Any = None, extra: Any = None) -> None:
         self.reading, self.plan, self.state = reading, plan, state
         self.values: dict[int, Any] = {**reading.flat.constants}
-        self.known: dict[int, Any] = {}  # values as rules make them, for steps outside of their group
+        self.known: dict[int, Any] = {}  # values by rules, for steps outside of their group
         self.forks = {s.of[0]: s for s in reading.sums if isinstance(s.of, tuple)} if "fork" in plan.rules else {}
         self.taps, self.extra, self.notes = plan.taps.get(reading, {}), extra or {}, {}
         for number, value in zip(reading.flat.inputs, inputs, strict=True):
@@ -87,7 +87,7 @@ class Evaluation:
         return other
 
     def get(self, atom: Any, step: Step | None = None) -> Any:
-        """The value of an atom as `step` reads it; None: as the world outside reads it."""
+        """The value of an atom as `step` reads it; None: as an output."""
         if isinstance(atom, Literal):
             return atom.val
         if self.plan.rules and atom in self.reading.facts:
@@ -106,11 +106,11 @@ class Evaluation:
         self.values[number] = value
 
     def _leaves(self, atom: int, step: Step | None) -> bool:
-        """Whether a value leaves its group of elementwise steps here, by a rule."""
+        """Whether a value leaves its group of elementwise steps here, so that a rule applies."""
         fact, rules = self.reading.facts.get(atom), self.plan.rules
         if fact is None or fact.root == atom or fact.statistic or atom in self.reading.exempt:
             return False
-        # A multiple has its own derivative, unless relevance is carried, which biases do not change.
+        # A multiple has its ordinary derivative, unless rules carry relevance, which biases do not change.
         if "activation" not in rules or (fact.linear and "bias" not in rules):
             return False
         if step is not None and (step.name in ELEMENTWISE or step.name in SAME_SHAPE):
@@ -131,7 +131,7 @@ class Evaluation:
         return self.known[atom][0 if step is self.forks[atom] else 1]
 
     def _touches(self, call: Call) -> bool:
-        """Whether a rule or a tap concerns a step of a custom derivative, which is then looked through."""
+        """Whether a rule or a tap is for a step inside a custom derivative, which is then evaluated step by step."""
         steps = self.reading.flat.steps[call.start : call.stop]
         inside = {number for step in steps for number in step.outputs}
         if inside - set(call.outputs) & self.taps.keys():
@@ -175,8 +175,10 @@ class Evaluation:
         return rule(f, *(self.get(step.inputs[i], step) for i in order))
 
     def function(self, starts: list[int], end: Any) -> Callable[..., Any]:
-        """The part of the program from some values to another, as a function of these, by plain arithmetic. All else
-        is as it is known; what is not known yet is computed."""
+        """The part of the program from some values to another, as a function without rules.
+
+        Other values are used as they are known, or computed.
+        """
         chain = self.chain(starts, end)
 
         def f(*inputs: Any) -> Any:
@@ -192,7 +194,7 @@ class Evaluation:
         return f
 
     def chain(self, starts: list[int], end: int) -> list[Step]:
-        """The steps between, in order."""
+        """The steps of `function`, in order."""
         facts, producer = self.reading.facts, self.reading.flat.producer
         begun = sum(1 << number for number in set(starts))
         needed: set[Step] = set()

@@ -1,11 +1,13 @@
 """A program for a batch of one as a program for one sample: the same steps, without the axis of samples.
 
-An axis of size 1 holds nothing, so any that a value has may be left out. What matters is that no step has one for the
-compiler to lay out: mapped over a batch, such a program is as fast as one that was written for batches.
+Any axis of size 1 may be removed. A program in which no step has such an axis is, mapped over a batch, as fast as a
+program that was written for batches.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,20 +19,24 @@ from tokentm_jax.programs.flat import CALLS, bind, scanned, users
 from tokentm_jax.programs.reading import ELEMENTWISE, SAME_SHAPE
 
 
-class Slim(NamedTuple):
-    """A value that depends on the sample, without its axis number `axis`, of size 1; None: it lacks none."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Slim:
+    """A value that depends on the sample, without its axis number `axis`, of size 1; None: it has all axes."""
 
     value: Any
-    axis: int | None
+    axis: int | None = dataclasses.field(metadata={"static": True})
 
 
 def for_one_sample(program: Any, count: int = 1) -> Callable[..., list[Any]]:
-    """A closed jaxpr `(*parameters, *sample [1, ...]) -> outputs [1, ...]`, whose sample has `count` arrays, as a
-    function without these axes."""
+    """A closed jaxpr `(*parameters, *sample [1, ...]) -> outputs [1, ...]` as a function without these axes.
+
+    The sample has `count` arrays.
+    """
 
     def function(*inputs: Any) -> list[Any]:
         outputs = _run(program, [*inputs[:-count], *(Slim(x, 0) for x in inputs[-count:])])
-        return [lax.squeeze(full(out), (0,)) if not _lacks(out, 0) else out.value for out in outputs]
+        return [_without(out, 0) for out in outputs]
 
     return function
 
@@ -42,22 +48,24 @@ def full(value: Any) -> Any:
     return value.value if value.axis is None else lax.expand_dims(value.value, (value.axis,))
 
 
-def _lacks(value: Any, axis: int) -> bool:
-    return isinstance(value, Slim) and value.axis == axis
-
-
 def _without(value: Any, axis: int) -> Any:
     """A value without its axis `axis`, which has size 1."""
-    return value.value if _lacks(value, axis) else lax.squeeze(full(value), (axis,))
+    lacks = isinstance(value, Slim) and value.axis == axis
+    return value.value if lacks else lax.squeeze(full(value), (axis,))
 
 
 def _slim(array: Any) -> Slim:
-    """A value that depends on the sample, without its first axis where that has size 1."""
+    """A value that depends on the sample, without its first axis if that has size 1."""
     return Slim(lax.squeeze(array, (0,)), 0) if jnp.shape(array)[:1] == (1,) else Slim(array, None)
 
 
+def _fitted(value: Any, axis: int | None) -> Slim:
+    """A value without this axis."""
+    return Slim(full(value) if axis is None else _without(value, axis), axis)
+
+
 def _run(program: Any, inputs: Sequence[Any], call: Any = None) -> list[Any]:
-    """The outputs of a closed jaxpr; `call` is the traceback of the call that it is."""
+    """The outputs of a closed jaxpr; `call` is the traceback of its call."""
     jaxpr = program.jaxpr
     known: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*program.consts, *inputs], strict=True))
 
@@ -77,7 +85,7 @@ def _run(program: Any, inputs: Sequence[Any], call: Any = None) -> list[Any]:
 
 def _step(equation: Any, given: list[Any]) -> list[Any]:
     name = equation.primitive.name
-    if name in ("checkpoint", "remat2", "remat"):
+    if name == "remat2":
         return _checkpoint(equation, given)
     if name in ("custom_jvp_call", "scan", "cond"):
         found = {"custom_jvp_call": _custom_jvp, "scan": _scan, "cond": _cond}[name](equation, given)
@@ -95,7 +103,7 @@ def _closed(jaxpr: Any) -> Any:
 
 
 def _bound(equation: Any, values: Sequence[Any], lacking: int | None, /, **params: Any) -> list[Slim]:
-    """A step with other parameters, whose outputs lack the axis `lacking`."""
+    """A step with other parameters. Its outputs lack the axis `lacking`."""
     changed = equation.replace(params={**equation.params, **params})
     return [Slim(out, lacking) for out in bind(changed, list(values))]
 
@@ -104,7 +112,7 @@ def _shape(equation: Any, place: int = 0) -> tuple[int, ...]:
     return tuple(equation.invars[place].aval.shape)
 
 
-# ---- steps: each gives its outputs, or None where it has no form without the axis ----------------------------------
+# ---- steps: each returns its outputs, or None if it needs the axis --------------------------------------------------
 
 
 def _elementwise(equation: Any, given: list[Any]) -> list[Slim] | None:
@@ -135,21 +143,14 @@ def _reshape(equation: Any, given: list[Any]) -> list[Slim] | None:
         return None
     before, axis = _shape(equation), None
     if x.axis is not None:
-        ahead = _product(before[: x.axis])
-        axis = next((p for p, size in enumerate(sizes) if size == 1 and _product(sizes[:p]) == ahead), None)
+        ahead = math.prod(before[: x.axis])
+        axis = next((p for p, size in enumerate(sizes) if size == 1 and math.prod(sizes[:p]) == ahead), None)
     elif sizes[:1] == (1,):
         axis = 0
     left = sizes if axis is None else sizes[:axis] + sizes[axis + 1 :]
     if left == jnp.shape(x.value):
         return [Slim(x.value, axis)]
     return _bound(equation, [x.value], axis, new_sizes=left)
-
-
-def _product(sizes: Sequence[int]) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result
 
 
 def _broadcast(equation: Any, given: list[Any]) -> list[Slim] | None:
@@ -193,7 +194,7 @@ def _over(equation: Any, x: Slim, gone: Sequence[int], name: str) -> list[Slim] 
 
 
 def _along(name: str) -> Callable[[Any, list[Any]], list[Slim] | None]:
-    """A step along the one axis that its parameter `name` gives, of arrays that have equal sizes elsewhere."""
+    """A step along the axis in its parameter `name`, of arrays with equal other axes."""
 
     def step(equation: Any, given: list[Any]) -> list[Slim] | None:
         along = equation.params[name]
@@ -272,63 +273,38 @@ STEPS: dict[str, Callable[[Any, list[Any]], list[Slim] | None]] = {
 # ---- steps that hold programs --------------------------------------------------------------------------------------
 
 
-def _split(values: Sequence[Any]) -> tuple[list[Any], Callable[[Sequence[Any]], list[Any]]]:
-    """The arrays of values, and what makes values of such arrays again."""
-    axes: list[Any] = [v.axis if isinstance(v, Slim) else "known" for v in values]
-
-    def joined(arrays: Sequence[Any]) -> list[Any]:
-        return [a if axis == "known" else Slim(a, axis) for a, axis in zip(arrays, axes, strict=True)]
-
-    return [v.value if isinstance(v, Slim) else v for v in values], joined
-
-
 def _checkpoint(equation: Any, given: list[Any]) -> list[Any]:
-    arrays, joined = _split(given)
-    rejoin: list[Any] = []
-
-    def body(*arrays: Any) -> list[Any]:
-        found, again = _split(_run(_closed(equation.params["jaxpr"]), joined(arrays)))
-        rejoin.append(again)
-        return found
-
     params = equation.params
-    found = jax.checkpoint(body, policy=params["policy"], prevent_cse=params["prevent_cse"])(*arrays)
-    return rejoin[-1](found)
+
+    def body(*values: Any) -> list[Any]:
+        return _run(_closed(params["jaxpr"]), values)
+
+    return jax.checkpoint(body, policy=params["policy"], prevent_cse=params["prevent_cse"])(*given)
 
 
 def _custom_jvp(equation: Any, given: list[Any]) -> list[Any] | None:
-    """A step with its own derivative, which is a program, too."""
-    if not all(jnp.issubdtype(jnp.result_type(full(v)), jnp.inexact) for v in given):
+    """A step with a custom derivative, which is a program, too."""
+    if not all(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in equation.invars):
         return None
-    arrays, joined = _split(given)
-    rejoin: list[Any] = []
-    types = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars]
+    types = tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars)
+    call, axes = _closed(equation.params["call_jaxpr"]), []  # axes of the outputs
 
     @jax.custom_jvp
-    def function(*arrays: Any) -> list[Any]:
-        found, again = _split(_run(_closed(equation.params["call_jaxpr"]), joined(arrays)))
-        rejoin.append(again)
-        return found
+    def function(*values: Any) -> list[Slim]:
+        outputs = [out if isinstance(out, Slim) else Slim(out, None) for out in _run(call, values)]
+        axes[:] = [out.axis for out in outputs]
+        return outputs
 
     def differentiated(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
         return jax.jvp(lambda *values: bind(equation, list(values)), primals, tangents)
 
     @function.defjvp
-    def tangent(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[list[Any], list[Any]]:
-        own = jax.make_jaxpr(differentiated)(tuple(types), tuple(types))
-        values, changes = joined(primals), joined(tangents)
-        outputs = _run(own, [*values, *changes])
-        axes: list[Any] = [
-            v.axis if isinstance(v, Slim) else "known" for v in rejoin[-1](outputs[: len(outputs) // 2])
-        ]
-        fitted = [
-            full(out) if axis in ("known", None) else _without(out, axis)
-            for out, axis in zip(outputs, axes * 2, strict=True)
-        ]
+    def tangent(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[list[Slim], list[Slim]]:
+        outputs = _run(jax.make_jaxpr(differentiated)(types, types), [*primals, *tangents])
+        fitted = [_fitted(out, axis) for out, axis in zip(outputs, axes * 2, strict=True)]
         return fitted[: len(axes)], fitted[len(axes) :]
 
-    found = function(*arrays)
-    return rejoin[-1](found)
+    return function(*given)
 
 
 def _scan(equation: Any, given: list[Any]) -> list[Any]:
@@ -336,35 +312,25 @@ def _scan(equation: Any, given: list[Any]) -> list[Any]:
     consts, carries = scanned(params)
     fixed, carry, xs = given[:consts], given[consts : consts + carries], given[consts + carries :]
     carry = [v if isinstance(v, Slim) else _slim(v) for v in carry]
-    carried, joined = _split(carry)
-    per_turn = [Slim(full(x), None) if _lacks(x, 0) else x for x in xs]
-    turns, _ = _split(per_turn)
-    inner = [x if not isinstance(x, Slim) or x.axis is None else Slim(x.value, x.axis - 1) for x in per_turn]
-    _, joined_turn = _split(inner)
-    rejoin: list[Any] = []
+
+    def of_turn(x: Any) -> Any:
+        if not isinstance(x, Slim) or x.axis is None:
+            return x
+        return Slim(full(x), None) if x.axis == 0 else Slim(x.value, x.axis - 1)
 
     def turn(carried: list[Any], turns: list[Any]) -> tuple[list[Any], list[Any]]:
-        outputs = _run(params["jaxpr"], [*fixed, *joined(carried), *joined_turn(turns)])
-        after = [
-            full(out) if v.axis is None else _without(out, v.axis)
-            for out, v in zip(outputs[:carries], carry, strict=True)
-        ]
-        found, again = _split([out if isinstance(out, Slim) else Slim(out, None) for out in outputs[carries:]])
-        rejoin.append(again)
-        return after, found
+        outputs = _run(params["jaxpr"], [*fixed, *carried, *turns])
+        after = [_fitted(out, v.axis) for out, v in zip(outputs[:carries], carry, strict=True)]
+        return after, [out if isinstance(out, Slim) else Slim(out, None) for out in outputs[carries:]]
 
-    carried, found = lax.scan(turn, carried, turns, params["length"], params["reverse"], params["unroll"])
-    ys = [y if y.axis is None else Slim(y.value, y.axis + 1) for y in rejoin[-1](found)]
-    return [*joined(carried), *ys]
+    turns = [of_turn(x) for x in xs]
+    carry, found = lax.scan(turn, carry, turns, params["length"], params["reverse"], params["unroll"])
+    return [*carry, *(y if y.axis is None else Slim(y.value, y.axis + 1) for y in found)]
 
 
 def _cond(equation: Any, given: list[Any]) -> list[Any]:
-    index, *more = given
-    arrays, joined = _split(more)
-
     def taken(branch: Any) -> Callable[..., list[Any]]:
-        return lambda *arrays: [_slim(full(out)).value for out in _run(branch, joined(arrays))]
+        return lambda *values: [_slim(full(out)) for out in _run(branch, values)]
 
-    found = lax.switch(full(index), [taken(branch) for branch in equation.params["branches"]], *arrays)
-    shapes = [v.aval.shape for v in equation.outvars]
-    return [Slim(out, 0 if shape[:1] == (1,) else None) for out, shape in zip(found, shapes, strict=True)]
+    index, *more = given
+    return list(lax.switch(full(index), [taken(branch) for branch in equation.params["branches"]], *more))

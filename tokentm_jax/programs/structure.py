@@ -1,17 +1,17 @@
-"""The Transformer in a program: its layers, what its head reads, and where its patches are.
+"""The Transformer in a program: its layers, the tokens that its head reads, and its grid of patches.
 
-layer       a residual sum on the stream: an attention layer if its branch has an attention that its stream has not
-stage       layers in a row: those of a scan's body, or those between scans
+layer       a residual sum on the stream: an attention layer if its branch has an attention that its stream lacks
+stage       consecutive layers: of the body of a scan, or between scans
 read-out    how the head mixes the tokens of the last stream
 """
 
 import dataclasses
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from jax.extend.core import Literal
+from jax.extend import core
 
 from tokentm_jax.errors import Unfit
 from tokentm_jax.maths.maps import Tiling
@@ -25,12 +25,12 @@ class Attention:
     """The product of attention weights with values."""
 
     product: Step
-    weights: int  # the value [.., N, .., N] that a softmax gave
+    weights: int  # the value [.., N, .., N] of a softmax
     query: int  # its axes
     key: int
-    value: int  # what it is contracted with
+    value: int  # the other factor
     order: tuple[int, ...]  # axes of the value: heads (in the order of the weights' axes), tokens, channels
-    heads: tuple[int, ...]  # where the product has these heads among its first axes
+    heads: tuple[int, ...]  # positions of these heads among the first axes of the product
     ahead: bool  # whether the product has tokens before channels
 
     @property
@@ -47,17 +47,17 @@ class Layer:
     branch: int
     output: int
     attention: Attention | None  # None: an FFN layer
-    normed: int | None = None  # of post-norm blocks: the output behind its norm
+    normed: int | None = None  # of post-norm blocks: the output after its norm
 
     @property
     def end(self) -> int:
-        """The stream behind the layer."""
+        """The stream after the layer."""
         return self.output if self.normed is None else self.normed
 
 
 @dataclasses.dataclass(eq=False)
 class Stage:
-    """Layers in a row: of the body of a scan, which runs `length` times, or of the program itself."""
+    """Consecutive layers: of the body of a scan, which runs `length` times, or of the program."""
 
     reading: Reading
     scan: Step | None
@@ -67,7 +67,7 @@ class Stage:
 
 @dataclasses.dataclass(eq=False)
 class Structure:
-    """What was found."""
+    """The Transformer in a program."""
 
     reading: Reading
     stages: list[Stage]
@@ -84,7 +84,7 @@ class Structure:
 
     @cached_property
     def rows(self) -> dict[Reading, dict[int, Any]]:
-        """Where the tokens are in the values behind the first stream of each program, see `tokens.rows_from`."""
+        """Where the tokens are in the values after the first stream of each program, see `tokens.rows_from`."""
         found = {}
         for stage in self.stages:
             attentions = {a.weights: a.query for block in stage.blocks if (a := block[0].attention) is not None}
@@ -98,51 +98,34 @@ class Structure:
 
 
 def find(reading: Reading, image: int) -> Structure:
-    """The Transformer in a program whose explained input is the value `image`. Raises Unfit where there is none."""
+    """The Transformer in a program whose explained input is the value `image`. Raises Unfit if there is none."""
     stages = _stages(reading)
     if not stages:
-        seen = _all(reading, lambda r: len(r.softmaxes))
-        more = f"; {seen} softmaxes are no self-attention on a residual stream" if seen else ""
+        count = _softmaxes(reading)
+        more = f"; {count} softmaxes are not self-attention on a residual stream" if count else ""
         raise Unfit(f"no attention was found in this function{more}")
     first, last = stages[0], stages[-1]
     shapes = [stage.reading.flat.types[stage.blocks[0][0].stream].shape for stage in stages]
     for stage, own in zip(stages, shapes, strict=True):
         _require_same(shapes[0], own, stage.blocks[0][0].sum)
-    layer = first.blocks[0][0]
-    embedded = layer.stream if first.scan is None else _outside(first, layer.stream)
-    end = last.blocks[-1][-1]
+    embedded = _outside(first, first.blocks[0][0].stream, "inputs")
+    output = _outside(last, last.blocks[-1][-1].end, "outputs")
     post_norm = any(layer.normed is not None for block in first.blocks for layer in block)
-    output = end.end if last.scan is None else _carried_out(last, end.end)
-    shape = reading.flat.types[embedded].shape
     attention = first.blocks[0][0].attention
     assert attention is not None
     weights = first.reading.flat.types[attention.weights].shape
     tokens = weights[attention.key]
-    grid, prefix, tiling = _grid(reading, image, embedded, tokens)
-    structure = Structure(
-        reading,
-        stages,
-        embedded,
-        output,
-        tokens,
-        shape[-1],
-        int(np.prod(weights)) // tokens**2,
-        None,
-        grid,
-        prefix,
-        tiling,
-        post_norm,
-    )
-    structure.readout = _readout(structure)
-    return structure
+    width, heads = reading.flat.types[embedded].shape[-1], int(np.prod(weights)) // tokens**2
+    readout, placed = _readout(reading, output, tokens), _grid(reading, image, embedded, tokens)
+    return Structure(reading, stages, embedded, output, tokens, width, heads, readout, *placed, post_norm)
 
 
-def _all(reading: Reading, count: Any) -> int:
-    return count(reading) + sum(_all(body, count) for body in reading.bodies.values())
+def _softmaxes(reading: Reading) -> int:
+    return len(reading.softmaxes) + sum(map(_softmaxes, reading.bodies.values()))
 
 
 def _stages(reading: Reading) -> list[Stage]:
-    """The stages of a program, in order: blocks of its own that follow one another are one stage."""
+    """The stages of a program, in order. Consecutive blocks outside of scans are one stage."""
     at = {step: place for place, step in enumerate(reading.flat.steps)}
     placed = [(at[block[0].sum], Stage(reading, None, 1, [block])) for block in _blocks(reading)]
     for step, body in reading.bodies.items():
@@ -178,7 +161,7 @@ def _blocks(reading: Reading) -> list[list[Layer]]:
             between = [a.outputs[0] for a in reading.attentions if reading.descends(stream, a.outputs[0])]
             if inside and not any(reading.descends(mixed, last) for mixed in between):
                 _require_same(shape, own, step)
-            continue  # of the head, which may read the tokens by attention
+            continue  # in the head, which may read the tokens by attention
         if len(inside) > 1:
             raise Unfit("a layer with two attentions has no single map of attention")
         layer = Layer(step, stream, branch, out, inside[0] if inside else None)
@@ -187,15 +170,9 @@ def _blocks(reading: Reading) -> list[list[Layer]]:
         blocks[-1].append(layer)
     layers = [layer for block in blocks for layer in block]
     for layer, after in zip(layers, [*(layer.stream for layer in layers[1:]), *[None] * bool(layers)], strict=True):
-        normed = _normed(reading, layer.output)
-        if normed is not None and (after == normed or (after is None and any(l.normed is not None for l in layers))):
-            layer.normed = normed
-        if (
-            after is None
-            and normed is not None
-            and normed in reading.flat.outputs
-            and layer.output not in reading.flat.outputs
-        ):
+        normed, ends = _normed(reading, layer.output), reading.flat.outputs
+        as_others = any(other.normed is not None for other in layers) or (normed in ends and layer.output not in ends)
+        if normed is not None and (after == normed or (after is None and as_others)):
             layer.normed = normed
     return blocks
 
@@ -211,7 +188,7 @@ def _require_all(reading: Reading, attention: Attention, stream: Sequence[int]) 
 
 
 def _require_same(before: Sequence[int], after: Sequence[int], step: Step) -> None:
-    """Raises Unfit where tokens are merged between attention layers."""
+    """Raises Unfit if tokens are merged between attention layers."""
     if tuple(before) != tuple(after):
         raise Unfit(
             f"{line_of(step)}: the tokens change from {list(before)} to {list(after)} between two attentions, and an "
@@ -220,13 +197,13 @@ def _require_same(before: Sequence[int], after: Sequence[int], step: Step) -> No
 
 
 def _normed(reading: Reading, value: int) -> int | None:
-    """What a norm makes of a sum, with its scale and bias; None where no norm follows."""
+    """The sum after its norm, with scale and bias; None if no norm follows."""
     norm = next((n for n in reading.norms if n.of[2] == value), None)
     return None if norm is None else behind_norm(reading, norm)
 
 
 def behind_norm(reading: Reading, norm: Step) -> int:
-    """The result of a norm with its scale and bias, in the type that it is read in."""
+    """The result of a norm with its scale and bias, in the type in which it is read."""
     end, types = norm.outputs[0], reading.flat.types
     for step in reading.flat.steps:
         affine = step.kind in ("scale", "bias") or step.name == "convert_element_type"
@@ -236,7 +213,7 @@ def behind_norm(reading: Reading, norm: Step) -> int:
 
 
 def _attention(reading: Reading, product: Step) -> Attention | None:
-    """A product of weights with values as self-attention; None where queries and keys are not the same tokens."""
+    """A product of weights with values as self-attention; None if queries and keys are not the same tokens."""
     weights = product.of
     side = product.inputs.index(weights)
     contracted, batched = product.params["dimension_numbers"]
@@ -248,34 +225,27 @@ def _attention(reading: Reading, product: Step) -> Attention | None:
     heads = sorted(range(len(batched[side])), key=lambda i: batched[side][i])
     first = [batched[1 - side][i] for i in heads]
     channels = [a for a in range(len(reading.flat.shape(value))) if a != tokens and a not in first]
-    while (step := reading.flat.producer[weights]).name == "select_n":  # masked once more
+    while (step := reading.flat.producer[weights]).name == "select_n":  # masked again
         weights = next(i for i in step.inputs[1:] if i in reading.facts)
     order = (*first, tokens, *channels)
     return Attention(product, weights, free[0], contracted[side][0], value, order, tuple(heads), side == 0)
 
 
-def _outside(stage: Stage, value: int) -> int:
-    """The value that enters a scan as an input of its body."""
-    assert stage.scan is not None
-    inputs = stage.reading.flat.inputs
-    if value not in inputs:
-        raise Unfit("the stream of tokens does not enter its scan as a carry")
-    return stage.scan.inputs[inputs.index(value)]
+def _outside(stage: Stage, value: int, ends: Literal["inputs", "outputs"]) -> int:
+    """The value of the program for an input or output of a stage."""
+    if stage.scan is None:
+        return value
+    inside = getattr(stage.reading.flat, ends)
+    if value not in inside:
+        raise Unfit(f"the stream of tokens does not {'enter' if ends == 'inputs' else 'leave'} its scan as a carry")
+    return getattr(stage.scan, ends)[inside.index(value)]
 
 
-def _carried_out(stage: Stage, value: int) -> int:
-    assert stage.scan is not None
-    outputs = stage.reading.flat.outputs
-    if value not in outputs:
-        raise Unfit("the stream of tokens does not leave its scan as a carry")
-    return stage.scan.outputs[outputs.index(value)]
-
-
-def _readout(structure: Structure) -> tuple[float, ...] | None:
-    """r0, from the steps behind the last stream: which rows are taken, and what is averaged."""
-    flat = structure.reading.flat
-    known = rows_from(structure.reading, structure.last, structure.tokens)
-    result = known.get(flat.outputs[0]) if not isinstance(flat.outputs[0], Literal) else None
+def _readout(reading: Reading, last: int, tokens: int) -> tuple[float, ...] | None:
+    """r0, from the steps after the last stream, which select and average rows."""
+    flat = reading.flat
+    known = rows_from(reading, last, tokens)
+    result = known.get(flat.outputs[0]) if not isinstance(flat.outputs[0], core.Literal) else None
     if result is None:
         return None
     shares = mixture(result)
@@ -285,13 +255,15 @@ def _readout(structure: Structure) -> tuple[float, ...] | None:
 def _grid(
     reading: Reading, image: int, embedded: int, tokens: int
 ) -> tuple[tuple[int, int] | None, int | None, Tiling | None]:
-    """The patch grid, the number of tokens before those of the patches, and how a convolution cuts them; None where it
-    cannot be told."""
+    """The patch grid, the number of tokens before those of the patches, and the tiling of a convolution.
+
+    Unknown ones are None.
+    """
     flat = reading.flat
     grid = tiling = None
     shape = flat.types[image].shape
     for step in flat.steps:
-        depends = [i for i in step.inputs if not isinstance(i, Literal) and i in reading.facts]
+        depends = [i for i in step.inputs if not isinstance(i, core.Literal) and i in reading.facts]
         if not depends or not reading.descends(embedded, step.outputs[0]):
             continue
         if step.name == "conv_general_dilated":
@@ -312,7 +284,7 @@ def _grid(
     for step in flat.steps:
         if step.name == "concatenate" and reading.descends(embedded, step.outputs[0]):
             places = [
-                place for place, i in enumerate(step.inputs) if not isinstance(i, Literal) and i in reading.facts
+                place for place, i in enumerate(step.inputs) if not isinstance(i, core.Literal) and i in reading.facts
             ]
             if len(places) == 1:
                 axis = step.params["dimension"]
@@ -321,7 +293,7 @@ def _grid(
 
 
 def _tiling(flat: Flat, convolution: Step) -> Tiling | None:
-    """How a convolution in two dimensions cuts its input, where it pads nothing."""
+    """The tiling of a convolution in two dimensions without padding."""
     params = convolution.params
     kernel = flat.shape(convolution.inputs[1])
     sides = [kernel[axis] for axis in params["dimension_numbers"].rhs_spec[2:]]
@@ -332,7 +304,7 @@ def _tiling(flat: Flat, convolution: Step) -> Tiling | None:
 
 
 def _split(before: Sequence[int], after: Sequence[int]) -> tuple[int, int] | None:
-    """(gh, gw) where two axes were split in two, as of patches of an image [.., H, W, C]."""
+    """(gh, gw), if two axes were each split in two, as for patches of an image [.., H, W, C]."""
     if len(after) - len(before) != 2:
         return None
     for place in range(len(before) - 1):

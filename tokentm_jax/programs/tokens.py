@@ -1,4 +1,4 @@
-"""Where the tokens of a stream are in the values behind it; and a part of a block for some of them."""
+"""The positions of a stream's tokens in later values, and a part of a block for some tokens."""
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -21,7 +21,7 @@ Rows = tuple[int, np.ndarray] | np.ndarray  # (axis, share of each token [length
 
 
 def _axis_through(step: Step, axis: int, before: Sequence[int], after: Sequence[int]) -> int | None:
-    """Where an axis is after a change of shape; None where it is merged or split."""
+    """The axis after a change of shape; None if it is merged or split."""
     if step.name == "transpose":
         return list(step.params["permutation"]).index(axis)
     if step.name == "broadcast_in_dim":
@@ -39,9 +39,9 @@ def _axis_through(step: Step, axis: int, before: Sequence[int], after: Sequence[
 def rows_from(
     reading: Reading, start: int, n: int, attentions: Mapping[int, int] = MappingProxyType({})
 ) -> dict[int, Any]:
-    """Where the tokens of the value `start` [.., N, D] are in the values behind it: `Rows` by number.
+    """Where the tokens of the value `start` [.., N, D] are in later values: `Rows` by number.
 
-    Values of which it cannot be told are left out. In attention the tokens are the queries, whose axes are given.
+    Unclear values are left out. In attention, the tokens are the queries, whose axes are given.
     """
     flat = reading.flat
     axes = [a for a, size in enumerate(flat.types[start].shape[:-1]) if size == n]
@@ -63,7 +63,7 @@ def mixture(rows: Any) -> np.ndarray:
 
 
 def _rows_after(flat: Flat, step: Step, given: list[tuple[int, Any]], out: int, queries: Any = ()) -> Any:
-    """What one step makes of rows; None where it cannot be told."""
+    """The rows after one step; None if they are unclear."""
     number, rows = given[0]
     before, after = flat.types[number].shape, flat.types[out].shape
     if len(given) > 1:
@@ -71,14 +71,10 @@ def _rows_after(flat: Flat, step: Step, given: list[tuple[int, Any]], out: int, 
         of_query = [(i, r) for i, r in given if i in queries]
         if of_query and step.name == "dot_general":
             return _rows_after(flat, step, of_query, out)
-        if step.name in ("dot_general",) and with_axis:  # attention pooling: the shares depend on the image
+        if step.name == "dot_general" and with_axis:  # attention pooling: the shares depend on the image
             return mixture(with_axis[0])
-        if (
-            step.name == "concatenate"
-            and with_axis
-            and len(with_axis) == len(given)
-            and step.params["dimension"] == with_axis[0][0]
-        ):
+        joined = step.name == "concatenate" and len(with_axis) == len(given)
+        if joined and step.params["dimension"] == with_axis[0][0]:
             return (with_axis[0][0], np.concatenate([r[1] for r in with_axis]))
         if with_axis:
             return with_axis[0]
@@ -125,7 +121,7 @@ def _rows_after(flat: Flat, step: Step, given: list[tuple[int, Any]], out: int, 
         return (ahead + free.index(axis), shares)
     if step.name in ELEMENTWISE or before == after:
         return rows
-    return shares.mean(0) if step.name not in ("scan",) else None
+    return shares.mean(0) if step.name != "scan" else None
 
 
 def _is_zero(flat: Flat, value: Any) -> bool:
@@ -136,8 +132,8 @@ def _is_zero(flat: Flat, value: Any) -> bool:
 def for_tokens(
     evaluation: Evaluation, rows: Mapping[int, Any], weights: int, end: int, size: int, tokens: np.ndarray
 ) -> Callable[[Array], Array] | None:
-    """The part of a block from its attention `weights` on for some of its `size` tokens: attention of these queries ->
-    what they are at the value `end`. None where a step does not show that it treats each token on its own."""
+    """The part of a block after its attention `weights`, for some of its `size` tokens: attention of these queries ->
+    these tokens of the value `end`. None if a step may mix tokens."""
     chain = evaluation.chain([weights], end)
     changed = {weights}
     own = lambda atom: not isinstance(atom, Literal) and atom in changed  # noqa: E731
@@ -145,14 +141,14 @@ def for_tokens(
         changed |= {*step.outputs} if any(map(own, step.inputs)) else set()
 
     def axis(number: Any) -> int | None:
-        """Where the tokens are, all of them in their order."""
+        """The axis of the tokens, if all of them are there in their order."""
         known = rows.get(number) if not isinstance(number, Literal) else None
         if not isinstance(known, tuple) or known[1].shape != (size, size) or (known[1] != np.eye(size)).any():
             return None
         return known[0]
 
     def fitted(step: Step) -> Callable[[list[Any]], list[Any]] | None:
-        """A step whose own values have only these tokens."""
+        """A step on values that have only these tokens."""
         if not any(map(own, step.inputs)):
             return lambda values: bind(step.equation, values)
         out = axis(step.outputs[0])
