@@ -287,7 +287,7 @@ def test_sentences_are_spread_evenly(data):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "holds no examples"),
+        ("", "has no examples"),
         ("a film 1\n", "line 1 must be a text, a tab and the number of a class"),
         ("a film\t1\nfun\t-9\n", "line 2 must be"),
         ("\t1\n", "line 1 must be"),

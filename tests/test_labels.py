@@ -109,8 +109,8 @@ def test_files_of_label_maps(tmp_path):
         ("map.json", "{", "is not valid JSON"),
         ("map.csv", "a,1\na,2\n", "line 2 gives another class for 'a'"),
         ("map.csv", "a\n", "line 1 must have two columns"),
-        ("map.csv", 'a,"1\n', "is no CSV file"),
-        ("map.csv", "a," + "1" * 200_000, "is no CSV file: line 1: field larger than"),
+        ("map.csv", 'a,"1\n', "is not a CSV file"),
+        ("map.csv", "a," + "1" * 200_000, "is not a CSV file: line 1: field larger than"),
     ):
         (tmp_path / name).write_text(content)
         with pytest.raises(InputError, match=message):

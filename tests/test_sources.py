@@ -151,7 +151,7 @@ def test_a_csv_of_labels(folder):
         ("file,label\na.png,0\n", "columns 'file' and 'class_index'"),
         ("file,class_index\na.png,cat\n", "columns 'file' and 'class_index'"),
         ("file,class_index\n../a.png,1\n", "leaves the folder"),
-        ("file,class_index\n", "holds no examples"),
+        ("file,class_index\n", "has no examples"),
         ("", "it has nothing"),
         ("file,class_index\na.png,1_0\n", "line 2 has 'a.png,1_0'"),
         ("file,class_index\na.png,١\n", "line 2 has"),
@@ -161,7 +161,7 @@ def test_a_csv_of_labels(folder):
         ("file,class_index\na.png,1,2\n", "line 2 has 'a.png,1,2'"),
         ("file,class_index\na.png,1\n./a.png,2\n", "line 3 gives './a.png' the class 2, it was 1"),
         ("file,class_index\na.png,0\n" + "x" * 200_000, "line 3: field larger than"),
-        ('file,class_index\n"a.png,0\n', "is no CSV file"),
+        ('file,class_index\n"a.png,0\n', "is not a CSV file"),
         (b"file,class_index\n\xff.png,0\n", "is not UTF-8 text"),
     ):
         table.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -201,7 +201,7 @@ def test_imagenet_segmentation_layout(tmp_path):
     (batch,) = batches(source, MODEL, 4, skipped=skipped)
     assert batch.keys == ("00000",) and "00001" in skipped and "differ in size" in skipped["00001"]
     (tmp_path / "c.mat").write_bytes(b"no HDF5")
-    with pytest.raises(InputError, match="not laid out like"):
+    with pytest.raises(InputError, match="does not have the layout of"):
         open_source(tmp_path / "c.mat")
 
 
@@ -302,7 +302,7 @@ def test_hostile_tables_of_a_mat_file(tmp_path):
             (replace("value/gt", h5py.SoftLink("/value/gt")), "gt is a link"),
             (table(10**9, 1), "more than 10,000,000 values"),
             (table(0, 1), "no values"),
-            (lambda file, _: file["value"].pop("gt"), "not laid out like"),
+            (lambda file, _: file["value"].pop("gt"), "does not have the layout of"),
         )
     ):
         path = hostile(tmp_path / f"{number}.mat", change)

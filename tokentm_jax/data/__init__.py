@@ -1,1 +1,1 @@
-"""Photos and labelled examples: read from files that nobody has checked, and cut to what a model sees."""
+"""Photos, recordings and labelled examples, read from untrusted files."""

@@ -1,7 +1,7 @@
-"""Recordings: read from files that nobody has checked, and made into log-mel spectrograms.
+"""Recordings, read from untrusted files, and their log-mel spectrograms.
 
 A spectrogram is an image [mel bins, frames, 1] whose first row is the lowest frequency. Its values are logarithms of
-energies, brought to [0, 1] linearly, so that all that is done with photos can be done with it.
+energies, scaled linearly to [0, 1], so all functions for photos work on it.
 """
 
 import dataclasses
@@ -18,13 +18,13 @@ from tokentm_jax.files import opened
 from tokentm_jax.validation import check_fields, read_fields
 
 SUFFIXES = {".wav", ".wave", ".flac", ".ogg", ".oga", ".opus"}
-LONGEST = 30  # seconds of a recording that are read, however long it is
+LONGEST = 30  # seconds of a recording that are read
 MOST = 2**25  # frames times samples of the transform: 256 MiB of float64
 MAX_CHANNELS = 32
 RATES = (1_000, 384_000)  # lowest and highest, in Hz
-MOST_FRAMES = 2**40  # a file that states more does not know how many it has
-MAGIC = (b"RIFF", b"fLaC", b"OggS")  # starts of the formats that are read; libsndfile knows many more
-UNKNOWN = 0xFFFFFFFF  # size that a program writes that could not go back to the header
+MOST_FRAMES = 2**40  # a larger number in a file means that it is unknown
+MAGIC = (b"RIFF", b"fLaC", b"OggS")  # first bytes of the supported formats; libsndfile supports many more
+UNKNOWN = 0xFFFFFFFF  # size in the header of a stream
 _CUT = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)  # in libsndfile's notes on a WAV file
 CROSSINGS, ROLL_OFF, BETA = 32, 0.95, 9.0  # of the resampling filter, see `resample`
 PREEMPHASIS = 0.97
@@ -32,7 +32,7 @@ LEAST_ENERGY = 2.0**-23
 
 
 class Recording(NamedTuple):
-    """Sound: the mean over channels, and how long all of it is, of which at most `LONGEST` seconds are here."""
+    """Sound: the mean over channels of at most `LONGEST` seconds, and the length of all of it in seconds."""
 
     samples: np.ndarray  # float32 [n]; full scale is 1
     rate: int  # samples a second
@@ -47,11 +47,11 @@ class Spectrogram:
       sampling_rate: in Hz; recordings of another rate are resampled.
       window, hop, fft: samples of a frame, from one frame to the next, and of the Fourier transform.
       lowest_frequency: in Hz, where the first mel filter begins; the last one ends at half of the sampling rate.
-      floor, ceiling: natural logarithms of energies, which become 0 and 1; what is beyond is cut.
+      floor, ceiling: natural logarithms of energies, which become 0 and 1; values outside are clipped.
       relative: energies are relative to the loudest of the recording.
       padding: value in [0, 1] of the frames after the end of a shorter recording.
 
-    Raises InputError for values that are out of range or do not go together.
+    Raises InputError for values that are out of range or do not fit together.
     """
 
     sampling_rate: Annotated[int, Ge(RATES[0]), Le(RATES[1])] = 16_000
@@ -82,7 +82,7 @@ class Spectrogram:
         return read_fields(cls, values, "preprocessing: 'audio'")
 
     def seconds(self, frames: int) -> float:
-        """How long `frames` are, from the start of the first to the end of the last."""
+        """Length of `frames`, from the start of the first to the end of the last."""
         return ((frames - 1) * self.hop + self.window) / self.sampling_rate
 
     def frequencies(self, bins: int) -> np.ndarray:
@@ -99,10 +99,10 @@ class Spectrogram:
         return np.minimum((mel - left) / (centre - left), (right - mel) / (right - centre)).clip(0)
 
     def log_mel(self, samples: np.ndarray, bins: int) -> np.ndarray:
-        """Log energies of mel bands, [bins, frames], of samples [n] at `sampling_rate`; n is a window at least.
+        """Log energies of mel bands, [bins, frames], of samples [n] at `sampling_rate`; n is at least a window.
 
-        Of each frame: its mean is subtracted, then x_t - 0.97 x_(t-1), windowed; the power spectrum, the filters, the
-        logarithm, of energies that are at least 2^-23.
+        For each frame: subtract its mean, compute x_t - 0.97 x_(t-1), apply the window, the power spectrum, the
+        filters, and the logarithm of energies of at least 2^-23.
         """
         frames = np.lib.stride_tricks.sliding_window_view(samples.astype(np.float64), self.window)[:: self.hop]
         frames = frames - frames.mean(1, keepdims=True)
@@ -111,7 +111,7 @@ class Spectrogram:
         return np.log(np.maximum(self.filters(bins) @ np.square(np.abs(spectrum)).T, LEAST_ENERGY))
 
     def image(self, recording: Recording, size: tuple[int, int]) -> np.ndarray:
-        """A recording as float32 [bins, frames, 1] in [0, 1]: what is longer is cut, what is shorter is padded."""
+        """A recording as float32 [bins, frames, 1] in [0, 1]: a longer one is cut, a shorter one is padded."""
         bins, frames = size
         samples = resample(recording.samples, recording.rate, self.sampling_rate)
         samples = samples[: (frames - 1) * self.hop + self.window]
@@ -167,7 +167,7 @@ def open_recording(path: str | Path) -> Recording:
 
 
 def decode(file: BinaryIO, name: str) -> Recording:
-    """As `open_recording`, from an open binary file; `name` is what errors call it."""
+    """As `open_recording`, from an open binary file; `name` is its name in errors."""
     start = file.read(4)
     if not start:
         raise InputError(f"{name} is empty")
@@ -189,7 +189,7 @@ def _samples(sound: Any, name: str) -> Recording:
     if not RATES[0] <= rate <= RATES[1]:
         raise InputError(f"{name} has {rate} samples a second: {RATES[0]} to {RATES[1]} are read")
     if not 1 <= count <= MOST_FRAMES:
-        raise InputError(f"{name} holds no samples, or does not state how many")
+        raise InputError(f"{name} has no samples, or does not state how many")
     for stated, present in _CUT.findall(sound.extra_info):
         if int(stated) != UNKNOWN:
             raise InputError(f"{name} is truncated: {present} of {stated} bytes of samples are present")
@@ -199,8 +199,8 @@ def _samples(sound: Any, name: str) -> Recording:
         samples = sound.read(len(part), dtype="float64", always_2d=True)
         if len(samples) < len(part):
             raise InputError(f"{name} is truncated")
-        with np.errstate(all="ignore"):  # of values that are not numbers, or too large: refused below
+        with np.errstate(all="ignore"):  # values that are not numbers, or too large, raise below
             part[:] = samples.mean(1)
     if not np.isfinite(found).all():
-        raise InputError(f"{name} holds samples that are not finite numbers")
+        raise InputError(f"{name} has samples that are not finite numbers")
     return Recording(found, rate, count / rate)

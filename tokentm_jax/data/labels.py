@@ -16,7 +16,7 @@ LabelMap = Mapping[str, str | int]
 
 
 def number(text: str) -> int | None:
-    """The whole number that plain digits are, None for any other text. Beyond 20 digits it is just very large."""
+    """The whole number of plain digits; None for any other text. Only the first 20 digits are read."""
     if re.fullmatch("-?[0-9]+", text) is None:
         return None
     sign = "-" if text.startswith("-") else ""
@@ -24,26 +24,26 @@ def number(text: str) -> int | None:
 
 
 def alike(name: str) -> str:
-    """What names have in common that differ in case, underscores and spaces alone."""
+    """A key that is equal for names that differ only in case, underscores and spaces."""
     return " ".join(name.casefold().replace("_", " ").split())
 
 
 def csv_rows(text: str, where: str) -> Iterator[tuple[int, list[str]]]:
-    """(line, fields) of every row that is not empty. Raises InputError for what is not CSV."""
+    """(line, fields) of every row that is not empty. Raises InputError for a text that is not CSV."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         for row in reader:
             if row:
                 yield reader.line_num, row
     except csv.Error as error:
-        raise InputError(f"{where} is no CSV file: line {reader.line_num}: {reason(error)}") from None
+        raise InputError(f"{where} is not a CSV file: line {reader.line_num}: {reason(error)}") from None
 
 
 def read_label_map(given: LabelMap | str | os.PathLike[str] | None) -> dict[str, str | int] | None:
-    """A label map as it is used, from one or from its file: None for None.
+    """A label map from a mapping or a file; None for None.
 
-    The file is a JSON object, or else CSV of two columns without a header: the data set's name of a class, and the
-    model's name, wnid or number of it. Raises InputError.
+    The file is a JSON object, or CSV of two columns without a header: the data set's name of a class, and the model's
+    name, wnid or number. Raises InputError.
     """
     if given is None:
         return None

