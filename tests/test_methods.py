@@ -150,7 +150,7 @@ def test_forms_of_legrad_that_a_model_does_not_have(small, briefly):
         (
             module.clone(global_pool="avg"),
             "mean",
-            "read='mean' puts the mean of all tokens in the class token's place",
+            "read='mean' replaces the class token by the mean of all tokens",
         ),
     ):
         shapes = jax.eval_shape(lambda key, module=other: tm.models.init_params(module, key), jax.random.key(0))

@@ -339,7 +339,7 @@ def test_options_at_odds_are_refused(convolutions):
         ("occlusion", {"patch": 4, "window": 3}, "'window' must be at most 2 for 2 x 3 patches, got 3"),
         ("occlusion", {"patch": 2, "window": 2, "stride": 3}, r"'stride' must be at most the window \(2\), got 3"),
         ("kernel_shap", {"patch": 2, "pairs": 40}, "'pairs' must be at least 48 for 24 patches, got 40"),
-        ("token_dropping", {}, "forward pass of tm.models.ViT; Convolutions has its own"),
+        ("token_dropping", {}, "forward pass of tm.models.ViT; Convolutions has another one"),
         ("occlusion", {"fill": "white"}, "'fill' of the method 'occlusion' must be 'mean', 'black' or 'blur'"),
         ("rise", {"keep": 1.0}, "'keep' .* must be less than 1"),
         ("shapley", {"pairs": 1}, "'pairs' .* must be greater than or equal to 2"),
@@ -351,7 +351,7 @@ def test_options_at_odds_are_refused(convolutions):
     weights = init_params(square, jax.random.key(0))
     for method, options, message in (
         ("token_dropping", {}, "must leave a patch"),
-        ("shapley", {}, "two patches at least"),
+        ("shapley", {}, "at least two patches"),
         ("occlusion", {"window": 2}, "'window' must be at most 1 for 1 x 1 patches, got 2"),
     ):
         with pytest.raises(tm.InputError, match=message):

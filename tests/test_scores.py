@@ -179,7 +179,7 @@ def test_whole_numbers_are_a_target_of_a_score_of_one_s_own():
         ({"score": lambda o, t: o.sum(-1), "target": np.ones(3)}, "must have the 2 samples first, got [3]"),
         (
             {"score": scores.log_probability, "method": "shapley", "value": "probability"},
-            "'probability' is that of a class; with a score of your own leave it out",
+            "'probability' is for classes; leave it out with a custom score",
         ),
     ],
 )

@@ -65,7 +65,7 @@ def test_a_subclass_is_explained(briefly, models, method):
     explain = lambda kind: explain_fn(kind(**FIELDS), method, **CHEAP.get(method, {}))  # noqa: E731
     kinds = [OwnParts, OwnPass]
     if method == "token_dropping":
-        with pytest.raises(tm.InputError, match="OwnPass has its own"):
+        with pytest.raises(tm.InputError, match="OwnPass has another one"):
             explain(kinds.pop())(params, images, target)
     program = jax.jit(lambda p, q, x, t: (explain(ViT)(q, x, t), [explain(kind)(p, x, t) for kind in kinds]))
     expected, found = program(params, same, images, target)

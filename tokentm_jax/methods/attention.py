@@ -1,4 +1,4 @@
-"""Methods that read attention, alone or with its gradient. Most carry a row through the blocks by one rule.
+"""Methods that read attention, with or without its gradient. Most carry a row through the blocks by one rule.
 
 Each function is `(model, params, inputs, target, **options) -> (maps, details)`; see `tokentm_jax.methods.table`.
 """
@@ -36,9 +36,8 @@ Read = Literal["head", "mean", "pool"]  # how LeGrad reads the tokens of a block
 def from_trace(model: Any, trace: Trace, rule: Callable[[Blocks, Array], Array]) -> Explanation:
     """Token maps of a batch by a rule for one sample, `rule(blocks, read-out [N]) -> row [N]`.
 
-    The rule computes in float32 at least, whatever the model computes in.
+    The rule computes in float32 at least, also for models in less.
     """
-
     blocks = wide_blocks(trace.blocks())
     rows = jax.vmap(rule, in_axes=(sample_axes(1), 0))(blocks, read_out(model, trace.seen, trace.score))
     return token_map(model, rows), trace.details()
@@ -66,14 +65,14 @@ def tokentm(
 ) -> Explanation:
     """TokenTM; see `tokentm_jax.maths.tokentm` and, for the options, `variants`.
 
-    `memory` is how to run it, with equal results: "store" what the linear maps of each block gave until the backward
-    pass, for speed, or "recompute" it, for memory.
+    `memory` specifies how to run it, with equal results: "store" the results of the linear maps until the backward
+    pass, for speed, or "recompute" them, to save memory.
     """
     check_blocks(model.depth, options.first_block, options.end_block)
 
     def one(sample: Any, score: Score) -> tuple[tuple[Array, Array], Any]:
         gradients = None
-        if options.takes("gradient"):  # which a pass does not know on its way forward
+        if options.takes("gradient"):  # which the forward pass does not have yet
             known, _ = of_sample(model, params, sample, score, ("token_grads", "final_tokens"))
             gradients = known["token_grads"][1:]
         elif options.attention == "plain":
@@ -96,8 +95,7 @@ def _from_attention(
     update: Callable[[Array, Array], Array],
     first_block: int | None,
 ) -> Explanation:
-    """Maps by a rule that knows of each block only `fuse` of its attention [H, N, N]; `first_block` None: the last
-    alone."""
+    """Maps by a rule on `fuse` of each block's attention [H, N, N]; `first_block` None: only the last block."""
     start = model.depth - 1 if first_block is None else first_block
     check_blocks(model.depth, start)
     one = lambda sample, _: passes.rows_behind(model, params, sample, fuse, update, start)  # noqa: E731
@@ -106,7 +104,7 @@ def _from_attention(
 
 
 def raw_attention(model: Model, params: Any, inputs: Any, target: Any) -> Explanation:
-    """Mean attention of the last block, read as the head reads."""
+    """Mean attention of the last block, in the rows that the head reads."""
     return _from_attention(
         model, params, inputs, target, lambda block: block.attention.mean(0), lambda row, fused: row @ fused, None
     )
@@ -125,7 +123,7 @@ def rollout(
 ) -> Explanation:
     """Attention rollout (Abnar & Zuidema, ACL 2020): the product of `rownorm(fuse_h(A) + I)` over blocks.
 
-    `discard_ratio` in [0, 1) sets that share of each block's lowest fused attentions to zero first.
+    First, the share `discard_ratio` in [0, 1) of each block's lowest fused attentions becomes zero.
     """
     reduce = {"mean": jnp.mean, "max": jnp.max, "min": jnp.min}[fusion]
 
@@ -134,7 +132,7 @@ def rollout(
         if not discard_ratio:
             return fused
         ranked, least = fused, int(discard_ratio * fused.size)
-        if block.seen is not None:  # of the attentions between tokens that are there
+        if block.seen is not None:  # only attentions between present tokens count
             ranked = jnp.where(block.seen & block.seen[:, None], fused, jnp.inf)
             least = jnp.int32(discard_ratio * jnp.square(block.seen.sum().astype(fused.dtype)))
         rank = ranked.ravel().argsort(stable=True).argsort(stable=True).reshape(fused.shape)
@@ -158,7 +156,7 @@ def gae(
 ) -> Explanation:
     """Generic attention explainability (Chefer et al., ICCV 2021): `R <- R + mean_h relu(G * A_h) R` from R = I.
 
-    It is TokenTM with every component off.
+    It is TokenTM without its components.
     """
     options = dataclasses.replace(OFF, first_block=first_block)
     return tokentm(model, params, inputs, target, options=options, memory=memory)
@@ -178,7 +176,7 @@ def grad_cam(model: Model, params: Any, inputs: Any, target: Any) -> Explanation
 
 
 def grad_cam_tokens(model: Model, params: Any, inputs: Any, target: Any) -> Explanation:
-    """Grad-CAM on the patch tokens after the last block's first LayerNorm, as users of CAM libraries do."""
+    """Grad-CAM on the patch tokens after the last block's first LayerNorm, as usual with CAM libraries."""
     trace = capture(model, params, inputs, target, ["normalised", "normalised_grads"])
 
     def one(features: Array, gradient: Array, there: Array | None) -> Array:
@@ -209,15 +207,15 @@ def legrad(
 ) -> Explanation:
     """LeGrad (Bousselham et al., ICCV 2025): `sum_l mean_{h,q} relu(d s_l / d A_l)`, s_l read from block l's output.
 
-    `read` is how: by the model's "head"; from the "mean" of all tokens, as the published code does for CLIP; or by the
-    attention "pool" without the norm before it, as it does for SigLIP: A_l is then the attention of the pool.
+    `read` specifies what reads it: the model's "head", the "mean" of all tokens (as in the published code for CLIP),
+    or the attention "pool" without the norm before it (as there for SigLIP; A_l is then the attention of the pool).
     """
     check_blocks(model.depth, first_block)
     if read == "pool":
         return _legrad_of_pool(model, params, inputs, target, first_block)
     if read == "mean" and (seen(inputs) is not None or max(model.readout) < 1):
-        raise Unfit("read='mean' puts the mean of all tokens in the class token's place, so it needs one that is read")
-    if is_open(target):  # a pass tells the predicted class
+        raise Unfit("read='mean' replaces the class token by the mean of all tokens: the head must read a class token")
+    if is_open(target):  # one pass finds the predicted class
         target = explained(model.apply({"params": params}, inputs), target)[1]["target"]
     one = partial(passes.legrad_rows, model, params, first_block=first_block, read=read)
     rows, details = model.per_sample(one, inputs, target)
@@ -228,7 +226,7 @@ def _legrad_of_pool(model: Model, params: Any, inputs: Any, target: Any, first_b
     """LeGrad by the attention of SigLIP's pool: `sum_l mean_h relu(d s_l / d A)`."""
     module = model.source.module
     if getattr(module, "global_pool", None) != "map":
-        raise Unfit("read='pool' reads the attention of a pool, as SigLIP has, and this model has none")
+        raise Unfit("read='pool' reads the attention of a pool, as in SigLIP, and this model has none")
     trace = capture(model, params, inputs, target, ["tokens", "final_tokens"])
     after = trace.tokens[first_block + 1 :]
     pool = Function(Applied(module, "pool")).read(params, after[0])
@@ -269,7 +267,7 @@ def beyond_intuition(
 
     `P <- P + A P` with `A = sum_h I_h A_h`, `I_h` proportional to `mean |A_h^T G_h|` (variant "head"), or with
     `A = mean_h A_h diag(||V_j W_O|| / ||x_j||)` (variant "token"); `F = mean_h relu(mean_k G_L(k x / steps))`, k from
-    1 to steps. `from_zero` takes `linspace(0, 1, steps)` instead, as the published code does, which also begins at its
+    1 to steps. `from_zero` uses `linspace(0, 1, steps)` instead, as the published code does, which also starts at the
     fourth block (`first_block=3`).
     """
     weighted = ["tokens", "transformed_value"] if variant == "token" else []
@@ -296,7 +294,7 @@ def beyond_intuition(
         return attention_update(rows, jnp.einsum("h,hqk->qk", influence, block.attention))
 
     def one(blocks: Blocks, feedback: Array, row: Array) -> Array:
-        # Where the head reads several tokens, F and P multiply before they are read, so P is needed for each.
+        # If the head reads several tokens, F and P are multiplied before they are read, so all rows of P are needed.
         identity = jnp.eye(len(row), dtype=row.dtype)
         return row @ (feedback * aggregate(identity, blocks, update, first_block))
 

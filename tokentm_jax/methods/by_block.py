@@ -1,4 +1,4 @@
-"""TokenTM seen block by block: what each layer makes of the tokens, and how the contributions grow."""
+"""TokenTM block by block: the change of the tokens in each layer, and the growth of the contributions."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ OPTIONS = TokenTM()
 
 
 class Layer(NamedTuple):
-    """What the attention layers, or the FFNs, make of the patches' tokens: [B, L, gh, gw] each."""
+    """The change of the patches' tokens in the attention layers, or in the FFNs: [B, L, gh, gw] each."""
 
     length: Any  # L(x~) / L(x), the ratio of lengths
     necc: Any  # normalised exponential cosine correlation, with mean 1 over all tokens
@@ -40,7 +40,7 @@ def by_block(module: Any, params: Any, inputs: Array, target: Any = None) -> ByB
       module, params, inputs, target: as for `tokentm_jax.capture`; `module` reads images.
 
     Raises:
-      InputError: a model in which no Transformer is found.
+      InputError: no Transformer is found in the model.
     """
     model = function_of(module).read(params, inputs)
     trace = capture(model, params, inputs, target, OPTIONS.uses())

@@ -1,4 +1,4 @@
-"""Methods that differentiate the score with respect to the input and need nothing of a Transformer.
+"""Methods that differentiate the score with respect to the input. They work on any model.
 
 Each function is `(model, params, inputs, target, **options) -> (pixel maps [B, H, W], details)`.
 """
@@ -56,15 +56,15 @@ def smooth_grad(
 ) -> Explanation:
     """SmoothGrad (Smilkov et al., 2017): the mean gradient over noisy inputs, largest absolute value over channels.
 
-    The standard deviation is `noise` times each image's own range. All images get the same noise, so that a map does
-    not depend on the batch.
+    The standard deviation is `noise` times the range of each image. All images get the same noise, so a map does not
+    depend on the batch.
     """
     _, _, details = _gradient(model, params, inputs, target)
     x, mask = values(inputs), seen(inputs)
-    # What stands behind a text does not count: its first token stands in for it.
-    there = x if mask is None else jnp.where(mask[..., None], x, x[:, :1])
+    # The padding of a text does not count: the first token replaces it.
+    present = x if mask is None else jnp.where(mask[..., None], x, x[:, :1])
     axes = tuple(range(1, x.ndim))
-    deviation = noise * (there.max(axes, keepdims=True) - there.min(axes, keepdims=True))
+    deviation = noise * (present.max(axes, keepdims=True) - present.min(axes, keepdims=True))
 
     def noisy(total: Array, key: Array) -> tuple[Array, None]:
         changed = with_values(inputs, x + deviation * jax.random.normal(key, (1, *x.shape[1:]), x.dtype))

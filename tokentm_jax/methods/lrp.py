@@ -1,9 +1,9 @@
 """Methods that carry relevance through the model by other backward rules (`tokentm_jax.programs.rules`).
 
 Each function is `(model, params, inputs, target, **options) -> (maps, details)`. `details["relevance"]` [B, L+1] is
-the relevance that enters every block and, last, leaves the last one: what a conserving rule keeps constant.
+the relevance at the input of every block, and at the output of the last one. A conserving rule keeps it constant.
 
-The README says what LRP's patent means for commercial use.
+The README states what LRP's patent means for commercial use.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def by_rules(function: Callable[..., Explanation], rules: str) -> Callable[..., 
 
 
 def _tokens_of(model: Model) -> tuple[str, ...]:
-    """The fields of a trace that the relevance of blocks needs; none for a function without blocks."""
+    """The fields of a trace for the relevance of blocks; empty for a function without blocks."""
     return ("tokens", "token_grads", "final_tokens") if model.has_blocks else ()
 
 
@@ -49,8 +49,10 @@ def _details(trace: Trace, token_relevance: Any) -> Details:
 
 
 def _maps(model: Model, mask: Array | None, arrays: Any, rule: Callable[[Any, Array], Array]) -> Array:
-    """Token maps of a batch by a rule for one sample, `rule(arrays [L, ...], read-out [N]) -> row [N]`, from arrays
-    [L, B, ...]; it computes in float32 at least."""
+    """Token maps of a batch from arrays [L, B, ...], in float32 at least.
+
+    The rule is for one sample: `rule(arrays [L, ...], read-out [N]) -> row [N]`.
+    """
     arrays = jax.tree.map(wide, arrays)
     readout = read_out(model, mask, jax.tree.leaves(arrays)[0][0])
     return token_map(model, jax.vmap(rule, in_axes=(1, 0))(arrays, readout))
@@ -104,7 +106,7 @@ def _token_times_gradient(
     relevance: Any = None if trace.tokens is None else wide(trace.tokens) * wide(trace.token_grads)
     at_pixels = (wide(values(inputs)) * wide(trace.input_grads)).sum(-1)
     if not pixels and relevance is None:
-        raise Unfit("a function without attention has no map of tokens: ask for pixels=True")
+        raise Unfit("a function without attention has no map of tokens: use pixels=True")
     maps = input_map(trace.seen, at_pixels) if pixels else token_map(model, relevance[0].sum(-1))
     return maps, _details(trace, relevance)
 
@@ -119,10 +121,10 @@ def conservative_lrp(
     pooler: Activation | None = None,
     pixels: bool = False,
 ) -> Explanation:
-    """Conservative LRP (Ali et al., ICML 2022): `sum_d x0 * dy/dx0` with attention and norms held constant.
+    """Conservative LRP (Ali et al., ICML 2022): `sum_d x0 * dy/dx0` with constant attention and norms.
 
-    `activation` chooses the rule of GELU: "identity" `f(x) / x`, or its "gradient". `pooler` is that of the tanh in
-    BERT's pooler, by default the same; the published code takes its "gradient". `pixels` gives [B, H, W].
+    `activation` is the rule of GELU: "identity" `f(x) / x`, or its "gradient". `pooler` is the rule of the tanh in
+    BERT's pooler, by default the same; the published code uses "gradient". `pixels` gives [B, H, W].
     """
     return _token_times_gradient(model, conservative(activation, pooler), params, inputs, target, pixels)
 
@@ -152,9 +154,9 @@ def libra_full_grad(model: Model, params: Any, inputs: Any, target: Any) -> Expl
     """Libra FullGrad+ (Mehri et al., CVPR 2025): tokens and biases times their gradients, mean over blocks, on the
     pruned backward pass.
 
-    Block l gives `sum_d x_l g_l`, and the same for every bias from there on: a map that sums to the logit, over all
-    tokens, exactly. Biases after the tokens were read go to the tokens that were. `details["completeness_gap"]` [B]
-    is the sum less the logit.
+    Block l gives `sum_d x_l g_l`, plus the same for every later bias: a map whose sum over all tokens is exactly the
+    logit. Biases after the read-out belong to the tokens that the head reads. `details["completeness_gap"]` [B] is the
+    sum minus the logit.
     """
     (rows, gap), details = model.per_sample(partial(full_gradient_rows, model.by(LIBRA), params), inputs, target)
     return token_map(model, rows), {**details, "completeness_gap": gap}

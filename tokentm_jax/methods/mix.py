@@ -1,4 +1,4 @@
-"""Maps of several methods by as few passes of the model as they need."""
+"""Maps of several methods in as few passes of the model as possible."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,15 +18,15 @@ from tokentm_jax.programs.rules import ATTN_LRP, LIBRA
 
 Gradient = Literal["own", "conservative_lrp", "attn_lrp"]
 
-# Methods whose map is a row that runs through the blocks by attention and its gradient: how, and by whose rules the
-# gradient is where they do not leave that open.
+# Methods whose map is a row, carried through the blocks by attention and its gradient: the options, and the method
+# whose rules give the gradient (None: the option `gradient`).
 ROWS: dict[str, tuple[TokenTM, Gradient | None]] = {
     "tokentm": (TokenTM(), None),
     "gae": (OFF, None),
     "libra_tokentm": (TokenTM(), "conservative_lrp"),
     "libra_gae": (OFF, "conservative_lrp"),
 }
-# Methods whose map is token times gradient at the embedded tokens, by rules.
+# Methods whose map is token times gradient at the embedded tokens, with their rules.
 RULES = {"own": {}, "conservative_lrp": LIBRA, "attn_lrp": ATTN_LRP}
 
 
@@ -41,10 +41,9 @@ def shared_maps(
 ) -> tuple[list[Array], Details]:
     """The maps of the methods called `names`, and the details of the first pass.
 
-    Those that can share a pass do: a method of `ROWS` carries its row in one forward and backward pass. Where that is
-    by the rules of a method of `RULES` (of `gradient`, if the row leaves it open), the gradient in it gives that
-    method's map, too. LeGrad looks at every block on the way forward. All others have passes of their own, by
-    `explain(name, target)`.
+    Methods share passes: a method of `ROWS` carries its row in one forward and backward pass. If this pass has the
+    rules of a method of `RULES`, its gradient also gives that method's map. LeGrad reads every block in the forward
+    pass. All other methods have separate passes, by `explain(name, target)`.
     """
     found: dict[str, Array] = {}
     details: Details = {}

@@ -1,10 +1,9 @@
-"""Methods that take patches away and look at what the model says then: forward passes alone.
+"""Methods that remove patches and read the model's output, with forward passes only.
 
-Each function is `(model, params, inputs, target, **options) -> (maps [B, gh, gw], details)`. All but `token_dropping`
-need nothing of a Transformer: they work on any module that gives logits. Of texts, the word pieces are the patches:
-the model's mask stands in for one taken away, and marks such as [CLS] always stay. All samples see the same coalitions
-of patches (`tokentm_jax.maths.perturbation`), so a map depends on its sample and on `seed`, and on nothing else of the
-batch.
+Each function is `(model, params, inputs, target, **options) -> (maps [B, gh, gw], details)`. All except
+`token_dropping` work on any module that gives logits. The patches of a text are its word pieces: the model's mask
+replaces a removed one, and marks such as [CLS] are never removed. All samples get the same coalitions of patches
+(`tokentm_jax.maths.perturbation`), so a map depends only on its sample and on `seed`.
 """
 
 import dataclasses
@@ -40,28 +39,28 @@ from tokentm_jax.programs.model import Model
 Count = Annotated[int, Ge(1), Le(MOST)]
 Chunk = Annotated[int, Ge(1), Le(4096)]
 Seed = Annotated[int, Ge(0), Lt(2**31)]
-FORWARD = ("__call__", "setup", "block")  # what makes a forward pass known; `embed` and `classify` are called
-CACHED = 2048  # patches, of all samples together, that a CPU computes at a time
+FORWARD = ("__call__", "setup", "block")  # a subclass that changes these has another forward pass
+CACHED = 2048  # patches of all samples together that a CPU computes at a time
 Value = Literal["logit", "probability"]
 
 
 def _black(mean: Sequence[float], std: Sequence[float]) -> tuple[float, ...]:
-    """The colour that black has after normalisation."""
+    """Black after normalisation."""
     return tuple(-m / s for m, s in zip(mean, std, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
 class Removal:
-    """How patches are removed, and what is read of the model then.
+    """How patches are removed, and which output of the model is read.
 
     Args:
       value: of a coalition: the logit of the class, or its probability.
-      fill: what stands where patches were: the data's mean colour (zero after normalisation), black, or the image
-        itself, blurred.
-      black: the colour that black has after normalisation; ImageNet's if it is not said.
-      patch: side of the squares that are removed, in pixels; None: the model's patches.
-      chunk: so many coalitions of every sample go through the model at a time, which bounds the memory; None: 8, or
-        less on a CPU, see `_suited`.
+      fill: what replaces removed patches: the data's mean colour (zero after normalisation), black, or the blurred
+        image.
+      black: the colour black after normalisation; by default with ImageNet's statistics.
+      patch: side of the removed squares in pixels; None: the model's patches.
+      chunk: number of coalitions of every sample in one batch, which limits the memory; None: 8, or less on a CPU, see
+        `_suited`.
     """
 
     value: Value = "logit"
@@ -72,14 +71,14 @@ class Removal:
 
 
 def with_black(options: Mapping[str, Any], preprocessing: Any) -> Mapping[str, Any]:
-    """Options of `Removal` with the colour that black has after this preprocessing, where it is asked for."""
+    """Options of `Removal` with the colour of black for this preprocessing, if they use black."""
     if options.get("fill") != "black" or "black" in options or not hasattr(preprocessing, "mean"):
         return options
     return {**options, "black": _black(preprocessing.mean, preprocessing.std)}
 
 
 class Game(NamedTuple):
-    """What a batch plays: `values` are those of coalitions [S, n] -> [B, S], and `full` [B] is that of all patches."""
+    """The game of a batch: `values` of coalitions [S, n] -> [B, S], and the value `full` [B] of all patches."""
 
     values: Callable[[Array], Array]
     full: Array
@@ -100,7 +99,7 @@ class Game(NamedTuple):
 
 
 def in_chunks(function: Callable[[Array], Array], items: Array, chunk: int) -> Array:
-    """`function` of every item [S, ...] -> [S, ...], `chunk` of them at a time; the last chunk is filled up."""
+    """`function` of every item [S, ...] -> [S, ...], `chunk` of them at a time; the last chunk is padded."""
     size = min(chunk, len(items))
     padding = jnp.broadcast_to(items[:1], (-len(items) % size, *items.shape[1:]))
     chunks = jnp.concatenate([items, padding]).reshape(-1, size, *items.shape[1:])
@@ -108,31 +107,27 @@ def in_chunks(function: Callable[[Array], Array], items: Array, chunk: int) -> A
     return found.reshape(-1, *found.shape[2:])[: len(items)]
 
 
-def _samples(inputs: Any) -> int:
-    return of(inputs).values.shape[0]
-
-
 def _suited(chunk: int | None, samples: int, patches: int) -> int:
-    """The chunk that is asked for, or 8. A CPU is fastest where what it computes at a time fits into its caches."""
+    """The given chunk, or 8. A CPU is fastest if a batch fits into its caches."""
     if chunk is not None:
         return chunk
-    known = isinstance(samples, int)  # and not the symbol of an exported batch
+    known = isinstance(samples, int)  # not the symbol of an exported batch
     return 8 if jax.default_backend() != "cpu" or not known else min(8, max(1, CACHED // (samples * patches)))
 
 
 def _valued(outputs: Any, target: Any, value: Value) -> Array:
-    """The score [B] that a coalition has, or the probability of the class."""
+    """The score [B] of a coalition, or the probability of the class."""
     outputs = jax.tree.map(wide, outputs)
     if value == "probability":
         if isinstance(target, Question):
-            raise InputError("option 'value': 'probability' is that of a class; with a score of your own leave it out")
+            raise InputError("option 'value': 'probability' is for classes; leave it out with a custom score")
         outputs = jax.nn.softmax(outputs)
     return explained(outputs, target)[0]
 
 
 def game(model: Model, params: Any, inputs: Any, target: Any, options: Removal) -> Game:
-    """The game of the parts of inputs: patches of images, word pieces of texts. Hidden ones are filled as `options`
-    specify."""
+    """The game of the parts of inputs: patches of images, or word pieces of texts. `options` specify what replaces
+    removed parts."""
     grid, hide = of(inputs).parts(model, params, options)
     logits = model.apply({"params": params}, inputs)
     details = explained(logits, target)[1]
@@ -142,7 +137,7 @@ def game(model: Model, params: Any, inputs: Any, target: Any, options: Removal) 
         return _valued(model.apply({"params": params}, hide(mask)), chosen, options.value)
 
     def values(masks: Array) -> Array:
-        return in_chunks(value, masks, _suited(options.chunk, _samples(inputs), math.prod(grid))).T
+        return in_chunks(value, masks, _suited(options.chunk, len(of(inputs).values), math.prod(grid))).T
 
     return Game(values, _valued(logits, chosen, options.value), grid, details)
 
@@ -165,7 +160,7 @@ def _windows(inputs: Any, grid: tuple[int, int], window: int, stride: int) -> Ar
 
 
 def _losses(full: Array, values: Array, removed: Array) -> Array:
-    """Mean loss [B, n] by what was removed [S, n], from values [B] and [B, S]."""
+    """Mean loss [B, n] of each patch over the coalitions without it, `removed` [S, n], from values [B] and [B, S]."""
     return jax.vmap(mean_by_patch, (None, 0))(removed, full[:, None] - values)
 
 
@@ -179,10 +174,10 @@ def occlusion(
     window: Count = 1,
     stride: Count = 1,
 ) -> Explanation:
-    """Occlusion (Zeiler & Fergus, ECCV 2014): what is lost when a window of patches is removed; signed.
+    """Occlusion (Zeiler & Fergus, ECCV 2014): the loss when a window of patches is removed; signed.
 
-    Windows have `window` x `window` patches and begin `stride` patches apart; the last ones end at the border. A
-    patch has the mean loss of the windows that it is in.
+    Windows have `window` x `window` patches, at a distance of `stride` patches; the last ones end at the border. A
+    patch has the mean loss of the windows that contain it.
     """
     played = game(model, params, inputs, target, options)
     removed = _windows(inputs, played.grid, window, stride)
@@ -200,21 +195,21 @@ def token_dropping(
     value: Value = "logit",
     chunk: Chunk | None = None,
 ) -> Explanation:
-    """Occlusion whose patches leave the sequence (Jain et al., ICLR 2022), so nothing stands in for them; signed.
+    """Occlusion by removing tokens from the sequence (Jain et al., ICLR 2022), without a replacement; signed.
 
-    The other tokens keep their position embeddings. The embedding is computed once. Options are those of `occlusion`,
-    less what stands in. Raises InputError for a module whose forward pass is not that of `ViT` or `Bert`, and for
-    rotary positions.
+    The other tokens keep their position embeddings. The embedding is computed once. Options are those of `occlusion`
+    without a fill. Raises InputError for a module whose forward pass is not that of `ViT` or `Bert`, and for rotary
+    positions.
     """
     module: Any = model.source.module
     home = next((kind for kind in (ViT, Bert) if isinstance(module, kind)), None)
     if home is None or any(getattr(type(module), name) is not getattr(home, name) for name in FORWARD):
         raise Unfit(
-            "the method 'token_dropping' takes tokens out of the sequence, so it needs a module with the forward pass "
-            f"of tm.models.ViT; {model.source.name} has its own"
+            "the method 'token_dropping' removes tokens from the sequence, so it needs a module with the forward pass "
+            f"of tm.models.ViT; {model.source.name} has another one"
         )
     if getattr(module, "rope_type", None) is not None:
-        raise Unfit("the method 'token_dropping' needs blocks that do not know a token's place: no rotary positions")
+        raise Unfit("the method 'token_dropping' does not support rotary positions")
     tokens: Any = module.apply({"params": params}, inputs, method="embed")
     grid: Any = module.grid or (1, tokens.shape[1])
     removed = _windows(inputs, grid, window, stride)
@@ -249,14 +244,14 @@ def rise(
     keep: Annotated[float, Gt(0), Lt(1)] = 0.5,
     seed: Seed = 0,
 ) -> Explanation:
-    """RISE (Petsiuk et al., BMVC 2018): a patch has the mean value of the random masks that show it.
+    """RISE (Petsiuk et al., BMVC 2018): the map of a patch is the mean value of the random masks that show it.
 
-    `S_j = sum_i v(m_i) m_ij / sum_i m_ij`, whose denominator is the masks' own sum in place of its mean
-    `samples keep`, so a constant value gives a constant map. Masks are smooth, from `cells` x `cells` bits that are 1
-    with probability `keep`, and constant within a patch; between shown and removed, a patch is mixed with what stands
-    in for it.
+    `S_j = sum_i v(m_i) m_ij / sum_i m_ij`. The denominator is the sum of the masks instead of its expectation
+    `samples keep`, so a constant value gives a constant map. Masks are smooth, made from `cells` x `cells` bits that
+    are 1 with probability `keep`, and constant within a patch. A patch with a mask between 0 and 1 is mixed with its
+    replacement.
     """
-    _require_grid(inputs, "the method 'rise' draws smooth masks over a grid of patches, and texts have none")
+    _require_grid(inputs, "the method 'rise' draws smooth masks over a grid of patches, and texts have no grid")
     played = game(model, params, inputs, target, options)
     masks = smooth_masks(jax.random.key(seed), played.grid, samples, cells, keep)
     return played.maps(jax.vmap(mean_by_patch, (None, 0))(masks, played.values(masks))), played.details
@@ -269,7 +264,7 @@ def _with_errors(played: Game, empty: Array, rows: Array, errors: Array) -> Expl
 
 def _check_players(played: Game) -> None:
     if played.patches < 2:
-        raise InputError("Shapley values need two patches at least: the option 'patch' is the whole image")
+        raise InputError("Shapley values need at least two patches: the option 'patch' is the whole image")
 
 
 def shapley(
@@ -282,10 +277,10 @@ def shapley(
     pairs: Annotated[int, Ge(2), Le(MOST)] = 8,
     seed: Seed = 0,
 ) -> Explanation:
-    """Shapley values of the patches (Castro et al., 2009): what a patch adds, over random orders of arrival; signed.
+    """Shapley values of the patches (Castro et al., 2009): the mean gain of a patch over random orders; signed.
 
-    Orders come in `pairs`, each with its reverse (antithetic; Mitchell et al., JMLR 2022). A map sums to
-    `details["full_value"]` less `details["empty_value"]` [B], for any number of pairs. `details["standard_error"]`
+    Orders are drawn in `pairs`, each with its reverse (antithetic; Mitchell et al., JMLR 2022). The sum of a map is
+    `details["full_value"]` minus `details["empty_value"]` [B], for any number of pairs. `details["standard_error"]`
     [B, gh, gw] is that of the mean over pairs.
     """
     played = game(model, params, inputs, target, options)
@@ -319,11 +314,13 @@ def shapley_by_kernel(
 ) -> Explanation:
     """KernelSHAP (Lundberg & Lee, NeurIPS 2017): Shapley values of the patches as a least-squares fit; signed.
 
-    Coalitions are drawn in `pairs`, each with its complement; where there are no more pairs than that, all of them are
-    taken, and the values are exact. The details are those of `shapley`; standard errors of exact values are zero.
-    Raises InputError for fewer pairs than twice the patches, where the fit would have no sure solution.
+    Coalitions are drawn in `pairs`, each with its complement. If all coalitions are not more pairs than that, all are
+    used, and the values are exact. The details are those of `shapley`; standard errors of exact values are zero.
+    Raises InputError for fewer pairs than twice the patches, because the fit may then have no unique solution.
     """
-    _require_grid(inputs, "the method 'kernel_shap' weighs coalitions by the number of patches, which texts differ in")
+    _require_grid(
+        inputs, "the method 'kernel_shap' weighs coalitions by one number of patches, and texts differ in it"
+    )
     played = game(model, params, inputs, target, options)
     _check_players(played)
     empty, n = played.empty(), played.patches

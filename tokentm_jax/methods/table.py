@@ -2,9 +2,9 @@
 
 A method is a function `(model, params, inputs, target, **options) -> (maps, details)`: inputs are normalised images
 [B, H, W, 3] or `Texts`, target is a class per sample [B] or None for the predicted one, maps are [B, gh, gw] (token
-maps) or [B, H, W] (pixel maps), and for texts [B, 1, N], details is a dict of arrays with `logits` [B, classes],
-`target` [B] and `score` [B] at least. It treats the samples of a batch independently. Adding one: a function and a row
-here, and a row in `tests/test_contract.py`.
+maps) or [B, H, W] (pixel maps), and for texts [B, 1, N], details is a dict of arrays with at least `logits`
+[B, classes], `target` [B] and `score` [B]. It treats the samples of a batch independently. A new method is a function
+and a row here, and a row in `tests/test_contract.py`.
 """
 
 import dataclasses
@@ -35,9 +35,9 @@ TOKENS, PIXELS = "token map", "pixel map"
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One row of the table. `passes` is the cost: forward (F) and backward (B) passes of the model, n the patches.
+    """One row of the table. `passes` is the cost in forward (F) and backward (B) passes of the model for n patches.
 
-    B is a pass of gradients of the inputs, which costs about a forward pass; one by the rules of LRP costs four.
+    B is a gradient pass to the inputs, which costs about a forward pass; with the rules of LRP it costs four.
     """
 
     function: Callable[..., Explanation]
@@ -46,49 +46,49 @@ class Method:
     passes: str = "1 F + 1 B"
     class_specific: bool = True  # with the default options; see `looks_at_class`
     output: str = TOKENS
-    differentiable: bool = True  # whether a map has a true derivative (no rule holds values constant); see below
-    held: Callable[[Mapping[str, Any]], bool] | None = None  # the options with which it has none
-    takes_rules: bool = False  # whether the option `rules` chooses the backward rules of its gradient, see `RuleNames`
-    rules: str = "plain"  # those that it has by default
-    float32: bool = False  # computed in float32 at least: in a model of bfloat16, its maps would be others
-    options: type | None = None  # a frozen dataclass of options, where the function takes one
+    differentiable: bool = True  # whether maps have a true derivative (no rule holds values constant)
+    held: Callable[[Mapping[str, Any]], bool] | None = None  # the options with which they have not
+    takes_rules: bool = False  # whether the option `rules` sets the backward rules of its gradient, see `RuleNames`
+    rules: str = "plain"  # the default rules
+    float32: bool = False  # whether it is always computed in float32 at least, because bfloat16 changes the maps
+    options: type | None = None  # a frozen dataclass of options, if the function takes one
     classless: Callable[[Mapping[str, Any]], bool] | None = None  # the options with which the class does not matter
     suit: Callable[[Mapping[str, Any], Reader], Mapping[str, Any]] | None = None  # see `suited`
 
     @property
     def summary(self) -> str:
-        """What the method is, in one line: the first of its function's docstring."""
+        """The method in one line: the first line of its function's docstring."""
         line = (inspect.getdoc(self.function) or "").splitlines()[0]
         return line if self.rules == "plain" else f"On LibraGrad's pruned backward pass: {line}"
 
     def looks_at_class(self, options: Mapping[str, Any]) -> bool:
-        """Whether a map with these options depends on the class that is explained."""
+        """Whether a map with these options depends on the explained class."""
         return self.class_specific and not (self.classless is not None and self.classless(options))
 
     def has_derivative(self, options: Mapping[str, Any]) -> bool:
-        """Whether a map with these options has a true derivative; JAX differentiates no other unless asked twice."""
+        """Whether a map with these options has a true derivative. Other maps are differentiated only on request."""
         held = self.held is not None and self.held(options)
         return self.differentiable and not held and options.get("rules", self.rules) == "plain"
 
     def known(self) -> dict[str, Any]:
-        """Annotation of every option: the function's keyword-only arguments, and the fields of its dataclass."""
+        """Type of every option: the function's keyword-only arguments, and the fields of its dataclass."""
         own = {name: kind for name, kind in options_of(self.function).items() if name != "options"}
         rules = {"rules": relevance.RuleNames} if self.takes_rules else {}
         return {**(options_of(self.options) if self.options else {}), **own, **rules}
 
     def check(self, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The options as plain Python values that meet their annotations.
+        """The options as plain Python values of the annotated types.
 
-        Raises InputError for an unknown option, or one that is not what its annotation says.
+        Raises InputError for an unknown option, or a value of another type.
         """
         return check_options(f"the method {name!r}", self.known(), options)
 
     def suited(self, options: Mapping[str, Any], preprocessing: Reader) -> dict[str, Any]:
-        """The options for a model with this preprocessing, where the method has one that depends on it."""
+        """The options for a model with this preprocessing, if an option depends on it."""
         return dict(options if self.suit is None else self.suit(options, preprocessing))
 
     def bind(self, name: str, options: Mapping[str, Any]) -> Callable[..., Explanation]:
-        """The function with its options checked and bound. Raises InputError as `check`, and for choices at odds."""
+        """The function with its options checked and bound. InputError as `check`, and for conflicts."""
         values = self.check(name, options)
         function = relevance.by_rules(self.function, values.pop("rules", self.rules))
         function = at_least_float32(function) if self.float32 else function
@@ -103,7 +103,7 @@ class Method:
 
 
 def at_least_float32(function: Callable[..., Explanation]) -> Callable[..., Explanation]:
-    """A method on the same model in float32, or in float64 where it is that: parameters, inputs and activations."""
+    """A method on the model in float32, or in float64 if it has that type: parameters, inputs and activations."""
 
     def widened(model: Model, params: Any, inputs: Any, target: Any, **options: Any) -> Explanation:
         params, inputs = jax.tree.map(_wide_floats, (params, inputs))
@@ -130,9 +130,9 @@ def combination(
 ) -> Explanation:
     """Product or mean ("how") of the normalised maps of several methods, named with commas between.
 
-    `normalisation` and `weights`, of the mean, are those of `tokentm_jax.combine`; weights are numbers with commas
-    between. Methods that can share a pass of the model do, see `tokentm_jax.methods.mix`; `gradient` names the method
-    whose backward pass gives TokenTM and GAE their gradient, in place of their own.
+    `normalisation` and `weights` (of the mean) are those of `tokentm_jax.combine`; weights are numbers with commas
+    between. Methods share passes of the model if possible, see `tokentm_jax.methods.mix`. `gradient` names the method
+    whose backward pass gives the gradient of TokenTM and GAE; "own" is the ordinary one.
     """
     names = _members(methods)
     try:
@@ -156,7 +156,7 @@ def tokentm_mix(
     weights: str = "",
     gradient: Gradient = "own",
 ) -> Explanation:
-    """The mean of TokenTM's normalised map and those of other methods; as `combination`, with members that help it."""
+    """The mean of TokenTM's normalised map and those of other methods; `combination` with well-chosen members."""
     mean = partial(combination, how="mean", normalisation=normalisation, weights=weights, gradient=gradient)
     return mean(model, params, inputs, target, methods=methods)
 
@@ -165,7 +165,7 @@ COMBINED = ("combination", "tokentm_mix")
 
 
 def _members(methods: str) -> list[str]:
-    """The methods that a combination names. Raises InputError for one that there is not, or that is named twice."""
+    """The methods of a combination. Raises InputError for an unknown method, or one that is named twice."""
     names = [name.strip() for name in methods.split(",")]
     for name in names:
         if name not in METHODS or name in COMBINED:
@@ -176,30 +176,30 @@ def _members(methods: str) -> list[str]:
 
 
 def _classless(options: Mapping[str, Any]) -> bool:
-    """Whether no member of a combination looks at the class."""
+    """Whether no member of a combination depends on the class."""
     return not any(METHODS[name].looks_at_class({}) for name in _members(options.get("methods", "tokentm")))
 
 
 def _held(options: Mapping[str, Any]) -> bool:
-    """Whether a member of a combination holds values constant, or the pass that members share does: see `ROWS`."""
+    """Whether a member of a combination, or a shared pass (see `ROWS`), holds values constant."""
     names = _members(options.get("methods", "tokentm,grad_cam"))
     noted = "legrad" in names and not ROWS.keys().isdisjoint(names)
     return noted or options.get("gradient", "own") != "own" or not all(METHODS[name].differentiable for name in names)
 
 
 def _plain(options: Mapping[str, Any]) -> bool:
-    """Whether TokenTM looks at no gradient, neither beside attention nor in its weights."""
+    """Whether TokenTM uses no gradient, neither with attention nor in its weights."""
     return options.get("attention") == "plain" and not TokenTM(weights=options.get("weights")).takes("gradient")
 
 
-# Methods that remove pixels, and ask what black is. What a patch changes is small beside the rounding in bfloat16.
+# Methods that remove pixels, perhaps with black. Changes by one patch are small compared with rounding in bfloat16.
 _removal = partial(Method, options=Removal, suit=perturbation.with_black, float32=True)
-# Methods of gradients, whose backward rules are an option.
+# Gradient methods, whose backward rules are an option.
 _gradient = partial(Method, takes_rules=True)
 
 
 def _libra(function: Callable[..., Explanation], paper: str = "Mehri et al., CVPR", **more: Any) -> Method:
-    """A method of gradients under the name that it has on LibraGrad's pruned backward pass."""
+    """A gradient method on LibraGrad's pruned backward pass."""
     return Method(function, paper, 2025, differentiable=False, rules="libra", **more)
 
 

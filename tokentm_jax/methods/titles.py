@@ -1,8 +1,8 @@
-"""What pages call the methods: a readable name, and one plain sentence each."""
+"""Titles of the methods on pages: a readable name, and one plain sentence."""
 
 from typing import NamedTuple
 
-RECOMMENDED = "tokentm_mix"  # for a map of a class, where nothing else is asked: docs/explanation/choosing.md
+RECOMMENDED = "tokentm_mix"  # for a map of a class without other requirements: docs/explanation/choosing.md
 
 
 class Title(NamedTuple):
