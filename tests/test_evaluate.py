@@ -364,7 +364,7 @@ def test_what_does_not_go_together(config, vit, folder, whole, tmp_path):
         (changed(config, task="segmentation"), "has no masks"),
         (changed(config, profile="ref"), "unknown profile"),
         (changed(config, rows=rows("gea")), "did you mean 'gae'"),
-        (changed(config, rows=[Row("a", "gae"), Row("a", "lrp")]), "names of their own"),
+        (changed(config, rows=[Row("a", "gae"), Row("a", "lrp")]), "different names"),
         (changed(config, rows=[Row("a", "tokentm", {"fnn": False})]), "did you mean 'ffn'"),
         (changed(config, rows=[Row("a", "combination", {"methods": "rollout,gea"})]), "did you mean 'gae'"),
         (changed(config, options={"fill": "blur"}), "unknown option"),
@@ -472,7 +472,7 @@ def test_nobody_else_s_files_and_no_other_run(config, vit, folder, whole, tmp_pa
         refused("is being written by another process")
     Image.new("RGB", (3, 3)).save(out / "curves.png")
     before[out / "curves.png"] = (out / "curves.png").read_bytes()
-    refused("curves.png is there and was not written by this program")
+    refused("curves.png exists and was not written by this program")
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "results.md").write_text("my own notes")

@@ -63,7 +63,7 @@ def test_classes_go_by_name_and_wnid_and_map(vit, names, label_map, expected):
         (("Truck", "truck"), None, "'Truck' and 'truck' are both class 4"),
         (tuple(f"x{i}" for i in range(4000)), None, "'x4' .*, and 3995 more; give a label map"),
         (("0", "1"), None, "does not know 2 of its 2 classes"),  # the model has names: these are others
-        (("a", "truck"), {"b": "truck"}, "the label map has 'b', which is no class of the set"),
+        (("a", "truck"), {"b": "truck"}, "the label map has 'b', which is not a class of the set"),
         (("a", "truck"), {"a": "trick"}, "the label map gives 'a' .* did you mean 'truck'"),
         (("a", "truck"), {"a": 5}, "the label map gives 'a' .* out of range"),
         (("a", "truck"), {"a": True}, "label_map"),

@@ -174,7 +174,7 @@ def test_a_damaged_run_is_refused(data, whole, tmp_path):
     cases = (
         (lambda out: (out / "log.jsonl").write_text("[1]\n"), "log.jsonl is damaged"),
         (lambda out: (out / "identity.json").write_text("[" * 100_000), "identity.json is not valid JSON"),
-        (lambda out: (out / "identity.json").write_text("{}"), "does not say its name"),
+        (lambda out: (out / "identity.json").write_text("{}"), "does not state its name"),
         (lambda out: (out / "identity.json").unlink(), "is not a file of this program"),
         (
             lambda out: [os.truncate(p, 0) for p in (out / "checkpoints/20").rglob("*") if p.is_file()],

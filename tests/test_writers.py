@@ -211,7 +211,7 @@ def test_results_over_files_of_others_with_leave(inside, tmp_path):
     assert run(*given, "--overwrite").exit_code == 0
     assert files.ours(out / "results.md")
     (out / "results.md").write_text("mine")
-    assert "results.md is there and was not written by this program" in run(*given).output
+    assert "results.md exists and was not written by this program" in run(*given).output
     assert (out / "results.md").read_text() == "mine"
 
 

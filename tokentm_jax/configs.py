@@ -17,21 +17,21 @@ from tokentm_jax.metrics.tasks import TASKS
 from tokentm_jax.validation import Name, Text, check_fields, check_options, checked
 
 RANDOM = "random"  # a row of every table
-RANDOM_OPTIONS = {"pixels": bool}  # noise at every pixel, to measure maps of pixels by; else at every patch
+RANDOM_OPTIONS = {"pixels": bool}  # noise at every pixel, to compare with maps of pixels; else at every patch
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One row of a table: a method with its options, perhaps on a model whose head and last blocks are random.
 
-    With `by_patch`, maps of pixels become their means over the model's patches before anything is measured: where
-    pixels are removed in the order of a map, scattered ones cost the model more than patches, whichever they are.
+    With `by_patch`, maps of pixels are averaged over the model's patches before they are measured. Reason: if pixels
+    are removed in the order of a map, scattered pixels reduce the score more than patches, whatever they show.
     """
 
     name: Text
     method: str
     options: Mapping[str, bool | int | float | str | None] = dataclasses.field(default_factory=dict)
-    random_blocks: Annotated[int, Ge(0)] | None = None  # for the sanity check: 0 is the head alone
+    random_blocks: Annotated[int, Ge(0)] | None = None  # for the sanity check: 0 is only the head
     by_patch: bool = False
 
     @property
@@ -45,7 +45,7 @@ def rows(*methods: str) -> tuple[Row, ...]:
     return tuple(Row(method, method) for method in methods)
 
 
-# As the published evaluation: Transformer Attribution and rollout leave out the first block.
+# As in the published evaluation, Transformer Attribution and rollout leave out the first block.
 PAPER_ROWS = (
     *rows("tokentm"),
     Row("transformer_attribution", "transformer_attribution", {"first_block": 1}),
@@ -94,7 +94,7 @@ READING_ROWS = (
 )
 
 
-_OF_RULES = "tokentm,attn_lrp,conservative_lrp,legrad"  # whose members were found first, without LibraGrad's
+_OF_RULES = "tokentm,attn_lrp,conservative_lrp,legrad"  # the first choice of members, without LibraGrad's
 _MIX = {
     "mix": {},
     "mix of 3": {"methods": "libra_tokentm,libra_full_grad,legrad"},
@@ -123,14 +123,14 @@ WEIGHT_ROWS = (
     Row("length alone", "tokentm", {"direction": "none"}),
     *rows("gae"),
 )
-# Methods that make sense of words: all but those that want a grid, in the order of the table.
+# Methods for texts: all except those that need a grid, in the order of the table.
 TEXT_ROWS = (
     *(row for row in rows(*METHODS) if row.method not in ("rise", "kernel_shap", "combination")),
     Row("tokentm: norms=False", "tokentm", {"norms": False}),
 )
 
 
-# Maps of pixels, as they are and as their means over patches, with noise of either kind.
+# Maps of pixels, unchanged and averaged over patches, with both kinds of noise.
 PIXEL_ROWS = (
     *rows("tokentm", "libra_full_grad"),
     *(
@@ -150,33 +150,33 @@ def depth_rows(depth: int) -> tuple[Row, ...]:
 
 
 def sanity_rows(depth: int, *methods: str) -> tuple[Row, ...]:
-    """Each method on a model with random head, then random last block too, and so on down to the first."""
+    """Each method on a model with a random head, then also a random last block, and so on to the first block."""
     names = ["head", *(f"{k} blocks" if k > 1 else "1 block" for k in range(1, depth + 1))]
     return tuple(Row(f"{m}: random {name}", m, {}, k) for m in methods for k, name in enumerate(names))
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """One table.
+    """The config of one table.
 
     Args:
-      name: of the output folder; no path.
+      name: of the output folder; not a path.
       task: a name of `TASKS`.
       data: see `tokentm_jax.data.sources.open_source`.
       model: with `checkpoint`, see `tokentm_jax.load`.
       rows: the methods; a `random` row is added.
-      profile: how images are prepared: "default" (as the model says) or "reference" (squashed, bilinear).
+      profile: how images are prepared: "default" (as the model specifies) or "reference" (squashed, bilinear).
       options: of the task, such as `{"fill": "blur"}` for "insertion".
-      paper: published figures by (row, metric), shown beside one's own.
-      limit: so many examples, drawn by `seed`.
-      half: the examples at "even" or at "odd" places alone, see `tokentm_jax.data.sources.open_source`.
-      names: the examples alone whose names match this pattern, see there.
-      score: what is explained, and followed in place of the class's probability: "log_probability", "versus:CLASS",
-        "channel:NUMBER"; see `Model.score`.
-      label_map: the model's class (name, wnid or number) of classes that the data set names otherwise, or the file of
+      paper: published numbers by (row, metric), shown next to the measured ones.
+      limit: number of examples, drawn by `seed`.
+      half: use only the examples at "even" or "odd" positions, see `tokentm_jax.data.sources.open_source`.
+      names: use only the examples whose names match this pattern, see `open_source`.
+      score: the explained number, which is also measured instead of the class's probability: "log_probability",
+        "versus:CLASS", "channel:NUMBER"; see `Model.score`.
+      label_map: the model's class (name, wnid or number) for classes with other names in the data set, or the file of
         such a map, see `tokentm_jax.data.labels.read_label_map`.
-      mixed_precision: what the model says of changed images is computed by `tokentm_jax.maths.mixed`, faster. Maps and
-        predictions are not; whole images that answers are compared with are.
+      mixed_precision: compute outputs for changed images, and for the whole images that they are compared with, faster
+        by `tokentm_jax.maths.mixed`. Maps and predictions are not affected.
     """
 
     name: Name
@@ -199,7 +199,7 @@ class EvaluateConfig:
 
     @property
     def explained(self) -> tuple[str, ...]:
-        """The classes whose explanations are wanted, see `Task.explained`; one where the score looks at no class."""
+        """The explained classes, see `Task.explained`; only one if the score does not depend on a class."""
         explained = TASKS[self.task].explained
         return explained[:1] if self.score is not None and self.score.startswith("channel") else explained
 
@@ -207,10 +207,9 @@ class EvaluateConfig:
 def eraser_config(
     name: str, model: str, data: str, rows: Sequence[Row], ratings: Sequence[int] | None = None, **options: Any
 ) -> EvaluateConfig:
-    """The config that `TextEvaluateConfig` was: ERASER's metrics by deletion, or agreement with people for `ratings`.
+    """The former `TextEvaluateConfig`: ERASER's metrics by deletion, or agreement with people for `ratings`.
 
-    Each of the four tables of texts is a task of its own now: "eraser" with the fill "delete" or "mask",
-    "leave_one_out", and "people".
+    The four tables of texts are now tasks: "eraser" with the fill "delete" or "mask", "leave_one_out", and "people".
     """
     if ratings is None:
         return EvaluateConfig(name, "eraser", data, rows, model, **options)
@@ -219,12 +218,14 @@ def eraser_config(
 
 
 def check(config: EvaluateConfig) -> EvaluateConfig:
-    """The config, every field as its annotation says. Raises InputError for another type, or a task, profile, method,
-    option or number that does not exist."""
+    """The config with checked fields.
+
+    Raises InputError for a wrong type or number, or an unknown task, profile, method or option.
+    """
     config = check_fields(config, "the evaluation")
     if config.task not in TASKS:
         known = suggest("task", config.task, TASKS)
-        raise InputError(f"{known}; a task of yours must be in tokentm_jax.metrics.TASKS (--task FILE.py adds it)")
+        raise InputError(f"{known}; a custom task must be in tokentm_jax.metrics.TASKS (--task FILE.py adds it)")
     if config.profile not in PROFILES:
         raise suggest("profile", config.profile, PROFILES)
     TASKS[config.task].check(config.task, config.options)
@@ -233,7 +234,7 @@ def check(config: EvaluateConfig) -> EvaluateConfig:
 
 
 def check_rows(table: str, rows: Sequence[Row]) -> None:
-    """InputError for a method, a member of one or an option that does not exist, or rows of one name."""
+    """InputError for an unknown method, member or option, or rows with the same name."""
     for row in rows:
         if row.method == RANDOM:
             check_options(RANDOM, RANDOM_OPTIONS, row.options)
@@ -241,16 +242,16 @@ def check_rows(table: str, rows: Sequence[Row]) -> None:
             if row.method not in METHODS:
                 raise suggest("method", row.method, [*METHODS, RANDOM])
             METHODS[row.method].bind(row.method, dict(row.options))
-            METHODS[row.method].looks_at_class(row.options)  # of a combination, this asks its members
+            METHODS[row.method].looks_at_class(row.options)  # checks the members of a combination
     names = [row.name for row in rows]
     others = [row.name for row in rows if row.method != RANDOM or row.options.get("pixels")]
     if len(set(names)) < len(names) or CLEAN in names or RANDOM in others:
-        own = f"none is called {CLEAN!r}, and no other method {RANDOM!r}"
-        raise InputError(f"the rows of {table} must have names of their own; {own}")
+        reserved = f"{CLEAN!r} is reserved, and so is {RANDOM!r} for other methods"
+        raise InputError(f"the rows of {table} must have different names; {reserved}")
 
 
 def select(config: Any, methods: Iterable[str]) -> Any:
-    """The config with those of its rows that are named, or else the methods of that name."""
+    """The config with its rows of these names, or else the methods of these names."""
     own = {row.name: row for row in config.rows}
     chosen = []
     for name in dict.fromkeys(methods):

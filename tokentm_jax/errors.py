@@ -1,4 +1,4 @@
-"""The one exception for bad input, and its wording for unknown names and missing packages."""
+"""The exception for bad input, and its messages for unknown names and missing packages."""
 
 import difflib
 import importlib
@@ -9,17 +9,19 @@ LONGEST = 900  # characters of a message
 
 
 def printable(text: object) -> str:
-    """A text, such as the name of a file or class, as one line that any terminal can show and that changes nothing
-    else there: a control character, a line's end or a byte of no known encoding is a question mark."""
+    """A text, such as the name of a file or class, as one line that is safe in any terminal.
+
+    Control characters, line ends and bytes of an unknown encoding become question marks.
+    """
     whole = str(text).encode("utf-8", "replace").decode()
     return "".join(c if c.isprintable() else "?" for c in whole)
 
 
 class InputError(ValueError):
-    """Something given from outside is wrong: a file, a name, a value.
+    """An input is wrong: a file, a name, a value.
 
-    The message is one sentence that names the file or field and what was expected; the command line prints it
-    without a traceback and exits with code 2. It is one line (`printable`) of at most `LONGEST` characters.
+    The message is one sentence with the file or field and the expected value. The command line prints it without a
+    traceback and exits with code 2. It is one line (`printable`) of at most `LONGEST` characters.
     """
 
     def __init__(self, message: object) -> None:
@@ -30,7 +32,7 @@ class InputError(ValueError):
 
 
 class Unfit(InputError):
-    """A method needs something that the model does not show."""
+    """A method needs something that the model does not expose."""
 
 
 def suggest(kind: str, name: object, known: Iterable[str], of: str = "") -> InputError:

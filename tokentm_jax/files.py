@@ -1,9 +1,8 @@
-"""Reading untrusted files, and atomic writes that replace nothing of the user's.
+"""Reading untrusted files, and atomic writes that keep the user's files.
 
-Everything that is read from a path goes through `opened`: it never waits for a pipe, never reads a device, and turns
-each fault into one InputError that names the file. Everything that is written goes through `replace`, or
-`replace_folder` for a checkpoint that is a folder. Both follow one rule, `require_ours`: what this program did not
-write stays, except regular files that the user allows to be overwritten.
+All reads use `opened`: it never waits for a pipe, never reads a device, and raises one InputError with the file's name
+for each fault. All writes use `replace`, or `replace_folder` for a checkpoint that is a folder. Both call
+`require_ours`: files that this program did not write are kept, except regular files that the user allows to overwrite.
 """
 
 import errno
@@ -31,7 +30,7 @@ from tokentm_jax.samples import hint
 LARGEST_TEXT = 64 * 2**20  # bytes of a text, table or description
 MARK = "tokentm_jax"  # the start of the mark of texts and figures, and a key in results and weights
 MAP_MEMBERS = {"map", "method", "options", "versions"}  # of every .npz that `tokentm explain` writes
-# What Orbax puts into a folder.
+# Files and folders of Orbax.
 _ORBAX = re.compile(
     r"_[A-Z_]+|_sharding|commit_success\.txt|array_metadatas(/process_\d+)?"
     r"|(ocdbt\.process_\d+/)?(manifest\.ocdbt|d(/[0-9a-f]{32})?)|ocdbt\.process_\d+"
@@ -39,13 +38,13 @@ _ORBAX = re.compile(
 
 
 def reason(error: BaseException) -> str:
-    """The cause alone of an error, in a few words."""
+    """The cause of an error in a few words."""
     text = getattr(error, "strerror", None) or " ".join(str(error).split())
     return text[:200] or type(error).__name__
 
 
 def as_path(value: Any, what: str) -> Path:
-    """A path from a caller. InputError "{what} must be a path, got ..." for anything else, and for no name at all."""
+    """A path from a caller. InputError "{what} must be a path, got ..." for anything else, and for an empty name."""
     if not isinstance(value, str | os.PathLike) or not isinstance(text := os.fspath(value), str):
         raise InputError(f"{what} must be a path, got {value!r:.80}")
     if not text or "\0" in text:
@@ -55,14 +54,17 @@ def as_path(value: Any, what: str) -> Path:
 
 @contextmanager
 def opened(path: str | os.PathLike[str], what: str = "") -> Iterator[BufferedReader]:
-    """A regular file, open for reading. InputError "{what} {path} ..." for a missing file, a folder, a pipe or device,
-    a name that no file can have, and for every error while it is read."""
+    """A regular file, open for reading.
+
+    InputError "{what} {path} ..." for a missing file, a folder, a pipe or device, an invalid name, and for every error
+    while it is read.
+    """
     name = f"{what} {os.fspath(path)}".lstrip()
     try:
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode):
             raise InputError(f"{name} is a folder" if stat.S_ISDIR(mode) else f"{name} is not a regular file")
-        # Without waiting, should it have become a pipe in the meantime.
+        # Without waiting, in case it has become a pipe in the meantime.
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         with open(os.open(path, flags), "rb") as file:
             yield file
@@ -75,7 +77,7 @@ def opened(path: str | os.PathLike[str], what: str = "") -> Iterator[BufferedRea
     except ValueError as error:
         if "null" not in str(error):  # os.stat, for a name with a NUL
             raise
-        raise InputError(f"{name} cannot be read: its name holds a NUL character") from None
+        raise InputError(f"{name} cannot be read: its name has a NUL character") from None
 
 
 def size_of(file: BufferedReader) -> int:
@@ -84,7 +86,7 @@ def size_of(file: BufferedReader) -> int:
 
 
 def stored_size(file: BufferedReader) -> int:
-    """Bytes of an open file without its holes, which read as zeros and take no room on the disk."""
+    """Bytes of an open file on the disk, without holes, which are read as zeros."""
     number, size, stored, place = file.fileno(), size_of(file), 0, 0
     if not hasattr(os, "SEEK_HOLE"):
         return size
@@ -93,7 +95,7 @@ def stored_size(file: BufferedReader) -> int:
             start = os.lseek(number, place, os.SEEK_DATA)
             place = os.lseek(number, start, os.SEEK_HOLE)
         except OSError as error:
-            return stored if error.errno == errno.ENXIO else size  # no more data; a file system that cannot tell
+            return stored if error.errno == errno.ENXIO else size  # no more data; not supported by the file system
         stored += place - start
     return stored
 
@@ -117,7 +119,7 @@ def read_text(path: str | os.PathLike[str], largest: int = LARGEST_TEXT, what: s
 
 
 def read_json(path: str | os.PathLike[str], largest: int = LARGEST_TEXT, what: str = "") -> Any:
-    """The content of a JSON file. InputError as for `read_text`, and for what is not JSON or nested without end."""
+    """The content of a JSON file. InputError as for `read_text`, and for invalid or too deeply nested JSON."""
     text = read_text(path, largest, what)
     try:
         return json.loads(text)
@@ -128,10 +130,9 @@ def read_json(path: str | os.PathLike[str], largest: int = LARGEST_TEXT, what: s
 def replace(
     path: str | os.PathLike[str], write: Callable[[Path], Any], hint: str = "", *, overwrite: bool = False
 ) -> None:
-    """Write a file by what `write` makes of the path that it is given.
+    """Write a file atomically: `write(path)` writes it to another path, from which it is moved.
 
-    Either all of it is there afterwards, or what was there before. InputError as for `require_ours`, and "{path}
-    cannot be written: ...{hint}".
+    InputError as for `require_ours`, and "{path} cannot be written: ...{hint}".
     """
     path = Path(path)
     require_ours(path, overwrite)
@@ -142,7 +143,7 @@ def replace(
 
 
 def replace_folder(path: str | os.PathLike[str], write: Callable[[Path], Any], hint: str = "") -> None:
-    """`replace` for a folder: one that this program wrote makes room for it, and nothing else."""
+    """`replace` for a folder. Only a folder that this program wrote is replaced."""
     path = Path(path)
     require_ours(path, folder=True)
     with _beside(path, hint) as part:
@@ -162,7 +163,7 @@ def replace_folder(path: str | os.PathLike[str], write: Callable[[Path], Any], h
 
 @contextmanager
 def _beside(path: Path, hint: str) -> Iterator[Path]:
-    """A free path in a new folder next to `path`, which is removed at the end with what is left in it."""
+    """A free path in a new folder next to `path`. The folder is removed at the end."""
     room = None
     try:
         room = Path(tempfile.mkdtemp(".part", f".{MARK}-", path.parent))
@@ -176,10 +177,10 @@ def _beside(path: Path, hint: str) -> Iterator[Path]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Signals that Python code handles (Ctrl-C, SIGTERM, SIGHUP) wait for the end of the block, as Orbax writes.
+    """Delay signals that Python code handles (Ctrl-C, SIGTERM, SIGHUP) until the end of the block, while Orbax writes.
 
-    A KeyboardInterrupt may be raised in a callback of its event loop, where nobody can take it. Without effect
-    outside the main thread, where none is raised.
+    Else a KeyboardInterrupt may be raised in a callback of its event loop, where it cannot be caught. Without effect
+    outside the main thread, where it is never raised.
     """
     waiting: list[tuple[int, FrameType | None]] = []
     handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
@@ -198,10 +199,10 @@ def uninterrupted() -> Iterator[None]:
 
 
 def remove(path: Path) -> None:
-    """Remove an unfinished file or folder, if it is there, as far as that is possible.
+    """Remove an unfinished file or folder, if it exists and this is possible.
 
-    Threads of a library whose writing failed or was interrupted may write on for a moment and make the folder anew:
-    a folder is gone when it has not come back.
+    After a failed or interrupted write, threads of a library may still write for a moment and create the folder again,
+    so removal is repeated.
     """
     with suppress(OSError):
         path.unlink()
@@ -225,7 +226,7 @@ def write_json(path: str | os.PathLike[str], content: Any, hint: str = "", *, ov
 # ---- what this program wrote ----------------------------------------------------------------------------------------
 
 _GENERATOR = rb"%s [\w.+-]+(?: #([0-9a-f]{16}))?" % MARK.encode()
-_CARRIERS = {  # first bytes of a file -> where its mark is, in its first or last bytes
+_CARRIERS = {  # first bytes of a file -> pattern of its mark, in its first or last bytes
     b"\x89PNG": rb"tEXtSoftware\0" + _GENERATOR,
     b"%PDF": rb"/Creator \(" + _GENERATOR + rb"\)",
     b"<?xml": rb"<cc:Agent>\s*<dc:title>" + _GENERATOR + rb"</dc:title>",  # SVG
@@ -233,12 +234,11 @@ _CARRIERS = {  # first bytes of a file -> where its mark is, in its first or las
     b"<!doctype html": rb'<meta name="generator" content="' + _GENERATOR + rb'">',
     b"#": rb"<!-- " + _GENERATOR + rb" -->\s*\Z",  # Markdown
 }
-_LOOKED_AT = 65536  # bytes at the start and at the end, where a PDF has its mark before the table of its objects
+_LOOKED_AT = 65536  # bytes at the start and at the end, where a PDF has its mark
 
 
 def generator(question: str = "") -> str:
-    """The mark of a text, page or figure, by which `ours` knows it: program, version and, of a figure that answers
-    one, the digest of a question."""
+    """The mark of a text, page or figure for `ours`: program, version and, if given, the digest of a question."""
     return f"{MARK} {version_of(MARK)}{question and f' #{question}'}"
 
 
@@ -251,13 +251,12 @@ def version_of(package: str) -> str:
 
 
 def ours(path: str | os.PathLike[str]) -> bool:
-    """Whether this program wrote the file or Orbax folder, as a whole; False for a link, and for what is damaged."""
+    """Whether this program wrote the whole file or Orbax folder; False for a link, or a damaged file."""
     return question_in(path) is not None
 
 
 def question_in(path: str | os.PathLike[str]) -> str | None:
-    """The question (see `generator`) of a file or folder that this program wrote, "" where it answers none; None of
-    anything else."""
+    """The question (see `generator`) of a file or folder of this program, "" without a question; None for others."""
     path = Path(path)
     try:
         if path.is_symlink():
@@ -273,7 +272,7 @@ def question_in(path: str | os.PathLike[str]) -> str | None:
                     return found and (found[1] or b"").decode()
             file.seek(0)
             return _question_in_data(file, start)
-    except Exception:  # damaged in some way, or of another program: zipfile and JSON raise a dozen kinds
+    except Exception:  # damaged, or of another program: zipfile and JSON raise a dozen kinds
         return None
 
 
@@ -299,7 +298,7 @@ def _question_in_data(file: BufferedReader, start: bytes) -> str | None:
 
 
 def _is_orbax(folder: Path) -> bool:
-    """Whether a folder holds a checkpoint of `write_checkpoint` and nothing else."""
+    """Whether a folder has a checkpoint of `write_checkpoint` and nothing else."""
     description = read_json(folder / "description.json")
     if not isinstance(description, dict) or "architecture" not in description:
         return False
@@ -311,10 +310,10 @@ def _is_orbax(folder: Path) -> bool:
 
 
 def require_ours(path: str | os.PathLike[str], overwrite: bool = False, *, folder: bool = False) -> None:
-    """The rule of everything that is written: InputError unless a place is free, or holds what may be replaced.
+    """The rule for all writes: InputError unless the path is free, or may be replaced.
 
-    That is a file that this program wrote; with `overwrite`, any regular file; with `folder`, a folder that it wrote.
-    It is never a link, a pipe or a device, and never a folder where a file is to be written.
+    A file of this program may be replaced; with `overwrite`, any regular file; with `folder`, a folder of this
+    program. A link, pipe or device is never replaced, and a folder is never replaced by a file.
     """
     name = os.fspath(path)
     try:
@@ -330,4 +329,4 @@ def require_ours(path: str | os.PathLike[str], overwrite: bool = False, *, folde
         raise InputError(f"{name} is {kind}, and {other} is to be written there: choose another name")
     if not overwrite and not ours(path):
         advice = "choose another name" + ("" if folder else ", or allow it with --overwrite (Python: overwrite=True)")
-        raise InputError(f"{name} is there and was not written by this program: {advice}")
+        raise InputError(f"{name} exists and was not written by this program: {advice}")

@@ -1,8 +1,8 @@
-"""What a result is of: what was computed, on what bytes, by which versions. One idea for all that resumes.
+"""Provenance: the config, input bytes and versions that produced a result. A run resumes only if they are the same.
 
-Terms are a JSON object. A folder of results says them in `identity.json`, a store of maps in its provenance; a run
-goes on there only where every term is the same, and else is told the first that differs. A term with an "identity"
-is compared by it, and shown with its "name".
+The terms are a JSON object, stored in `identity.json` of a folder of results, and in the provenance of a store of
+maps. If a term differs, the error shows the first one. A term with an "identity" is compared by it, and shown with its
+"name".
 """
 
 import hashlib
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Terms = Mapping[str, Any]
-PACKAGES = ("tokentm_jax", "jax", "jaxlib", "flax", "numpy", "pillow")  # that numbers depend on
+PACKAGES = ("tokentm_jax", "jax", "jaxlib", "flax", "numpy", "pillow")  # packages that affect the numbers
 _READERS = 8  # files read at a time
 
 
 def environment() -> dict[str, Any]:
-    """The versions and the kind of device that results depend on."""
+    """The versions and the kind of device, which affect results."""
     import jax
 
     versions = {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}}
@@ -42,9 +42,8 @@ def write_figure(figure: "Figure", path: Path, hint: str = "", *, overwrite: boo
     """Write a figure with `files.replace`, in the format of its suffix, one of `FIGURES`.
 
     It has the mark of `files.generator`: in PNG as "Software", in PDF and SVG as the creator, in JPEG as the comment.
-    Text in PDF and SVG stays text, and pictures keep their pixels. Equal figures make equal files. Texts hold names
-    that anyone chose, so none is read as a formula, whatever dollar signs it has. Raises InputError, also for another
-    suffix.
+    Text in PDF and SVG stays text, and pictures keep their pixels. Equal figures give equal files. Texts contain names
+    from users, so dollar signs never make a formula. Raises InputError, also for another suffix.
     """
     from matplotlib import rc_context
     from matplotlib.text import Text
@@ -63,13 +62,13 @@ def write_figure(figure: "Figure", path: Path, hint: str = "", *, overwrite: boo
     if kind in ("pdf", "svg"):
         for axes in figure.axes:
             for image in axes.images:
-                image.set_interpolation("none")  # all of its pixels, not those of the figure's resolution
+                image.set_interpolation("none")  # all pixels, not resampled to the figure's resolution
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # pyright: ignore[reportAttributeAccessIssue]
-    # The last is for texts that are made while it is drawn.
+    # "text.parse_math" is for texts that are made during drawing.
     styles: Any = {"pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": MARK, "text.parse_math": False}
     with warnings.catch_warnings(), rc_context(styles):
-        warnings.simplefilter("ignore")  # of letters that the font lacks
+        warnings.simplefilter("ignore")  # about letters that the font lacks
         replace(path, lambda part: figure.savefig(part, format=kind, **options[kind]), hint, overwrite=overwrite)
 
 
@@ -79,7 +78,7 @@ def digest(*parts: Any) -> str:
 
 
 def digest_files(paths: Sequence[Path]) -> list[str | None]:
-    """A hash of the content of each file, None where it cannot be read. All bytes are read, in threads."""
+    """A hash of the content of each file, None if it cannot be read. All bytes are read, in threads."""
 
     def one(path: Path) -> str | None:
         try:
@@ -93,10 +92,10 @@ def digest_files(paths: Sequence[Path]) -> list[str | None]:
 
 
 def require_same(where: str, made: Terms, wanted: Terms) -> None:
-    """InputError that tells the first of the wanted terms that `made` has otherwise, or lacks."""
+    """InputError with the first of the wanted terms that differs from `made`, or is missing there."""
     for name, value in wanted.items():
         if name not in made or _compared(made[name]) != _compared(value):
-            was = f"was made with {name} {_shown(made[name])}" if name in made else f"does not say its {name}"
+            was = f"was made with {name} {_shown(made[name])}" if name in made else f"does not state its {name}"
             raise InputError(f"{where} {was}, and this command has {_shown(value)}; choose another --out")
 
 
@@ -120,10 +119,11 @@ def _may_take(path: Path, overwrite: bool) -> bool:
 
 @contextmanager
 def claimed(folder: Path, terms: Terms, writes: Iterable[str], overwrite: bool = False) -> Iterator[None]:
-    """Make a folder of results, or make sure that it holds those of the same terms; nobody else writes meanwhile.
+    """Make a folder of results, or check that it has results of the same terms; no other process may write meanwhile.
 
-    `writes` names what the run will write there: in a folder without an identity, it is not ours. Files give way with
-    `overwrite`, folders never. Raises InputError for that, for other terms, and where another process is at work.
+    `writes` are the names that the run will write. In a folder without `identity.json` they belong to others: with
+    `overwrite` files are replaced, folders never. Raises InputError for these, for other terms, and for a folder that
+    another process uses.
     """
     filelock = require("filelock", "evaluation", "an output folder that can be continued")
     known, lock_file = folder / "identity.json", folder / ".lock"

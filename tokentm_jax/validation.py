@@ -1,8 +1,8 @@
-"""Values from outside against the type annotations they must meet: options, recipes, configs, what is read from JSON.
+"""Checks of untrusted values by type annotations: options, recipes, configs, JSON.
 
-The annotation is the one place that says what a value may be: `Literal["mean", "max"]`, `int`,
-`Annotated[int, Ge(1)]` (of `annotated_types`), a TypedDict. pydantic does the checking, strictly: a bool is no
-number, a text is no list; a whole number is accepted for a float, and NumPy's scalars count as Python's.
+Only the annotation specifies the allowed values: `Literal["mean", "max"]`, `int`, `Annotated[int, Ge(1)]` (of
+`annotated_types`), a TypedDict. pydantic checks them strictly: a bool is not a number, a text is not a list. A whole
+number is accepted as a float, and NumPy's scalars as Python's.
 """
 
 import dataclasses
@@ -33,12 +33,12 @@ def _plain_name(name: str) -> str:
     return name
 
 
-Name = Annotated[str, AfterValidator(_plain_name)]  # what a file or folder is called: never a path
+Name = Annotated[str, AfterValidator(_plain_name)]  # of a file or folder; never a path
 Text = Annotated[str, Len(1, 1000)]
 
 
 class _FailFast(FailFast):
-    """Ends a list at its first fault; hashable, which pydantic's own is not."""
+    """Stop at the first fault of a list; hashable, unlike pydantic's class."""
 
     __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]
 
@@ -55,13 +55,13 @@ def lists_of(kind: Any, *lengths: int) -> Any:
 
 @functools.lru_cache(maxsize=512)
 def _adapter(annotation: Any) -> TypeAdapter[Any]:
-    if is_typeddict(annotation):  # takes no config from outside
+    if is_typeddict(annotation):  # takes no config as an argument
         return TypeAdapter(with_config(_STRICT)(annotation))
     return TypeAdapter(annotation, config=_STRICT)
 
 
 def checked(where: str, annotation: Any, value: Any) -> Any:
-    """The value, NumPy scalars as Python's. InputError "{where} must be ..., got ..." for one of another type."""
+    """The value, NumPy scalars as Python's. InputError "{where} must be ..., got ..." for another type."""
     value = _plain(value)
     try:
         return _adapter(annotation).validate_python(value)
@@ -77,7 +77,7 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def check_fields(config: Any, where: str) -> Any:
-    """A dataclass whose every field meets its annotation, NumPy scalars as Python's.
+    """The dataclass, with every field checked by its annotation, and NumPy scalars as Python's.
 
     InputError "{where}: 'field' must be ..., got ...".
     """
@@ -110,7 +110,7 @@ def options_of(kind: Callable[..., Any]) -> dict[str, Any]:
 
 
 def check_options(where: str, known: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options, each of which meets its annotation in `known` (of `options_of`).
+    """The options, each checked by its annotation in `known` (of `options_of`).
 
     InputError "unknown option 'name' of {where}; ..." or "option 'name' of {where} must be ..., got ...".
     """
@@ -125,12 +125,12 @@ def _plain(value: Any) -> Any:
 
 
 def _fault(error: ValidationError, value: Any) -> str:
-    """The place inside the value, what was expected there and what was found."""
+    """The position inside the value, the expected value and the value there."""
     errors = error.errors(include_url=False, include_input=False)
     inside, wrong, rest = _find(value, errors[0]["loc"])
     if errors[0]["type"] == "missing":
         return f"{inside} lacks {rest[0]!r}"
-    # The branches of a union fail each for itself, at the same place.
+    # Each branch of a union fails separately, at the same position.
     messages = [e["msg"] for e in errors if _find(value, e["loc"])[0] == inside]
     expected = [message.removeprefix("Input should be ") for message in dict.fromkeys(messages)]
     fault = f"must be {' or '.join(expected)}" if messages[0] != expected[0] else f"is wrong ({expected[0]})"
@@ -138,7 +138,7 @@ def _fault(error: ValidationError, value: Any) -> str:
 
 
 def _find(value: Any, place: Sequence[Any]) -> tuple[str, Any, Sequence[Any]]:
-    """Follow a place: how it is written, what is there, and what does not lead on, such as the branch of a union."""
+    """Follow a position: its text, the value there, and the rest that leads nowhere, such as the branch of a union."""
     inside = ""
     for number, part in enumerate(place):
         if dataclasses.is_dataclass(value) and hasattr(value, str(part)):
@@ -160,6 +160,6 @@ def _shown(value: Any) -> str:
     short.maxstring = short.maxother = short.maxlong = _SHOWN
     try:
         text = short.repr(value)
-    except Exception:  # a number of too many digits, an object whose own text fails
+    except Exception:  # a number with too many digits, an object whose `repr` fails
         text = type(value).__name__
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

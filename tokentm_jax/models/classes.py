@@ -1,4 +1,4 @@
-"""Which of a model's classes the classes of a data set are. Names decide, never their order."""
+"""The classes of a data set as classes of a model. Names decide, never their order."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -15,13 +15,13 @@ _ADVICE = "give a label map (--label-map FILE), or class names to the model"
 
 
 def translation(vit: Model, source: Source, label_map: LabelMap | str | None = None) -> np.ndarray | None:
-    """The model's class of each of the source's classes [classes]; None where the source's numbers are the model's.
+    """The model's class of each of the source's classes [classes]; None if both have the same numbers.
 
-    A class goes by the label map, else by its exact name, its wnid, or the one name that differs in case, underscores
-    and spaces. Where the model's names are unknown, classes that are called by numbers ("7", "007") are these.
+    A class is found by the label map, else by its exact name, its wnid, or the only name that differs just in case,
+    underscores and spaces. If the model's names are unknown, class names that are numbers ("7", "007") are used.
 
-    Raises InputError for classes that the model does not have, each with the nearest name that it has, for names that
-    two of the model's classes share, two classes that would be the same, and a label map that does not fit.
+    Raises InputError for classes that the model does not have, each with the nearest name of the model, for ambiguous
+    names, for two classes that map to the same class, and for a label map that does not fit.
     """
     names, mapped = source.class_names, read_label_map(label_map) or {}
     if names is None or not source.named:
@@ -32,7 +32,9 @@ def translation(vit: Model, source: Source, label_map: LabelMap | str | None = N
         return None
     for name in mapped:
         if name not in names:
-            raise InputError(f"the label map has {name!r}, which is no class of {source.name}{_nearest(name, names)}")
+            raise InputError(
+                f"the label map has {name!r}, which is not a class of {source.name}{_nearest(name, names)}"
+            )
     found: dict[str, int] = {}
     for name, value in mapped.items():
         try:
@@ -48,8 +50,8 @@ def known_classes(vit: Model, source: Source) -> tuple[np.ndarray | None, str]:
     """As `translation` without a label map, but -1 for every class that the model does not have.
 
     Returns:
-      The model's class of each of the source's classes [classes], or None, and a sentence that names those that the
-      model does not have, "" where it has all.
+      The model's class of each of the source's classes [classes], or None, and a sentence with the classes that the
+      model does not have, "" if it has all.
     """
     names = source.class_names
     if names is None or not source.named or names == vit.class_names:

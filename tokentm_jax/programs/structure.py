@@ -98,7 +98,7 @@ class Structure:
 
 
 def find(reading: Reading, image: int) -> Structure:
-    """The Transformer in a program whose explained input is the value `image`. Raises Unfit if there is none."""
+    """The Transformer in a program whose explained input is the value `image`. Raises Unfit if it is missing."""
     stages = _stages(reading)
     if not stages:
         count = _softmaxes(reading)
