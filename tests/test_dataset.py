@@ -561,7 +561,7 @@ def test_labels_are_explained_where_the_model_knows_them(vit, source):
     explain_dataset(config, vit, dataclasses.replace(some, read=more), "memory://labels")
     found = open_maps("memory://labels")
     assert found.target[:].tolist() == found.label[:].tolist() == [3, -1, 3, 3]
-    assert found.skipped == {source.keys[1]: "its label is not a class of the model"}
+    assert found.skipped == {source.keys[1]: "its label is no class of the model"}
     named = dataclasses.replace(some, class_names=tuple("abcde"))
     with pytest.raises(InputError, match="5 classes, tiny has 5"):
         explain_dataset(config, vit, named, "memory://named")
