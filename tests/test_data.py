@@ -103,7 +103,7 @@ def test_what_is_not_a_data_set(tmp_path):
     for spec, message in [
         (tmp_path / "listed", "no names of classes"),
         (tmp_path / "missing", "does not exist"),
-        (text, "no folder, zip of class folders"),
+        (text, "not a folder, zip of class folders"),
         (empty, "no images and no recordings"),
         (sizes, r"differing size \(6 x 4 and 5 x 5 pixels\)"),
         ("tfds:cifar10", "tfds:NAME:SPLIT"),

@@ -88,7 +88,7 @@ def test_the_halves_share_nothing_and_are_all(tmp_path):
     assert set(open_source(tmp_path, limit=2, seed=3, half="odd").keys) == set(odd)
     for name in "bcde":
         (tmp_path / "x" / f"{name}.png").unlink()
-    with pytest.raises(InputError, match="none at an odd place"):
+    with pytest.raises(InputError, match="none at an odd position"):
         open_source(tmp_path, half="odd")
     with pytest.raises(InputError, match="the half must be 'even' or 'odd'"):
         open_source(tmp_path, half="both")
@@ -439,7 +439,7 @@ def test_hostile_zips(tmp_path):
     for change, message in (
         (directory(6, 99), "version 9.9"),
         (lambda content: content.replace("é".encode(), b"\xc3("), "codec can't decode"),
-        (lambda content: content[:-30], "no folder, zip of class folders"),
+        (lambda content: content[:-30], "not a folder, zip of class folders"),
     ):
         path = made("bad.zip", change)
         with pytest.raises(InputError, match=message) as error:
@@ -551,7 +551,7 @@ def test_what_is_no_data_set(tmp_path):
     for spec, message in (
         (tmp_path / "nothing", "does not exist"),
         (tmp_path / "empty", "no images and no recordings"),
-        (tmp_path / "file.zip", "no folder, zip of class folders"),
+        (tmp_path / "file.zip", "not a folder, zip of class folders"),
         ("tfds:cifar10", "tfds:NAME:SPLIT"),
         ("", "is empty"),
         ("nul\0.zip", "NUL"),
