@@ -41,7 +41,7 @@ def words(
       InputError: scores of another shape, an unknown `merge`.
     """
     reader = getattr(model, "preprocessing", model)
-    if not hasattr(reader, "encode"):
+    if getattr(reader, "kind", None) != "text":
         raise InputError(f"words are those of a text model, got {getattr(model, 'name', type(model).__name__)}")
     if merge not in MERGES:
         raise InputError(f"merge must be one of {', '.join(MERGES)}, got {merge!r:.80}")
