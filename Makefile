@@ -63,14 +63,14 @@ LOWEST := methods photos figure tokentm interface show checkpoint shipped serve 
 lowest:  ## a part of the tests with the lowest versions that pyproject.toml allows (needs uv)
 	uv venv --quiet --clear --python 3.11 out/lowest
 	uv pip compile --quiet pyproject.toml --resolution lowest-direct --extra all --python-version 3.11 -o out/lowest.txt
-	uv pip install --quiet --python out/lowest/bin/python -r out/lowest.txt pytest hypothesis sybil equinox
+	uv pip install --quiet --python out/lowest/bin/python -r out/lowest.txt pytest hypothesis sybil equinox beartype
 	uv pip install --quiet --python out/lowest/bin/python --no-deps .
 	out/lowest/bin/python -m pytest -p no:anyio -o filterwarnings= $(LOWEST:%=tests/test_%.py)
 
 newest:  ## the same part of the tests with the newest versions that there are, below no bound of requirements.lock
 	$(PYTHON) -m venv --clear out/newest
 	out/newest/bin/pip install --quiet --upgrade pip
-	out/newest/bin/pip install --quiet --upgrade --upgrade-strategy eager ".[all]" pytest hypothesis sybil equinox
+	out/newest/bin/pip install --quiet --upgrade --upgrade-strategy eager ".[all]" pytest hypothesis sybil equinox beartype
 	out/newest/bin/python -c "import flax, jax; print('jax', jax.__version__, 'flax', flax.__version__)"
 	out/newest/bin/python -m pytest -p no:anyio -o filterwarnings= $(LOWEST:%=tests/test_%.py)
 

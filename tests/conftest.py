@@ -1,4 +1,4 @@
-"""Strict types everywhere, and where the shared data lies."""
+"""Strict types and shapes everywhere, and where the shared data lies."""
 
 import json
 import os
@@ -7,9 +7,11 @@ from pathlib import Path
 
 import jax
 import jaxlib
+import jaxtyping
 import numpy as np
 import pytest
 
+jaxtyping.install_import_hook("tokentm_jax.maths", "beartype.beartype")  # the shapes in annotations hold in every test
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Compiling is most of the time of these tests; the numbers do not depend on it. (A slow test of the contract checks
 # that: it runs itself with this variable set, on the programs that users run.)
@@ -39,6 +41,12 @@ CHEAP = {  # options of methods that take many passes
 def mostly_slow(names, quick):
     """Values of `pytest.mark.parametrize`: those that are in `quick` by default, the others with the slow tests."""
     return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in names]
+
+
+@pytest.fixture
+def wrong_types(monkeypatch):
+    """For tests of errors: wrong types reach the functions, whose annotations are not checked then."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(scope="session")

@@ -345,6 +345,7 @@ CALLS = {  # what is called with a value of a wrong type -> the values that it t
 }
 
 
+@pytest.mark.usefixtures("wrong_types")
 @pytest.mark.parametrize("call", CALLS)
 def test_values_of_impossible_types_are_one_sentence(vit, call):
     function, right = CALLS[call]

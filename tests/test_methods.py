@@ -285,6 +285,7 @@ def test_combination_and_maps():
         tm.combine([])
 
 
+@pytest.mark.usefixtures("wrong_types")
 def test_normalisations_and_weights_of_a_combination():
     a = jnp.array([[[0.0, 1.0], [1.0, -6.0]]])
     b = jnp.zeros((1, 2, 2))

@@ -189,7 +189,9 @@ def test_road_fills_what_is_removed_from_its_neighbours(maps, images):
     # By hand: centre c = 4 + k / 12 and corner k, which has three neighbours, 5 k = 8 + c.
     removed = np.zeros((3, 3), bool)
     removed[0, 0] = removed[1, 1] = True
-    found = jax.jit(linear_imputation)(jnp.arange(9.0).reshape(3, 3, 1), jnp.asarray(removed), 1e-7)[..., 0]
+    found = jax.jit(linear_imputation, static_argnums=2)(jnp.arange(9.0).reshape(3, 3, 1), jnp.asarray(removed), 1e-7)[
+        ..., 0
+    ]
     np.testing.assert_allclose(found, [[144 / 59, 1, 2], [3, 248 / 59, 5], [6, 7, 8]], rtol=1e-5)
     shares = np.array([0.3, 0.9, 1.0])[:, None]
     removed = np.array(maps <= np.quantile(maps.reshape(B, -1), shares.ravel(), axis=1).diagonal()[:, None, None])

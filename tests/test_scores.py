@@ -158,6 +158,7 @@ def test_whole_numbers_are_a_target_of_a_score_of_one_s_own():
         np.testing.assert_allclose(found[i], expected[0], rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.usefixtures("wrong_types")
 @pytest.mark.parametrize(
     ("options", "message"),
     [

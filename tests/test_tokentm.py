@@ -65,7 +65,7 @@ def random_blocks(seed=0, batch=()):
     }
     together = np.moveaxis(blocks["value"], -3, -2).reshape(*batch, L, N, D)
     blocks["transformed_value"] = together @ blocks["output_kernel"]
-    return blocks, blocks["tokens"][..., 0, :, :]
+    return blocks, jnp.asarray(blocks["tokens"][..., 0, :, :])
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -89,7 +89,7 @@ def test_the_equations_of_the_paper_give_the_default_map():
     w_attn = transformation_weight(blocks.tokens, blocks.transformed_value)
     w_ffn = transformation_weight(blocks.tokens + blocks.attention_branch, blocks.ffn_branch)
     A_bar = jax.vmap(attention_map)(blocks.attention, blocks.attention_grad)
-    full = initial_contribution(aggregate(jnp.eye(N), (A_bar, w_attn, w_ffn)), jnp.asarray(embedded))
+    full = initial_contribution(aggregate(jnp.eye(N), (A_bar, w_attn, w_ffn)), embedded)
     np.testing.assert_allclose(full, oracle.full_map(arrays, embedded), rtol=2e-5, atol=2e-6)
 
 
@@ -163,6 +163,7 @@ def test_the_row_form_builds_no_product_of_maps():
     assert shapes and all(shape == (N,) for shape in shapes)
 
 
+@pytest.mark.usefixtures("wrong_types")
 @pytest.mark.parametrize("bad", [{"direction": "up"}, {"attention": "none"}, {"original": "ln"}, {"heads": "all"}])
 def test_unknown_choices_are_refused(bad):
     with pytest.raises(ValueError, match="must be one of"):

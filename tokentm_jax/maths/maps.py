@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float, Num, Shaped, UInt8
 
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.maths.primitives import wide
@@ -26,7 +27,7 @@ class Tiling(NamedTuple):
         down, across = ((side - p) // s + 1 for side, p, s in zip(size, self.patch, self.stride, strict=True))
         return down, across
 
-    def place(self, axis: int, count: int, pixels: Array) -> Array:
+    def place(self, axis: int, count: int, pixels: Float[Array, " y"]) -> Float[Array, " y"]:
         """Where pixels are along an axis of `count` patches, in patches: 0 at the centre of the first; inside it."""
         patch, stride = self.patch[axis], self.stride[axis]
         return jnp.clip((pixels - (patch - 1) / 2) / stride, 0, count - 1)
@@ -37,15 +38,31 @@ class Tiling(NamedTuple):
         return [min(max((2 * y - patch + 1 + stride) // (2 * stride), 0), count - 1) for y in range(side)]
 
 
-def unit(pixels: Array) -> Array:
-    """Pixels, uint8 -> float32 in [0, 1], of the same shape."""
+def unit(pixels: UInt8[Array, "*s"]) -> Float[Array, "*s"]:
+    """Pixels as numbers.
+
+    Args:
+      pixels: from 0 to 255.
+
+    Returns:
+      float32 in [0, 1].
+    """
     return pixels.astype(jnp.float32) / 255
 
 
-def spread(values: Array, size: tuple[int, int], tiling: Tiling | None = None) -> Array:
-    """Values of patches [B, gh, gw] -> of pixels [B, H, W], each with that of its patch.
+def spread(
+    values: Shaped[Array, "B gh gw"], size: tuple[int, int], tiling: Tiling | None = None
+) -> Shaped[Array, "B h w"]:
+    """Every pixel gets the value of its patch.
 
-    The patches divide the image; or, where they overlap (`tiling`), a pixel is of the patch with the nearest centre.
+    Args:
+      values: of patches.
+      size: (h, w) in pixels.
+      tiling: of patches that overlap: a pixel belongs to the patch with the nearest centre. None: the patches divide
+        the image.
+
+    Returns:
+      Values of pixels.
     """
     _, gh, gw = values.shape
     if tiling is None or tiling.patch == tiling.stride:
@@ -63,9 +80,16 @@ def _in_range(maps: Array) -> Array:
     return maps * jnp.where(largest > 2.0**64, jnp.asarray(2.0**-64, maps.dtype), 1)
 
 
-def min_max(maps: Array, where: Array | None = None) -> Array:
-    """Each map of [B, H, W] scaled to [0, 1] by its values `where` True, or all; a constant map becomes zeros, and one
-    that is not finite NaN."""
+def min_max(maps: Float[Array, "B h w"], where: Bool[Array, "B h w"] | None = None) -> Float[Array, "B h w"]:
+    """Each map scaled to [0, 1].
+
+    Args:
+      maps: any maps.
+      where: the values that give the minimum and the maximum; None for all.
+
+    Returns:
+      Maps in [0, 1]. A constant map becomes zeros, and a map with a value that is not finite becomes NaN.
+    """
     maps = _in_range(maps)
     low = maps.min((1, 2), keepdims=True, where=where, initial=None if where is None else jnp.inf)
     high = maps.max((1, 2), keepdims=True, where=where, initial=None if where is None else -jnp.inf)
@@ -81,15 +105,26 @@ def _check_maps(maps: Any) -> None:
         raise InputError(f"maps must be an array of numbers [B, height, width] that is not empty, got {found}")
 
 
-def to_pixels(maps: Array, size: tuple[int, int], tiling: Tiling | None = None) -> Array:
-    """Token maps [B, gh, gw] -> pixel maps [B, H, W] in [0, 1].
+def to_pixels(
+    maps: Num[Array, "B gh gw"], size: tuple[int, int], tiling: Tiling | None = None
+) -> Float[Array, "B h w"]:
+    """Token maps to pixel maps in [0, 1].
 
     Bilinear with half-pixel centres and no antialiasing (`align_corners=False`), then min-max per image. Pixel maps
-    of the same size are only rescaled. A constant map becomes zeros; one with a value that is not finite becomes NaN,
-    and the others of its batch stay what they are. The patches divide the image, or lie as `tiling` says (`ViT.tiling`
-    is that of a model): where they overlap, a value stands at the centre of its patch.
+    of the same size are only rescaled.
 
-    Raises InputError for maps or a size of another form.
+    Args:
+      maps: token maps.
+      size: (h, w) in pixels.
+      tiling: of patches that overlap, such as `ViT.tiling`: a value is at the centre of its patch. None: the patches
+        divide the image.
+
+    Returns:
+      Pixel maps. A constant map becomes zeros; a map with a value that is not finite becomes NaN, and does not change
+      the other maps of its batch.
+
+    Raises:
+      InputError: maps or a size of another form.
     """
     _check_maps(maps)
     whole = isinstance(size, tuple | list) and len(size) == 2 and all(hasattr(s, "__index__") for s in size)
@@ -98,8 +133,15 @@ def to_pixels(maps: Array, size: tuple[int, int], tiling: Tiling | None = None) 
     return min_max(resized(_in_range(wide(maps)), size, tiling))
 
 
-def resized(maps: Array, size: tuple[int, int], tiling: Tiling | None = None) -> Array:
-    """As `to_pixels`, with the values as they are. Maps of another grid than that of the `tiling` divide the image."""
+def resized(maps: Num[Array, "B gh gw"], size: tuple[int, int], tiling: Tiling | None = None) -> Float[Array, "B h w"]:
+    """As `to_pixels`, without the min-max.
+
+    Args:
+      maps, size, tiling: as for `to_pixels`. Maps of another grid than that of the `tiling` divide the image.
+
+    Returns:
+      Pixel maps.
+    """
     maps = wide(maps)
     if tiling is None or tiling.patch == tiling.stride or maps.shape[1:] != tiling.grid(size):
         return jax.image.resize(maps, (maps.shape[0], *size), "bilinear", antialias=False)
@@ -111,9 +153,16 @@ def resized(maps: Array, size: tuple[int, int], tiling: Tiling | None = None) ->
     return maps
 
 
-def ranks(maps: Array, where: Array | None = None) -> Array:
-    """The share of a map's values (those `where` True) that are below each, equal ones counted half: [B, H, W], in
-    (0, 1)."""
+def ranks(maps: Float[Array, "B h w"], where: Bool[Array, "B h w"] | None = None) -> Float[Array, "B h w"]:
+    """The share of a map's values that are below each value; equal ones count half.
+
+    Args:
+      maps: any maps.
+      where: the values that count; None for all.
+
+    Returns:
+      Shares in (0, 1); NaN for a map with a value that is not finite.
+    """
     flat = maps.reshape(maps.shape[0], -1)
     counted = jnp.ones_like(flat, bool) if where is None else where.reshape(flat.shape)
 
@@ -127,8 +176,16 @@ def ranks(maps: Array, where: Array | None = None) -> Array:
     return found.reshape(maps.shape)
 
 
-def shares(maps: Array, where: Array | None = None) -> Array:
-    """Each map of [B, H, W] over the sum of its absolute values (those `where` True); a map of zeros stays one."""
+def shares(maps: Float[Array, "B h w"], where: Bool[Array, "B h w"] | None = None) -> Float[Array, "B h w"]:
+    """Each map over the sum of its absolute values.
+
+    Args:
+      maps: any maps.
+      where: the values that count; None for all.
+
+    Returns:
+      Maps; a map of zeros stays zero.
+    """
     maps = _in_range(maps)
     total = jnp.abs(maps).sum((1, 2), keepdims=True, where=where)
     return maps / jnp.where(total == 0, 1, total)
@@ -139,23 +196,27 @@ NORMALISATIONS: dict[str, Callable[..., Array]] = {"min_max": min_max, "rank": r
 
 
 def combine(
-    maps: Sequence[Array],
+    maps: Sequence[Num[Array, "B _ _"]],
     how: Literal["product", "mean"] = "product",
     normalisation: Normalisation = "min_max",
-    weights: Sequence[float] | None = None,
-    where: Array | None = None,
-) -> Array:
+    weights: Sequence[int | float] | None = None,
+    where: Bool[Array, "B h w"] | None = None,
+) -> Float[Array, "B h w"]:
     """Product or mean of several methods' maps, each normalised first.
 
     Args:
-      maps: each [B, h, w]; those of different grids are brought to the largest one.
+      maps: of one batch; those of different grids are resized to the largest one.
       how: "product", or "mean".
       normalisation: "min_max" scales each map to [0, 1]; "rank" takes ranks among the map's values, in (0, 1); "sum"
         divides by the sum of absolute values.
       weights: of the mean, one for each of `maps`; None for equal ones.
-      where: which values count when a map is normalised, for maps of one grid, [B, h, w]; None for all.
+      where: which values count when a map is normalised, for maps of one grid; None for all.
 
-    Raises InputError for no maps, or for another choice or number of weights.
+    Returns:
+      One map for each of the batch.
+
+    Raises:
+      InputError: no maps, an unknown choice, or another number of weights.
     """
     if not isinstance(maps, Sequence) or isinstance(maps, str) or not maps:
         raise InputError(f"combine needs a list of one map at least, got a {type(maps).__name__}")

@@ -10,8 +10,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from tokentm_jax.maths import primitives
+from tokentm_jax.maths.primitives import Parameter
 
 _product = partial(jnp.dot, preferred_element_type=jnp.float32)
 
@@ -44,10 +46,20 @@ def _backward(kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array
 _rows_by_kernel.defvjp(_forward, _backward)
 
 
-def linear(x: Array, kernel: Array, bias: Array | None) -> Array:
-    """Affine map of float32 `x @ kernel + bias`: x [..., I], kernel [I, O], bias [O] or None -> [..., O].
+def linear(
+    x: Float[Array, "*b I"], kernel: Float[Parameter, "I O"], bias: Float[Parameter, " O"] | None
+) -> Float[Array, "*b O"]:
+    """Affine map `x @ kernel + bias` of float32, as `primitives.linear`.
 
-    Other types, and maps with an odd number of inputs or outputs, are computed in their own.
+    Other types, and maps with an odd number of inputs or outputs, are computed by `primitives.linear`.
+
+    Args:
+      x: tokens with I channels.
+      kernel: weights.
+      bias: or None.
+
+    Returns:
+      Tokens with O channels, of the type of `x`.
     """
     if x.dtype != jnp.float32 or kernel.shape[0] % 2 or kernel.shape[1] % 2:
         return primitives.linear(x, kernel, bias)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float
 
 DAMPING = 0.9  # of Jacobi's iteration; eigenvalues of a Laplacian of eight neighbours over its diagonal end at 4/3
 
@@ -21,8 +22,16 @@ class Level(NamedTuple):
     inverse: Array  # of the diagonal [h, w], damped, 0 where a pixel has no equation
 
 
-def times(stencil: Array, x: Array) -> Array:
-    """The system's left side for x [..., h, w]."""
+def times(stencil: Float[Array, "3 3 h w"], x: Float[Array, "*b h w"]) -> Float[Array, "*b h w"]:
+    """The left side of the system.
+
+    Args:
+      stencil: the system.
+      x: values of the pixels.
+
+    Returns:
+      The left side of each pixel's equation.
+    """
     h, w = x.shape[-2:]
     padded = lax.optimization_barrier(jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(1, 1), (1, 1)]))
     terms = (stencil[a, b] * padded[..., a : a + h, b : b + w] for a in range(3) for b in range(3))
@@ -51,13 +60,28 @@ def _matrix(n: int, dtype: jnp.dtype) -> Array:
     return _finer_rows(jnp.eye((n + 1) // 2, dtype=dtype), n)
 
 
-def finer(x: Array, h: int, w: int) -> Array:
-    """The interpolation P of x [..., H, W] to [..., h, w]."""
+def finer(x: Float[Array, "*b H W"], h: int, w: int) -> Float[Array, "*b {h} {w}"]:
+    """The interpolation P to a finer grid.
+
+    Args:
+      x: values on the coarser grid.
+      h, w: the finer grid.
+
+    Returns:
+      Values on the finer grid.
+    """
     return jnp.matmul(_finer_rows(x, h), _matrix(w, x.dtype).T, precision="highest")
 
 
-def coarser(x: Array) -> Array:
-    """P^T of x [..., h, w]: [..., H, W]."""
+def coarser(x: Float[Array, "*b h w"]) -> Float[Array, "*b H W"]:
+    """The transposed interpolation, P^T.
+
+    Args:
+      x: values on the finer grid.
+
+    Returns:
+      Values on the coarser grid.
+    """
     return _coarser_rows(jnp.matmul(x, _matrix(x.shape[-1], x.dtype), precision="highest"))
 
 
@@ -82,9 +106,15 @@ def _collapsed(stencil: Array) -> Array:
     return jnp.stack([jnp.select([(place + step) % 3 == comb for comb in range(3)], found) for step in (-1, 0, 1)])
 
 
-def levels(stencil: Array) -> list[Level]:
-    """The systems from that of a stencil, symmetric and positive definite but for pixels without any equation (zeros),
-    down to one point."""
+def levels(stencil: Float[Array, "3 3 h w"]) -> list[Level]:
+    """The systems from that of a stencil down to one point.
+
+    Args:
+      stencil: a symmetric and positive definite system, except for pixels without an equation (zeros).
+
+    Returns:
+      The system and all coarser ones.
+    """
     found = []
     while True:
         diagonal = stencil[1, 1]
@@ -94,10 +124,15 @@ def levels(stencil: Array) -> list[Level]:
         stencil = _coarser_stencil(stencil)
 
 
-def v_cycle(grids: list[Level], right: Array) -> Array:
-    """About the solution of the first level's system for its right side [..., h, w]: linear, symmetric and positive.
+def v_cycle(grids: list[Level], right: Float[Array, "*b h w"]) -> Float[Array, "*b h w"]:
+    """One damped Jacobi iteration, a correction from the coarser grids, and another iteration.
 
-    One damped Jacobi iteration, a correction from the coarser grids, and another iteration.
+    Args:
+      grids: see `levels`.
+      right: the right side of the first level's system.
+
+    Returns:
+      An approximate solution, which is a linear, symmetric and positive function of `right`.
     """
     (stencil, inverse), *below = grids
     x = inverse * right

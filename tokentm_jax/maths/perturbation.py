@@ -11,6 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float, Int, Key, Shaped
 
 from tokentm_jax.maths.multigrid import levels, times, v_cycle
 
@@ -20,8 +21,16 @@ EXACT = jax.lax.Precision.HIGHEST  # differences of values are small beside the 
 # ---- what stands in for removed pixels ------------------------------------------------------------------------------
 
 
-def blur(images: Array, sigma: float = 5.0) -> Array:
-    """Gaussian blur of images [B, H, W, C], `sigma` in pixels, with the border pixels repeated outside."""
+def blur(images: Float[Array, "B H W C"], sigma: float = 5.0) -> Float[Array, "B H W C"]:
+    """Gaussian blur, with the border pixels repeated outside.
+
+    Args:
+      images: the images.
+      sigma: standard deviation, in pixels.
+
+    Returns:
+      Blurred images.
+    """
     radius = round(3 * sigma)
     taps = [math.exp(-0.5 * (k / sigma) ** 2) for k in range(-radius, radius + 1)]
     kernel = jnp.asarray([tap / sum(taps) for tap in taps], images.dtype)
@@ -34,14 +43,27 @@ def blur(images: Array, sigma: float = 5.0) -> Array:
     return images
 
 
-def linear_imputation(image: Array, removed: Array, tolerance: float = 1e-4, iterations: int = 100) -> Array:
-    """Image [H, W, C] whose `removed` pixels [H, W] are each the weighted mean of their eight neighbours.
+def linear_imputation(
+    image: Float[Array, "H W C"],
+    removed: Shaped[Array, "H W"],
+    tolerance: float = 1e-4,
+    iterations: int = 100,
+) -> Float[Array, "H W C"]:
+    """Each removed pixel becomes the weighted mean of its eight neighbours.
 
         (sum_j w_ij) x_i = sum_j w_ij x_j,   w = 1/6 beside, 1/12 diagonally, j inside the image
 
     for removed i, which is a sparse linear system, symmetric and positive definite while a pixel is left; conjugate
     gradients with a multigrid cycle solve it to `tolerance` (relative residual), or end after `iterations`. ROAD's
     imputation before its noise (Rong et al., ICML 2022).
+
+    Args:
+      image: the image.
+      removed: true, or 1, at the pixels to replace.
+      tolerance, iterations: see above.
+
+    Returns:
+      The image with other values at the removed pixels.
     """
     colours = jnp.moveaxis(image, -1, 0)
     inside = removed.astype(image.dtype)
@@ -68,10 +90,18 @@ def _around(x: Array) -> Array:
 # ---- coalitions -----------------------------------------------------------------------------------------------------
 
 
-def windows(grid: Grid, size: int, stride: int) -> Array:
-    """Square windows of `size` patches, `stride` patches apart, over the whole grid: bool [S, n], true inside.
+def windows(grid: Grid, size: int, stride: int) -> Bool[Array, "S n"]:
+    """Square windows over the whole grid.
 
     The last window of a row or column ends at the border, so every patch is in one where `stride <= size`.
+
+    Args:
+      grid: (gh, gw).
+      size: sides of a window, in patches.
+      stride: distance between two windows, in patches.
+
+    Returns:
+      The windows, true inside.
     """
 
     def along(length: int) -> Array:
@@ -84,11 +114,22 @@ def windows(grid: Grid, size: int, stride: int) -> Array:
     return (rows[:, None, :, None] & columns[None, :, None, :]).reshape(-1, grid[0] * grid[1])
 
 
-def smooth_masks(key: Array, grid: Grid, samples: int, cells: int, keep: float) -> Array:
-    """Random smooth masks of RISE (Petsiuk et al., BMVC 2018) over the patches: [samples, n] in [0, 1].
+def smooth_masks(
+    key: Key[Array, ""], grid: Grid, samples: int, cells: int, keep: float
+) -> Float[Array, "{samples} n"]:
+    """Random smooth masks of RISE (Petsiuk et al., BMVC 2018) over the patches.
 
     `cells` x `cells` bits, each 1 with probability `keep`, are made bilinearly a little larger than the grid, and
     cropped at random, at most by a cell. (As published, but a pixel there is a patch here.)
+
+    Args:
+      key: of the random numbers.
+      grid: (gh, gw).
+      samples: number of masks.
+      cells, keep: see above.
+
+    Returns:
+      Masks in [0, 1].
     """
     (gh, gw), (high, wide) = grid, (-(-side // cells) for side in grid)
     bits, top, left = jax.random.split(key, 3)
@@ -98,13 +139,29 @@ def smooth_masks(key: Array, grid: Grid, samples: int, cells: int, keep: float) 
     return jax.vmap(lambda mask, y, x: jax.lax.dynamic_slice(mask, (y, x), (gh, gw)).ravel())(large, *corner)
 
 
-def path(rank: Array) -> Array:
-    """The coalitions of the first 1, 2 ... n - 1 patches by `rank` [n]: bool [n - 1, n]."""
+def path(rank: Int[Array, " n"]) -> Bool[Array, "n-1 n"]:
+    """The coalitions of the first 1, 2 ... n - 1 patches.
+
+    Args:
+      rank: of each patch, from 0.
+
+    Returns:
+      The coalitions.
+    """
     return rank < jnp.arange(1, len(rank), dtype=rank.dtype)[:, None]
 
 
-def kernel_coalitions(key: Array, patches: int, samples: int) -> Array:
-    """Coalitions drawn by Shapley's kernel: bool [samples, n], of sizes s with probability ~ 1 / (s (n - s))."""
+def kernel_coalitions(key: Key[Array, ""], patches: int, samples: int) -> Bool[Array, "{samples} {patches}"]:
+    """Coalitions drawn by Shapley's kernel, of sizes s with probability ~ 1 / (s (n - s)).
+
+    Args:
+      key: of the random numbers.
+      patches: n.
+      samples: number of coalitions.
+
+    Returns:
+      The coalitions.
+    """
     sizes = jnp.arange(1, patches)
     frequency = 1 / (sizes * (patches - sizes)).astype(jnp.float32)
     first, second = jax.random.split(key)
@@ -112,9 +169,15 @@ def kernel_coalitions(key: Array, patches: int, samples: int) -> Array:
     return jax.random.uniform(second, (samples, patches)).argsort(-1) < size
 
 
-def half_of_coalitions(patches: int) -> tuple[Array, Array]:
-    """One of every coalition and its complement, the empty and the full one left out: bool [2^(n-1) - 1, n], and the
-    weight of each by Shapley's kernel, 1 / (C(n, s) s (n - s))."""
+def half_of_coalitions(patches: int) -> tuple[Bool[Array, "S {patches}"], Float[Array, " S"]]:
+    """One of every coalition and its complement, without the empty and the full one.
+
+    Args:
+      patches: n.
+
+    Returns:
+      The 2^(n-1) - 1 coalitions, and the weight of each by Shapley's kernel, 1 / (C(n, s) s (n - s)).
+    """
     masks = (jnp.arange(1, 2 ** (patches - 1))[:, None] >> jnp.arange(patches)) & 1 == 1
     by_size = [1 / (math.comb(patches, s) * s * (patches - s)) for s in range(1, patches)]
     return masks, jnp.asarray(by_size, jnp.float32)[masks.sum(-1) - 1]
@@ -123,25 +186,44 @@ def half_of_coalitions(patches: int) -> tuple[Array, Array]:
 # ---- estimates for one sample ---------------------------------------------------------------------------------------
 
 
-def mean_by_patch(masks: Array, values: Array) -> Array:
-    """Mean of the values [S] over the masks [S, n] that hold a patch: [n]; zero for a patch that none holds.
+def mean_by_patch(masks: Shaped[Array, "S n"], values: Float[Array, " S"]) -> Float[Array, " n"]:
+    """Mean of the values over the masks that hold a patch: `sum_s m_sj v_s / sum_s m_sj`.
 
-    sum_s m_sj v_s / sum_s m_sj
+    Args:
+      masks: 1, or true, at the patches that a mask holds.
+      values: of the masks.
+
+    Returns:
+      Means; zero for a patch that no mask holds.
     """
     masks = masks.astype(values.dtype)
     total = masks.sum(0)
     return jnp.dot(values, masks, precision=EXACT) / jnp.where(total > 0, total, 1)
 
 
-def marginals(values: Array, rank: Array) -> Array:
-    """What each patch adds when its turn comes: [n], from the values of the first 0 ... n patches [n + 1]."""
+def marginals(values: Float[Array, " m"], rank: Int[Array, " n"]) -> Float[Array, " n"]:
+    """What each patch adds when its turn comes.
+
+    Args:
+      values: of the first 0 ... n patches, m = n + 1.
+      rank: of each patch, from 0.
+
+    Returns:
+      The difference that each patch makes.
+    """
     return (values[1:] - values[:-1])[rank]
 
 
-def inverted(matrix: Array) -> Array:
-    """The inverse of a symmetric positive definite matrix [n, n], by Gauss-Jordan elimination, which needs no pivots.
+def inverted(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """The inverse of a matrix, by Gauss-Jordan elimination without pivots.
 
     No library is called: on several CPU devices, calls of LAPACK can wait for each other for ever.
+
+    Args:
+      matrix: symmetric and positive definite.
+
+    Returns:
+      The inverse.
     """
 
     def eliminated(k: Array, a: Array) -> Array:
@@ -152,21 +234,27 @@ def inverted(matrix: Array) -> Array:
     return jax.lax.fori_loop(0, len(matrix), eliminated, matrix)
 
 
-def kernel_shap(masks: Array, weights: Array, values: Array, empty: Array, full: Array) -> tuple[Array, Array]:
-    """KernelSHAP (Lundberg & Lee, NeurIPS 2017): Shapley values [n] as a constrained weighted least-squares fit.
+def kernel_shap(
+    masks: Bool[Array, "m n"],
+    weights: Float[Array, " m"],
+    values: Float[Array, "m 2"],
+    empty: Float[Array, ""],
+    full: Float[Array, ""],
+) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+    """KernelSHAP (Lundberg & Lee, NeurIPS 2017): Shapley values as a constrained weighted least-squares fit.
 
         min_phi sum_z w(z) (v(z) - v(0) - z . phi)^2   with   1 . phi = v(1) - v(0)
 
     Coalitions come in pairs, each with its complement (Covert & Lee, AISTATS 2021), which halve the noise.
 
     Args:
-      masks: one coalition of every pair [m, n], true where a patch is shown.
-      weights: of the pairs [m]: those of the kernel for all coalitions, or ones for coalitions drawn by it.
-      values: of the coalition and of its complement [m, 2].
+      masks: one coalition of every pair, true where a patch is shown.
+      weights: of the pairs: those of the kernel for all coalitions, or ones for coalitions drawn by it.
+      values: of the coalition and of its complement.
       empty, full: the values of no patch and of all.
 
     Returns:
-      The values [n], which sum to `full - empty`, and their standard errors [n] over pairs that were drawn: with
+      The values, which sum to `full - empty`, and their standard errors over pairs that were drawn: with
       A = E z zᵀ and the projection P = A⁻¹ - A⁻¹11ᵀA⁻¹ / (1ᵀA⁻¹1), those of the mean of P z (v(z) - v(0) - z . phi).
     """
     count, patches = masks.shape

@@ -6,27 +6,64 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jaxtyping import Float, Shaped
+
+Parameter = Array | np.ndarray  # of a model
 
 
-def wide(x: Array) -> Array:
-    """`x` in float32 at least: bfloat16 becomes float32, float64 stays."""
+def wide(x: Shaped[Array, "*s"]) -> Float[Array, "*s"]:
+    """An array in float32 at least.
+
+    Args:
+      x: any array.
+
+    Returns:
+      `x`; bfloat16 becomes float32, float64 stays.
+    """
     return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
-def root(squared: Array) -> Array:
-    """Square root; zero, with gradient zero, where `squared` is not positive."""
+def root(squared: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """The square root, with a gradient everywhere.
+
+    Args:
+      squared: any numbers.
+
+    Returns:
+      Roots; zero, with gradient zero, where `squared` is not positive.
+    """
     positive = squared > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, 1)), 0)
 
 
-def ratio(a: Array, b: Array) -> Array:
-    """`a / b`, zero where b is zero."""
+def ratio(a: Float[Array, "*s"], b: Float[Array, "*#s"]) -> Float[Array, "*s"]:
+    """`a / b`, with a value everywhere.
+
+    Args:
+      a: dividends.
+      b: divisors that are not negative.
+
+    Returns:
+      Ratios; zero where b is zero.
+    """
     return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)
 
 
-def linear(x: Array, kernel: Array, bias: Array | None) -> Array:
-    """Affine map `x @ kernel + bias`: x [..., I], kernel [I, O], bias [O] or None -> [..., O]."""
+def linear(
+    x: Float[Array, "*b I"], kernel: Float[Parameter, "I O"], bias: Float[Parameter, " O"] | None
+) -> Float[Array, "*b O"]:
+    """Affine map `x @ kernel + bias`.
+
+    Args:
+      x: tokens with I channels.
+      kernel: weights.
+      bias: or None.
+
+    Returns:
+      Tokens with O channels, of the type of `x`.
+    """
     rows = x.reshape(-1, x.shape[-1])  # one large matrix product is faster on CPU than a batched one
     y = rows @ kernel.astype(x.dtype)
     if bias is not None:
@@ -50,8 +87,19 @@ def _standardised(x: Array, eps: float) -> tuple[Array, Array]:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
-def norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
-    """LayerNorm over the last axis, computed in float32 at least."""
+def norm(
+    x: Float[Array, "*b D"], scale: Float[Parameter, " D"], bias: Float[Parameter, " D"], eps: float
+) -> Float[Array, "*b D"]:
+    """LayerNorm over the last axis, computed in float32 at least.
+
+    Args:
+      x: tokens.
+      scale, bias: of each channel.
+      eps: added to the variance.
+
+    Returns:
+      Tokens, of the type of `x`.
+    """
     y, _ = _standardised(x, eps)
     return (y * scale.astype(y.dtype) + bias.astype(y.dtype)).astype(x.dtype)
 
@@ -72,8 +120,16 @@ def _norm_tangent(eps: float, values: tuple[Array, ...], tangents: tuple[Array, 
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
-def softmax(scores: Array, scale: float) -> Array:
-    """Softmax over keys of the scaled scores [..., Q, K], computed in float32 at least."""
+def softmax(scores: Float[Array, "*b Q K"], scale: float) -> Float[Array, "*b Q K"]:
+    """Softmax over keys, computed in float32 at least.
+
+    Args:
+      scores: of queries and keys.
+      scale: a factor of the scores.
+
+    Returns:
+      Attention, of the type of `scores`.
+    """
     return jax.nn.softmax(wide(scores) * scale, axis=-1).astype(scores.dtype)
 
 
@@ -91,8 +147,8 @@ def _softmax_tangent(scale: float, values: tuple[Array], tangents: tuple[Array])
 
 
 @jax.custom_jvp
-def gelu(x: Array) -> Array:
-    """Exact GELU (error function), as in timm: `x Phi(x)`."""
+def gelu(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """Exact GELU (error function), as in timm: `x Phi(x)`, elementwise."""
     return jax.nn.gelu(x, approximate=False)
 
 
@@ -106,19 +162,19 @@ def _gelu_tangent(values: tuple[Array], tangents: tuple[Array]) -> tuple[Array, 
 
 
 @jax.checkpoint
-def quick_gelu(x: Array) -> Array:
+def quick_gelu(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """Sigmoid approximation of GELU that OpenAI's CLIP models were trained with."""
     return x * jax.nn.sigmoid(x * 1.702)
 
 
 @jax.checkpoint
-def gelu_tanh(x: Array) -> Array:
+def gelu_tanh(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """The approximation of GELU by a hyperbolic tangent."""
     return jax.nn.gelu(x, approximate=True)
 
 
 @jax.checkpoint
-def silu(x: Array) -> Array:
+def silu(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """`x sigmoid(x)`, the gate of SwiGLU."""
     return x * jax.nn.sigmoid(x)
 
@@ -133,19 +189,46 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def activation(x: Array, function: str) -> Array:
-    """Elementwise non-linearity, one of `ACTIVATIONS`."""
+def activation(x: Float[Array, "*s"], function: str) -> Float[Array, "*s"]:
+    """Elementwise non-linearity.
+
+    Args:
+      x: any numbers.
+      function: a key of `ACTIVATIONS`.
+
+    Returns:
+      The function of each number.
+    """
     return ACTIVATIONS[function](x)
 
 
-def swapped(x: Array, half: bool) -> Array:
-    """The other channel of each pair of channels that rotate together: i and i + D/2 (`half`), or 2i and 2i + 1."""
+def swapped(x: Float[Array, "*b D"], half: bool) -> Float[Array, "*b D"]:
+    """The channels of each pair that rotates together, swapped.
+
+    Args:
+      x: queries or keys.
+      half: whether the pairs are i and i + D/2, or 2i and 2i + 1.
+
+    Returns:
+      Queries or keys with the other channel of each pair.
+    """
     if half:
         return jnp.roll(x, x.shape[-1] // 2, -1)
     return x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
 
 
-def rotate(x: Array, cosine: Array, sine: Array, half: bool) -> Array:
-    """Rotary positions: queries or keys [B, H, N, D] turned by the angle of their token; `sine` [N, D] has the sign of
-    each channel's own turn."""
+def rotate(
+    x: Float[Array, "B H N D"], cosine: Float[Array, "N D"], sine: Float[Array, "N D"], half: bool
+) -> Float[Array, "B H N D"]:
+    """Rotary positions.
+
+    Args:
+      x: queries or keys.
+      cosine: of the angle of each token and channel.
+      sine: likewise, with the sign of the channel's rotation.
+      half: see `swapped`.
+
+    Returns:
+      Queries or keys, rotated by the angle of their token.
+    """
     return x * cosine.astype(x.dtype) + swapped(x, half) * sine.astype(x.dtype)

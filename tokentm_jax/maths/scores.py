@@ -14,19 +14,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float, Integer
 
 from tokentm_jax.errors import InputError
 from tokentm_jax.maths.primitives import wide
 
 
-def class_logit(outputs: Array, target: Array) -> Array:
-    """The logit of each sample's class: logits [B, classes] and classes [B] -> [B]; NaN for a class that is none."""
+def class_logit(outputs: Float[Array, "B classes"], target: Integer[Array | np.ndarray, " B"]) -> Float[Array, " B"]:
+    """The logit of each sample's class.
+
+    Args:
+      outputs: logits.
+      target: classes.
+
+    Returns:
+      The logit of each sample; NaN for a number that is not a class.
+    """
     there = (target >= 0) & (target < outputs.shape[-1])
     return jnp.where(there, jnp.take_along_axis(outputs, target[:, None], 1)[:, 0], jnp.nan)
 
 
-def log_probability(outputs: Array, target: Array) -> Array:
-    """The log of the softmax of logits [B, classes] at each sample's class [B]."""
+def log_probability(
+    outputs: Float[Array, "B classes"], target: Integer[Array | np.ndarray, " B"]
+) -> Float[Array, " B"]:
+    """The log of the softmax at each sample's class.
+
+    Args:
+      outputs: logits.
+      target: classes.
+
+    Returns:
+      The log-probability of each sample; NaN for a number that is not a class.
+    """
     return class_logit(jax.nn.log_softmax(wide(outputs)), target)
 
 
@@ -41,7 +60,9 @@ class Versus:
     def __post_init__(self) -> None:
         object.__setattr__(self, "other", listed(self.other))
 
-    def __call__(self, outputs: Array, target: Array) -> Array:
+    def __call__(
+        self, outputs: Float[Array, "B classes"], target: Integer[Array | np.ndarray, " B"]
+    ) -> Float[Array, " B"]:
         other = classes_of(self.other, outputs.shape[0], "the other class")
         return class_logit(outputs, target) - class_logit(outputs, other)
 
@@ -54,7 +75,7 @@ class Cosine:
     embedding: Any
     of_class: ClassVar[bool] = False
 
-    def __call__(self, outputs: Array) -> Array:
+    def __call__(self, outputs: Float[Array, "B E"]) -> Float[Array, " B"]:
         embedding = as_numbers(self.embedding)
         if embedding.ndim not in (1, 2) or embedding.shape[-1] != outputs.shape[-1]:
             raise InputError(
@@ -76,7 +97,7 @@ class Channel:
     def __post_init__(self) -> None:
         object.__setattr__(self, "index", listed(self.index))
 
-    def __call__(self, outputs: Array) -> Array:
+    def __call__(self, outputs: Float[Array, "B D"]) -> Float[Array, " B"]:
         return class_logit(outputs, classes_of(self.index, outputs.shape[0], "the channel"))
 
 
@@ -128,7 +149,18 @@ CLASS_LOGIT = Function(class_logit, True)
 
 
 def question(score: Callable[..., Any] | None, target: Any = None) -> Question:
-    """A score and its target in one. Raises InputError for a score that cannot be called so."""
+    """A score and its target in one.
+
+    Args:
+      score: a score of this module, or a function `(outputs, target) -> [B]` or `outputs -> [B]`; None for the logit.
+      target: class per sample [B], or the argument of a custom score; None: the predicted class.
+
+    Returns:
+      The question.
+
+    Raises:
+      InputError: a score that cannot be called so.
+    """
     if score is None:
         return Question(CLASS_LOGIT, target)
     if isinstance(score, type):
@@ -154,7 +186,17 @@ def _binds(signature: inspect.Signature, *arguments: Any) -> bool:
 
 
 def as_numbers(value: Any) -> Array:
-    """An array of a score, known or traced. InputError for anything else."""
+    """The array of a score.
+
+    Args:
+      value: an array, known or traced, or numbers.
+
+    Returns:
+      The array.
+
+    Raises:
+      InputError: anything else.
+    """
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError, OverflowError):
@@ -171,9 +213,18 @@ def listed(classes: Any) -> Any:
 
 
 def classes_of(target: Any, samples: int, what: str = "target") -> Any:
-    """A class for all samples or one per sample, as an array [B] of whole numbers, known or traced.
+    """A class for all samples or one per sample, as an array.
 
-    Raises InputError for anything else; a number that is not a class of the model is for the caller to find.
+    Args:
+      target: whole numbers, one or [B], known or traced. Whether they are classes of the model is not checked.
+      samples: B.
+      what: the name of the argument in the error.
+
+    Returns:
+      Whole numbers [B], a NumPy array where they are known.
+
+    Raises:
+      InputError: anything else.
     """
     try:
         found = target if isinstance(target := listed(target), jax.Array) else np.asarray(target)
@@ -223,5 +274,12 @@ def explained(outputs: Any, target: Any = None) -> tuple[Array, dict[str, Any]]:
 
 
 def is_open(target: Any) -> bool:
-    """Whether a target, or a `Question`, is still to be filled with the predicted class."""
+    """Whether the predicted class is to become the target.
+
+    Args:
+      target: a target or a `Question`.
+
+    Returns:
+      True where it has no class yet.
+    """
     return target.open if isinstance(target, Question) else target is None

@@ -17,29 +17,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float, PyTree, Shaped
 
 from tokentm_jax.maths.primitives import ratio, root
 
 
-def length(x: Array) -> Array:
-    """`L(x) = ‖x‖₂` of tokens x [..., D] -> [...]; the gradient at a zero token is zero."""
+def length(x: Float[Array, "*n D"]) -> Float[Array, "*n"]:
+    """`L(x) = ‖x‖₂` of tokens x; the gradient at a zero token is zero."""
     return root(jnp.square(x).sum(-1))
 
 
-def cosine(x: Array, x_tilde: Array) -> Array:
-    """`cos(x_j, x̃_j)` of paired tokens [..., N, D] -> [..., N]; zero where a token is zero."""
+def cosine(x: Float[Array, "*n D"], x_tilde: Float[Array, "*n D"]) -> Float[Array, "*n"]:
+    """`cos(x_j, x̃_j)` of original tokens x and transformed tokens x̃; zero where a token is zero."""
     return ratio(ratio((x * x_tilde).sum(-1), length(x)), length(x_tilde))
 
 
-def necc(cos: Array, present: Array | None = None) -> Array:
+def necc(cos: Float[Array, "*b N"], present: Bool[Array, " N"] | None = None) -> Float[Array, "*b N"]:
     """Normalised exponential cosine correlation: `NECC_j = exp(cos_j) / ((1/N) Σ_k exp(cos_k))`.
 
     Args:
-      cos: `cos(x_j, x̃_j)` [..., N].
-      present: which tokens are not padding, bool [N]; None for all. The mean is over these.
+      cos: `cos(x_j, x̃_j)`.
+      present: which tokens are not padding; None for all. The mean is over these.
 
     Returns:
-      NECC [..., N], with mean 1 over the tokens.
+      NECC, with mean 1 over the tokens.
     """
     correlation = jnp.exp(cos)
     where = None if present is None else jnp.broadcast_to(present, cos.shape)
@@ -47,78 +48,82 @@ def necc(cos: Array, present: Array | None = None) -> Array:
 
 
 def transformation_weight(
-    x: Array,
-    x_tilde: Array,
-    present: Array | None = None,
+    x: Float[Array, "*b N D"],
+    x_tilde: Float[Array, "*b N D"],
+    present: Bool[Array, " N"] | None = None,
     length: Callable[[Array], Array] = length,
     direction: Callable[[Array, Array | None], Array] = necc,
-) -> Array:
+) -> Float[Array, "*b N"]:
     """`w_j = L(x̃_j) / L(x_j) · NECC_j`, the diagonal of W.
 
     Args:
-      x: original tokens [..., N, D].
-      x_tilde: transformed tokens [..., N, D].
-      present: which tokens are not padding, bool [N]; None for all.
+      x: original tokens.
+      x_tilde: transformed tokens.
+      present: which tokens are not padding; None for all.
       length: L.
       direction: the second factor, a function of `cos(x_j, x̃_j)` and `present`.
 
     Returns:
-      Weights [..., N].
+      Weights.
     """
     return ratio(length(x_tilde), length(x)) * direction(cosine(x, x_tilde), present)
 
 
-def attention_map(A: Array, G: Array) -> Array:
-    """`Ā = ⟨[G ⊙ A]₊⟩_h`: attention A and its gradient G, both [H, N, N] -> [N, N]."""
+def attention_map(A: Float[Array, "H N N"], G: Float[Array, "H N N"]) -> Float[Array, "N N"]:
+    """`Ā = ⟨[G ⊙ A]₊⟩_h` of attention A, rows are queries, and the gradient G of the class's logit at A."""
     return jax.nn.relu(G * A).mean(0)
 
 
-def attention_update(r: Array, A_bar: Array, w: Array | float = 1.0) -> Array:
-    """`C ← (I + Ā W) C` for rows: `r ← r + (r Ā) ⊙ w`, with r [..., N], Ā [N, N] and w [N] -> [..., N]."""
+def attention_update(
+    r: Float[Array, "*b N"], A_bar: Float[Array, "N N"], w: Float[Array, " N"] | float = 1.0
+) -> Float[Array, "*b N"]:
+    """`C ← (I + Ā W) C`: rows r become `r + (r Ā) ⊙ w`, with the weights w of the attention layer."""
     return r + (r @ A_bar) * w
 
 
-def ffn_update(r: Array, w: Array) -> Array:
-    """`C ← (I + W) C` for rows: `r ← r ⊙ (1 + w)`, with r [..., N] and w [N] -> [..., N]."""
+def ffn_update(r: Float[Array, "*b N"], w: Float[Array, " N"]) -> Float[Array, "*b N"]:
+    """`C ← (I + W) C`: rows r become `r ⊙ (1 + w)`, with the weights w of the FFN layer."""
     return r * (1 + w)
 
 
-def initial_contribution(r: Array, x0: Array) -> Array:
-    """`C⁰ = diag(L(x⁰))` for rows: `r ⊙ L(x⁰)`, with r [..., N] and embedded tokens x⁰ [N, D] -> [..., N]."""
+def initial_contribution(r: Float[Array, "*b N"], x0: Float[Array, "N D"]) -> Float[Array, "*b N"]:
+    """`C⁰ = diag(L(x⁰))`: rows r become `r ⊙ L(x⁰)`, with the embedded tokens x⁰."""
     return r * length(x0)
 
 
-def block_update(r: Array, block: tuple[Array, Array, Array]) -> Array:
-    """Rows [..., N] from the output of a block to its input: `C ← (I + W_ffn) (I + Ā W_attn) C`.
+def block_update(
+    r: Float[Array, "*b N"], block: tuple[Float[Array, "N N"], Float[Array, " N"], Float[Array, " N"]]
+) -> Float[Array, "*b N"]:
+    """`C ← (I + W_ffn) (I + Ā W_attn) C` for rows, which go from the output of a block to its input.
 
     Args:
-      r: rows [..., N].
-      block: Ā [N, N], w_attn [N] and w_ffn [N].
+      r: rows.
+      block: Ā, w_attn and w_ffn.
 
     Returns:
-      Rows [..., N].
+      Rows.
     """
     A_bar, w_attn, w_ffn = block
     return attention_update(ffn_update(r, w_ffn), A_bar, w_attn)
 
 
 def aggregate(
-    r: Array,
-    blocks: Any,
+    r: Float[Array, "*b N"],
+    blocks: PyTree[Shaped[Array, "L ..."]],
     update: Callable[[Array, Any], Array] = block_update,
     first_block: int = 0,
     end_block: int | None = None,
-) -> Array:
+) -> Float[Array, "*b N"]:
     """All blocks, from the last to the first. `initial_contribution` follows.
 
     Args:
-      r: rows [..., N]: the read-out r₀ [N] for a heatmap, the identity [N, N] for the whole map C.
-      blocks: arrays with a leading axis L: Ā [L, N, N], w_attn [L, N] and w_ffn [L, N], or what `update` takes.
+      r: rows: the read-out r₀ [N] for a heatmap, the identity [N, N] for the whole map C.
+      blocks: Ā [L, N, N], w_attn [L, N] and w_ffn [L, N], or what `update` takes.
       update: the rule of one block, `(r, block) -> r`.
       first_block, end_block: the range of blocks, counted from 0; all by default.
 
     Returns:
-      Rows [..., N] at the input of the first block.
+      Rows at the input of the first block.
     """
     chosen = jax.tree.map(lambda a: a[first_block:end_block], blocks)
     return jax.lax.scan(lambda r, block: (update(r, block), None), r, chosen, reverse=True)[0]

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from annotated_types import Ge
 from jax import Array
+from jaxtyping import Bool, Float
 
 from tokentm_jax.maths import tokentm
 from tokentm_jax.maths.primitives import ratio, root
@@ -49,12 +50,12 @@ class Blocks(NamedTuple):
     output_grad: Any = None  # [L, N, D] gradient of the score at the block's output tokens
     seen: Any = None  # [L, N] bool: which tokens are there, and not padding; None: all
 
-    def through(self, x: Array) -> Array:
-        """Tokens x [N, D] through the projections of values and of the output, without biases, of one block."""
+    def through(self, x: Float[Array, "N D"]) -> Float[Array, "N D"]:
+        """Tokens x through the projections of values and of the output, without biases, of one block."""
         return x @ self.value_kernel @ self.output_kernel
 
-    def project(self, x: Array) -> Array:
-        """Values [H, N, D/H] of tokens x [N, D], without bias, of one block."""
+    def project(self, x: Float[Array, "N D"]) -> Float[Array, "H N E"]:
+        """Values of tokens x, without bias, of one block; E is D / H."""
         return jnp.swapaxes((x @ self.value_kernel).reshape(len(x), len(self.attention), -1), 0, 1)
 
     def ffn_layers(self) -> list[tuple[Any, Any]]:
@@ -176,8 +177,18 @@ DIRECTIONS: dict[str, Callable[[Array, Array | None], Array]] = {
 }
 
 
-def weigh(x: Array, x_tilde: Array, block: Any, options: TokenTM) -> Array:
-    """The weights [N] of paired tokens [N, D] of a block (`Blocks`, or what has its fields)."""
+def weigh(x: Float[Array, "N D"], x_tilde: Float[Array, "N D"], block: Any, options: TokenTM) -> Float[Array, " N"]:
+    """The weights of paired tokens.
+
+    Args:
+      x: original tokens.
+      x_tilde: transformed tokens.
+      block: one block of `Blocks`, or an object with its fields.
+      options: see `TokenTM`.
+
+    Returns:
+      Weights w.
+    """
     if options.weight is not None:
         more = {"gradient": block.output_grad, "seen": block.seen}
         return options.weight(x, x_tilde, **{name: a for name, a in more.items() if options.takes(name)})
@@ -185,11 +196,26 @@ def weigh(x: Array, x_tilde: Array, block: Any, options: TokenTM) -> Array:
     return tokentm.transformation_weight(x, x_tilde, block.seen, measure, DIRECTIONS[options.direction])
 
 
-def weights_of_heads(x: Array, value: Array, kernel: Array, present: Array | None, options: TokenTM) -> Array:
-    """The weights [H, N] of tokens x [N, D] by each head, `x~_h = v_h W_h`, with no array [H, N, D].
+def weights_of_heads(
+    x: Float[Array, "N D"],
+    value: Float[Array, "H N E"],
+    kernel: Float[Array, "D D"],
+    present: Bool[Array, " N"] | None,
+    options: TokenTM,
+) -> Float[Array, "H N"]:
+    """The weights of tokens by each head, `x~_h = v_h W_h`, with no array [H, N, D].
 
-    For values v [H, N, D/H] and the rows W_h [D/H, D] of the output projection [D, D]: `||v W||^2 = v (W W^T) v^T` and
-    `x . v W = v . (W x)`.
+    With W_h [E, D] of the output projection, E = D / H: `||v W||^2 = v (W W^T) v^T` and `x . v W = v . (W x)`.
+
+    Args:
+      x: original tokens.
+      value: v.
+      kernel: the output projection.
+      present: which tokens are not padding; None for all.
+      options: see `TokenTM`.
+
+    Returns:
+      Weights w_h.
     """
     kernel = kernel.reshape(*value.shape[::2], -1)
     gram = jnp.einsum("hid,hjd->hij", kernel, kernel)
@@ -199,8 +225,16 @@ def weights_of_heads(x: Array, value: Array, kernel: Array, present: Array | Non
     return ratio(transformed, tokentm.length(x)) * weights if options.length else weights
 
 
-def attention_weights(block: Any, options: TokenTM) -> Array:
-    """Diagonal of W_attn of one block, [N], or [H, N] with `heads="each"`."""
+def attention_weights(block: Any, options: TokenTM) -> Float[Array, "*H N"]:
+    """The diagonal of W_attn of one block.
+
+    Args:
+      block: one block of `Blocks`, or an object with its fields.
+      options: see `TokenTM`.
+
+    Returns:
+      Weights [N], or [H, N] with `heads="each"`.
+    """
     if not options.weighs:
         return jnp.ones_like(block.attention[0, 0])
     x = block.tokens if options.original == "residual" else block.normalised
@@ -217,38 +251,75 @@ def attention_weights(block: Any, options: TokenTM) -> Array:
     return weigh(x, x_tilde, block, options)
 
 
-def ffn_weights(x: Array, branch: Array, block: Any, options: TokenTM) -> Array:
-    """Diagonal [N] of W_ffn from the input and the output [N, D] of an FFN layer of a block."""
+def ffn_weights(
+    x: Float[Array, "N D"] | None, branch: Float[Array, "N D"] | None, block: Any, options: TokenTM
+) -> Float[Array, " N"]:
+    """The diagonal of W_ffn of one FFN layer.
+
+    Args:
+      x: input of the layer; None where `options` need it not.
+      branch: output of the layer, before the residual sum; likewise.
+      block: one block of `Blocks`, or an object with its fields.
+      options: see `TokenTM`.
+
+    Returns:
+      Weights.
+    """
     if not options.weighs:
         return jnp.ones_like(block.attention[0, 0])
+    assert x is not None and branch is not None
     return weigh(x, branch if options.ffn_transformed == "branch" else x + branch, block, options)
 
 
-def norm_gain(before: Array, after: Array) -> Array:
-    """`L(LN(u)) / L(u)` [N] of the tokens u [N, D] before and after a LayerNorm."""
+def norm_gain(before: Float[Array, "N D"], after: Float[Array, "N D"]) -> Float[Array, " N"]:
+    """`L(LN(u)) / L(u)`, by which a LayerNorm multiplies the contributions.
+
+    Args:
+      before: tokens u.
+      after: LN(u).
+
+    Returns:
+      Factors.
+    """
     return ratio(tokentm.length(after), tokentm.length(before))
 
 
-def attention_terms(A: Array, G: Any, w: Array, options: TokenTM) -> tuple[Array, Array]:
-    """`Ā` [N, N] and w [N] of an attention layer, from A and G [H, N, N]. Weights w [H, N] per head go into `Ā`:
-    `Ā = mean_h relu(G * A_h) diag(w_h)`."""
-    match options.attention:
-        case "gradient":
-            if w.ndim == 1:
-                return tokentm.attention_map(A, G), w
-            heads = jax.nn.relu(G * A)
-        case "means":
-            heads = jax.nn.relu(G).mean(0) * A
-        case "plain":
-            heads = A
+def attention_terms(
+    A: Float[Array, "H N N"], G: Float[Array, "H N N"] | None, w: Float[Array, "*H N"], options: TokenTM
+) -> tuple[Float[Array, "N N"], Float[Array, " N"]]:
+    """`Ā` and w of an attention layer. Weights per head go into `Ā`: `Ā = mean_h relu(G * A_h) diag(w_h)`.
+
+    Args:
+      A: attention.
+      G: gradient at the attention; None where `options` need it not.
+      w: weights [N], or [H, N] per head.
+      options: see `TokenTM`.
+
+    Returns:
+      Ā and w, for `tokentm.attention_update`.
+    """
+    heads = A
+    if options.attention != "plain":
+        assert G is not None
+        if options.attention == "gradient" and w.ndim == 1:
+            return tokentm.attention_map(A, G), w
+        heads = jax.nn.relu(G).mean(0) * A if options.attention == "means" else jax.nn.relu(G * A)
     if w.ndim == 2:
         heads, w = heads * w[:, None, :], jnp.ones_like(w[0])
     return heads.mean(0), w
 
 
-def block_terms(block: Any, options: TokenTM) -> tuple[Array, Array, Array]:
-    """`Ā` [N, N], w_attn [N] and w_ffn [N] of one block, for `tokentm.block_update`; `1 + w_ffn` is the product of all
-    diagonal factors behind the attention, those of norms among them."""
+def block_terms(block: Any, options: TokenTM) -> tuple[Float[Array, "N N"], Float[Array, " N"], Float[Array, " N"]]:
+    """The three arrays of one block that TokenTM needs, whatever the options.
+
+    Args:
+      block: one block of `Blocks`, or an object with its fields.
+      options: see `TokenTM`.
+
+    Returns:
+      Ā, w_attn and w_ffn, for `tokentm.block_update`. `1 + w_ffn` is the product of all diagonal factors behind the
+      attention, those of norms among them.
+    """
     A_bar, w_attn = attention_terms(block.attention, block.attention_grad, attention_weights(block, options), options)
     factor = jnp.ones_like(w_attn)
     for x, branch in block.ffn_layers() if options.ffn else []:
@@ -258,19 +329,24 @@ def block_terms(block: Any, options: TokenTM) -> tuple[Array, Array, Array]:
     return A_bar, w_attn, factor - 1
 
 
-def contributions(blocks: Blocks, embedded: Array | None, rows: Array, options: TokenTM = TokenTM()) -> Array:
-    """Contribution of every input token to the outputs that `rows` [..., N] read.
+def contributions(
+    blocks: Blocks, embedded: Float[Array, "N D"] | None, rows: Float[Array, "*b N"], options: TokenTM = TokenTM()
+) -> Float[Array, "*b N"]:
+    """Contribution of every input token to the outputs that `rows` read.
 
     With `rows` the read-out of the head this is the heatmap's row; with the identity it is the full map C [N, N].
 
     Args:
       blocks: arrays with a leading L axis; those that `options.uses()` names.
-      embedded: tokens x0 [N, D] that enter the first block; needed where `options.initialise`.
-      rows: distributions over output tokens, [..., N].
+      embedded: tokens x0 that enter the first block; needed where `options.initialise`.
+      rows: distributions over output tokens.
       options: see `TokenTM`.
 
     Returns:
-      Contributions [..., N], column j for input token j.
+      Contributions, column j for input token j.
+
+    Raises:
+      AssertionError: rows of another number of tokens.
     """
     chex.assert_axis_dimension(rows, -1, blocks.attention.shape[-1])
     update = lambda rows, block: tokentm.block_update(rows, block_terms(block, options))  # noqa: E731
@@ -278,8 +354,19 @@ def contributions(blocks: Blocks, embedded: Array | None, rows: Array, options: 
     return initialised(rows, embedded, options)
 
 
-def initialised(rows: Array, embedded: Array | None, options: TokenTM) -> Array:
-    """Rows [..., N] times C0, for the embedded tokens x0 [N, D]: what each token brings into the first block."""
+def initialised(
+    rows: Float[Array, "*b N"], embedded: Float[Array, "N D"] | None, options: TokenTM
+) -> Float[Array, "*b N"]:
+    """Rows times C0, where `options.initialise`: what each token brings into the first block.
+
+    Args:
+      rows: rows at the input of the first block.
+      embedded: tokens x0 that enter the first block.
+      options: see `TokenTM`.
+
+    Returns:
+      Rows.
+    """
     if not options.initialise:
         return rows
     assert embedded is not None
@@ -287,11 +374,22 @@ def initialised(rows: Array, embedded: Array | None, options: TokenTM) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attention_layer(options: TokenTM, attention: Array, u: Array, weights: Array) -> tuple[Array, Array]:
-    """Attention [H, N, N] and the stream u [N] through an attention layer: both unchanged.
+def attention_layer(
+    options: TokenTM, attention: Float[Array, "H N N"], u: Float[Array, " N"], weights: Float[Array, "*H N"]
+) -> tuple[Float[Array, "H N N"], Float[Array, " N"]]:
+    """Attention and the stream u of zeros through an attention layer.
 
     Backward, the cotangent of the attention is its gradient G, and that of u is a row r, which is updated. The weights
-    get none, for u is zero.
+    get none, because u is zero.
+
+    Args:
+      options: see `TokenTM`.
+      attention: A.
+      u: the stream.
+      weights: w of the layer.
+
+    Returns:
+      Attention and u, both unchanged.
     """
     return attention, u
 
@@ -310,8 +408,16 @@ attention_layer.defvjp(
 
 
 @jax.custom_vjp
-def ffn_layer(u: Array, weights: Array) -> Array:
-    """The stream u [N] through an FFN layer, unchanged. Backward, its cotangent, a row r, becomes `r * (1 + w)`."""
+def ffn_layer(u: Float[Array, " N"], weights: Float[Array, " N"]) -> Float[Array, " N"]:
+    """The stream u of zeros through an FFN layer. Backward, its cotangent, a row r, becomes `r * (1 + w)`.
+
+    Args:
+      u: the stream.
+      weights: w of the layer.
+
+    Returns:
+      u, unchanged.
+    """
     return u
 
 
