@@ -11,7 +11,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Num, Shaped, UInt8
 
 from tokentm_jax.errors import InputError, suggest
-from tokentm_jax.maths.primitives import wide
+from tokentm_jax.maths.primitives import AnyArray, wide
 
 LARGEST_SIDE = 32768  # pixels of a map
 
@@ -106,7 +106,7 @@ def _check_maps(maps: Any) -> None:
 
 
 def to_pixels(
-    maps: Num[Array, "B gh gw"], size: tuple[int, int], tiling: Tiling | None = None
+    maps: Num[AnyArray, "B gh gw"], size: tuple[int, int], tiling: Tiling | None = None
 ) -> Float[Array, "B h w"]:
     """Token maps to pixel maps in [0, 1].
 
@@ -130,10 +130,12 @@ def to_pixels(
     whole = isinstance(size, tuple | list) and len(size) == 2 and all(hasattr(s, "__index__") for s in size)
     if not whole or not all(1 <= s <= LARGEST_SIDE for s in size):
         raise InputError(f"the size must be (height, width), each from 1 to {LARGEST_SIDE} pixels, got {size!r:.80}")
-    return min_max(resized(_in_range(wide(maps)), size, tiling))
+    return min_max(resized(_in_range(wide(jnp.asarray(maps))), size, tiling))
 
 
-def resized(maps: Num[Array, "B gh gw"], size: tuple[int, int], tiling: Tiling | None = None) -> Float[Array, "B h w"]:
+def resized(
+    maps: Num[AnyArray, "B gh gw"], size: tuple[int, int], tiling: Tiling | None = None
+) -> Float[Array, "B h w"]:
     """As `to_pixels`, without the min-max.
 
     Args:
@@ -142,7 +144,7 @@ def resized(maps: Num[Array, "B gh gw"], size: tuple[int, int], tiling: Tiling |
     Returns:
       Pixel maps.
     """
-    maps = wide(maps)
+    maps = wide(jnp.asarray(maps))
     if tiling is None or tiling.patch == tiling.stride or maps.shape[1:] != tiling.grid(size):
         return jax.image.resize(maps, (maps.shape[0], *size), "bilinear", antialias=False)
     for axis, side in enumerate(size):
@@ -196,7 +198,7 @@ NORMALISATIONS: dict[str, Callable[..., Array]] = {"min_max": min_max, "rank": r
 
 
 def combine(
-    maps: Sequence[Num[Array, "B _ _"]],
+    maps: Sequence[Num[AnyArray, "B _ _"]],
     how: Literal["product", "mean"] = "product",
     normalisation: Normalisation = "min_max",
     weights: Sequence[int | float] | None = None,

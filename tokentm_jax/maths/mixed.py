@@ -13,7 +13,7 @@ from jax import Array
 from jaxtyping import Float
 
 from tokentm_jax.maths import primitives
-from tokentm_jax.maths.primitives import Parameter
+from tokentm_jax.maths.primitives import AnyArray
 
 _product = partial(jnp.dot, preferred_element_type=jnp.float32)
 
@@ -47,7 +47,7 @@ _rows_by_kernel.defvjp(_forward, _backward)
 
 
 def linear(
-    x: Float[Array, "*b I"], kernel: Float[Parameter, "I O"], bias: Float[Parameter, " O"] | None
+    x: Float[AnyArray, "*b I"], kernel: Float[AnyArray, "I O"], bias: Float[AnyArray, " O"] | None
 ) -> Float[Array, "*b O"]:
     """Affine map `x @ kernel + bias` of float32, as `primitives.linear`.
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Shaped
 
-Parameter = Array | np.ndarray  # of a model
+AnyArray = Array | np.ndarray
 
 
 def wide(x: Shaped[Array, "*s"]) -> Float[Array, "*s"]:
@@ -52,7 +52,7 @@ def ratio(a: Float[Array, "*s"], b: Float[Array, "*#s"]) -> Float[Array, "*s"]:
 
 
 def linear(
-    x: Float[Array, "*b I"], kernel: Float[Parameter, "I O"], bias: Float[Parameter, " O"] | None
+    x: Float[AnyArray, "*b I"], kernel: Float[AnyArray, "I O"], bias: Float[AnyArray, " O"] | None
 ) -> Float[Array, "*b O"]:
     """Affine map `x @ kernel + bias`.
 
@@ -65,7 +65,7 @@ def linear(
       Tokens with O channels, of the type of `x`.
     """
     rows = x.reshape(-1, x.shape[-1])  # one large matrix product is faster on CPU than a batched one
-    y = rows @ kernel.astype(x.dtype)
+    y = jnp.matmul(rows, kernel.astype(x.dtype))
     if bias is not None:
         y = y + bias.astype(x.dtype)
     return y.reshape(*x.shape[:-1], -1)
@@ -88,7 +88,7 @@ def _standardised(x: Array, eps: float) -> tuple[Array, Array]:
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
 def norm(
-    x: Float[Array, "*b D"], scale: Float[Parameter, " D"], bias: Float[Parameter, " D"], eps: float
+    x: Float[Array, "*b D"], scale: Float[AnyArray, " D"], bias: Float[AnyArray, " D"], eps: float
 ) -> Float[Array, "*b D"]:
     """LayerNorm over the last axis, computed in float32 at least.
 
@@ -218,8 +218,8 @@ def swapped(x: Float[Array, "*b D"], half: bool) -> Float[Array, "*b D"]:
 
 
 def rotate(
-    x: Float[Array, "B H N D"], cosine: Float[Array, "N D"], sine: Float[Array, "N D"], half: bool
-) -> Float[Array, "B H N D"]:
+    x: Float[Array, "*b N D"], cosine: Float[Array, "N D"], sine: Float[Array, "N D"], half: bool
+) -> Float[Array, "*b N D"]:
     """Rotary positions.
 
     Args:

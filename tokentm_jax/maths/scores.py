@@ -17,10 +17,10 @@ from jax import Array
 from jaxtyping import Float, Integer
 
 from tokentm_jax.errors import InputError
-from tokentm_jax.maths.primitives import wide
+from tokentm_jax.maths.primitives import AnyArray, wide
 
 
-def class_logit(outputs: Float[Array, "B classes"], target: Integer[Array | np.ndarray, " B"]) -> Float[Array, " B"]:
+def class_logit(outputs: Float[Array, "B classes"], target: Integer[AnyArray, " B"]) -> Float[Array, " B"]:
     """The logit of each sample's class.
 
     Args:
@@ -34,9 +34,7 @@ def class_logit(outputs: Float[Array, "B classes"], target: Integer[Array | np.n
     return jnp.where(there, jnp.take_along_axis(outputs, target[:, None], 1)[:, 0], jnp.nan)
 
 
-def log_probability(
-    outputs: Float[Array, "B classes"], target: Integer[Array | np.ndarray, " B"]
-) -> Float[Array, " B"]:
+def log_probability(outputs: Float[Array, "B classes"], target: Integer[AnyArray, " B"]) -> Float[Array, " B"]:
     """The log of the softmax at each sample's class.
 
     Args:
@@ -60,9 +58,7 @@ class Versus:
     def __post_init__(self) -> None:
         object.__setattr__(self, "other", listed(self.other))
 
-    def __call__(
-        self, outputs: Float[Array, "B classes"], target: Integer[Array | np.ndarray, " B"]
-    ) -> Float[Array, " B"]:
+    def __call__(self, outputs: Float[Array, "B classes"], target: Integer[AnyArray, " B"]) -> Float[Array, " B"]:
         other = classes_of(self.other, outputs.shape[0], "the other class")
         return class_logit(outputs, target) - class_logit(outputs, other)
 
@@ -204,7 +200,14 @@ def as_numbers(value: Any) -> Array:
 
 
 def listed(classes: Any) -> Any:
-    """A list of whole numbers, known or traced, as an array, one leaf of a pytree; anything else as it is."""
+    """A list of whole numbers becomes one leaf of a pytree.
+
+    Args:
+      classes: a list of whole numbers, known or traced, or anything else.
+
+    Returns:
+      An array; anything else is returned as it is.
+    """
     if type(classes) not in (list, tuple) or not classes:
         return classes
     if all(isinstance(each, int | np.integer) for each in classes):
@@ -212,12 +215,12 @@ def listed(classes: Any) -> Any:
     return jnp.stack(classes) if all(isinstance(each, jax.Array) for each in classes) else classes
 
 
-def classes_of(target: Any, samples: int, what: str = "target") -> Any:
+def classes_of(target: Any, samples: Any, what: str = "target") -> Any:
     """A class for all samples or one per sample, as an array.
 
     Args:
       target: whole numbers, one or [B], known or traced. Whether they are classes of the model is not checked.
-      samples: B.
+      samples: B, an int or the symbol of an exported batch.
       what: the name of the argument in the error.
 
     Returns:
