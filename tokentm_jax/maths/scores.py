@@ -127,7 +127,7 @@ class Question(NamedTuple):
             return self.score.function in (class_logit, log_probability)
         return self.score.of_class
 
-    def of_samples(self, count: int) -> "Question | None":
+    def of_samples(self, count: Any) -> "Question | None":
         """The same question with every array per sample, [count, ...]: what holds for all samples is repeated. None
         where only the score itself knows which of its arrays are per sample."""
         score, target = self.score, self.target
