@@ -13,8 +13,10 @@ import tokentm_jax as tm
 def loading(path: Path) -> tm.Model:
     vit = tm.load("deit_tiny_patch16_224", path, class_names=["cat", "dog"], dtype="bfloat16")
     assert_type(vit, tm.Model)
-    assert_type(vit.module, tm.models.ViT)
-    assert_type(vit.preprocessing, tm.inputs.Preprocessing)
+    module: tm.models.ViT = vit.module
+    assert_type(module.depth, int)
+    preprocessing: tm.inputs.Preprocessing = vit.preprocessing
+    assert_type(preprocessing.crop_pct, float)
     assert_type(vit.class_index("cat"), int)
     assert_type(vit.class_name(3), str)
     assert_type(vit.logits(vit.read(path)), jax.Array)
@@ -53,9 +55,9 @@ def explaining(vit: tm.Model, path: Path) -> jax.Array:
 def reading(folder: Path) -> list[list[tm.inputs.Word]]:
     text = tm.load(folder)
     assert_type(text, tm.Model)
-    assert_type(text.module, tm.models.Bert)
-    tokens = text.read(["a funny film", "it is dull"])
-    assert_type(tokens, tm.inputs.Tokens)
+    module: tm.models.Bert = text.module
+    assert_type(module.depth, int)
+    tokens: tm.inputs.Tokens = text.read(["a funny film", "it is dull"])
     assert_type(text.logits(tokens), jax.Array)
     scores: jax.Array = tm.explain(text, tokens, "tokentm", weights=tm.weights.entropy)
     found = tm.words(text, ["a funny film", "it is dull"], scores)

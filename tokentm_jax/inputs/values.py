@@ -83,7 +83,8 @@ class Images(NamedTuple):
         if removed.shape[1:] != images.shape[1:3]:
             removed = spread(removed, (images.shape[1], images.shape[2]), tiling)
         if callable(fill):
-            return fill(images, removed)
+            changed: Any = fill(images, removed)
+            return changed
         return jnp.where(removed[..., None], jnp.asarray(fill, images.dtype), images)
 
     def background(self, fill: str, mean: Any) -> Array:

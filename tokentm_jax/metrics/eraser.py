@@ -4,7 +4,7 @@ Functions take a batch of `Texts` and give results per text; maps are scores of 
 followed is the probability of the class `target` [B], or the score of a `Question`.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +70,7 @@ def agreement(scores: Array, words: Array, ratings: Array, sign: Array) -> dict[
 def _eraser(
     predict: Predict, subject: Subject, maps: Array, *, fill: Literal["delete", "mask"] = "delete"
 ) -> dict[str, Array]:
-    how = deleted if fill == "delete" else subject.background("mean")
+    how: Any = deleted if fill == "delete" else subject.background("mean")
     return insertion_deletion(predict, subject.inputs, maps, subject.target, how, SHARES, nearest=True)
 
 

@@ -186,7 +186,7 @@ _logits = jax.jit(predict, static_argnums=(0, 1))
 
 
 def load(
-    model: str | Mapping[str, Any] | None = None,
+    model: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     *,
     img_size: int | tuple[int, int] | None = None,
