@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("", "cli", "data", "inputs", "models", "programs", "runs")  # the other folders of the package are to follow
-FOLDERS = (".", ".github", "configs", "docs", "models", "notebooks", *(f"tokentm_jax/{room}" for room in ROOMS))
+FOLDERS = (".", ".github", "configs", "docs", "models", "notebooks", "tokentm_jax")
 DEEP = ("docs",)  # with their folders
 IDIOMS = {  # a regular expression, in which a space is any white space: what to write
     r"yardsticks?": "metric",

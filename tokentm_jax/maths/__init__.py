@@ -1,4 +1,4 @@
-"""Equations on arrays, one sample at a time, with jax alone: TokenTM, the rules of relevance, maps.
+"""Equations on arrays, one sample at a time, with only jax: TokenTM, the rules of relevance, maps.
 
 Axes, for the whole project:
 

@@ -1,4 +1,4 @@
-"""Perturbation: what stands in for removed pixels, which patches are shown, and what the answers say of each patch.
+"""Perturbation: what replaces removed pixels, which patches are shown, and the value of each patch from the answers.
 
 A coalition is a mask [n] over the patches: 1 where a patch is shown, 0 where it is removed. The model's value of a
 coalition is a number, so an explanation is a list of coalitions [S, n] and an estimate from their values [S]. The
@@ -18,7 +18,7 @@ from tokentm_jax.maths.multigrid import levels, times, v_cycle
 Grid = tuple[int, int]
 EXACT = jax.lax.Precision.HIGHEST  # differences of values are small beside the values
 
-# ---- what stands in for removed pixels ------------------------------------------------------------------------------
+# ---- what replaces removed pixels -----------------------------------------------------------------------------------
 
 
 def blur(images: Float[Array, "B H W C"], sigma: float = 5.0) -> Float[Array, "B H W C"]:

@@ -71,7 +71,7 @@ def linear(
     return y.reshape(*x.shape[:-1], -1)
 
 
-# The three steps below have derivatives of their own, written as tangents: forward mode and higher derivatives work,
+# The three steps below have custom derivatives, written as tangents: forward mode and higher derivatives work,
 # and reverse mode transposes the same lines. It keeps one array of the model's own type for each (the softmax's
 # result, the norm's input, GELU's slope), where automatic differentiation keeps several, in float32, and reads them
 # again. Measured on DeiT-tiny, CPU: as fast and as small as `custom_vjp`, which refuses forward mode; `jax.checkpoint`
@@ -135,7 +135,7 @@ def softmax(scores: Float[Array, "*b Q K"], scale: float) -> Float[Array, "*b Q 
 
 @softmax.defjvp
 def _softmax_tangent(scale: float, values: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    """`dA = scale A (ds - sum_k A ds)`: of the softmax its result alone is kept."""
+    """`dA = scale A (ds - sum_k A ds)`: of the softmax only its result is kept."""
     attention = softmax(values[0], scale)
 
     @_checkpoint

@@ -1,7 +1,7 @@
 """What is explained: one number per sample, of what the model gives.
 
 A score is a function `(outputs, target) -> [B]` or `outputs -> [B]`, where `outputs` is what the module gives for a
-batch. It must treat the samples independently. `class_logit` is the default. The scores with arrays of their own are
+batch. It must treat the samples independently. `class_logit` is the default. The scores that hold arrays are
 pytrees, so that another class or another prompt runs the same compiled program.
 """
 
@@ -85,7 +85,7 @@ class Cosine:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Channel:
-    """One channel of the outputs [B, D] (an int, or one per sample [B]), such as a feature's; NaN if there is none."""
+    """One channel of the outputs [B, D] (an int, or one per sample [B]), such as a feature's; NaN for an unknown one."""
 
     index: Any
     of_class: ClassVar[bool] = False
@@ -117,7 +117,7 @@ class Question(NamedTuple):
 
     @property
     def open(self) -> bool:
-        """Whether the predicted class, which only the model's answer tells, is the target."""
+        """Whether the predicted class, which only the model's answer shows, is the target."""
         return self.score.of_class and self.target is None
 
     @property
@@ -243,7 +243,7 @@ def explained(outputs: Any, target: Any = None) -> tuple[Array, dict[str, Any]]:
     """Each sample's score [B], and what every method reports of it.
 
     Args:
-      outputs: of the module: logits [B, classes], or features, or a pytree of arrays that a score of one's own reads.
+      outputs: of the module: logits [B, classes], or features, or a pytree of arrays that a custom score reads.
       target: a class for all or one per sample [B], None for the predicted ones; or a `Question`.
 
     Returns:

@@ -82,20 +82,20 @@ class TokenTM:
 
     Args:
       length: whether `w` has the ratio of lengths.
-      direction: "necc"; "softmax", which is NECC with sum 1 in place of mean 1; "cosine" (`cos` in place of NECC) or
+      direction: "necc"; "softmax", which is NECC with sum 1 instead of mean 1; "cosine" (`cos` instead of NECC) or
         "none".
-      initialise: whether `C0` has the lengths of the embedded tokens, in place of the identity.
+      initialise: whether `C0` has the lengths of the embedded tokens, instead of the identity.
       ffn: whether the FFN layers update the contributions.
       attention: "gradient" for `mean_h relu(G * A_h)`, which is class-specific; "means" for
         `mean_h relu(G) * mean_h A_h`, which is, too; or "plain" for `mean_h A_h`.
       heads: whether the attention layer's weights compare tokens with the "sum" over heads of what they become, or for
-        "each" head alone: `mean_h relu(G * A_h) diag(w_h)`.
+        "each" single head: `mean_h relu(G * A_h) diag(w_h)`.
       original: what the attention layer's `x_j` is: the "residual" stream x or the "normalised" LN1(x).
       transformed: what the attention layer's `x~_j` is: the "value" projection of LN1(x), with bias, through the
         output projection; that of `x_j` itself, without bias ("linear"); or the "stream" after the layer.
       ffn_transformed: what the FFN layer's `x~_j` is: its "branch", or the "stream" after the layer.
       norms: whether the LayerNorms behind the sums of post-norm blocks scale the contributions.
-      weights: a function of a layer's original and transformed tokens in place of `w`, or the name of one of
+      weights: a function of a layer's original and transformed tokens instead of `w`, or the name of one of
         `tokentm_jax.maths.weights`; `length` and `direction` are then not looked at.
       first_block: first block that is aggregated, from 0.
       end_block: one past the last block that is aggregated; None for all.
@@ -116,7 +116,7 @@ class TokenTM:
     end_block: Annotated[int, Ge(1)] | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a choice that is none, so that no map is ever computed by a misspelt one."""
+        """Raises ValueError for an unknown choice, so that no map is computed with a misspelt one."""
         for field in dataclasses.fields(self):
             choices, given = get_args(field.type), getattr(self, field.name)
             if get_origin(field.type) is Literal and given not in choices:

@@ -56,7 +56,7 @@ def alignment(
       Weights.
     """
     lengths = ratio(length(transformed), length(original))
-    # Its direction alone counts, and the squares of a small gradient would be zero.
+    # Only its direction counts, and the squares of a small gradient would be zero.
     gradient = ratio(gradient, jnp.abs(gradient).max(-1, keepdims=True))
     return lengths * necc(cosine(gradient, transformed), seen)
 

@@ -160,7 +160,7 @@ def _explainer(
     def explain_inputs(params: Any, inputs: Array, target: Any = None) -> Any:
         inputs = model.look_up(params, inputs)
         program = model.read(params, inputs).by(rules)
-        # Zeros go through in place of what cannot be read: no NaN is left to meet a zero in a derivative.
+        # Zeros replace what cannot be read, so that no NaN meets a zero in a derivative.
         fine, read = readable(inputs)
         try:
             maps, found = shown(bound(program, params, read, target))
@@ -323,7 +323,7 @@ def explain(
       target: a class for all samples, or one per sample [B], by number or by name; None for each sample's predicted
         class. A custom score may take other arrays, with the batch first.
       score: what is explained, as in `explain_fn`; None for the logit of the class.
-      text: a prompt for all samples, or one per sample, in place of a score: the cosine of what the prompt and the
+      text: a prompt for all samples, or one per sample, instead of a score: the cosine of what the prompt and the
         image mean to a model with a text tower, such as CLIP.
       details: return `(maps, details)`, with `logits`, `target`, `score` and what else the method reports.
       **options: the method's options, for example `ffn=False`.

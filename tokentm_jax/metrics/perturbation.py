@@ -29,7 +29,7 @@ from tokentm_jax.metrics.task import (
 )
 
 STEPS = 9  # 10 %, 20 % ... 90 % of the pixels
-POSITIVE, NEGATIVE = 0, 1  # the most relevant pixels go first, or last
+POSITIVE, NEGATIVE = 0, 1  # the most relevant pixels are removed first, or last
 Noise = Annotated[float, Ge(0), Le(10)]
 
 

@@ -1,4 +1,4 @@
-"""What the model says as pixels or patches are removed, the most relevant first or last.
+"""The model's answers as pixels or patches are removed, the most relevant first or last.
 
 Functions take a batch and give results per image: maps are pixel maps [B, H, W] in [0, 1], images [B, H, W, 3] are in
 [0, 1], and `predict` gives logits [B, classes] for such images. What is followed is the probability of the class
@@ -65,7 +65,7 @@ def perturb(
     """Images [B, H, W, C] with `count` pixels set to `fill`: the first by rank (positive) or the last.
 
     `ranks` are those of pixels [B, H, W], or of patches [B, gh, gw]: then `count` patches are removed, which divide
-    the image or lie as `tiling` says (`tokentm_jax.maths.maps.spread`). `fill` is a value, an array that fits the
+    the image or are placed by `tiling` (`tokentm_jax.maths.maps.spread`). `fill` is a value, an array that fits the
     images, or a function `(images, removed [B, H, W]) -> images`. Of `Texts`, word pieces are removed.
     """
     removed = jnp.where(positive, ranks < count, ranks >= total(images, ranks) - count)

@@ -38,8 +38,8 @@ def patch_removal(
 def srg(log_probability: np.ndarray) -> np.ndarray:
     """Symmetric relevance gain (Bluecher et al., TMLR 2024): area between the two curves of `patch_removal`.
 
-    From [n, 2, k] to [n], in [-1, 1]: the mean probability while the least relevant patches go first, less that while
-    the most relevant ones do. A map and its negative have opposite gains, but for ties.
+    From [n, 2, k] to [n], in [-1, 1]: the mean probability while the least relevant patches are removed first, less
+    that while the most relevant ones are. A map and its negative have opposite gains, except for ties.
     """
     return gain(np.exp(log_probability))
 

@@ -1,6 +1,6 @@
 """From results per image to figures with intervals.
 
-Functions take results per image [n, ...], in NumPy; every figure is a `statistic` of their mean, which makes the
+Functions take results per image [n, ...], in NumPy; every number is a `statistic` of their mean, which makes the
 bootstrap cheap.
 """
 

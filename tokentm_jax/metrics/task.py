@@ -122,7 +122,7 @@ class Task:
     def check(self, name: str, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """The options of `compute`, of `shared` and of the reference, as plain values that meet their annotations.
 
-        Raises InputError for an unknown option, or one that is not what its annotation says.
+        Raises InputError for an unknown option, or one that does not meet its annotation.
         """
         known = {
             "compute": options_of(self.compute),
