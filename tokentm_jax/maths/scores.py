@@ -85,7 +85,7 @@ class Cosine:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Channel:
-    """One channel of the outputs [B, D] (an int, or one per sample [B]), such as a feature's; NaN for an unknown one."""
+    """One channel of the outputs [B, D]: an int, or one per sample [B]. NaN for a channel that the model lacks."""
 
     index: Any
     of_class: ClassVar[bool] = False
