@@ -109,7 +109,7 @@ def test_methods_of_images_refuse(bert, method):
         (method, {}, REFUSE[method]),
         ("occlusion", {"fill": "blur"}, "are for images"),
         ("token_dropping", {"window": 2}, "one by one"),
-        ("legrad", {"read": "mean"}, "in the class token's place"),
+        ("legrad", {"read": "mean"}, "the head must read a class token"),
     ):
         with pytest.raises(tm.InputError, match=message):  # past the sentence that lists all that work
             METHODS[name].bind(name, options)(model.read(params, texts), params, texts, None)

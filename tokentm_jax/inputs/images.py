@@ -242,7 +242,7 @@ class Preprocessing:
 
     def unit(self, levels: Any) -> Any:
         """Levels of a batch, uint8 -> images float32 in [0, 1]."""
-        return unit(levels)
+        return unit(jnp.asarray(levels))
 
     def to_pixels(self, maps: Array, inputs: Array, module: Any) -> Array:
         """Maps of a model -> [B, H, W] in [0, 1], see `maps.to_pixels`."""
