@@ -191,6 +191,10 @@ def test_every_task_of_texts_gives_a_text_the_same_in_any_batch(text, data, tmp_
 
 def test_agreement_with_people_is_of_those_texts_that_have_a_rated_word(text, data, tmp_path):
     pytest.importorskip("vaderSentiment")
+    for signs, message in (("-1,1", "must have one for each of 5 classes"), ("x", "must be 1 or -1 for each class")):
+        wrong = config_of(f"vader:{data}", "rollout", task="people", options={"signs": signs})
+        with pytest.raises(tm.InputError, match=message):
+            evaluate(wrong, text, open_source(f"vader:{data}"), tmp_path / signs)
     config = config_of(f"vader:{data}", "gradient_x_input", task="people", options={"signs": "1,1,1,1,1"})
     results = evaluate(config, text, open_source(f"vader:{data}"), tmp_path / "out")
     finished = open_finished(tmp_path / "out")

@@ -92,10 +92,10 @@ class Preprocessing:
     @property
     def kind(self) -> str:
         """What a sample is called."""
-        return self.of.KIND
+        return self.modality.KIND
 
     @property
-    def of(self) -> Any:
+    def modality(self) -> Any:
         """The file of the modality that is read: `photos` or `recordings`."""
         return photos if self.audio is None else recordings
 
@@ -113,18 +113,18 @@ class Preprocessing:
         """
         several = paths if isinstance(paths, Sequence) and not isinstance(paths, str | bytes) else [paths]
         images = []
-        for path in [as_path(path, f"a {self.of.KIND}") for path in several]:
+        for path in [as_path(path, f"a {self.modality.KIND}") for path in several]:
             content = self.opened(path)
             images.append(self.sample(Example(str(path), content)))
             if (said := self.notice(content, str(path))) is not None:
                 warnings.warn(said, stacklevel=3)
         if not images:
-            raise InputError(f"no {self.of.KIND}s were given")
+            raise InputError(f"no {self.modality.KIND}s were given")
         return np.stack(images)
 
     def sample(self, example: Example) -> np.ndarray:
         """An example as the model receives it, float32 [H, W, C] in [0, 1]."""
-        found = self.of.fitted(example.content, self, example.key)
+        found = self.modality.fitted(example.content, self, example.key)
         return found.astype(np.float32) / 255 if found.dtype == np.uint8 else found
 
     def found(self, argument: str, number: int = 1) -> dict[str, Path]:
@@ -133,36 +133,36 @@ class Preprocessing:
 
     def opened(self, given: Any) -> Any:
         """The content of a file that was `found`. Raises InputError."""
-        return self.of.opened(given)
+        return self.modality.opened(given)
 
     def decoded(self, content: bytes) -> Any:
         """The content of an upload. Raises InputError."""
-        return self.of.decode(io.BytesIO(content), f"the {self.kind}")
+        return self.modality.decode(io.BytesIO(content), f"the {self.kind}")
 
     def example(self) -> bytes:
         """An upload, to compile programs for."""
-        return self.of.example()
+        return self.modality.example()
 
     def notice(self, content: Any, name: str) -> str | None:
         """What of a sample the model does not receive, as a sentence; None for nothing."""
-        return self.of.notice(content, self, name)
+        return self.modality.notice(content, self, name)
 
     figures = "png"  # the usual format of what is drawn
 
     @property
     def suffixes(self) -> frozenset[str]:
         """Of the files that are read."""
-        return frozenset(self.of.SUFFIXES)
+        return frozenset(self.modality.SUFFIXES)
 
     @property
     def frame(self) -> str:
         """What the picture under a map is called."""
-        return self.of.FRAME
+        return self.modality.FRAME
 
     @property
     def scales(self) -> Any:
         """Labels and ticks of the axes of that picture; None without."""
-        return self.of.scales(self)
+        return self.modality.scales(self)
 
     def panel(self, content: Any, title: str, side: int | None = None, profile: str = "default") -> Panel:
         """What maps are shown on."""
@@ -184,21 +184,21 @@ class Preprocessing:
                 key, content, title = str(path), self.opened(path), printable(path.name)
             elif (array := np.asarray(given)).shape == self.shape and array.dtype.kind == "f":  # its very numbers
                 seen = np.asarray(self.checked(array[None]), np.float32)[0]
-                found.append((seen, Panel(self.of.pictured(seen, side), title)))
+                found.append((seen, Panel(self.modality.pictured(seen, side), title)))
                 continue
             else:
-                key, content = title, self.of.from_array(array)
+                key, content = title, self.modality.from_array(array)
             found.append((self.sample(Example(key, content)), self.panel(content, title, side)))
         return found
 
     def picture(self, content: Any, side: int | None = None, profile: str = "default") -> np.ndarray:
-        """The picture that maps are shown on, uint8 [h, w, 3], of what `of.opened` gives; its long side in pixels."""
+        """The picture that maps are shown on, uint8 [h, w, 3], of what `opened` gives; its long side in pixels."""
         more = {} if side is None else {"side": side}
-        return self.of.view(content, self, **more, profile=profile)
+        return self.modality.view(content, self, **more, profile=profile)
 
     def shown(self, heatmap: np.ndarray, module: Any, squares: bool) -> np.ndarray:
         """A map [h, w] as it lies on the picture."""
-        return self.of.shown(heatmap, self, getattr(module, "tiling", None), squares)
+        return self.modality.shown(heatmap, self, getattr(module, "tiling", None), squares)
 
     def levels(self, example: Example, profile: str = "default") -> tuple[np.ndarray, np.ndarray | None]:
         """An example as 256 levels, uint8 [H, W, C], and its mask bool [H, W], cut alike.
@@ -210,9 +210,9 @@ class Preprocessing:
         mask = example.mask
         if mask is not None and mask.shape != content.size[::-1]:
             raise InputError(f"{example.key}: image and mask differ in size")
-        found = self.of.fitted(example.content, self, example.key, profile)
+        found = self.modality.fitted(example.content, self, example.key, profile)
         levels = found if found.dtype == np.uint8 else (found * 255).round().astype(np.uint8)
-        return levels, None if mask is None else self.of.fitted_mask(mask, self, profile)
+        return levels, None if mask is None else self.modality.fitted_mask(mask, self, profile)
 
     def stacked(self, samples: Sequence[np.ndarray]) -> np.ndarray:
         """Levels, or masks, of examples as a batch [B, H, W, ...]."""

@@ -287,8 +287,12 @@ class WordPieces:
                 ratings[place] = word, example.mask[start:end].mean()
         return _sample(encoded), ratings
 
+    def _rounded(self, longest: int) -> int:
+        """Tokens that texts of at most `longest` ones are padded to."""
+        return min(-(-longest // STEP) * STEP, self.length)
+
     def _size(self, longest: int) -> int:
-        return min(self.padded or -(-longest // STEP) * STEP, self.length)
+        return self.padded or self._rounded(longest)
 
     def stacked(self, samples: Sequence[Tokens]) -> Tokens:
         """Tokens [N] of texts as a batch [B, N]."""
@@ -312,11 +316,11 @@ class WordPieces:
         """The same reader with one length of batches for all texts of a source."""
         texts: Any = [source[i].content for i in range(len(source))]
         longest = max(len(each.ids) for each in self.encode(texts))
-        return dataclasses.replace(self, padded=dataclasses.replace(self, padded=0)._size(longest))
+        return dataclasses.replace(self, padded=self._rounded(longest))
 
     def dummy(self, size: int) -> Tokens:
         """A batch of texts of medium length, to measure speed."""
-        return self.stacked([_sample(each) for each in self.encode(["a text of some common words " * 4] * size)])
+        return self.tokens(["a text of some common words " * 4] * size)
 
     def noise(self, keys: Sequence[str], seed: int, module: Any, inputs: Tokens, pixels: bool) -> np.ndarray:
         """A random map [1, N] for each key, the same for every length of the padding: [B, 1, N]."""
@@ -328,8 +332,7 @@ class WordPieces:
 
     def to_pixels(self, maps: Array, inputs: Texts, module: Any) -> Array:
         """Maps [B, 1, N] with the words' scores in [0, 1], and 0 for tokens that are no part of a word."""
-        words = ~inputs.special[:, None]
-        return jnp.where(words, min_max(maps, words), 0)
+        return jnp.where(inputs.removable, min_max(maps, inputs.removable), 0)
 
 
 def _lines() -> list[str]:

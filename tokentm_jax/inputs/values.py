@@ -173,6 +173,11 @@ def token_map(module: Any, rows: Array) -> Array:
     return rows[:, module.prefix :].reshape(-1, *grid)
 
 
+def as_maps(found: Array) -> Array:
+    """Maps [B, h, w] as they are, and scores of tokens [B, N], as users get them, as maps [B, 1, N]."""
+    return found.reshape(found.shape[0], -1, found.shape[-1])
+
+
 def input_map(mask: Array | None, numbers: Array) -> Array:
     """Numbers at the pixels of images [B, H, W], as they are, or at the tokens of texts [B, N] -> [B, 1, N]."""
     return numbers if mask is None else numbers[:, None]

@@ -89,8 +89,8 @@ def _lost(predict: Predict, subject: Subject) -> Array:
 
 
 def _leave_one_out(predict: Predict, subject: Subject, maps: Array) -> dict[str, Array]:
-    words = ~subject.inputs.special
-    return {"kendall": jax.vmap(kendall)(maps[:, 0], subject.shared, words)}
+    assert subject.removable is not None
+    return {"kendall": jax.vmap(kendall)(maps[:, 0], subject.shared, subject.removable[:, 0])}
 
 
 def _people(predict: Predict, subject: Subject, maps: Array, *, signs: str = "-1,1") -> dict[str, Array]:
@@ -101,6 +101,9 @@ def _people(predict: Predict, subject: Subject, maps: Array, *, signs: str = "-1
         raise InputError(
             f"option 'signs' must be 1 or -1 for each class, with commas between, got {signs!r}"
         ) from None
+    count = jax.eval_shape(predict, subject.inputs).shape[-1]
+    if count > 1 and len(known) != count:  # the example of `Task.records` has one output
+        raise InputError(f"option 'signs' must have one for each of {count} classes, got {signs!r}")
     assert subject.masks is not None
     words, ratings = subject.masks[..., 0].astype(jnp.int32), subject.masks[..., 1]
     classes = getattr(subject.target, "target", subject.target)

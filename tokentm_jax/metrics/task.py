@@ -185,7 +185,7 @@ def _example(batch: int, regular: bool) -> tuple[Any, Any, Any]:
     if regular:
         return array(SIDE, SIDE, 3), array(SIDE, SIDE), array(SIDE, SIDE, dtype=bool)
     flags, types = array(SIDE, dtype=bool), array(SIDE, dtype=jnp.int32)
-    return Texts(array(SIDE, 3), flags, types, flags), array(1, SIDE), array(SIDE, 2)
+    return Texts(array(SIDE, 1), flags, types, flags), array(1, SIDE), array(SIDE, 2)
 
 
 Number = Annotated[float, Ge(-LARGEST), Le(LARGEST)]

@@ -23,6 +23,7 @@ from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.identity import digest, environment
 from tokentm_jax.inputs.batches import Batch, batches
 from tokentm_jax.inputs.reader import PROFILES
+from tokentm_jax.inputs.values import as_maps
 from tokentm_jax.maths.scores import question
 from tokentm_jax.methods.explain import compiled
 from tokentm_jax.methods.table import METHODS
@@ -188,7 +189,7 @@ def shapes(config: DatasetConfig, vit: Model, source: Source) -> dict[str, list[
     inputs, asked = vit.preprocessing.batch(1), _target(config, vit, None)
     found, _ = jax.eval_shape(_program(config, vit), vit.params, inputs, asked)
     width = max(len(key.encode("utf-8", "surrogateescape")) for key in source.keys)
-    maps = {f"maps/{method}": [1, *found[method].shape[1:]][-2:] for method in config.methods}
+    maps = {f"maps/{method}": [*jax.eval_shape(as_maps, found[method]).shape[1:]] for method in config.methods}
     return {**maps, "logits": [vit.module.num_classes], "key": [max(1, width)]}
 
 
@@ -266,7 +267,7 @@ def _results(
             target = np.maximum(labels, 0) if config.target == "label" else None  # unknown labels are skipped later
             asked = _target(config, vit, target)
             maps, details = program(params[turn], *jax.device_put((batch.inputs, asked), devices[turn]))
-            found = {**{f"maps/{name}": a.reshape(len(a), -1, a.shape[-1]) for name, a in maps.items()}, **details}
+            found = {**{f"maps/{name}": as_maps(a) for name, a in maps.items()}, **details}
             if found["target"] is None:
                 found["target"] = jnp.full(len(batch.labels), -1, jnp.int32)
             for array in found.values():

@@ -17,6 +17,7 @@ from tokentm_jax.errors import InputError
 from tokentm_jax.files import reason, require_ours, write_json, write_text
 from tokentm_jax.identity import claimed, digest, environment, write_figure
 from tokentm_jax.inputs.batches import batches
+from tokentm_jax.inputs.values import as_maps
 from tokentm_jax.maths.scores import Question, Versus
 from tokentm_jax.methods.explain import compiled
 from tokentm_jax.metrics.task import CLEAN, PREDICTED, TARGET
@@ -305,11 +306,11 @@ def _check_maps(maps: Maps, run: Mapping[str, Any], config: EvaluateConfig, vit:
     for row in config.rows:
         if maps.has(row.method, row.options):
             program = compiled(vit.module, {row.method: row.options}, preprocessing=vit.preprocessing)
-            shape = jax.eval_shape(program, vit.params, inputs, classes)[0][row.method].shape
-            expected = [1, *shape[1:]][-2:]
+            found = jax.eval_shape(program, vit.params, inputs, classes)[0][row.method]
+            expected = [*jax.eval_shape(as_maps, found).shape[1:]]
             if [*maps.maps[row.method].shape[1:]] != expected:
-                found = f"holds maps {list(maps.maps[row.method].shape[1:])} of {row.method!r}"
-                raise InputError(f"{maps.path} {found}, expected {expected} for {vit.name}")
+                held = f"holds maps {list(maps.maps[row.method].shape[1:])} of {row.method!r}"
+                raise InputError(f"{maps.path} {held}, expected {expected} for {vit.name}")
     return {"store": maps.path, **{name: made[name] for name in ("methods", "options", "target", "dtype", "versions")}}
 
 

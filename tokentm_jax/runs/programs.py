@@ -11,7 +11,7 @@ from jax import Array
 from tokentm_jax import metrics
 from tokentm_jax.configs import RANDOM, EvaluateConfig, Row
 from tokentm_jax.inputs.reader import Reader
-from tokentm_jax.inputs.values import looked_up, of
+from tokentm_jax.inputs.values import as_maps, looked_up, of
 from tokentm_jax.maths.mixed import linear
 from tokentm_jax.maths.scores import Question, question
 from tokentm_jax.methods.explain import compiled
@@ -43,6 +43,11 @@ def _subject(module: Any, reader: Reader, params: Any, batch: Any, target: metri
     grid = module.grid or (1, of(inputs).values.shape[1])
     blank = reader.blank(module, params)
     return Subject(inputs, target, labels, grid=grid, mean=blank, tiling=getattr(module, "tiling", None))
+
+
+def _answers(module: Any, reader: Reader, params: Any, mixed: bool) -> metrics.Predict:
+    """What changed inputs are answered by, perhaps in mixed precision."""
+    return partial(predict, module.clone(linear=linear) if mixed else module, reader, params)
 
 
 Options = tuple[tuple[str, Any], ...]
@@ -83,7 +88,7 @@ def _score_program(
         subject = _subject(module, preprocessing, params, pixels, target, labels)
 
         def ready(maps: Array) -> Array:
-            maps = jnp.where(jnp.isfinite(maps), maps, 0).reshape(len(maps), -1, maps.shape[-1])
+            maps = as_maps(jnp.where(jnp.isfinite(maps), maps, 0))
             return metrics.coarsened(maps, subject.grid, subject.tiling) if by_patch else maps
 
         def explain(images: Array) -> Array:
@@ -96,7 +101,7 @@ def _score_program(
         subject = subject._replace(masks=masks, original=original, reference=reference, shared=shared)
         subject = subject._replace(explain=explain if task.explains else None)
         measured = given if task.raw else preprocessing.to_pixels(given, subject.inputs, module)
-        model = partial(predict, module.clone(linear=linear) if mixed else module, preprocessing, params)
+        model = _answers(module, preprocessing, params, mixed)
         return {"finite": finite, **task.compute(model, subject, measured, **dict(options))}
 
     return jax.jit(program)
@@ -112,7 +117,7 @@ def _shared_program(
 
     def program(params: Any, pixels: Array, target: metrics.Target, labels: Array) -> Any:
         subject = _subject(module, preprocessing, params, pixels, target, labels)
-        model = partial(predict, module.clone(linear=linear) if mixed else module, preprocessing, params)
+        model = _answers(module, preprocessing, params, mixed)
         return shared(model, subject, **dict(options))
 
     return jax.jit(program)
@@ -193,14 +198,13 @@ class Programs:
         pixels = self.vit.preprocessing.batch(1)
         classes = jax.ShapeDtypeStruct((1,), jnp.int32)
         maps, _ = jax.eval_shape(self._reference(), self.vit.params, pixels, classes)
-        shape = (1, 1, *maps[self.task.reference].shape[1:])[-2:]
-        return record_types(dict.fromkeys(("map", "standard_error"), jax.ShapeDtypeStruct((1, *shape), jnp.float32)))
+        found = jax.eval_shape(as_maps, maps[self.task.reference])
+        return record_types(dict.fromkeys(("map", "standard_error"), found))
 
     def reference(self, pixels: Array, classes: Array) -> dict[str, Array]:
         """Maps of the task's `reference`, and their standard errors: each [B, h, w]."""
         maps, errors = self._reference()(self.vit.params, pixels, self.target(classes))
-        found = {"map": maps[self.task.reference], **errors}
-        return {name: a.reshape(len(a), -1, a.shape[-1]) for name, a in found.items()}
+        return jax.tree.map(as_maps, {"map": maps[self.task.reference], **errors})
 
 
 @jax.jit
