@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from click.testing import CliRunner
+from conftest import mostly_slow
 from everything import everything
 
 import tokentm_jax as tm
@@ -167,7 +168,7 @@ OF_TEXTS = [name for name, task in TASKS.items() if task.regular is not True and
 QUICK = {"sensitivity": {"samples": 2}, "infidelity": {"samples": 3}, "shapley": {"pairs": 2}, "saco": {"groups": 3}}
 
 
-@pytest.mark.parametrize("name", OF_TEXTS)
+@pytest.mark.parametrize("name", mostly_slow(OF_TEXTS, ["insertion", "eraser"]))
 def test_every_task_of_texts_gives_a_text_the_same_in_any_batch(text, data, tmp_path, name):
     """And so whatever the padding behind it: batches of one and of two have other lengths."""
     source = open_source(data)
@@ -427,9 +428,9 @@ def test_explain_writes_what_the_library_computes(tmp_path, monkeypatch):
                 assert [w["word"] for w in own["methods"][method]] == [w.text for w in words]
                 scores = [w.score for w in words]
                 np.testing.assert_allclose([w["score"] for w in own["methods"][method]], scores, rtol=1e-4, atol=1e-7)
-                stored = np.load(f"explanations/text-{i + 1}.{method}.label-{target}.npz")
-                np.testing.assert_allclose(stored["scores"], scores, rtol=1e-4, atol=1e-7)
-                assert stored["words"].tolist() == [w.text for w in words] and str(stored["text"]) == texts[i]
+                with np.load(f"explanations/text-{i + 1}.{method}.label-{target}.npz") as stored:
+                    np.testing.assert_allclose(stored["scores"], scores, rtol=1e-4, atol=1e-7)
+                    assert stored["words"].tolist() == [w.text for w in words] and str(stored["text"]) == texts[i]
     settings = settings_of(tmp_path / "explanations/texts.html")
     assert (settings["classes"], settings["first"]) == (["label 1", "label 2"], "0")
     first = [[w["score"] for w in entry["targets"][0]["methods"]["gae"]] for entry in found]

@@ -233,6 +233,7 @@ def test_maps_are_computed_once(whole, config, vit, tmp_path, monkeypatch):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_a_larger_limit_computes_the_maps_that_are_missing(whole, config, vit, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "images_per_second", speeds)
     one = select(config, ["rollout"])

@@ -12,7 +12,7 @@ from tokentm_jax.methods.table import METHODS
 from tokentm_jax.models.vit import ViT, init_params
 
 FIELDS = {"img_size": (8, 12), "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2, "num_classes": 3}
-QUICK = ("tokentm", "legrad", "lrp")
+QUICK = ("legrad", "lrp")
 CASES = mostly_slow(METHODS, QUICK)
 
 

@@ -121,7 +121,7 @@ AS_FUNCTION = [
 
 
 @pytest.mark.parametrize("method", mostly_slow(AS_FUNCTION, ["tokentm"]))
-@pytest.mark.parametrize("pool", ["token", "avg"])
+@pytest.mark.parametrize("pool", mostly_slow(["token", "avg"], ["avg"]))
 def test_the_module_as_a_function_of_padded_texts(pool, method):
     """A mask per sample; how the head reads tokens is told where it depends on the mask."""
     module, params = tiny_bert(pool=pool)
@@ -142,11 +142,11 @@ def test_the_module_as_a_function_of_padded_texts(pool, method):
     [
         {},
         {"heads": "each", "direction": "softmax"},
-        {"norms": False, "weights": "alignment"},
         *(
             pytest.param(options, marks=pytest.mark.slow)
             for options in (
                 {"norms": False},
+                {"norms": False, "weights": "alignment"},
                 {"attention": "plain", "first_block": 1},
                 {"weights": "entropy"},
                 {"weights": "distance_from_mean", "ffn": False},
@@ -181,6 +181,7 @@ def test_tokentm_of_post_norm_blocks_is_the_slow_loop(bert, options):
         np.testing.assert_allclose(scores[sample, :count], row, rtol=1e-3, atol=1e-5 * np.abs(row).max())
 
 
+@pytest.mark.slow
 def test_a_trace_holds_what_tokentm_needs(bert):
     module, params = bert
 

@@ -92,7 +92,7 @@ def test_only_what_is_asked_for_is_differentiated(vit):
     assert outputs() < outputs("attention_grad") < outputs("attention_grad", "token_grads", "normalised_grads")
 
 
-@pytest.mark.parametrize("kind", ["pre-norm", "post-norm"])
+@pytest.mark.parametrize("kind", mostly_slow(["pre-norm", "post-norm"], ["pre-norm"]))
 def test_what_is_read_from_the_program_is_what_the_module_sows(vit, kind):
     module, params = vit
     inputs: Any = IMAGES
@@ -138,6 +138,7 @@ def test_a_users_own_module_is_read(briefly, method):
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6 * float(jnp.abs(expected).max()))
 
 
+@pytest.mark.slow
 def test_pure_functions_vmap(vit):
     module, params = vit
     function = explain_fn(module, "tokentm")

@@ -94,6 +94,7 @@ def whole(data, tmp_path_factory):
         return folder, lines, train(CONFIG, ViT(**MODEL), data, test, folder, lines.append)
 
 
+@pytest.mark.slow
 def test_learns_and_ships_a_file_that_loads(data, whole):
     folder, lines, top_1 = whole
     assert top_1 > 0.9
@@ -115,6 +116,7 @@ def test_learns_and_ships_a_file_that_loads(data, whole):
     assert found == {"name": "toy", "top_1": top_1, "epochs": 4, "test_data": "toy"}
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_to_the_same_numbers(data, whole, tmp_path, monkeypatch):
     """Ctrl-C, then the same to the end; in between, everything that must not go on there."""
     module, out, lines = ViT(**MODEL), tmp_path / "out", []
@@ -168,6 +170,7 @@ def test_a_stopped_run_resumes_to_the_same_numbers(data, whole, tmp_path, monkey
     jax.tree.map(np.testing.assert_array_equal, uninterrupted.params, resumed.params)
 
 
+@pytest.mark.slow
 def test_a_damaged_run_is_refused(data, whole, tmp_path):
     folder, _, _ = whole
     lines = []
