@@ -28,10 +28,9 @@ from tokentm_jax.models.checkpoint import (
     read_checkpoint,
     read_description,
     read_tensors,
-    to_params,
-    to_timm,
     write_checkpoint,
 )
+from tokentm_jax.models.params import to_params, to_timm
 
 GOLDENS = Path(__file__).parent / "goldens"
 KINDS = json.loads((GOLDENS / "kinds.json").read_text())

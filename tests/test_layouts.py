@@ -16,9 +16,9 @@ from conftest import mostly_slow
 from hub import COMMIT
 
 import tokentm_jax as tm
-from tokentm_jax.models import layouts
+from tokentm_jax.models import folders as layouts
 from tokentm_jax.models.architectures import parameter_count
-from tokentm_jax.models.checkpoint import to_timm
+from tokentm_jax.models.params import to_timm
 
 GOLDENS = Path(__file__).parent / "goldens/layouts"
 ANSWERS = dict(np.load(GOLDENS / "answers.npz"))

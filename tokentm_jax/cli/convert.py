@@ -36,7 +36,7 @@ def convert(
     """
     from tokentm_jax.models.architectures import parameter_count
     from tokentm_jax.models.checkpoint import read_description, write_checkpoint
-    from tokentm_jax.models.layouts import is_folder
+    from tokentm_jax.models.folders import is_folder
     from tokentm_jax.models.loading import load
 
     require_ours(out, overwrite, folder=not out.suffix)  # before minutes of reading

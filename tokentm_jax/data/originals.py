@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from tokentm_jax.errors import InputError, require
-from tokentm_jax.files import read_bytes, reason
+from tokentm_jax.files import read_bytes, read_json, reason
 from tokentm_jax.samples import SAMPLES, Sample, cache, folder_of
 
 TIMEOUT = 30.0  # seconds without a byte
@@ -296,44 +296,7 @@ def _deit_tiny(originals: Originals, out: Path, step: Callable[[int], Any]) -> N
 
 
 # COCO's photos with an object of DeiT-tiny's first class on at least 2 % of the pixels: split, number, category.
-MASKED = tuple(
-    tuple(line.split(maxsplit=2))
-    for line in """
-val2017 000000000285 bear
-val2017 000000000776 teddy bear
-val2017 000000001675 keyboard
-val2017 000000002006 bus
-val2017 000000002587 banana
-val2017 000000003501 broccoli
-val2017 000000004395 tie
-val2017 000000004795 cat
-val2017 000000005503 toilet
-val2017 000000006012 banana
-val2017 000000006894 elephant
-val2017 000000007108 elephant
-val2017 000000007816 motorcycle
-val2017 000000008211 motorcycle
-val2017 000000009400 laptop
-train2017 000000000030 vase
-train2017 000000000036 umbrella
-train2017 000000000064 clock
-train2017 000000000073 motorcycle
-train2017 000000000078 clock
-train2017 000000000089 oven
-train2017 000000000143 bird
-train2017 000000000194 pizza
-train2017 000000000263 elephant
-train2017 000000000307 dog
-train2017 000000000315 umbrella
-train2017 000000000349 train
-train2017 000000000387 laptop
-train2017 000000000397 pizza
-train2017 000000000450 pizza
-train2017 000000000490 dog
-train2017 000000000510 bench
-train2017 000000000532 bus
-""".strip().splitlines()
-)
+MASKED: list[tuple[str, str, str]] = [tuple(row) for row in read_json(Path(__file__).with_name("coco_masks.json"))]
 _PANOPTIC = "panoptic_segmentation/annotations/panoptic_"
 
 

@@ -14,7 +14,7 @@ from tokentm_jax.errors import InputError
 from tokentm_jax.inputs.texts import Texts, Tokens
 from tokentm_jax.maths import primitives
 from tokentm_jax.maths.primitives import wide
-from tokentm_jax.models.vit import Affine, Block, Linear, Norm, trunc_normal
+from tokentm_jax.models.blocks import Affine, Block, Linear, Norm, trunc_normal
 
 
 class Bert(nn.Module):

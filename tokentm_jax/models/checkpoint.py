@@ -5,7 +5,6 @@ check exists once. Files are untrusted: nothing in them is executed, and every f
 """
 
 import argparse
-import functools
 import json
 import logging
 import math
@@ -39,215 +38,14 @@ from tokentm_jax.files import (
     uninterrupted,
 )
 from tokentm_jax.inputs.images import Preprocessing
-from tokentm_jax.models.architectures import ARCHITECTURES, LARGEST, build, config_of
-from tokentm_jax.models.bert import Bert
-from tokentm_jax.models.text import TextEncoder
+from tokentm_jax.models.architectures import LARGEST, build, config_of
+from tokentm_jax.models.names import Tensors, current_names, from_google, renamed
+from tokentm_jax.models.params import to_params, to_timm
 from tokentm_jax.models.vit import ViT
 from tokentm_jax.validation import checked
 
-Tensors = dict[str, np.ndarray]  # by timm name
-HEADS = ("head.", "head_dist.", "pre_logits.")
 LARGEST_DESCRIPTION = 10_000_000  # bytes
 LARGEST_FACTOR = 50  # unpacked size / file size; weights hardly compress, so a larger factor is an attack
-
-
-# ---- our tree <-> timm's names ------------------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=8)
-def _shapes(module: ViT | TextEncoder | Bert) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Path -> shape of every parameter of `module`; parameters of `blocks` have the first axis L."""
-    variables: Any = jax.eval_shape(module.init, jax.random.key(0), module.example())
-    flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(variables["params"])
-    return {path: leaf.shape for path, leaf in flat.items()}
-
-
-def _timm_name(path: tuple[str, ...], block: int = 0) -> str:
-    """("blocks", "attn", "qkv", "kernel"), 3 -> "blocks.3.attn.qkv.weight"."""
-    *modules, leaf = path
-    if modules[:1] == ["blocks"]:
-        modules.insert(1, str(block))
-    if modules == ["patch_embed"]:
-        modules.append("proj")
-    return ".".join([*modules, {"kernel": "weight", "scale": "weight"}.get(leaf, leaf)])
-
-
-def _timm_shape(module: Any, path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of a timm tensor, from the shape of our parameter without the axis L. Without a module, patches are square
-    with 3 channels."""
-    if path == ("patch_embed", "kernel"):
-        side = int((shape[0] / 3) ** 0.5 + 0.5)
-        return (shape[1], 3, side, side) if module is None else (shape[1], module.in_chans, *module.tiling.patch)
-    return shape[::-1] if path[-1] == "kernel" else shape
-
-
-def _from_timm(path: tuple[str, ...], tensor: np.ndarray) -> np.ndarray:
-    if path == ("patch_embed", "kernel"):  # convolution [D, C, ph, pw] -> [ph pw C, D]
-        return tensor.transpose(2, 3, 1, 0).reshape(-1, tensor.shape[0])
-    return tensor.T if path[-1] == "kernel" else tensor
-
-
-def _to_timm(module: Any, path: tuple[str, ...], value: np.ndarray) -> np.ndarray:
-    if path == ("patch_embed", "kernel"):
-        d, channels, *patch = _timm_shape(module, path, value.shape)
-        return value.reshape(*patch, channels, d).transpose(3, 2, 0, 1)
-    return value.T if path[-1] == "kernel" else value
-
-
-def to_timm(params: Mapping[str, Any], module: ViT | None = None, dtype: Any = np.float32) -> Tensors:
-    """The tree of parameters -> timm's names and layouts. Without the module, patches are square with 3 channels."""
-    tensors: Tensors = {}
-    for path, leaf in traverse_util.flatten_dict(params).items():
-        value = np.asarray(leaf, np.float32).astype(dtype)
-        if path[0] == "blocks":
-            tensors |= {_timm_name(path, i): _to_timm(module, path, block) for i, block in enumerate(value)}
-        else:
-            tensors[_timm_name(path)] = _to_timm(module, path, value)
-    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-
-
-def to_params(
-    module: ViT | TextEncoder | Bert,
-    tensors: Tensors,
-    source: str,
-    reset_head: bool = False,
-    old_grid: tuple[int, int] | None = None,
-    antialias: bool = True,
-) -> dict[str, Any]:
-    """timm's names -> the tree of `module`, float32. Position embeddings of another grid are resampled.
-
-    `source` is the file's name in errors. With `reset_head` the classifier is ignored, and the result has none.
-    `old_grid` is the patch grid of the file. None means the module's grid if the number of positions fits it and is
-    not a square, else a square. `antialias`: positions are resampled as in timm and OpenCLIP (True), or as in most
-    models of Hugging Face (False).
-    Raises InputError with a list of every missing, unexpected and wrongly shaped parameter.
-    """
-    tensors = {name: t for name, t in tensors.items() if not (reset_head and name.startswith(HEADS))}
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    missing, wrong, params = [], [], {}
-    grid = None  # of the position embeddings, if it differs
-    for path, shape in _shapes(module).items():  # pyright: ignore[reportArgumentType] - modules are hashable
-        stacked = path[0] == "blocks"
-        names = [_timm_name(path, i) for i in range(module.depth if stacked else 1)]
-        if reset_head and names[0].startswith(HEADS):
-            continue
-        expected = _timm_shape(module, path, shape[stacked:])
-        missing += [name for name in names if name not in tensors]
-        found = {name: tensors.pop(name) for name in names if name in tensors}
-        for name, tensor in found.items():
-            if name == "pos_embed" and isinstance(module, ViT):
-                grid = _other_grid(module, tensor, old_grid)
-            if tensor.shape != expected and not (name == "pos_embed" and grid):
-                wrong.append(f"{name} {list(tensor.shape)} instead of {list(expected)}")
-            elif not jnp.issubdtype(tensor.dtype, jnp.floating):
-                wrong.append(f"{name} {tensor.dtype} instead of floating-point numbers")
-        if not missing and not wrong:
-            with np.errstate(over="ignore"):  # values that are too large become infinite, and raise below
-                values = [_from_timm(path, np.asarray(tensor, np.float32)) for tensor in found.values()]
-            params[path] = np.stack(values) if stacked else values[0]
-    faults = [(label, names) for label, names in (("missing", missing), ("wrong shape", wrong)) if names]
-    if tensors:
-        faults.append(("unexpected", sorted(tensors)))
-    if faults:
-        hint = ""
-        if any(n.startswith("fc_norm.") for n in missing) and any(n.startswith("norm.") for n in tensors):
-            hint = "; the file normalises before pooling: set fc_norm=False"
-        if any(n.startswith("pre_logits.") for n in tensors):
-            hint = "; its classifier reads the layer pre_logits, which is not supported"
-        hint = hint or names_that_fit(shapes, module)
-        listed = "; ".join(f"{label}: {', '.join(_shorten(names))}" for label, names in faults)
-        raise InputError(f"{source} does not fit the model ({listed}){hint}")
-    for path, value in params.items():
-        if not np.isfinite(value).all():
-            raise InputError(f"{source}: parameter {_timm_name(path)!r} has values that are not finite numbers")
-    if grid and isinstance(module, ViT):  # last: a wrong file must not take memory for positions
-        params[("pos_embed",)] = _resample(module, params[("pos_embed",)], grid, antialias)
-    return traverse_util.unflatten_dict(params)
-
-
-def _shorten(names: list[str]) -> list[str]:
-    """One entry for the same parameter of many blocks: blocks.0.ls1.gamma ... -> blocks.*.ls1.gamma (12 times)."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(re.sub(r"^blocks\.\d+\.", "blocks.*.", name), []).append(name)
-    return [group[0] if len(group) == 1 else f"{key} ({len(group)} times)" for key, group in groups.items()]
-
-
-def names_that_fit(shapes: Mapping[str, tuple[int, ...]], module: Any = None) -> str:
-    """The names of the table that fit weights of these shapes best: "; width 192, depth 12: deit_tiny_patch16_224?".
-
-    Empty if the weights are not of a ViT, or if no name fits better than `module`.
-    """
-    patches = shapes.get("patch_embed.proj.weight", ())
-    depth = len({name.split(".")[1] for name in shapes if re.match(r"blocks\.\d+\.", name)})
-    if len(patches) != 4 or not depth:
-        return ""
-    classes = min(max([1, *shapes.get("head.weight", ())[:1]]), LARGEST["num_classes"])
-    known = {
-        name: build(config, num_classes=classes)
-        for name, (config, _) in ARCHITECTURES.items()
-        if (config["embed_dim"], config["depth"]) == (patches[0], depth) and config["patch_size"] == patches[2]
-    }
-    unlike = {name: _unlike(one, shapes) for name, one in known.items()}
-    if not unlike:
-        return f"; width {patches[0]}, depth {depth}"
-    least = min(unlike.values())
-    if isinstance(module, ViT) and module.depth == depth and _unlike(module, shapes) <= least:
-        return ""
-    fitting = [name for name, count in unlike.items() if count == least]
-    shown = " or ".join(fitting[:3]) + (" ..." if len(fitting) > 3 else "")
-    return f"; width {patches[0]}, depth {depth}: {shown}?"
-
-
-def _unlike(module: Any, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """The number of names and shapes that differ from the parameters of a module. Only the first block is compared."""
-    own = {
-        _timm_name(path): _timm_shape(module, path, shape[path[0] == "blocks" :])
-        for path, shape in _shapes(module).items()
-    }
-    found = {name: tuple(shape) for name, shape in shapes.items() if re.match(r"(?!blocks\.)|blocks\.0\.", name)}
-    return len(own.items() ^ found.items())
-
-
-def _other_grid(module: ViT, positions: np.ndarray, stated: tuple[int, int] | None) -> tuple[int, int] | None:
-    """Patch grid of position embeddings [1, N, D] that must be resampled for the module.
-
-    None: they have the module's grid, or an unknown one. A wrong shape is then reported with the other faults.
-    """
-    if positions.ndim != 3 or positions.shape[0] != 1 or positions.shape[2] != module.embed_dim:
-        return None
-    count = positions.shape[1] - (0 if module.no_embed_class else module.prefix)
-    side = int(max(count, 0) ** 0.5 + 0.5)
-    grid = stated if stated is not None and stated[0] * stated[1] == count else (side, side)
-    return None if count < 1 or grid[0] * grid[1] != count or grid == module.grid else grid
-
-
-def _resample(module: ViT, positions: np.ndarray, old_grid: tuple[int, int], antialias: bool) -> np.ndarray:
-    """Bicubic resampling of position embeddings [1, N, D] to the module's grid; prefix tokens are kept.
-
-    With `antialias`, the kernel is Keys' with a = -1/2, and becomes wider as the grid shrinks. Without, it is that of
-    PyTorch's `interpolate(mode="bicubic")`: a = -3/4, with a repeated border.
-    """
-    prefix = 0 if module.no_embed_class else module.prefix
-    gh, gw = module.grid
-    grid = positions[0, prefix:].reshape(*old_grid, -1)
-    if antialias:
-        grid = np.asarray(jax.image.resize(grid, (gh, gw, grid.shape[-1]), "cubic", antialias=True))
-    else:
-        rows, columns = (_bicubic(old, new) for old, new in zip(old_grid, (gh, gw), strict=True))
-        grid = np.einsum("ih,hwd,jw->ijd", rows, grid, columns, optimize=True).astype(np.float32)
-    return np.concatenate([positions[:, :prefix], grid.reshape(1, gh * gw, -1)], 1)
-
-
-def _bicubic(old: int, new: int, a: float = -0.75) -> np.ndarray:
-    """[new, old]: weight of each old position in each new one, by Keys' cubic convolution (1981) of four positions."""
-    centres = (np.arange(new) + 0.5) * old / new - 0.5
-    places = np.floor(centres)[:, None] + np.arange(-1, 3)
-    x = np.abs(centres[:, None] - places)
-    near, far = ((a + 2) * x - (a + 3)) * x * x + 1, a * (((x - 5) * x + 8) * x - 4)
-    shares = np.zeros((new, old))
-    np.add.at(shares, (np.arange(new)[:, None], places.clip(0, old - 1).astype(int)), np.where(x <= 1, near, far))
-    return shares
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
@@ -279,22 +77,11 @@ def read_tensors(path: str | os.PathLike[str]) -> Tensors:
     path = as_path(path, "the checkpoint")
     kind = _kind(path)
     readers = {"safetensors": read_safetensors, "torch": _read_torch, "npz": _read_npz, "orbax": _read_orbax}
-    return current_names(_without_wrappers(readers[kind](path), path))
+    return current_names(renamed(readers[kind](path), WRAPPERS, f"checkpoint {path}"))
 
 
 # Prefixes that training code adds: an attribute, PyTorch's DataParallel and compile.
-WRAPPERS = re.compile(r"^((module|model|backbone|_orig_mod)\.)+")
-
-
-def _without_wrappers(tensors: Tensors, path: Path) -> Tensors:
-    """The tensors without prefixes of training code. InputError if two names become equal."""
-    found: dict[str, str] = {}
-    for name in tensors:
-        bare = WRAPPERS.sub("", name)
-        if bare in found:
-            raise InputError(f"checkpoint {path} holds {bare!r} twice, as {found[bare]!r} and as {name!r}")
-        found[bare] = name
-    return {bare: tensors[name] for bare, name in found.items()}
+WRAPPERS = [(r"^((module|model|backbone|_orig_mod)\.)+", "")]
 
 
 def _kind(path: Path) -> str:
@@ -360,7 +147,7 @@ def _read_npz(path: Path) -> Tensors:
         _require_room(path, sum(_declared_size(archive, entry, path) for entry in archive.infolist()))
         file.seek(0)
         with np.load(file, allow_pickle=False) as arrays:
-            return _from_google({name: arrays[name] for name in arrays.files}, path)
+            return from_google({name: arrays[name] for name in arrays.files}, path)
 
 
 def _declared_size(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> int:
@@ -423,6 +210,7 @@ def _quiet_orbax() -> Iterator[None]:
 
 def _read_orbax(path: Path) -> Tensors:
     ocp = require("orbax.checkpoint", "orbax", f"reading the folder {path}")
+    description: Any = read_description(path)
     for file in (path / "params").rglob("*"):
         if not file.is_file() and not file.is_dir():  # a pipe: Orbax would wait for ever
             raise InputError(f"checkpoint {path}: {file} is not a regular file")
@@ -441,103 +229,7 @@ def _read_orbax(path: Path) -> Tensors:
         _require_room(path, unpacked)
         kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), found.tree)
         params = reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=kinds))
-        return to_timm(params, build(_described(path)["architecture"]))
-
-
-def current_names(tensors: Tensors) -> Tensors:
-    """Names of other releases -> timm's current names.
-
-    These are layer scale of DeiT-3 and EVA, registers of DINOv2, and the separate projections of EVA-02, which are one
-    here. The layer pre_logits is removed if no classifier reads it (in releases of ImageNet-21k the classifier is 0).
-    """
-    tensors = {re.sub(r"\bgamma_(\d)$", r"ls\1.gamma", name): t for name, t in tensors.items()}
-    unread = ("mask_token",) if np.any(tensors.get("head.weight", 0)) else ("mask_token", "pre_logits.")
-    tensors = {name: t for name, t in tensors.items() if not name.startswith(unread)}
-    for name in [n for n in tensors if n.endswith(".attn.q_proj.weight")]:
-        block = name.removesuffix("q_proj.weight")
-        parts = [f"{block}{part}_proj.weight" for part in "qkv"]
-        if all(part in tensors for part in parts):
-            tensors[f"{block}qkv.weight"] = np.concatenate([tensors.pop(part) for part in parts])
-            for part in "qv":
-                if f"{block}{part}_proj.bias" in tensors:
-                    tensors[f"{block}{part}_bias"] = tensors.pop(f"{block}{part}_proj.bias")
-    first = tensors["pos_embed"][:, :1] if "pos_embed" in tensors and tensors["pos_embed"].ndim == 3 else None
-    if "register_tokens" in tensors and first is not None and tensors.get("cls_token", first[:0]).shape == first.shape:
-        # DINOv2 adds a position to the class token and not to its registers. timm has positions of patches only.
-        tensors["reg_token"] = tensors.pop("register_tokens")
-        tensors["cls_token"] = tensors["cls_token"] + first
-        tensors["pos_embed"] = tensors["pos_embed"][:, 1:]
-    return tensors
-
-
-GOOGLE = (
-    (r"^params/(txt/.*|t|b)$", ""),
-    (r"^(opt/target/|params/img/|params/)", ""),
-    (r"^MAPHead_0/probe$", "attn_pool/latent"),
-    (r"^MAPHead_0/LayerNorm_0/", "attn_pool/norm/"),
-    (r"^MAPHead_0/MlpBlock_0/Dense_([01])/", lambda m: f"attn_pool/mlp/fc{int(m[1]) + 1}/"),
-    (r"^MAPHead_0/MultiHeadDotProductAttention_0/out/", "attn_pool/proj/"),
-    (r"^MAPHead_0/MultiHeadDotProductAttention_0/query/", "attn_pool/q/"),
-    (r"^MAPHead_0/MultiHeadDotProductAttention_0/", "attn_pool/"),
-    (r"^embedding/", "patch_embed/proj/"),
-    (r"^cls$", "cls_token"),
-    (r"^(Transformer/posembed_input/)?pos_embedding$", "pos_embed"),
-    (r"^Transformer/encoder_norm/", "norm/"),
-    (r"^Transformer/encoderblock_(\d+)/", r"blocks/\1/"),
-    (r"/LayerNorm_0/", "/norm1/"),
-    (r"/LayerNorm_[12]/", "/norm2/"),
-    (r"/MultiHeadDotProductAttention_\d/out/", "/attn/proj/"),
-    (r"/MultiHeadDotProductAttention_\d/", "/attn/"),
-    (r"/MlpBlock_\d/Dense_([01])/", lambda m: f"/mlp/fc{int(m[1]) + 1}/"),
-    (r"/(kernel|scale)$", "/weight"),
-)
-
-
-def _from_google(arrays: Tensors, path: Path) -> Tensors:
-    """Names and layouts of Google's ViT releases, and of big_vision's image towers -> timm's."""
-    tensors: Tensors = {}
-    stacked = "Transformer/encoderblock/"
-    for name, array in arrays.items():
-        if stacked in name and array.ndim:
-            blocks = {name.replace(stacked, f"{stacked[:-1]}_{i}/"): block for i, block in enumerate(array)}
-        else:
-            blocks = {name: array}
-        for own, block in blocks.items():
-            for pattern, replacement in GOOGLE:
-                own = re.sub(pattern, replacement, own)
-            if own:
-                tensors[own.replace("/", ".")] = block
-    if "patch_embed.proj.weight" not in tensors:
-        raise InputError(f"{path} is not a checkpoint: 'embedding/kernel' of Google's ViT releases is missing")
-    for name, tensor in tensors.items():
-        d = tensor.shape[-1:]
-        if name == "patch_embed.proj.weight" and tensor.ndim == 4:
-            tensors[name] = tensor.transpose(3, 2, 0, 1)
-        elif name.endswith(".weight") and _HEADS.search(name):  # [D, H, D/H], or [H, D/H, D] for the output
-            d = tensor.shape[-1] if ".proj." in name else tensor.shape[0]
-            tensors[name] = (tensor.reshape(-1, d) if ".proj." in name else tensor.reshape(d, -1)).T
-        elif name.endswith(".bias") and _HEADS.search(name):
-            tensors[name] = tensor.reshape(-1)
-        elif name.endswith(".weight") and tensor.ndim == 2:
-            tensors[name] = tensor.T
-    for leaf in ("weight", "bias"):
-        parts = [f"attn_pool.{part}.{leaf}" for part in ("key", "value")]
-        if all(part in tensors for part in parts):
-            tensors[f"attn_pool.kv.{leaf}"] = np.concatenate([tensors.pop(part) for part in parts])
-    return fused(tensors)
-
-
-_HEADS = re.compile(r"\.attn\.|^attn_pool\.(q|key|value|proj)\.")  # tensors with an axis of heads
-
-
-def fused(tensors: Tensors) -> Tensors:
-    """The query, key and value maps of each block joined to one map, as in timm."""
-    tensors = dict(tensors)
-    for name in [n for n in tensors if ".attn.query." in n]:
-        parts = [name.replace("query", part) for part in ("query", "key", "value")]
-        if all(part in tensors and tensors[part].shape == tensors[name].shape != () for part in parts):
-            tensors[name.replace("query", "qkv")] = np.concatenate([tensors.pop(part) for part in parts])
-    return tensors
+        return to_timm(params, build(description["architecture"]))
 
 
 # ---- self-describing files ------------------------------------------------------------------------------------------
@@ -632,7 +324,7 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     path = as_path(path, "the checkpoint")
     kind = _kind(path)
     if kind == "orbax":
-        return _described(path)
+        return _checked_description(read_json(path / "description.json", LARGEST_DESCRIPTION), path)
     if kind != "safetensors":
         return None
     with _damage_named(path), safetensors.safe_open(path, "np") as file:
@@ -641,10 +333,6 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any] | None:
             return None
         description = json.loads(text) if len(text) <= LARGEST_DESCRIPTION else None
     return _checked_description(description, path)
-
-
-def _described(folder: Path) -> dict[str, Any]:
-    return _checked_description(read_json(folder / "description.json", LARGEST_DESCRIPTION), folder)
 
 
 def _checked_description(description: Any, path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from tokentm_jax.errors import InputError, require
 from tokentm_jax.files import reason
 from tokentm_jax.models.architectures import repository_of
-from tokentm_jax.models.layouts import CONFIG, INDEX, OPEN_CLIP, OPEN_CLIP_WEIGHTS, OTHERS, WEIGHTS, shards
+from tokentm_jax.models.folders import CONFIG, INDEX, OPEN_CLIP, OPEN_CLIP_WEIGHTS, OTHERS, WEIGHTS, shards
 from tokentm_jax.models.text_layouts import MODULES, pooling_file
 
 HUB = "hf-hub:"

@@ -21,16 +21,12 @@ from tokentm_jax.inputs.images import IMAGENET, Preprocessing, Statistics
 from tokentm_jax.inputs.texts import MASKS, WordPieces
 from tokentm_jax.maths import scores
 from tokentm_jax.models.architectures import ARCHITECTURES, Config, architecture, build, dtype_of
-from tokentm_jax.models.checkpoint import (
-    Tensors,
-    described_grid,
-    names_that_fit,
-    read_description,
-    read_tensors,
-    to_params,
-)
+from tokentm_jax.models.checkpoint import described_grid, read_description, read_tensors
+from tokentm_jax.models.folders import Folder, is_folder, is_text_folder, present
 from tokentm_jax.models.hub import HUB, download, download_weights
-from tokentm_jax.models.layouts import Folder, is_folder, is_text_folder, present, read_folder
+from tokentm_jax.models.layouts import read_folder
+from tokentm_jax.models.names import Tensors
+from tokentm_jax.models.params import names_that_fit, to_params
 from tokentm_jax.models.text import TextTower
 from tokentm_jax.models.text_layouts import read_text_folder
 from tokentm_jax.samples import hint

@@ -20,7 +20,7 @@ from jax import Array
 from tokentm_jax.errors import InputError
 from tokentm_jax.inputs.texts import engine, one_sentence
 from tokentm_jax.maths.primitives import linear
-from tokentm_jax.models.vit import Affine, Block, Norm, trunc_normal
+from tokentm_jax.models.blocks import Affine, Block, Norm, trunc_normal
 
 LARGEST_PROMPT = 100_000  # characters
 

@@ -13,67 +13,28 @@ import jax
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import read_json
 from tokentm_jax.models.bert import Bert
-from tokentm_jax.models.checkpoint import Tensors, fused, to_params, to_timm
-from tokentm_jax.models.layouts import (
+from tokentm_jax.models.folders import (
     CONFIG,
     TEXT,
     Count,
-    Depth,
-    Names,
     Section,
     Whole,
-    activation_of,
     architecture_of,
     classes_of,
+    fields_of,
     present,
     read_section,
     read_weights,
-    renamed,
     require_classifier,
     require_heads,
     type_of,
 )
+from tokentm_jax.models.names import LAYOUTS, Tensors, fused, renamed
+from tokentm_jax.models.params import to_params, to_timm
 from tokentm_jax.models.vit import init_params
 from tokentm_jax.samples import hint
 from tokentm_jax.validation import Name, checked
 
-# Names of BERT and its successors. DistilBERT's names are translated to these first.
-NAMES: Names = (
-    (r"^(bert|roberta|electra|distilbert)\.", ""),
-    (r"^(cls|lm_head|generator_\w+|discriminator_predictions|vocab_\w+)\..*$", ""),
-    (r"^embeddings\.position_ids$", ""),
-    (r"^embeddings\.word_embeddings\.weight$", "word_embeddings"),
-    (r"^embeddings\.position_embeddings\.weight$", "position_embeddings"),
-    (r"^embeddings\.token_type_embeddings\.weight$", "type_embeddings"),
-    (r"^embeddings\.LayerNorm\.", "embed_norm."),
-    (r"^embeddings_project\.", "embed_project."),
-    (r"^encoder\.layer\.(\d+)\.", r"blocks.\1."),
-    (r"\.attention\.self\.", ".attn."),
-    (r"\.attention\.output\.dense\.", ".attn.proj."),
-    (r"\.attention\.output\.LayerNorm\.", ".norm1."),
-    (r"\.intermediate\.dense\.", ".mlp.fc1."),
-    (r"\.output\.dense\.", ".mlp.fc2."),
-    (r"\.output\.LayerNorm\.", ".norm2."),
-    (r"\.gamma$", ".weight"),  # of LayerNorm, in the first releases
-    (r"\.beta$", ".bias"),
-    (r"^(pooler|classifier)\.dense\.", "pooler."),
-    (r"^(classifier\.out_proj|classifier)\.", "head."),
-)
-DISTIL: Names = (
-    (r"^distilbert\.", ""),
-    (r"^transformer\.layer\.(\d+)\.", r"encoder.layer.\1."),
-    (r"\.attention\.(q|k|v)_lin\.", lambda m: f".attention.self.{dict(q='query', k='key', v='value')[m[1]]}."),
-    (r"\.attention\.out_lin\.", ".attention.output.dense."),
-    (r"\.sa_layer_norm\.", ".attention.output.LayerNorm."),
-    (r"\.ffn\.lin1\.", ".intermediate.dense."),
-    (r"\.ffn\.lin2\.", ".output.dense."),
-    (r"\.output_layer_norm\.", ".output.LayerNorm."),
-    (r"^pre_classifier\.", "pooler.dense."),
-)
-ACTIVATIONS = {
-    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu",
-    "swish": "silu", "tanh": "tanh",
-}  # fmt: skip
 MODULES, POOLING = "modules.json", "1_Pooling/config.json"  # of sentence-transformers
 POOLS = {"cls": "token", "mean": "avg"}  # its modes that are supported
 LEGACY_POOLS = {"cls_token": "cls", "mean_tokens": "mean", "lasttoken": "lasttoken"}  # of pooling_mode_NAME: true
@@ -115,12 +76,12 @@ def read_text_folder(
     classifies = architecture_of(config, TEXT, ARCHITECTURES) if changes is None else None
     tensors = read_weights(folder)
     if kind == "distilbert":
-        tensors = renamed(tensors, DISTIL)
+        tensors = renamed(tensors, LAYOUTS["distilbert"]["names"])
     if any(name.startswith("classifier.dense.") for name in tensors):  # then the encoder's pooler is not used
         tensors = {name: t for name, t in tensors.items() if not re.match(r"(\w+\.)?pooler\.", name)}
     left_out = _unread_heads(tensors)
-    tensors = fused(renamed(tensors, NAMES))
-    fields = _distilbert(config) if kind == "distilbert" else _bert(config, kind)
+    tensors = fused(renamed(tensors, LAYOUTS["bert"]["names"]))
+    fields = _fields(config, kind)
     if "roberta" in kind or kind == "camembert":
         _drop_padding(config, tensors)
     if classifies:
@@ -159,40 +120,16 @@ def _unread_heads(tensors: Tensors) -> list[str]:
     return sorted({match[0] for match in found if match})
 
 
-def _bert(config: Section, kind: str) -> dict[str, Any]:
-    for key, value in (("position_embedding_type", "absolute"), ("is_decoder", False), ("add_cross_attention", False)):
-        config.only(key, value)
-    width = config("hidden_size", Whole)
+def _fields(config: Section, kind: str) -> dict[str, Any]:
+    if kind == "distilbert":
+        return fields_of(config, kind, "texts") | {"type_vocab_size": 0, "pooler": "relu"}
+    fields = fields_of(config, "bert", "texts")
     embedding = config("embedding_size", Whole, None)
     own = config.section("tokentm_jax")  # written by this project's training
-    return {
-        "vocab_size": config("vocab_size", Whole),
-        "max_length": config("max_position_embeddings", Whole),
-        "embed_dim": width,
-        "depth": config("num_hidden_layers", Depth),
-        "num_heads": config("num_attention_heads", Whole),
-        "mlp_hidden": config("intermediate_size", Whole),
-        "type_vocab_size": config("type_vocab_size", Count, 2),
-        "embedding_size": None if embedding == width else embedding,
-        "activation": activation_of(config, known=ACTIVATIONS),
-        "norm_eps": config("layer_norm_eps", float, 1e-12),
+    return fields | {
+        "embedding_size": None if embedding == fields["embed_dim"] else embedding,
         "pool": own("pool", Literal["token", "avg"], "token"),
         "pooler": own("pooler", str, None) if own.content else "gelu" if kind == "electra" else "tanh",
-    }
-
-
-def _distilbert(config: Section) -> dict[str, Any]:
-    return {
-        "vocab_size": config("vocab_size", Whole),
-        "max_length": config("max_position_embeddings", Whole),
-        "embed_dim": config("dim", Whole),
-        "depth": config("n_layers", Depth),
-        "num_heads": config("n_heads", Whole),
-        "mlp_hidden": config("hidden_dim", Whole),
-        "type_vocab_size": 0,
-        "activation": activation_of(config, "activation", ACTIVATIONS),
-        "norm_eps": 1e-12,
-        "pooler": "relu",
     }
 
 
