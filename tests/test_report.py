@@ -16,7 +16,7 @@ from PIL import Image
 import tokentm_jax as tm
 from tokentm_jax.cli import report_page
 from tokentm_jax.cli.main import main
-from tokentm_jax.cli.report_page import packed, packed_map
+from tokentm_jax.cli.report_details import packed, packed_map
 from tokentm_jax.data.labels import IMAGENET_1K
 from tokentm_jax.identity import digest
 from tokentm_jax.models.loading import read_class_names
@@ -288,6 +288,30 @@ def test_a_page_of_a_store(place, tmp_path):
     assert found.exit_code == 0, found.output
     settings, _ = content(page)
     assert all(re.search(r"\d", name) for name in settings["classes"].values())
+
+
+def test_a_page_of_a_store_of_texts(tmp_path):
+    """With their model, the words of texts have the stored scores."""
+    pytest.importorskip("tokenizers")
+    store, page, texts = tmp_path / "maps", tmp_path / "store.html", ["a funny film", "dull"]
+    (tmp_path / "texts.tsv").write_text("".join(f"{text}\t0\n" for text in texts))
+    made = run("dataset", tmp_path / "texts.tsv", "--out", store, "--model", TEXTS, "--methods", "tokentm",
+               "--batch-size", 2, "--dtype", "float32")  # fmt: skip
+    assert made.exit_code == 0, made.output
+    refused = run("report", store, "--out", page)
+    assert refused.exit_code == 2 and "name it with --model" in refused.stderr
+    assert run("report", store, "--out", page, "--model", "cifar10_vit").exit_code == 2
+    found = run("report", store, "--out", page, "--model", TEXTS)
+    assert found.exit_code == 0, found.output
+    settings, details = content(page)
+    assert settings["kind"] == "text" and [photo["text"] for photo in settings["photos"]] == texts
+    assert "2 texts of texts.tsv" in page.read_text("utf-8")
+    text = tm.load(TEXTS)
+    for i, own in details.items():
+        (klass,) = own["classes"]
+        (words,) = tm.words(text, texts[i], tm.explain(text, text.read(texts[i]), "tokentm", klass))
+        np.testing.assert_allclose(unpacked(own["maps"]["tokentm"][str(klass)]), [[w.score for w in words]], atol=1e-5)
+        assert "".join(part for part, _ in own["parts"]) == texts[i]
 
 
 def test_classes_of_a_store_of_a_model_of_timm(place, tmp_path, monkeypatch):

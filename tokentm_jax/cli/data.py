@@ -3,17 +3,16 @@
 import json
 
 import click
-from rich.table import Table
 from rich.text import Text
 
-from tokentm_jax.cli.options import TEXT
-from tokentm_jax.cli.terminal import console, running
+from tokentm_jax.cli.options import TEXT, as_json
+from tokentm_jax.cli.terminal import console, print_table, running
 from tokentm_jax.errors import printable
 from tokentm_jax.samples import SAMPLES, VARIABLE, cache, folder_of
 
 
 @click.group(invoke_without_command=True)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
+@as_json
 @click.pass_context
 def data(ctx: click.Context, as_json: bool) -> None:
     """List the sample data that the project's configs are made for, and fetch them.
@@ -44,19 +43,15 @@ def data(ctx: click.Context, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(rows, indent=1))
         return
-    table = Table(box=None)
-    for column in ("Name", "Here", "Download", "What it is"):
-        table.add_column(column, no_wrap=column != "What it is")
+    shown = []
     for row in rows:
         sample = SAMPLES[row["name"]]
         size = f"{sample.download / 1e6:.3g} MB" if sample.download else "a package"
         what = Text(sample.about).append(f"\n{sample.origin}; licence: {sample.licence}", style="dim")
-        table.add_row(row["name"], "yes" if row["folder"] else "no", size, what)
-    out = console()
-    out.print(table)
-    out.print(
-        Text(f"`tokentm data fetch NAME` fetches into {printable(cache())}; {VARIABLE} names a folder of yours.")
-    )
+        shown.append((row["name"], "yes" if row["folder"] else "no", size, what))
+    print_table(("Name", "Here", "Download", "What it is"), shown)
+    place = printable(cache())
+    console().print(Text(f"`tokentm data fetch NAME` fetches into {place}; {VARIABLE} names a folder of yours."))
 
 
 @data.command(short_help="Download sample data and check their SHA-256.")

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -9,6 +10,7 @@ from tokentm_jax.cli.options import (
     MODELS_HELP,
     PATH,
     TEXT,
+    changes,
     class_names,
     make_folder,
     may_overwrite,
@@ -16,7 +18,7 @@ from tokentm_jax.cli.options import (
     own_tasks,
     start_jax,
 )
-from tokentm_jax.cli.recipes import read_recipe, run_tasks
+from tokentm_jax.cli.recipes import read_recipe
 from tokentm_jax.cli.terminal import complain, running_table, show_results
 
 
@@ -36,23 +38,7 @@ from tokentm_jax.cli.terminal import complain, running_table, show_results
 @click.option("--out", type=PATH, help="Folder; default: runs/<name of the recipe>.")
 @own_tasks
 @may_overwrite
-def evaluate(
-    recipe: Path,
-    model: str | None,
-    checkpoint: Path | None,
-    data: str | None,
-    methods: str | None,
-    limit: int | None,
-    half: str | None,
-    names: str | None,
-    batch_size: int | None,
-    label_map: str | None,
-    classes: Path | None,
-    maps: tuple[str, ...],
-    out: Path | None,
-    task: tuple[Path, ...],
-    overwrite: bool,
-) -> None:
+def evaluate(recipe: Path, methods: str | None, out: Path | None, overwrite: bool, **given: Any) -> None:
     """Measure explanation methods by a recipe; started again with the same folder, it resumes where it stopped.
 
     CONFIG.py is a Python file that is run, and whose `config`, or what its `get_config(KEY=VALUE, ...)` returns, is an
@@ -67,21 +53,11 @@ def evaluate(
     from tokentm_jax.runs.evaluate import evaluate, examples
     from tokentm_jax.runs.store import open_maps
 
-    run_tasks(task)
     config = read_recipe(recipe, EvaluateConfig)
-    if model is not None or checkpoint is not None:  # another model's checkpoint would not fit
-        config = dataclasses.replace(
-            config, model=model or config.model, checkpoint=None if checkpoint is None else str(checkpoint)
-        )
-    given = {
-        "data": data,
-        "limit": limit,
-        "half": half,
-        "names": names,
-        "batch_size": batch_size,
-        "label_map": label_map,
-    }
-    config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
+    classes, maps = given.pop("classes"), given.pop("maps")
+    if given["model"] is not None:  # another model's checkpoint would not fit
+        config = dataclasses.replace(config, checkpoint=None)
+    config = dataclasses.replace(config, **changes(given))
     if methods is not None:
         config = select(config, names_of(methods))
     check(config)

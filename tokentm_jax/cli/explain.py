@@ -4,21 +4,10 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from tokentm_jax.cli.heatmaps import (
-    EACH,
-    Job,
-    Sample,
-    Writer,
-    classes_asked,
-    columns_of,
-    fail,
-    print_result,
-    prompts_asked,
-)
 from tokentm_jax.cli.names import output_names, question_of, require_free, sheet_names
 from tokentm_jax.cli.options import (
     MODELS_HELP,
@@ -32,19 +21,13 @@ from tokentm_jax.cli.options import (
     require_place,
     start_jax,
 )
-from tokentm_jax.cli.terminal import running
-from tokentm_jax.cli.words import page_of, print_words, signed_methods
 from tokentm_jax.errors import InputError, printable
 from tokentm_jax.files import write_text
 from tokentm_jax.identity import digest
 
-if TYPE_CHECKING:
-    from tokentm_jax.models.loading import Model
-
 KINDS = click.Choice(["png", "pdf", "svg", "html"])
 SPEECH = "spoken_digits"  # the shipped model of recordings
 BATCH = 8
-Results = dict[str, dict[str, Any]]
 
 of_method = click.option(
     "--method", default="tokentm", show_default=True, help="A method, several as a,b,c, or 'all'."
@@ -130,6 +113,8 @@ def explain(
       tokentm explain seven.wav --model spoken_digits
       tokentm explain "a stirring, funny film" --model runs/sst2_minilm
     """
+    from tokentm_jax.cli.heatmaps import Job, Writer, classes_asked, columns_of, print_result, prompts_asked
+    from tokentm_jax.cli.words import page_of, signed_methods
     from tokentm_jax.inputs.pictures import look_of
     from tokentm_jax.models.loading import load
 
@@ -157,8 +142,8 @@ def explain(
     columns = columns_of(chosen, asked)
     make_folder(out)
 
-    results, found = _found(vit, samples)
-    given = list(found.values())
+    results, listed = _found(vit, samples)
+    given = [one.given for one in listed]
     weights = None if checkpoint is None else os.path.realpath(checkpoint)
     question = digest(vit.name, weights, chosen, settings, [one.identity for one in asked], other)
     suffixes = [column.suffix for column in columns]
@@ -166,37 +151,31 @@ def explain(
     if single or len(given) == 1:
         suffixes.append(f".{kind}")
     names = output_names(given, out, suffixes, question)
-    listed = [Sample(name, each, names[i]) for i, (name, each) in enumerate(found.items())]
+    listed = [one._replace(file=names[i]) for i, one in enumerate(listed)]
     batches = [listed[i : i + batch_size] for i in range(0, len(listed), batch_size)]
-    sheets = [listed] if kind == "html" and listed else batches
-    stem = "texts" if kind == "html" else "sheet"
+    sheets, stem = ([listed] if listed else [], "texts") if kind == "html" else (batches, "sheet")
     titles = sheet_names([[one.given for one in sheet] for sheet in sheets], out, f".{kind}", question, stem)
     titles = [listed[0].file] if len(listed) == 1 else titles
     job = Job(vit, columns, settings, min(batch_size, len(listed)), method == "all", other, squares)
     writer = Writer(job, out, question, kind, title, look)
-    passages = []
-    with running("Explaining", len(listed)) as step:
-        for i, batch in enumerate(batches):
-            explained = job.explained(batch, results)
-            writer.write(explained, results, titles[min(i, len(titles) - 1)])
-            passages += explained.panels if kind == "html" else []
-            step(len(batch))
+    texts = job.run(batches, results, lambda explained, i: writer.write(explained, results, titles[i % len(titles)]))
     fine = {name: result for name, result in results.items() if "error" not in result}
-    if passages:
+    if texts and kind == "html":
         file, of_page = out / f"{titles[0]}.html", question_of(given, question)
         require_free(file, of_page)
-        write_text(file, page_of(vit.name, passages, list(fine.values()), None, title, of_page))
+        write_text(file, page_of(vit.name, texts, list(fine.values()), None, title, of_page))
         for result in fine.values():
             result["files"].insert(0, str(file))
 
+    found = {one.name: str(one.given) for one in listed}
     if as_json:
         named = "path" if reader.frame is not None else "text"
-        entries = [{named: str(found.get(name, name)), **result} for name, result in results.items()]
+        entries = [{named: found.get(name, name), **result} for name, result in results.items()]
         click.echo(json.dumps(entries, indent=1))
     else:
         signed = signed_methods(list(fine.values()))
         for name, result in fine.items():
-            print_result(str(found[name]), result, signed)
+            print_result(found[name], result, signed)
     _end(results, reader.kind)
 
 
@@ -242,6 +221,8 @@ def explain_text(
       tokentm explain-text "a stirring, funny film" --model runs/sst2_minilm
       tokentm explain-text - --model runs/sst2_minilm --method tokentm,attn_lrp --out reviews.html < reviews.txt
     """
+    from tokentm_jax.cli.heatmaps import EACH, Job, classes_asked, columns_of
+    from tokentm_jax.cli.words import page_of, print_words, signed_methods
     from tokentm_jax.models.loading import load
 
     chosen, settings = _bound(method, options)
@@ -252,14 +233,10 @@ def explain_text(
     vit.require_classes()
     first = None if target is None else vit.class_index(target)
     asked = classes_asked(vit, [*([] if target is None else [target]), *([] if out is None else [EACH])])
-    results, found = _found(vit, texts)
-    listed = [Sample(name, text, "") for name, text in found.items()]
+    results, listed = _found(vit, texts)
     job = Job(vit, columns_of(chosen, asked), settings, min(BATCH, len(listed)), method == "all")
-    passages = []
-    with running("Explaining", len(listed)) as step:
-        for start in range(0, len(listed), BATCH):
-            passages += job.explained(listed[start : start + BATCH], results).panels
-            step(BATCH)
+    passages = job.run([listed[i : i + BATCH] for i in range(0, len(listed), BATCH)], results)
+    found = {one.name: one.given for one in listed}
     fine = {name: result for name, result in results.items() if "error" not in result}
     if out is not None and passages:
         write_text(out, page_of(vit.name, passages, list(fine.values()), first), overwrite=overwrite)
@@ -297,19 +274,21 @@ def _bound(method: str, options: tuple[str, ...]) -> tuple[list[str], dict[str, 
     return chosen, settings
 
 
-def _found(vit: "Model", arguments: Sequence[str]) -> tuple[Results, dict[str, Any]]:
+def _found(vit: Any, arguments: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[Any]]:
     """The results of arguments that name nothing, and an empty one for each sample; and the samples."""
-    results: Results = {}
+    from tokentm_jax.cli.heatmaps import Sample, fail
+
+    failed: dict[str, dict[str, Any]] = {}
     found: dict[str, Any] = {}
     for argument in arguments:
         try:
             found |= vit.preprocessing.found(argument, len(found) + 1)
         except InputError as error:
-            fail(results, argument, error)
-    return results | {name: {} for name in found}, found
+            fail(failed, argument, error)
+    return failed | {name: {} for name in found}, [Sample(name, given) for name, given in found.items()]
 
 
-def _end(results: Results, what: str) -> None:
+def _end(results: dict[str, dict[str, Any]], what: str) -> None:
     if failed := sum("error" in result for result in results.values()):
         click.echo(f"{failed} of {len(results)} {what}s failed", err=True)
         click.get_current_context().exit(2)

@@ -2,11 +2,22 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import click
 
-from tokentm_jax.cli.options import PATH, TEXT, class_names, make_folder, may_overwrite, names_of, own_tasks, start_jax
-from tokentm_jax.cli.recipes import read_recipe, run_tasks
+from tokentm_jax.cli.options import (
+    PATH,
+    TEXT,
+    changes,
+    class_names,
+    make_folder,
+    may_overwrite,
+    names_of,
+    own_tasks,
+    start_jax,
+)
+from tokentm_jax.cli.recipes import read_recipe
 from tokentm_jax.cli.terminal import running_table, show_results
 
 
@@ -24,16 +35,12 @@ from tokentm_jax.cli.terminal import running_table, show_results
 @may_overwrite
 def leaderboard(
     recipe: Path,
-    checkpoint: Path | None,
     methods: str | None,
     runs: str | None,
     limit: int | None,
-    batch_size: int | None,
-    classes: Path | None,
-    maps: tuple[str, ...],
     out: Path | None,
-    task: tuple[Path, ...],
     overwrite: bool,
+    **given: Any,
 ) -> None:
     """Measure methods by many metrics and rank them; started again with the same folder, it goes on.
 
@@ -50,13 +57,11 @@ def leaderboard(
     from tokentm_jax.runs.leaderboard import LeaderboardConfig, check, leaderboard, select
     from tokentm_jax.runs.store import open_maps
 
-    run_tasks(task)
     chosen = {"methods": methods, "runs": runs}
     chosen = {kind: names_of(names) for kind, names in chosen.items() if names is not None}
     config = select(read_recipe(recipe, LeaderboardConfig), **chosen)
-    given = {"checkpoint": None if checkpoint is None else str(checkpoint), "batch_size": batch_size}
-    given = {name: value for name, value in given.items() if value is not None}
-    own = [dataclasses.replace(run, **given) for run in config.runs]
+    classes, maps = given.pop("classes"), given.pop("maps")
+    own = [dataclasses.replace(run, **changes(given)) for run in config.runs]
     if limit is not None:
         own = [dataclasses.replace(run, limit=min(limit, run.limit or limit)) for run in own]
     config = check(dataclasses.replace(config, runs=own))

@@ -3,7 +3,7 @@
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -41,9 +41,26 @@ class_names = click.option("--classes", type=PATH, help="Class names: .json, or 
 may_overwrite = click.option(
     "--overwrite", is_flag=True, help="Also replace files that this program did not write; folders never."
 )
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
+
+
+def _run_tasks(ctx: click.Context, _: click.Parameter, files: tuple[Path, ...]) -> None:
+    from tokentm_jax.cli.recipes import run_tasks
+
+    if not ctx.resilient_parsing:
+        run_tasks(files)
+
+
 own_tasks = click.option(
-    "--task", type=PATH, multiple=True, metavar="FILE.py", help="File that adds your metric to TASKS; it is run."
-)
+    "--task", type=PATH, multiple=True, metavar="FILE.py", callback=_run_tasks, expose_value=False,
+    help="File that adds your metric to TASKS; it is run.",
+)  # fmt: skip
+
+
+def changes(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config that the command line changes; a path becomes its text."""
+    known = {name: value for name, value in given.items() if value is not None}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in known.items()}
 
 
 def names_of(text: str) -> list[str]:

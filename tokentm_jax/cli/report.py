@@ -58,7 +58,6 @@ def report(
     data: str | None,
     limit: int | None,
     best: int,
-    task: tuple[Path, ...],
     classes: Path | None,
     overwrite: bool,
 ) -> None:
@@ -80,8 +79,8 @@ def report(
       tokentm report runs/photos
       tokentm report maps --data photos/
     """
-    from tokentm_jax.cli.recipes import run_tasks
-    from tokentm_jax.cli.report_page import Photos, photos_page, run_page, store_page, write_page
+    from tokentm_jax.cli.report_details import Photos
+    from tokentm_jax.cli.report_page import photos_page, run_page, store_page, write_page
     from tokentm_jax.configs import rows
     from tokentm_jax.models.loading import load
 
@@ -91,8 +90,8 @@ def report(
     for option, *kinds in (
         ("target", "photos"),
         ("top", "photos"),
-        ("model", "photos", "a run"),
-        ("checkpoint", "photos", "a run"),
+        ("model", "photos", "a run", "a store"),
+        ("checkpoint", "photos", "a run", "a store"),
         ("best", "a run"),
         ("task", "a run"),
         ("data", "a run", "a store"),
@@ -100,7 +99,6 @@ def report(
         if source(option) is ParameterSource.COMMANDLINE and kind not in kinds:
             raise InputError(f"--{option} is for a report on {' or '.join(kinds)}, not on {kind}")
     require_place(out, overwrite)
-    run_tasks(task)
     start_jax()
     if kind == "photos":
         vit = load(model, checkpoint, class_names=classes)
@@ -116,7 +114,7 @@ def report(
     elif kind == "a run":
         page = run_page(Path(what[0]), model, checkpoint, classes, chosen, data, limit, best)
     else:
-        page = store_page(what[0], classes, chosen, data, limit)
+        page = store_page(what[0], model, checkpoint, classes, chosen, data, limit)
     write_page(out, page, overwrite)
     click.echo(f"The page is {printable(out)} ({out.stat().st_size / 2**20:.1f} MiB)")
 

@@ -5,13 +5,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
-from rich.table import Table
 
-from tokentm_jax.cli.terminal import console
+from tokentm_jax.cli.options import as_json
+from tokentm_jax.cli.terminal import print_table
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
+@as_json
 def models(as_json: bool) -> None:
     """List the shipped models, and timm's: with weights on the Hugging Face Hub, or only for a checkpoint.
 
@@ -23,19 +23,18 @@ def models(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(rows, indent=1))
         return
-    table = Table(box=None)
-    for column in ("Model", "Parameters", "Resolution", "Patch", "Weights"):
-        table.add_column(column, justify="left" if column in ("Model", "Weights") else "right", no_wrap=True)
-    for row in rows:
-        weights = "shipped" if row["shipped"] else row["tags"][0] if row["tags"] else "needs a checkpoint"
-        table.add_row(
+    heads = ("Model", "Parameters", "Resolution", "Patch", "Weights")
+    shown = [
+        (
             row["name"],
             f"{row['parameters'] / 1e6:.1f} M",
             _sides(row["resolution"]),
             _sides(row["patch_size"]),
-            weights,
+            "shipped" if row["shipped"] else row["tags"][0] if row["tags"] else "needs a checkpoint",
         )
-    console().print(table)
+        for row in rows
+    ]
+    print_table(heads, shown, right=heads[1:-1])
 
 
 def _sides(size: int | Sequence[int]) -> str:
@@ -63,7 +62,7 @@ def _model_rows() -> Iterator[dict[str, Any]]:
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
+@as_json
 def methods(as_json: bool) -> None:
     """List the explanation methods.
 
@@ -78,14 +77,12 @@ def methods(as_json: bool) -> None:
         rows = [{"name": name, **{f: getattr(method, f) for f in fields}} for name, method in METHODS.items()]
         click.echo(json.dumps(rows, indent=1))
         return
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("Method", no_wrap=True)
-    for column in ("Paper", "Year", "Class-specific", "Output", "Derivative", "Passes"):
-        table.add_column(column)
+    shown = []
     for name, method in METHODS.items():
         specific, derivative = ("yes" if has else "no" for has in (method.class_specific, method.differentiable))
-        table.add_row(name, method.paper, str(method.year), specific, method.output, derivative, method.passes)
-    out = console()
-    out.print(table)
-    out.print("Passes: forward (F) and backward (B) passes of the model per batch; n patches.", style="dim")
-    out.print("Derivative: whether jax.grad of a map is true; it refuses the others.", style="dim")
+        shown.append((name, method.paper, method.year, specific, method.output, derivative, method.passes))
+    notes = (
+        "Passes: forward (F) and backward (B) passes of the model per batch; n patches.",
+        "Derivative: whether jax.grad of a map is true; it refuses the others.",
+    )
+    print_table(("Method", "Paper", "Year", "Class-specific", "Output", "Derivative", "Passes"), shown, notes)

@@ -1,7 +1,7 @@
 """What the commands say on a terminal: complaints, progress, and one sentence for a lack of memory."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,21 @@ def console() -> Console:
     """Standard output; as wide as needed where nobody looks, such as in a pipe."""
     console = Console()
     return console if console.is_terminal else Console(width=200)
+
+
+def print_table(
+    heads: Sequence[str], rows: Iterable[Sequence[Any]], notes: Sequence[str] = (), right: Collection[str] = ()
+) -> None:
+    """Rows below their heads, of which those in `right` are above numbers; then notes."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for head in heads:
+        table.add_column(head, justify="right" if head in right else "left", no_wrap=head == heads[0])
+    for row in rows:
+        table.add_row(*(cell if isinstance(cell, Text) else Text(printable(cell)) for cell in row))
+    out = console()
+    out.print(table)
+    for note in notes:
+        out.print(Text(note, style="dim"))
 
 
 @contextmanager

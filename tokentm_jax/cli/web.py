@@ -15,8 +15,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -27,12 +28,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tokentm_jax.cli.figure import colour_tables
+from tokentm_jax.cli.heatmaps import Asked, Column, Job
 from tokentm_jax.data.labels import number
+from tokentm_jax.data.sources import Example
 from tokentm_jax.errors import InputError
 from tokentm_jax.inputs.pictures import as_base64
-
-if TYPE_CHECKING:
-    from tokentm_jax.models.loading import Model
+from tokentm_jax.methods.table import METHODS
+from tokentm_jax.methods.titles import RECOMMENDED, title_of
+from tokentm_jax.models.loading import Model
 
 PAGE = Path(__file__).parent / "page"
 WAITING = 64  # requests that wait for their turn; one more is told to come back
@@ -129,7 +132,7 @@ class Uploads:
             raise HTTPException(413, f"the {self._kind} is larger than {self.largest / 2**20:g} MiB")
 
 
-def explained(vit: "Model", content: bytes, method: str, target: int | None) -> dict[str, Any]:
+def explained(vit: Model, content: bytes, method: str, target: int | None) -> dict[str, Any]:
     """What the page shows of one photo, recording or text.
 
     Args:
@@ -144,28 +147,20 @@ def explained(vit: "Model", content: bytes, method: str, target: int | None) -> 
     Raises:
       InputError: nothing that the model takes, a class that there is not, no finite numbers.
     """
-    import numpy as np
-
-    from tokentm_jax.cli.heatmaps import describe
-    from tokentm_jax.data.sources import Example
-    from tokentm_jax.methods.explain import explain
-
-    reader = vit.preprocessing
-    name, given = f"the {reader.kind}", reader.decoded(content)
-    inputs = reader.stacked([reader.sample(Example(name, given))])
-    panel = reader.panel(given, name)
+    reader, name = vit.preprocessing, f"the {vit.preprocessing.kind}"
+    given = reader.decoded(content)
+    inputs, panel = reader.sample(Example(name, given)), reader.panel(given, name)
     del given
-    outputs = np.asarray(vit.logits(inputs), np.float64)[0]
-    target = int(outputs.argmax()) if target is None else target
-    heatmap = np.asarray(explain(vit, inputs, method, np.array([target], np.int32)), np.float32)[0]
+    job = Job(vit, [Column(method, Asked(target))])
+    (outputs,), ((_, (heatmap,)),) = job.maps(reader.stacked([inputs]))
     if not (np.isfinite(outputs).all() and np.isfinite(heatmap).all()):
         raise InputError(f"the model gives no finite numbers for {name}")
-    found = describe(vit, outputs, [target])
+    found = job.described(outputs)
     return {
         "method": method,
         "top5": found["top5"],
         "target": found["target"],
-        **panel.answer(reader.shown(heatmap, vit.module, False)),
+        **panel.answer(*job.shown(heatmap[None])),
         "map": {"shape": list(heatmap.shape), "data": as_base64(heatmap.astype("<f4").tobytes())},
     }
 
@@ -269,7 +264,7 @@ def connection(longest: float) -> type[H11Protocol]:
 
 
 def application(
-    vit: "Model",
+    vit: Model,
     methods: Sequence[str],
     *,
     host: str = "127.0.0.1",
@@ -381,10 +376,8 @@ FAULTS: dict[Any, Any] = {
 }
 
 
-def _described(vit: "Model", methods: Sequence[str]) -> dict[str, Any]:
+def _described(vit: Model, methods: Sequence[str]) -> dict[str, Any]:
     """What the page has to know of the model, the methods and the colours."""
-    from tokentm_jax.methods.table import METHODS
-    from tokentm_jax.methods.titles import RECOMMENDED, title_of
 
     def entry(name: str) -> dict[str, Any]:
         title, fields = title_of(name), ("paper", "year", "passes", "class_specific")

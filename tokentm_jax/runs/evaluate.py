@@ -202,7 +202,9 @@ def _evaluate(
     write_json(out / EXAMPLES, keys, KEPT, overwrite=True)  # a list has no mark, and the folder is claimed
     write_json(out / "results.json", results, KEPT, overwrite=overwrite)
     write_text(out / "results.md", markdown(results), KEPT, overwrite=overwrite)
-    write_figure(draw(whole, clean, records, keys), out / "curves.png", KEPT, overwrite=overwrite)
+    write_figure(
+        draw(whole, clean, records, keys, vit.preprocessing.kind), out / "curves.png", KEPT, overwrite=overwrite
+    )
     return results
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -29,16 +29,12 @@ from tokentm_jax.methods.table import METHODS
 from tokentm_jax.metrics.tasks import TASKS
 from tokentm_jax.models.loading import Model, load
 from tokentm_jax.runs.dataset import DatasetConfig, explain_dataset
-from tokentm_jax.runs.dataset import Report as Counted
 from tokentm_jax.runs.evaluate import Report, evaluate, examples
 from tokentm_jax.runs.records import KEPT, record_file
 from tokentm_jax.runs.report import Finished, open_finished
 from tokentm_jax.runs.standings import LONG, draw, markdown, mean_ranks, pareto, standings
 from tokentm_jax.runs.store import Maps, open_maps
 from tokentm_jax.validation import Name, check_fields, checked
-
-if TYPE_CHECKING:
-    pass
 
 RESULTS = ("leaderboard.json", "leaderboard.md", "leaderboard.png")
 MAPS = "maps"
@@ -238,11 +234,9 @@ def _shared_maps(
     stores = {name: [*own] for name, own in given.items()}
     asking: dict[tuple[Any, ...], list[EvaluateConfig]] = {}
     for run in config.runs:
-        for row in run.rows:
+        for row in () if TASKS[run.task].against_original else run.rows:
             there = any(store.has(row.method, row.options) for store in given[run.name])
-            if not (
-                there or row.method == RANDOM or TASKS[run.task].against_original or row.random_blocks is not None
-            ):
+            if not there and row.method != RANDOM and row.random_blocks is None:
                 asking.setdefault((row.name, run.data, run.half, run.profile, run.seed), []).append(run)
     asking = {key: runs for key, runs in asking.items() if len(runs) > 1}
     for number, ((name, *_), runs) in enumerate(asking.items(), 1):
@@ -253,18 +247,23 @@ def _shared_maps(
         )
         place = out / MAPS / f"{record_file(out, row).stem}-{digest(largest.profile, source.identity)[:8]}"
         with watch(f"maps of {name} ({number} of {len(asking)})") as report:
-            filled = _filled(place, settings, vit, source, _counted(report))
+            filled = _filled(place, settings, vit, source, report)
         for run in runs:
             stores[run.name] += filled
     return stores
 
 
-def _filled(place: Path, settings: DatasetConfig, vit: Model, source: Source, report: Counted) -> list[Maps]:
+def _filled(place: Path, settings: DatasetConfig, vit: Model, source: Source, report: Report | None) -> list[Maps]:
     """Stores that together have the maps of all images: "`place`-0", and so on.
 
     A store keeps the images and the batch size that it was begun with. With a larger limit the next one has the images
     that are in none so far.
     """
+
+    def counted(done: int, total: int, skipped: int) -> None:
+        if report is not None and done:  # that of an evaluation has no call before the first batch
+            report(done, total, list)
+
     filled: list[Maps] = []
     keys = source.keys
     while keys:
@@ -272,21 +271,11 @@ def _filled(place: Path, settings: DatasetConfig, vit: Model, source: Source, re
         made = open_maps(path).provenance if (path / "zarr.json").exists() else None
         if last := made is None or (made["keys"], made["batch_size"]) == (digest(*keys), settings.batch_size):
             part = dataclasses.replace(source, identify=lambda: source.identity, keys=keys)
-            explain_dataset(settings, vit, part, str(path), report)
+            explain_dataset(settings, vit, part, str(path), counted)
         filled.append(open_maps(path))
         there = {*filled[-1].keys}
         keys = () if last else tuple(key for key in keys if key not in there)
     return filled
-
-
-def _counted(report: Report | None) -> Counted:
-    """The report of an evaluation as that of a data set, which begins before anything is done."""
-
-    def images(done: int, total: int, skipped: int) -> None:
-        if report is not None and done:
-            report(done, total, list)
-
-    return images
 
 
 # ---- speed ----------------------------------------------------------------------------------------------------------
@@ -344,10 +333,8 @@ def _methods(
     on_front = {name for name, is_on in zip(names, front, strict=True) if is_on}
     methods = [
         {
-            "name": name,
-            "method": row.method,
+            **{field: getattr(row, field) for field in ("name", "method", "by_patch")},
             "options": dict(row.options),
-            "by_patch": row.by_patch,
             "passes": METHODS[row.method].passes,
             "images_per_second": speeds[name],
             "mean_rank": ranks.get(name),

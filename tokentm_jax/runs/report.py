@@ -4,20 +4,19 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NotRequired
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NotRequired
 
 import numpy as np
-from annotated_types import Ge, Le
 from typing_extensions import TypedDict
 
 from tokentm_jax import metrics
 from tokentm_jax.configs import RANDOM, EvaluateConfig, Row, check
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.files import generator, ours, read_json
-from tokentm_jax.metrics.task import CLEAN, FINITE_MAPS, LARGEST_SEED, PREDICTED, Column, Fields, Plot
+from tokentm_jax.metrics.task import CLEAN, FINITE_MAPS, PREDICTED, Column, Fields
 from tokentm_jax.metrics.tasks import TASKS
 from tokentm_jax.runs.records import EXAMPLES, Records, clean_fields, record_file, table_of
-from tokentm_jax.validation import checked
+from tokentm_jax.validation import check_fields, checked, read_fields
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as MatplotlibFigure
@@ -98,7 +97,7 @@ LEGEND = (
 def markdown(results: Mapping[str, Any]) -> str:
     """`results.md`: a line per method, with intervals; published numbers in separate columns."""
     run, rows = results["run"], results["rows"]
-    config = run["config"]
+    config, images = run["config"], plural_of(run)
     clean = [row for row in rows if row["method"] == CLEAN]
     others = [row for row in rows if row["method"] != CLEAN]
     known = TASKS[config["task"]].columns
@@ -113,28 +112,31 @@ def markdown(results: Mapping[str, Any]) -> str:
         if "paper" in row:
             heads[f"paper: {row['metric']}"] = f"paper: {row['metric']}".replace("_", " ")
             cells[row["method"], f"paper: {row['metric']}"] = f"{row['paper']:g}"
+    score = config.get("score")
+    asked = "" if score is None else f"Explained, and followed instead of the probability: {in_table(score)}. "
     lines = [
         f"# {config['name']}",
         "",
-        f"{run['model']['name']} on {run['data']['name']}: {run['data']['examples']} images, profile "
+        f"{run['model']['name']} on {run['data']['name']}: {run['data']['examples']} {images}, profile "
         f"{config['profile']}, seed {run['seed']}, {run['skipped']['count']} skipped. "
-        f"{_asked_in_words(config.get('score'))}"
-        "In brackets: 95 % intervals over images.",
+        f"{asked}In brackets: 95 % intervals over {images}.",
         *(f"Clean accuracy: {_cell(row)} %." for row in clean),
         *([LEGEND] if any(row.get("mark") for row in others) else []),
         "",
         f"| method | {' | '.join(heads.values())} |",
         f"| --- |{' ---: |' * len(heads)}",
     ]
-    images = {row["method"]: row["images"] for row in others}
-    for name in dict.fromkeys(row["method"] for row in others):
-        fewer = f" ({images[name]} images)" if images[name] < max(images.values()) else ""
+    count = {row["method"]: row["images"] for row in others}
+    for name in count:
+        fewer = f" ({count[name]} {images})" if count[name] < max(count.values()) else ""
         lines.append(f"| {in_table(name)}{fewer} | {' | '.join(cells.get((name, c), '') for c in heads)} |")
     return document(lines)
 
 
-def _asked_in_words(score: str | None) -> str:
-    return "" if score is None else f"Explained, and followed instead of the probability: {in_table(score)}. "
+def plural_of(run: Mapping[str, Any]) -> str:
+    """What tables call the examples of a run."""
+    preprocessing = run["model"].get("preprocessing", {})
+    return "texts" if "tokenizer" in preprocessing else "recordings" if "audio" in preprocessing else "images"
 
 
 def in_table(name: str) -> str:
@@ -152,7 +154,7 @@ def _cell(row: Mapping[str, Any], digits: int = 2) -> str:
 
 
 def draw(
-    config: EvaluateConfig, clean: Records, records: Mapping[str, Records], keys: Sequence[str]
+    config: EvaluateConfig, clean: Records, records: Mapping[str, Records], keys: Sequence[str], kind: str = "photo"
 ) -> "MatplotlibFigure":
     """The picture `curves.png`: the task's plot with a curve per row, or its first column with an interval per row."""
     from matplotlib import colormaps
@@ -164,34 +166,28 @@ def draw(
     many = len(config.rows) > 12
     colours = colormaps["viridis" if many else "tab10"]
     figure = Figure(layout="constrained", dpi=120)
-
-    def draw_curves(plot: Plot) -> None:
-        curves = {name: plot.curves(table) for name, table in tables.items()}
-        titles = list(dict.fromkeys(title for panels in curves.values() for title in panels))
-        for k, title in enumerate(titles):
-            axes = figure.add_subplot(1, len(titles), k + 1)
-            for i, (name, panels) in enumerate(curves.items()):
-                colour = colours(i / max(len(curves) - 1, 1)) if many else colours(i % 10)
-                style: dict[str, Any] = {"color": "grey", "linestyle": "--"} if name == RANDOM else {"color": colour}
-                axes.plot(*panels[title], label=name, **style)
-            axes.set(title=title, xlabel=plot.x_label, ylabel=plot.y_of(config.score))
-            if config.score is None:
-                axes.set_ylim(0)
-        for axes in figure.axes[-1:]:
-            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-
-    def draw_intervals(title: str, column: Column) -> None:
-        axes = figure.add_subplot()
+    if task.plot is None:
+        title, column = next(iter(task.columns.items()))
+        axes = figure.add_subplot(title=title)
         for name, table in tables.items():
             value, low, high = metrics.bootstrap(column.values(table), column.statistic, config.seed)
             axes.errorbar(value, name, xerr=[[value - low], [high - value]], fmt="o", color="black")
         axes.invert_yaxis()
-        axes.set_title(title)
-
-    if task.plot is not None:
-        draw_curves(task.plot)
     else:
-        draw_intervals(*next(iter(task.columns.items())))
+        curves = {name: task.plot.curves(table) for name, table in tables.items()}
+        titles = list(dict.fromkeys(title for panels in curves.values() for title in panels))
+        x_label = task.plot.x_label.replace("pixels", "words") if kind == "text" else task.plot.x_label
+        labels = {"xlabel": x_label, "ylabel": task.plot.y_of(config.score)}
+        for k, title in enumerate(titles, 1):
+            axes = figure.add_subplot(1, len(titles), k, title=title, **labels)
+            for i, (name, panels) in enumerate(curves.items()):
+                colour = colours(i / max(len(curves) - 1, 1)) if many else colours(i % 10)
+                style: dict[str, Any] = {"color": "grey", "linestyle": "--"} if name == RANDOM else {"color": colour}
+                axes.plot(*panels[title], label=name, **style)
+            if config.score is None:
+                axes.set_ylim(0)
+        for axes in figure.axes[-1:]:
+            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     for axes in figure.axes:
         axes.grid(alpha=0.3)
     figure.set_size_inches(5.5 * len(figure.axes) + 3, max(4.0, 0.25 * len(config.rows) + 1))
@@ -211,41 +207,13 @@ class Figure(TypedDict):
     mark: NotRequired[Literal["best", "level"] | None]
 
 
-class RowSettings(TypedDict):
-    """A `Row` as JSON."""
-
-    name: str
-    method: str
-    options: NotRequired[dict[str, Any]]
-    random_blocks: NotRequired[int | None]
-    by_patch: NotRequired[bool]
-
-
-class Settings(TypedDict):
-    """An `EvaluateConfig` as JSON, as far as it is read again: what is asked, of which model, of which data."""
-
-    name: str
-    task: str
-    data: str
-    rows: list[RowSettings]
-    options: dict[str, Any]
-    seed: Annotated[int, Ge(0), Le(LARGEST_SEED)]
-    score: NotRequired[str | None]
-    model: NotRequired[str | None]
-    checkpoint: NotRequired[str | None]
-    profile: NotRequired[str]
-    limit: NotRequired[int | None]
-    half: NotRequired[str | None]
-    names: NotRequired[str | None]
-
-
 class DataSet(TypedDict):
     name: str
     identity: str
 
 
 class Made(TypedDict):
-    config: Settings
+    config: dict[str, Any]  # an `EvaluateConfig`
     data: DataSet
 
 
@@ -299,11 +267,10 @@ def open_finished(out: Path) -> Finished:
     if not os.path.lexists(path):
         raise InputError(f"{out} holds no finished evaluation (results.json)")
     results = _read_results(path)
-    run = results["run"]
-    given = run["config"]
+    run, known = results["run"], {field.name for field in dataclasses.fields(EvaluateConfig)} - {"paper"}
+    given = {name: value for name, value in run["config"].items() if name in known} | {"rows": _rows_in(results, path)}
     try:
-        rows = [Row(**row) for row in given["rows"]]
-        config = check(EvaluateConfig(**{**given, "rows": rows}))
+        config = check(read_fields(EvaluateConfig, given, "the config"))
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     clean = Records(out / "records" / "clean.jsonl", clean_fields(config.score is not None), (CLEAN,))
@@ -329,6 +296,11 @@ def _read_results(path: Path) -> Results:
     return checked(str(path), Results, content)
 
 
+def _rows_in(results: Results, path: Path) -> list[Row]:
+    rows = checked(f"{path}: 'rows'", list[dict[str, Any]], results["run"]["config"].get("rows"))
+    return [check_fields(read_fields(Row, row, f"{path}: a row"), f"{path}: a row") for row in rows]
+
+
 def with_kept_rows(config: EvaluateConfig, out: Path) -> EvaluateConfig:
     """The config with the rows that the results in `out` have besides, in the order of these; `random` is last.
 
@@ -338,7 +310,7 @@ def with_kept_rows(config: EvaluateConfig, out: Path) -> EvaluateConfig:
     if not ours(path):
         return config
     results = _read_results(path)
-    kept = [Row(**row) for row in results["run"]["config"]["rows"]]
+    kept = _rows_in(results, path)
     paper = {(f["method"], f["metric"]): f["paper"] for f in results["rows"] if "paper" in f}
     return check(dataclasses.replace(config, rows=joined(kept, config.rows), paper={**paper, **config.paper}))
 
@@ -384,19 +356,15 @@ def compare(outs: Sequence[str | Path], to: str | None = None) -> list[dict[str,
             done, measures = baselines[row.name] if number == 0 else run.measured(row)
             against = (to or names[0]) if len(runs) == 1 else row.name
             for metric, per_image in measures.items():
-                statistic = columns[metric].statistic
-                better = columns[metric].better
+                statistic, better = columns[metric].statistic, columns[metric].better
                 entry = {"run": str(run.out), "method": row.name, "metric": metric, "better": better, "baseline": None}
                 entry |= {"value": metrics.bootstrap(per_image, statistic, seed, 1)[0], "images": len(done)}
-                if (number or len(runs) == 1) and (number, row.name) != (0, against):
-                    found = difference((done, measures), baselines.get(against, ([], {})), metric, statistic, seed)
-                    if found:
-                        verdict = None if better is None else _verdict(better, found["low"], found["high"])
-                        entry |= {
-                            "baseline": against if len(runs) == 1 else str(first.out),
-                            **found,
-                            "verdict": verdict,
-                        }
+                itself = row.name == against if len(runs) == 1 else number == 0
+                other = ([], {}) if itself else baselines.get(against, ([], {}))
+                if found := difference((done, measures), other, metric, statistic, seed):
+                    verdict = None if better is None else _verdict(better, found["low"], found["high"])
+                    baseline = against if len(runs) == 1 else str(first.out)
+                    entry |= {"baseline": baseline, **found, "verdict": verdict}
                 entries.append(entry)
     return entries
 

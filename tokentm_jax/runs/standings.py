@@ -8,7 +8,7 @@ import numpy as np
 
 from tokentm_jax.configs import RANDOM
 from tokentm_jax.metrics.tasks import TASKS
-from tokentm_jax.runs.report import ARROWS, STYLES, Finished, document, in_table, standing
+from tokentm_jax.runs.report import ARROWS, STYLES, Finished, document, in_table, plural_of, standing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -90,7 +90,7 @@ def markdown(found: Mapping[str, Any]) -> str:
 
     data: dict[str, list[str]] = {}
     for entry in run["runs"]:
-        images = f"{entry['data']['examples']} images of {entry['data']['name']}, {entry['skipped']} skipped"
+        images = f"{entry['data']['examples']} {plural_of(run)} of {entry['data']['name']}, {entry['skipped']} skipped"
         data.setdefault(images, []).append(entry["name"])
     measured = "; ".join(f"{', '.join(names)}: {images}" for images, names in data.items())
     mixed = [entry["name"] for entry in run["runs"] if entry["mixed_precision"]]

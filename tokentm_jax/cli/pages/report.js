@@ -11,7 +11,7 @@ const UNSURE = 0.05; // probability below which the page cautions
 const title = (name) => settings.titles[name]?.title ?? name.replaceAll("_", " ");
 const named = (index) => classes[index] ?? `class ${index}`;
 // For recordings and texts, the words that people read name these instead of photos, and words instead of pixels.
-const nouns = settings.kind === "photo" ? {} : { photo: settings.kind, Photo: settings.kind[0].toUpperCase() + settings.kind.slice(1), ...(settings.kind === "text" && { pixel: "word", Pixel: "Word" }) };
+const nouns = settings.kind === "photo" ? {} : { photo: settings.kind, image: settings.kind, Photo: settings.kind[0].toUpperCase() + settings.kind.slice(1), ...(settings.kind === "text" && { pixel: "word", Pixel: "Word" }) };
 const worded = (text) => Object.entries(nouns).reduce((found, [from, to]) => found.replaceAll(from, to), text);
 const percent = (share) => (share > 0 && share < 0.0005 ? "<\u00a00.1\u00a0%" : `${(100 * share).toFixed(1)}\u00a0%`);
 
@@ -249,7 +249,7 @@ function showCurves() {
       const values = curves.map((curve) => ({ name: curve.name, y: curve.y[nearest(curve)] })).sort((a, b) => b.y - a.y);
       says.textContent = `${panel.title}, at ${short(near)}: ${values.map(({ name, y }) => `${title(name)} ${short(y)}`).join(", ")}`;
     };
-    const picture = curves.length ? chart(curves, { label: `Curves: ${panel.title}`, xLabel: panel.x, yLabel: panel.y, at }) : "";
+    const picture = curves.length ? chart(curves, { label: `Curves: ${panel.title}`, xLabel: worded(panel.x), yLabel: panel.y, at }) : "";
     return make("figure", {}, picture, says);
   }));
 }
