@@ -11,7 +11,9 @@ import jaxtyping
 import numpy as np
 import pytest
 
-jaxtyping.install_import_hook("tokentm_jax.maths", "beartype.beartype")  # the shapes in annotations hold in every test
+jaxtyping.install_import_hook(
+    ["tokentm_jax.maths", "tokentm_jax.metrics"], "beartype.beartype"
+)  # the shapes in annotations hold in every test
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Compiling is most of the time of these tests; the numbers do not depend on it. (A slow test of the contract checks
 # that: it runs itself with this variable set, on the programs that users run.)

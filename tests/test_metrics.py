@@ -335,7 +335,7 @@ def test_groups_are_the_slow_ones(maps, images):
         np.testing.assert_allclose(found["drop"][:, k], drop, rtol=1e-4, atol=1e-6)
 
 
-def test_numbers_of_groups_and_steps_are_checked(maps, images):
+def test_numbers_of_groups_and_steps_are_checked(maps, images, wrong_types):
     classes = jnp.zeros(B, jnp.int32)
     for groups in (0, 1, H * W + 1, 10**6, 2.5, True):
         with pytest.raises(tm.InputError, match="groups must be"):

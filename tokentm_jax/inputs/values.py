@@ -5,7 +5,7 @@ same members, such as `Texts`. Axes: B batch, N tokens of the longest sample, D 
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax import Array
@@ -20,6 +20,7 @@ Hide = Callable[
 ]  # the parts [n] that are shown (bool, or a share) -> all samples' inputs, the rest hidden
 
 
+@runtime_checkable
 class Inputs(Protocol):
     """What a modality has. A pytree whose arrays have the samples first."""
 

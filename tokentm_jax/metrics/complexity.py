@@ -3,12 +3,14 @@
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float
 
 from tokentm_jax.maths.maps import shares
+from tokentm_jax.maths.primitives import AnyArray
 from tokentm_jax.metrics.task import Column, Predict, Subject, Task
 
 
-def _shares(maps: Array, where: Array | None) -> tuple[Array, Array]:
+def _shares(maps: AnyArray, where: AnyArray | None) -> tuple[Array, Array]:
     """Absolute values as shares of their sum, equal ones for a map of zeros: [B, n]; and how many count: [B, 1]."""
     counted = jnp.ones(maps.shape, bool) if where is None else where
     found = jnp.abs(shares(jnp.where(counted, maps, 0))).reshape(len(maps), -1)
@@ -18,7 +20,7 @@ def _shares(maps: Array, where: Array | None) -> tuple[Array, Array]:
     return jnp.where(found.any(1, keepdims=True), found, equal), count
 
 
-def gini(maps: Array, where: Array | None = None) -> Array:
+def gini(maps: Float[AnyArray, "B h w"], where: Bool[AnyArray, "B h w"] | None = None) -> Float[Array, " B"]:
     """Gini index of the absolute values (sparseness; Chalasani et al., ICML 2020) -> [B], from 0 for equal ones to
     1 - 1/n for a single one.
 
@@ -32,7 +34,7 @@ def gini(maps: Array, where: Array | None = None) -> Array:
     return 1 - 2 * (shares * weights).sum(1)
 
 
-def entropy(maps: Array, where: Array | None = None) -> Array:
+def entropy(maps: Float[AnyArray, "B h w"], where: Bool[AnyArray, "B h w"] | None = None) -> Float[Array, " B"]:
     """Entropy in nats of the absolute values as a distribution (complexity; Bhatt et al., IJCAI 2020) -> [B], from 0
     for a single one to ln n for equal ones."""
     return jax.scipy.special.entr(_shares(maps, where)[0]).sum(1)

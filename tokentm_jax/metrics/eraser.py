@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Bool, Float, Int, Num, Shaped
 
 from tokentm_jax.errors import InputError
 from tokentm_jax.inputs.texts import Texts, deleted
+from tokentm_jax.maths.primitives import AnyArray
 from tokentm_jax.metrics.insertion import insertion_deletion
 from tokentm_jax.metrics.removal import confidence, plotted
 from tokentm_jax.metrics.statistics import unit_area
@@ -21,7 +23,7 @@ from tokentm_jax.metrics.task import Column, Plot, Predict, Subject, Table, Targ
 SHARES = 10  # steps of the curves: 0 %, 10 % ... 100 % of a text's word pieces
 
 
-def kendall(a: Array, b: Array, where: Array) -> Array:
+def kendall(a: Num[AnyArray, " N"], b: Num[AnyArray, " N"], where: Bool[AnyArray, " N"]) -> Float[Array, ""]:
     """Kendall's tau-b of two rankings [N] of the items `where` True, in [-1, 1]; 0 where one is constant (Kendall,
     Biometrika 1945)."""
     both = where[:, None] & where
@@ -30,7 +32,7 @@ def kendall(a: Array, b: Array, where: Array) -> Array:
     return jnp.where(norm > 0, (x * y).sum() / jnp.where(norm > 0, norm, 1), 0)
 
 
-def leave_one_out(predict: Predict, texts: Texts, target: Target) -> Array:
+def leave_one_out(predict: Predict, texts: Texts, target: Target) -> Float[Array, "B N"]:
     """What is lost when one token is deleted, [B, N]; 0 for marks and padding."""
     places = jnp.arange(texts.mask.shape[1])
 
@@ -41,7 +43,9 @@ def leave_one_out(predict: Predict, texts: Texts, target: Target) -> Array:
     return jnp.where(texts.special, 0, lost)
 
 
-def agreement(scores: Array, words: Array, ratings: Array, sign: Array) -> dict[str, Array]:
+def agreement(
+    scores: Float[AnyArray, " N"], words: Int[AnyArray, " N"], ratings: Float[AnyArray, " N"], sign: Int[AnyArray, ""]
+) -> dict[str, Shaped[Array, ""]]:
     """Whether the word of the highest score is one that people rate, and Kendall's tau of scores and ratings.
 
     Args:
@@ -85,7 +89,8 @@ def _drop(curve: int) -> Column:
 
 
 def _lost(predict: Predict, subject: Subject) -> Array:
-    return leave_one_out(predict, subject.inputs, subject.target)
+    texts: Any = subject.inputs
+    return leave_one_out(predict, texts, subject.target)
 
 
 def _leave_one_out(predict: Predict, subject: Subject, maps: Array) -> dict[str, Array]:
@@ -139,7 +144,10 @@ LEAVE_ONE_OUT = Task(
 )
 PEOPLE = Task(
     _people,
-    {"top_word_rated": _among_rated("top_is_rated", 100, 1), "agreement_with_people": _among_rated("agreement", 1, 3)},
+    {
+        "top_word_rated": _among_rated("top_is_rated", 100.0, 1),
+        "agreement_with_people": _among_rated("agreement", 1.0, 3),
+    },
     needs="masks",
     raw=True,
     regular=False,

@@ -1,17 +1,19 @@
 """Infidelity: whether relevance predicts what the removal of random patches costs."""
 
 import math
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from annotated_types import Gt, Lt
 from jax import Array
+from jaxtyping import Bool, Float, Num
 
 from tokentm_jax.maths.maps import Tiling
-from tokentm_jax.metrics.removal import by_patch, confidence, perturb, rank_pixels
-from tokentm_jax.metrics.task import Background, Column, Predict, Samples, Seed, Subject, Target, Task
+from tokentm_jax.maths.primitives import AnyArray
+from tokentm_jax.metrics.removal import Fill, by_patch, confidence, perturb, rank_pixels
+from tokentm_jax.metrics.task import Background, Column, Input, Predict, Samples, Seed, Subject, Target, Task
 
 REMOVALS = 50
 Share = Annotated[float, Gt(0), Lt(1)]
@@ -19,15 +21,15 @@ Share = Annotated[float, Gt(0), Lt(1)]
 
 def random_removals(
     predict: Predict,
-    images: Any,
-    maps: Array,
+    images: Input,
+    maps: Float[AnyArray, "B gh gw"],
     target: Target,
-    fill: Array | float,
+    fill: Fill,
     samples: int,
     share: float,
-    seed: int = 0,
+    seed: int | Array = 0,
     tiling: Tiling | None = None,
-) -> dict[str, Array]:
+) -> dict[str, Float[Array, "B {samples}"]]:
     """What `infidelity` needs: the relevance of random patches, and the drop of what is followed, each [B, samples].
 
     Each time `share` of the patches (one at least) are set to `fill`, the same ones in every image. Maps are
@@ -39,7 +41,9 @@ def random_removals(
     return {"relevance": removed_relevance(maps, removed), "drop": drop}
 
 
-def removed_patches(grid: tuple[int, int], samples: int, share: float, seed: int = 0) -> Array:
+def removed_patches(
+    grid: tuple[int, int], samples: int, share: float, seed: int | Array = 0
+) -> Bool[Array, "{samples} gh gw"]:
     """Random `share` (one at least) of the patches of a grid: bool [samples, gh, gw]."""
     patches = math.prod(grid)
     places = lambda key: jax.random.permutation(key, jnp.arange(patches))  # noqa: E731
@@ -47,7 +51,9 @@ def removed_patches(grid: tuple[int, int], samples: int, share: float, seed: int
     return order.reshape(samples, *grid) < max(1, round(share * patches))
 
 
-def removed_parts(removable: Array, samples: int, share: float, seed: int = 0) -> Array:
+def removed_parts(
+    removable: Bool[AnyArray, "B h w"], samples: int, share: float, seed: int | Array = 0
+) -> Bool[Array, "{samples} B h w"]:
     """As `removed_patches`, among the places that are `removable` [B, h, w]: bool [samples, B, h, w]. The same order
     of places for every sample."""
 
@@ -60,19 +66,19 @@ def removed_parts(removable: Array, samples: int, share: float, seed: int = 0) -
     return jax.lax.map(one, jax.random.split(jax.random.key(seed), samples))
 
 
-def removed_relevance(maps: Array, removed: Array) -> Array:
+def removed_relevance(maps: Float[AnyArray, "B gh gw"], removed: Bool[AnyArray, "S ..."]) -> Float[Array, "B S"]:
     """Sums [B, samples] of maps [B, gh, gw] over the patches removed [samples, gh, gw] (or [samples, B, gh, gw])."""
     return jax.lax.map(lambda patches: jnp.where(patches, maps, 0).sum((1, 2)), removed).T
 
 
 def removal_drops(
     predict: Predict,
-    images: Any,
-    removed: Array,
+    images: Input,
+    removed: Bool[AnyArray, "S ..."],
     target: Target,
-    fill: Array | float,
+    fill: Fill,
     tiling: Tiling | None = None,
-) -> Array:
+) -> Float[Array, "B S"]:
     """How much what is followed drops, [B, samples], where patches [samples, gh, gw] of images are set to `fill`."""
 
     def left(patches: Array) -> Array:
@@ -82,7 +88,7 @@ def removal_drops(
     return (confidence(predict, images, target) - jax.lax.map(left, removed)).T
 
 
-def infidelity(relevance: np.ndarray, drop: np.ndarray) -> np.ndarray:
+def infidelity(relevance: Num[np.ndarray, "n S"], drop: Num[np.ndarray, "n S"]) -> Float[np.ndarray, " n"]:
     """Infidelity (Yeh et al., NeurIPS 2019) with the best scale of each map, from arrays [n, samples] -> [n].
 
         min_beta mean_s (beta relevance_s - drop_s)^2

@@ -1,26 +1,28 @@
 """Insertion and deletion (Petsiuk et al., BMVC 2018): the probability as pixels appear and as they are removed."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import jax.numpy as jnp
 from annotated_types import Ge, Le
 from jax import Array
+from jaxtyping import Float
 
+from tokentm_jax.maths.primitives import AnyArray
 from tokentm_jax.metrics.removal import Fill, most, no_labels, plotted, removal, stacked, total, two_curves
 from tokentm_jax.metrics.statistics import unit_area
-from tokentm_jax.metrics.task import Column, Plot, Predict, Steps, Subject, Target, Task, followed_in
+from tokentm_jax.metrics.task import Column, Input, Plot, Predict, Steps, Subject, Target, Task, followed_in
 from tokentm_jax.validation import checked
 
 
 def insertion_deletion(
     predict: Predict,
-    images: Any,
-    maps: Array,
+    images: Input,
+    maps: Float[AnyArray, "B h w"],
     target: Target,
     fill: Fill = 0.0,
     steps: int = 20,
     nearest: bool = False,
-) -> dict[str, Array]:
+) -> dict[str, Float[Array, "B 2 {steps}+1"]]:
     """Log-probability, or score, [B, 2, steps + 1] while the pixels, the most relevant first, are put on `fill`
     (insertion), and are replaced by it (deletion). Insertion of k pixels is removal of all but k from the other end.
     Of n pixels s n / steps are changed in step s, rounded down, or to the `nearest` number (a half up).

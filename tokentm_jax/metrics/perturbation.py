@@ -2,15 +2,17 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from annotated_types import Ge, Le
 from jax import Array
+from jaxtyping import Bool, Float, Integer, Shaped
 
 from tokentm_jax.maths.perturbation import linear_imputation
+from tokentm_jax.maths.primitives import AnyArray
 from tokentm_jax.metrics.removal import Fill, removal, stacked, total
 from tokentm_jax.metrics.statistics import area
 from tokentm_jax.metrics.task import (
@@ -18,6 +20,7 @@ from tokentm_jax.metrics.task import (
     PREDICTED,
     TARGET,
     Column,
+    Input,
     Plot,
     Predict,
     Seed,
@@ -34,8 +37,13 @@ Noise = Annotated[float, Ge(0), Le(10)]
 
 
 def perturbation(
-    predict: Predict, images: Any, maps: Array, target: Target, labels: Array, fill: Fill = 0.0
-) -> dict[str, Array]:
+    predict: Predict,
+    images: Input,
+    maps: Float[AnyArray, "B h w"],
+    target: Target,
+    labels: Integer[AnyArray, " B"],
+    fill: Fill = 0.0,
+) -> dict[str, Shaped[Array, "B 2 9"]]:
     """Positive and negative perturbation test: `scores` [B, 2, 9] with floor(0.1 s H W) pixels black, s = 1 ... 9.
 
     With `noisy_linear` as the `fill` it is ROAD (Rong et al., ICML 2022).
@@ -47,7 +55,12 @@ def perturbation(
     return jax.tree.map(lambda a: a.reshape(len(a), 2, STEPS), found)
 
 
-def noisy_linear(images: Array, removed: Array, noise: float = 0.01, seed: int = 0) -> Array:
+def noisy_linear(
+    images: Float[Array, "B H W C"],
+    removed: Bool[Array, "B H W"],
+    noise: float | Array = 0.01,
+    seed: int | Array = 0,
+) -> Float[Array, "B H W C"]:
     """ROAD's imputation (Rong et al., ICML 2022) of the `removed` pixels [B, H, W] of images [B, H, W, C].
 
     Each is the weighted mean of its neighbours (`linear_imputation`), plus Gaussian noise of that deviation, the same

@@ -14,18 +14,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Bool, Float, Int, Integer, Shaped
 
 from tokentm_jax.inputs.values import of
 from tokentm_jax.maths.maps import Tiling
-from tokentm_jax.maths.primitives import wide
+from tokentm_jax.maths.primitives import AnyArray, wide
 from tokentm_jax.maths.scores import Question, explained, log_probability
-from tokentm_jax.metrics.task import Predict, Table, Target, followed_in
+from tokentm_jax.metrics.task import Input, Predict, Table, Target, followed_in
 
 Fill = Array | float | Callable[[Array, Array], Array]  # what replaces removed pixels, see `perturb`
 MOST = 1000  # steps, or groups of pixels: each is a forward pass
 
 
-def rank_pixels(maps: Array, removable: Array | None = None) -> Array:
+def rank_pixels(
+    maps: Float[AnyArray, "B h w"], removable: Bool[AnyArray, "B h w"] | None = None
+) -> Int[Array, "B h w"]:
     """Rank of every pixel of maps [B, H, W], as int32 of that shape: 0 is the most relevant; of equal values, the
     one with the lower index comes first. Places that are not `removable` [B, H, W] come last."""
     chex.assert_rank(maps, 3)
@@ -36,7 +39,7 @@ def rank_pixels(maps: Array, removable: Array | None = None) -> Array:
     return put(order, places).reshape(maps.shape)
 
 
-def total(inputs: Any, maps: Array) -> Any:
+def total(inputs: Input, maps: Shaped[AnyArray, "B h w"]) -> int | Int[Array, "B 1 1"]:
     """How many places of maps [B, h, w] can be removed: a number, or [B, 1, 1] where samples differ."""
     removable = of(inputs).removable
     if removable is None:
@@ -44,24 +47,24 @@ def total(inputs: Any, maps: Array) -> Any:
     return removable.sum((1, 2), keepdims=True, dtype=jnp.int32)
 
 
-def most(pixels: Any) -> int:
+def most(pixels: int | Int[AnyArray, "B 1 1"]) -> int:
     """The most steps for that many `total` places, each a forward pass; samples that differ may repeat a step."""
     return min(pixels, MOST) if isinstance(pixels, int) else MOST
 
 
-def stacked(counts: Sequence[Any]) -> Array:
+def stacked(counts: Sequence[int | Int[AnyArray, "B 1 1"]]) -> Int[Array, "S ..."]:
     """Counts, each a number or [B, 1, 1], as an array [S] or [S, B, 1, 1]."""
     return jnp.stack([jnp.asarray(count, jnp.int32) for count in counts])
 
 
 def perturb(
-    images: Any,
-    ranks: Array,
-    count: Array | int,
-    positive: Array | bool,
+    images: Input,
+    ranks: Int[AnyArray, "B h w"],
+    count: Int[AnyArray, "..."] | int,
+    positive: Bool[AnyArray, ""] | bool,
     fill: Fill = 0.0,
     tiling: Tiling | None = None,
-) -> Any:
+) -> Input:
     """Images [B, H, W, C] with `count` pixels set to `fill`: the first by rank (positive) or the last.
 
     `ranks` are those of pixels [B, H, W], or of patches [B, gh, gw]: then `count` patches are removed, which divide
@@ -73,7 +76,9 @@ def perturb(
     return of(images).without(removed if removable is None else removed & removable, fill, tiling)
 
 
-def scores(logits: Array, target: Target, labels: Array) -> dict[str, Array]:
+def scores(
+    logits: Float[Array, "B classes"], target: Target, labels: Integer[AnyArray, " B"]
+) -> dict[str, Shaped[Array, " B"]]:
     """Per image: the log-probability of the class, or the score of a question; and whether the top-1 class is the
     label [B]."""
     if isinstance(target, Question):
@@ -88,27 +93,27 @@ def followed(found: dict[str, Any]) -> Any:
     return found["score"] if "score" in found else jnp.exp(found["log_probability"])
 
 
-def confidence(predict: Predict, images: Any, target: Target) -> Array:
+def confidence(predict: Predict, images: Input, target: Target) -> Float[Array, " B"]:
     """What is followed, the probability of the class or the score of a question, for images [B, H, W, C]: [B]."""
     return followed(scores(predict(images), target, no_labels(images)))
 
 
-def no_labels(images: Any) -> Array:
+def no_labels(images: Input) -> Int[Array, " B"]:
     """Labels of images that have none."""
     return jnp.full(len(of(images).values), -1)
 
 
 def removal(
     predict: Predict,
-    images: Any,
-    maps: Array,
+    images: Input,
+    maps: Float[AnyArray, "B h w"],
     target: Target,
-    labels: Array,
-    counts: Array,
-    positive: Array,
+    labels: Integer[AnyArray, " B"],
+    counts: Int[AnyArray, "S ..."],
+    positive: Bool[AnyArray, " S"],
     fill: Fill = 0.0,
     tiling: Tiling | None = None,
-) -> dict[str, Array]:
+) -> dict[str, Shaped[Array, "B S"]]:
     """`scores` after removing `counts` [S], or [S, B, 1, 1], of pixels or patches, in the given directions [S]
     (`perturb`): arrays [B, S].
 
@@ -122,12 +127,15 @@ def removal(
     return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), jax.lax.map(step, (counts, positive)))
 
 
-def by_patch(maps: Array, grid: tuple[int, int], tiling: Tiling | None = None) -> Array:
+def by_patch(
+    maps: Float[AnyArray, "B h w"], grid: tuple[int, int], tiling: Tiling | None = None
+) -> Float[Array, "B gh gw"]:
     """Means of maps [B, h, w] over the patches of a grid: [B, gh, gw]; one value a patch stays as it is.
 
     Of patches that overlap (`tiling`, for pixel maps), over the pixels that `maths.maps.spread` gives them. Maps of
     neither pixels nor these patches divide the image evenly.
     """
+    maps = jnp.asarray(maps)
     if tiling is not None and tiling.patch != tiling.stride and tiling.grid(maps.shape[1:]) == grid:
         for axis, count in enumerate(grid):
             cells = jnp.asarray(tiling.cells(axis, count, maps.shape[axis + 1]), jnp.int32)
@@ -142,13 +150,15 @@ def by_patch(maps: Array, grid: tuple[int, int], tiling: Tiling | None = None) -
     return maps
 
 
-def coarsened(maps: Array, grid: tuple[int, int], tiling: Tiling | None = None) -> Array:
+def coarsened(
+    maps: Float[AnyArray, "B h w"], grid: tuple[int, int], tiling: Tiling | None = None
+) -> Float[Array, "B _ _"]:
     """Maps [B, h, w] as they are, or where they have more values than a grid has patches, their means (`by_patch`)."""
     finer = maps.shape[1] * maps.shape[2] > math.prod(grid)
-    return by_patch(maps, grid, tiling) if finer else maps
+    return by_patch(maps, grid, tiling) if finer else jnp.asarray(maps)
 
 
-def two_curves(found: dict[str, Array]) -> dict[str, Array]:
+def two_curves(found: dict[str, Shaped[Array, "B S"]]) -> dict[str, Float[Array, "B 2 k"]]:
     """What is followed along two curves one after the other, from `removal` [B, 2 k]: [B, 2, k]."""
     return {name: a.reshape(len(a), 2, -1) for name, a in found.items() if name != "hit"}
 

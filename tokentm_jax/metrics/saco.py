@@ -1,25 +1,32 @@
 """SaCo (Wu et al., CVPR 2024): whether more salient groups of pixels cost the class more."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from annotated_types import Ge, Le
 from jax import Array
+from jaxtyping import Float, Num
 
 from tokentm_jax.errors import InputError
 from tokentm_jax.inputs.values import of
+from tokentm_jax.maths.primitives import AnyArray
 from tokentm_jax.metrics.removal import MOST, confidence, rank_pixels, total
-from tokentm_jax.metrics.task import Column, Predict, Subject, Target, Task
+from tokentm_jax.metrics.task import Column, Input, Predict, Subject, Target, Task
 from tokentm_jax.validation import checked
 
 GROUPS = 10  # of pixels
 
 
 def group_drops(
-    predict: Predict, images: Any, maps: Array, target: Target, groups: int = GROUPS, fill: Array | None = None
-) -> dict[str, Array]:
+    predict: Predict,
+    images: Input,
+    maps: Float[AnyArray, "B h w"],
+    target: Target,
+    groups: int = GROUPS,
+    fill: Array | None = None,
+) -> dict[str, Float[Array, "B {groups}"]]:
     """What `saco` needs: salience [B, groups] of equally large groups of pixels, the most relevant first, and the
     drop of what is followed when a group is set to `fill`; None: the image's mean colour.
 
@@ -32,7 +39,7 @@ def group_drops(
     group = rank_pixels(maps, removable) * groups // total(images, maps)
     if removable is not None:
         group = jnp.where(removable, group, groups)
-    fill = images.mean((1, 2), keepdims=True) if fill is None else fill
+    fill = of(images).values.mean((1, 2), keepdims=True) if fill is None else fill
 
     def step(k: Array) -> tuple[Array, Array]:
         inside = group == k
@@ -43,7 +50,7 @@ def group_drops(
     return {"salience": salience.T, "drop": (confidence(predict, images, target) - without).T}
 
 
-def saco(salience: np.ndarray, drop: np.ndarray) -> np.ndarray:
+def saco(salience: Num[np.ndarray, "n groups"], drop: Num[np.ndarray, "n groups"]) -> Float[np.ndarray, " n"]:
     """Salience-guided faithfulness coefficient (Wu et al., CVPR 2024) in [-1, 1], from arrays [n, groups] -> [n].
 
     Every pair i < j of groups (i the more salient) counts by its difference of salience, positively where the drops

@@ -5,13 +5,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Bool, Float, Num, Shaped
 
+from tokentm_jax.maths.primitives import AnyArray
 from tokentm_jax.metrics.task import Column, Plot, Predict, Subject, Table, Task
 
 THRESHOLDS = 50  # of the precision-recall curve
 
 
-def average_precision(values: Array, positive: Array) -> Array:
+def average_precision(values: Float[AnyArray, "B M"], positive: Bool[AnyArray, "B M"]) -> Float[Array, " B"]:
     """Area under the precision-recall steps of values [B, M] for positives [B, M] -> [B]; equal values are one step.
 
     AP = sum_t (recall_t - recall_(t-1)) precision_t,   t over the distinct values; 0 without positives
@@ -27,7 +29,7 @@ def average_precision(values: Array, positive: Array) -> Array:
     return area / jnp.maximum(found[:, -1], 1).astype(jnp.float32)
 
 
-def segmentation(maps: Array, masks: Array) -> dict[str, Array]:
+def segmentation(maps: Float[AnyArray, "B H W"], masks: Bool[AnyArray, "B H W"]) -> dict[str, Shaped[Array, "B ..."]]:
     """How well maps [B, H, W] find the foreground of masks [B, H, W] (bool), per image.
 
     Returns:
@@ -55,13 +57,13 @@ def segmentation(maps: Array, masks: Array) -> dict[str, Array]:
     }
 
 
-def pixel_accuracy(average: np.ndarray) -> np.ndarray:
+def pixel_accuracy(average: Num[np.ndarray, "*s 4"]) -> Float[np.ndarray, "*s"]:
     """Share of pixels that are right, pooled over the data set, from `counts` [..., 4], in percent; NaN of none."""
     total = average.sum(-1)
-    return 100 * (average[..., 0] + average[..., 3]) / np.where(total > 0, total, np.nan)
+    return np.asarray(100 * (average[..., 0] + average[..., 3]) / np.where(total > 0, total, np.nan))
 
 
-def mean_iou(average: np.ndarray) -> np.ndarray:
+def mean_iou(average: Num[np.ndarray, "*s 4"]) -> Float[np.ndarray, "*s"]:
     """Mean of the pooled intersection over union of foreground and background, from `counts` [..., 4], in percent.
 
     A class that is neither there nor found has the IoU 0; of no pixel at all it is NaN.
@@ -71,13 +73,15 @@ def mean_iou(average: np.ndarray) -> np.ndarray:
     return np.where(average.sum(-1) > 0, found, np.nan)
 
 
-def f1(counts: np.ndarray) -> np.ndarray:
+def f1(counts: Num[np.ndarray, "n 4"]) -> Float[np.ndarray, " n"]:
     """F1 of the foreground per image, from `counts` [n, 4] -> [n]; 0 where nothing is found and nothing is there."""
     wrong = counts[:, 1] + counts[:, 2]
     return 2 * counts[:, 0] / np.maximum(2 * counts[:, 0] + wrong, 1)
 
 
-def precision_recall(histogram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def precision_recall(
+    histogram: Num[np.ndarray, "n 2 50"],
+) -> tuple[Float[np.ndarray, "50"], Float[np.ndarray, "50"]]:
     """Precision and recall [50] at every lower edge of the intervals, pooled, from `histogram` [n, 2, 50]."""
     above = histogram.sum(0, dtype=np.float64)[:, ::-1].cumsum(1)[:, ::-1]
     return above[0] / np.maximum(above.sum(0), 1), above[0] / np.maximum(above[0, :1], 1)

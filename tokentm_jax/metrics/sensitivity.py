@@ -1,22 +1,29 @@
 """Max-sensitivity: whether maps stay when images change little."""
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from annotated_types import Gt, Le
 from jax import Array
+from jaxtyping import Float
 
 from tokentm_jax.inputs.values import values, with_values
-from tokentm_jax.metrics.task import Column, Predict, Samples, Seed, Subject, Task
+from tokentm_jax.maths.primitives import AnyArray
+from tokentm_jax.metrics.task import Column, Input, Predict, Samples, Seed, Subject, Task
 
 Radius = Annotated[float, Gt(0), Le(1)]
 
 
 def max_sensitivity(
-    explain: Callable[[Any], Array], images: Any, maps: Array, radius: float, samples: int, seed: int = 0
-) -> Array:
+    explain: Callable[[Input], Array],
+    images: Input,
+    maps: Float[AnyArray, "B h w"],
+    radius: float,
+    samples: int,
+    seed: int | Array = 0,
+) -> Float[Array, " B"]:
     """Largest relative change of maps [B, h, w] over random images within `radius` of each pixel's value: [B].
 
         max_s ||E(x + d_s) - E(x)|| / ||E(x)||,   d_s uniform in [-radius, radius], the same for every image

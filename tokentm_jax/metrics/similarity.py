@@ -3,24 +3,28 @@
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float, Num
 
+from tokentm_jax.maths.primitives import AnyArray
 from tokentm_jax.metrics.removal import by_patch
 from tokentm_jax.metrics.statistics import magnitude
 from tokentm_jax.metrics.task import Column, Predict, Subject, Task
 
 
-def rank_correlation(a: Array, b: Array, where: Array | None = None) -> Array:
+def rank_correlation(
+    a: Num[AnyArray, " B *s"], b: Num[AnyArray, " B *s"], where: Bool[AnyArray, "..."] | None = None
+) -> Float[Array, " B"]:
     """Spearman's correlation of maps [B, ...] -> [B], equal values sharing their mean rank; 0 for a constant map.
     Only the values `where` True [B, ...] count."""
     counted = jnp.ones(a.shape, bool) if where is None else jnp.broadcast_to(where, a.shape)
 
-    def ranks(values: Array, counted: Array) -> Array:
+    def ranks(values: AnyArray, counted: Array) -> Array:
         ordered = jnp.sort(jnp.where(counted, values, jnp.inf))
         low, high = (jnp.searchsorted(ordered, values, side=side) for side in ("left", "right"))
         found = (low + jnp.minimum(high, counted.sum())).astype(jnp.float32) / 2
         return jnp.where(counted, found - found.mean(where=counted), 0)
 
-    def one(x: Array, y: Array, counted: Array) -> Array:
+    def one(x: AnyArray, y: AnyArray, counted: Array) -> Array:
         x, y = (ranks(values.ravel(), counted.ravel()) for values in (x, y))
         norm = jnp.sqrt(jnp.square(x).sum() * jnp.square(y).sum())
         return jnp.where(norm > 0, (x * y).sum() / jnp.where(norm > 0, norm, 1), 0)

@@ -1,28 +1,41 @@
 """Symmetric relevance gain (Bluecher et al., TMLR 2024): the probability as patches are removed from either end."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax.numpy as jnp
 import numpy as np
 from annotated_types import Ge, Le
 from jax import Array
+from jaxtyping import Float
 
 from tokentm_jax.maths.maps import Tiling
+from tokentm_jax.maths.primitives import AnyArray
 from tokentm_jax.metrics.removal import Fill, by_patch, most, no_labels, plotted, removal, stacked, total, two_curves
 from tokentm_jax.metrics.statistics import unit_area
-from tokentm_jax.metrics.task import Background, Column, Plot, Predict, Steps, Subject, Target, Task, followed_in
+from tokentm_jax.metrics.task import (
+    Background,
+    Column,
+    Input,
+    Plot,
+    Predict,
+    Steps,
+    Subject,
+    Target,
+    Task,
+    followed_in,
+)
 from tokentm_jax.validation import checked
 
 
 def patch_removal(
     predict: Predict,
-    images: Any,
-    maps: Array,
+    images: Input,
+    maps: Float[AnyArray, "B gh gw"],
     target: Target,
     fill: Fill,
     steps: int = 20,
     tiling: Tiling | None = None,
-) -> dict[str, Array]:
+) -> dict[str, Float[Array, "B 2 {steps}+1"]]:
     """What `srg` needs: log-probability, or score, [B, 2, steps + 1] while patches are removed, the most relevant ones
     first, and the least relevant ones first, from none to all. Maps are [B, gh, gw]; for `tiling` see `perturb`.
 
@@ -35,7 +48,7 @@ def patch_removal(
     return two_curves(removal(predict, images, maps, target, no_labels(images), counts, positive, fill, tiling))
 
 
-def srg(log_probability: np.ndarray) -> np.ndarray:
+def srg(log_probability: Float[np.ndarray, "n 2 k"]) -> Float[np.ndarray, " n"]:
     """Symmetric relevance gain (Bluecher et al., TMLR 2024): area between the two curves of `patch_removal`.
 
     From [n, 2, k] to [n], in [-1, 1]: the mean probability while the least relevant patches are removed first, less
@@ -44,7 +57,7 @@ def srg(log_probability: np.ndarray) -> np.ndarray:
     return gain(np.exp(log_probability))
 
 
-def gain(curves: np.ndarray) -> np.ndarray:
+def gain(curves: Float[np.ndarray, "n 2 k"]) -> Float[np.ndarray, " n"]:
     """`srg` of what was followed, a probability or a score: [n, 2, k] -> [n]."""
     most, least = unit_area(curves).T
     return least - most

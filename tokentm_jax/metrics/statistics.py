@@ -8,33 +8,35 @@ from collections.abc import Callable
 
 import chex
 import numpy as np
+from jaxtyping import Bool, Float, Num
 
+Results = Num[np.ndarray, "n *k"] | Bool[np.ndarray, "n *k"]  # of n images
 Statistic = Callable[[np.ndarray], np.ndarray]  # mean over images [..., k] -> value [...]
 
 
-def mean(average: np.ndarray) -> np.ndarray:
+def mean(average: Float[np.ndarray, "*s k"]) -> Float[np.ndarray, "*s"]:
     """Mean of all features."""
-    return average.mean(-1)
+    return np.asarray(average.mean(-1))
 
 
-def magnitude(average: np.ndarray) -> np.ndarray:
+def magnitude(average: Float[np.ndarray, "*s k"]) -> Float[np.ndarray, "*s"]:
     """Mean of all features, without its sign."""
-    return np.abs(average.mean(-1))
+    return np.asarray(np.abs(average.mean(-1)))
 
 
-def area(average: np.ndarray) -> np.ndarray:
+def area(average: Float[np.ndarray, "*s k"]) -> Float[np.ndarray, "*s"]:
     """Trapezoid over x = 0, 0.1 ... 0.9, times 100: AUC in percent, at most 90, of accuracies [..., 10]."""
-    return 10 * (average.sum(-1) - (average[..., 0] + average[..., -1]) / 2)
+    return np.asarray(10 * (average.sum(-1) - (average[..., 0] + average[..., -1]) / 2))
 
 
-def unit_area(average: np.ndarray) -> np.ndarray:
+def unit_area(average: Float[np.ndarray, "*s k"]) -> Float[np.ndarray, "*s"]:
     """Trapezoid over equal steps from 0 to 1 of curves [..., k]."""
     steps = average.shape[-1] - 1
-    return (average.sum(-1) - (average[..., 0] + average[..., -1]) / 2) / steps
+    return np.asarray((average.sum(-1) - (average[..., 0] + average[..., -1]) / 2) / steps)
 
 
 def bootstrap(
-    per_image: np.ndarray, statistic: Statistic = mean, seed: int = 0, resamples: int = 1000
+    per_image: Results, statistic: Statistic = mean, seed: int = 0, resamples: int = 1000
 ) -> tuple[float, float, float]:
     """Value of a statistic with its 95 % interval over images.
 
@@ -53,7 +55,7 @@ def bootstrap(
 
 
 def paired(
-    a: np.ndarray, b: np.ndarray, statistic: Statistic = mean, seed: int = 0, resamples: int = 1000
+    a: Results, b: Results, statistic: Statistic = mean, seed: int = 0, resamples: int = 1000
 ) -> tuple[float, float, float]:
     """Difference `statistic(a) - statistic(b)` with its 95 % interval, for results of the same images [n, k]."""
     chex.assert_equal_shape((a, b))

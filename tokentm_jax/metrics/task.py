@@ -12,8 +12,9 @@ from jax import Array
 
 from tokentm_jax.errors import InputError
 from tokentm_jax.inputs.texts import Texts
-from tokentm_jax.inputs.values import of
+from tokentm_jax.inputs.values import Inputs, of
 from tokentm_jax.maths.maps import Tiling
+from tokentm_jax.maths.primitives import AnyArray
 from tokentm_jax.maths.scores import Channel, Question
 from tokentm_jax.methods.table import METHODS
 from tokentm_jax.metrics.statistics import Statistic, mean
@@ -23,8 +24,9 @@ CLEAN = "clean"  # of whole images
 PREDICTED, TARGET = "predicted", "target"  # of the explanation of this class
 LARGEST_SEED = 2**31 - 2  # the random row uses the next one too
 
-Predict = Callable[[Array], Array]  # images [B, H, W, C] in [0, 1] -> logits [B, classes]
-Target = Array | Question
+Input = AnyArray | Inputs  # images [B, H, W, C] in [0, 1], or another modality's inputs such as `Texts`
+Predict = Callable[[Any], Array]  # such inputs -> logits [B, classes]
+Target = AnyArray | Question
 Table = Mapping[str, np.ndarray]  # results per image [n, ...]: "clean_...", "predicted_..." and "target_..."
 Fields = Mapping[str, Any]  # annotations of the arrays in a file of records, as lists; see `lists_of`
 
@@ -38,14 +40,14 @@ Seed = Annotated[int, Ge(0), Le(LARGEST_SEED)]
 class Subject(NamedTuple):
     """A batch that is measured: its inputs, what is explained, the label of each, and what a task asks for."""
 
-    inputs: Any  # images [B, H, W, C] in [0, 1], or `Texts`
+    inputs: Input
     target: Target  # classes [B], or the `Question` whose score is explained and followed
     labels: Array  # [B]
     masks: Array | None = None  # [B, H, W], where the task needs them
     original: Array | None = None  # maps [B, gh, gw] without `Row.random_blocks`, for a task `against_original`
     reference: Array | None = None  # maps [B, h, w] of the task's `reference`
     shared: Any = None  # what the task's `shared` gave
-    explain: Callable[[Array], Array] | None = None  # images -> maps by the row's method, for a task that `explains`
+    explain: Callable[[Any], Array] | None = None  # images -> maps by the row's method, for a task that `explains`
     grid: tuple[int, int] = (1, 1)  # of the model's patches
     mean: Any = (0.5, 0.5, 0.5)  # the mean colour of the model's data, or the embedding [D] of its mask
     tiling: Tiling | None = None  # of the model's patches, where it has them
@@ -151,7 +153,7 @@ class Task:
             numbers = of(inputs).values
             return numbers.reshape(batch, -1, numbers.shape[-1]).mean(1)
 
-        def compute(inputs: Any, classes: Array, masks: Array, maps: Array) -> dict[str, Array]:
+        def compute(inputs: Any, classes: Array, masks: Array, maps: Array) -> Any:
             target = Question(Channel(0)) if scored else classes
             grid = (maps.shape[1], maps.shape[2])
             subject = Subject(inputs, target, classes, masks, maps, maps, explain=lambda _: maps, grid=grid)
