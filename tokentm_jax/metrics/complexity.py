@@ -21,12 +21,16 @@ def _shares(maps: AnyArray, where: AnyArray | None) -> tuple[Array, Array]:
 
 
 def gini(maps: Float[AnyArray, "B h w"], where: Bool[AnyArray, "B h w"] | None = None) -> Float[Array, " B"]:
-    """Gini index of the absolute values (sparseness; Chalasani et al., ICML 2020) -> [B], from 0 for equal ones to
-    1 - 1/n for a single one.
+    """Gini index of the absolute values (sparseness; Chalasani et al., ICML 2020).
 
         1 - 2 sum_k share_(k) (n - k + 1/2) / n,   shares sorted from the least, k = 1 ... n
 
-    Only the n values `where` True [B, h, w] count.
+    Args:
+      maps: of any scale.
+      where: which n values count; None: all.
+
+    Returns:
+      From 0 for equal values to 1 - 1/n for a single one.
     """
     found, count = _shares(maps, where)
     shares, n = jnp.sort(found, axis=1), found.shape[1]
@@ -35,8 +39,15 @@ def gini(maps: Float[AnyArray, "B h w"], where: Bool[AnyArray, "B h w"] | None =
 
 
 def entropy(maps: Float[AnyArray, "B h w"], where: Bool[AnyArray, "B h w"] | None = None) -> Float[Array, " B"]:
-    """Entropy in nats of the absolute values as a distribution (complexity; Bhatt et al., IJCAI 2020) -> [B], from 0
-    for a single one to ln n for equal ones."""
+    """Entropy of the absolute values as a distribution (complexity; Bhatt et al., IJCAI 2020).
+
+    Args:
+      maps: of any scale.
+      where: which n values count; None: all.
+
+    Returns:
+      In nats, from 0 for a single value to ln n for equal ones.
+    """
     return jax.scipy.special.entr(_shares(maps, where)[0]).sum(1)
 
 

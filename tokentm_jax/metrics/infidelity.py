@@ -30,11 +30,20 @@ def random_removals(
     seed: int | Array = 0,
     tiling: Tiling | None = None,
 ) -> dict[str, Float[Array, "B {samples}"]]:
-    """What `infidelity` needs: the relevance of random patches, and the drop of what is followed, each [B, samples].
+    """What `infidelity` needs: the relevance of random patches, and what their removal costs.
 
-    Each time `share` of the patches (one at least) are set to `fill`, the same ones in every image. Maps are
-    [B, gh, gw]; for `tiling` see `perturb`. The drops are of no map: `removed_patches`, `removed_relevance` and
-    `removal_drops` are the parts of this, for many maps of the same images.
+    The drops are of no map: `removed_patches`, `removed_relevance` and `removal_drops` are the parts of this, for many
+    maps of the same images.
+
+    Args:
+      predict, images, target, fill, tiling: see `removal`.
+      maps: of patches.
+      samples: how often patches are removed, the same ones in every image.
+      share: of the patches, one at least, that is removed each time.
+      seed: of the random choice.
+
+    Returns:
+      `relevance`, the sum over the removed patches, and `drop` of what is followed.
     """
     removed = removed_patches((maps.shape[1], maps.shape[2]), samples, share, seed)
     drop = removal_drops(predict, images, removed, target, fill, tiling)
@@ -44,7 +53,17 @@ def random_removals(
 def removed_patches(
     grid: tuple[int, int], samples: int, share: float, seed: int | Array = 0
 ) -> Bool[Array, "{samples} gh gw"]:
-    """Random `share` (one at least) of the patches of a grid: bool [samples, gh, gw]."""
+    """Random patches of a grid.
+
+    Args:
+      grid: (gh, gw).
+      samples: how often patches are chosen.
+      share: of the patches, one at least, that is chosen each time.
+      seed: of the random choice.
+
+    Returns:
+      True for the patches that are removed.
+    """
     patches = math.prod(grid)
     places = lambda key: jax.random.permutation(key, jnp.arange(patches))  # noqa: E731
     order = jax.vmap(places)(jax.random.split(jax.random.key(seed), samples))
@@ -67,7 +86,15 @@ def removed_parts(
 
 
 def removed_relevance(maps: Float[AnyArray, "B gh gw"], removed: Bool[AnyArray, "S ..."]) -> Float[Array, "B S"]:
-    """Sums [B, samples] of maps [B, gh, gw] over the patches removed [samples, gh, gw] (or [samples, B, gh, gw])."""
+    """Sums of maps over the patches that are removed.
+
+    Args:
+      maps: of patches.
+      removed: patches [S, gh, gw], or [S, B, gh, gw] where samples differ.
+
+    Returns:
+      One sum for each sample and each of S removals.
+    """
     return jax.lax.map(lambda patches: jnp.where(patches, maps, 0).sum((1, 2)), removed).T
 
 
@@ -79,7 +106,15 @@ def removal_drops(
     fill: Fill,
     tiling: Tiling | None = None,
 ) -> Float[Array, "B S"]:
-    """How much what is followed drops, [B, samples], where patches [samples, gh, gw] of images are set to `fill`."""
+    """How much what is followed drops where patches are removed.
+
+    Args:
+      predict, images, target, fill, tiling: see `removal`.
+      removed: patches [S, gh, gw], or [S, B, gh, gw] where samples differ.
+
+    Returns:
+      One drop for each sample and each of S removals.
+    """
 
     def left(patches: Array) -> Array:
         ranks = jnp.where(patches, 0, 1).reshape(-1, *patches.shape[-2:])
@@ -89,11 +124,18 @@ def removal_drops(
 
 
 def infidelity(relevance: Num[np.ndarray, "n S"], drop: Num[np.ndarray, "n S"]) -> Float[np.ndarray, " n"]:
-    """Infidelity (Yeh et al., NeurIPS 2019) with the best scale of each map, from arrays [n, samples] -> [n].
+    """Infidelity (Yeh et al., NeurIPS 2019) with the best scale of each map.
 
         min_beta mean_s (beta relevance_s - drop_s)^2
 
-    Relevance is that of what was removed. The scale makes maps of all methods comparable, as in the paper's figures.
+    The scale makes maps of all methods comparable, as in the paper's figures.
+
+    Args:
+      relevance: of what was removed, for n images and S removals.
+      drop: of what is followed.
+
+    Returns:
+      The mean squared error of each image.
     """
     relevance, drop = relevance.astype(np.float64), drop.astype(np.float64)
     size = np.square(relevance).sum(1)

@@ -23,11 +23,21 @@ def insertion_deletion(
     steps: int = 20,
     nearest: bool = False,
 ) -> dict[str, Float[Array, "B 2 {steps}+1"]]:
-    """Log-probability, or score, [B, 2, steps + 1] while the pixels, the most relevant first, are put on `fill`
-    (insertion), and are replaced by it (deletion). Insertion of k pixels is removal of all but k from the other end.
-    Of n pixels s n / steps are changed in step s, rounded down, or to the `nearest` number (a half up).
+    """Curves while the pixels, the most relevant first, are put on `fill` (insertion), and replaced by it (deletion).
 
-    Raises InputError for `steps` that are not from 1 to the number of pixels, and 1000 at most.
+    Insertion of k pixels is removal of all but k from the other end.
+
+    Args:
+      predict, images, target, fill: see `removal`.
+      maps: of pixels.
+      steps: of each curve.
+      nearest: of n pixels s n / steps are changed in step s, rounded down, or to the nearest number (a half up).
+
+    Returns:
+      The insertion curve and the deletion curve, as `log_probability` or `score`.
+
+    Raises:
+      InputError: `steps` that are not from 1 to the number of pixels, and 1000 at most.
     """
     pixels = total(images, maps)
     steps = checked("steps", Annotated[int, Ge(1), Le(most(pixels))], steps)

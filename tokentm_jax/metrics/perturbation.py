@@ -44,9 +44,15 @@ def perturbation(
     labels: Integer[AnyArray, " B"],
     fill: Fill = 0.0,
 ) -> dict[str, Shaped[Array, "B 2 9"]]:
-    """Positive and negative perturbation test: `scores` [B, 2, 9] with floor(0.1 s H W) pixels black, s = 1 ... 9.
+    """Positive and negative perturbation test: floor(0.1 s H W) pixels are removed, s = 1 ... 9.
 
     With `noisy_linear` as the `fill` it is ROAD (Rong et al., ICML 2022).
+
+    Args:
+      predict, images, maps, target, labels, fill: see `removal`.
+
+    Returns:
+      `scores` with the most relevant pixels removed first, and with the least relevant ones.
     """
     pixels = total(images, maps)
     counts = stacked([s * pixels // 10 for s in range(1, STEPS + 1)] * 2)
@@ -61,10 +67,16 @@ def noisy_linear(
     noise: float | Array = 0.01,
     seed: int | Array = 0,
 ) -> Float[Array, "B H W C"]:
-    """ROAD's imputation (Rong et al., ICML 2022) of the `removed` pixels [B, H, W] of images [B, H, W, C].
+    """ROAD's imputation (Rong et al., ICML 2022): neither values nor sharp edges tell which pixels were removed.
 
-    Each is the weighted mean of its neighbours (`linear_imputation`), plus Gaussian noise of that deviation, the same
-    for every image: neither the values nor sharp edges tell the model which pixels were removed.
+    Args:
+      images: of any range.
+      removed: the pixels that become the weighted mean of their neighbours (`linear_imputation`), plus noise.
+      noise: standard deviation of the Gaussian noise, which is the same for every image.
+      seed: of the noise.
+
+    Returns:
+      The images with these pixels filled.
     """
     key = jax.random.key(seed)
     grain = noise * jax.random.normal(key, images.shape[1:], images.dtype)

@@ -1,8 +1,7 @@
 """The model's answers as pixels or patches are removed, the most relevant first or last.
 
-Functions take a batch and give results per image: maps are pixel maps [B, H, W] in [0, 1], images [B, H, W, 3] are in
-[0, 1], and `predict` gives logits [B, classes] for such images. What is followed is the probability of the class
-`target` [B], or the score of a `Question` (`tokentm_jax.maths.scores`), which need be no probability.
+Functions take a batch and give results per image. What is followed is the probability of the class, or the score of
+a `Question` (`tokentm_jax.maths.scores`), which need be no probability.
 """
 
 import math
@@ -29,8 +28,15 @@ MOST = 1000  # steps, or groups of pixels: each is a forward pass
 def rank_pixels(
     maps: Float[AnyArray, "B h w"], removable: Bool[AnyArray, "B h w"] | None = None
 ) -> Int[Array, "B h w"]:
-    """Rank of every pixel of maps [B, H, W], as int32 of that shape: 0 is the most relevant; of equal values, the
-    one with the lower index comes first. Places that are not `removable` [B, H, W] come last."""
+    """Rank of every pixel.
+
+    Args:
+      maps: of pixels or patches.
+      removable: places that count; the others come last. None: all.
+
+    Returns:
+      0 for the most relevant; of equal values, the one with the lower index comes first.
+    """
     chex.assert_rank(maps, 3)
     values = maps if removable is None else jnp.where(removable, maps, -jnp.inf)
     order = jnp.argsort(values.reshape(len(maps), -1), axis=1, descending=True, stable=True).astype(jnp.int32)
@@ -65,11 +71,19 @@ def perturb(
     fill: Fill = 0.0,
     tiling: Tiling | None = None,
 ) -> Input:
-    """Images [B, H, W, C] with `count` pixels set to `fill`: the first by rank (positive) or the last.
+    """Images of which pixels are removed; of `Texts`, word pieces.
 
-    `ranks` are those of pixels [B, H, W], or of patches [B, gh, gw]: then `count` patches are removed, which divide
-    the image or are placed by `tiling` (`tokentm_jax.maths.maps.spread`). `fill` is a value, an array that fits the
-    images, or a function `(images, removed [B, H, W]) -> images`. Of `Texts`, word pieces are removed.
+    Args:
+      images: in [0, 1], or texts.
+      ranks: of pixels [B, H, W], or of patches [B, gh, gw], which are then removed as a whole.
+      count: how many, [] or [B, 1, 1].
+      positive: the first by rank, or the last.
+      fill: what replaces them: a value, an array that fits the images, or a function `(images, removed [B, H, W]) ->
+        images`.
+      tiling: of patches that do not divide the image (`tokentm_jax.maths.maps.spread`).
+
+    Returns:
+      The changed images.
     """
     removed = jnp.where(positive, ranks < count, ranks >= total(images, ranks) - count)
     removable = of(images).removable
@@ -79,8 +93,16 @@ def perturb(
 def scores(
     logits: Float[Array, "B classes"], target: Target, labels: Integer[AnyArray, " B"]
 ) -> dict[str, Shaped[Array, " B"]]:
-    """Per image: the log-probability of the class, or the score of a question; and whether the top-1 class is the
-    label [B]."""
+    """What is followed of each image.
+
+    Args:
+      logits: of the model.
+      target: classes [B], or a `Question`.
+      labels: -1 where unknown.
+
+    Returns:
+      `log_probability` of the class, or the `score` of the question; and `hit`, whether the top-1 class is the label.
+    """
     if isinstance(target, Question):
         followed = {"score": wide(explained(logits, target)[0])}
     else:
@@ -94,7 +116,14 @@ def followed(found: dict[str, Any]) -> Any:
 
 
 def confidence(predict: Predict, images: Input, target: Target) -> Float[Array, " B"]:
-    """What is followed, the probability of the class or the score of a question, for images [B, H, W, C]: [B]."""
+    """What is followed.
+
+    Args:
+      predict, images, target: see `removal`.
+
+    Returns:
+      The probability of the class, or the score of the question.
+    """
     return followed(scores(predict(images), target, no_labels(images)))
 
 
@@ -114,10 +143,20 @@ def removal(
     fill: Fill = 0.0,
     tiling: Tiling | None = None,
 ) -> dict[str, Shaped[Array, "B S"]]:
-    """`scores` after removing `counts` [S], or [S, B, 1, 1], of pixels or patches, in the given directions [S]
-    (`perturb`): arrays [B, S].
+    """`scores` after each of S removals, one forward pass of the whole batch after the other.
 
-    One forward pass of the whole batch after the other, so that memory does not grow with S.
+    Args:
+      predict: from images in [0, 1] to logits [B, classes].
+      images: in [0, 1], or texts.
+      maps: of pixels or patches.
+      target: classes [B], whose probability is followed, or a `Question`, whose score is.
+      labels: -1 where unknown.
+      counts: how many pixels or patches are removed, [S] or [S, B, 1, 1].
+      positive: the most relevant first, or the least.
+      fill, tiling: see `perturb`.
+
+    Returns:
+      `scores` after each removal. Memory does not grow with S.
     """
     ranks = rank_pixels(maps, of(images).removable)
 
@@ -130,10 +169,15 @@ def removal(
 def by_patch(
     maps: Float[AnyArray, "B h w"], grid: tuple[int, int], tiling: Tiling | None = None
 ) -> Float[Array, "B gh gw"]:
-    """Means of maps [B, h, w] over the patches of a grid: [B, gh, gw]; one value a patch stays as it is.
+    """Means of maps over the patches of a grid.
 
-    Of patches that overlap (`tiling`, for pixel maps), over the pixels that `maths.maps.spread` gives them. Maps of
-    neither pixels nor these patches divide the image evenly.
+    Args:
+      maps: of pixels; of these patches, which stay as they are; or of others, which divide the image evenly.
+      grid: (gh, gw).
+      tiling: of patches that overlap, which have the pixels that `maths.maps.spread` gives them.
+
+    Returns:
+      One mean a patch.
     """
     maps = jnp.asarray(maps)
     if tiling is not None and tiling.patch != tiling.stride and tiling.grid(maps.shape[1:]) == grid:
@@ -153,7 +197,14 @@ def by_patch(
 def coarsened(
     maps: Float[AnyArray, "B h w"], grid: tuple[int, int], tiling: Tiling | None = None
 ) -> Float[Array, "B _ _"]:
-    """Maps [B, h, w] as they are, or where they have more values than a grid has patches, their means (`by_patch`)."""
+    """Maps with no more values than a grid has patches.
+
+    Args:
+      maps, grid, tiling: see `by_patch`.
+
+    Returns:
+      The maps as they are, or their means (`by_patch`).
+    """
     finer = maps.shape[1] * maps.shape[2] > math.prod(grid)
     return by_patch(maps, grid, tiling) if finer else jnp.asarray(maps)
 

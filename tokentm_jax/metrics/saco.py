@@ -27,10 +27,19 @@ def group_drops(
     groups: int = GROUPS,
     fill: Array | None = None,
 ) -> dict[str, Float[Array, "B {groups}"]]:
-    """What `saco` needs: salience [B, groups] of equally large groups of pixels, the most relevant first, and the
-    drop of what is followed when a group is set to `fill`; None: the image's mean colour.
+    """What `saco` needs, of equally large groups of pixels, the most relevant first.
 
-    Raises InputError for `groups` that are not from 2 (a pair) to the number of pixels, and 1000 at most.
+    Args:
+      predict, images, target: see `removal`.
+      maps: of pixels.
+      groups: how many.
+      fill: what a group is set to; None: the image's mean colour.
+
+    Returns:
+      The `salience` of each group, and the `drop` of what is followed without it.
+
+    Raises:
+      InputError: `groups` that are not from 2 (a pair) to the number of pixels, and 1000 at most.
     """
     _, h, w = maps.shape
     groups = checked("groups", Annotated[int, Ge(2), Le(min(h * w, MOST))], groups)
@@ -51,11 +60,19 @@ def group_drops(
 
 
 def saco(salience: Num[np.ndarray, "n groups"], drop: Num[np.ndarray, "n groups"]) -> Float[np.ndarray, " n"]:
-    """Salience-guided faithfulness coefficient (Wu et al., CVPR 2024) in [-1, 1], from arrays [n, groups] -> [n].
+    """Salience-guided faithfulness coefficient (Wu et al., CVPR 2024).
 
     Every pair i < j of groups (i the more salient) counts by its difference of salience, positively where the drops
-    of confidence agree (drop_i >= drop_j); divided by the sum of the differences. A constant map has 0.
-    Raises InputError for fewer than two groups.
+    of confidence agree (drop_i >= drop_j); divided by the sum of the differences.
+
+    Args:
+      salience, drop: of each group, from `group_drops`.
+
+    Returns:
+      The coefficient of each image in [-1, 1]; 0 for a constant map.
+
+    Raises:
+      InputError: fewer than two groups.
     """
     if salience.ndim != 2 or salience.shape[1] < 2 or salience.shape != drop.shape:
         shapes = f"{list(salience.shape)} and {list(drop.shape)}"

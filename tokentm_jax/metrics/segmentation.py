@@ -14,9 +14,16 @@ THRESHOLDS = 50  # of the precision-recall curve
 
 
 def average_precision(values: Float[AnyArray, "B M"], positive: Bool[AnyArray, "B M"]) -> Float[Array, " B"]:
-    """Area under the precision-recall steps of values [B, M] for positives [B, M] -> [B]; equal values are one step.
+    """Area under the precision-recall steps.
 
-    AP = sum_t (recall_t - recall_(t-1)) precision_t,   t over the distinct values; 0 without positives
+        AP = sum_t (recall_t - recall_(t-1)) precision_t,   t over the distinct values
+
+    Args:
+      values: larger ones are taken for positive first; equal ones are one step.
+      positive: which are.
+
+    Returns:
+      The area in [0, 1]; 0 without positives.
     """
     order = jnp.argsort(values, axis=1, descending=True, stable=True)
     sorted_values = jnp.take_along_axis(values, order, 1)
@@ -30,7 +37,11 @@ def average_precision(values: Float[AnyArray, "B M"], positive: Bool[AnyArray, "
 
 
 def segmentation(maps: Float[AnyArray, "B H W"], masks: Bool[AnyArray, "B H W"]) -> dict[str, Shaped[Array, "B ..."]]:
-    """How well maps [B, H, W] find the foreground of masks [B, H, W] (bool), per image.
+    """How well maps find the foreground.
+
+    Args:
+      maps: of pixels, in [0, 1].
+      masks: true in the foreground.
 
     Returns:
       counts [B, 4]: pixels that are true foreground, false foreground, false background, true background, with
@@ -58,15 +69,26 @@ def segmentation(maps: Float[AnyArray, "B H W"], masks: Bool[AnyArray, "B H W"])
 
 
 def pixel_accuracy(average: Num[np.ndarray, "*s 4"]) -> Float[np.ndarray, "*s"]:
-    """Share of pixels that are right, pooled over the data set, from `counts` [..., 4], in percent; NaN of none."""
+    """Share of pixels that are right, pooled over the data set.
+
+    Args:
+      average: mean of `counts`.
+
+    Returns:
+      In percent; NaN of no pixels.
+    """
     total = average.sum(-1)
     return np.asarray(100 * (average[..., 0] + average[..., 3]) / np.where(total > 0, total, np.nan))
 
 
 def mean_iou(average: Num[np.ndarray, "*s 4"]) -> Float[np.ndarray, "*s"]:
-    """Mean of the pooled intersection over union of foreground and background, from `counts` [..., 4], in percent.
+    """Mean of the pooled intersection over union of foreground and background.
 
-    A class that is neither there nor found has the IoU 0; of no pixel at all it is NaN.
+    Args:
+      average: mean of `counts`.
+
+    Returns:
+      In percent. A class that is neither there nor found has the IoU 0; of no pixel at all it is NaN.
     """
     right, wrong = average[..., [0, 3]], average[..., [1, 2]].sum(-1, keepdims=True)
     found = 100 * (right / np.maximum(right + wrong, 1e-12)).mean(-1)
@@ -74,7 +96,14 @@ def mean_iou(average: Num[np.ndarray, "*s 4"]) -> Float[np.ndarray, "*s"]:
 
 
 def f1(counts: Num[np.ndarray, "n 4"]) -> Float[np.ndarray, " n"]:
-    """F1 of the foreground per image, from `counts` [n, 4] -> [n]; 0 where nothing is found and nothing is there."""
+    """F1 of the foreground per image.
+
+    Args:
+      counts: from `segmentation`.
+
+    Returns:
+      In [0, 1]; 0 where nothing is found and nothing is there.
+    """
     wrong = counts[:, 1] + counts[:, 2]
     return 2 * counts[:, 0] / np.maximum(2 * counts[:, 0] + wrong, 1)
 
@@ -82,7 +111,14 @@ def f1(counts: Num[np.ndarray, "n 4"]) -> Float[np.ndarray, " n"]:
 def precision_recall(
     histogram: Num[np.ndarray, "n 2 50"],
 ) -> tuple[Float[np.ndarray, "50"], Float[np.ndarray, "50"]]:
-    """Precision and recall [50] at every lower edge of the intervals, pooled, from `histogram` [n, 2, 50]."""
+    """Pooled precision and recall.
+
+    Args:
+      histogram: from `segmentation`.
+
+    Returns:
+      Both at every lower edge of the intervals, in [0, 1].
+    """
     above = histogram.sum(0, dtype=np.float64)[:, ::-1].cumsum(1)[:, ::-1]
     return above[0] / np.maximum(above.sum(0), 1), above[0] / np.maximum(above[0, :1], 1)
 

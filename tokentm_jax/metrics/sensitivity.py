@@ -24,12 +24,20 @@ def max_sensitivity(
     samples: int,
     seed: int | Array = 0,
 ) -> Float[Array, " B"]:
-    """Largest relative change of maps [B, h, w] over random images within `radius` of each pixel's value: [B].
+    """Largest relative change of maps over random images nearby (Yeh et al., NeurIPS 2019).
 
         max_s ||E(x + d_s) - E(x)|| / ||E(x)||,   d_s uniform in [-radius, radius], the same for every image
 
-    (Yeh et al., NeurIPS 2019; relative, so that maps of every scale compare.) `explain` gives maps of images, for the
-    class that was explained. A map of zeros that stays has 0, and one that does not has 1, as one that becomes zeros.
+    Args:
+      explain: from images to maps, for the class that was explained.
+      images: in [0, 1].
+      maps: of them, of any scale, since the change is relative.
+      radius: of the change of each pixel's value.
+      samples: how many random images.
+      seed: of them.
+
+    Returns:
+      The change; of a map of zeros 0 where it stays, and 1 where it does not, as of a map that becomes zeros.
     """
 
     numbers = values(images)

@@ -14,8 +14,15 @@ from tokentm_jax.metrics.task import Column, Predict, Subject, Task
 def rank_correlation(
     a: Num[AnyArray, " B *s"], b: Num[AnyArray, " B *s"], where: Bool[AnyArray, "..."] | None = None
 ) -> Float[Array, " B"]:
-    """Spearman's correlation of maps [B, ...] -> [B], equal values sharing their mean rank; 0 for a constant map.
-    Only the values `where` True [B, ...] count."""
+    """Spearman's correlation of each pair of maps.
+
+    Args:
+      a, b: maps. Equal values share their mean rank.
+      where: which values count; None: all.
+
+    Returns:
+      The correlation in [-1, 1]; 0 for a constant map.
+    """
     counted = jnp.ones(a.shape, bool) if where is None else jnp.broadcast_to(where, a.shape)
 
     def ranks(values: AnyArray, counted: Array) -> Array:

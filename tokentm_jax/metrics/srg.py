@@ -36,10 +36,18 @@ def patch_removal(
     steps: int = 20,
     tiling: Tiling | None = None,
 ) -> dict[str, Float[Array, "B 2 {steps}+1"]]:
-    """What `srg` needs: log-probability, or score, [B, 2, steps + 1] while patches are removed, the most relevant ones
-    first, and the least relevant ones first, from none to all. Maps are [B, gh, gw]; for `tiling` see `perturb`.
+    """What `srg` needs: curves while patches are removed, from none to all.
 
-    Raises InputError for `steps` that are not from 1 to the number of patches, and 1000 at most.
+    Args:
+      predict, images, target, fill, tiling: see `removal`.
+      maps: of patches.
+      steps: of each curve.
+
+    Returns:
+      `log_probability` or `score`, with the most relevant patches removed first, and with the least relevant ones.
+
+    Raises:
+      InputError: `steps` that are not from 1 to the number of patches, and 1000 at most.
     """
     patches = total(images, maps)
     steps = checked("steps", Annotated[int, Ge(1), Le(most(patches))], steps)
@@ -51,14 +59,27 @@ def patch_removal(
 def srg(log_probability: Float[np.ndarray, "n 2 k"]) -> Float[np.ndarray, " n"]:
     """Symmetric relevance gain (Bluecher et al., TMLR 2024): area between the two curves of `patch_removal`.
 
-    From [n, 2, k] to [n], in [-1, 1]: the mean probability while the least relevant patches are removed first, less
-    that while the most relevant ones are. A map and its negative have opposite gains, except for ties.
+    A map and its negative have opposite gains, except for ties.
+
+    Args:
+      log_probability: from `patch_removal`.
+
+    Returns:
+      The mean probability while the least relevant patches are removed first, less that while the most relevant ones
+      are: in [-1, 1].
     """
     return gain(np.exp(log_probability))
 
 
 def gain(curves: Float[np.ndarray, "n 2 k"]) -> Float[np.ndarray, " n"]:
-    """`srg` of what was followed, a probability or a score: [n, 2, k] -> [n]."""
+    """`srg` of what was followed.
+
+    Args:
+      curves: of the probability or of a score.
+
+    Returns:
+      The gain of each image.
+    """
     most, least = unit_area(curves).T
     return least - most
 

@@ -15,22 +15,50 @@ Statistic = Callable[[np.ndarray], np.ndarray]  # mean over images [..., k] -> v
 
 
 def mean(average: Float[np.ndarray, "*s k"]) -> Float[np.ndarray, "*s"]:
-    """Mean of all features."""
+    """Mean of all features.
+
+    Args:
+      average: means over images.
+
+    Returns:
+      One number for each leading axis.
+    """
     return np.asarray(average.mean(-1))
 
 
 def magnitude(average: Float[np.ndarray, "*s k"]) -> Float[np.ndarray, "*s"]:
-    """Mean of all features, without its sign."""
+    """Mean of all features, without its sign.
+
+    Args:
+      average: means over images.
+
+    Returns:
+      One number for each leading axis.
+    """
     return np.asarray(np.abs(average.mean(-1)))
 
 
 def area(average: Float[np.ndarray, "*s k"]) -> Float[np.ndarray, "*s"]:
-    """Trapezoid over x = 0, 0.1 ... 0.9, times 100: AUC in percent, at most 90, of accuracies [..., 10]."""
+    """Trapezoid over x = 0, 0.1 ... 0.9, times 100.
+
+    Args:
+      average: ten accuracies, as shares, while 0 to 90 % of the pixels are removed.
+
+    Returns:
+      The area under the curve in percent, at most 90.
+    """
     return np.asarray(10 * (average.sum(-1) - (average[..., 0] + average[..., -1]) / 2))
 
 
 def unit_area(average: Float[np.ndarray, "*s k"]) -> Float[np.ndarray, "*s"]:
-    """Trapezoid over equal steps from 0 to 1 of curves [..., k]."""
+    """Trapezoid over equal steps from 0 to 1.
+
+    Args:
+      average: curves of k points.
+
+    Returns:
+      The area under each.
+    """
     steps = average.shape[-1] - 1
     return np.asarray((average.sum(-1) - (average[..., 0] + average[..., -1]) / 2) / steps)
 
@@ -43,6 +71,10 @@ def bootstrap(
     Args:
       per_image: results [n] or [n, k] in an order that does not depend on how they were computed.
       statistic: from the mean over images [..., k] to the value [...].
+      seed, resamples: of the random draws of images, with replacement.
+
+    Returns:
+      The value, and the lower and the upper end of the interval.
     """
     per_image = np.asarray(per_image, np.float64)
     per_image = per_image.reshape(len(per_image), -1)
@@ -57,7 +89,15 @@ def bootstrap(
 def paired(
     a: Results, b: Results, statistic: Statistic = mean, seed: int = 0, resamples: int = 1000
 ) -> tuple[float, float, float]:
-    """Difference `statistic(a) - statistic(b)` with its 95 % interval, for results of the same images [n, k]."""
+    """Difference `statistic(a) - statistic(b)` with its 95 % interval.
+
+    Args:
+      a, b: results of the same images, in the same order.
+      statistic, seed, resamples: see `bootstrap`.
+
+    Returns:
+      The difference, and the lower and the upper end of the interval.
+    """
     chex.assert_equal_shape((a, b))
     k = a.reshape(len(a), -1).shape[1]
     both = np.concatenate([a.reshape(-1, k), b.reshape(-1, k)], 1)
