@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -143,6 +144,19 @@ def test_pixels_of_a_map_of_the_largest_numbers():
 def test_every_public_name_is_in_the_program_whose_types_are_checked():
     program = (Path(__file__).parent / "typed_use.py").read_text()
     assert [name for name in tm.__all__ if f"tm.{name}" not in program] == []
+
+
+def test_every_public_function_states_its_arguments_and_its_result():
+    """But for the four equations of TokenTM, which stand on one screen."""
+    for home in (tm, tm.metrics, tm.models, tm.scores, tm.weights):
+        for name in getattr(home, "__all__", dir(home)):
+            function = getattr(home, name)
+            if not inspect.isfunction(function) or function.__module__ == "tokentm_jax.maths.tokentm":
+                continue
+            text, signature = inspect.getdoc(function) or "", inspect.signature(function)
+            if function.__module__.startswith("tokentm_jax.") and not name.startswith("_"):
+                assert "Args:\n" in text or not signature.parameters, name
+                assert "Returns:\n" in text or signature.return_annotation is None, name
 
 
 def test_every_public_name_is_there_at_first_use():

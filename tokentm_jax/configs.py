@@ -41,7 +41,14 @@ class Row:
 
 
 def rows(*methods: str) -> tuple[Row, ...]:
-    """One row per method with its default options."""
+    """One row per method with its default options.
+
+    Args:
+      methods: names.
+
+    Returns:
+      The rows, in this order.
+    """
     return tuple(Row(method, method) for method in methods)
 
 
@@ -144,13 +151,28 @@ PIXEL_ROWS = (
 
 
 def depth_rows(depth: int) -> tuple[Row, ...]:
-    """TokenTM over the first 1, 2 ... `depth` blocks."""
+    """TokenTM over the first 1, 2 ... blocks.
+
+    Args:
+      depth: blocks of the model.
+
+    Returns:
+      One row for each number of blocks.
+    """
     depth = checked("the depth", Annotated[int, Ge(1)], depth)
     return tuple(Row(f"blocks 1-{end}", "tokentm", {"end_block": end}) for end in range(1, depth + 1))
 
 
 def sanity_rows(depth: int, *methods: str) -> tuple[Row, ...]:
-    """Each method on a model with a random head, then also a random last block, and so on to the first block."""
+    """Each method on a model with a random head, then also a random last block, and so on to the first block.
+
+    Args:
+      depth: blocks of the model.
+      methods: names.
+
+    Returns:
+      `depth + 1` rows for each method.
+    """
     names = ["head", *(f"{k} blocks" if k > 1 else "1 block" for k in range(1, depth + 1))]
     return tuple(Row(f"{m}: random {name}", m, {}, k) for m in methods for k, name in enumerate(names))
 

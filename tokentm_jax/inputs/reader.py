@@ -14,7 +14,16 @@ PROFILES = ("default", "reference")
 
 
 def random_map(key: str, shape: tuple[int, int], seed: int = 0) -> np.ndarray:
-    """The baseline: noise [h, w] in [0, 1) that depends on the example's name only, float32."""
+    """The baseline: noise that depends on the example's name only.
+
+    Args:
+      key: the name.
+      shape: (h, w).
+      seed: of the noise.
+
+    Returns:
+      float32 [h, w] in [0, 1).
+    """
     digest = hashlib.sha256(f"{seed}/{key}".encode("utf-8", "surrogatepass")).digest()
     return np.random.default_rng(int.from_bytes(digest[:16])).random(shape, np.float32)
 

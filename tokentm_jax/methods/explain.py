@@ -102,13 +102,16 @@ def inspect(
     prefix: int | None = None,
     readout: Any = None,
 ) -> Inspection:
-    """What is found in a function, and which methods explain it; `print` shows it as a table.
+    """What is found in a function, and which methods explain it.
 
     Args:
       function: `(params, inputs) -> outputs` of any library.
       params: its parameters, or their shapes.
       inputs: an array [B, ...] or a `jax.ShapeDtypeStruct`.
       grid, prefix, readout: as for `explain_fn`.
+
+    Returns:
+      What was found; `print` shows it as a table.
 
     Raises:
       InputError: no function of two arguments, or one that does not give arrays per sample.
@@ -217,13 +220,16 @@ def methods_for(
     prefix: Any = None,
     readout: Any = None,
 ) -> list[str]:
-    """The methods of the table that can explain a model, by tracing each with its default options on `inputs`.
+    """The methods of the table that can explain a model; each is traced with its default options.
 
     Args:
       module, params: the model, as for `explain_fn`.
       inputs: normalised images [B, H, W, C], or a `jax.ShapeDtypeStruct` of them; or `Tokens` of texts.
       target: as for `explain_fn`'s function.
       grid, prefix, readout: as for `explain_fn`.
+
+    Returns:
+      Their names, in the order of the table.
     """
     model = function_of(module, grid, prefix, readout)
     check_model(model, params, inputs)

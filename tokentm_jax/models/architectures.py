@@ -149,6 +149,9 @@ def build(
         num_classes: instead of the configuration's.
         dtype: type of the activations, such as "bfloat16"; None: type of the images.
 
+    Returns:
+        The module, without parameters.
+
     Raises:
         InputError: an unknown key, a wrong type, or a value that is not supported; the message names the key.
     """

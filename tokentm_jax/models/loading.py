@@ -190,7 +190,7 @@ def load(
     class_names: Sequence[str] | str | os.PathLike[str] | None = None,
     dtype: Any = None,
 ) -> Model:
-    """A model ready to use.
+    """Load a model.
 
     Args:
         model: a timm name ("deit_tiny_patch16_224"), options of timm's VisionTransformer, the name of a shipped
@@ -210,6 +210,9 @@ def load(
             be [wnid, name]. None: the names in the checkpoint, else of `imagenet_classes.json` next to it if the
             counts agree, else ImageNet-1k's for a timm name with 1000 classes.
         dtype: type of the activations, such as "bfloat16".
+
+    Returns:
+        The model with its parameters, classes and reader of inputs.
 
     Raises:
         InputError: one sentence that states what is wrong.

@@ -24,11 +24,16 @@ def over_batch(devices: Sequence[Any]) -> NamedSharding:
 
 
 def over_devices(explain: Callable[..., Any], devices: Sequence[Any] | None = None) -> Callable[..., Any]:
-    """`explain(params, inputs, target=None)` of `explain_fn`, jitted, with the batch spread over `devices`.
+    """A method with the batch spread over devices.
 
-    The batch may have any size: copies of the last sample are added, and removed from the results. `target` is a class
-    per sample [B], or `None`. Each call copies the parameters to every device unless they are there already;
-    `jax.device_put(params, run.replicated)` copies them once.
+    Args:
+      explain: `(params, inputs, target=None)`, of `explain_fn`.
+      devices: None: all.
+
+    Returns:
+      The same function, jitted, for batches of any size: copies of the last sample are added, and removed from the
+      results. Each call copies the parameters to every device unless they are there already;
+      `jax.device_put(params, run.replicated)` copies them once.
     """
     if not callable(explain):
         raise InputError(f"over_devices takes a function, such as that of tm.explain_fn, got {explain!r:.80}")
@@ -60,8 +65,17 @@ def over_width(params: Any, mesh: Mesh, axis: str = WIDTH) -> Any:
     """Parameters of a model that is too large for one device, with its width split over an axis of a mesh.
 
     Linear maps into heads and hidden channels (`qkv`, `fc1`) are split by outputs, and maps back (`proj`, `fc2`) by
-    inputs, so a layer needs one sum over the devices. Everything else is replicated. Raises InputError for an axis
-    that the mesh does not have, or that does not divide the width.
+    inputs, so a layer needs one sum over the devices.
+
+    Args:
+      params: of a `ViT` or `Bert`.
+      mesh, axis: the devices among which the width is split.
+
+    Returns:
+      The parameters on these devices; what is not split is replicated.
+
+    Raises:
+      InputError: an axis that the mesh does not have, or that does not divide the width.
     """
     if axis not in mesh.shape:
         raise InputError(f"the mesh has no axis {axis!r}, only {', '.join(map(repr, mesh.shape))}")

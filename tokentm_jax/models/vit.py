@@ -258,5 +258,13 @@ class ViT(nn.Module):
 
 @partial(jax.jit, static_argnums=0)
 def init_params(module: Any, key: Array) -> Any:
-    """Random float32 parameters of a module such as `ViT` or `Bert`, without other results of `init`."""
+    """Random parameters.
+
+    Args:
+      module: such as `ViT` or `Bert`.
+      key: of the random numbers.
+
+    Returns:
+      float32 arrays; other results of `init` are left out.
+    """
     return module.init(key, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), module.example()))["params"]

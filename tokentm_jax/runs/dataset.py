@@ -113,6 +113,9 @@ def explain_dataset(
       process, processes: this process writes every chunk whose number has the remainder `process`.
       retry_skipped: compute the chunks again that have an example that was skipped.
 
+    Returns:
+      What this process did.
+
     Raises:
       InputError: a config, model and data set that do not go together, chunks too large for the memory, a store of
         something else, a full disk.

@@ -62,7 +62,7 @@ def evaluate(
     *,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Run an evaluation to its end, or from where `out` stopped on; returns the content of `results.json`.
+    """Run an evaluation to its end, or from where `out` stopped on.
 
     Rows that an earlier run left in `out`, and that the config does not have, stay in the results.
 
@@ -75,6 +75,9 @@ def evaluate(
       report: called after every batch with (done, total, a function that gives the rows so far).
       maps: stores of this model and data set that maps are taken from; those that none has are computed.
       overwrite: also replace files in `out` that this program did not write.
+
+    Returns:
+      The content of `results.json`.
 
     Raises:
       InputError: a config, data set, model and maps that do not go together, a full disk, or an `out` that holds

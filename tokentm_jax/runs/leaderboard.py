@@ -130,7 +130,7 @@ def leaderboard(
     *,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Run a leaderboard to its end, or from where `out` stopped on; returns the content of `leaderboard.json`.
+    """Run a leaderboard to its end, or from where `out` stopped on.
 
     Methods that an earlier run left in `out`, and that the config does not have, stay in the table.
 
@@ -142,6 +142,9 @@ def leaderboard(
       maps: stores that maps are taken from, too; each is of the data and the profile of at least one run.
       watch: gives a context for the part of that name, and in it what to call after every batch, as in `evaluate`.
       overwrite: also replace files in `out` that this program did not write.
+
+    Returns:
+      The content of `leaderboard.json`.
 
     Raises:
       InputError: as `check` and `evaluate` do, and for stores that are of no run.

@@ -330,11 +330,18 @@ def _asked(config: EvaluateConfig) -> tuple[Any, ...]:
 def compare(outs: Sequence[str | Path], to: str | None = None) -> list[dict[str, Any]]:
     """Differences with 95 % intervals over the images that both have.
 
-    Of one run: every method less the row `to`, or the run's first. Of several: every method less the same in the first
-    run. Entries have `run`, `method`, `metric`, `value`, `better` ("higher", "lower" or None), `baseline` (what it is
-    compared with), `difference`, `low`, `high`, `images`, and `verdict`: "better" or "worse" where the interval
-    excludes zero, "tie" where it includes it, None where no direction is better. Raises InputError for a folder
-    without results, runs of different tasks or data sets, a row that the run has not, and `to` for several runs.
+    Args:
+      outs: folders of runs. Of one, every method is compared with another; of several, with itself in the first run.
+      to: of one run, the row that the others are compared with; None: its first.
+
+    Returns:
+      Entries with `run`, `method`, `metric`, `value`, `better` ("higher", "lower" or None), `baseline` (what it is
+      compared with), `difference`, `low`, `high`, `images`, and `verdict`: "better" or "worse" where the interval
+      excludes zero, "tie" where it includes it, None where no direction is better.
+
+    Raises:
+      InputError: a folder without results, runs of different tasks or data sets, a row that the run has not, and `to`
+        for several runs.
     """
     if to is not None and len(outs) > 1:
         raise InputError("of several runs, every method is compared with the same method of the first, not with a row")

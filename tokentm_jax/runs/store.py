@@ -661,6 +661,9 @@ def open_maps(path: str | os.PathLike[str]) -> Maps:
     Args:
       path: a local folder, or a URL such as gs://bucket/maps.
 
+    Returns:
+      The maps, which are read where they are indexed.
+
     Raises:
       InputError: nothing there, something else, no answer, or a description that is damaged or of another layout.
     """
