@@ -20,7 +20,7 @@ from tokentm_jax.cli.main import main
 from tokentm_jax.cli.names import output_names
 from tokentm_jax.cli.options import parse_option
 from tokentm_jax.inputs.images import IMAGENET, Preprocessing
-from tokentm_jax.models.architectures import ARCHITECTURES, build, parameter_count
+from tokentm_jax.models.architectures import ARCHITECTURES, TIMM, build
 from tokentm_jax.models.checkpoint import write_checkpoint
 from tokentm_jax.models.vit import init_params
 from tokentm_jax.runs.store import open_maps
@@ -422,7 +422,7 @@ def test_parameter_count(name):
     module = build(name)
     images = jax.ShapeDtypeStruct((1, *module.img_size, 3), np.float32)
     params = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
-    assert parameter_count(module) == sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert TIMM[name]["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def test_convert(folder, checkpoint):

@@ -9,8 +9,8 @@ architectures.json    per table name: parameter count with 1000 classes, and [he
 KIND.safetensors      random weights of a tiny model of each kind
 google.npz            random weights in the layout of Google's ViT releases
 big_vision.npz        random weights of an attention-pooled model in the layout of big_vision, blocks stacked
-tokentm_jax/models/architectures.json    per table name: the options of its module, and per tag the
-                      preprocessing and the repository of the weights (the default ones first)
+tokentm_jax/models/architectures.json    per table name: the options of its module, the parameter count,
+                      and per tag the preprocessing and the repository of the weights (the default ones first)
 timm_logits.npz       KIND/images [2, H, W, 3] normalised, KIND/logits [2, 5]; KIND@HxW: the same weights at
                       another resolution, positions resampled by timm
 """
@@ -314,7 +314,8 @@ def table() -> None:
         tags = {tag: [cfg["size"][0], *list(cfg.values())[1:]] for tag, cfg in weights.items()}
         counted.append(f"{json.dumps(name)}: {json.dumps({'parameters': count, 'tags': tags})}")
         lines = ",\n".join(f"  {json.dumps(tag)}: {json.dumps(cfg)}" for tag, cfg in weights.items())
-        rows.append(f'{json.dumps(name)}: {{"options": {json.dumps(options)}, "weights": {{\n{lines}\n}}}}')
+        start = f'{json.dumps(name)}: {{"options": {json.dumps(options)}, "parameters": {count}'
+        rows.append(f'{start}, "weights": {{\n{lines}\n}}}}')
     (HERE / "architectures.json").write_text("{\n" + ",\n".join(counted) + "\n}\n")
     package.write_text("{\n" + ",\n".join(rows) + "\n}\n")
 

@@ -34,7 +34,8 @@ def convert(
     Example:
       tokentm convert deit_tiny.pth deit_tiny.safetensors --model deit_tiny_patch16_224
     """
-    from tokentm_jax.models.architectures import parameter_count
+    import jax
+
     from tokentm_jax.models.checkpoint import read_description, write_checkpoint
     from tokentm_jax.models.folders import is_folder
     from tokentm_jax.models.loading import load
@@ -48,5 +49,5 @@ def convert(
     written = write_checkpoint(
         out, vit.module, vit.params, vit.preprocessing, vit.class_names, extra, dtype, overwrite=overwrite
     )
-    millions = parameter_count(vit.module) / 1e6
+    millions = sum(leaf.size for leaf in jax.tree.leaves(vit.params)) / 1e6
     click.echo(f"{printable(written)}: {vit.name}, {millions:.1f} M parameters, {vit.module.num_classes} classes")

@@ -43,17 +43,21 @@ def _sides(size: int | Sequence[int]) -> str:
 
 
 def _model_rows() -> Iterator[dict[str, Any]]:
-    from tokentm_jax.models.architectures import ARCHITECTURES, build, parameter_count, tags_of
-    from tokentm_jax.models.checkpoint import read_description
+    from tokentm_jax.models.architectures import TIMM, build, tags_of
+    from tokentm_jax.models.checkpoint import read_description, read_safetensors
     from tokentm_jax.models.loading import shipped
 
-    described = {name: read_description(file) for name, file in shipped().items()}
-    configs = {name: (description["architecture"], True) for name, description in described.items() if description}
-    for name, (config, is_shipped) in {**configs, **{n: (c, False) for n, (c, _) in ARCHITECTURES.items()}}.items():
-        module = build(config)
+    models: dict[str, Any] = {}  # options, number of parameters, and whether it is shipped
+    for name, file in shipped().items():
+        if description := read_description(file):
+            count = sum(tensor.size for tensor in read_safetensors(file).values())
+            models[name] = description["architecture"], count, True
+    models |= {name: (row["options"], row["parameters"], False) for name, row in TIMM.items()}
+    for name, (options, count, is_shipped) in models.items():
+        module = build(options)
         yield {
             "name": name,
-            "parameters": parameter_count(module),
+            "parameters": count,
             "resolution": list(module.img_size),
             "patch_size": module.patch_size,
             "shipped": is_shipped,

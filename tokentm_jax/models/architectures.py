@@ -19,7 +19,7 @@ from tokentm_jax.models.vit import ViT
 from tokentm_jax.validation import checked
 
 Config = dict[str, Any]  # keyword arguments of timm's VisionTransformer, JSON types only
-# timm's name -> the options of its model, and its sets of weights by tag, the default one first.
+# timm's name -> the options of its model, the number of parameters, and its sets of weights by tag, the default first.
 # Made by `tests/goldens/make_timm_goldens.py`.
 TIMM: dict[str, Any] = read_json(Path(__file__).with_name("architectures.json"))
 
@@ -231,23 +231,3 @@ def _check_together(module: ViT) -> None:
         raise InputError("model option 'distilled' needs a class token and global_pool='token'")
     if module.distilled and module.fc_norm:
         raise InputError("model option 'distilled' needs the norm before pooling: fc_norm=False")
-
-
-def parameter_count(module: ViT) -> int:
-    """Number of parameters, by arithmetic, because tracing all architectures takes many seconds."""
-    d, hidden = module.embed_dim, int(module.embed_dim * module.mlp_ratio)
-    biases = (3 if module.k_bias else 2) * module.qkv_bias
-    attention = 3 * d * d + biases * d + d * (d + module.proj_bias) + 4 * module.qk_norm * (d // module.num_heads)
-    feed_forward = (1 if module.mlp_layer == "mlp" else 2) * hidden * (d + 1) + d * (hidden + 1)
-    scales = 0 if module.init_values is None else 2 * d
-    block = attention + feed_forward + 2 * module.scale_mlp_norm * hidden + 4 * d + scales
-    positions = module.grid[0] * module.grid[1] + (0 if module.no_embed_class else module.prefix)
-    positions *= module.pos_embed == "learn"
-    (high, wide), _ = module.tiling
-    embedding = d * (module.in_chans * high * wide + (not module.pre_norm) + module.prefix + positions)
-    norms = 2 * d * (module.final_norm * (1 + (module.global_pool == "prefix")) + module.pre_norm)
-    pool = 0
-    if module.global_pool == "map":  # the query, four linear maps of attention, a norm and an FFN layer
-        pool = d + 4 * d * (d + 1) + 2 * d + hidden * (d + 1) + d * (hidden + 1)
-    heads = (d * (1 + (module.global_pool == "cat")) + 1) * module.num_classes * (1 + module.distilled)
-    return embedding + module.depth * block + norms + pool + heads
