@@ -7,10 +7,9 @@ module = build(config, num_classes=10)
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
-from annotated_types import Ge, Le
 
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.files import read_json
@@ -35,48 +34,9 @@ ARCHITECTURES: dict[str, tuple[Config, Preprocessing]] = {
     name: (entry["options"], _preprocessing(name)) for name, entry in TIMM.items()
 }
 
-LARGEST = {
-    "img_size": 4096,
-    "patch_size": 256,
-    "embed_dim": 8192,
-    "depth": 200,
-    "num_heads": 256,
-    "num_classes": 1_000_000,
-    "reg_tokens": 256,
-    "in_chans": 64,
-}  # fmt: skip
 LARGEST_TOKENS = 65_536  # of 4096 pixels in patches of 16
-
-
-def _whole(option: str, lowest: int = 1) -> Any:
-    return Annotated[int, Ge(lowest), Le(LARGEST[option])]
-
-
-def _number(largest: float) -> Any:
-    return Annotated[float, Ge(0), Le(largest)]
-
-
-OPTIONS: dict[str, Any] = {  # the type of each option of a model
-    "img_size": tuple[_whole("img_size"), _whole("img_size")],
-    "patch_size": _whole("patch_size") | tuple[_whole("patch_size"), _whole("patch_size")],
-    **{name: _whole(name) for name in ("embed_dim", "depth", "num_heads")},
-    **{name: _whole(name, 0) for name in ("num_classes", "reg_tokens")},
-    **dict.fromkeys(("qkv_bias", "k_bias", "qk_norm", "proj_bias", "class_token", "distilled"), bool),
-    **dict.fromkeys(("no_embed_class", "pre_norm", "final_norm", "scale_mlp_norm"), bool),
-    "fc_norm": bool | None,
-    "mlp_ratio": _number(64),
-    "norm_eps": _number(0.1),
-    "init_values": _number(1e4) | None,
-    "global_pool": Literal["token", "avg", "cat", "map", "prefix"],
-    "activation": Literal["gelu", "quick_gelu", "gelu_tanh"],
-    "mlp_layer": Literal["mlp", "swiglu", "swiglu_packed"],
-    "pos_embed": Literal["learn", "none"],
-    "rope_type": Literal["cat", "dinov3"] | None,
-    "rope_temperature": Annotated[float, Ge(1), Le(1e9)],
-    "ref_feat_shape": tuple[_whole("img_size"), _whole("img_size")] | None,
-    "in_chans": _whole("in_chans"),
-    "stride": _whole("patch_size") | tuple[_whole("patch_size"), _whole("patch_size")] | None,
-}
+NOT_OF_TIMM = ("patch_drop", "dtype", "linear", "unroll", "parent", "name")
+OPTIONS: dict[str, Any] = {name: kind for name, kind in ViT.__annotations__.items() if name not in NOT_OF_TIMM}
 LATER: Config = {"in_chans": 3, "stride": None}  # a description leaves them out if they have these values
 # Other options of timm's VisionTransformer: without effect on the forward pass of a trained model, or with only one
 # supported value.

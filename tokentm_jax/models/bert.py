@@ -14,7 +14,7 @@ from tokentm_jax.errors import InputError
 from tokentm_jax.inputs.texts import Texts, Tokens
 from tokentm_jax.maths import primitives
 from tokentm_jax.maths.primitives import wide
-from tokentm_jax.models.blocks import Affine, Block, Linear, Norm, trunc_normal
+from tokentm_jax.models.blocks import Affine, Block, Linear, Norm, scanned, trunc_normal
 
 
 class Bert(nn.Module):
@@ -65,15 +65,7 @@ class Bert(nn.Module):
         self.embed_norm = Norm(self.norm_eps)
         if self.embedding_size:
             self.embed_project = Affine(self.embed_dim)
-        everywhere: Any = nn.broadcast
-        scan = nn.scan(
-            Block,
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            in_axes=everywhere,
-            length=self.depth,
-        )
-        self.blocks = scan(**self._block_fields)
+        self.blocks = scanned(self.depth, self._block_fields)
         if self.pooler is not None:
             self.pooler_layer = Affine(self.embed_dim, name="pooler")
         if self.num_classes:

@@ -1,8 +1,8 @@
 """The Transformer block of `ViT`, `Bert` and the text towers, and its parts, in Flax Linen. Axes as in `vit`."""
 
-from collections.abc import Callable
-from functools import lru_cache, partial
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -124,11 +124,8 @@ class Attention(nn.Module):
         if self.qk_norm:
             query, key = Norm(self.norm_eps, name="q_norm")(query), Norm(self.norm_eps, name="k_norm")(key)
         if self.rope is not None:
-            tables = map(jnp.asarray, rotation(self.rope, d // h))
-            turn = partial(
-                primitives.rotate, **dict(zip(("cosine", "sine"), tables, strict=True)), half=self.rope.half
-            )
-            query, key = turn(query), turn(key)
+            tables = [jnp.asarray(table) for table in rotation(self.rope, d // h)]
+            query, key = (primitives.rotate(x, *tables, half=self.rope.half) for x in (query, key))
         scores = jnp.einsum("bhqd,bhkd->bhqk", query, key)
         if self.causal:
             scores = jnp.where(jnp.tril(jnp.ones((n, n), bool)), scores, jnp.finfo(scores.dtype).min / 2)
@@ -139,12 +136,9 @@ class Attention(nn.Module):
         if scale_branch is not None:
             kernel, bias = scale_branch(kernel, bias)
         if self.is_mutable_collection("intermediates"):
-            self.sow("intermediates", "attention", attention)
-            self.sow("intermediates", "value", value)
-            together = jnp.moveaxis(value, 1, 2).reshape(b, n, d)
-            self.sow("intermediates", "transformed_value", together @ kernel.astype(x.dtype))
-            self.sow("intermediates", "value_kernel", projections[:, 2 * d :])
-            self.sow("intermediates", "output_kernel", kernel)
+            transformed_value = jnp.moveaxis(value, 1, 2).reshape(b, n, d) @ kernel.astype(x.dtype)
+            _sow_all(self, attention=attention, value=value, transformed_value=transformed_value)
+            _sow_all(self, value_kernel=projections[:, 2 * d :], output_kernel=kernel)
         if mask is not None:  # these are zero already; now their gradient is zero as well
             attention = jnp.where(mask[:, None, None], attention, 0)
         mixed = jnp.einsum("bhqk,bhkd->bqhd", attention, value).reshape(b, n, d)
@@ -244,26 +238,34 @@ class Block(nn.Module):
             self.ls1, self.ls2 = LayerScale(self.init_values), LayerScale(self.init_values)
 
     def __call__(self, x: Array, mask: Array | None = None) -> tuple[Array, None]:
-        return self.feed(self.attend(x, mask)), None
-
-    def attend(self, x: Array, mask: Array | None = None) -> Array:
-        """The attention layer: x [B, N, D] -> x' [B, N, D]."""
+        scales = (None, None) if self.init_values is None else (self.ls1, self.ls2)
         normalised = x if self.post_norm else self.norm1(x)
-        attention_branch = self.attn(normalised, None if self.init_values is None else self.ls1, mask)
-        self.sow("intermediates", "tokens", x)
-        self.sow("intermediates", "normalised", normalised)
-        self.sow("intermediates", "attention_branch", attention_branch)
-        return self._joined("middle", self.norm1, x, attention_branch)
-
-    def feed(self, x: Array) -> Array:
-        """The FFN layer: x' [B, N, D] -> x+ [B, N, D]."""
-        ffn_branch = self.mlp(x if self.post_norm else self.norm2(x), None if self.init_values is None else self.ls2)
-        self.sow("intermediates", "ffn_branch", ffn_branch)
-        return self._joined("after", self.norm2, x, ffn_branch)
-
-    def _joined(self, name: str, norm: Norm, stream: Array, branch: Array) -> Array:
-        joined = stream + branch
+        attention_branch = self.attn(normalised, scales[0], mask)
+        middle = x + attention_branch
         if self.post_norm:
-            joined = norm(joined)
-            self.sow("intermediates", name, joined)
-        return joined
+            middle = self.norm1(middle)
+        ffn_branch = self.mlp(middle if self.post_norm else self.norm2(middle), scales[1])
+        after = middle + ffn_branch
+        if self.post_norm:
+            after = self.norm2(after)
+            _sow_all(self, middle=middle, after=after)
+        _sow_all(self, tokens=x, normalised=normalised, attention_branch=attention_branch, ffn_branch=ffn_branch)
+        return after, None
+
+
+def _sow_all(module: nn.Module, **arrays: Array) -> None:
+    for name, array in arrays.items():
+        module.sow("intermediates", name, array)
+
+
+def scanned(depth: int, fields: Mapping[str, Any], unroll: int = 1, name: str | None = None) -> Any:
+    """`depth` blocks as one loop, whose parameters and sown arrays are stacked."""
+    scan = nn.scan(
+        Block,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType] - of the mask
+        length=depth,
+        unroll=unroll,
+    )
+    return scan(**fields, name=name)

@@ -38,10 +38,10 @@ from tokentm_jax.files import (
     uninterrupted,
 )
 from tokentm_jax.inputs.images import Preprocessing
-from tokentm_jax.models.architectures import LARGEST, build, config_of
+from tokentm_jax.models.architectures import build, config_of
 from tokentm_jax.models.names import Tensors, current_names, from_google, renamed
 from tokentm_jax.models.params import to_params, to_timm
-from tokentm_jax.models.vit import ViT
+from tokentm_jax.models.vit import LARGEST_DEPTH, ViT
 from tokentm_jax.validation import checked
 
 LARGEST_DESCRIPTION = 10_000_000  # bytes
@@ -222,7 +222,7 @@ def _read_orbax(path: Path) -> Tensors:
         unpacked = 0
         for names, leaf in traverse_util.flatten_dict(found.tree).items():
             shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", object)
-            block = names[0] != "blocks" or (shape and 0 < shape[0] <= LARGEST["depth"])
+            block = names[0] != "blocks" or (shape and 0 < shape[0] <= LARGEST_DEPTH)
             if shape is None or not block or not jnp.issubdtype(dtype, jnp.floating):
                 raise InputError(f"checkpoint {path}: {'.'.join(map(str, names))!r} is not a parameter of a ViT")
             unpacked += 4 * math.prod(shape)

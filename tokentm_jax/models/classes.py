@@ -42,7 +42,7 @@ def translation(vit: Model, source: Source, label_map: LabelMap | str | None = N
         except InputError as error:
             raise InputError(f"the label map gives {name!r} a class that the model lacks: {error}") from None
     rest = [name for name in names if name not in found]
-    found |= _by_name(vit, source, rest) if vit.class_names is not None else _by_number(vit, source, rest)
+    found |= _found(vit, source, rest)
     return np.array([found[name] for name in names], np.int32)
 
 
@@ -84,38 +84,31 @@ def _unknown(vit: Model, source: Source, unknown: Sequence[str]) -> str:
     return f"{source.name}: {vit.name} does not know {count}: {shown}{more}; {_ADVICE}"
 
 
-def _by_name(vit: Model, source: Source, names: list[str]) -> dict[str, int]:
-    found: dict[str, int] = {}
-    owner: dict[int, str] = {}
-    candidates = _candidates(vit, names)
-    for name, classes in candidates.items():
-        if len(classes) > 1:
-            several = ", ".join(map(str, classes))
-            raise InputError(f"{source.name}: {vit.name} has the classes {several} of the name {name!r}; {_ADVICE}")
-        for index in classes:
-            other = owner.setdefault(index, name)
-            if other != name:
-                raise InputError(f"{source.name}: {other!r} and {name!r} are both class {index} of {vit.name}")
-            found[name] = index
-    unknown = [name for name in names if not candidates[name]]
-    if unknown:
-        raise InputError(_unknown(vit, source, unknown))
-    return found
-
-
-def _by_number(vit: Model, source: Source, names: list[str]) -> dict[str, int]:
-    numbers = {name: number(name) for name in names}
-    found = {name: n for name, n in numbers.items() if n is not None}
-    classes = vit.module.num_classes
-    if len(found) < len(names):
+def _found(vit: Model, source: Source, names: list[str]) -> dict[str, int]:
+    """The model's only class of each name."""
+    candidates, classes = _candidates(vit, names), vit.module.num_classes
+    if vit.class_names is None and any(number(name) is None for name in names):
         counts = f"has {len(source.class_names or ())} classes, {vit.name} has {classes}, whose names are unknown"
         raise InputError(f"{source.name} {counts}; {_ADVICE}")
-    for name, n in found.items():
-        if not 0 <= n < classes:
-            raise InputError(f"{source.name}: its class {name!r} is out of range: {vit.name} has 0 to {classes - 1}")
-    if len(set(found.values())) < len(found):
-        raise InputError(f"{source.name} has two classes of the same number: {', '.join(sorted(found)[:SHOWN])}, ...")
-    return found
+    unknown = [name for name in names if not candidates[name]]
+    if unknown and vit.class_names is None:
+        limits = f"{vit.name} has 0 to {classes - 1}"
+        raise InputError(f"{source.name}: its class {unknown[0]!r} is out of range: {limits}")
+    owner: dict[int, str] = {}
+    for name, indices in candidates.items():
+        if len(indices) > 1:
+            several = ", ".join(map(str, indices))
+            raise InputError(f"{source.name}: {vit.name} has the classes {several} of the name {name!r}; {_ADVICE}")
+        for index in indices:
+            other = owner.setdefault(index, name)
+            if other != name and vit.class_names is None:
+                shown = ", ".join(sorted(names)[:SHOWN])
+                raise InputError(f"{source.name} has two classes of the same number: {shown}, ...")
+            if other != name:
+                raise InputError(f"{source.name}: {other!r} and {name!r} are both class {index} of {vit.name}")
+    if unknown:
+        raise InputError(_unknown(vit, source, unknown))
+    return {name: indices[0] for name, indices in candidates.items()}
 
 
 def _nearest(name: str, known: tuple[str, ...]) -> str:

@@ -20,12 +20,11 @@ from tokentm_jax.files import as_path, read_json, read_text
 from tokentm_jax.inputs.images import IMAGENET, Preprocessing, Statistics
 from tokentm_jax.inputs.texts import MASKS, WordPieces
 from tokentm_jax.maths import scores
-from tokentm_jax.models.architectures import ARCHITECTURES, Config, architecture, build, dtype_of
+from tokentm_jax.models.architectures import ARCHITECTURES, architecture, build, dtype_of
 from tokentm_jax.models.checkpoint import described_grid, read_description, read_tensors
 from tokentm_jax.models.folders import Folder, is_folder, is_text_folder, present
 from tokentm_jax.models.hub import HUB, download, download_weights
 from tokentm_jax.models.layouts import read_folder
-from tokentm_jax.models.names import Tensors
 from tokentm_jax.models.params import names_that_fit, to_params
 from tokentm_jax.models.text import TextTower
 from tokentm_jax.models.text_layouts import read_text_folder
@@ -164,10 +163,9 @@ def require_loaded(vit: Any) -> None:
         return
     found = type(vit).__name__
     if hasattr(vit, "apply"):
-        raise InputError(
-            f"expected a loaded model, got a {found}: use tm.explain_fn(module)(params, inputs), or make a "
-            "loaded model, tm.Model(module, params, preprocessing, class_names, name)"
-        )
+        use = "use tm.explain_fn(module)(params, inputs), or make a loaded model"
+        fields = "tm.Model(module, params, preprocessing, class_names, name)"
+        raise InputError(f"expected a loaded model, got a {found}: {use}, {fields}")
     raise InputError(f"expected a loaded model, of tm.load, got {found}")
 
 
@@ -293,34 +291,30 @@ def _found(model: Any, checkpoint: Any, folder: Path | None) -> tuple[Folder, st
     if folder is not None:
         content = read_folder(folder)
         return content, _name_of(model or checkpoint), folder, content.grid or build(content.config).grid
-    weights = None if checkpoint is None else as_path(checkpoint, "the checkpoint")
-    model, path = _weights(model) if weights is None else (model, weights)
-    description = read_description(path)
-    tensors = read_tensors(path)
-    config, preprocessing, name = _described(model, description, path, tensors)
-    names = None if description is None else description["class_names"]
-    content = Folder(config, preprocessing, tensors, names, of_timm=isinstance(model, str))
-    return content, name, path, described_grid(description) or build(config).grid
-
-
-def _described(
-    model: str | Mapping[str, Any] | None, description: Mapping[str, Any] | None, path: Path, tensors: Tensors
-) -> tuple[Config, Preprocessing, str]:
-    """Configuration, preprocessing and name, from the caller's arguments first and from the file second."""
+    if checkpoint is None:
+        model, path = _weights(model)
+    else:
+        path = as_path(checkpoint, "the checkpoint")
+    description, tensors = read_description(path), read_tensors(path)
     stored = None if description is None else Preprocessing.from_dict(description["preprocessing"])
+    name, usual = path.stem, stored
     if isinstance(model, str):
         if model in (files := shipped()) and model.partition(".")[0] not in ARCHITECTURES:
             raise InputError(f"the model {model} is shipped, in {files[model]}: leave out the checkpoint {path}")
-        config, preprocessing = architecture(model)
-        return config, stored or preprocessing, model
-    if model is not None:
+        name, (config, usual) = model, architecture(model)
+    elif model is not None:
         channels = build(model).in_chans
-        usual = IMAGENET if channels == 3 else Statistics(mean=(0.5,) * channels, std=(0.5,) * channels)
-        return dict(model), stored or Preprocessing((224, 224), **usual), path.stem
-    if description is None or stored is None:
+        statistics = IMAGENET if channels == 3 else Statistics(mean=(0.5,) * channels, std=(0.5,) * channels)
+        config, usual = dict(model), Preprocessing((224, 224), **statistics)
+    elif description is not None:
+        config = description["architecture"]
+    else:
         fitting = names_that_fit({name: tensor.shape for name, tensor in tensors.items()})
         raise InputError(f"checkpoint {path} does not specify its architecture: name the model{fitting}")
-    return description["architecture"], stored, path.stem
+    preprocessing: Any = stored or usual
+    names = None if description is None else description["class_names"]
+    content = Folder(config, preprocessing, tensors, names, of_timm=isinstance(model, str))
+    return content, name, path, described_grid(description) or build(config).grid
 
 
 def shipped() -> dict[str, Path]:
@@ -329,10 +323,7 @@ def shipped() -> dict[str, Path]:
 
 
 def _weights(model: str | Mapping[str, Any] | None) -> tuple[str | None, Path]:
-    """The model and the file of its weights, if no checkpoint is given.
-
-    Shipped weights (None: the default) have a description. Others are timm's weights from the hub.
-    """
+    """The model (None: its file describes it) and the file of its weights, shipped or timm's from the hub."""
     if model is not None and not isinstance(model, str):
         raise InputError("a model given by its options needs a checkpoint")
     name = DEFAULT_MODEL if model is None else model

@@ -11,11 +11,11 @@ import numpy as np
 from flax import traverse_util
 
 from tokentm_jax.errors import InputError
-from tokentm_jax.models.architectures import ARCHITECTURES, LARGEST, build
+from tokentm_jax.models.architectures import ARCHITECTURES, build
 from tokentm_jax.models.bert import Bert
 from tokentm_jax.models.names import Tensors
 from tokentm_jax.models.text import TextEncoder
-from tokentm_jax.models.vit import ViT
+from tokentm_jax.models.vit import MOST_CLASSES, ViT
 
 HEADS = ("head.", "head_dist.", "pre_logits.")
 
@@ -148,7 +148,7 @@ def names_that_fit(shapes: Mapping[str, tuple[int, ...]], module: Any = None) ->
     depth = len({name.split(".")[1] for name in shapes if re.match(r"blocks\.\d+\.", name)})
     if len(patches) != 4 or not depth:
         return ""
-    classes = min(max([1, *shapes.get("head.weight", ())[:1]]), LARGEST["num_classes"])
+    classes = min(max([1, *shapes.get("head.weight", ())[:1]]), MOST_CLASSES)
     known = {
         name: build(config, num_classes=classes)
         for name, (config, _) in ARCHITECTURES.items()

@@ -20,7 +20,7 @@ from jax import Array
 from tokentm_jax.errors import InputError
 from tokentm_jax.inputs.texts import engine, one_sentence
 from tokentm_jax.maths.primitives import linear
-from tokentm_jax.models.blocks import Affine, Block, Norm, trunc_normal
+from tokentm_jax.models.blocks import Affine, Norm, scanned, trunc_normal
 
 LARGEST_PROMPT = 100_000  # characters
 
@@ -53,10 +53,8 @@ class TextEncoder(nn.Module):
         w = self.width
         tokens = self.param("token_embedding", trunc_normal, (self.vocabulary, w))
         positions = self.param("positional_embedding", trunc_normal, (self.context, w))
-        scan = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.depth)
-        blocks = scan(
-            self.num_heads, self.mlp_hidden, self.activation, self.norm_eps, causal=self.causal, name="blocks"
-        )
+        names = ("num_heads", "mlp_hidden", "activation", "norm_eps", "causal")
+        blocks = scanned(self.depth, {name: getattr(self, name) for name in names}, name="blocks")
         x, _ = blocks(tokens[ids] + positions, None)
         x = Norm(self.norm_eps, name="norm")(x)
         if self.causal:

@@ -6,23 +6,28 @@ Axes, for the whole project:
     gh, gw patch grid (n = gh * gw patches, N = prefix + n)
 
 The module is a frozen dataclass: it is its own configuration, hashable, and can be a static argument of `jit`.
-Fields have the names and meanings of timm's `VisionTransformer`.
+Fields have the names and meanings of timm's `VisionTransformer`. Their types are the values that `build` allows.
 """
 
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from annotated_types import Ge, Le
 from jax import Array
 
 from tokentm_jax.errors import InputError
 from tokentm_jax.maths import primitives
 from tokentm_jax.maths.maps import Tiling
 from tokentm_jax.maths.primitives import wide
-from tokentm_jax.models.blocks import Affine, AttentionPool, Block, Linear, Norm, Rope, trunc_normal
+from tokentm_jax.models.blocks import Affine, AttentionPool, Block, Linear, Norm, Rope, scanned, trunc_normal
+
+LARGEST_DEPTH, MOST_CLASSES = 200, 1_000_000
+Side = Annotated[int, Ge(1), Le(4096)]  # of an image, in pixels
+Patch = Annotated[int, Ge(1), Le(256)]  # side of a patch
 
 
 class ViT(nn.Module):
@@ -32,37 +37,38 @@ class ViT(nn.Module):
     If the collection `intermediates` is mutable, the blocks sow their arrays, stacked over blocks.
     """
 
-    img_size: tuple[int, int] = (224, 224)
-    patch_size: int | tuple[int, int] = 16  # side, or (height, width)
-    embed_dim: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    mlp_ratio: float = 4.0
-    num_classes: int = 1000  # 0: no head, the outputs are the pooled features
+    img_size: tuple[Side, Side] = (224, 224)
+    patch_size: Patch | tuple[Patch, Patch] = 16  # side, or (height, width)
+    embed_dim: Annotated[int, Ge(1), Le(8192)] = 768
+    depth: Annotated[int, Ge(1), Le(LARGEST_DEPTH)] = 12
+    num_heads: Annotated[int, Ge(1), Le(256)] = 12
+    mlp_ratio: Annotated[float, Ge(0), Le(64)] = 4.0
+    num_classes: Annotated[int, Ge(0), Le(MOST_CLASSES)] = 1000  # 0: no head, the outputs are the pooled features
     qkv_bias: bool = True
     k_bias: bool = True  # whether keys have a bias where `qkv_bias`; EVA's have none
     qk_norm: bool = False  # a norm of queries and of keys, per head
     proj_bias: bool = True
-    init_values: float | None = None  # layer scale; None: no layer scale
+    init_values: Annotated[float, Ge(0), Le(1e4)] | None = None  # layer scale; None: no layer scale
     class_token: bool = True
     distilled: bool = False
-    reg_tokens: int = 0
-    pos_embed: str = "learn"  # or "none"
+    reg_tokens: Annotated[int, Ge(0), Le(256)] = 0
+    pos_embed: Literal["learn", "none"] = "learn"
     no_embed_class: bool = False  # position embeddings for patches only
-    rope_type: str | None = None  # rotary positions: "cat" (EVA-02) or "dinov3"
-    rope_temperature: float = 10_000.0
-    ref_feat_shape: tuple[int, int] | None = None  # see `Rope.reference`
+    rope_type: Literal["cat", "dinov3"] | None = None  # rotary positions: of EVA-02, or DINOv3
+    rope_temperature: Annotated[float, Ge(1), Le(1e9)] = 10_000.0
+    ref_feat_shape: tuple[Side, Side] | None = None  # see `Rope.reference`
     pre_norm: bool = False  # a norm before the first block, and no patch-embedding bias
-    global_pool: str = "token"  # "token", "avg", both ("cat"), "map" (attention pooling), or "prefix" (AST's)
+    # The class token, the mean of the patches, both, attention pooling, or the mean of the tokens before them (AST).
+    global_pool: Literal["token", "avg", "cat", "map", "prefix"] = "token"
     final_norm: bool = True  # a norm after the last block, or after pooling
     fc_norm: bool | None = None  # norm after pooling instead of before; None: if pooling is "avg"
-    activation: str = "gelu"
-    mlp_layer: str = "mlp"  # see `FeedForward`
+    activation: Literal["gelu", "quick_gelu", "gelu_tanh"] = "gelu"
+    mlp_layer: Literal["mlp", "swiglu", "swiglu_packed"] = "mlp"  # see `FeedForward`
     scale_mlp_norm: bool = False  # a norm before the FFN's last linear map
-    norm_eps: float = 1e-6
+    norm_eps: Annotated[float, Ge(0), Le(0.1)] = 1e-6
     patch_drop: float = 0.0  # share of patch tokens removed in training (with the rng "patch_drop")
-    in_chans: int = 3
-    stride: int | tuple[int, int] | None = None  # between patches; smaller if they overlap; None: the patch size
+    in_chans: Annotated[int, Ge(1), Le(64)] = 3
+    stride: Patch | tuple[Patch, Patch] | None = None  # between patches, smaller if they overlap; None: the patch size
     dtype: Any = None
     linear: Linear = primitives.linear
     unroll: int = 1  # blocks per iteration of the loop: more are faster on a CPU, and compile longer
@@ -122,14 +128,7 @@ class ViT(nn.Module):
             self.positions = self.param("pos_embed", trunc_normal, (1, positions, d))
         if self.pre_norm:
             self.norm_pre = Norm(self.norm_eps)
-        scan = nn.scan(
-            Block,
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            length=self.depth,
-            unroll=self.unroll,
-        )
-        self.blocks = scan(**self._block_fields)
+        self.blocks = scanned(self.depth, self._block_fields, self.unroll)
         if self._norms[1]:
             self.fc_norm_layer = Norm(self.norm_eps, name="fc_norm")
         if self._norms[0]:
@@ -180,12 +179,11 @@ class ViT(nn.Module):
         )
         # Adding zeros of the batch's shape broadcasts under sharding without a collective.
         prefix = [getattr(self, name).astype(x.dtype) + jnp.zeros_like(x[:, :1]) for name in names]
-        if self.positions is None:
-            x = jnp.concatenate([*prefix, x], axis=1)
-        elif self.no_embed_class:
-            x = jnp.concatenate([*prefix, x + self.positions.astype(x.dtype)], axis=1)
-        else:
-            x = jnp.concatenate([*prefix, x], axis=1) + self.positions.astype(x.dtype)
+        if self.positions is not None and self.no_embed_class:
+            x = x + self.positions.astype(x.dtype)
+        x = jnp.concatenate([*prefix, x], axis=1)
+        if self.positions is not None and not self.no_embed_class:
+            x = x + self.positions.astype(x.dtype)
         if self.patch_drop and self.has_rng("patch_drop"):
             x = self._drop_patches(x)
         return self.norm_pre(x) if self.pre_norm else x
@@ -216,7 +214,15 @@ class ViT(nn.Module):
                 pooled = jnp.concatenate([x[:, 0], pooled], axis=-1)
         else:
             pooled = x[:, 0]
-        return self._read(pooled, x)
+        if self._norms[1]:
+            pooled = self.fc_norm_layer(pooled)
+        if not self.num_classes:
+            return wide(pooled)
+        if not self.distilled:
+            return wide(self.linear(pooled, *self.head(pooled.shape[-1])))
+        # The mean of two heads, with the factors 1/2 in the weights, so that a residual sum remains.
+        heads = jax.tree.map(lambda a: a / 2, (self.head(self.embed_dim), self.head_dist(self.embed_dim)))
+        return wide(self.linear(pooled, *heads[0]) + self.linear(x[:, 1], *heads[1]))
 
     def read_part(self, tokens: Array, kept: Array, count: int) -> Array:
         """The outputs for embedded tokens [B, N, D] without the patches that are not `kept` [B, n].
@@ -226,26 +232,6 @@ class ViT(nn.Module):
         places = self.prefix + jnp.flatnonzero(kept[0], size=count)
         shown = jnp.concatenate([tokens[:, : self.prefix], tokens[:, places]], 1)
         return self.classify(self.blocks(shown, None)[0])
-
-    def pool(self, tokens: Array) -> Array:
-        """As `classify`, for a model with an attention pool, without the norm before it."""
-        return self._read(self.attn_pool(tokens[:, self.prefix :]), tokens)
-
-    def _read(self, pooled: Array, tokens: Array) -> Array:
-        """Pooled tokens [B, D], and all tokens [B, N, D] -> logits [B, classes], or features."""
-        if self._norms[1]:
-            pooled = self.fc_norm_layer(pooled)
-        if not self.num_classes:
-            return wide(pooled)
-        if self.distilled:
-            # The mean of two heads, with the factors 1/2 in the weights, so that a residual sum remains.
-            first, second = (
-                jax.tree.map(lambda a: a / 2, head(self.embed_dim)) for head in (self.head, self.head_dist)
-            )
-            logits = self.linear(pooled, *first) + self.linear(tokens[:, 1], *second)
-        else:
-            logits = self.linear(pooled, *self.head(pooled.shape[-1]))
-        return wide(logits)
 
     def _drop_patches(self, x: Array) -> Array:
         """Keep a random subset of each sample's patch tokens (PatchDropout, Liu et al., WACV 2023)."""
