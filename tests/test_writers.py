@@ -283,7 +283,7 @@ def test_mount_points_stay(tmp_path):
     path = tmp_path / "page.html"
     with mounted(path, "size=32k"):
         (path / "mine").write_text("mine")
-        for write in (files.write_text, lambda p, t: files.replace_folder(p, lambda part: part.mkdir())):
+        for write in (files.write_text, lambda p, t: files.replace(p, lambda part: part.mkdir(), folder=True)):
             with pytest.raises(InputError, match="choose another name"):
                 write(path, "new")
         assert (path / "mine").read_text() == "mine"

@@ -1,12 +1,13 @@
 """Reading untrusted files, and atomic writes that keep the user's files.
 
 All reads use `opened`: it never waits for a pipe, never reads a device, and raises one InputError with the file's name
-for each fault. All writes use `replace`, or `replace_folder` for a checkpoint that is a folder. Both call
-`require_ours`: files that this program did not write are kept, except regular files that the user allows to overwrite.
+for each fault. All writes use `replace`, which calls `require_ours`: files that this program did not write are kept,
+except regular files that the user allows to overwrite. Only a checkpoint can be a folder.
 """
 
 import errno
 import json
+import logging
 import os
 import re
 import shutil
@@ -127,47 +128,42 @@ def read_json(path: str | os.PathLike[str], largest: int = LARGEST_TEXT, what: s
         raise InputError(f"{what} {os.fspath(path)} is not valid JSON ({reason(error)})".lstrip()) from None
 
 
+def read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, largest: int) -> bytes:
+    """At most `largest` bytes of an entry; its size in the archive's directory is not trusted. Raises InputError."""
+    with errors_as(f"{entry.filename} cannot be read from the zip file"):
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile does not limit the others
+            raise InputError("it is neither stored nor deflated")
+        with archive.open(entry) as file:
+            return file.read(largest)
+
+
 def replace(
-    path: str | os.PathLike[str], write: Callable[[Path], Any], hint: str = "", *, overwrite: bool = False
+    path: str | os.PathLike[str],
+    write: Callable[[Path], Any],
+    hint: str = "",
+    *,
+    overwrite: bool = False,
+    folder: bool = False,
 ) -> None:
-    """Write a file atomically: `write(path)` writes it to another path, from which it is moved.
+    """Write a file or folder atomically: `write(path)` writes it to another path, from which it is moved.
 
     InputError as for `require_ours`, and "{path} cannot be written: ...{hint}".
     """
-    path = Path(path)
-    require_ours(path, overwrite)
-    with _beside(path, hint) as part:
-        write(part)
-        require_ours(path, overwrite)  # writing may have taken long
-        os.replace(part, path)
-
-
-def replace_folder(path: str | os.PathLike[str], write: Callable[[Path], Any], hint: str = "") -> None:
-    """`replace` for a folder. Only a folder that this program wrote is replaced."""
-    path = Path(path)
-    require_ours(path, folder=True)
-    with _beside(path, hint) as part:
-        write(part)
-        require_ours(path, folder=True)
-        if not path.exists():
-            os.replace(part, path)
-            return
-        old = part.with_name("old")
-        os.replace(path, old)
-        try:
-            os.replace(part, path)
-        except BaseException:
-            os.replace(old, path)
-            raise
-
-
-@contextmanager
-def _beside(path: Path, hint: str) -> Iterator[Path]:
-    """A free path in a new folder next to `path`. The folder is removed at the end."""
-    room = None
+    path, room = Path(path), None
+    require_ours(path, overwrite, folder=folder)
     try:
         room = Path(tempfile.mkdtemp(".part", f".{MARK}-", path.parent))
-        yield room / f"new{path.suffix}"
+        new, old = room / f"new{path.suffix}", room / "old"
+        write(new)
+        require_ours(path, overwrite, folder=folder)  # writing may have taken long
+        if folder and path.exists():
+            os.replace(path, old)
+        try:
+            os.replace(new, path)
+        except BaseException:
+            if old.exists():
+                os.replace(old, path)
+            raise
     except OSError as error:
         raise InputError(f"{path} cannot be written: {reason(error)}{hint}") from None
     finally:
@@ -183,19 +179,41 @@ def uninterrupted() -> Iterator[None]:
     outside the main thread, where it is never raised.
     """
     waiting: list[tuple[int, FrameType | None]] = []
-    handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
+    handlers: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # no SIGHUP on Windows
+        handlers = {number: signal.getsignal(number) for number in (getattr(signal, name) for name in names)}
+        handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
     try:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if os.name == "posix" else ())):
-                if callable(handler := signal.getsignal(number)):
-                    handlers[number] = handler
-                    signal.signal(number, lambda number, frame: waiting.append((number, frame)))
+        for number in handlers:
+            signal.signal(number, lambda number, frame: waiting.append((number, frame)))
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         for number, frame in waiting[:1]:
             handlers[number](number, frame)
+
+
+@contextmanager
+def quiet(logger: str) -> Iterator[None]:
+    """No messages of a library that logs the errors which it also raises."""
+    found = logging.getLogger(logger)
+    before = found.level
+    found.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        found.setLevel(before)
+
+
+@contextmanager
+def errors_as(message: str, kinds: type[Exception] | tuple[type[Exception], ...] = Exception) -> Iterator[None]:
+    """Errors as InputError "message: reason". Of all kinds by default: readers of damaged files raise a dozen."""
+    try:
+        yield
+    except kinds as error:
+        raise InputError(f"{message}: {reason(error)}") from None
 
 
 def remove(path: Path) -> None:

@@ -28,6 +28,7 @@ class Sample:
       sha256: of the chosen originals; see `tokentm_jax.data.originals`.
       originals: bytes of the chosen originals.
       download: approximate bytes of the archive; 0 for an installed package.
+      files: pattern of the path of an original -> path of its copy, perhaps in a zip, or its name for a conversion.
       made: the resulting files or folders, as paths inside a data folder.
       parts: name of a part -> path inside a data folder; "" is the only part or the whole set.
     """
@@ -39,6 +40,7 @@ class Sample:
     sha256: str
     originals: int
     download: int
+    files: Mapping[str, str]
     made: Sequence[str]
     parts: Mapping[str, str]
 

@@ -18,7 +18,7 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from tokentm_jax.errors import InputError, require
-from tokentm_jax.files import read_bytes, read_json, reason
+from tokentm_jax.files import errors_as, read_bytes, read_entry, read_json, reason
 from tokentm_jax.samples import SAMPLES, Sample, cache, folder_of
 
 TIMEOUT = 30.0  # seconds without a byte
@@ -38,9 +38,9 @@ Watch = Callable[[str, int], AbstractContextManager[Callable[[int], Any]]]
 
 
 class Originals(NamedTuple):
-    """Files: paths in order, size of all in bytes, and a function from a path to the content."""
+    """Files: their paths in order with the targets of `Sample.files`, bytes of all, and a reader of one."""
 
-    paths: list[str]
+    paths: dict[str, str]
     size: int
     read: Callable[[str], bytes]
 
@@ -70,7 +70,7 @@ def fetch(name: str, watch: Watch = lambda *_: nullcontext(lambda _: None)) -> P
             originals = stack.enter_context(_originals(name, sample, Path(work), watch))
             made = Path(work) / "made"
             with watch(f"{name}: made", len(originals.paths)) as step:
-                RECIPES[name].make(originals, made, step)
+                RECIPES.get(name, _copies)(originals, made, step)
             for place in sample.made:
                 target = folder / place
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -88,56 +88,58 @@ def fetch(name: str, watch: Watch = lambda *_: nullcontext(lambda _: None)) -> P
 # ---- downloaded, and checked ----------------------------------------------------------------------------------------
 
 
+def _targets(name: str, paths: Iterable[str]) -> dict[str, str]:
+    """The paths that are originals of a set, sorted, with their targets."""
+    wanted = {re.escape(path): "" for path in _PATHS_OF_MASKS} if name == "masks" else SAMPLES[name].files
+    found = {}
+    for path in sorted(paths):
+        for pattern, target in wanted.items():
+            if (match := re.fullmatch(pattern, path)) is not None:
+                found[path] = match.expand(target)
+    return found
+
+
 @contextmanager
-def _archive(file: Path, pick: Callable[[str], bool]) -> Iterator[Originals]:
+def _archive(name: str, file: Path) -> Iterator[Originals]:
     """Files of a zip archive, with paths inside its only folder."""
-    try:
+    with errors_as("the archive is damaged"):
         archive = zipfile.ZipFile(file)
-    except Exception as error:  # zipfile's errors for a damaged file have no common type
-        raise InputError(f"the archive is damaged: {reason(error)}") from None
-    entries = {path: info for info in archive.infolist() if pick(path := info.filename.partition("/")[2])}
+    entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+    targets = _targets(name, entries)
 
     def read(path: str) -> bytes:
-        info = entries[path]
-        try:
-            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise InputError("neither stored nor deflated")
-            with archive.open(info) as file:
-                return file.read(info.file_size)
-        except Exception as error:
-            raise InputError(f"the archive is damaged: {path}: {reason(error)}") from None
+        with errors_as("the archive is damaged"):
+            return read_entry(archive, entries[path], entries[path].file_size)
 
     with archive:
-        yield Originals(sorted(entries), sum(info.file_size for info in entries.values()), read)
+        yield Originals(targets, sum(entries[path].file_size for path in targets), read)
 
 
-def _package(sample: Sample, pick: Callable[[str], bool]) -> Originals:
+def _package(name: str, sample: Sample) -> Originals:
     """Files of an installed Python package."""
     command = f"pip install {sample.origin}=={sample.version}"
     try:
-        listed = importlib.metadata.files(sample.origin) or []
+        files = {str(file): Path(str(file.locate())) for file in importlib.metadata.files(sample.origin) or []}
+        targets = _targets(name, files)
+        size = sum(os.path.getsize(files[path]) for path in targets)
     except importlib.metadata.PackageNotFoundError:
         raise InputError(f"it is made of the package {sample.origin}: {command}") from None
-    files = {str(file): Path(str(file.locate())) for file in listed if pick(str(file))}
-    try:
-        size = sum(os.path.getsize(path) for path in files.values())
     except OSError as error:
         raise InputError(f"the package {sample.origin} is damaged ({reason(error)}): {command}") from None
-    return Originals(sorted(files), size, lambda path: read_bytes(files[path], size))
+    return Originals(targets, size, lambda path: read_bytes(files[path], size))
 
 
 @contextmanager
 def _originals(name: str, sample: Sample, work: Path, watch: Watch) -> Iterator[Originals]:
     """The originals of a set, if their content is the pinned one."""
-    pick = RECIPES[name].pick
     try:
         with ExitStack() as stack:
             if sample.download:
                 with watch(f"{name}: downloaded", sample.download) as step:
                     path = _download(sample, work, step)
-                found = stack.enter_context(_archive(path, pick))
+                found = stack.enter_context(_archive(name, path))
             else:
-                found = _package(sample, pick)
+                found = _package(name, sample)
             if found.size != sample.originals or hashed(found) != sample.sha256:
                 raise InputError(f"{sample.address} has other files than those that were pinned by SHA-256")
             yield found
@@ -158,17 +160,14 @@ def _download(sample: Sample, work: Path, step: Callable[[int], Any]) -> Path:
     pooch = require("pooch", "data", "fetching sample data")
     requests = require("requests", "data", "fetching sample data")
 
-    def download(address: str, output: str, _: Any) -> None:
-        with open(output, "wb") as file:
-            limited = _Limited(file, SLACK + sample.download, step)
-            pooch.HTTPDownloader(chunk_size=PIECE, timeout=TIMEOUT)(address, limited, None)  # pyright: ignore
-
-    pooch.get_logger().setLevel("ERROR")
+    archive = work / "archive.zip"
     try:
-        own: Any = download  # pooch's type has other names of the parameters
-        return Path(pooch.retrieve(sample.address, None, "archive.zip", work, downloader=own))
+        with open(archive, "wb") as file:
+            limited: Any = _Limited(file, SLACK + sample.download, step)
+            pooch.HTTPDownloader(chunk_size=PIECE, timeout=TIMEOUT)(sample.address, limited, None)
     except requests.RequestException as error:
         raise InputError(f"{sample.address}: {reason(_first_cause(error))}") from None
+    return archive
 
 
 def _first_cause(error: BaseException) -> BaseException:
@@ -220,63 +219,28 @@ def _photos(originals: Originals, out: Path, step: Callable[[int], Any]) -> None
     (folder / "labels.csv").write_text("\n".join(rows) + "\n")
 
 
-def _zipped(file: Path, originals: Originals, names: Mapping[str, str], step: Callable[[int], Any]) -> None:
-    """A zip of originals under other names. Equal files give equal bytes."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(file, "w") as archive:
-        for path, name in sorted(names.items(), key=lambda item: item[1]):
-            archive.writestr(zipfile.ZipInfo(name), originals.read(path))
-            step(1)
-
-
-def _cifar10(originals: Originals, out: Path, step: Callable[[int], Any]) -> None:
-    for split, file in (("train", "cifar10_train.zip"), ("test", "cifar10_test_a.zip")):
-        own = {path: path.partition("/")[2] for path in originals.paths if path.startswith(f"{split}/")}
-        _zipped(out / file, originals, own, step)
-
-
-def _recordings(originals: Originals, out: Path, step: Callable[[int], Any]) -> None:
-    """A folder for each digit: `7_theo_12.wav` is in the folder `7`."""
-    names = {path: f"{(own := path.rpartition('/')[2])[0]}/{own}" for path in originals.paths}
-    _zipped(out / "audio/spoken_digits.zip", originals, names, step)
-
-
-def _sentences(originals: Originals, out: Path, step: Callable[[int], Any]) -> None:
-    (out / "text").mkdir(parents=True)
-    for path in originals.paths:
-        (out / f"text/sst2_{Path(path).name}").write_bytes(originals.read(path))
-        step(1)
-
-
-def _minilm(originals: Originals, out: Path, step: Callable[[int], Any]) -> None:
-    """The package's files, with weights in float16, which changes them by at most 1e-3."""
+def _copies(originals: Originals, out: Path, step: Callable[[int], Any]) -> None:
+    """Copies, some in a zip, weights in float16 (a change of at most 1e-3). Equal files give equal bytes."""
     import safetensors.numpy
 
-    (out / "text").mkdir(parents=True)
-    for path in originals.paths:
-        name, content = Path(path).name, originals.read(path)
-        if name == "model.safetensors":
-            tensors = safetensors.numpy.load(content)
-            halved = {key: t.astype(np.float16) if t.dtype == np.float32 else t for key, t in tensors.items()}
-            name, content = "minilm_l6.safetensors", safetensors.numpy.save(halved)
-        (out / "text" / name).write_bytes(content)
-        step(1)
-
-
-_TENSORS = (  # path of a file, and timm's name of its tensor
-    (r".*/block_(\d+)/blocks_\d+_(attn|mlp)_(qkv|proj|fc1|fc2)_(weight|bias)_fl_\d+\.mat", r"blocks.\1.\2.\3.\4"),
-    (r".*/block_(\d+)/cpu_p_qudq_\d*[02468]_LN_(weight|bias)_fl_\d+\.mat", r"blocks.\1.norm1.\2"),
-    (r".*/block_(\d+)/cpu_p_qudq_\d*[13579]_LN_(weight|bias)_fl_\d+\.mat", r"blocks.\1.norm2.\2"),
-    (r".*/Head/head_(weight|bias)_fl_\d+\.mat", r"head.\1"),
-    (r".*/Norm/cpu_p_qudq_24_LN_(weight|bias)_fl_\d+\.mat", r"norm.\1"),
-    (r".*/clsANDpos/p_cls_token_expand_B_neg1_neg1\.mat", "cls_token"),
-    (r".*/clsANDpos/p_pos_embed_cpu\.mat", "pos_embed"),
-    (r".*/patch_embed_proj_(weight|bias)_\d+\.mat", r"patch_embed.proj.\1"),
-)
-
-
-def _tensor_name(path: str) -> str | None:
-    return next((match.expand(name) for form, name in _TENSORS if (match := re.fullmatch(form, path))), None)
+    with ExitStack() as stack:
+        archives: dict[Path, zipfile.ZipFile] = {}
+        for path, target in sorted(originals.paths.items(), key=lambda item: item[1]):
+            content = originals.read(path)
+            if target.endswith(".safetensors"):
+                tensors = safetensors.numpy.load(content)
+                halved = {key: t.astype(np.float16) if t.dtype == np.float32 else t for key, t in tensors.items()}
+                content = safetensors.numpy.save(halved)
+            place, zipped, inside = target.partition(".zip/")
+            file = out / (place + zipped.rstrip("/"))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if not zipped:
+                file.write_bytes(content)
+            else:
+                if file not in archives:
+                    archives[file] = stack.enter_context(zipfile.ZipFile(file, "w"))
+                archives[file].writestr(zipfile.ZipInfo(inside), content)
+            step(1)
 
 
 def _deit_tiny(originals: Originals, out: Path, step: Callable[[int], Any]) -> None:
@@ -285,10 +249,9 @@ def _deit_tiny(originals: Originals, out: Path, step: Callable[[int], Any]) -> N
 
     scipy_io = require("scipy.io", "data", "reading MATLAB files")
     tensors = {}
-    for path in originals.paths:
-        name = _tensor_name(path)
+    for path, name in originals.paths.items():
         values = np.ascontiguousarray(scipy_io.loadmat(io.BytesIO(originals.read(path)))["data"])
-        flat = name is not None and values.ndim == 2 and len(values) == 1  # MATLAB has no vectors
+        flat = values.ndim == 2 and len(values) == 1  # MATLAB has no vectors
         tensors[name] = values.ravel() if flat else values
         step(1)
     out.mkdir()
@@ -338,24 +301,5 @@ def _segments_of(annotations: Mapping[str, Any], number: str, category: str) -> 
     return [segment["id"] for segment in own["segments_info"] if names[segment["category_id"]] == category]
 
 
-class Recipe(NamedTuple):
-    """The files that are a set's originals, and the function that converts them into a folder."""
-
-    pick: Callable[[str], bool]
-    make: Callable[[Originals, Path, Callable[[int], Any]], None]
-
-
-def _matching(pattern: str) -> Callable[[str], bool]:
-    return lambda path: re.fullmatch(pattern, path) is not None
-
-
 _PATHS_OF_MASKS = frozenset(path for split, number, _ in MASKED for path in _of_masks(split, number))
-RECIPES: dict[str, Recipe] = {
-    "photos": Recipe(_matching(r"n\d{8}_[^/]+\.JPEG"), _photos),
-    "masks": Recipe(_PATHS_OF_MASKS.__contains__, _masks),
-    "deit_tiny": Recipe(lambda path: _tensor_name(path) is not None, _deit_tiny),
-    "cifar10": Recipe(_matching(r"train/\w+/\d{4}\.jpg|test/\w+/\d{3}[02468]\.jpg"), _cifar10),
-    "sentences": Recipe(_matching(r"data/SST2/(train|dev)\.tsv"), _sentences),
-    "minilm": Recipe(_matching(r".*/model/(config\.json|model\.safetensors|tokenizer\.json|vocab\.txt)"), _minilm),
-    "recordings": Recipe(_matching(r"recordings/\d_(jackson|lucas|nicolas|theo|yweweler)_[123]?\d\.wav"), _recordings),
-}
+RECIPES = {"photos": _photos, "masks": _masks, "deit_tiny": _deit_tiny}  # the other sets are copies

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tokentm_jax.errors import InputError
-from tokentm_jax.files import opened, reason, size_of
+from tokentm_jax.files import errors_as, opened, size_of
 
 # Raster formats whose decoders run no program: EPS would start Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -237,16 +237,14 @@ def find_photos(
     for argument in arguments:
         if not os.fspath(argument):
             raise InputError(f"the name of a {what} is empty")
-        try:
-            # For an invalid name, functions of os.path return False, and those of pathlib raise an error.
+        # For an invalid name, functions of os.path return False, and those of pathlib raise an error.
+        with errors_as(f"{argument} cannot be read", (OSError, ValueError)):
             if os.path.isdir(argument):
                 inside = [path for path in Path(argument).iterdir() if _is_file(path, suffixes)]
             elif not os.path.lexists(argument) and glob.has_magic(str(argument)):
                 inside = [path for path in _matches(str(argument)) if _is_file(path, suffixes)]
             else:
                 inside = [Path(argument)]
-        except (OSError, ValueError) as error:
-            raise InputError(f"{argument} cannot be read: {reason(error)}") from None
         if not inside:
             raise InputError(f"no {what}s were found in {argument}")
         found |= dict.fromkeys(sorted(inside))

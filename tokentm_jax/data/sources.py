@@ -22,7 +22,7 @@ from tokentm_jax.data.audio import Recording
 from tokentm_jax.data.labels import csv_rows, number
 from tokentm_jax.data.photos import PIXEL, SUFFIXES, check_size, decode, decoding, open_photo
 from tokentm_jax.errors import InputError, require
-from tokentm_jax.files import opened, read_text, reason
+from tokentm_jax.files import errors_as, opened, read_entry, read_text, reason
 from tokentm_jax.identity import digest, digest_files
 from tokentm_jax.validation import checked
 
@@ -222,23 +222,10 @@ def _zip(path: Path) -> Source:
     def identify(_: list[str]) -> str:  # zipfile compares the checksum of everything that it reads
         return digest(sorted((info.filename, info.file_size, info.CRC) for info in entries))
 
-    names = [info.filename for info in entries]
-    return _in_classes(f"the zip file {path}", names, identify, lambda key: _read_entry(archive, key))
+    def read(key: str) -> Image.Image | Recording:
+        return _decode_entry(read_entry(archive, archive.getinfo(key), MAX_ENTRY + 1), key)
 
-
-def _read_entry(archive: zipfile.ZipFile, name: str) -> Image.Image | Recording:
-    """One image or recording of a zip. The size in the zip's directory is not trusted."""
-    try:
-        info = archive.getinfo(name)
-        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile does not limit the others
-            raise InputError(f"{name} of the zip file is neither stored nor deflated")
-        with archive.open(info) as entry:
-            content = entry.read(MAX_ENTRY + 1)
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{name} cannot be read from the zip file: {reason(error)}") from None
-    return _decode_entry(content, name)
+    return _in_classes(f"the zip file {path}", [info.filename for info in entries], identify, read)
 
 
 def _decode_entry(content: bytes, name: str) -> Image.Image | Recording:
@@ -299,7 +286,8 @@ def _segmentation(path: Path) -> Source:
             raise InputError(f"it has more than {most:,} values")
         return dataset
 
-    try:
+    layout = "does not have the layout of gtsegs_ijcv.mat (HDF5 with references in value/img, value/gt)"
+    with errors_as(f"{path} {layout}"):
         file: Any = h5py.File(path, "r")
         tables = [values(inside(inside(file, "value"), name), MAX_RECORDS) for name in ("img", "gt")]
         if not all(is_reference(table) for table in tables):
@@ -307,9 +295,6 @@ def _segmentation(path: Path) -> Source:
         images, masks = (np.asarray(table).ravel() for table in tables)
         if len(images) != len(masks):
             raise InputError(f"{len(images)} images and {len(masks)} masks")
-    except Exception as error:  # what h5py raises for a damaged file has no common type
-        layout = "does not have the layout of gtsegs_ijcv.mat (HDF5 with references in value/img, value/gt)"
-        raise InputError(f"{path} {layout}: {reason(error)}") from None
     lock = threading.Lock()
 
     def read_mask(record: int) -> np.ndarray:
@@ -335,12 +320,9 @@ def _segmentation(path: Path) -> Source:
         return Image.fromarray(np.ascontiguousarray(pixels[()].transpose(2, 1, 0)))
 
     def read(key: str) -> Example:
-        try:
-            with decoding.turn(), lock:
-                mask = read_mask(int(key))
-                return Example(key, read_pixels(int(key), mask), None, mask)
-        except Exception as error:
-            raise InputError(f"record {key} of {path} cannot be read: {reason(error)}") from None
+        with errors_as(f"record {key} of {path} cannot be read"), decoding.turn(), lock:
+            mask = read_mask(int(key))
+            return Example(key, read_pixels(int(key), mask), None, mask)
 
     keys = tuple(f"{i:05d}" for i in range(len(images)))
     return Source(str(path), lambda: digest(digest_files([path])), keys, read, labelled=False, masked=True)
@@ -419,7 +401,7 @@ def _tfds(spec: str) -> Source:
 
     def read(key: str) -> Example:
         where = f"record {key} of {spec}"
-        try:
+        with errors_as(f"{where} cannot be read"):
             record = records[int(key)]
             image, label = record["image"], int(record["label"])
             if not -LARGEST_LABEL <= label <= LARGEST_LABEL:
@@ -430,8 +412,6 @@ def _tfds(spec: str) -> Source:
             check_size(image.shape[1], image.shape[0], "its image")
             rgb = np.broadcast_to(image, (*image.shape[:2], 3))
             return Example(key, Image.fromarray(np.ascontiguousarray(rgb)), label)
-        except Exception as error:  # what the readers of damaged files raise has no common type
-            raise InputError(f"{where} cannot be read: {reason(error)}") from None
 
     def identify() -> str:
         try:

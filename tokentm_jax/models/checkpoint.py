@@ -6,7 +6,6 @@ check exists once. Files are untrusted: nothing in them is executed, and every f
 
 import argparse
 import json
-import logging
 import math
 import os
 import re
@@ -29,11 +28,12 @@ from tokentm_jax.errors import InputError, require
 from tokentm_jax.files import (
     MARK,
     as_path,
+    errors_as,
     opened,
+    quiet,
     read_json,
     reason,
     replace,
-    replace_folder,
     stored_size,
     uninterrupted,
 )
@@ -197,24 +197,13 @@ def _read_torch(path: Path) -> Tensors:
 HELD = ("state_dict_ema", "model_ema", "state_dict", "model")  # keys of the weights, in timm's order of preference
 
 
-@contextmanager
-def _quiet_orbax() -> Iterator[None]:
-    """No log messages: Orbax logs every error with a traceback, and also raises it."""
-    logger = logging.getLogger("absl")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
-
-
 def _read_orbax(path: Path) -> Tensors:
     ocp = require("orbax.checkpoint", "orbax", f"reading the folder {path}")
     description: Any = read_description(path)
     for file in (path / "params").rglob("*"):
         if not file.is_file() and not file.is_dir():  # a pipe: Orbax would wait for ever
             raise InputError(f"checkpoint {path}: {file} is not a regular file")
-    with _damage_named(path), _quiet_orbax(), ocp.PyTreeCheckpointer() as reader:
+    with _damage_named(path), quiet("absl"), ocp.PyTreeCheckpointer() as reader:
         folder = (path / "params").resolve()
         found = reader.metadata(folder).item_metadata
         if found is None:
@@ -285,16 +274,14 @@ def write_checkpoint(
     with np.errstate(over="ignore"):  # values that are too large become infinite, and raise below
         tensors = to_timm(params, module, dtype)
     to_params(module, tensors, "params")  # raises if the checkpoint could not be read again
-    try:
+    with errors_as(f"{path} cannot be written", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {reason(error)}") from None
     if path.suffix:
         data = safetensors.numpy.save(tensors, {MARK: text, "format": "pt"})
         # Not save_file, which makes a file that other users cannot read.
         replace(path, lambda part: part.write_bytes(data), overwrite=overwrite)
     else:
-        replace_folder(path, lambda part: _write_orbax(part, params, text))
+        replace(path, lambda part: _write_orbax(part, params, text), folder=True)
     return path
 
 
@@ -309,7 +296,7 @@ def _write_orbax(folder: Path, params: Mapping[str, Any], description: str) -> N
     (folder / "description.json").write_text(description, encoding="utf-8")
     tree = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), dict(params))
     try:
-        with uninterrupted(), _quiet_orbax(), ocp.PyTreeCheckpointer() as writer:
+        with uninterrupted(), quiet("absl"), ocp.PyTreeCheckpointer() as writer:
             writer.save((folder / "params").resolve(), tree)
     except (ValueError, RuntimeError) as error:  # of TensorStore, if the disk is full
         cause = re.search(r"([^:]+) \[os_error_code", str(error))

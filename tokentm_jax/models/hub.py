@@ -1,14 +1,11 @@
 """Models of the Hugging Face Hub, through its client's cache: whole folders, and timm's weights by their name."""
 
-import logging
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tokentm_jax.errors import InputError, require
-from tokentm_jax.files import reason
+from tokentm_jax.files import quiet, reason
 from tokentm_jax.models.architectures import repository_of
 from tokentm_jax.models.folders import CONFIG, INDEX, OPEN_CLIP, OPEN_CLIP_WEIGHTS, OTHERS, WEIGHTS, shards
 from tokentm_jax.models.text_layouts import MODULES, pooling_file
@@ -25,7 +22,7 @@ def download(name: str) -> Path:
     """
     client = require("huggingface_hub", "hub", name)
     repository, _, revision = name.removeprefix(HUB).partition("@")
-    with _quiet_client():
+    with quiet("huggingface_hub"):
         files = _Repository(client, name, repository, revision or None)
         folder = files.first(OPEN_CLIP, CONFIG).parent
         weights = files.first(*(OPEN_CLIP_WEIGHTS if (folder / OPEN_CLIP).is_file() else WEIGHTS), INDEX)
@@ -44,20 +41,8 @@ def download_weights(name: str) -> tuple[str, Path]:
     """
     tagged, repository = repository_of(name)
     client = require("huggingface_hub", "hub", f"{name} without a checkpoint")
-    with _quiet_client():
+    with quiet("huggingface_hub"):
         return tagged, _Repository(client, tagged, repository, None).first(WEIGHTS[0])
-
-
-@contextmanager
-def _quiet_client() -> Iterator[None]:
-    """No log messages of the client: errors are one InputError here."""
-    logger = logging.getLogger("huggingface_hub")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 class _Repository:
