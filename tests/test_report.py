@@ -314,6 +314,35 @@ def test_a_page_of_a_store_of_texts(tmp_path):
         assert "".join(part for part, _ in own["parts"]) == texts[i]
 
 
+@pytest.mark.slow
+def test_a_page_of_a_run_of_texts(tmp_path):
+    """The results per text have the means of the table, and the details the words' scores."""
+    pytest.importorskip("tokenizers")
+    texts = ["a funny film", "dull", "not a bad idea at all"]
+    (tmp_path / "texts.tsv").write_text("".join(f"{text}\t{i}\n" for i, text in enumerate(texts)))
+    recipe, out, page = tmp_path / "recipe.py", tmp_path / "run", tmp_path / "run.html"
+    recipe.write_text(
+        "import tokentm_jax as tm\n"
+        f"config = tm.EvaluateConfig('texts', 'eraser', {str(tmp_path / 'texts.tsv')!r}, "
+        f"tm.configs.rows('tokentm', 'rollout'), {str(TEXTS)!r}, batch_size=2)\n"
+    )
+    for command in (("evaluate", recipe, "--out", out), ("report", out, "--out", page, "--best", 1)):
+        found = run(*command)
+        assert found.exit_code == 0, found.output
+    settings, details = content(page)
+    assert settings["kind"] == "text" and [photo["text"] for photo in settings["photos"]] == texts
+    for row in json.loads((out / "results.json").read_text())["rows"]:
+        if row["method"] in ("tokentm", "rollout"):
+            results = [photo["results"][row["method"]][row["metric"]] for photo in settings["photos"]]
+            np.testing.assert_allclose(np.mean(results), row["value"], atol=1e-4)
+    text = tm.load(TEXTS)
+    assert details
+    for i, own in details.items():
+        for klass, packed in own["maps"]["tokentm"].items():
+            (words,) = tm.words(text, texts[i], tm.explain(text, text.read(texts[i]), "tokentm", int(klass)))
+            np.testing.assert_allclose(unpacked(packed), [[word.score for word in words]], atol=1e-5)
+
+
 def test_classes_of_a_store_of_a_model_of_timm(place, tmp_path, monkeypatch):
     """ImageNet's names are those of the package: nothing is downloaded for them."""
     store, page = tmp_path / "maps", tmp_path / "store.html"
