@@ -338,9 +338,9 @@ def test_a_page_of_a_run_of_texts(tmp_path):
     text = tm.load(TEXTS)
     assert details
     for i, own in details.items():
-        for klass, packed in own["maps"]["tokentm"].items():
+        for klass, numbers in own["maps"]["tokentm"].items():
             (words,) = tm.words(text, texts[i], tm.explain(text, text.read(texts[i]), "tokentm", int(klass)))
-            np.testing.assert_allclose(unpacked(packed), [[word.score for word in words]], atol=1e-5)
+            np.testing.assert_allclose(unpacked(numbers), [[word.score for word in words]], atol=1e-5)
 
 
 def test_classes_of_a_store_of_a_model_of_timm(place, tmp_path, monkeypatch):
