@@ -20,7 +20,7 @@ from tokentm_jax.maths.scores import explained, is_open
 from tokentm_jax.maths.tokentm import aggregate, attention_update, length
 from tokentm_jax.maths.variants import Blocks, TokenTM, block_terms, initialised, sample_axes
 from tokentm_jax.programs import passes
-from tokentm_jax.programs.capture import Trace, capture, of_sample
+from tokentm_jax.programs.capture import Trace, capture, of_sample, plus_extra
 from tokentm_jax.programs.model import Applied, Function, Model
 from tokentm_jax.programs.passes import Memory, Score, View
 from tokentm_jax.programs.running import Plan
@@ -234,8 +234,7 @@ def _legrad_of_pool(model: Model, params: Any, inputs: Any, target: Any, first_b
     kind = pool.reading.flat.types[mix.of]
 
     def one(tokens: Array, score: Score) -> tuple[Array, Any]:
-        add = lambda evaluation: lambda value, state, extra: (value + extra, state, None)  # noqa: E731
-        plan = Plan(taps={pool.reading: {mix.of: add}})
+        plan = Plan(taps={mix.of: plus_extra})
 
         def run(change: Array) -> tuple[Array, Any]:
             outputs = pool.evaluate(params, tokens, plan, {mix.of: change}, None)[0]

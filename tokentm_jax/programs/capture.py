@@ -14,8 +14,8 @@ from tokentm_jax.inputs.values import seen, values, with_values
 from tokentm_jax.maths.variants import Blocks
 from tokentm_jax.programs.model import Model, Notes, check_model, function_of
 from tokentm_jax.programs.reading import Reading
-from tokentm_jax.programs.running import Evaluation, Plan, scan_key
-from tokentm_jax.programs.structure import Attention, Layer, Stage, behind_norm
+from tokentm_jax.programs.running import Evaluation, Plan
+from tokentm_jax.programs.structure import Attention, Layer, behind_norm
 
 
 class Trace(NamedTuple):
@@ -139,17 +139,16 @@ def of_sample(
     points = {point for field, point in GRADIENTS.items() if field in fields}
     both = "normalised" in points and model.post_norm  # the stream, which the residual sum also reads
     points |= {"sum"} if both else set()
+    final = "final_tokens" in fields
     places = _places(model, {*fields, *points})
-    taps = {reading: {at: partial(_note, known) for at, known in own.items()} for reading, own in places.items()}
-    plan = Plan(model.rules, taps)
-    zeros = _zeros(model, points, "final_tokens" in fields) if points else {}
+    plan = Plan(model.rules, {number: partial(_note, names) for number, names in places.items()})
+    zeros = _zeros(model, points, final)
 
     def run(zeros: Any, numbers: Array) -> tuple[Array, Any]:
         outputs, notes, _ = model.evaluate(params, with_values(sample, numbers), plan, zeros, None)
         return score(outputs), (notes, outputs)
 
     known: dict[str, Any] = {}
-    final = "final_tokens" in fields
     if points or "input_grads" in fields:
         (grads, of_input), (notes, outputs) = jax.grad(run, (0, 1), has_aux=True)(zeros, values(sample))
         known = {"input_grads": of_input} if "input_grads" in fields else {}
@@ -161,76 +160,79 @@ def of_sample(
     else:
         _, (notes, outputs) = run({}, values(sample))
     for name in POINTS.keys() & set(fields):
-        known[name] = _of_blocks(model, name, notes, final)
+        own = {number: note[name] for number, note in notes.items() if name in note}
+        known[name] = _of_blocks(model, name, own, final)
     return known, outputs
 
 
-def _note(names: dict[str, Any], evaluation: Evaluation) -> Any:
+def plus_extra(evaluation: Evaluation, value: Array, state: Any, extra: Any) -> Any:
+    """A tap that adds `extra` and notes the sum."""
+    value = value if extra is None else value + extra.astype(value.dtype)
+    return value, state, value
+
+
+def _note(names: dict[str, Any], evaluation: Evaluation, value: Array, state: Any, extra: Any) -> Any:
     """A tap that adds `extra`, and notes the value, or x~ for "transformed_value", under each of the names."""
-
-    def tap(value: Array, state: Any, extra: Any) -> Any:
-        value = value if extra is None else value + extra
-        evaluation.values[evaluation.current] = value
-        own = {name: name == "transformed_value" for name in names}
-        found = {name: transformed_value(evaluation, names[name]) if its else value for name, its in own.items()}
-        return value, state, found
-
-    return tap
+    value, state, _ = plus_extra(evaluation, value, state, extra)
+    its = {name: name == "transformed_value" for name in names}
+    found = {name: transformed_value(evaluation, names[name]) if its[name] else value for name in names}
+    return value, state, found
 
 
-def _places(model: Model, names: Collection[str]) -> dict[Reading, dict[int, dict[str, Any]]]:
-    """The requested values of each program: their names, each with its block."""
-    places: dict[Reading, dict[int, dict[str, Any]]] = {}
+def _places(model: Model, names: Collection[str]) -> dict[int, dict[str, Any]]:
+    """The requested values: their names, each with its block."""
+    places: dict[int, dict[str, Any]] = {}
     asked = POINTS.keys() & set(names)
     for stage in model.structure.stages if asked else ():
-        own = places.setdefault(stage.reading, {})
         for block in stage.blocks:
             for name in asked:
-                own.setdefault(POINTS[name](stage.reading, block), {})[name] = block
+                places.setdefault(POINTS[name](stage.reading, block), {})[name] = block
     if "final_tokens" in names:
-        places.setdefault(model.structure.reading, {}).setdefault(model.structure.last, {})["tokens"] = None
+        places.setdefault(model.structure.last, {})["tokens"] = None
     return places
 
 
 def _zeros(model: Model, points: Collection[str], final: bool) -> Notes:
     """Zeros to add at every point whose gradient is requested."""
     zeros: Notes = {}
-    for stage in model.structure.stages:
-        own = zeros if stage.scan is None else zeros.setdefault(scan_key(stage.scan), {})
+    for stage in model.structure.stages if points else ():
         lead = () if stage.scan is None else (stage.length,)
         for block in stage.blocks:
             for point in points:
                 number = POINTS[point](stage.reading, block)
-                kind = stage.reading.flat.types[number]
-                own[number] = jnp.zeros((*lead, *kind.shape), kind.dtype)
+                kind = model.reading.flat.types[number]
+                zeros[number] = jnp.zeros((*lead, *kind.shape), kind.dtype)
     if final and "tokens" in points:
-        kind = model.structure.reading.flat.types[model.structure.last]
+        kind = model.reading.flat.types[model.structure.last]
         zeros[model.structure.last] = jnp.zeros(kind.shape, kind.dtype)
     return zeros
 
 
 def _of_blocks(model: Model, name: str, found: Notes, final: bool) -> Array:
     """The gradients or notes of all blocks called `name`: [L, H, N, N], [L, H, N, D/H] or [L, N, D]."""
-    pick = lambda own: own[name] if isinstance(own, dict) else own  # noqa: E731
     laid = LAID.get(name, lambda attention, array: array.reshape(model.structure.tokens, -1))
+    arrays = of_blocks(model, found, POINTS[name], lambda block, array: laid(block[0].attention, array))
+    if name == "tokens" and final:
+        arrays = jnp.concatenate([arrays, laid(None, found[model.structure.last])[None]])
+    return arrays
+
+
+def of_blocks(
+    model: Model,
+    notes: Notes,
+    number: Callable[[Reading, list[Layer]], int],
+    laid: Callable[[list[Layer], Any], Any] = lambda block, note: note,
+) -> Any:
+    """`laid(block, note)` of the note at the value `number(reading, block)`, for all blocks: [L, ...]."""
     parts = []
     for stage in model.structure.stages:
-        number = partial(POINTS[name], stage.reading)
-        each = (lambda f: f) if stage.scan is None else jax.vmap
-        of_block = lambda block, own: each(partial(laid, block[0].attention))(pick(own[number(block)]))  # noqa: B023, E731
-        parts.append(of_stage(stage, found, of_block))
-    if name == "tokens" and final:
-        parts.append(laid(None, pick(found[model.structure.last]))[None])
-    return jnp.concatenate(parts)
-
-
-def of_stage(stage: Stage, notes: Notes, pick: Callable[[list[Layer], Notes], Any]) -> Any:
-    """The results of `pick` for the notes of each block of a stage, [length * blocks, ...]."""
-    own = notes if stage.scan is None else notes[scan_key(stage.scan)]
-    arrays = [pick(block, own) for block in stage.blocks]
-    if stage.scan is None:
-        return jax.tree.map(lambda *a: jnp.stack(a), *arrays)
-    return jax.tree.map(lambda *a: jnp.stack(a, 1).reshape(-1, *a[0].shape[1:]), *arrays)
+        axis = 0 if stage.scan is None else 1  # after that of the iterations
+        found = []
+        for block in stage.blocks:
+            each = partial(laid, block)
+            found.append((jax.vmap(each) if axis else each)(notes[number(stage.reading, block)]))
+        parts.append(jax.tree.map(lambda *a: jnp.stack(a, axis).reshape(-1, *a[0].shape[axis:]), *found))  # noqa: B023
+    return jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
 
 
 # ---- values of a block ----------------------------------------------------------------------------------------------

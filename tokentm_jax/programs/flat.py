@@ -1,7 +1,8 @@
 """A jaxpr as one list of steps: calls are inlined, scans remain loops.
 
-Values have numbers, because a jaxpr that is called twice has the same variables both times. A `Call` has the steps of
-a `custom_jvp` or `custom_vjp`, which keeps its derivative unless a rule needs another.
+Values and literals have numbers, because a jaxpr that is called twice has the same variables both times; no two values
+of a program and its bodies share one. A `Call` has the steps of a `custom_jvp` or `custom_vjp`, which keeps its
+derivative unless a rule needs another.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.extend.core import Jaxpr, JaxprEqn, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 # Calls that are inlined: the name of the parameter with their jaxpr.
 CALLS = {
@@ -32,10 +33,10 @@ _LIBRARY = Path(str(jax.__file__)).parent
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Step:
-    """One equation. `inputs` are numbers of values, or literals; `outputs` are numbers."""
+    """One equation, with the numbers of its inputs and outputs."""
 
     equation: JaxprEqn
-    inputs: list[Any]
+    inputs: list[int]
     outputs: list[int]
     bodies: "tuple[Flat, ...]" = ()  # the body of a scan, or the branches of a cond
     call: JaxprEqn | None = None  # the outermost call that contains it
@@ -56,7 +57,7 @@ class Call:
     """The steps `start` to `stop` of one custom derivative."""
 
     equation: JaxprEqn
-    inputs: list[Any]
+    inputs: list[int]
     outputs: list[int]
     start: int
     stop: int
@@ -66,18 +67,16 @@ class Call:
 class Flat:
     """A jaxpr, flat."""
 
-    inputs: list[int]
-    outputs: list[Any]
-    constants: dict[int, Any]
-    steps: list[Step]
-    calls: dict[int, Call]  # by their first step
-    types: list[Any]  # of every value: its aval
-    producer: dict[int, Step]  # of every value that a step computes
+    types: list[Any]  # the aval of every number, also of those in bodies
+    inputs: list[int] = dataclasses.field(default_factory=list)
+    outputs: list[int] = dataclasses.field(default_factory=list)
+    constants: dict[int, Any] = dataclasses.field(default_factory=dict)  # literals too
+    steps: list[Step] = dataclasses.field(default_factory=list)
+    calls: dict[int, Call] = dataclasses.field(default_factory=dict)  # by their first step
+    producer: dict[int, Step] = dataclasses.field(default_factory=dict)  # of every value that a step computes
 
-    def shape(self, atom: Any) -> tuple[int, ...]:
-        """The shape of a value, or of a literal."""
-        kind: Any = atom.aval if isinstance(atom, Literal) else self.types[atom]
-        return tuple(kind.shape)
+    def shape(self, number: int) -> tuple[int, ...]:
+        return tuple(self.types[number].shape)
 
 
 def bind(equation: Any, values: list[Any]) -> list[Any]:
@@ -89,6 +88,11 @@ def bind(equation: Any, values: list[Any]) -> list[Any]:
     return list(out) if equation.primitive.multiple_results else [out]
 
 
+def closed(jaxpr: Any) -> Any:
+    """The jaxpr of a call, closed."""
+    return jaxpr if hasattr(jaxpr, "consts") else ClosedJaxpr(jaxpr, ())
+
+
 def scanned(params: dict[str, Any]) -> tuple[int, int]:
     """The number of constant inputs of a scan, and of carried ones."""
     if "num_consts" in params:
@@ -97,14 +101,11 @@ def scanned(params: dict[str, Any]) -> tuple[int, int]:
     return len(constants), len(carried)
 
 
-def flatten(closed: Any) -> Flat:
-    """The flat form of a `ClosedJaxpr`."""
-    flat = Flat([], [], {}, [], {}, [], {})
-    jaxpr = closed.jaxpr
-    flat.inputs = [_new(flat, v.aval) for v in jaxpr.invars]
-    constants = [_new(flat, v.aval) for v in jaxpr.constvars]
-    flat.constants = dict(zip(constants, closed.consts, strict=True))
-    flat.outputs = _inline(flat, jaxpr, [*constants], flat.inputs, None)
+def flatten(program: Any, types: list[Any] | None = None) -> Flat:
+    """The flat form of a `ClosedJaxpr`; `types` are those of the program that contains it."""
+    flat = Flat([] if types is None else types)
+    flat.inputs = [_new(flat, v.aval) for v in program.jaxpr.invars]
+    flat.outputs = _inline(flat, program.jaxpr, program.consts, flat.inputs, None)
     return flat
 
 
@@ -113,37 +114,36 @@ def _new(flat: Flat, aval: Any) -> int:
     return len(flat.types) - 1
 
 
-def _inline(flat: Flat, jaxpr: Jaxpr, constants: list[Any], inputs: list[Any], call: JaxprEqn | None) -> list[Any]:
+def _inline(flat: Flat, jaxpr: Jaxpr, constants: Any, inputs: list[int], call: JaxprEqn | None) -> list[int]:
     """Append the steps of a jaxpr whose inputs have these numbers. Returns the numbers of its outputs."""
-    names: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *inputs], strict=True))
+    names: dict[Any, int] = dict(zip(jaxpr.invars, inputs, strict=True))
 
-    def number(atom: Any) -> Any:
-        return atom if isinstance(atom, Literal) else names[atom]
+    def constant(atom: Any, value: Any) -> int:
+        number = _new(flat, atom.aval)
+        flat.constants[number] = value
+        return number
 
+    def number(atom: Any) -> int:
+        return constant(atom, atom.val) if isinstance(atom, Literal) else names[atom]
+
+    names |= {atom: constant(atom, value) for atom, value in zip(jaxpr.constvars, constants, strict=True)}
     for equation in jaxpr.eqns:
         given = [number(v) for v in equation.invars]
         primitive = equation.primitive.name
         if primitive in WRITTEN_OUT:
             written = partial(WRITTEN_OUT[primitive], **equation.params)
-            program = jax.make_jaxpr(written)(*(v.aval for v in equation.invars))
-            outputs = _inline(flat, program.jaxpr, [], given, call or equation)
+            inner = jax.make_jaxpr(written)(*(v.aval for v in equation.invars))
+            outputs = _inline(flat, inner.jaxpr, inner.consts, given, call or equation)
         elif primitive in CALLS:
-            inner = equation.params[CALLS[primitive]]
-            inner_constants: list[Any] = []
-            if hasattr(inner, "consts"):  # a closed jaxpr
-                inner_constants = [_new(flat, v.aval) for v in inner.jaxpr.constvars]
-                flat.constants |= dict(zip(inner_constants, inner.consts, strict=True))
-                inner = inner.jaxpr
-            start = len(flat.steps)
-            outputs = _inline(flat, inner, inner_constants, given, call or equation)
-            if primitive in CUSTOM and len(flat.steps) > start and not any(isinstance(o, Literal) for o in outputs):
+            inner, start = closed(equation.params[CALLS[primitive]]), len(flat.steps)
+            outputs = _inline(flat, inner.jaxpr, inner.consts, given, call or equation)
+            if primitive in CUSTOM and len(flat.steps) > start and flat.constants.keys().isdisjoint(outputs):
                 flat.calls[start] = Call(equation, given, outputs, start, len(flat.steps))
         else:
             outputs = [_new(flat, v.aval) for v in equation.outvars]
-            inner = {"scan": ("jaxpr",), "cond": ("branches",)}.get(primitive, ())
-            closed = [equation.params[name] for name in inner]
-            bodies = closed[0] if primitive == "cond" else closed
-            step = Step(equation, given, outputs, tuple(map(flatten, bodies)), call)
+            bodies = {"scan": lambda p: (p["jaxpr"],), "cond": lambda p: p["branches"]}.get(primitive, lambda p: ())
+            inside = tuple(flatten(body, flat.types) for body in bodies(equation.params))
+            step = Step(equation, given, outputs, inside, call)
             flat.steps.append(step)
             flat.producer |= dict.fromkeys(outputs, step)
         names |= dict(zip(equation.outvars, outputs, strict=True))

@@ -115,9 +115,14 @@ class Program:
         flat = flatten(self.jaxpr)
         return read(flat, [flat.inputs[-self.arrays]])
 
+    @property
+    def explained(self) -> int:
+        """The explained input in `reading`."""
+        return self.reading.flat.inputs[-self.arrays]
+
     @cached_property
     def structure(self) -> Structure:
-        return find(self.reading, self.reading.flat.inputs[-self.arrays])
+        return find(self.reading, self.explained)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -295,19 +300,18 @@ class Model:
 
     def head(self, params: Any, sample: Any) -> Callable[[Array], Any]:
         """The part after the last residual sum: tokens that leave a block -> outputs of one sample."""
-        structure = self.structure
-        flat, facts = structure.reading.flat, structure.reading.facts
+        reading, last = self.reading, self.structure.last
         inputs = [*jax.tree.leaves(params), *jax.tree.leaves(sample)]
-        known = Evaluation(structure.reading, Plan(self.rules), inputs)
-        del known.values[flat.inputs[-self.program.arrays]]  # a head that reads more than the tokens raises below
+        known = Evaluation(reading, Plan(self.rules), inputs)
+        del known.values[self.program.explained]  # a head that reads more than the tokens raises below
 
         def head(tokens: Array) -> Any:
             outputs = []
-            for out in flat.outputs:
-                if facts[out].above >> structure.last & 1 == 0:
+            for out in reading.flat.outputs:
+                if not reading.descends(out, last):
                     raise Unfit("an output of this function does not read the tokens of the blocks")
                 try:
-                    outputs.append(known.function([structure.last], out)(tokens))
+                    outputs.append(known.function([last], out)(tokens))
                 except KeyError:
                     raise Unfit("the head reads more than the tokens that leave the last block") from None
             return jax.tree.unflatten(self.program.outputs, outputs)

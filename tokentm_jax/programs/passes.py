@@ -23,14 +23,16 @@ from tokentm_jax.programs.capture import (
     POINTS,
     as_before,
     heads_of,
-    of_stage,
+    of_blocks,
+    plus_extra,
     through_output,
     values_before,
     values_of,
 )
+from tokentm_jax.programs.flat import Step
 from tokentm_jax.programs.model import Model
-from tokentm_jax.programs.running import Evaluation, Plan, scan_key
-from tokentm_jax.programs.structure import Layer, Stage
+from tokentm_jax.programs.running import Evaluation, Plan
+from tokentm_jax.programs.structure import Layer
 from tokentm_jax.programs.tokens import for_tokens
 
 Block = list[Layer]
@@ -161,71 +163,52 @@ def rows_inside(
         inside = (index >= first) & (index < end)
         return checkpoint_name(jnp.where(inside, weights, 0), WEIGHTS)
 
-    def attended(block: Block, evaluation: Evaluation) -> Any:
+    def attended(block: Block, evaluation: Evaluation, value: Array, state: Any, gradient: Any) -> Any:
         layer: Any = block[0].attention
+        u, index = state
+        weights = kept(index, attention_weights(View(evaluation, block, n, there, gradient), options))
+        passed: Any = attention_layer(options, heads_of(layer, value), u, weights)
+        heads, u = passed
+        return as_before(layer, heads, value), (u, index), None
 
-        def tap(value: Array, state: Any, extra: Any) -> Any:
-            u, index = state
-            evaluation.values[evaluation.current] = value
-            weights = kept(index, attention_weights(View(evaluation, block, n, there, extra), options))
-            passed: Any = attention_layer(options, heads_of(layer, value), u, weights)
-            heads, u = passed
-            return as_before(layer, heads, value), (u, index), None
+    def summed(
+        block: Block, layer: Layer, number: int, evaluation: Evaluation, value: Array, state: Any, gradient: Any
+    ) -> Any:
+        u, index = state
+        view, noted = View(evaluation, block, n, there, gradient), None
+        if options.ffn and layer.attention is None and number == layer.output:
+            own = view.rows(layer.stream), view.rows(layer.branch)
+            u = ffn_layer(u, kept(index, ffn_weights(*own, view, options)))
+        if options.norms and number == layer.normed:
+            u = ffn_layer(u, kept(index, norm_gain(view.rows(layer.output), view.rows(number)) - 1))
+        if layer is block[-1] and number == layer.end:
+            index = index + 1
+            noted = None if by_rules is None else by_rules(evaluation, block)
+        return value, (u, index), noted
 
-        return tap
-
-    def summed(block: Block, layer: Layer, evaluation: Evaluation) -> Any:
-        norms = options.norms and layer.normed is not None
-
-        def tap(value: Array, state: Any, extra: Any) -> Any:
-            u, index = state
-            evaluation.values[evaluation.current] = value
-            view, noted = View(evaluation, block, n, there, extra), None
-            if options.ffn and layer.attention is None and evaluation.current == layer.output:
-                own = view.rows(layer.stream), view.rows(layer.branch)
-                u = ffn_layer(u, kept(index, ffn_weights(*own, view, options)))
-            if norms and evaluation.current == layer.normed:
-                u = ffn_layer(u, kept(index, norm_gain(view.rows(layer.output), view.rows(layer.normed)) - 1))
-            if layer is block[-1] and evaluation.current == layer.end:
-                index = index + 1
-                noted = None if by_rules is None else by_rules(evaluation, block)
-            return value, (u, index), noted
-
-        return tap
-
-    taps: dict[Any, dict[int, Any]] = {structure.reading: {}}
+    taps: dict[int, Any] = {}
     extra: dict[int, Any] = {}
     begun = 0
     for stage in structure.stages:
-        own = taps.setdefault(stage.reading, {})
-        handed = extra if stage.scan is None else extra.setdefault(scan_key(stage.scan), {})
-        for place, block in enumerate(stage.blocks):
-            here = {block[0].attention.weights: partial(attended, block)}  # type: ignore[union-attr]
-            here |= {number: partial(summed, block, layer) for layer in block for number in (layer.output, layer.end)}
-            own |= here
+        for place, block in enumerate(stage.blocks, begun):
+            here: dict[int, Any] = {block[0].attention.weights: partial(attended, block)}  # type: ignore[union-attr]
+            for layer in block:
+                here |= {number: partial(summed, block, layer, number) for number in (layer.output, layer.end)}
+            taps |= here
             if gradients is not None:
-                at = begun + place
-                of_block = gradients[at] if stage.scan is None else gradients[at :: len(stage.blocks)][: stage.length]
-                handed |= dict.fromkeys(here, of_block)
+                every = gradients[place :: len(stage.blocks)][: stage.length]
+                extra |= dict.fromkeys(here, every[0] if stage.scan is None else every)
         begun += stage.length * len(stage.blocks)
-
-    def noted(evaluation: Evaluation) -> Any:
-        def tap(value: Array, state: Any, extra: Any) -> Any:
-            value = value + extra.astype(value.dtype)
-            return value, state, value
-
-        return tap
-
-    if structure.embedded in taps[structure.reading]:
+    if structure.embedded in taps:
         raise Unfit("the tokens that enter the first block are not distinct from those of a layer")
-    taps[structure.reading][structure.embedded] = noted
+    taps[structure.embedded] = plus_extra
     kind = structure.reading.flat.types[structure.embedded]
     plan = Plan(model.rules, taps, partial(jax.checkpoint, policy=POLICIES[memory], prevent_cse=False))
     readout = _row(model, sample, kind)
 
     def run(zeros: Array, u: Array) -> Any:
-        handed = {**extra, structure.embedded: zeros}
-        outputs, notes, state = model.evaluate(params, sample, plan, handed, (u, jnp.int32(0)))
+        inputs = {**extra, structure.embedded: zeros}
+        outputs, notes, state = model.evaluate(params, sample, plan, inputs, (u, jnp.int32(0)))
         return (score(outputs), state[0]), (notes, outputs)
 
     (own, _), pull, (notes, outputs) = jax.vjp(
@@ -233,31 +216,21 @@ def rows_inside(
     )
     gradient, row = pull((jnp.ones_like(own), readout))
     embedded = notes[structure.embedded].reshape(n, -1)
-    found = None if not legrad else _noted_at_ends(structure.stages, notes).sum(0)
+    found = of_blocks(model, notes, _end).sum(0) if legrad else None
     return Pass(row, embedded, gradient.reshape(n, -1), found), outputs
 
 
-def _at_ends(model: Model, function: Callable[[Evaluation, Block], Any]) -> dict[Any, dict[int, Any]]:
+def _end(_: Any, block: Block) -> int:
+    return block[-1].end
+
+
+def _at_ends(model: Model, function: Callable[[Evaluation, Block], Any]) -> dict[int, Any]:
     """Taps that note the result of `function` at the end of each block."""
 
-    def at_end(block: Block, evaluation: Evaluation) -> Any:
-        def tap(value: Array, state: Any, extra: Any) -> Any:
-            evaluation.values[evaluation.current] = value
-            return value, state, function(evaluation, block)
+    def tap(block: Block, evaluation: Evaluation, value: Array, state: Any, extra: Any) -> Any:
+        return value, state, function(evaluation, block)
 
-        return tap
-
-    taps: dict[Any, dict[int, Any]] = {}
-    for stage in model.structure.stages:
-        for block in stage.blocks:
-            taps.setdefault(stage.reading, {})[block[-1].end] = partial(at_end, block)
-    return taps
-
-
-def _noted_at_ends(stages: list[Stage], notes: Any) -> Any:
-    """The notes at the ends of blocks, [L, ...]."""
-    parts = [of_stage(stage, notes, lambda block, own: own[block[-1].end]) for stage in stages]
-    return jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
+    return {block[-1].end: partial(tap, block) for stage in model.structure.stages for block in stage.blocks}
 
 
 def rows_behind(
@@ -276,14 +249,11 @@ def rows_behind(
     structure, there = model.structure, seen(sample)
     n = structure.tokens
     taps = _at_ends(model, lambda evaluation, block: summary(View(evaluation, block, n, there, None)))
-    taps.setdefault(structure.reading, {}).setdefault(
-        structure.embedded, lambda evaluation: lambda value, state, extra: (value, state, value)
-    )
+    taps.setdefault(structure.embedded, plus_extra)
     outputs, notes, _ = model.evaluate(params, sample, Plan(model.rules, taps), None, None)
     embedded = notes[structure.embedded].reshape(n, -1)
     row = _row(model, sample, structure.reading.flat.types[structure.embedded])
-    summaries = _noted_at_ends(structure.stages, notes)
-    return (aggregate(row, summaries, update, first_block, end_block), embedded), outputs
+    return (aggregate(row, of_blocks(model, notes, _end), update, first_block, end_block), embedded), outputs
 
 
 def legrad_of_block(
@@ -299,7 +269,7 @@ def legrad_of_block(
         attention: Any = block[0].attention
         evaluation = evaluation.held()  # constant in the derivative of the surrounding pass
         weights = evaluation.values[attention.weights]
-        rows, end = model.structure.rows[evaluation.reading], block[-1].end
+        rows, end = model.structure.rows, block[-1].end
         through = for_tokens(evaluation, rows, attention.weights, end, n, tokens) if len(tokens) < n else None
         own = np.arange(n) if through is None else tokens
         through = through or evaluation.function([attention.weights], end)
@@ -329,7 +299,7 @@ def legrad_rows(
     """
     taps = _at_ends(model, legrad_of_block(model, params, sample, score, read))
     outputs, notes, _ = model.evaluate(params, sample, Plan(model.rules, taps), None, None)
-    return _noted_at_ends(model.structure.stages, notes)[first_block:].sum(0), outputs
+    return of_blocks(model, notes, _end)[first_block:].sum(0), outputs
 
 
 def full_gradient_rows(model: Model, params: Any, sample: Any, score: Score) -> tuple[tuple[Array, Array], Any]:
@@ -342,17 +312,13 @@ def full_gradient_rows(model: Model, params: Any, sample: Any, score: Score) -> 
     n, depth = structure.tokens, structure.depth
     kind = structure.reading.flat.types[structure.embedded]
     readout = None if seen(sample) is None else _row(model, sample, kind)
-    taps: dict[Any, dict[int, Any]] = {}
-    for reading, rows in structure.rows.items():
-        own = taps.setdefault(reading, {})
+    taps: dict[int, Any] = {}
+    for reading in {structure.reading, *(stage.reading for stage in structure.stages)}:
         for step in reading.flat.steps:
-            out = step.outputs[0]
-            if step.kind == "bias" and out in rows:
-                own[out] = partial(_with_factor, step, rows[out], readout, depth)
+            if step.kind == "bias" and step.outputs[0] in structure.rows:
+                taps[step.outputs[0]] = partial(_with_factor, step, structure.rows[step.outputs[0]], readout, depth)
     for stage in structure.stages:
-        own = taps.setdefault(stage.reading, {})
-        for block in stage.blocks:
-            own[block[0].stream] = partial(_scaled_stream, depth, n)
+        taps |= {block[0].stream: partial(_scaled_stream, depth, n) for block in stage.blocks}
 
     def run(u: Array) -> tuple[Array, Any]:
         outputs, _, _ = model.evaluate(params, sample, Plan(model.rules, taps), None, (u, jnp.int32(0)))
@@ -363,39 +329,33 @@ def full_gradient_rows(model: Model, params: Any, sample: Any, score: Score) -> 
     return (row, row.sum() - own), outputs
 
 
-def _scaled_stream(depth: int, n: int, evaluation: Evaluation) -> Any:
+def _scaled_stream(depth: int, n: int, evaluation: Evaluation, value: Array, state: Any, extra: Any) -> Any:
     """The tokens that enter a block, times their factor. The block then counts for the shares of biases."""
-
-    def tap(value: Array, state: Any, extra: Any) -> Any:
-        u, index = state
-        shape = [1] * value.ndim
-        shape[-2] = n
-        return (wide(value) * (1 + u / depth).reshape(shape)).astype(value.dtype), (u, index + 1), None
-
-    return tap
+    u, index = state
+    shape = [1] * value.ndim
+    shape[-2] = n
+    return (wide(value) * (1 + u / depth).reshape(shape)).astype(value.dtype), (u, index + 1), None
 
 
-def _with_factor(step: Any, rows: Any, readout: Array | None, depth: int, evaluation: Evaluation) -> Any:
+def _with_factor(
+    step: Step, rows: Any, readout: Array | None, depth: int, evaluation: Evaluation, value: Array, state: Any, _: Any
+) -> Any:
     """A sum with a bias times its factor, whose share is that of the blocks before it.
 
     After the head has read the tokens, the factor is that of the read tokens: by `readout` [N] if it depends on the
     sample.
     """
-
-    def tap(value: Array, state: Any, extra: Any) -> Any:
-        u, index = state
-        bias = evaluation.get(step.inputs[1 - step.of])
-        if step.name == "sub" and step.of == 0:
-            bias = -bias
-        share = index.astype(u.dtype) / depth
-        if isinstance(rows, tuple):
-            axis, shares = rows
-            shape = [1] * value.ndim
-            shape[axis] = len(shares)
-            every = len(shares) == len(u) and (shares == np.eye(len(u))).all()
-            factor = (u if every else jnp.asarray(shares, u.dtype) @ u).reshape(shape)
-        else:
-            factor = (jnp.asarray(rows, u.dtype) if readout is None else readout) @ u
-        return (wide(value) + wide(bias) * (factor * share)).astype(value.dtype), state, None
-
-    return tap
+    u, index = state
+    bias = evaluation.get(step.inputs[1 - step.of])
+    if step.name == "sub" and step.of == 0:
+        bias = -bias
+    share = index.astype(u.dtype) / depth
+    if isinstance(rows, tuple):
+        axis, shares = rows
+        shape = [1] * value.ndim
+        shape[axis] = len(shares)
+        every = len(shares) == len(u) and (shares == np.eye(len(u))).all()
+        factor = (u if every else jnp.asarray(shares, u.dtype) @ u).reshape(shape)
+    else:
+        factor = (jnp.asarray(rows, u.dtype) if readout is None else readout) @ u
+    return (wide(value) + wide(bias) * (factor * share)).astype(value.dtype), state, None

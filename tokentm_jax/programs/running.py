@@ -12,19 +12,20 @@ a kind (`reading`) from these inputs:
 
 `f.steps` of an activation, a norm and a softmax are the names of its operations.
 
-A tap is a function `tap(value, state, extra) -> (value, state, note)` of one value of the program, which continues
-with the returned value. The state goes from tap to tap, also through scans. Notes are collected, and stacked over the
-iterations of a scan. `extra` is the tap's slice of additional inputs for each iteration.
+A tap is a function `tap(evaluation, value, state, extra) -> (value, state, note)` of one value of the program, which
+continues with the returned value. The state goes from tap to tap, also through scans. Notes are collected by the
+number of the value, and stacked over the iterations of a scan. `extra` is an additional input, of a value in a scan
+one for each iteration.
 """
 
 import copy
 import dataclasses
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from jax import Array
-from jax.extend.core import Literal
 
 from tokentm_jax.programs.flat import Call, Step, bind, scanned
 from tokentm_jax.programs.reading import ELEMENTWISE, SAME_SHAPE, Reading
@@ -34,21 +35,16 @@ KINDS = ("linear", "embed", "mix", "product", "gate", "add", "residual", "turn",
 
 Rule = Callable[..., Any]
 Rules = Mapping[str, Rule]
-Tap = Callable[[Array, Any, Any], tuple[Array, Any, Any]]
+Tap = Callable[["Evaluation", Array, Any, Any], tuple[Array, Any, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How to evaluate a program: rules by kind, and taps by reading and value."""
+    """How to evaluate a program: rules by kind, and taps by value."""
 
     rules: Rules = dataclasses.field(default_factory=dict)
-    taps: Mapping[Reading, Mapping[int, Callable[..., Tap]]] = dataclasses.field(default_factory=dict)
+    taps: Mapping[int, Tap] = dataclasses.field(default_factory=dict)
     checkpoint: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda body: body  # of the body of a scan
-
-
-def scan_key(step: Step) -> int:
-    """The key of a scan's notes and extras among those of the program's values."""
-    return -1 - step.outputs[0]
 
 
 class Evaluation:
@@ -59,7 +55,7 @@ class Evaluation:
         self.values: dict[int, Any] = {**reading.flat.constants}
         self.known: dict[int, Any] = {}  # values by rules, for steps outside of their group
         self.forks = {s.of[0]: s for s in reading.sums if isinstance(s.of, tuple)} if "fork" in plan.rules else {}
-        self.taps, self.extra, self.notes = plan.taps.get(reading, {}), extra or {}, {}
+        self.extra, self.notes = extra or {}, {}
         for number, value in zip(reading.flat.inputs, inputs, strict=True):
             self._put(number, value)
 
@@ -83,32 +79,31 @@ class Evaluation:
     def held(self) -> "Evaluation":
         """The same values as constants."""
         other = copy.copy(self)
-        other.values = {number: jax.lax.stop_gradient(value) for number, value in self.values.items()}
+        stop = lambda value: jax.lax.stop_gradient(value) if isinstance(value, Array) else value  # noqa: E731
+        other.values = {number: stop(value) for number, value in self.values.items()}
         return other
 
-    def get(self, atom: Any, step: Step | None = None) -> Any:
-        """The value of an atom as `step` reads it; None: as an output."""
-        if isinstance(atom, Literal):
-            return atom.val
-        if self.plan.rules and atom in self.reading.facts:
-            if atom in self.forks:
-                return self._forked(atom, step)
-            if self._leaves(atom, step):
-                return self._activated(atom)
-        return self.values[atom]
+    def get(self, number: int, step: Step | None = None) -> Any:
+        """A value as `step` reads it; None: as an output."""
+        if self.plan.rules and number in self.reading.facts:
+            if number in self.forks:
+                return self._forked(number, step)
+            if self._leaves(number, step):
+                return self._activated(number)
+        return self.values[number]
 
     def _put(self, number: int, value: Any) -> None:
-        self.current = number
-        if number in self.taps:
-            value, self.state, note = self.taps[number](self)(value, self.state, self.extra.get(number))
+        self.values[number] = value
+        if number in self.plan.taps:
+            value, self.state, note = self.plan.taps[number](self, value, self.state, self.extra.get(number))
+            self.values[number] = value
             if note is not None:
                 self.notes[number] = note
-        self.values[number] = value
 
-    def _leaves(self, atom: int, step: Step | None) -> bool:
+    def _leaves(self, number: int, step: Step | None) -> bool:
         """Whether a value leaves its group of elementwise steps here, so that a rule applies."""
-        fact, rules = self.reading.facts.get(atom), self.plan.rules
-        if fact is None or fact.root == atom or fact.statistic or atom in self.reading.exempt:
+        fact, rules = self.reading.facts.get(number), self.plan.rules
+        if fact is None or fact.root == number or fact.statistic or number in self.reading.exempt:
             return False
         # A multiple has its ordinary derivative, unless rules carry relevance, which biases do not change.
         if "activation" not in rules or (fact.linear and "bias" not in rules):
@@ -118,29 +113,26 @@ class Evaluation:
             return not (out is not None and out.root == fact.root)
         return True
 
-    def _activated(self, atom: int) -> Any:
-        if atom not in self.known:
-            root = self.reading.facts[atom].root
-            self.known[atom] = self.plan.rules["activation"](self.function([root], atom), self.get(root))
-        return self.known[atom]
+    def _activated(self, number: int) -> Any:
+        if number not in self.known:
+            root = self.reading.facts[number].root
+            self.known[number] = self.plan.rules["activation"](self.function([root], number), self.get(root))
+        return self.known[number]
 
-    def _forked(self, atom: int, step: Step | None) -> Any:
-        if atom not in self.known:
-            value = self._activated(atom) if self._leaves(atom, step) else self.values[atom]
-            self.known[atom] = self.plan.rules["fork"](lambda x: (x, x), value)
-        return self.known[atom][0 if step is self.forks[atom] else 1]
+    def _forked(self, number: int, step: Step | None) -> Any:
+        if number not in self.known:
+            value = self._activated(number) if self._leaves(number, step) else self.values[number]
+            self.known[number] = self.plan.rules["fork"](lambda x: (x, x), value)
+        return self.known[number][0 if step is self.forks[number] else 1]
 
     def _touches(self, call: Call) -> bool:
         """Whether a rule or a tap is for a step inside a custom derivative, which is then evaluated step by step."""
         steps = self.reading.flat.steps[call.start : call.stop]
         inside = {number for step in steps for number in step.outputs}
-        if inside - set(call.outputs) & self.taps.keys():
+        if inside - set(call.outputs) & self.plan.taps.keys():
             return True
-        if not self.plan.rules:
-            return False
-        return any(
-            step.kind in self.plan.rules
-            or any(not isinstance(i, Literal) and i in inside and self._leaves(i, step) for i in step.inputs)
+        return bool(self.plan.rules) and any(
+            step.kind in self.plan.rules or any(i in inside and self._leaves(i, step) for i in step.inputs)
             for step in steps
         )
 
@@ -164,9 +156,7 @@ class Evaluation:
         order = [0, 1][: len(step.inputs)]
         if step.kind == "centre":
             order = [step.inputs.index(number) for number in step.of[:2]]
-        if step.kind == "reduce":
-            return rule(lambda x: bind(step.equation, [x])[0], self.get(step.inputs[0], step))
-        if step.kind in ("linear", "embed", "bias", "scale", "position", "gate") and step.of == 1:
+        elif step.kind in ("linear", "embed", "bias", "scale", "position", "gate") and step.of == 1:
             order = [1, 0]
 
         def f(*inputs: Any) -> Any:
@@ -174,7 +164,7 @@ class Evaluation:
 
         return rule(f, *(self.get(step.inputs[i], step) for i in order))
 
-    def function(self, starts: list[int], end: Any) -> Callable[..., Any]:
+    def function(self, starts: list[int], end: int) -> Callable[..., Any]:
         """The part of the program from some values to another, as a function without rules.
 
         Other values are used as they are known, or computed.
@@ -182,13 +172,11 @@ class Evaluation:
         chain = self.chain(starts, end)
 
         def f(*inputs: Any) -> Any:
-            own = dict(zip(starts, inputs, strict=True))
+            known = ChainMap(dict(zip(starts, inputs, strict=True)), self.values)
             for step in chain:
-                given = [
-                    i.val if isinstance(i, Literal) else own[i] if i in own else self.values[i] for i in step.inputs
-                ]
-                own.update(zip(step.outputs, bind(step.equation, given), strict=True))
-            return own[end] if end in own else self.values[end]
+                outputs = bind(step.equation, [known[i] for i in step.inputs])
+                known.update(zip(step.outputs, outputs, strict=True))
+            return known[end]
 
         f.steps = [step.name for step in chain]  # type: ignore[attr-defined]
         return f
@@ -206,7 +194,7 @@ class Evaluation:
             if number in starts or step is None or step in needed or (number in self.values and not changed):
                 continue
             needed.add(step)
-            waiting += [i for i in step.inputs if not isinstance(i, Literal)]
+            waiting += step.inputs
         return [step for step in self.reading.flat.steps if step in needed] if needed else []
 
     def _cond(self, step: Step) -> list[Any]:
@@ -221,7 +209,7 @@ class Evaluation:
         consts, carries = scanned(params)
         values = [self.get(i, step) for i in step.inputs]
         fixed, carry, xs = values[:consts], values[consts : consts + carries], values[consts + carries :]
-        extra = self.extra.get(scan_key(step), {})
+        extra = {number: array for number, array in self.extra.items() if number in body.facts}
 
         @self.plan.checkpoint
         def turn(carried: Any, given: Any) -> Any:
@@ -232,6 +220,5 @@ class Evaluation:
         (carry, self.state), (ys, notes) = jax.lax.scan(
             turn, (carry, self.state), (xs, extra), params["length"], params["reverse"], params["unroll"]
         )
-        if notes:
-            self.notes[scan_key(step)] = notes
+        self.notes |= notes
         return [*carry, *ys]

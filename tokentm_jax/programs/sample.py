@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend import source_info_util
-from jax.extend.core import ClosedJaxpr, Literal
+from jax.extend.core import Literal
 
-from tokentm_jax.programs.flat import CALLS, bind, scanned, users
+from tokentm_jax.programs.flat import CALLS, bind, closed, scanned, users
 from tokentm_jax.programs.reading import ELEMENTWISE, SAME_SHAPE
 
 
@@ -90,16 +90,12 @@ def _step(equation: Any, given: list[Any]) -> list[Any]:
     if name in ("custom_jvp_call", "scan", "cond"):
         found = {"custom_jvp_call": _custom_jvp, "scan": _scan, "cond": _cond}[name](equation, given)
     elif name in CALLS and name != "custom_vjp_call":
-        return _run(_closed(equation.params[CALLS[name]]), given, equation.source_info.traceback)
+        return _run(closed(equation.params[CALLS[name]]), given, equation.source_info.traceback)
     elif name in ELEMENTWISE or name in SAME_SHAPE:
         found = _elementwise(equation, given)
     else:
         found = STEPS[name](equation, given) if name in STEPS else None
     return [_slim(out) for out in bind(equation, list(map(full, given)))] if found is None else found
-
-
-def _closed(jaxpr: Any) -> Any:
-    return jaxpr if hasattr(jaxpr, "consts") else ClosedJaxpr(jaxpr, ())
 
 
 def _bound(equation: Any, values: Sequence[Any], lacking: int | None, /, **params: Any) -> list[Slim]:
@@ -277,7 +273,7 @@ def _checkpoint(equation: Any, given: list[Any]) -> list[Any]:
     params = equation.params
 
     def body(*values: Any) -> list[Any]:
-        return _run(_closed(params["jaxpr"]), values)
+        return _run(closed(params["jaxpr"]), values)
 
     return jax.checkpoint(body, policy=params["policy"], prevent_cse=params["prevent_cse"])(*given)
 
@@ -287,7 +283,7 @@ def _custom_jvp(equation: Any, given: list[Any]) -> list[Any] | None:
     if not all(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in equation.invars):
         return None
     types = tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars)
-    call, axes = _closed(equation.params["call_jaxpr"]), []  # axes of the outputs
+    call, axes = closed(equation.params["call_jaxpr"]), []  # axes of the outputs
 
     @jax.custom_jvp
     def function(*values: Any) -> list[Slim]:

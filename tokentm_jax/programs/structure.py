@@ -11,7 +11,6 @@ from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
-from jax.extend import core
 
 from tokentm_jax.errors import Unfit
 from tokentm_jax.maths.maps import Tiling
@@ -83,14 +82,13 @@ class Structure:
     post_norm: bool
 
     @cached_property
-    def rows(self) -> dict[Reading, dict[int, Any]]:
+    def rows(self) -> dict[int, Any]:
         """Where the tokens are in the values after the first stream of each program, see `tokens.rows_from`."""
-        found = {}
-        for stage in self.stages:
+        found = rows_from(self.reading, self.last, self.tokens)
+        for stage in reversed(self.stages):
             attentions = {a.weights: a.query for block in stage.blocks if (a := block[0].attention) is not None}
-            start = stage.blocks[0][0].stream
-            found.setdefault(stage.reading, rows_from(stage.reading, start, self.tokens, attentions))
-        return {self.reading: rows_from(self.reading, self.last, self.tokens)} | found
+            found |= rows_from(stage.reading, stage.blocks[0][0].stream, self.tokens, attentions)
+        return found
 
     @property
     def depth(self) -> int:
@@ -245,7 +243,7 @@ def _readout(reading: Reading, last: int, tokens: int) -> tuple[float, ...] | No
     """r0, from the steps after the last stream, which select and average rows."""
     flat = reading.flat
     known = rows_from(reading, last, tokens)
-    result = known.get(flat.outputs[0]) if not isinstance(flat.outputs[0], core.Literal) else None
+    result = known.get(flat.outputs[0])
     if result is None:
         return None
     shares = mixture(result)
@@ -263,7 +261,7 @@ def _grid(
     grid = tiling = None
     shape = flat.types[image].shape
     for step in flat.steps:
-        depends = [i for i in step.inputs if not isinstance(i, core.Literal) and i in reading.facts]
+        depends = reading.dependent(step)
         if not depends or not reading.descends(embedded, step.outputs[0]):
             continue
         if step.name == "conv_general_dilated":
@@ -283,9 +281,7 @@ def _grid(
     behind = 0
     for step in flat.steps:
         if step.name == "concatenate" and reading.descends(embedded, step.outputs[0]):
-            places = [
-                place for place, i in enumerate(step.inputs) if not isinstance(i, core.Literal) and i in reading.facts
-            ]
+            places = [place for place, i in enumerate(step.inputs) if i in reading.facts]
             if len(places) == 1:
                 axis = step.params["dimension"]
                 behind += sum(flat.types[i].shape[axis] for i in step.inputs[places[0] + 1 :])

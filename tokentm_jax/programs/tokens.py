@@ -1,5 +1,6 @@
 """The positions of a stream's tokens in later values, and a part of a block for some tokens."""
 
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -7,7 +8,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.extend.core import Literal
 
 from tokentm_jax.programs.flat import Flat, Step, bind
 from tokentm_jax.programs.reading import ELEMENTWISE, SAME_SHAPE, SHAPE, Reading
@@ -50,7 +50,7 @@ def rows_from(
     known: dict[int, Any] = {start: (axes[0], np.eye(n))}
     queries = {weights: (axis, np.eye(n)) for weights, axis in attentions.items()}
     for step in flat.steps:
-        given = [(i, known[i]) for i in step.inputs if not isinstance(i, Literal) and i in known]
+        given = [(i, known[i]) for i in step.inputs if i in known]
         for out in step.outputs:
             rows = queries.get(out, _rows_after(flat, step, given, out, queries) if given else None)
             if rows is not None:
@@ -98,11 +98,10 @@ def _rows_after(flat: Flat, step: Step, given: list[tuple[int, Any]], out: int, 
         stride = (step.params["strides"] or [1] * len(before))[axis]
         return (axis, shares[start:stop:stride])
     if step.name in ("gather", "dynamic_slice") and before[axis] != (after[axis] if axis < len(after) else None):
-        indices = step.inputs[1 + axis] if step.name == "dynamic_slice" else step.inputs[1]
-        index = (
-            int(np.ravel(indices.val)[0]) if isinstance(indices, Literal) else 0 if _is_zero(flat, indices) else None
-        )
-        return None if index is None else shares[index]
+        index = flat.constants.get(step.inputs[1 + axis] if step.name == "dynamic_slice" else step.inputs[1])
+        if index is None or (np.ndim(index) and np.any(index)):
+            return None
+        return shares[int(np.ravel(index)[0])]
     if step.name in ("reduce_sum", "reduce_max", "argmax"):
         gone = step.params["axes"]
         if axis in gone:
@@ -124,11 +123,6 @@ def _rows_after(flat: Flat, step: Step, given: list[tuple[int, Any]], out: int, 
     return shares.mean(0) if step.name != "scan" else None
 
 
-def _is_zero(flat: Flat, value: Any) -> bool:
-    constant = flat.constants.get(value)
-    return constant is not None and not np.any(np.asarray(constant))
-
-
 def for_tokens(
     evaluation: Evaluation, rows: Mapping[int, Any], weights: int, end: int, size: int, tokens: np.ndarray
 ) -> Callable[[Array], Array] | None:
@@ -136,13 +130,13 @@ def for_tokens(
     these tokens of the value `end`. None if a step may mix tokens."""
     chain = evaluation.chain([weights], end)
     changed = {weights}
-    own = lambda atom: not isinstance(atom, Literal) and atom in changed  # noqa: E731
+    own = changed.__contains__
     for step in chain:
         changed |= {*step.outputs} if any(map(own, step.inputs)) else set()
 
-    def axis(number: Any) -> int | None:
+    def axis(number: int) -> int | None:
         """The axis of the tokens, if all of them are there in their order."""
-        known = rows.get(number) if not isinstance(number, Literal) else None
+        known = rows.get(number)
         if not isinstance(known, tuple) or known[1].shape != (size, size) or (known[1] != np.eye(size)).any():
             return None
         return known[0]
@@ -173,14 +167,10 @@ def for_tokens(
     steps = [(step, fitted(step)) for step in chain]
 
     def through(attention: Array) -> Array:
-        known = {weights: attention}
+        known = ChainMap({weights: attention}, evaluation.values)
         for step, run in steps:
             assert run is not None
-            values = [
-                i.val if isinstance(i, Literal) else known[i] if i in known else evaluation.values[i]
-                for i in step.inputs
-            ]
-            known.update(zip(step.outputs, run(values), strict=True))
+            known.update(zip(step.outputs, run([known[i] for i in step.inputs]), strict=True))
         return known[end]
 
     return None if any(run is None for _, run in steps) else through
