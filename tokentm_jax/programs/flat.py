@@ -6,6 +6,7 @@ derivative unless a rule needs another.
 """
 
 import dataclasses
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,30 @@ def bind(equation: Any, values: list[Any]) -> list[Any]:
     with equation.ctx.manager:
         out = equation.primitive.bind(*functions, *values, **params)
     return list(out) if equation.primitive.multiple_results else [out]
+
+
+def axis_after(equation: Any, side: int, axis: int) -> int | None:
+    """The axis of a step's result that is `axis` of input number `side`; None if it is removed, merged or split."""
+    name, params, shapes = equation.primitive.name, equation.params, [v.aval.shape for v in equation.invars]
+    if name == "transpose":
+        return params["permutation"].index(axis)
+    if name == "broadcast_in_dim":
+        return params["broadcast_dimensions"][axis]
+    if name == "reshape":
+        before, after = shapes[0], equation.outvars[0].aval.shape
+        ahead = math.prod(before[:axis])
+        alike = (p for p, size in enumerate(after) if size == before[axis] and math.prod(after[:p]) == ahead)
+        return next(alike, None)
+    if name == "squeeze" or "axes" in params:
+        gone = params["dimensions"] if name == "squeeze" else params["axes"]
+        return None if axis in gone else axis - sum(d < axis for d in gone)
+    if name == "dot_general":
+        contracted, batched = params["dimension_numbers"]
+        if axis in (*contracted[side], *batched[side]):
+            return batched[side].index(axis) if axis in batched[side] else None
+        free = [a for a in range(len(shapes[side])) if a not in (*contracted[side], *batched[side])]
+        return free.index(axis) + len(batched[0]) + side * (len(shapes[0]) - len(contracted[0]) - len(batched[0]))
+    return axis
 
 
 def closed(jaxpr: Any) -> Any:

@@ -5,7 +5,6 @@ program that was written for batches.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from jax import lax
 from jax.extend import source_info_util
 from jax.extend.core import Literal
 
-from tokentm_jax.programs.flat import CALLS, bind, closed, scanned, users
+from tokentm_jax.programs.flat import CALLS, axis_after, bind, closed, scanned, users
 from tokentm_jax.programs.reading import ELEMENTWISE, SAME_SHAPE
 
 
@@ -84,18 +83,19 @@ def _run(program: Any, inputs: Sequence[Any], call: Any = None) -> list[Any]:
 
 
 def _step(equation: Any, given: list[Any]) -> list[Any]:
-    name = equation.primitive.name
-    if name == "remat2":
-        return _checkpoint(equation, given)
-    if name in ("custom_jvp_call", "scan", "cond"):
-        found = {"custom_jvp_call": _custom_jvp, "scan": _scan, "cond": _cond}[name](equation, given)
+    name, params = equation.primitive.name, equation.params
+    if name in HOLDING:
+        found = HOLDING[name](equation, given)
     elif name in CALLS and name != "custom_vjp_call":
-        return _run(closed(equation.params[CALLS[name]]), given, equation.source_info.traceback)
-    elif name in ELEMENTWISE or name in SAME_SHAPE:
-        found = _elementwise(equation, given)
+        found = _run(closed(params[CALLS[name]]), given, equation.source_info.traceback)
+    elif name in STEPS and params.get("sharding") is None and params.get("out_sharding") is None:
+        found = STEPS[name](equation, given)
     else:
-        found = STEPS[name](equation, given) if name in STEPS else None
+        found = None
     return [_slim(out) for out in bind(equation, list(map(full, given)))] if found is None else found
+
+
+# ---- steps: each returns its outputs, or None if it needs the axis --------------------------------------------------
 
 
 def _bound(equation: Any, values: Sequence[Any], lacking: int | None, /, **params: Any) -> list[Slim]:
@@ -104,112 +104,61 @@ def _bound(equation: Any, values: Sequence[Any], lacking: int | None, /, **param
     return [Slim(out, lacking) for out in bind(changed, list(values))]
 
 
-def _shape(equation: Any, place: int = 0) -> tuple[int, ...]:
-    return tuple(equation.invars[place].aval.shape)
+def _lacking(given: list[Any]) -> int | None:
+    """The axis that the first value lacks, of those that lack one."""
+    return next((v.axis for v in given if isinstance(v, Slim) and v.axis is not None), None)
 
 
-# ---- steps: each returns its outputs, or None if it needs the axis --------------------------------------------------
+def _dropped(sizes: tuple[int, ...], place: int | None) -> tuple[int, ...]:
+    return sizes if place is None else sizes[:place] + sizes[place + 1 :]
+
+
+def _shifted(axes: Sequence[int], gone: int | None) -> tuple[int, ...]:
+    """Numbers of axes without the axis `gone`."""
+    return tuple(axes) if gone is None else tuple(axis - (axis > gone) for axis in axes if axis != gone)
 
 
 def _elementwise(equation: Any, given: list[Any]) -> list[Slim] | None:
-    axis = next((v.axis for v in given if isinstance(v, Slim) and v.axis is not None), None)
+    axis, shapes = _lacking(given), [v.aval.shape for v in equation.invars]
     if axis is None:
         return _bound(equation, list(map(full, given)), None)
-    shapes = [_shape(equation, place) for place in range(len(given))]
-    if any(shape and shape[axis] != 1 for shape in shapes) or equation.params.get("sharding") is not None:
+    if any(shape and shape[axis] != 1 for shape in shapes):
         return None
-    return _bound(
-        equation, [_without(v, axis) if shape else full(v) for v, shape in zip(given, shapes, strict=True)], axis
-    )
+    values = [_without(v, axis) if shape else full(v) for v, shape in zip(given, shapes, strict=True)]
+    return _bound(equation, values, axis)
 
 
-def _transpose(equation: Any, given: list[Any]) -> list[Slim] | None:
-    (x,), order = given, equation.params["permutation"]
-    if x.axis is None:
-        return None
-    left = tuple(p - (p > x.axis) for p in order if p != x.axis)
-    if left == tuple(range(len(left))):
-        return [Slim(x.value, order.index(x.axis))]
-    return _bound(equation, [x.value], order.index(x.axis), permutation=left)
+# Parameter with axes, or with a number for each: `(parameter, axis of the input, that of the output) -> parameter`.
+_CHANGES: dict[str, Callable[[Any, int | None, int | None], Any]] = {
+    **dict.fromkeys(("permutation", "dimensions", "axes"), lambda own, before, after: _shifted(own, before)),
+    **dict.fromkeys(("axis", "dimension"), lambda own, before, after: own - (own > before)),
+    **dict.fromkeys(("start_indices", "limit_indices", "strides"), lambda own, before, after: _dropped(own, before)),
+    **dict.fromkeys(("new_sizes", "shape"), lambda own, before, after: _dropped(own, after)),
+    "broadcast_dimensions": lambda own, before, after: _shifted(_dropped(own, before), after),
+}
 
 
-def _reshape(equation: Any, given: list[Any]) -> list[Slim] | None:
-    x, sizes = given[0], tuple(equation.params["new_sizes"])
-    if len(given) > 1 or equation.params["dimensions"] is not None or equation.params.get("sharding") is not None:
-        return None
-    before, axis = _shape(equation), None
-    if x.axis is not None:
-        ahead = math.prod(before[: x.axis])
-        axis = next((p for p, size in enumerate(sizes) if size == 1 and math.prod(sizes[:p]) == ahead), None)
-    elif sizes[:1] == (1,):
-        axis = 0
-    left = sizes if axis is None else sizes[:axis] + sizes[axis + 1 :]
-    if left == jnp.shape(x.value):
-        return [Slim(x.value, axis)]
-    return _bound(equation, [x.value], axis, new_sizes=left)
-
-
-def _broadcast(equation: Any, given: list[Any]) -> list[Slim] | None:
-    x, shape, places = given[0], tuple(equation.params["shape"]), tuple(equation.params["broadcast_dimensions"])
-    if len(given) > 1 or equation.params.get("sharding") is not None:
-        return None
-    if x.axis is not None:
-        axis, places = places[x.axis], places[: x.axis] + places[x.axis + 1 :]
-    elif 0 not in places:
-        axis = 0
+def _with_axes(equation: Any, given: list[Any]) -> list[Slim] | None:
+    name, params, before = equation.primitive.name, equation.params, _lacking(given)
+    shape = tuple(equation.outvars[0].aval.shape)
+    if before is not None:
+        after = axis_after(equation, 0, before)
+    elif name in ("reshape", "broadcast_in_dim") and 0 not in params.get("broadcast_dimensions", ()):
+        after = 0  # a new one
     else:
         return None
-    if shape[axis : axis + 1] != (1,):
+    along = params.get("dimension", params.get("axis", -1))
+    moved = name == "reshape" and params["dimensions"] is not None
+    if along == before or moved or (after is not None and shape[after : after + 1] != (1,)):
         return None
-    left, places = shape[:axis] + shape[axis + 1 :], tuple(p - (p > axis) for p in places)
-    if left == jnp.shape(x.value) and places == tuple(range(len(left))):
-        return [Slim(x.value, axis)]
-    return _bound(equation, [x.value], axis, shape=left, broadcast_dimensions=places)
-
-
-def _squeeze(equation: Any, given: list[Any]) -> list[Slim] | None:
-    (x,), gone = given, [d % len(_shape(equation)) for d in equation.params["dimensions"]]
-    return _over(equation, x, gone, "dimensions")
-
-
-def _reduce(equation: Any, given: list[Any]) -> list[Slim] | None:
-    if len(given) > 1 or (equation.params.get("out_sharding") is not None):
-        return None
-    return _over(equation, given[0], equation.params["axes"], "axes")
-
-
-def _over(equation: Any, x: Slim, gone: Sequence[int], name: str) -> list[Slim] | None:
-    """A step that removes axes."""
-    if x.axis is None:
-        return None
-    left = tuple(d - (d > x.axis) for d in gone if d != x.axis)
-    axis = None if x.axis in gone else x.axis - sum(d < x.axis for d in gone)
-    if not left:
-        return [Slim(x.value, axis)]
-    return _bound(equation, [x.value], axis, **{name: left})
-
-
-def _along(name: str) -> Callable[[Any, list[Any]], list[Slim] | None]:
-    """A step along the axis in its parameter `name`, of arrays with equal other axes."""
-
-    def step(equation: Any, given: list[Any]) -> list[Slim] | None:
-        along = equation.params[name]
-        axis = next((v.axis for v in given if isinstance(v, Slim) and v.axis is not None), None)
-        if axis is None or axis == along:
-            return None
-        return _bound(equation, [_without(v, axis) for v in given], axis, **{name: along - (along > axis)})
-
-    return step
-
-
-def _sliced(equation: Any, given: list[Any]) -> list[Slim] | None:
-    x, params = given[0], equation.params
-    if x.axis is None:
-        return None
-    of = {name: params[name] for name in ("start_indices", "limit_indices", "strides") if params[name] is not None}
-    if of["limit_indices"][x.axis] - of["start_indices"][x.axis] != 1:
-        return None
-    return _bound(equation, [x.value], x.axis, **{k: v[: x.axis] + v[x.axis + 1 :] for k, v in of.items()})
+    values = [full(v) if before is None else _without(v, before) for v in given]
+    changed = {
+        key: _CHANGES[key](own, before, after) for key, own in params.items() if key in _CHANGES and own is not None
+    }
+    order = list(changed.get("permutation", ()))
+    if name in RESHAPES and _dropped(shape, after) == jnp.shape(values[0]) and order == sorted(order):
+        return [Slim(values[0], after)]
+    return _bound(equation, values, after, **changed)
 
 
 def _dynamic_slice(equation: Any, given: list[Any]) -> list[Slim] | None:
@@ -218,52 +167,33 @@ def _dynamic_slice(equation: Any, given: list[Any]) -> list[Slim] | None:
     if not isinstance(x, Slim) or x.axis is None or sizes[x.axis] != 1:
         return None
     starts = [full(start) for place, start in enumerate(starts) if place != x.axis]
-    return _bound(equation, [x.value, *starts], x.axis, slice_sizes=sizes[: x.axis] + sizes[x.axis + 1 :])
+    return _bound(equation, [x.value, *starts], x.axis, slice_sizes=_dropped(sizes, x.axis))
 
 
 def _dot(equation: Any, given: list[Any]) -> list[Slim] | None:
-    contracted, batched = (list(map(list, pair)) for pair in equation.params["dimension_numbers"])
-    side = 0 if isinstance(given[0], Slim) and given[0].axis is not None else 1
-    x, other = given[side], given[1 - side]
-    if not isinstance(x, Slim) or x.axis is None or equation.params.get("out_sharding") is not None:
+    axis = _lacking(given)
+    if axis is None:
         return None
-    ranks = [len(_shape(equation, place)) for place in (0, 1)]
-    free = [[a for a in range(ranks[s]) if a not in contracted[s] and a not in batched[s]] for s in (0, 1)]
-    own: int = x.axis
-    partner = None
-    for pairs in (contracted, batched):
-        if own in pairs[side]:
-            place = pairs[side].index(own)
-            partner = pairs[1 - side][place]
-            axis = place if pairs is batched else None
-            del pairs[side][place], pairs[1 - side][place]
-            break
-    else:
-        axis = len(batched[0]) + (len(free[0]) if side else 0) + free[side].index(own)
-    other = full(other) if partner is None else _without(other, partner)
-
-    def moved(pairs: list[list[int]]) -> tuple[tuple[int, ...], ...]:
-        near = tuple(a - (a > own) for a in pairs[side])
-        far = tuple(a if partner is None else a - (a > partner) for a in pairs[1 - side])
-        return (far, near) if side else (near, far)
-
-    values = [other, x.value] if side else [x.value, other]
-    return _bound(equation, values, axis, dimension_numbers=(moved(contracted), moved(batched)))
+    side = 0 if isinstance(given[0], Slim) and given[0].axis is not None else 1
+    gone = {side: axis}  # of each factor
+    for pairs in equation.params["dimension_numbers"]:
+        if axis in pairs[side]:
+            gone[1 - side] = pairs[1 - side][pairs[side].index(axis)]
+    numbers = [
+        tuple(_shifted(pairs[s], gone.get(s)) for s in (0, 1)) for pairs in equation.params["dimension_numbers"]
+    ]
+    values = [_without(v, gone[s]) if s in gone else full(v) for s, v in enumerate(given)]
+    return _bound(equation, values, axis_after(equation, side, axis), dimension_numbers=tuple(numbers))
 
 
+RESHAPES = {"transpose", "reshape", "broadcast_in_dim", "squeeze"}
+RESHAPES |= {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"}
 STEPS: dict[str, Callable[[Any, list[Any]], list[Slim] | None]] = {
-    "transpose": _transpose,
-    "reshape": _reshape,
-    "broadcast_in_dim": _broadcast,
-    "squeeze": _squeeze,
-    "concatenate": _along("dimension"),
-    "split": _along("axis"),
-    "cumsum": _along("axis"),
-    "cumlogsumexp": _along("axis"),
-    "slice": _sliced,
+    **dict.fromkeys(ELEMENTWISE | SAME_SHAPE, _elementwise),
+    **dict.fromkeys({*RESHAPES, "slice", "concatenate", "split", "cumsum", "cumlogsumexp"}, _with_axes),
     "dynamic_slice": _dynamic_slice,
     "dot_general": _dot,
-} | dict.fromkeys(("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"), _reduce)
+}
 
 
 # ---- steps that hold programs --------------------------------------------------------------------------------------
@@ -330,3 +260,11 @@ def _cond(equation: Any, given: list[Any]) -> list[Any]:
 
     index, *more = given
     return list(lax.switch(full(index), [taken(branch) for branch in equation.params["branches"]], *more))
+
+
+HOLDING: dict[str, Callable[[Any, list[Any]], list[Any] | None]] = {
+    "remat2": _checkpoint,
+    "custom_jvp_call": _custom_jvp,
+    "scan": _scan,
+    "cond": _cond,
+}

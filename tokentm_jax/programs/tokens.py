@@ -1,7 +1,7 @@
 """The positions of a stream's tokens in later values, and a part of a block for some tokens."""
 
 from collections import ChainMap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -9,31 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tokentm_jax.programs.flat import Flat, Step, bind
-from tokentm_jax.programs.reading import ELEMENTWISE, SAME_SHAPE, SHAPE, Reading
+from tokentm_jax.programs.flat import Flat, Step, axis_after, bind
+from tokentm_jax.programs.reading import ELEMENTWISE, SAME_SHAPE, Reading
 from tokentm_jax.programs.running import Evaluation
 
+MOVING = {"transpose", "broadcast_in_dim", "squeeze", "reshape", "dot_general"}
 SIZES = {"new_sizes", "shape", "limit_indices"}  # of parameters, with an entry for every axis of the result
 FOR_EACH = {*ELEMENTWISE, *SAME_SHAPE, "dot_general", "transpose", "reshape", "broadcast_in_dim", "slice", "squeeze"}
 FOR_EACH |= {"reduce_sum", "reduce_max", "split"}
 
 Rows = tuple[int, np.ndarray] | np.ndarray  # (axis, share of each token [length, N]), or the shares [N] of a mixture
-
-
-def _axis_through(step: Step, axis: int, before: Sequence[int], after: Sequence[int]) -> int | None:
-    """The axis after a change of shape; None if it is merged or split."""
-    if step.name == "transpose":
-        return list(step.params["permutation"]).index(axis)
-    if step.name == "broadcast_in_dim":
-        return step.params["broadcast_dimensions"][axis]
-    if step.name == "squeeze":
-        gone = [d % len(before) for d in step.params["dimensions"]]
-        return None if axis in gone else axis - sum(d < axis for d in gone)
-    ahead = int(np.prod(before[:axis], dtype=int))
-    for place, size in enumerate(after):
-        if int(np.prod(after[:place], dtype=int)) == ahead and size == before[axis] and size > 1:
-            return place
-    return axis if tuple(before) == tuple(after) else None
 
 
 def rows_from(
@@ -83,16 +68,7 @@ def _rows_after(flat: Flat, step: Step, given: list[tuple[int, Any]], out: int, 
     if not isinstance(rows, tuple):
         return rows
     axis, shares = rows
-    if step.name in SHAPE:
-        if step.name in ("reshape", "transpose", "broadcast_in_dim", "squeeze"):
-            place = _axis_through(step, axis, before, after)
-            if place is None:
-                if before[axis] == 1 or shares.shape[0] == 1:
-                    return shares.mean(0)
-                merged = [s for s in after if s % before[axis] == 0 and s >= before[axis]]
-                return (list(after).index(merged[0]), shares) if merged else None
-            return (place, shares)
-        return rows
+    side = step.inputs.index(number)
     if step.name == "slice":
         start, stop = step.params["start_indices"][axis], step.params["limit_indices"][axis]
         stride = (step.params["strides"] or [1] * len(before))[axis]
@@ -102,22 +78,14 @@ def _rows_after(flat: Flat, step: Step, given: list[tuple[int, Any]], out: int, 
         if index is None or (np.ndim(index) and np.any(index)):
             return None
         return shares[int(np.ravel(index)[0])]
-    if step.name in ("reduce_sum", "reduce_max", "argmax"):
-        gone = step.params["axes"]
-        if axis in gone:
+    if step.name in MOVING or "axes" in step.params:
+        place = axis_after(step.equation, side, axis)
+        if step.name != "reshape" or (place is not None and before[axis] > 1):
+            return shares.mean(0) if place is None else (place, shares)
+        merged = [s for s in after if s % before[axis] == 0 and s >= before[axis]]
+        if before[axis] == 1 or len(shares) == 1:
             return shares.mean(0)
-        return (axis - sum(int(a) < axis for a in gone), shares)
-    if step.name == "dot_general":
-        side = 0 if step.inputs[0] == number else 1
-        contracted, batched = step.params["dimension_numbers"]
-        if axis in contracted[side]:
-            return shares.mean(0)
-        if axis in batched[side]:
-            return (list(batched[side]).index(axis), shares)
-        free = [a for a in range(len(before)) if a not in contracted[side] and a not in batched[side]]
-        other = flat.types[step.inputs[1 - side]].shape
-        ahead = len(batched[side]) + (0 if side == 0 else len(other) - len(contracted[1 - side]) - len(batched[side]))
-        return (ahead + free.index(axis), shares)
+        return (list(after).index(merged[0]), shares) if merged else None
     if step.name in ELEMENTWISE or before == after:
         return rows
     return shares.mean(0) if step.name != "scan" else None
