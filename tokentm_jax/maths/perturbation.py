@@ -44,10 +44,7 @@ def blur(images: Float[Array, "B H W C"], sigma: float = 5.0) -> Float[Array, "B
 
 
 def linear_imputation(
-    image: Float[Array, "H W C"],
-    removed: Shaped[Array, "H W"],
-    tolerance: float = 1e-4,
-    iterations: int = 100,
+    image: Float[Array, "H W C"], removed: Shaped[Array, "H W"], tolerance: float = 1e-4, iterations: int = 100
 ) -> Float[Array, "H W C"]:
     """Each removed pixel becomes the weighted mean of its eight neighbours.
 

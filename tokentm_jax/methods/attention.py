@@ -55,13 +55,7 @@ def check_blocks(depth: int, first_block: int, end_block: int | None = None) -> 
 
 
 def tokentm(
-    model: Model,
-    params: Any,
-    inputs: Any,
-    target: Any,
-    *,
-    options: TokenTM,
-    memory: Memory = "store",
+    model: Model, params: Any, inputs: Any, target: Any, *, options: TokenTM, memory: Memory = "store"
 ) -> Explanation:
     """TokenTM; see `tokentm_jax.maths.tokentm` and, for the options, `variants`.
 
@@ -146,13 +140,7 @@ def rollout(
 
 
 def gae(
-    model: Model,
-    params: Any,
-    inputs: Any,
-    target: Any,
-    *,
-    first_block: Block = 0,
-    memory: Memory = "store",
+    model: Model, params: Any, inputs: Any, target: Any, *, first_block: Block = 0, memory: Memory = "store"
 ) -> Explanation:
     """Generic attention explainability (Chefer et al., ICCV 2021): `R <- R + mean_h relu(G * A_h) R` from R = I.
 
@@ -197,13 +185,7 @@ def attcat(model: Model, params: Any, inputs: Any, target: Any) -> Explanation:
 
 
 def legrad(
-    model: Model,
-    params: Any,
-    inputs: Any,
-    target: Any,
-    *,
-    read: Read = "head",
-    first_block: Block = 0,
+    model: Model, params: Any, inputs: Any, target: Any, *, read: Read = "head", first_block: Block = 0
 ) -> Explanation:
     """LeGrad (Bousselham et al., ICCV 2025): `sum_l mean_{h,q} relu(d s_l / d A_l)`, s_l read from block l's output.
 

@@ -76,13 +76,7 @@ def partial_lrp(
 
 
 def transformer_attribution(
-    model: Model,
-    params: Any,
-    inputs: Any,
-    target: Any,
-    *,
-    first_block: Block = 0,
-    stabiliser: Stabiliser = "signed",
+    model: Model, params: Any, inputs: Any, target: Any, *, first_block: Block = 0, stabiliser: Stabiliser = "signed"
 ) -> Explanation:
     """Transformer Attribution (Chefer et al., CVPR 2021): the product of `I + mean_h relu(G * R_A)` over blocks."""
     check_blocks(model.depth, first_block)
@@ -135,13 +129,7 @@ def attention_lrp(model: Model, params: Any, inputs: Any, target: Any, *, pixels
 
 
 def residual_lrp(
-    model: Model,
-    params: Any,
-    inputs: Any,
-    target: Any,
-    *,
-    gamma: Annotated[float, Ge(0)] = 1.0,
-    pixels: bool = False,
+    model: Model, params: Any, inputs: Any, target: Any, *, gamma: Annotated[float, Ge(0)] = 1.0, pixels: bool = False
 ) -> Explanation:
     """ResLRP (2026): AttnLRP with the gamma rule at residual sums; `pixels` gives [B, H, W].
 

@@ -165,14 +165,7 @@ def _losses(full: Array, values: Array, removed: Array) -> Array:
 
 
 def occlusion(
-    model: Model,
-    params: Any,
-    inputs: Any,
-    target: Any,
-    *,
-    options: Removal,
-    window: Count = 1,
-    stride: Count = 1,
+    model: Model, params: Any, inputs: Any, target: Any, *, options: Removal, window: Count = 1, stride: Count = 1
 ) -> Explanation:
     """Occlusion (Zeiler & Fergus, ECCV 2014): the loss when a window of patches is removed; signed.
 

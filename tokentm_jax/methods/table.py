@@ -204,13 +204,7 @@ def _libra(function: Callable[..., Explanation], paper: str = "Mehri et al., CVP
 
 
 METHODS: dict[str, Method] = {
-    "tokentm": _gradient(
-        attention.tokentm,
-        "Wu et al., CVPR",
-        2024,
-        options=TokenTM,
-        classless=_plain,
-    ),
+    "tokentm": _gradient(attention.tokentm, "Wu et al., CVPR", 2024, options=TokenTM, classless=_plain),
     "gae": _gradient(attention.gae, "Chefer et al., ICCV", 2021),
     "transformer_attribution": Method(
         relevance.transformer_attribution, "Chefer et al., CVPR", 2021, "2 F + 5 B", float32=True
@@ -248,12 +242,7 @@ METHODS: dict[str, Method] = {
     "shapley": _removal(perturbation.shapley, "Castro et al., COR", 2009, "16 (n - 1) + 2 F"),
     "kernel_shap": _removal(perturbation.shapley_by_kernel, "Lundberg & Lee, NeurIPS", 2017, "2002 F"),
     "tokentm_mix": Method(
-        tokentm_mix,
-        "named as future work by Wu et al.",
-        2024,
-        "2 F + 2 B",
-        differentiable=False,
-        classless=_classless,
+        tokentm_mix, "named as future work by Wu et al.", 2024, "2 F + 2 B", differentiable=False, classless=_classless
     ),
     "combination": Method(
         combination,

@@ -15,7 +15,7 @@ from tokentm_jax.maths.variants import Blocks
 from tokentm_jax.programs.model import Model, Notes, check_model, function_of
 from tokentm_jax.programs.reading import Reading
 from tokentm_jax.programs.running import Evaluation, Plan
-from tokentm_jax.programs.structure import Attention, Layer, behind_norm
+from tokentm_jax.programs.structure import Attention, Layer, normed
 
 
 class Trace(NamedTuple):
@@ -141,8 +141,13 @@ def of_sample(
     points |= {"sum"} if both else set()
     final = "final_tokens" in fields
     places = _places(model, {*fields, *points})
-    plan = Plan(model.rules, {number: partial(_note, names) for number, names in places.items()})
-    zeros = _zeros(model, points, final)
+    plan = Plan(model.rules, {number: partial(_note, names) for number, (_, names) in places.items()})
+    types = model.reading.flat.types if places else []
+    zeros = {
+        number: jnp.zeros((*turns, *types[number].shape), types[number].dtype)
+        for number, (turns, names) in places.items()
+        if points & names.keys()
+    }
 
     def run(zeros: Any, numbers: Array) -> tuple[Array, Any]:
         outputs, notes, _ = model.evaluate(params, with_values(sample, numbers), plan, zeros, None)
@@ -179,33 +184,18 @@ def _note(names: dict[str, Any], evaluation: Evaluation, value: Array, state: An
     return value, state, found
 
 
-def _places(model: Model, names: Collection[str]) -> dict[int, dict[str, Any]]:
-    """The requested values: their names, each with its block."""
-    places: dict[int, dict[str, Any]] = {}
+def _places(model: Model, names: Collection[str]) -> dict[int, tuple[tuple[int, ...], dict[str, Any]]]:
+    """The requested values: the axis of iterations of a scan, and their names, each with its block."""
+    places: dict[int, tuple[tuple[int, ...], dict[str, Any]]] = {}
     asked = POINTS.keys() & set(names)
     for stage in model.structure.stages if asked else ():
+        turns = () if stage.scan is None else (stage.length,)
         for block in stage.blocks:
             for name in asked:
-                places.setdefault(POINTS[name](stage.reading, block), {})[name] = block
+                places.setdefault(POINTS[name](stage.reading, block), (turns, {}))[1][name] = block
     if "final_tokens" in names:
-        places.setdefault(model.structure.last, {})["tokens"] = None
+        places.setdefault(model.structure.last, ((), {}))[1]["tokens"] = None
     return places
-
-
-def _zeros(model: Model, points: Collection[str], final: bool) -> Notes:
-    """Zeros to add at every point whose gradient is requested."""
-    zeros: Notes = {}
-    for stage in model.structure.stages if points else ():
-        lead = () if stage.scan is None else (stage.length,)
-        for block in stage.blocks:
-            for point in points:
-                number = POINTS[point](stage.reading, block)
-                kind = model.reading.flat.types[number]
-                zeros[number] = jnp.zeros((*lead, *kind.shape), kind.dtype)
-    if final and "tokens" in points:
-        kind = model.reading.flat.types[model.structure.last]
-        zeros[model.structure.last] = jnp.zeros(kind.shape, kind.dtype)
-    return zeros
 
 
 def _of_blocks(model: Model, name: str, found: Notes, final: bool) -> Array:
@@ -291,10 +281,8 @@ def transformed_value(evaluation: Evaluation, block: list[Layer]) -> Array:
 
 def _normalised(reading: Reading, block: list[Layer]) -> int:
     """The input of the attention: the stream after its norm, or the stream."""
-    layer = block[0]
-    norms = (n for n in reading.norms if n.of[2] == layer.stream and reading.descends(layer.branch, n.outputs[0]))
-    norm = next(norms, None)
-    return layer.stream if norm is None else behind_norm(reading, norm)
+    found = normed(reading, block[0].stream, block[0].branch)
+    return block[0].stream if found is None else found
 
 
 def _ffn(block: list[Layer]) -> Layer:

@@ -43,28 +43,25 @@ class Inspection:
     methods: tuple[str, ...]
 
     def __str__(self) -> str:
-        rows, more = self._rows(), []
-        if not self.blocks and self.grid is None:
-            rows = [("blocks", "none: no Transformer was found")]
-            more = [f"with the option patch=: {', '.join(REMOVAL)}"]
+        rows, more = {"blocks": "none: no Transformer was found"}, [f"with the option patch=: {', '.join(REMOVAL)}"]
+        if self.blocks or self.grid is not None:
+            more = []
+            rows = {
+                "blocks": f"{self.blocks}{' in a scan' if self.scanned else ''}",
+                "heads": str(self.heads),
+                "tokens": str(self.tokens),
+                "prefix": _shown(self.prefix),
+                "grid": _shown(self.grid),
+                "read-out": _of_readout(self.readout),
+                "norms": "after the sums" if self.post_norm else "before the layers",
+            }
         width = max(len(kind) for kind in (*self.steps, "read-out"))
-        lines = [f"{name:{width}}  {value}" for name, value in rows]
+        lines = [f"{name:{width}}  {value}" for name, value in rows.items()]
         lines += ["", "steps"]
         lines += [f"{kind:{width}}  {count:4d}   first at {line}" for kind, (count, line) in self.steps.items()]
         lines += ["", "not understood", *(self.unknown or ("nothing",))]
         lines += ["", "methods", ", ".join(self.methods) or "none", *more]
         return "\n".join(lines)
-
-    def _rows(self) -> list[tuple[str, str]]:
-        return [
-            ("blocks", f"{self.blocks}{' in a scan' if self.scanned else ''}"),
-            ("heads", str(self.heads)),
-            ("tokens", str(self.tokens)),
-            ("prefix", _shown(self.prefix)),
-            ("grid", _shown(self.grid)),
-            ("read-out", _of_readout(self.readout)),
-            ("norms", "after the sums" if self.post_norm else "before the layers"),
-        ]
 
 
 def _shown(value: Any) -> str:
@@ -86,36 +83,24 @@ def inspected(found: Model, methods: Callable[[], Sequence[str]]) -> Inspection:
     """What was found; `methods()` returns the names of the methods that work."""
     unknown: list[str] = []
     steps: dict[str, tuple[int, str]] = {}
+    known: dict[str, Any] = dict.fromkeys(("blocks", "heads", "tokens"), 0) | {"post_norm": False, "scanned": False}
+    known |= {"grid": found.source.grid, "prefix": None, "readout": None}
     try:
-        reading = found.reading
-        _count(reading, 1, steps)
-        unknown += _pools(reading)
-    except InputError as error:
-        unknown.append(str(error))
-    try:
+        _count(found.reading, 1, steps)
+        unknown += _pools(found.reading)
         structure = found.structure
     except InputError as error:
-        return Inspection(
-            0, 0, 0, None, found.source.grid, None, False, False, steps, (*unknown, str(error)), tuple(methods())
-        )
-    known: dict[str, Any] = {}
-    for name in ("grid", "prefix", "readout"):
-        try:
-            known[name] = getattr(found, name)
-        except InputError as error:
-            known[name] = None
-            unknown.append(str(error))
-    return Inspection(
-        blocks=structure.depth,
-        heads=structure.heads,
-        tokens=structure.tokens,
-        post_norm=structure.post_norm,
-        scanned=any(stage.scan is not None for stage in structure.stages),
-        steps=steps,
-        unknown=tuple(dict.fromkeys(unknown)),
-        methods=tuple(methods()),
-        **known,
-    )
+        unknown.append(str(error))
+    else:
+        known |= {name: getattr(structure, name) for name in ("heads", "tokens", "post_norm")}
+        known |= {"blocks": structure.depth, "scanned": any(stage.scan is not None for stage in structure.stages)}
+        for name in ("grid", "prefix", "readout"):
+            try:
+                known[name] = getattr(found, name)
+            except InputError as error:
+                known[name] = None
+                unknown.append(str(error))
+    return Inspection(**known, steps=steps, unknown=tuple(dict.fromkeys(unknown)), methods=tuple(methods()))
 
 
 def _count(reading: Reading, times: int, steps: dict[str, tuple[int, str]]) -> None:

@@ -73,7 +73,6 @@ class Structure:
     embedded: int  # x0 in the program
     last: int  # the stream that the head reads
     tokens: int  # N
-    width: int  # D
     heads: int
     readout: tuple[float, ...] | None
     grid: tuple[int, int] | None
@@ -113,9 +112,9 @@ def find(reading: Reading, image: int) -> Structure:
     assert attention is not None
     weights = first.reading.flat.types[attention.weights].shape
     tokens = weights[attention.key]
-    width, heads = reading.flat.types[embedded].shape[-1], int(np.prod(weights)) // tokens**2
+    heads = int(np.prod(weights)) // tokens**2
     readout, placed = _readout(reading, output, tokens), _grid(reading, image, embedded, tokens)
-    return Structure(reading, stages, embedded, output, tokens, width, heads, readout, *placed, post_norm)
+    return Structure(reading, stages, embedded, output, tokens, heads, readout, *placed, post_norm)
 
 
 def _softmaxes(reading: Reading) -> int:
@@ -168,10 +167,10 @@ def _blocks(reading: Reading) -> list[list[Layer]]:
         blocks[-1].append(layer)
     layers = [layer for block in blocks for layer in block]
     for layer, after in zip(layers, [*(layer.stream for layer in layers[1:]), *[None] * bool(layers)], strict=True):
-        normed, ends = _normed(reading, layer.output), reading.flat.outputs
-        as_others = any(other.normed is not None for other in layers) or (normed in ends and layer.output not in ends)
-        if normed is not None and (after == normed or (after is None and as_others)):
-            layer.normed = normed
+        found, ends = normed(reading, layer.output), reading.flat.outputs
+        as_others = any(other.normed is not None for other in layers) or (found in ends and layer.output not in ends)
+        if found is not None and (after == found or (after is None and as_others)):
+            layer.normed = found
     return blocks
 
 
@@ -194,15 +193,16 @@ def _require_same(before: Sequence[int], after: Sequence[int], step: Step) -> No
         )
 
 
-def _normed(reading: Reading, value: int) -> int | None:
-    """The sum after its norm, with scale and bias; None if no norm follows."""
-    norm = next((n for n in reading.norms if n.of[2] == value), None)
-    return None if norm is None else behind_norm(reading, norm)
+def normed(reading: Reading, value: int, branch: int | None = None) -> int | None:
+    """A value after its norm, with scale and bias, in the type in which it is read.
 
-
-def behind_norm(reading: Reading, norm: Step) -> int:
-    """The result of a norm with its scale and bias, in the type in which it is read."""
-    end, types = norm.outputs[0], reading.flat.types
+    None if no norm follows, or none on which `branch` depends.
+    """
+    norms = [n.outputs[0] for n in reading.norms if n.of[2] == value]
+    end = next((n for n in norms if branch is None or reading.descends(branch, n)), None)
+    if end is None:
+        return None
+    types = reading.flat.types
     for step in reading.flat.steps:
         affine = step.kind in ("scale", "bias") or step.name == "convert_element_type"
         if affine and end in step.inputs[:2] and types[step.outputs[0]].shape == types[end].shape:
@@ -241,9 +241,7 @@ def _outside(stage: Stage, value: int, ends: Literal["inputs", "outputs"]) -> in
 
 def _readout(reading: Reading, last: int, tokens: int) -> tuple[float, ...] | None:
     """r0, from the steps after the last stream, which select and average rows."""
-    flat = reading.flat
-    known = rows_from(reading, last, tokens)
-    result = known.get(flat.outputs[0])
+    result = rows_from(reading, last, tokens).get(reading.flat.outputs[0])
     if result is None:
         return None
     shares = mixture(result)
@@ -273,19 +271,14 @@ def _grid(
             grid = _split(flat.types[step.inputs[0]].shape, flat.types[step.outputs[0]].shape)
         elif step.kind == "linear" and grid is not None:
             break
-    if grid is None:
+    if grid is None or (prefix := tokens - grid[0] * grid[1]) < 0:
         return None, None, None
-    prefix = tokens - grid[0] * grid[1]
-    if prefix < 0:
-        return None, None, None
-    behind = 0
     for step in flat.steps:
         if step.name == "concatenate" and reading.descends(embedded, step.outputs[0]):
             places = [place for place, i in enumerate(step.inputs) if i in reading.facts]
-            if len(places) == 1:
-                axis = step.params["dimension"]
-                behind += sum(flat.types[i].shape[axis] for i in step.inputs[places[0] + 1 :])
-    return grid, None if behind else prefix, tiling
+            if len(places) == 1 and places[0] < len(step.inputs) - 1:  # tokens behind those of the patches
+                return grid, None, tiling
+    return grid, prefix, tiling
 
 
 def _tiling(flat: Flat, convolution: Step) -> Tiling | None:

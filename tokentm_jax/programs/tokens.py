@@ -96,11 +96,6 @@ def for_tokens(
 ) -> Callable[[Array], Array] | None:
     """The part of a block after its attention `weights`, for some of its `size` tokens: attention of these queries ->
     these tokens of the value `end`. None if a step may mix tokens."""
-    chain = evaluation.chain([weights], end)
-    changed = {weights}
-    own = changed.__contains__
-    for step in chain:
-        changed |= {*step.outputs} if any(map(own, step.inputs)) else set()
 
     def axis(number: int) -> int | None:
         """The axis of the tokens, if all of them are there in their order."""
@@ -109,36 +104,34 @@ def for_tokens(
             return None
         return known[0]
 
-    def fitted(step: Step) -> Callable[[list[Any]], list[Any]] | None:
-        """A step on values that have only these tokens."""
-        if not any(map(own, step.inputs)):
-            return lambda values: bind(step.equation, values)
+    steps: list[tuple[Step, Any, int | None]] = []  # each with its equation for these tokens, and their axis
+    changed = {weights}
+    for step in evaluation.chain([weights], end):
+        given = [i for i in step.inputs if i in changed]
+        if not given:
+            steps.append((step, step.equation, None))
+            continue
         out = axis(step.outputs[0])
-        if out is None or step.name not in FOR_EACH or any(axis(i) is None for i in filter(own, step.inputs)):
+        if out is None or step.name not in FOR_EACH or any(axis(i) is None for i in given):
             return None
-        params = dict(step.params)
-        for name in SIZES & params.keys():
-            params[name] = (*params[name][:out], len(tokens), *params[name][out + 1 :])
-        equation = step.equation.replace(params=params)
-
-        def run(values: list[Any]) -> list[Any]:
-            if step.name in ELEMENTWISE:  # what is added or multiplied has all tokens, or an axis of one
-                whole = [not own(i) and jnp.ndim(v) > 0 for v, i in zip(values, step.inputs, strict=True)]
-                values = [
-                    jnp.take(v, tokens, out) if cut and v.shape[out] == size else v
-                    for v, cut in zip(values, whole, strict=True)
-                ]
-            return bind(equation, values)
-
-        return run
-
-    steps = [(step, fitted(step)) for step in chain]
+        changed |= {*step.outputs}
+        params = {
+            name: (*value[:out], len(tokens), *value[out + 1 :]) if name in SIZES else value
+            for name, value in step.params.items()
+        }
+        steps.append((step, step.equation.replace(params=params), out))
 
     def through(attention: Array) -> Array:
         known = ChainMap({weights: attention}, evaluation.values)
-        for step, run in steps:
-            assert run is not None
-            known.update(zip(step.outputs, run([known[i] for i in step.inputs]), strict=True))
+        for step, equation, out in steps:
+            values = [known[i] for i in step.inputs]
+            if out is not None and step.name in ELEMENTWISE:
+                for place, i in enumerate(
+                    step.inputs
+                ):  # what is added or multiplied has all tokens, or an axis of one
+                    if i not in changed and jnp.ndim(values[place]) > 0 and values[place].shape[out] == size:
+                        values[place] = jnp.take(values[place], tokens, out)
+            known.update(zip(step.outputs, bind(equation, values), strict=True))
         return known[end]
 
-    return None if any(run is None for _, run in steps) else through
+    return through
