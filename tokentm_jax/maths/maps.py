@@ -39,14 +39,7 @@ class Tiling(NamedTuple):
 
 
 def unit(pixels: UInt8[Array, "*s"]) -> Float[Array, "*s"]:
-    """Pixels as numbers.
-
-    Args:
-      pixels: from 0 to 255.
-
-    Returns:
-      float32 in [0, 1].
-    """
+    """Pixels from 0 to 255 as float32 in [0, 1]."""
     return pixels.astype(jnp.float32) / 255
 
 
@@ -55,14 +48,7 @@ def spread(
 ) -> Shaped[Array, "B h w"]:
     """Every pixel gets the value of its patch.
 
-    Args:
-      values: of patches.
-      size: (h, w) in pixels.
-      tiling: of patches that overlap: a pixel belongs to the patch with the nearest centre. None: the patches divide
-        the image.
-
-    Returns:
-      Values of pixels.
+    Patches without a `tiling` divide the image. Of patches that overlap, a pixel has the one with the nearest centre.
     """
     _, gh, gw = values.shape
     if tiling is None or tiling.patch == tiling.stride:
@@ -81,14 +67,9 @@ def _in_range(maps: Array) -> Array:
 
 
 def min_max(maps: Float[Array, "B h w"], where: Bool[Array, "B h w"] | None = None) -> Float[Array, "B h w"]:
-    """Each map scaled to [0, 1].
+    """Each map scaled to [0, 1], by the minimum and the maximum of its values `where` (None: of all).
 
-    Args:
-      maps: any maps.
-      where: the values that give the minimum and the maximum; None for all.
-
-    Returns:
-      Maps in [0, 1]. A constant map becomes zeros, and a map with a value that is not finite becomes NaN.
+    A constant map becomes zeros, and a map with a value that is not finite becomes NaN.
     """
     maps = _in_range(maps)
     low = maps.min((1, 2), keepdims=True, where=where, initial=None if where is None else jnp.inf)
@@ -136,14 +117,7 @@ def to_pixels(
 def resized(
     maps: Num[AnyArray, "B gh gw"], size: tuple[int, int], tiling: Tiling | None = None
 ) -> Float[Array, "B h w"]:
-    """As `to_pixels`, without the min-max.
-
-    Args:
-      maps, size, tiling: as for `to_pixels`. Maps of another grid than that of the `tiling` divide the image.
-
-    Returns:
-      Pixel maps.
-    """
+    """As `to_pixels`, without the min-max. Maps of another grid than that of the `tiling` divide the image."""
     maps = wide(jnp.asarray(maps))
     if tiling is None or tiling.patch == tiling.stride or maps.shape[1:] != tiling.grid(size):
         return jax.image.resize(maps, (maps.shape[0], *size), "bilinear", antialias=False)
@@ -156,14 +130,9 @@ def resized(
 
 
 def ranks(maps: Float[Array, "B h w"], where: Bool[Array, "B h w"] | None = None) -> Float[Array, "B h w"]:
-    """The share of a map's values that are below each value; equal ones count half.
+    """The share of a map's values that are below each value, in (0, 1); equal ones count half.
 
-    Args:
-      maps: any maps.
-      where: the values that count; None for all.
-
-    Returns:
-      Shares in (0, 1); NaN for a map with a value that is not finite.
+    Only the values `where` count (None: all). A map with a value that is not finite becomes NaN.
     """
     flat = maps.reshape(maps.shape[0], -1)
     counted = jnp.ones_like(flat, bool) if where is None else where.reshape(flat.shape)
@@ -179,15 +148,7 @@ def ranks(maps: Float[Array, "B h w"], where: Bool[Array, "B h w"] | None = None
 
 
 def shares(maps: Float[Array, "B h w"], where: Bool[Array, "B h w"] | None = None) -> Float[Array, "B h w"]:
-    """Each map over the sum of its absolute values.
-
-    Args:
-      maps: any maps.
-      where: the values that count; None for all.
-
-    Returns:
-      Maps; a map of zeros stays zero.
-    """
+    """Each map over the sum of its absolute values `where` (None: of all); a map of zeros stays zero."""
     maps = _in_range(maps)
     total = jnp.abs(maps).sum((1, 2), keepdims=True, where=where)
     return maps / jnp.where(total == 0, 1, total)

@@ -49,17 +49,9 @@ _rows_by_kernel.defvjp(_forward, _backward)
 def linear(
     x: Float[AnyArray, "*b I"], kernel: Float[AnyArray, "I O"], bias: Float[AnyArray, " O"] | None
 ) -> Float[Array, "*b O"]:
-    """Affine map `x @ kernel + bias` of float32, as `primitives.linear`.
+    """`primitives.linear` of float32, with products of bfloat16.
 
     Other types, and maps with an odd number of inputs or outputs, are computed by `primitives.linear`.
-
-    Args:
-      x: tokens with I channels.
-      kernel: weights.
-      bias: or None.
-
-    Returns:
-      Tokens with O channels, of the type of `x`.
     """
     if x.dtype != jnp.float32 or kernel.shape[0] % 2 or kernel.shape[1] % 2:
         return primitives.linear(x, kernel, bias)

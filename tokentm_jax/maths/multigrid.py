@@ -23,15 +23,7 @@ class Level(NamedTuple):
 
 
 def times(stencil: Float[Array, "3 3 h w"], x: Float[Array, "*b h w"]) -> Float[Array, "*b h w"]:
-    """The left side of the system.
-
-    Args:
-      stencil: the system.
-      x: values of the pixels.
-
-    Returns:
-      The left side of each pixel's equation.
-    """
+    """The left side of each pixel's equation."""
     h, w = x.shape[-2:]
     padded = lax.optimization_barrier(jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(1, 1), (1, 1)]))
     terms = (stencil[a, b] * padded[..., a : a + h, b : b + w] for a in range(3) for b in range(3))
@@ -61,27 +53,12 @@ def _matrix(n: int, dtype: jnp.dtype) -> Array:
 
 
 def finer(x: Float[Array, "*b H W"], h: int, w: int) -> Float[Array, "*b {h} {w}"]:
-    """The interpolation P to a finer grid.
-
-    Args:
-      x: values on the coarser grid.
-      h, w: the finer grid.
-
-    Returns:
-      Values on the finer grid.
-    """
+    """The interpolation P to a finer grid."""
     return jnp.matmul(_finer_rows(x, h), _matrix(w, x.dtype).T, precision="highest")
 
 
 def coarser(x: Float[Array, "*b h w"]) -> Float[Array, "*b H W"]:
-    """The transposed interpolation, P^T.
-
-    Args:
-      x: values on the finer grid.
-
-    Returns:
-      Values on the coarser grid.
-    """
+    """The transposed interpolation P^T to the coarser grid."""
     return _coarser_rows(jnp.matmul(x, _matrix(x.shape[-1], x.dtype), precision="highest"))
 
 
@@ -107,13 +84,9 @@ def _collapsed(stencil: Array) -> Array:
 
 
 def levels(stencil: Float[Array, "3 3 h w"]) -> list[Level]:
-    """The systems from that of a stencil down to one point.
+    """The system of a stencil and all coarser ones, down to one point.
 
-    Args:
-      stencil: a symmetric and positive definite system, except for pixels without an equation (zeros).
-
-    Returns:
-      The system and all coarser ones.
+    The system must be symmetric and positive definite, except for pixels without an equation (zeros).
     """
     found = []
     while True:
@@ -127,12 +100,7 @@ def levels(stencil: Float[Array, "3 3 h w"]) -> list[Level]:
 def v_cycle(grids: list[Level], right: Float[Array, "*b h w"]) -> Float[Array, "*b h w"]:
     """One damped Jacobi iteration, a correction from the coarser grids, and another iteration.
 
-    Args:
-      grids: see `levels`.
-      right: the right side of the first level's system.
-
-    Returns:
-      An approximate solution, which is a linear, symmetric and positive function of `right`.
+    The approximate solution is a linear, symmetric and positive function of the right side `right`.
     """
     (stencil, inverse), *below = grids
     x = inverse * right

@@ -22,15 +22,7 @@ EXACT = jax.lax.Precision.HIGHEST  # differences of values are small beside the 
 
 
 def blur(images: Float[Array, "B H W C"], sigma: float = 5.0) -> Float[Array, "B H W C"]:
-    """Gaussian blur, with the border pixels repeated outside.
-
-    Args:
-      images: the images.
-      sigma: standard deviation, in pixels.
-
-    Returns:
-      Blurred images.
-    """
+    """Gaussian blur with standard deviation `sigma` in pixels, with the border pixels repeated outside."""
     radius = round(3 * sigma)
     taps = [math.exp(-0.5 * (k / sigma) ** 2) for k in range(-radius, radius + 1)]
     kernel = jnp.asarray([tap / sum(taps) for tap in taps], images.dtype)
@@ -53,14 +45,6 @@ def linear_imputation(
     for removed i, which is a sparse linear system, symmetric and positive definite while a pixel is left; conjugate
     gradients with a multigrid cycle solve it to `tolerance` (relative residual), or end after `iterations`. ROAD's
     imputation before its noise (Rong et al., ICML 2022).
-
-    Args:
-      image: the image.
-      removed: true, or 1, at the pixels to replace.
-      tolerance, iterations: see above.
-
-    Returns:
-      The image with other values at the removed pixels.
     """
     colours = jnp.moveaxis(image, -1, 0)
     inside = removed.astype(image.dtype)
@@ -88,17 +72,9 @@ def _around(x: Array) -> Array:
 
 
 def windows(grid: Grid, size: int, stride: int) -> Bool[Array, "S n"]:
-    """Square windows over the whole grid.
+    """Square windows over the whole grid, true inside; size and stride are in patches.
 
     The last window of a row or column ends at the border, so every patch is in one where `stride <= size`.
-
-    Args:
-      grid: (gh, gw).
-      size: sides of a window, in patches.
-      stride: distance between two windows, in patches.
-
-    Returns:
-      The windows, true inside.
     """
 
     def along(length: int) -> Array:
@@ -114,19 +90,10 @@ def windows(grid: Grid, size: int, stride: int) -> Bool[Array, "S n"]:
 def smooth_masks(
     key: Key[Array, ""], grid: Grid, samples: int, cells: int, keep: float
 ) -> Float[Array, "{samples} n"]:
-    """Random smooth masks of RISE (Petsiuk et al., BMVC 2018) over the patches.
+    """Random smooth masks of RISE (Petsiuk et al., BMVC 2018) over the patches, in [0, 1].
 
     `cells` x `cells` bits, each 1 with probability `keep`, are made bilinearly a little larger than the grid, and
     cropped at random, at most by a cell. (As published, but a pixel there is a patch here.)
-
-    Args:
-      key: of the random numbers.
-      grid: (gh, gw).
-      samples: number of masks.
-      cells, keep: see above.
-
-    Returns:
-      Masks in [0, 1].
     """
     (gh, gw), (high, wide) = grid, (-(-side // cells) for side in grid)
     bits, top, left = jax.random.split(key, 3)
@@ -137,28 +104,12 @@ def smooth_masks(
 
 
 def path(rank: Int[Array, " n"]) -> Bool[Array, "n-1 n"]:
-    """The coalitions of the first 1, 2 ... n - 1 patches.
-
-    Args:
-      rank: of each patch, from 0.
-
-    Returns:
-      The coalitions.
-    """
+    """The coalitions of the first 1, 2 ... n - 1 patches, by the rank of each patch, from 0."""
     return rank < jnp.arange(1, len(rank), dtype=rank.dtype)[:, None]
 
 
 def kernel_coalitions(key: Key[Array, ""], patches: int, samples: int) -> Bool[Array, "{samples} {patches}"]:
-    """Coalitions drawn by Shapley's kernel, of sizes s with probability ~ 1 / (s (n - s)).
-
-    Args:
-      key: of the random numbers.
-      patches: n.
-      samples: number of coalitions.
-
-    Returns:
-      The coalitions.
-    """
+    """Coalitions drawn by Shapley's kernel, of sizes s with probability ~ 1 / (s (n - s))."""
     sizes = jnp.arange(1, patches)
     frequency = 1 / (sizes * (patches - sizes)).astype(jnp.float32)
     first, second = jax.random.split(key)
@@ -169,11 +120,7 @@ def kernel_coalitions(key: Key[Array, ""], patches: int, samples: int) -> Bool[A
 def half_of_coalitions(patches: int) -> tuple[Bool[Array, "S {patches}"], Float[Array, " S"]]:
     """One of every coalition and its complement, without the empty and the full one.
 
-    Args:
-      patches: n.
-
-    Returns:
-      The 2^(n-1) - 1 coalitions, and the weight of each by Shapley's kernel, 1 / (C(n, s) s (n - s)).
+    Returns the 2^(n-1) - 1 coalitions, and the weight of each by Shapley's kernel, 1 / (C(n, s) s (n - s)).
     """
     masks = (jnp.arange(1, 2 ** (patches - 1))[:, None] >> jnp.arange(patches)) & 1 == 1
     by_size = [1 / (math.comb(patches, s) * s * (patches - s)) for s in range(1, patches)]
@@ -186,12 +133,7 @@ def half_of_coalitions(patches: int) -> tuple[Bool[Array, "S {patches}"], Float[
 def mean_by_patch(masks: Shaped[Array, "S n"], values: Float[Array, " S"]) -> Float[Array, " n"]:
     """Mean of the values over the masks that hold a patch: `sum_s m_sj v_s / sum_s m_sj`.
 
-    Args:
-      masks: 1, or true, at the patches that a mask holds.
-      values: of the masks.
-
-    Returns:
-      Means; zero for a patch that no mask holds.
+    It is zero for a patch that no mask holds.
     """
     masks = masks.astype(values.dtype)
     total = masks.sum(0)
@@ -199,28 +141,14 @@ def mean_by_patch(masks: Shaped[Array, "S n"], values: Float[Array, " S"]) -> Fl
 
 
 def marginals(values: Float[Array, " m"], rank: Int[Array, " n"]) -> Float[Array, " n"]:
-    """What each patch adds when its turn comes.
-
-    Args:
-      values: of the first 0 ... n patches, m = n + 1.
-      rank: of each patch, from 0.
-
-    Returns:
-      The difference that each patch makes.
-    """
+    """The difference that each patch makes when its turn comes, from the values of the first 0 ... n patches."""
     return (values[1:] - values[:-1])[rank]
 
 
 def inverted(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """The inverse of a matrix, by Gauss-Jordan elimination without pivots.
+    """The inverse of a symmetric, positive definite matrix, by Gauss-Jordan elimination without pivots.
 
     No library is called: on several CPU devices, calls of LAPACK can wait for each other for ever.
-
-    Args:
-      matrix: symmetric and positive definite.
-
-    Returns:
-      The inverse.
     """
 
     def eliminated(k: Array, a: Array) -> Array:

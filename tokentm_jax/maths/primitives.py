@@ -14,56 +14,25 @@ AnyArray = Array | np.ndarray
 
 
 def wide(x: Shaped[Array, "*s"]) -> Float[Array, "*s"]:
-    """An array in float32 at least.
-
-    Args:
-      x: any array.
-
-    Returns:
-      `x`; bfloat16 becomes float32, float64 stays.
-    """
+    """An array in float32 at least: bfloat16 becomes float32, float64 stays."""
     return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
 def root(squared: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """The square root, with a gradient everywhere.
-
-    Args:
-      squared: any numbers.
-
-    Returns:
-      Roots; zero, with gradient zero, where `squared` is not positive.
-    """
+    """The square root of numbers; zero, with gradient zero, where they are not positive."""
     positive = squared > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, 1)), 0)
 
 
 def ratio(a: Float[Array, "*s"], b: Float[Array, "*#s"]) -> Float[Array, "*s"]:
-    """`a / b`, with a value everywhere.
-
-    Args:
-      a: dividends.
-      b: divisors that are not negative.
-
-    Returns:
-      Ratios; zero where b is zero.
-    """
+    """`a / b` for b that is not negative; zero where b is zero."""
     return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)
 
 
 def linear(
     x: Float[AnyArray, "*b I"], kernel: Float[AnyArray, "I O"], bias: Float[AnyArray, " O"] | None
 ) -> Float[Array, "*b O"]:
-    """Affine map `x @ kernel + bias`.
-
-    Args:
-      x: tokens with I channels.
-      kernel: weights.
-      bias: or None.
-
-    Returns:
-      Tokens with O channels, of the type of `x`.
-    """
+    """Affine map `x @ kernel + bias`, of the type of `x`."""
     rows = x.reshape(-1, x.shape[-1])  # one large matrix product is faster on CPU than a batched one
     y = jnp.matmul(rows, kernel.astype(x.dtype))
     if bias is not None:
@@ -90,16 +59,7 @@ def _standardised(x: Array, eps: float) -> tuple[Array, Array]:
 def norm(
     x: Float[Array, "*b D"], scale: Float[AnyArray, " D"], bias: Float[AnyArray, " D"], eps: float
 ) -> Float[Array, "*b D"]:
-    """LayerNorm over the last axis, computed in float32 at least.
-
-    Args:
-      x: tokens.
-      scale, bias: of each channel.
-      eps: added to the variance.
-
-    Returns:
-      Tokens, of the type of `x`.
-    """
+    """LayerNorm over the last axis, computed in float32 at least; of the type of `x`."""
     y, _ = _standardised(x, eps)
     return (y * scale.astype(y.dtype) + bias.astype(y.dtype)).astype(x.dtype)
 
@@ -121,15 +81,7 @@ def _norm_tangent(eps: float, values: tuple[Array, ...], tangents: tuple[Array, 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def softmax(scores: Float[Array, "*b Q K"], scale: float) -> Float[Array, "*b Q K"]:
-    """Softmax over keys, computed in float32 at least.
-
-    Args:
-      scores: of queries and keys.
-      scale: a factor of the scores.
-
-    Returns:
-      Attention, of the type of `scores`.
-    """
+    """Softmax over keys of scores times `scale`, computed in float32 at least; of the type of `scores`."""
     return jax.nn.softmax(wide(scores) * scale, axis=-1).astype(scores.dtype)
 
 
@@ -190,27 +142,14 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def activation(x: Float[Array, "*s"], function: str) -> Float[Array, "*s"]:
-    """Elementwise non-linearity.
-
-    Args:
-      x: any numbers.
-      function: a key of `ACTIVATIONS`.
-
-    Returns:
-      The function of each number.
-    """
+    """The elementwise function of this name in `ACTIVATIONS`."""
     return ACTIVATIONS[function](x)
 
 
 def swapped(x: Float[Array, "*b D"], half: bool) -> Float[Array, "*b D"]:
     """The channels of each pair that rotates together, swapped.
 
-    Args:
-      x: queries or keys.
-      half: whether the pairs are i and i + D/2, or 2i and 2i + 1.
-
-    Returns:
-      Queries or keys with the other channel of each pair.
+    With `half`, the pairs are i and i + D/2; else 2i and 2i + 1.
     """
     if half:
         return jnp.roll(x, x.shape[-1] // 2, -1)
@@ -220,15 +159,8 @@ def swapped(x: Float[Array, "*b D"], half: bool) -> Float[Array, "*b D"]:
 def rotate(
     x: Float[Array, "*b N D"], cosine: Float[Array, "N D"], sine: Float[Array, "N D"], half: bool
 ) -> Float[Array, "*b N D"]:
-    """Rotary positions.
+    """Rotary positions: queries or keys, rotated by the angle of their token.
 
-    Args:
-      x: queries or keys.
-      cosine: of the angle of each token and channel.
-      sine: likewise, with the sign of the channel's rotation.
-      half: see `swapped`.
-
-    Returns:
-      Queries or keys, rotated by the angle of their token.
+    `sine` has the sign of the channel's rotation; `half` is that of `swapped`.
     """
     return x * cosine.astype(x.dtype) + swapped(x, half) * sine.astype(x.dtype)

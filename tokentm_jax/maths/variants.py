@@ -178,17 +178,7 @@ DIRECTIONS: dict[str, Callable[[Array, Array | None], Array]] = {
 
 
 def weigh(x: Float[Array, "N D"], x_tilde: Float[Array, "N D"], block: Any, options: TokenTM) -> Float[Array, " N"]:
-    """The weights of paired tokens.
-
-    Args:
-      x: original tokens.
-      x_tilde: transformed tokens.
-      block: one block of `Blocks`, or an object with its fields.
-      options: see `TokenTM`.
-
-    Returns:
-      Weights w.
-    """
+    """The weights w of original tokens x and transformed tokens x~; `block` is one of `Blocks`, or has its fields."""
     if options.weight is not None:
         more = {"gradient": block.output_grad, "seen": block.seen}
         return options.weight(x, x_tilde, **{name: a for name, a in more.items() if options.takes(name)})
@@ -203,19 +193,9 @@ def weights_of_heads(
     present: Bool[Array, " N"] | None,
     options: TokenTM,
 ) -> Float[Array, "H N"]:
-    """The weights of tokens by each head, `x~_h = v_h W_h`, with no array [H, N, D].
+    """The weights w_h of tokens by each head, `x~_h = v_h W_h`, with no array [H, N, D].
 
     With W_h [E, D] of the output projection, E = D / H: `||v W||^2 = v (W W^T) v^T` and `x . v W = v . (W x)`.
-
-    Args:
-      x: original tokens.
-      value: v.
-      kernel: the output projection.
-      present: which tokens are not padding; None for all.
-      options: see `TokenTM`.
-
-    Returns:
-      Weights w_h.
     """
     kernel = kernel.reshape(*value.shape[::2], -1)
     gram = jnp.einsum("hid,hjd->hij", kernel, kernel)
@@ -226,15 +206,7 @@ def weights_of_heads(
 
 
 def attention_weights(block: Any, options: TokenTM) -> Float[Array, "*H N"]:
-    """The diagonal of W_attn of one block.
-
-    Args:
-      block: one block of `Blocks`, or an object with its fields.
-      options: see `TokenTM`.
-
-    Returns:
-      Weights [N], or [H, N] with `heads="each"`.
-    """
+    """The diagonal of W_attn of one block: [N], or [H, N] with `heads="each"`."""
     if not options.weighs:
         return jnp.ones_like(block.attention[0, 0])
     x = block.tokens if options.original == "residual" else block.normalised
@@ -254,17 +226,7 @@ def attention_weights(block: Any, options: TokenTM) -> Float[Array, "*H N"]:
 def ffn_weights(
     x: Float[Array, "N D"] | None, branch: Float[Array, "N D"] | None, block: Any, options: TokenTM
 ) -> Float[Array, " N"]:
-    """The diagonal of W_ffn of one FFN layer.
-
-    Args:
-      x: input of the layer; None where `options` need it not.
-      branch: output of the layer, before the residual sum; likewise.
-      block: one block of `Blocks`, or an object with its fields.
-      options: see `TokenTM`.
-
-    Returns:
-      Weights.
-    """
+    """The diagonal of W_ffn of one FFN layer with input x and output `branch`, before the residual sum."""
     if not options.weighs:
         return jnp.ones_like(block.attention[0, 0])
     assert x is not None and branch is not None
@@ -272,31 +234,16 @@ def ffn_weights(
 
 
 def norm_gain(before: Float[Array, "N D"], after: Float[Array, "N D"]) -> Float[Array, " N"]:
-    """`L(LN(u)) / L(u)`, by which a LayerNorm multiplies the contributions.
-
-    Args:
-      before: tokens u.
-      after: LN(u).
-
-    Returns:
-      Factors.
-    """
+    """`L(LN(u)) / L(u)`, by which a LayerNorm multiplies the contributions."""
     return ratio(tokentm.length(after), tokentm.length(before))
 
 
 def attention_terms(
     A: Float[Array, "H N N"], G: Float[Array, "H N N"] | None, w: Float[Array, "*H N"], options: TokenTM
 ) -> tuple[Float[Array, "N N"], Float[Array, " N"]]:
-    """`Ā` and w of an attention layer. Weights per head go into `Ā`: `Ā = mean_h relu(G * A_h) diag(w_h)`.
+    """`Ā` and w of an attention layer, for `tokentm.attention_update`.
 
-    Args:
-      A: attention.
-      G: gradient at the attention; None where `options` need it not.
-      w: weights [N], or [H, N] per head.
-      options: see `TokenTM`.
-
-    Returns:
-      Ā and w, for `tokentm.attention_update`.
+    Weights per head go into `Ā`: `Ā = mean_h relu(G * A_h) diag(w_h)`.
     """
     heads = A
     if options.attention != "plain":
@@ -310,15 +257,9 @@ def attention_terms(
 
 
 def block_terms(block: Any, options: TokenTM) -> tuple[Float[Array, "N N"], Float[Array, " N"], Float[Array, " N"]]:
-    """The three arrays of one block that TokenTM needs, whatever the options.
+    """Ā, w_attn and w_ffn of one block, for `tokentm.block_update`, whatever the options.
 
-    Args:
-      block: one block of `Blocks`, or an object with its fields.
-      options: see `TokenTM`.
-
-    Returns:
-      Ā, w_attn and w_ffn, for `tokentm.block_update`. `1 + w_ffn` is the product of all diagonal factors behind the
-      attention, those of norms among them.
+    `1 + w_ffn` is the product of all diagonal factors behind the attention, those of norms among them.
     """
     A_bar, w_attn = attention_terms(block.attention, block.attention_grad, attention_weights(block, options), options)
     factor = jnp.ones_like(w_attn)
@@ -357,16 +298,7 @@ def contributions(
 def initialised(
     rows: Float[Array, "*b N"], embedded: Float[Array, "N D"] | None, options: TokenTM
 ) -> Float[Array, "*b N"]:
-    """Rows times C0, where `options.initialise`: what each token brings into the first block.
-
-    Args:
-      rows: rows at the input of the first block.
-      embedded: tokens x0 that enter the first block.
-      options: see `TokenTM`.
-
-    Returns:
-      Rows.
-    """
+    """Rows at the input of the first block times C0, where `options.initialise`: what each token brings into it."""
     if not options.initialise:
         return rows
     assert embedded is not None
@@ -377,19 +309,10 @@ def initialised(
 def attention_layer(
     options: TokenTM, attention: Float[Array, "H N N"], u: Float[Array, " N"], weights: Float[Array, "*H N"]
 ) -> tuple[Float[Array, "H N N"], Float[Array, " N"]]:
-    """Attention and the stream u of zeros through an attention layer.
+    """Attention and the stream u of zeros through an attention layer, both unchanged.
 
     Backward, the cotangent of the attention is its gradient G, and that of u is a row r, which is updated. The weights
     get none, because u is zero.
-
-    Args:
-      options: see `TokenTM`.
-      attention: A.
-      u: the stream.
-      weights: w of the layer.
-
-    Returns:
-      Attention and u, both unchanged.
     """
     return attention, u
 
@@ -409,15 +332,7 @@ attention_layer.defvjp(
 
 @jax.custom_vjp
 def ffn_layer(u: Float[Array, " N"], weights: Float[Array, " N"]) -> Float[Array, " N"]:
-    """The stream u of zeros through an FFN layer. Backward, its cotangent, a row r, becomes `r * (1 + w)`.
-
-    Args:
-      u: the stream.
-      weights: w of the layer.
-
-    Returns:
-      u, unchanged.
-    """
+    """The stream u of zeros through an FFN layer. Backward, its cotangent, a row r, becomes `r * (1 + w)`."""
     return u
 
 
