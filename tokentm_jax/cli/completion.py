@@ -3,9 +3,8 @@
 Click does the rest: `eval "$(_TOKENTM_COMPLETE=bash_source tokentm)"`.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
@@ -13,18 +12,7 @@ from click.shell_completion import CompletionItem
 from tokentm_jax.errors import InputError
 from tokentm_jax.samples import SAMPLES
 
-FILES = (
-    "samples",
-    "what",
-    "data",
-    "recipe",
-    "checkpoint",
-    "out",
-    "classes",
-    "runs",
-    "maps",
-    "label_map",
-)
+FILES = ("samples", "what", "data", "recipe", "checkpoint", "out", "classes", "runs", "maps", "label_map")
 
 
 def _methods(ctx: click.Context) -> Iterable[str]:
@@ -46,10 +34,10 @@ def _classes(ctx: click.Context) -> Iterable[str]:
     from tokentm_jax.models.loading import DEFAULT_MODEL, shipped
     from tokentm_jax.models.loading import _read_names as read_names
 
-    name, checkpoint = ctx.params.get("model"), ctx.params.get("checkpoint")
-    if ctx.params.get("classes"):
-        return read_names(Path(ctx.params["classes"]))[0]
-    name = name or (DEFAULT_MODEL if ctx.command.name != "explain-audio" else "spoken_digits")
+    model, checkpoint, classes = (ctx.params.get(name) for name in ("model", "checkpoint", "classes"))
+    if classes:
+        return read_names(Path(classes))[0]
+    name = model or (DEFAULT_MODEL if ctx.command.name != "explain-audio" else "spoken_digits")
     file = shipped().get(name) if checkpoint is None else Path(checkpoint)
     description = read_description(file) if file is not None and file.is_file() else None
     if description is not None and description["class_names"]:
@@ -66,18 +54,15 @@ NAMES: dict[str, Callable[[click.Context], Iterable[str]]] = {
     "target": _classes,
     "targets": _classes,
     "versus": _classes,
+    "sets": lambda ctx: [*SAMPLES, "all"],
 }
 
 
 class Completed(click.ParamType):
-    """Another type, with completion."""
+    """Another type, with completion; of files where `names` is None."""
 
     def __init__(self, kind: click.ParamType, names: Callable[[click.Context], Iterable[str]] | None) -> None:
-        self._kind, self._names = kind, names
-        self.name = kind.name
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return self._kind.convert(value, param, ctx)
+        self.name, self.convert, self._names = kind.name, kind.convert, names
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         if self._names is None:
@@ -92,15 +77,10 @@ class Completed(click.ParamType):
         return items if items or param.name != "model" else [CompletionItem(incomplete, type="file")]
 
 
-def add_completion(commands: Sequence[click.Command]) -> None:
+def add_completion(commands: Iterable[click.Command]) -> None:
     """Give the options and arguments of commands completion, by their names."""
     for command in commands:
+        add_completion(getattr(command, "commands", {}).values())
         for param in command.params:
-            if param.name in NAMES:
-                param.type = Completed(param.type, NAMES[param.name])
-            elif param.name in FILES:
-                param.type = Completed(param.type, None)
-        if isinstance(command, click.Group):
-            add_completion(list(command.commands.values()))
-            for param in (p for own in command.commands.values() for p in own.params if p.name == "names"):
-                param.type = Completed(param.type, lambda ctx: [*SAMPLES, "all"])
+            if param.name in NAMES or param.name in FILES:
+                param.type = Completed(param.type, NAMES.get(param.name))

@@ -55,8 +55,8 @@ def data(ctx: click.Context, as_json: bool) -> None:
 
 
 @data.command(short_help="Download sample data and check their SHA-256.")
-@click.argument("names", nargs=-1, required=True, type=TEXT, metavar="NAME...|all")
-def fetch(names: tuple[str, ...]) -> None:
+@click.argument("sets", nargs=-1, required=True, type=TEXT, metavar="NAME...|all")
+def fetch(sets: tuple[str, ...]) -> None:
     """Download sample data and check their SHA-256; what is here already is left as it is.
 
     Downloads need the extra [data]. The licences are those of the originals: `tokentm data` lists them.
@@ -67,7 +67,7 @@ def fetch(names: tuple[str, ...]) -> None:
     """
     from tokentm_jax.data.originals import fetch as fetch_one
 
-    for name in SAMPLES if names == ("all",) else dict.fromkeys(names):
+    for name in SAMPLES if sets == ("all",) else dict.fromkeys(sets):
         folder = fetch_one(name, running)
         for path in SAMPLES[name].made:
             click.echo(printable(folder / path))

@@ -52,8 +52,7 @@ def colour_tables() -> dict[str, list[str]]:
 
 
 class Scales(NamedTuple):
-    """What stands at the axes of a picture: for each the label and, of every tick, its place in [0, 1] (from the left,
-    from above) and its text."""
+    """The axes of a picture: labels, and each tick's place in [0, 1] (from the left, from above) and text."""
 
     x_label: str
     x: Sequence[tuple[float, str]]
@@ -70,17 +69,8 @@ def overlay_figure(
     scales: Scales | None = None,
     look: Look = SMOOTH,
 ) -> Figure:
-    """Photo, heatmap, and photo with heatmap, side by side.
-
-    Args:
-      photo: uint8 [h, w, 3], the part of the photo that the model saw.
-      heatmap: token map [gh, gw] or pixel map of the same part.
-      title: usually the explained class and its probability; empty for none.
-      subtitle: a smaller line below it.
-      what: the kind of picture, such as a spectrogram instead of a photo.
-      scales: of its axes.
-      look: of the maps.
-    """
+    """Photo uint8 [h, w, 3], heatmap [gh, gw], and both, side by side; `what` is the kind of picture, such as a
+    spectrogram. The title may be empty; the subtitle is a smaller line below it."""
     values, signed = shade(heatmap, (photo.shape[0], photo.shape[1]), look.squares)
     aspect = photo.shape[0] / photo.shape[1]
     width, height = (PANEL, PANEL * aspect) if aspect < 1.6 else (PANEL * 1.6 / aspect, PANEL * 1.6)
@@ -88,13 +78,13 @@ def overlay_figure(
     left, below = (margin, margin) if scales is None else (margin + 0.55, margin + 0.38)
     total = left + margin + 3 * width + 3 * gap + bar + labels
     lines = _wrap(title, total - 2 * margin, 2, 14, "bold") if title else []
-    above = 0.22 + 0.27 * len(lines) + (0.22 if subtitle else 0.0)
-    tall = above + 0.28 + height + below
+    title_ends = 0.22 + 0.27 * len(lines)
+    tall = title_ends + (0.22 if subtitle else 0.0) + 0.28 + height + below
     figure = Figure((total, tall), dpi=DPI, facecolor="white")
     _text(figure, margin / total, 1 - 0.16 / tall, "\n".join(lines), size=14, weight="bold")
     if subtitle:
-        y = 1 - (0.22 + 0.27 * len(lines)) / tall
-        _text(figure, margin / total, y, *_wrap(subtitle, total - 2 * margin, 1, 10), size=10, color=GREY)
+        line = _wrap(subtitle, total - 2 * margin, 1, 10)
+        _text(figure, margin / total, 1 - title_ends / tall, *line, size=10, color=GREY)
     heat = scale_of(signed, look.colours).to_rgba(values)
     panels = {what: photo, "Heatmap": heat, f"{what} and heatmap": blend(photo, values, signed, look.colours)}
     for i, (caption, picture) in enumerate(panels.items()):
@@ -120,9 +110,8 @@ def arranged(photos: Sequence[Panel], explained: Sequence[Explained], look: Look
             row = [photo] if photo.plain else []
             for one in explained:
                 if question in (None, one.question):
-                    title, note = one.method, f"{one.names[i]} {one.values[i]}".strip()
-                    if shared:
-                        title, note = one.names[i], one.values[i]
+                    note = f"{one.names[i]} {one.values[i]}".strip()
+                    title, note = (one.names[i], one.values[i]) if shared else (one.method, note)
                     row.append(photo.under(one.maps[i], title, note, one.method in signed_ones, look))
             rows.append(row)
     tallest = max(panel.picture.shape[0] for row in rows for panel in row)
@@ -180,18 +169,12 @@ def _layout(rows: Sequence[Sequence[Panel]], heading: str, widest: int) -> _Layo
 def grid(
     rows: Sequence[Sequence[Panel]], heading: str = "", look: Look = SMOOTH, dpi: float = DPI, widest: int = 6
 ) -> Figure:
-    """Rows of pictures with a name for each row and column, and the colour scales below.
+    """Rows of panels of one size, a line above all, a name for each row and column, and the colour scales below.
 
     The name of a row is that of the photo at its start, with the note that its maps share; the name of a column is the
     title that its maps share. Titles and notes that differ are next to their pictures, and so are all titles where
-    rows of more than `widest` panels are broken.
-
-    Args:
-      rows: panels, as many in each row, with pictures of one size.
-      heading: a line above all.
-      look: of the maps, for the scales.
-      dpi: dots per inch, fewer for a long grid. With `1 / UNIT` a picture of `SIDE` pixels is drawn pixel by pixel.
-      widest: pictures in a line, at most.
+    rows of more than `widest` panels are broken. With `1 / UNIT` dots per inch a picture of `SIDE` pixels is drawn
+    pixel by pixel; a long grid has fewer.
     """
     plan = _layout(rows, heading, widest)
     height, width = plan.size
@@ -245,12 +228,13 @@ def _scale(axes: Axes, scales: Scales, size: tuple[int, ...], first: bool) -> No
     axes.set_axis_on()
     axes.spines[:].set_visible(False)
     axes.tick_params(labelsize=9, length=3, colors=INK, pad=2)
-    axes.set_xticks([place * size[1] - 0.5 for place, _ in scales.x], [text for _, text in scales.x])
-    axes.set_xlabel(scales.x_label, fontsize=9.5, color=INK, labelpad=2)
-    axes.set_yticks([place * size[0] - 0.5 for place, _ in scales.y] if first else [])
-    if first:
-        axes.set_yticklabels([text for _, text in scales.y])
-        axes.set_ylabel(scales.y_label, fontsize=9.5, color=INK, labelpad=2)
+    for axis, label, ticks, length in (
+        (axes.xaxis, scales.x_label, scales.x, size[1]),
+        (axes.yaxis, scales.y_label if first else "", scales.y if first else (), size[0]),
+    ):
+        axis.set_ticks([place * length - 0.5 for place, _ in ticks], [text for _, text in ticks])
+        axis.set_label_text(label, fontsize=9.5, color=INK)
+        axis.labelpad = 2
 
 
 def _bar(axes: Axes, signed: bool, scale: ScalarMappable, orientation: str) -> None:

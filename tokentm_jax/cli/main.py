@@ -113,7 +113,7 @@ COMMANDS = {
 for command, summary in COMMANDS.items():
     command.short_help = summary
     main.add_command(command)
-add_completion(list(COMMANDS))
+add_completion(COMMANDS)
 
 
 @main.command("train", hidden=True, add_help_option=False, context_settings={"ignore_unknown_options": True})

@@ -69,14 +69,11 @@ class Turns:
         self._turn, self._thread = asyncio.Lock(), ThreadPoolExecutor(1, "explain")
 
     async def run(self, function: Callable[[], Any]) -> Any:
-        """The function's result.
+        """The function's result. Raises Busy for a full queue, or after `seconds` in it, and TimeoutError where the
+        function itself takes longer.
 
         Who goes away while waiting leaves the queue. What is being computed cannot be stopped: after its time it is
         no longer waited for, and the next turn begins when it has ended.
-
-        Raises:
-          Busy: the queue is full, or `seconds` went by in it.
-          TimeoutError: the function itself takes longer than `seconds`.
         """
         if self._waiting >= WAITING:
             raise Busy
@@ -133,19 +130,9 @@ class Uploads:
 
 
 def explained(vit: Model, content: bytes, method: str, target: int | None) -> dict[str, Any]:
-    """What the page shows of one photo, recording or text.
+    """What the page shows of the bytes of one photo, recording or text, for a class or (None) the predicted one.
 
-    Args:
-      content: the bytes of a file, or of a text in UTF-8.
-      method: a name of `METHODS`.
-      target: a class; None for the predicted one.
-
-    Returns:
-      JSON values: "top5" and "target" (class, name, probability), what the map is shown on and its colours (see
-      `Panel.answer`, `Passage.answer`), and the map's own numbers, float32.
-
-    Raises:
-      InputError: nothing that the model takes, a class that there is not, no finite numbers.
+    Raises InputError for bytes that the model does not take, and where its numbers are not finite.
     """
     reader, name = vit.preprocessing, f"the {vit.preprocessing.kind}"
     given = reader.decoded(content)
@@ -163,12 +150,6 @@ def explained(vit: Model, content: bytes, method: str, target: int | None) -> di
         **panel.answer(*job.shown(heatmap[None])),
         "map": {"shape": list(heatmap.shape), "data": as_base64(heatmap.astype("<f4").tobytes())},
     }
-
-
-def own_names(host: str, others: Iterable[str] = ()) -> frozenset[str]:
-    """The names under which a server that listens at `host` may be asked for."""
-    local = {"localhost", "127.0.0.1", "::1"}
-    return frozenset({*local, host.lower(), socket.gethostname().lower(), *(name.lower() for name in others)})
 
 
 def is_local(host: str) -> bool:
@@ -208,8 +189,9 @@ class Guard:
             await self.app(scope, receive, guarded)
 
     def _refuse(self, scope: Scope, headers: Mapping[str, str]) -> str:
-        host = headers.get("host", "").lower()
-        if [name for name, _ in scope["headers"]].count(b"host") != 1 or not self._is_own(_without_port(host)):
+        host = headers.get("host", "").lower()  # "localhost:8000", or "[::1]:8000"
+        name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0].removesuffix(".")
+        if [name for name, _ in scope["headers"]].count(b"host") != 1 or not self._is_own(name):
             return "this server has another name; --allow-host adds one"
         origin = headers.get("origin")
         if origin is not None and origin.lower().partition("://")[2] != host:
@@ -226,13 +208,6 @@ class Guard:
             return bool(ipaddress.ip_address(name)) and self._numbers
         except ValueError:
             return False
-
-
-def _without_port(host: str) -> str:
-    """The name of a Host: "localhost:8000" -> "localhost", "[::1]:8000" -> "::1"."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.partition(":")[0].removesuffix(".")
 
 
 def connection(longest: float) -> type[H11Protocol]:
@@ -275,19 +250,9 @@ def application(
     compiling: float = 0,
     answer: Callable[..., dict[str, Any]] = explained,
 ) -> ASGIApp:
-    """The application.
-
-    Args:
-      vit: the model.
-      methods: names of `METHODS`; the first is the one that the page begins with.
-      host: where the server listens.
-      names: more names of the server, such as that of a proxy before it.
-      largest: bytes of one upload.
-      seconds: time limit of waiting for a turn, and of computing.
-      ready: methods that are compiled.
-      compiling: seconds that compiling one took.
-      answer: what computes an answer, as `explained`.
-    """
+    """The application for a server that listens at `host`, also known by `names`; `seconds` limit the wait for a turn,
+    and the computing; methods that are `ready` are compiled, which took `compiling` seconds."""
+    own = {"localhost", "127.0.0.1", "::1", host, socket.gethostname(), *names}
     files = {path.relative_to(PAGE).as_posix(): path.read_bytes() for path in PAGE.rglob("*") if path.is_file()}
     suffixes = vit.preprocessing.suffixes
     compiled, turns, uploads = set(ready), Turns(seconds), Uploads(largest, vit.preprocessing.kind)
@@ -334,9 +299,8 @@ def application(
         Route("/explain", explain, methods=["POST"]),
         Route("/{name:path}", file),
     ]
-    return Guard(
-        Starlette(routes=routes, exception_handlers=FAULTS), own_names(host, names), numbers=not is_local(host)
-    )
+    app = Starlette(routes=routes, exception_handlers=FAULTS)
+    return Guard(app, frozenset(name.lower() for name in own), numbers=not is_local(host))
 
 
 async def _unless_gone(request: Request, work: Awaitable[bytes]) -> bytes:
@@ -381,8 +345,8 @@ def _described(vit: Model, methods: Sequence[str]) -> dict[str, Any]:
 
     def entry(name: str) -> dict[str, Any]:
         title, fields = title_of(name), ("paper", "year", "passes", "class_specific")
-        words = {"title": title.name, "sentence": title.sentence, "recommended": name == RECOMMENDED}
-        return {"name": name, **words, **{field: getattr(METHODS[name], field) for field in fields}}
+        words = {"name": name, "title": title.name, "sentence": title.sentence, "recommended": name == RECOMMENDED}
+        return words | {field: getattr(METHODS[name], field) for field in fields}
 
     return {
         "model": vit.name,
@@ -397,7 +361,8 @@ def _described(vit: Model, methods: Sequence[str]) -> dict[str, Any]:
 
 def server(app: ASGIApp, seconds: float) -> uvicorn.Server:
     """What runs the application, whose time limit is `seconds`."""
-    logging.getLogger("uvicorn.error").addFilter(_is_a_fault)
+    # Only lines about errors of ours: clients may send what they like, and go when they like.
+    logging.getLogger("uvicorn.error").addFilter(lambda record: record.exc_info is not None)
     config = uvicorn.Config(
         app,
         http=connection(UPLOAD_TIME + 2 * seconds + 30),
@@ -411,8 +376,3 @@ def server(app: ASGIApp, seconds: float) -> uvicorn.Server:
         timeout_graceful_shutdown=1,
     )
     return uvicorn.Server(config)
-
-
-def _is_a_fault(record: logging.LogRecord) -> bool:
-    """Whether a line of the log is about an error of ours: clients may send what they like, and go when they like."""
-    return record.exc_info is not None

@@ -102,12 +102,9 @@ class Panel:
     def html(self) -> str:
         """Without its title and its note."""
         height, width = self.picture.shape[:2]
-        alt, source = (
-            html.escape(printable(f"{self.title} {self.note}")),
-            data_url(Image.fromarray(self.picture), "PNG"),
-        )
+        alt, source = printable(f"{self.title} {self.note}"), data_url(Image.fromarray(self.picture), "PNG")
         size = f'width="{width}" height="{height}" style="max-width:100%;height:auto"'
-        return f'<img {size} alt="{alt}" src="{source}">'
+        return f'<img {size} alt="{html.escape(alt)}" src="{source}">'
 
 
 def has_signs(heatmap: np.ndarray) -> bool:
@@ -122,10 +119,9 @@ def shade(
     """A token or pixel map [gh, gw] as values to show on `size` (h, w) pixels, and whether it is signed: with negative
     values, or if the caller asks for it, as for a map beside others of its method.
 
-    Maps without negative values are stretched to [0, 1] (smallest to largest; a constant map is 0). Signed maps are
-    divided by the 99.5th percentile of their magnitude and cut to [-1, 1], so that zero stays in the middle and few
-    extreme pixels do not hide the rest. What is not finite counts as 0. Values between the centres of patches are
-    interpolated, or with `squares` those of the nearest patch.
+    Maps without negative values are stretched to [0, 1]; a constant map is 0. Signed maps are divided by the 99.5th
+    percentile of their magnitude and cut to [-1, 1], so that zero stays in the middle and few extreme pixels do not
+    hide the rest. What is not finite counts as 0.
     """
     values = np.nan_to_num(np.asarray(heatmap, np.float64), posinf=0, neginf=0)
     values = values / (np.abs(values).max(initial=0) or 1)
