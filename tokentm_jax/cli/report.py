@@ -9,18 +9,8 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from tokentm_jax.cli.options import (
-    MODELS_HELP,
-    PATH,
-    TEXT,
-    class_names,
-    may_overwrite,
-    methods_of,
-    names_of,
-    own_tasks,
-    require_place,
-    start_jax,
-)
+from tokentm_jax.cli import options
+from tokentm_jax.cli.options import MODELS_HELP, PATH, TEXT, methods_of, names_of
 from tokentm_jax.errors import InputError, printable
 
 METHODS_SHOWN = ("tokentm", "gae", "attn_lrp", "legrad", "transformer_attribution", "rollout")
@@ -44,22 +34,11 @@ METHODS_SHOWN = ("tokentm", "gae", "attn_lrp", "legrad", "transformer_attributio
     "--best", type=click.IntRange(0, 50), default=3, show_default=True,
     help="Of a run: number of the best and of the worst images of each method that are explained.",
 )  # fmt: skip
-@own_tasks
-@class_names
-@may_overwrite
+@options.own_tasks
+@options.class_names
+@options.may_overwrite
 def report(
-    what: tuple[str, ...],
-    out: Path,
-    model: str | None,
-    checkpoint: Path | None,
-    methods: str | None,
-    target: str | None,
-    top: int,
-    data: str | None,
-    limit: int | None,
-    best: int,
-    classes: Path | None,
-    overwrite: bool,
+    what: tuple[str, ...], out: Path, target: str | None, top: int, best: int, overwrite: bool, **given: Any
 ) -> None:
     """Write a page that shows what a model looks at.
 
@@ -80,12 +59,12 @@ def report(
       tokentm report maps --data photos/
     """
     from tokentm_jax.cli.report_details import Photos
-    from tokentm_jax.cli.report_page import photos_page, run_page, store_page, write_page
+    from tokentm_jax.cli.report_page import Given, photos_page, run_page, store_page, write_page
     from tokentm_jax.configs import rows
-    from tokentm_jax.models.loading import load
 
-    kind = _kind(what, model is None)
+    kind, methods = _kind(what, given["model"] is None), given["methods"]
     chosen = None if methods is None else (methods_of if kind == "photos" else names_of)(methods)
+    asked = Given(**{**given, "methods": chosen})
     source = click.get_current_context().get_parameter_source
     for option, *kinds in (
         ("target", "photos"),
@@ -98,23 +77,25 @@ def report(
     ):
         if source(option) is ParameterSource.COMMANDLINE and kind not in kinds:
             raise InputError(f"--{option} is for a report on {' or '.join(kinds)}, not on {kind}")
-    require_place(out, overwrite)
-    start_jax()
+    options.require_place(out, overwrite)
+    options.start_jax()
     if kind == "photos":
-        vit = load(model, checkpoint, class_names=classes)
+        vit = asked.load()
         vit.require_classes()
-        asked = None if target is None else vit.class_index(target)
+        klass = None if target is None else vit.class_index(target)
         found: dict[str, Any] = {}
         for argument in what:
             found |= vit.preprocessing.found(argument, len(found) + 1)
         files = [os.path.realpath(each) for each in found.values() if isinstance(each, Path)]
         if overwrite and os.path.realpath(out) in files:
             raise InputError(f"the page {out} is one of the {vit.preprocessing.kind}s: choose another name")
-        page = photos_page(Photos(vit, rows(*(chosen or METHODS_SHOWN)), top, asked, chosen is not None), found, limit)
+        page = photos_page(
+            Photos(vit, rows(*(chosen or METHODS_SHOWN)), top, klass, chosen is not None), found, asked.limit
+        )
     elif kind == "a run":
-        page = run_page(Path(what[0]), model, checkpoint, classes, chosen, data, limit, best)
+        page = run_page(Path(what[0]), asked, best)
     else:
-        page = store_page(what[0], model, checkpoint, classes, chosen, data, limit)
+        page = store_page(what[0], asked)
     write_page(out, page, overwrite)
     click.echo(f"The page is {printable(out)} ({out.stat().st_size / 2**20:.1f} MiB)")
 
@@ -122,12 +103,9 @@ def report(
 def _kind(what: Sequence[str], files: bool) -> str:
     """What was given: "photos" (or recordings or texts), "a run" or "a store"; `files`: a single one must exist."""
     for each in what:
-        kind = "photos"
-        if ("://" in each and " " not in each) or os.path.lexists(Path(each) / "zarr.json"):
-            kind = "a store"
-        elif os.path.lexists(Path(each) / "results.json"):
-            kind = "a run"
-        if kind != "photos":
+        is_store = ("://" in each and " " not in each) or os.path.lexists(Path(each) / "zarr.json")
+        if is_store or os.path.lexists(Path(each) / "results.json"):
+            kind = "a store" if is_store else "a run"
             if len(what) > 1:
                 raise InputError(f"{each} is {kind}: a report is on one of them, or on photos")
             return kind

@@ -29,7 +29,7 @@ from tokentm_jax.methods.titles import title_of
 from tokentm_jax.metrics.task import CLEAN, PREDICTED
 from tokentm_jax.metrics.tasks import TASKS
 from tokentm_jax.models.checkpoint import read_description
-from tokentm_jax.models.loading import load, read_class_names, shipped
+from tokentm_jax.models.loading import Model, load, read_class_names, shipped
 from tokentm_jax.runs.evaluate import examples
 from tokentm_jax.runs.records import table_of
 from tokentm_jax.runs.report import Finished, open_finished
@@ -132,16 +132,24 @@ def photos_page(photos: Photos, given: Mapping[str, Any], limit: int | None) -> 
     return Page("What does the model look at?", about, page, methods, vit.class_names, reader.kind, notices)
 
 
-def run_page(
-    out: Path,
-    model: str | None,
-    checkpoint: Path | None,
-    class_names: Path | None,
-    methods: Sequence[str] | None,
-    data: str | None,
-    limit: int | None,
-    best: int,
-) -> Page:
+class Given(NamedTuple):
+    """What the command line says about a finished run or store."""
+
+    model: str | None
+    checkpoint: Path | None
+    classes: Path | None
+    methods: Sequence[str] | None
+    data: str | None
+    limit: int | None
+
+    def load(self, model: str | None = None, checkpoint: Any = None) -> Model:
+        """The model that is named, or this one. Raises InputError."""
+        named = self.model is not None or self.checkpoint is not None
+        checkpoint = self.checkpoint if named else checkpoint
+        return load(self.model or model, checkpoint, class_names=self.classes)
+
+
+def run_page(out: Path, given: Given, best: int) -> Page:
     """A page about a finished evaluation.
 
     Raises InputError for a folder without one, or methods that it does not have. Where its model or its photos are not
@@ -149,26 +157,26 @@ def run_page(
     """
     run = open_finished(out)
     config, notices = run.config, []
-    if methods is not None:
-        unknown = [name for name in methods if name not in [row.name for row in config.rows]]
-        if unknown:
-            raise InputError(f"{out} has no row {unknown[0]!r}; it has {', '.join(row.name for row in config.rows)}")
-        config = dataclasses.replace(config, rows=tuple(row for row in config.rows if row.name in methods))
+    if given.methods is not None:
+        known = {row.name: row for row in config.rows}
+        for name in given.methods:
+            if name not in known:
+                raise InputError(f"{out} has no row {name!r}; it has {', '.join(known)}")
+        config = dataclasses.replace(config, rows=tuple(row for row in config.rows if row.name in given.methods))
     vit, source = None, None
     try:
-        weights = checkpoint if checkpoint is not None or model is not None else config.checkpoint
-        vit = load(config.model if model is None else model, weights, class_names=class_names)
+        vit = given.load(config.model, config.checkpoint)
     except InputError as error:
         notices.append(f"Nothing is explained again: the model is not available: {error}")
     try:
-        source = examples(dataclasses.replace(config, data=data or config.data))
+        source = examples(dataclasses.replace(config, data=given.data or config.data))
         if set(run.keys) - set(source.keys):
             raise InputError(f"{source.name} has other examples than the run")
     except InputError as error:
         source = None
         notices.append(f"No pictures: the data is not available: {error}")
     figures, values = _figures(run, config.rows)
-    keys = list(spread(sorted(run.keys), limit))
+    keys = list(spread(sorted(run.keys), given.limit))
     own = [(key, CLEAN) for key in keys]
     labels, predicted = (run.clean.take(name, own).tolist() for name in ("label", "predicted"))
     explained = [row for row in config.rows if row.method != RANDOM and row.random_blocks is None]
@@ -240,37 +248,29 @@ def _extremes(
     return list(found)
 
 
-def store_page(
-    path: str,
-    model: str | None,
-    checkpoint: Path | None,
-    class_names: Path | None,
-    methods: Sequence[str] | None,
-    data: str | None,
-    limit: int | None,
-) -> Page:
+def store_page(path: str, given: Given) -> Page:
     """A page about a store of maps; with its model, on what that one receives. Raises InputError as `open_maps`, for
     methods that it does not have, for another model, and for texts without one."""
     stored = open_maps(path)
     made, notices = stored.provenance, []
-    kept = list(methods or stored.maps)
+    kept = list(given.methods or stored.maps)
     for name in kept:
         if name not in stored.maps:
             raise InputError(f"{path} has no maps by {name!r}; it has {', '.join(stored.maps)}")
     done = np.flatnonzero(stored.status[:] == DONE)
     if not len(done):
         raise InputError(f"{path} has no finished example")
-    places = np.array(spread(done.tolist(), limit))
+    places = np.array(spread(done.tolist(), given.limit))
     source, vit = None, None
     preprocessing = made["model"].get("preprocessing", {})
-    if model is not None:
-        vit = load(model, checkpoint, class_names=class_names)
+    if given.model is not None or given.checkpoint is not None:
+        vit = given.load()
         if vit.preprocessing.to_dict() != preprocessing:
             raise InputError(f"{vit.name} prepares its inputs in another way than the model of {path}")
     elif "tokenizer" in preprocessing:
         raise InputError(f"{path} has maps of texts, whose words need their model: name it with --model")
     try:
-        source = open_source(data or re.sub(r"^the (folder|zip file) ", "", made["data"]["name"]))
+        source = open_source(given.data or re.sub(r"^the (folder|zip file) ", "", made["data"]["name"]))
     except InputError as error:
         notices.append(f"No pictures: the data is not available: {error}")
     keys = [stored.keys[place] for place in places]
@@ -293,7 +293,7 @@ def store_page(
             details["maps"][name] = {target[i]: packed_map(heatmap)}
         facts[key] = {"label": labels[i], "predicted": predicted[i], "probability": float(probabilities[i].max())}
     page = seen.photos(facts)
-    names = _names_of_store(made, source, class_names, probabilities.shape[1]) if vit is None else vit.class_names
+    names = _names_of_store(made, source, given.classes, probabilities.shape[1]) if vit is None else vit.class_names
     kind = "photo" if reader is None else reader.kind
     about = f"{made['model']['name']}, {len(page)} {kind}s of {Path(made['data']['name']).name}"
     notices += seen.notices()

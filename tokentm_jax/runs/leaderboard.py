@@ -153,11 +153,18 @@ def leaderboard(
     vit = load(config.runs[0].model, config.runs[0].checkpoint) if vit is None else vit
     out = Path("runs", config.name) if out is None else Path(out)
     sources = {run.name: examples(run) for run in config.runs}
-    given = {run.name: [store for store in maps if _is_of(store, run, sources[run.name])] for run in config.runs}
+    given: dict[str, list[Maps]] = {run.name: [] for run in config.runs}
     for store in maps:
-        if not any(store in own for own in given.values()):
-            data = store.provenance["data"]["name"]
-            raise InputError(f"{store.path} holds maps of {data} that no run of {config.name} has a use for")
+        data = store.provenance["data"]
+        used = [
+            run.name
+            for run in config.runs
+            if (data["identity"], store.provenance["profile"]) == (sources[run.name].identity, run.profile)
+        ]
+        if not used:
+            raise InputError(f"{store.path} holds maps of {data['name']} that no run of {config.name} has a use for")
+        for name in used:
+            given[name].append(store)
     made = {"kind": "leaderboard", "model": vit.described(), **environment()}
     with claimed(out, made, (*RESULTS, MAPS, *sources), overwrite):
         for name in RESULTS:
@@ -174,11 +181,8 @@ def leaderboard(
             measured = {name: row for name, row in whole.rows.items() if name in config.rows or name not in speeds}
             speeds |= images_per_second(vit, measured, config.runs[0].batch_size, report)
         figures = standings({run.name: finished[run.name]._replace(config=run) for run in whole.runs}, results)
-        found = {
-            "rows": figures,
-            "methods": _methods(whole, figures, speeds),
-            "run": _described(config, made, results),
-        }
+        described = _described(config, made, results)
+        found = {"rows": figures, "methods": _methods(whole, figures, speeds), "run": described}
         write_json(out / RESULTS[0], found, KEPT, overwrite=overwrite)
         write_text(out / RESULTS[1], markdown(found), KEPT, overwrite=overwrite)
         write_figure(draw(found), out / RESULTS[2], KEPT, overwrite=overwrite)
@@ -217,11 +221,6 @@ def _same(a: Row, b: Row) -> bool:
 
 
 # ---- maps that several runs need ------------------------------------------------------------------------------------
-
-
-def _is_of(store: Maps, run: EvaluateConfig, source: Source) -> bool:
-    made = store.provenance
-    return (made["data"]["identity"], made["profile"]) == (source.identity, run.profile)
 
 
 def _shared_maps(

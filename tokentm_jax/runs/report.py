@@ -62,15 +62,10 @@ def summarise(
 def standing(
     figures: Sequence[Mapping[str, Any]], measured: Mapping[str, "Measured"], column: Column, seed: int
 ) -> dict[str, dict[str, Any]]:
-    """How the methods of a column stand.
+    """How methods stand by one metric, from their figures (without noise) and all results per image.
 
-    Args:
-      figures: of one metric, with `method`, `metric` and `value`; noise is not among them.
-      measured: the results per image of every method.
-
-    Returns:
-      By method, `mark`: `BEST`, or `LEVEL` where the 95 % interval of the paired difference to the best includes zero,
-      or None; and `behind`, that difference. Empty where no direction is better.
+    By method, `mark`: `BEST`, or `LEVEL` where the 95 % interval of the paired difference to the best includes zero,
+    or None; and `behind`, that difference. Empty where no direction is better.
     """
     if column.better is None or not figures:
         return {}
@@ -228,17 +223,15 @@ Measured = tuple[list[str], dict[str, np.ndarray]]  # examples, and by metric th
 
 
 class Finished(NamedTuple):
-    """A finished evaluation: its folder, config, data set, figures, what the model said of the whole images, and which
-    of these the figures are of: the folder may hold more, of an earlier run with another limit, half or names; and how
-    the records of its rows are checked."""
+    """A finished evaluation. The folder may hold more, of an earlier run with another limit, half or names."""
 
     out: Path
     config: EvaluateConfig
     data: DataSet
     figures: list[Figure]
-    clean: Records
-    keys: list[str]
-    fields: Fields
+    clean: Records  # of the whole images
+    keys: list[str]  # those that the figures are of
+    fields: Fields  # by which the records of rows are checked
 
     def records(self, row: Row) -> Records:
         """The results per image of a row, from its file."""
@@ -312,19 +305,10 @@ def with_kept_rows(config: EvaluateConfig, out: Path) -> EvaluateConfig:
     results = _read_results(path)
     kept = _rows_in(results, path)
     paper = {(f["method"], f["metric"]): f["paper"] for f in results["rows"] if "paper" in f}
-    return check(dataclasses.replace(config, rows=joined(kept, config.rows), paper={**paper, **config.paper}))
-
-
-def joined(kept: Sequence[Row], new: Sequence[Row]) -> tuple[Row, ...]:
-    """The rows of two runs; of one name, the new one."""
-    rows = {row.name: row for row in (*kept, *new)}
+    rows = {row.name: row for row in (*kept, *config.rows)}
     if len(rows) > len(kept) and RANDOM in rows:
         rows[RANDOM] = rows.pop(RANDOM)
-    return tuple(rows.values())
-
-
-def _asked(config: EvaluateConfig) -> tuple[Any, ...]:
-    return config.task, dict(config.options), config.score
+    return check(dataclasses.replace(config, rows=tuple(rows.values()), paper={**paper, **config.paper}))
 
 
 def compare(outs: Sequence[str | Path], to: str | None = None) -> list[dict[str, Any]]:
@@ -351,7 +335,7 @@ def compare(outs: Sequence[str | Path], to: str | None = None) -> list[dict[str,
     if to is not None and to not in names:
         raise suggest("row", to, names, of=str(first.out))
     for run in runs[1:]:
-        if _asked(run.config) != _asked(first.config):
+        if any(getattr(run.config, name) != getattr(first.config, name) for name in ("task", "options", "score")):
             raise InputError("the runs are of different tasks, or of other options or another score of the task")
         if run.data["identity"] != first.data["identity"]:
             raise InputError(f"the runs are of different data: {first.data['name']} and {run.data['name']}")
@@ -369,18 +353,12 @@ def compare(outs: Sequence[str | Path], to: str | None = None) -> list[dict[str,
                 itself = row.name == against if len(runs) == 1 else number == 0
                 other = ([], {}) if itself else baselines.get(against, ([], {}))
                 if found := difference((done, measures), other, metric, statistic, seed):
-                    verdict = None if better is None else _verdict(better, found["low"], found["high"])
+                    tied, won = found["low"] <= 0 <= found["high"], (found["low"] > 0) == (better == "higher")
+                    verdict = None if better is None else "tie" if tied else "better" if won else "worse"
                     baseline = against if len(runs) == 1 else str(first.out)
                     entry |= {"baseline": baseline, **found, "verdict": verdict}
                 entries.append(entry)
     return entries
-
-
-def _verdict(better: str, low: float, high: float) -> str:
-    """Of a difference with its interval, where the one or the other direction is better."""
-    if low <= 0 <= high:
-        return "tie"
-    return "better" if (low > 0) == (better == "higher") else "worse"
 
 
 def difference(

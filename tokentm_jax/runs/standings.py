@@ -15,13 +15,8 @@ if TYPE_CHECKING:
 
 
 def standings(runs: Mapping[str, Finished], results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Every number of the runs' methods, and its place in its column.
-
-    Returns:
-      Entries with `run`, `method`, `metric`, `value`, its interval `low` and `high`, `images`, `better`, and `mark`:
-      "best", "level" where the 95 % interval of the paired difference to the best includes zero, or None. `behind` has
-      that difference. Columns of which no direction is better have no marks, and neither has the `random` row.
-    """
+    """Every number of the runs' methods, and its place in its column, as `standing` gives it. Columns of which no
+    direction is better have no marks, and neither has the `random` row."""
     entries = []
     for name, run in runs.items():
         figures = {(figure["method"], figure["metric"]): figure for figure in results[name]["rows"]}
@@ -83,10 +78,9 @@ def markdown(found: Mapping[str, Any]) -> str:
         full = metric if metrics.count(metric) == 1 else f"{name}: {metric}"
         return in_table(f"{full.replace('_', ' ')} {ARROWS[better[name, metric]]}".strip())
 
-    def shown(method: str, column: tuple[str, str]) -> str:
-        figure = cells.get((method, *column))
-        digits = task[column[0]].columns[column[1]].digits
-        return "" if figure is None else STYLES[figure["mark"]].format(f"{figure['value']:.{digits}f}")
+    def shown(method: str) -> list[str]:
+        found = [(cells.get((method, *column)), task[column[0]].columns[column[1]].digits) for column in columns]
+        return ["" if f is None else STYLES[f["mark"]].format(f"{f['value']:.{digits}f}") for f, digits in found]
 
     data: dict[str, list[str]] = {}
     for entry in run["runs"]:
@@ -103,10 +97,9 @@ def markdown(found: Mapping[str, Any]) -> str:
     lines += [f"| method | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}"]
     for method in found["methods"]:
         rank = "" if method["mean_rank"] is None else f"{method['mean_rank']:.1f}"
-        own = [method["passes"], f"{method['images_per_second']:.3g}", rank]
-        row = [in_table(method["name"]), *(shown(method["name"], column) for column in columns), *own]
-        lines.append(f"| {' | '.join(row)} |")
-    lines.append(f"| {' | '.join([RANDOM, *(shown(RANDOM, column) for column in columns), '', '', ''])} |")
+        own = [*shown(method["name"]), method["passes"], f"{method['images_per_second']:.3g}", rank]
+        lines.append(f"| {' | '.join([in_table(method['name']), *own])} |")
+    lines.append(f"| {' | '.join([RANDOM, *shown(RANDOM), '', '', ''])} |")
     return document(lines)
 
 
