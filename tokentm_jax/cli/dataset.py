@@ -1,13 +1,12 @@
 """`tokentm dataset`: the maps of a whole data set."""
 
-from pathlib import Path
 from typing import Any
 
 import click
 
 from tokentm_jax.cli.options import MODELS_HELP, PATH, TEXT, class_names, parse_options, start_jax
 from tokentm_jax.cli.rendezvous import meet
-from tokentm_jax.cli.terminal import complain, running_images
+from tokentm_jax.cli.terminal import complain, running_work
 from tokentm_jax.errors import InputError
 
 
@@ -37,20 +36,7 @@ from tokentm_jax.errors import InputError
 @click.option("--processes", type=click.IntRange(1), help="How many there are, with --coordinator HOST:PORT.")
 @click.option("--process", type=click.IntRange(0), help="The number of this one, from 0.")
 def dataset(
-    data: str,
-    out: str,
-    model: str | None,
-    checkpoint: Path | None,
-    img_size: int | None,
-    methods: str,
-    options: tuple[str, ...],
-    limit: int | None,
-    classes: Path | None,
-    retry_skipped: bool,
-    coordinator: str | None,
-    processes: int | None,
-    process: int | None,
-    **settings: Any,
+    data: str, out: str, methods: str, options: tuple[str, ...], limit: int | None, retry_skipped: bool, **given: Any
 ) -> None:
     """Explain a whole data set; started again with the same store, it resumes where it stopped.
 
@@ -72,14 +58,16 @@ def dataset(
     from tokentm_jax.runs.dataset import DatasetConfig, check, explain_dataset
     from tokentm_jax.runs.store import open_maps
 
+    job = [given.pop(name) for name in ("coordinator", "processes", "process")]
+    model, checkpoint, size, names = (given.pop(name) for name in ("model", "checkpoint", "img_size", "classes"))
     named = [name.strip() for name in methods.split(",") if name.strip()]
-    config = DatasetConfig(named, parse_options(options), **settings)
+    config = DatasetConfig(named, parse_options(options), **given)
     source = open_source(data, limit=limit)
     check(config, source)
-    number, count = _join(coordinator, processes, process)
+    number, count = _join(*job)
     start_jax()
-    vit = load(model, checkpoint, img_size=img_size, class_names=classes)
-    with running_images() as report:
+    vit = load(model, checkpoint, img_size=size, class_names=names)
+    with running_work("Images", "images") as report:
         outcome = explain_dataset(
             config, vit, source, out, report, process=number, processes=count, retry_skipped=retry_skipped
         )

@@ -19,7 +19,7 @@ from tokentm_jax.cli.options import (
     start_jax,
 )
 from tokentm_jax.cli.recipes import read_recipe
-from tokentm_jax.cli.terminal import complain, running_table, show_results
+from tokentm_jax.cli.terminal import complain, running_work, show_results
 
 
 @click.command()
@@ -67,7 +67,7 @@ def evaluate(recipe: Path, methods: str | None, out: Path | None, overwrite: boo
     vit = load(config.model, config.checkpoint, class_names=classes)
     folder = out or Path("runs") / config.name
     make_folder(folder)
-    with running_table() as report:
+    with running_work() as report:
         results = evaluate(config, vit, source, folder, report, stored, overwrite=overwrite)
     skipped = results["run"]["skipped"]
     for sentence in skipped["examples"].values():

@@ -158,7 +158,7 @@ def explain(
     titles = [listed[0].file] if len(listed) == 1 else titles
     job = Job(vit, columns, settings, min(batch_size, len(listed)), method == "all", other, squares)
     writer = Writer(job, out, question, kind, title, look)
-    texts = job.run(batches, results, lambda explained, i: writer.write(explained, results, titles[i % len(titles)]))
+    texts = job.run(batches, results, lambda found, i: writer.write(found, titles[i % len(titles)]))
     fine = {name: result for name, result in results.items() if "error" not in result}
     if texts and kind == "html":
         file, of_page = out / f"{titles[0]}.html", question_of(given, question)

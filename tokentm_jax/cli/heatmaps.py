@@ -119,16 +119,13 @@ class Sample(NamedTuple):
     given: Path | str  # a file, or a text
     file: str = ""  # the name of its files, without suffix
 
-    @property
-    def title(self) -> str:
-        return self.given.name if isinstance(self.given, Path) else self.name
-
 
 class Found(NamedTuple):
-    """The samples of a batch that could be explained, what their maps are shown on, and for each column their maps."""
+    """A sample that could be explained, what its maps are shown on, its classes, and its maps."""
 
-    samples: list[Sample]
-    panels: list[Panel]
+    sample: Sample
+    panel: Panel
+    result: dict[str, Any]
     maps: list[tuple[Column, np.ndarray]]
 
 
@@ -145,7 +142,10 @@ class Job:
     squares: bool = False
 
     def run(
-        self, batches: Sequence[Sequence[Sample]], results: Results, write: Callable[[Found, int], Any] | None = None
+        self,
+        batches: Sequence[Sequence[Sample]],
+        results: Results,
+        write: Callable[[list[Found], int], Any] | None = None,
     ) -> list[Any]:
         """Explain batches, and `write` each with its number; returns the panels of the texts. `results` gets an entry
         for each sample: its classes, or an error."""
@@ -155,28 +155,26 @@ class Job:
                 found = self.explained(batch, results)
                 if write is not None:
                     write(found, number)
-                texts += [panel for panel in found.panels if not panel.plain]
+                texts += [one.panel for one in found if not one.panel.plain]
                 step(len(batch))
         return texts
 
-    def explained(self, samples: Sequence[Sample], results: Results) -> Found:
-        """Explain a batch of samples."""
-        good, inputs, panels = [], [], []
+    def explained(self, samples: Sequence[Sample], results: Results) -> list[Found]:
+        """Those samples of a batch that can be explained."""
+        read = []
         for sample in samples:
             try:
-                content = self.vit.preprocessing.opened(sample.given)
-                given, panel = self.read(sample.name, content, sample.title)
-                inputs.append(given)
-                panels.append(panel)
-                good.append(sample)
+                read.append((sample, *self._read(sample)))
             except InputError as error:
                 fail(results, sample.name, error)
-        if not good:
-            return Found([], [], [])
+        if not read:
+            return []
+        inputs = [given for _, given, _ in read]
         outputs, maps = self.maps(self.vit.preprocessing.stacked(inputs + inputs[-1:] * (self.rows - len(inputs))))
-        kept = []
-        for i, sample in enumerate(good):
-            if not (np.isfinite(outputs[i]).all() and all(np.isfinite(m[i]).all() for _, m in maps)):
+        done = []
+        for i, (sample, _, panel) in enumerate(read):
+            own = [(column, m[i]) for column, m in maps]
+            if not (np.isfinite(outputs[i]).all() and all(np.isfinite(m).all() for _, m in own)):
                 fail(results, sample.name, InputError(f"the model gives no finite numbers for {sample.name}"))
                 continue
             result = self.described(outputs[i])
@@ -184,20 +182,22 @@ class Job:
                 said = f"{self.vit.class_name(self.versus)!r} is the predicted class itself; name a target"
                 fail(results, sample.name, InputError(f"{sample.name}: {said}"))
                 continue
-            for column, m in maps:
-                if words := panels[i].words(m[i]):
+            for column, m in own:
+                if words := panel.words(m):
                     listed = [{"word": w.text, "score": w.score, "start": w.start, "end": w.end} for w in words]
                     self.entry(result, column).setdefault("methods", {})[column.method] = listed
             results[sample.name] = result
-            kept.append(i)
-        return Found([good[i] for i in kept], [panels[i] for i in kept], [(column, m[kept]) for column, m in maps])
+            done.append(Found(sample, panel, result, own))
+        return done
 
-    def read(self, name: str, content: Any, title: str) -> tuple[Any, Panel]:
-        """The model's input of what `opened` gives, and what its maps are shown on. Raises InputError."""
+    def _read(self, sample: Sample) -> tuple[Any, Panel]:
+        """The model's input of a sample, and what its maps are shown on. Raises InputError."""
         reader = self.vit.preprocessing
-        if (said := reader.notice(content, name)) is not None:
+        content = reader.opened(sample.given)
+        if (said := reader.notice(content, sample.name)) is not None:
             click.echo(f"Notice: {printable(said)}", err=True)
-        return reader.sample(Example(name, content)), reader.panel(content, printable(title))
+        title = sample.given.name if isinstance(sample.given, Path) else sample.name
+        return reader.sample(Example(sample.name, content)), reader.panel(content, printable(title))
 
     def maps(self, batch: Any) -> tuple[np.ndarray, list[tuple[Column, np.ndarray]]]:
         """The model's outputs [B, C] for a batch, and for each column its maps."""
@@ -239,10 +239,8 @@ class Job:
         asked = [*self.questions.values()]
         if asked[0].prompt is not None:
             direction = outputs / np.linalg.norm(outputs)
-            return {
-                "prompts": [{"text": one.prompt, "cosine": float(direction @ one.embedding)} for one in asked],
-                "files": [],
-            }
+            found = [{"text": one.prompt, "cosine": float(direction @ one.embedding)} for one in asked]
+            return {"prompts": found, "files": []}
         probabilities = softmax(outputs)
 
         def entry(index: int) -> dict[str, Any]:
@@ -267,19 +265,9 @@ class Job:
         other = "" if versus is None else f" versus {versus['name']} {versus['probability']:.1%}"
         return entry["name"], f"{entry['probability']:.1%}{other}"
 
-    def shown(self, maps: np.ndarray) -> list[np.ndarray]:
-        """Maps as they lie on their panels."""
-        return [self.vit.preprocessing.shown(heatmap, self.vit.module, self.squares) for heatmap in maps]
-
-    def compared(
-        self, maps: Sequence[tuple[Column, np.ndarray]], results: Sequence[dict[str, Any]]
-    ) -> list[Explained]:
-        """The columns of a grid."""
-        found = []
-        for column, own in maps:
-            names, values = zip(*(self.answer(result, column) for result in results), strict=True)
-            found.append(Explained(column.method, column.asked.part, self.shown(own), names, values))
-        return found
+    def shown(self, heatmap: np.ndarray) -> np.ndarray:
+        """A map as it lies on its panel."""
+        return self.vit.preprocessing.shown(heatmap, self.vit.module, self.squares)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,45 +281,48 @@ class Writer:
     title: str | None
     look: Any
 
-    def write(self, found: Found, results: Results, sheet: str) -> None:
-        own = [results[sample.name] for sample in found.samples]
-        for i, (sample, result) in enumerate(zip(found.samples, own, strict=True)):
-            for column, maps in found.maps:
-                self._write_map(sample, result, column, maps[i], found.panels[i])
-        if not own or self.kind == "html":
+    def write(self, found: Sequence[Found], sheet: str) -> None:
+        for one in found:
+            for column, heatmap in one.maps:
+                self._write_map(one, column, heatmap)
+        if not found or self.kind == "html":
             return
         if len(self.job.columns) > 1 or self.job.vit.preprocessing.frame is None:
-            methods = {column.method for column in self.job.columns}
-            heading = " · ".join([self.job.vit.name, *(methods if len(methods) == 1 else ())])
-            rows = arranged(found.panels, self.job.compared(found.maps, own), self.look)
-            drawn = grid(rows, heading if self.title is None else self.title, self.look)
-            self._write_figure(drawn, sheet, found.samples, own)
+            self._write_figure(self._grid(found), sheet, found)
             return
-        ((column, maps),) = found.maps
-        for i, (sample, result) in enumerate(zip(found.samples, own, strict=True)):
-            drawn = self._overlay(column, self.job.shown(maps[i : i + 1])[0], found.panels[i], result)
-            self._write_figure(drawn, sample.file, [sample], [result])
+        for one in found:
+            self._write_figure(self._overlay(one), one.sample.file, [one])
 
-    def _write_figure(self, drawn: Any, stem: str, samples: Sequence[Sample], results: Sequence[Any]) -> None:
+    def _write_figure(self, drawn: Any, stem: str, found: Sequence[Found]) -> None:
         file = self.out / f"{stem}.{self.kind}"
-        write_figure(drawn, file, question=question_of([one.given for one in samples], self.question))
-        for result in results:
-            result["files"].insert(0, str(file))
+        write_figure(drawn, file, question=question_of([one.sample.given for one in found], self.question))
+        for one in found:
+            one.result["files"].insert(0, str(file))
 
-    def _overlay(self, column: Column, heatmap: np.ndarray, panel: Panel, result: dict[str, Any]) -> Any:
+    def _grid(self, found: Sequence[Found]) -> Any:
+        explained = []
+        for k, (column, _) in enumerate(found[0].maps):
+            names, values = zip(*(self.job.answer(one.result, column) for one in found), strict=True)
+            shown = [self.job.shown(one.maps[k][1]) for one in found]
+            explained.append(Explained(column.method, column.asked.part, shown, names, values))
+        methods = {column.method for column in self.job.columns}
+        heading = " · ".join([self.job.vit.name, *(methods if len(methods) == 1 else ())])
+        rows = arranged([one.panel for one in found], explained, self.look)
+        return grid(rows, heading if self.title is None else self.title, self.look)
+
+    def _overlay(self, one: Found) -> Any:
         reader: Any = self.job.vit.preprocessing
-        parts = [panel.title, self.job.vit.name, column.method]
-        if column.asked.prompt is None and (best := result["top5"][0])["class"] != result["target"]["class"]:
+        ((column, heatmap),) = one.maps
+        parts = [one.panel.title, self.job.vit.name, column.method]
+        if column.asked.prompt is None and (best := one.result["top5"][0])["class"] != one.result["target"]["class"]:
             parts.insert(0, f"predicted: {best['name']} {best['probability']:.1%}")
-        above = " ".join(self.job.answer(result, column)), " · ".join(parts)
+        above = " ".join(self.job.answer(one.result, column)), " · ".join(parts)
         above = above if self.title is None else (self.title, "")
         scales = None if reader.scales is None else Scales(*reader.scales)
-        return overlay_figure(panel.picture, heatmap, *above, reader.frame, scales, self.look)
+        return overlay_figure(one.panel.picture, self.job.shown(heatmap), *above, reader.frame, scales, self.look)
 
-    def _write_map(
-        self, sample: Sample, result: dict[str, Any], column: Column, heatmap: np.ndarray, panel: Panel
-    ) -> None:
-        entry = self.job.entry(result, column)
+    def _write_map(self, one: Found, column: Column, heatmap: np.ndarray) -> None:
+        sample, result, entry = one.sample, one.result, self.job.entry(one.result, column)
         if column.asked.prompt is None:
             asked = {
                 "target": np.int32(entry["class"]),
@@ -341,7 +332,7 @@ class Writer:
             }
         else:
             asked = {"prompt": entry["text"], "cosine": np.float32(entry["cosine"])}
-        words = panel.words(heatmap)
+        words = one.panel.words(heatmap)
         of_words = {"words": [w.text for w in words], "scores": np.array([w.score for w in words], np.float32)}
         question, file = question_of([sample.given], self.question), self.out / f"{sample.file}{column.suffix}"
         members = {  # `files.question_in` knows the file by them

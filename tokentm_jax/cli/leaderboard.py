@@ -18,7 +18,7 @@ from tokentm_jax.cli.options import (
     start_jax,
 )
 from tokentm_jax.cli.recipes import read_recipe
-from tokentm_jax.cli.terminal import running_table, show_results
+from tokentm_jax.cli.terminal import running_work, show_results
 
 
 @click.command()
@@ -70,5 +70,5 @@ def leaderboard(
     vit = load(config.runs[0].model, config.runs[0].checkpoint, class_names=classes)
     folder = out or Path("runs") / config.name
     make_folder(folder)
-    leaderboard(config, vit, folder, stores, running_table, overwrite=overwrite)
+    leaderboard(config, vit, folder, stores, running_work, overwrite=overwrite)
     show_results(folder / "leaderboard.md")

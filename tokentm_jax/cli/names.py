@@ -45,11 +45,11 @@ def sheet_names(
     """A file name without suffix for what compares the samples of each batch, as `output_names`."""
     inputs = _real(itertools.chain(*batches))
     numbered = (f"{stem}-{i}" for i in itertools.count(1))
-    candidates = itertools.chain([stem], itertools.islice(numbered, 1, None)) if len(batches) == 1 else numbered
-    questions = [question_of(batch, question) for batch in batches]
+    if len(batches) == 1:
+        numbered = itertools.chain([stem], itertools.islice(numbered, 1, None))
     return [
-        next(name for name in candidates if _may_write(out / f"{name}{suffix}", inputs, of_batch))
-        for of_batch in questions
+        next(name for name in numbered if _may_write(out / f"{name}{suffix}", inputs, question_of(batch, question)))
+        for batch in batches
     ]
 
 

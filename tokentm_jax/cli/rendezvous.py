@@ -2,7 +2,7 @@
 
 import socket
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import reason
@@ -13,15 +13,9 @@ LONGEST = 64  # bytes of a greeting
 
 
 def meet(coordinator: str, processes: int, process: int, patience: float = PATIENCE) -> None:
-    """Wait until all processes have met at HOST:PORT, an address of process 0.
+    """Wait until all processes, numbered from 0, have met at an address of process 0: HOST:PORT or [HOST]:PORT.
 
-    Args:
-      coordinator: "HOST:PORT", or "[HOST]:PORT" for an IPv6 address.
-      processes: how many there are; process: the number of this one, 0 to processes - 1.
-      patience: seconds to wait for the others.
-
-    Raises:
-      InputError: not an address, an unknown host, a port in use, or others that do not come in time.
+    InputError for a wrong or unknown address, a port in use, or others that do not come in time.
     """
     address = _address(coordinator)
     until = time.monotonic() + patience
@@ -55,29 +49,26 @@ def _receive(coordinator: str, port: int, processes: int, until: float) -> None:
         raise InputError(f"--coordinator {coordinator}: the port cannot be opened ({reason(error)})") from None
     expected = {GREETING % (number, processes): number for number in range(1, processes)}
     present: dict[int, socket.socket] = {}
-    try:
-        with server:
-            while len(present) < len(expected):
-                server.settimeout(max(until - time.monotonic(), 0.01))
-                try:
-                    guest = server.accept()[0]
-                except TimeoutError:
-                    missing = ", ".join(str(number) for number in expected.values() if number not in present)
-                    raise InputError(f"nobody came to {coordinator} as process {missing} of {processes}") from None
-                guest.settimeout(1)
-                number = expected.get(_line(guest))
-                if number is None:  # of another program, or of a job of another size
-                    guest.close()
-                    continue
-                if number in present:  # it was started again
-                    present[number].close()
-                present[number] = guest
+    with ExitStack() as stack:
+        stack.enter_context(server)
+        while len(present) < len(expected):
+            server.settimeout(max(until - time.monotonic(), 0.01))
+            try:
+                guest = stack.enter_context(server.accept()[0])
+            except TimeoutError:
+                missing = ", ".join(str(number) for number in expected.values() if number not in present)
+                raise InputError(f"nobody came to {coordinator} as process {missing} of {processes}") from None
+            guest.settimeout(1)
+            number = expected.get(_line(guest))
+            if number is None:  # of another program, or of a job of another size
+                guest.close()
+                continue
+            if number in present:  # it was started again
+                present[number].close()
+            present[number] = guest
         for guest in present.values():
             with suppress(OSError):
                 guest.sendall(GREETING % (0, processes))
-    finally:
-        for guest in present.values():
-            guest.close()
 
 
 def _come(coordinator: str, address: tuple[str, int], greeting: bytes, until: float) -> None:

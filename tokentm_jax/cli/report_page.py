@@ -17,7 +17,7 @@ from tokentm_jax.cli.figure import colour_tables
 from tokentm_jax.cli.heatmaps import softmax
 from tokentm_jax.cli.report_details import LARGE, Json, Photos, details_of, packed_map, panel_of
 from tokentm_jax.cli.templates import render
-from tokentm_jax.cli.terminal import complain, running_images
+from tokentm_jax.cli.terminal import complain, running_work
 from tokentm_jax.configs import RANDOM, Row
 from tokentm_jax.data.labels import IMAGENET_1K
 from tokentm_jax.data.sources import Example, Source, open_source, spread
@@ -89,7 +89,7 @@ def see(
     """Read all examples, and explain those that have `labels`."""
     seen, side, size = Seen({}, {}, {}, {}), usual if len(keys) <= MANY else SMALL, min(BATCH, len(labels))
     ordered = sorted(keys, key=lambda key: key not in labels)
-    with running_images() as report:
+    with running_work("Images", "images") as report:
         for start in range(0, len(ordered), BATCH):
             group: dict[str, tuple[Any, Any]] = {}  # of those that are explained, levels and panel
             for key in ordered[start : start + BATCH]:

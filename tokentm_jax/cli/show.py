@@ -142,7 +142,9 @@ def show(
         panels = []
         for heatmap, name, value in zip(stacked, *_described(of, details, len(stacked)), strict=True):
             shown = heatmap if of is None else of.preprocessing.shown(heatmap, of.module, squares)
-            picture, signed = _heat(shown, look, side)
+            height, width = (max(1, round(length * side / max(shown.shape))) for length in shown.shape)
+            values, signed = shade(shown, (height, width), squares)
+            picture = scale_of(signed, colours).to_rgba(values, bytes=True)[..., :3]
             panels.append(Panel(picture, "heatmap", f"{name} {value}".strip(), signed))
         return Figure(tuple((panel,) for panel in panels), title, look)
     vit = model if model is not None and not isinstance(model, str) else _loaded(model)
@@ -210,14 +212,6 @@ def _stacked(maps: Any, name: str, axes: int = 2) -> np.ndarray:
         kind = "scores [B, N]" if axes == 1 else "maps [B, h, w]"
         raise InputError(f"{name} must be {kind} of floating-point numbers, as tm.explain gives them")
     return array[None] if array.ndim == axes else array
-
-
-def _heat(heatmap: np.ndarray, look: Look, side: int) -> tuple[np.ndarray, bool]:
-    """A map [h, w] in colours, by itself, and whether it is signed."""
-    scale = side / max(heatmap.shape)
-    height, width = (max(1, round(length * scale)) for length in heatmap.shape)
-    values, signed = shade(heatmap, (height, width), look.squares)
-    return scale_of(signed, look.colours).to_rgba(values, bytes=True)[..., :3], signed
 
 
 def _described(vit: "Model | None", details: Mapping[str, Any], count: int) -> tuple[list[str], list[str]]:

@@ -71,37 +71,39 @@ def running(title: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda steps: bar.advance(task, steps)
 
 
-class _Rate:
-    """How much is done in a second since the first report: what was done before that took no time of this run."""
-
-    first: tuple[float, int] | None = None
-
-    def __call__(self, now: float, done: int) -> float:
-        self.first = self.first or (now, done)
-        return (done - self.first[1]) / max(now - self.first[0], 1e-9)
-
-
 @contextmanager
-def running_images() -> Iterator[Any]:
-    """A progress bar with images per second and the time left; a line now and then where nobody looks."""
+def running_work(title: str = "Batches", unit: str = "batches") -> Iterator[Any]:
+    """A progress bar with the speed and the time left, above the figures so far, if there are any; a line now and then
+    where nobody looks."""
+    from rich.live import Live
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     console = Console(stderr=True)
-    columns = (TextColumn("Images"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
-    rate, shown = _Rate(), [0.0]
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    bar = Progress(*columns, TextColumn("{task.fields[speed]}"), console=console)
+    task = bar.add_task(title, total=None, speed="looking at what is there")
+    began: list[tuple[float, int]] = []  # the first report: what was done before that took no time of this run
+    printed = 0.0
 
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("Images", total=None, speed="looking at what is there")
+    with Live(bar, console=console, transient=True) as live:
 
-        def report(done: int, total: int, skipped: int) -> None:
+        def report(done: int, total: int, more: Any) -> None:
+            """`more`: how many are skipped, or a function that gives the figures."""
+            nonlocal printed
             now = time.monotonic()
-            speed = rate(now, done)
-            text = f"{speed:.1f} images/s, {_duration((total - done) / speed)} left" if speed else "starting"
-            text += f", {skipped} skipped" if skipped else ""
+            began.append((now, done)) if not began else None
+            speed = (done - began[0][1]) / max(now - began[0][0], 1e-9)
+            text = f"{speed:.1f} {unit}/s, {_duration((total - done) / speed)} left" if speed else "starting"
+            text += f", {more} skipped" if more and not callable(more) else ""
             bar.update(task, completed=done, total=total, speed=text)
-            if not console.is_terminal and (now - shown[0] > 30 or done == total):
-                shown[0] = now
-                click.echo(f"{done} of {total} images, {text}", err=True)
+            every = 2 if console.is_terminal else 30  # figures of a large run take a while themselves
+            if now - printed <= every and (done < total or callable(more)):
+                return
+            printed = now
+            if not console.is_terminal:
+                click.echo(printable(f"{title}: {done} of {total} {unit}, {text}"), err=True)
+            elif callable(more):
+                live.update(Group(bar, _figures(more())))
 
         yield report
 
@@ -111,41 +113,14 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{minutes / 60:.1f} h"
 
 
-@contextmanager
-def running_table(title: str = "Batches") -> Iterator[Any]:
-    """A progress bar with the time left, above the figures so far; a line now and then where nobody looks."""
-    from rich.live import Live
-    from rich.markup import escape
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=console)
-    task = bar.add_task(escape(title), total=None)
-    rate, shown = _Rate(), [0.0]
-
-    with Live(bar, console=console, transient=True) as live:
-
-        def report(done: int, total: int, rows: Any) -> None:
-            now = time.monotonic()
-            speed = rate(now, done)
-            bar.update(task, completed=done, total=total)
-            every = 2 if console.is_terminal else 60  # figures of a large run take a while themselves
-            if now - shown[0] < every:
-                return
-            shown[0] = now
-            figures = rows()
-            if not console.is_terminal:
-                said = f"{(total - done) / speed / 60:.0f} min left" if speed else "starting"
-                click.echo(printable(f"{title}: {done} of {total}, {said}"), err=True)
-                return
-            metrics = list(dict.fromkeys(row["metric"] for row in figures if row["method"] != "clean"))
-            table = Table(box=None)
-            for column in ("So far", *(name.replace("_", " ") for name in metrics)):
-                table.add_column(column, justify="left" if column == "So far" else "right")
-            values = {(row["method"], row["metric"]): f"{row['value']:.3f}" for row in figures}
-            for name in dict.fromkeys(row["method"] for row in figures if row["method"] != "clean"):
-                table.add_row(Text(name), *(values.get((name, metric), "") for metric in metrics))
-            live.update(Group(bar, table))
-
-        yield report
+def _figures(rows: Any) -> Table:
+    """The numbers of methods so far."""
+    rows = [row for row in rows if row["method"] != "clean"]
+    metrics = list(dict.fromkeys(row["metric"] for row in rows))
+    values = {(row["method"], row["metric"]): f"{row['value']:.3f}" for row in rows}
+    table = Table("So far", box=None)
+    for name in metrics:
+        table.add_column(name.replace("_", " "), justify="right")
+    for name in dict.fromkeys(row["method"] for row in rows):
+        table.add_row(Text(name), *(values.get((name, metric), "") for metric in metrics))
+    return table

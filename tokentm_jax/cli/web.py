@@ -147,7 +147,7 @@ def explained(vit: Model, content: bytes, method: str, target: int | None) -> di
         "method": method,
         "top5": found["top5"],
         "target": found["target"],
-        **panel.answer(*job.shown(heatmap[None])),
+        **panel.answer(job.shown(heatmap)),
         "map": {"shape": list(heatmap.shape), "data": as_base64(heatmap.astype("<f4").tobytes())},
     }
 

@@ -28,25 +28,25 @@ def print_words(text: str, target: Mapping[str, Any], signed: set[str]) -> None:
     from rich.text import Text
 
     out = console()
+    coloured = out.is_terminal and out.color_system and not out.no_color
     out.print(f"{printable(target['name'])} {100 * target['probability']:.1f} %", markup=False, style="bold")
     for name, words in target["methods"].items():
-        most = max((abs(word["score"]) for word in words), default=0) or 1
-        if out.is_terminal and out.color_system and not out.no_color:
-            line, end = Text(f"{name}: " if len(target["methods"]) > 1 else ""), 0
-            for word in words:
+        shown = [printable(word["word"]) for word in words]
+        most, width = max((abs(w["score"]) for w in words), default=0) or 1, max(map(len, shown), default=0)
+        several = len(target["methods"]) > 1
+        if coloured:
+            line, end = Text(f"{name}: " if several else ""), 0
+            for word, own in zip(words, shown, strict=True):
                 line.append(printable(text[end : word["start"]]))
-                line.append(printable(word["word"]), style=_style(word["score"] / most, name in signed))
+                line.append(own, style=_style(word["score"] / most, name in signed))
                 end = word["end"]
-            line.append(printable(text[end:]), style="dim")
-            out.print(line)
+            out.print(line.append(printable(text[end:]), style="dim"))
             continue
-        if len(target["methods"]) > 1:
+        if several:
             out.print(name, markup=False)
-        width = max((len(printable(word["word"])) for word in words), default=0)
-        for word in words:
+        for word, own in zip(words, shown, strict=True):
             bar = ("+" if word["score"] > 0 else "-") * round(BAR * abs(word["score"]) / most)
-            line = f"  {printable(word['word']):{width}} {word['score']:10.4g} {bar}"
-            out.print(line, markup=False, highlight=False)
+            out.print(f"  {own:{width}} {word['score']:10.4g} {bar}", markup=False, highlight=False)
 
 
 def _style(share: float, signed: bool) -> str:
@@ -75,21 +75,13 @@ def page_of(
     names = {index: target["name"] for targets in found for index, target in sorted(targets.items())}
     classes, methods = sorted(names), list(results[0]["targets"][0]["methods"])
     signed = signed_methods(results)
+    best = [result["top5"][0]["class"] for result in results]
+    predicted = all(index in own for index, own in zip(best, found, strict=True))
+    first = results[0]["target"]["class"] if first is None and not predicted else first
 
     def scores(target: Mapping[str, Any]) -> dict[str, list[float]]:
         return {name: [word["score"] for word in words] for name, words in target["methods"].items()}
 
-    shown = [
-        {
-            "parts": [{"text": text, "word": word} for text, word in passage.parts],
-            "said": [(entry["name"], entry["probability"]) for entry in result["top5"]],
-            "cut": len(passage.encoding.ids) if passage.cut else 0,
-        }
-        for passage, result in zip(passages, results, strict=True)
-    ]
-    best = [result["top5"][0]["class"] for result in results]
-    predicted = all(index in own for index, own in zip(best, found, strict=True))
-    first = results[0]["target"]["class"] if first is None and not predicted else first
     settings = {
         "scores": [[scores(own[k]) if k in own else None for k in classes] for own in found],
         "signed": {name: name in signed for name in methods},
@@ -111,7 +103,7 @@ def page_of(
         methods=[(name, title_of(name).name) for name in methods],
         classes=settings["classes"],
         predicted=predicted,
-        texts=shown,
+        texts=list(zip(passages, results, strict=True)),
         settings=settings,
         model=model,
     )
