@@ -240,25 +240,19 @@ def explain_text(
     fine = {name: result for name, result in results.items() if "error" not in result}
     if out is not None and passages:
         write_text(out, page_of(vit.name, passages, list(fine.values()), first), overwrite=overwrite)
-    shown = {
-        name: next(t for t in one["targets"] if t["class"] == (one["top5"][0]["class"] if first is None else first))
-        for name, one in fine.items()
-    }
+    entries = []
+    for name, one in fine.items():
+        index = one["top5"][0]["class"] if first is None else first
+        own = next(target for target in one["targets"] if target["class"] == index)
+        classes = [{"name": c["name"], "probability": c["probability"]} for c in one["top5"]]
+        explained = {key: value for key, value in own.items() if key != "methods"}
+        entries.append({"text": found[name], "classes": classes, "target": explained, "methods": own["methods"]})
     if as_json:
-        entries = [
-            {
-                "text": found[name],
-                "classes": [{"name": c["name"], "probability": c["probability"]} for c in fine[name]["top5"]],
-                "target": {key: value for key, value in own.items() if key != "methods"},
-                "methods": own["methods"],
-            }
-            for name, own in shown.items()
-        ]
         click.echo(json.dumps(entries, indent=1))
     else:
         signed = signed_methods(list(fine.values()))
-        for name, own in shown.items():
-            print_words(found[name], own, signed)
+        for entry in entries:
+            print_words(entry["text"], {**entry["target"], "methods": entry["methods"]}, signed)
         if out is not None and passages:
             click.echo(f"The page is {printable(out)}")
     _end(results, "text")

@@ -18,13 +18,11 @@ GRACE = 5.0  # seconds from the first signal to the end
 
 
 def run_process(command: Callable[[], Any]) -> NoReturn:
-    """Run a command to its end, which after Ctrl-C is 130, after SIGTERM 143 and after SIGHUP 129, with nothing
-    said.
+    """Run a command to its end, which after Ctrl-C is 130, after SIGTERM 143 and after SIGHUP 129, with nothing said.
 
-    The first signal raises KeyboardInterrupt in the main thread, so that unfinished files are removed. It may come
-    to nothing there: the main thread compiles for a minute, or a callback from C++ or of the garbage collector takes
-    the exception for its own. So the process ends after `GRACE` seconds in any case, and at once at the second
-    signal; whatever is written appears whole or not at all.
+    The first signal raises KeyboardInterrupt in the main thread, so that unfinished files are removed. It may come to
+    nothing there: C++ compiles for a minute, or takes the exception for its own. So the process ends after `GRACE`
+    seconds in any case, and at once at the second signal; whatever is written appears whole or not at all.
     """
     received: list[int] = []
     ending: list[int] = []  # the exit code, once the command has ended

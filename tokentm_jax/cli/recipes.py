@@ -46,15 +46,10 @@ def run_tasks(files: Sequence[Path]) -> None:
 
 
 def read_recipe(recipe: Path, *kinds: type) -> Any:
-    """The config of a recipe, every field of the type of its annotation.
+    """The config, of one of `kinds`, that a recipe defines as `config`, or that its `get_config(**options)` returns.
 
-    Args:
-      recipe: a Python file that defines `config`, or the function `get_config(**options)`; options follow the file's
-        name after a colon, as in `perturbation.py:data=imagenet,model=vit_base`.
-      kinds: what the config may be, such as `EvaluateConfig`.
-
-    Raises:
-      InputError: no such file, an error in it, an option that it does not have, a config of another type.
+    Options follow the file's name after a colon, as in `perturbation.py:data=imagenet,model=vit_base`. InputError for
+    no such file, an error in it, an option that it does not have, and a config of another type.
     """
     from tokentm_jax.validation import check_fields, check_options, options_of
 

@@ -10,20 +10,10 @@ from tokentm_jax.cli.options import MODELS_HELP, PATH, TEXT, class_names, method
 from tokentm_jax.errors import InputError, printable, require
 from tokentm_jax.files import reason
 
-QUICK = (  # methods of a few passes, each family once or twice
-    "tokentm",
-    "gae",
-    "attn_lrp",
-    "legrad",
-    "transformer_attribution",
-    "conservative_lrp",
-    "libra_full_grad",
-    "attcat",
-    "grad_cam",
-    "rollout",
-    "raw_attention",
-    "gradient_x_input",
-    "tokentm_mix",
+# Methods of a few passes, each family once or twice.
+QUICK = (
+    "tokentm,gae,attn_lrp,legrad,transformer_attribution,conservative_lrp,libra_full_grad,attcat,grad_cam,rollout,"
+    "raw_attention,gradient_x_input,tokentm_mix"
 )
 
 
@@ -65,7 +55,7 @@ def serve(
     from tokentm_jax.cli.web import application, explained, is_local, server
     from tokentm_jax.models.loading import load
 
-    chosen = methods_of(methods or ",".join(QUICK))
+    chosen = methods_of(methods or QUICK)
     with _listening(host, port) as listening:
         start_jax()
         vit = load(model, checkpoint, class_names=classes)
@@ -77,15 +67,9 @@ def serve(
             explained(vit, example, chosen[0], None)
             took.append(time.monotonic() - began)
         app = application(
-            vit,
-            chosen,
-            host=host,
-            names=names,
-            largest=max_upload * 2**20,
-            seconds=timeout,
-            ready=chosen[:1],
+            vit, chosen, host=host, names=names, largest=max_upload * 2**20, seconds=timeout, ready=chosen[:1],
             compiling=took[0] - took[1],
-        )
+        )  # fmt: skip
         number = listening.getsockname()[1]
         shown = "localhost" if is_local(host) else f"[{host}]" if ":" in host else host
         click.echo(f"http://{shown}:{number}/ explains a {vit.preprocessing.kind} in {took[1]:.2f} s; Ctrl-C ends it")

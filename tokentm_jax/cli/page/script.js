@@ -2,11 +2,9 @@
 // For a model of recordings or texts, "photo" is one of these: `named` changes the words that people read.
 "use strict";
 
-const $ = (id) => document.getElementById(id);
 const TRIES = 8; // how often a busy server is asked again
 const KEPT = 100; // answers, about half a megabyte each
 const LISTED = 100; // classes in the open list
-const UNSURE = 0.05; // probability below which the page cautions
 const UNITS = { photo: "pixels", recording: "mel bins and frames", text: "tokens at most" };
 let settings; // of the server: kind, model, classes, methods, colours, examples
 const photos = []; // {name, file, path, target, button}: those of the strip; `path` is that of an example
@@ -18,15 +16,8 @@ let asking = null; // stops the request that is under way
 const answers = new Map(); // by photo, method and class
 let ready = new Set(); // methods that need no compiling
 
-function make(tag, facts = {}, ...children) {
-  const node = Object.assign(document.createElement(tag), facts);
-  node.append(...children);
-  return node;
-}
-
 const nameOf = (path) => path.replace(/^.*\//, "").replace(/\.[^.]*$/, "");
 const words = (name) => name.replaceAll("_", " ");
-const percent = (share) => (share > 0 && share < 0.0005 ? "<\u00a00.1\u00a0%" : `${(100 * share).toFixed(1)}\u00a0%`);
 const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1) + (text.endsWith(".") ? "" : ".");
 const method = (name) => settings.methods.find((row) => row.name === name);
 // A file's name without what would turn or hide the text around it.
@@ -208,10 +199,6 @@ async function pixelsOf(url) {
   return context.getImageData(0, 0, canvas.width, canvas.height);
 }
 
-function bytes(base64) {
-  return Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
-}
-
 const told = ({ target, method: name, seconds }) => `${target.name}, ${percent(target.probability)}: ${method(name).title}, ${seconds.toFixed(2)} s`;
 
 function show(answer) {
@@ -222,7 +209,7 @@ function show(answer) {
   const { target, map, signed, asked } = answer;
   if (answer.photo) {
     const [rows, columns] = map.shape;
-    const numbers = new Float32Array(bytes(map.data).buffer);
+    const numbers = new Float32Array(bytesOf(map.data).buffer);
     const most = numbers.reduce((best, value, i) => (value > numbers[best] ? i : best), 0);
     const where = `strongest in row ${Math.floor(most / columns) + 1} of ${rows}, column ${(most % columns) + 1} of ${columns}`;
     const what = `${method(answer.method).title} for ${target.name}`;
@@ -241,27 +228,14 @@ function show(answer) {
 }
 
 function caution({ target, top5 }) {
-  const unsure = `Caution: the model is unsure. Even its best class, “${target.name}”, has only ${percent(target.probability)}.`;
-  $("caution").textContent =
-    target.probability >= UNSURE
-      ? ""
-      : target.class === top5[0].class
-      ? unsure
-      : `Caution: the probability of “${target.name}” is only ${percent(target.probability)}. The map shows what would count for this class, not what the model recognises.`;
+  $("caution").textContent = cautionOf(target.name, target.probability, target.class === top5[0].class, "The map shows");
 }
 
-// What bright means, in one line.
-function meaning({ signed, target, method: name }, table) {
-  if (!signed) {
-    const same = method(name).class_specific ? `the more important for “${target.name}”` : "the more important, whatever the class";
-    return [`The ${settings.kind === "text" ? "stronger the colour" : "brighter"}, ${same}.`];
-  }
-  const swatch = (step) => {
-    const node = make("i", { className: "swatch" });
-    node.style.background = `rgb(${table.slice(3 * step, 3 * step + 3).join(" ")})`;
-    return node;
-  };
-  return [swatch(225), ` speaks for “${target.name}”, `, swatch(30), " against it."];
+function showScale(table) {
+  const { signed, target, method: name } = shown;
+  const ofText = settings.kind === "text", what = `${signed || method(name).class_specific ? ` for “${target.name}”` : ", whatever the class"}`;
+  put($("scale"), ramp(table, signed, ofText, $("opacity").value / 100));
+  $("meaning").replaceChildren(...meaning(table, signed, what, ofText));
 }
 
 function listTop({ top5, target }) {
@@ -281,15 +255,6 @@ function listTop({ top5, target }) {
   );
 }
 
-// [place of the colour in the scale, how much of it covers the photo], as `blend` of tokentm_jax/cli/figure.py has them.
-// Where a signed map is zero, nothing covers the photo; next to it the colours are not the scale's whites, which are fog.
-function covering(value, signed) {
-  if (!signed) return [value, (1 + 2 * Math.sqrt(value / 255)) / 3];
-  const share = Math.max(-1, Math.min(value / 127.5 - 1, 1));
-  const outer = Math.sign(share) * (0.5 + 0.5 * Math.abs(share));
-  return [Math.round(127.5 * (outer + 1)), (1.15 * share ** 2) / (share ** 2 + 0.15)];
-}
-
 // The photo turns pale where the opacity grows, so that colour means heat: the stronger the value, the less photo shows.
 function draw() {
   if (!shown) return;
@@ -297,7 +262,7 @@ function draw() {
   const { photo: seen, shade } = shown.pixels;
   const table = settings.tables[$("colours").value][shown.signed ? 1 : 0];
   const opacity = $("opacity").value / 100;
-  const covers = Array.from({ length: 256 }, (_, value) => covering(value, shown.signed));
+  const covers = Array.from({ length: 256 }, (_, grey) => covering(shown.signed ? Math.min(grey / 127.5 - 1, 1) : grey / 255, shown.signed));
   const overlay = new ImageData(seen.width, seen.height);
   const heat = new ImageData(seen.width, seen.height);
   for (let i = 0; i < seen.data.length; i += 4) {
@@ -314,44 +279,14 @@ function draw() {
   put($("overlay"), overlay);
   put($("heat"), heat);
   put($("photo"), seen);
-  put($("scale"), ramp(table));
-  $("meaning").replaceChildren(...meaning(shown, table));
+  showScale(table);
 }
 
-// The words of a text on the scale's bright colours, the more opaque the larger the score, as `Passage` has them.
 function drawWords() {
-  const { parts, signed } = shown;
-  const table = settings.tables[$("colours").value][signed ? 1 : 0];
-  const strongest = $("opacity").value / 100;
-  const most = Math.max(...parts.map(([, score]) => Math.abs(score ?? 0)), 1e-30);
-  const colour = (share) => {
-    const place = 3 * (signed ? (share < 0 ? 38 : 217) : 191);
-    return [...table.slice(place, place + 3), strongest * Math.abs(share)];
-  };
+  const table = settings.tables[$("colours").value][shown.signed ? 1 : 0];
   $("passage").hidden = false;
-  $("passage").replaceChildren(
-    ...parts.map(([text, score]) => {
-      if (score === null) return text;
-      const word = make("span", { textContent: text, title: score.toPrecision(3) });
-      word.style.background = `rgba(${colour(score / most)})`;
-      return word;
-    }),
-  );
-  const steps = Array.from({ length: 256 }, (_, i) => colour(signed ? i / 127.5 - 1 : i / 255));
-  put($("scale"), new ImageData(new Uint8ClampedArray(steps.flatMap(([r, g, b, share]) => [r, g, b, 255 * share])), 256, 1));
-  $("meaning").replaceChildren(...meaning(shown, table));
-}
-
-function ramp(table) {
-  const scale = new ImageData(256, 1);
-  for (let i = 0; i < 256; i++) scale.data.set([...table.slice(3 * i, 3 * i + 3), 255], 4 * i);
-  return scale;
-}
-
-function put(canvas, pixels) {
-  canvas.width = pixels.width;
-  canvas.height = pixels.height;
-  canvas.getContext("2d").putImageData(pixels, 0, 0);
+  $("passage").replaceChildren(...wordsOf(shown.parts, table, shown.signed, $("opacity").value / 100));
+  showScale(table);
 }
 
 // Downloads.
@@ -418,7 +353,7 @@ function npy({ shape, data }) {
   const start = new Uint8Array(10 + header.length);
   start.set([0x93, 0x4e, 0x55, 0x4d, 0x50, 0x59, 1, 0, header.length & 255, header.length >> 8]);
   start.set(new TextEncoder().encode(header), 10);
-  return new Blob([start, bytes(data)]);
+  return new Blob([start, bytesOf(data)]);
 }
 
 async function copyLink() {
@@ -604,7 +539,7 @@ async function start() {
   }
   ready = new Set(settings.ready);
   settings.lower = settings.classes.map((name) => name.toLowerCase());
-  settings.tables = Object.fromEntries(Object.entries(settings.colours).map(([name, both]) => [name, both.map(bytes)]));
+  settings.tables = Object.fromEntries(Object.entries(settings.colours).map(([name, both]) => [name, both.map(bytesOf)]));
   nameAll();
   $("about").textContent = `${settings.model}: ${settings.classes.length} classes, ${settings.size.join(" × ")} ${UNITS[settings.kind]}.`;
   $("method").append(...settings.methods.map(({ name, title, recommended }) => option(name, recommended ? `${title} (recommended)` : title)));

@@ -1,29 +1,13 @@
-"use strict";
-
-const $ = (id) => document.getElementById(id);
 const settings = JSON.parse($("settings").textContent);
 const { photos, methods, figures, classes } = settings;
 const CARDS = 60; // added at a time
 const CYCLE = ["#2663be", "#c2571a", "#2f8f4e", "#8a4fc4", "#b3354c", "#1c8d94", "#8b6b1f", "#c9479b", "#5b6b7a", "#6f9a1d", "#3f51b5", "#a1887f"];
-const bytesOf = (text) => Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
 const tables = Object.fromEntries(Object.entries(settings.colours).map(([name, both]) => [name, both.map(bytesOf)]));
-const UNSURE = 0.05; // probability below which the page cautions
 const title = (name) => settings.titles[name]?.title ?? name.replaceAll("_", " ");
 const named = (index) => classes[index] ?? `class ${index}`;
 // For recordings and texts, the words that people read name these instead of photos, and words instead of pixels.
 const nouns = settings.kind === "photo" ? {} : { photo: settings.kind, image: settings.kind, Photo: settings.kind[0].toUpperCase() + settings.kind.slice(1), ...(settings.kind === "text" && { pixel: "word", Pixel: "Word" }) };
 const worded = (text) => Object.entries(nouns).reduce((found, [from, to]) => found.replaceAll(from, to), text);
-const percent = (share) => (share > 0 && share < 0.0005 ? "<\u00a00.1\u00a0%" : `${(100 * share).toFixed(1)}\u00a0%`);
-
-function make(tag, facts = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(facts))
-    if (name in node && typeof value !== "string") node[name] = value;
-    else if (name === "text") node.textContent = value;
-    else node.setAttribute(name, value);
-  node.append(...children);
-  return node;
-}
 
 function options(select, listed, chosen) {
   select.replaceChildren(...listed.map(([value, text]) => make("option", { value, text })));
@@ -74,63 +58,33 @@ function shaded(map, range, method) {
   return { ...map, values: map.values.map(shade), signed };
 }
 
-// [place of the colour in the scale, how much of it covers the photo], as `blend` of tokentm_jax/cli/figure.py has them.
-// Where a signed map is zero, nothing covers the photo; next to it the colours are not the scale's whites, which are fog.
-function covering(value, signed) {
-  if (!signed) return [Math.round(255 * value), (1 + 2 * Math.sqrt(value)) / 3];
-  const outer = Math.sign(value) * (0.5 + 0.5 * Math.abs(value));
-  return [Math.round(127.5 * (outer + 1)), (1.15 * value ** 2) / (value ** 2 + 0.15)];
-}
-
 function paint(canvas, shade, opacity) {
-  canvas.width = shade.w;
-  canvas.height = shade.h;
   const colours = tables[$("colours").value][shade.signed ? 1 : 0];
   const picture = new ImageData(shade.w, shade.h);
   shade.values.forEach((value, i) => {
     const [place, weight] = opacity === null ? [Math.round(255 * (shade.signed ? (value + 1) / 2 : value)), 1] : covering(value, shade.signed);
     picture.data.set([...colours.slice(3 * place, 3 * place + 3), 255 * weight * (opacity ?? 1)], 4 * i);
   });
-  canvas.getContext("2d").putImageData(picture, 0, 0);
+  put(canvas, picture);
 }
 
 const overlay = (canvas, map, range, method) => paint(canvas, shaded(resized(map, 96, Math.round((96 * map.w) / map.h)), range, method), $("opacity").value / 100);
 
-// Behind a word with this share of the largest score, as `Passage` of tokentm_jax/inputs/passages.py has it.
-function wordColour(share, signed) {
-  const place = 3 * (signed ? (share < 0 ? 38 : 217) : 191);
-  return [...tables[$("colours").value][signed ? 1 : 0].slice(place, place + 3), (Math.abs(share) * $("opacity").value) / 100];
-}
+const tableOf = (signed) => tables[$("colours").value][signed ? 1 : 0];
 
 function passage(parts, scores, signed) {
-  const most = scores.reduce((best, value) => Math.max(best, Math.abs(value)), 1e-30);
-  return make("p", { class: "passage", dir: "auto" }, ...parts.map(([text, word]) => {
-    if (word === null) return text;
-    const node = make("span", { text, title: scores[word].toPrecision(3) });
-    node.style.background = `rgba(${wordColour(scores[word] / most, signed)})`;
-    return node;
-  }));
+  const pieces = parts.map(([text, word]) => [text, word === null ? null : scores[word]]);
+  return make("p", { class: "passage", dir: "auto" }, ...wordsOf(pieces, tableOf(signed), signed, $("opacity").value / 100));
 }
 
 // The colour scales of maps, signed or not, and what their colours mean.
 function scales(place, kinds, what, ends = null) {
   const line = (signed) => {
-    const colours = tables[$("colours").value][signed ? 1 : 0];
-    const ramp = make("canvas", { class: "ramp", width: 256, height: 1, "aria-hidden": "true" });
-    const picture = new ImageData(256, 1);
-    for (let i = 0; i < 256; i++) {
-      const [r, g, b, share] = settings.kind === "text" ? wordColour(signed ? i / 127.5 - 1 : i / 255, signed) : [...colours.slice(3 * i, 3 * i + 3), 1];
-      picture.data.set([r, g, b, 255 * share], 4 * i);
-    }
-    ramp.getContext("2d").putImageData(picture, 0, 0);
-    const swatch = (step) => {
-      const node = make("span", { class: "swatch", "aria-hidden": "true" });
-      node.style.background = `rgb(${colours.slice(3 * step, 3 * step + 3).join(" ")})`;
-      return node;
-    };
+    const ofText = settings.kind === "text", canvas = make("canvas", { class: "ramp", "aria-hidden": "true" });
+    put(canvas, ramp(tableOf(signed), signed, ofText, $("opacity").value / 100));
     const [low, high] = ends ?? (signed ? ["against", "for"] : ["low", "high"]);
-    const means = ends ? [what] : signed ? [swatch(225), ` speaks for ${what}, `, swatch(30), " against it."] : [`The ${settings.kind === "text" ? "stronger the colour" : "brighter"}, the more important for ${what}.`];
-    return make("p", { class: "scale" }, low, ramp, high, make("span", {}, ...means));
+    const means = ends ? [what] : meaning(tableOf(signed), signed, ` for ${what}`, ofText);
+    return make("p", { class: "scale" }, low, canvas, high, make("span", {}, ...means));
   };
   place.replaceChildren(...[false, true].filter((signed) => kinds.has(signed)).map(line));
 }
@@ -260,9 +214,7 @@ function startFigures() {
   $("legend").replaceChildren(...figures.rows.map((name) => {
     const box = make("input", { type: "checkbox", value: name, checked: true });
     box.addEventListener("change", showCurves);
-    const swatch = make("span", { class: "swatch", "aria-hidden": "true" });
-    swatch.style.background = rowColour(name);
-    return make("label", {}, box, swatch, title(name));
+    return make("label", {}, box, swatchOf(rowColour(name)), title(name));
   }));
   showCurves();
 }
@@ -384,8 +336,7 @@ const pictureOf = () => current.details.picture ?? photos[current.index].thumb;
 function showPhoto() {
   const { details } = current, klass = $("class").value, probability = details.probability[klass];
   const predicted = details.probabilities[0][0] === Number(klass);
-  const unsure = `Caution: the model is unsure. Even its best class, “${named(klass)}”, has only ${percent(probability)}.`;
-  $("caution").textContent = !(probability < UNSURE) ? "" : predicted ? unsure : `Caution: the probability of “${named(klass)}” is only ${percent(probability)}. The maps show what would count for this class, not what the model recognises.`;
+  $("caution").textContent = cautionOf(named(klass), probability, predicted, "The maps show");
   scales($("map-scales"), kindsOf(methods.filter((name) => packedOf(details, name, klass))), `“${named(klass)}”`);
   $("maps").replaceChildren(
     ...(pictureOf() ? [make("figure", {}, make("div", { class: "stack" }, make("img", { src: pictureOf(), alt: `What the model receives of ${photos[current.index].name}` })), make("figcaption", { text: "What the model receives" }))] : []),
@@ -420,11 +371,7 @@ function showCurve() {
     $("share").value = Math.min(Math.max(10 * Math.round(value / 10), 0), 90);
     showCurve();
   };
-  const legend = make("p", { class: "note" }, ...curves.flatMap((curve) => {
-    const swatch = make("span", { class: "swatch", "aria-hidden": "true" });
-    swatch.style.cssText = `display: inline-block; background: ${curve.colour}`;
-    return [swatch, ` ${curve.name}  `];
-  }));
+  const legend = make("p", { class: "note" }, ...curves.flatMap((curve) => [swatchOf(curve.colour), ` ${curve.name}  `]));
   if (details.pixels.includes(method))
     legend.append(make("br"), "A map of pixels: removing scattered pixels harms a model more than removing patches, whichever they are. Do not compare this curve with that of a map of patches.");
   $("curve").replaceChildren(chart(curves, { label: worded(`Probability of ${named(klass)} as pixels are removed, by ${title(method)}`), xLabel: worded("pixels removed [%]"), yLabel: "probability", mark: share, at }), legend);
@@ -436,10 +383,8 @@ function showCurve() {
   const count = Math.floor((share * values.length) / 100);
   const picture = new ImageData(w, h);
   for (const place of way ? order.slice(values.length - count) : order.slice(0, count)) picture.data[4 * place + 3] = 255;
-  canvas.width = w;
-  canvas.height = h;
   canvas.className = "crisp";
-  canvas.getContext("2d").putImageData(picture, 0, 0);
+  put(canvas, picture);
   if (pictureOf()) $("masked-photo").src = pictureOf();
   const says = `${share} % of the pixels are black: ${named(klass)} ${percent(curves[way].y[share / 10])}`;
   canvas.setAttribute("aria-label", says);
