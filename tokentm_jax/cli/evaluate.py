@@ -6,18 +6,8 @@ from typing import Any
 
 import click
 
-from tokentm_jax.cli.options import (
-    MODELS_HELP,
-    PATH,
-    TEXT,
-    changes,
-    class_names,
-    make_folder,
-    may_overwrite,
-    names_of,
-    own_tasks,
-    start_jax,
-)
+from tokentm_jax.cli import options
+from tokentm_jax.cli.options import MODELS_HELP, PATH, TEXT
 from tokentm_jax.cli.recipes import read_recipe
 from tokentm_jax.cli.terminal import complain, running_work, show_results
 
@@ -33,11 +23,11 @@ from tokentm_jax.cli.terminal import complain, running_work, show_results
 @click.option("--names", type=TEXT, metavar="PATTERN", help="Use only images whose names match; !PATTERN: do not.")
 @click.option("--batch-size", type=click.IntRange(1, 4096), help="Instead of the recipe's.")
 @click.option("--label-map", type=TEXT, metavar="FILE", help="JSON or CSV: the data set's class name, the model's.")
-@class_names
+@options.class_names
 @click.option("--maps", type=TEXT, multiple=True, help="Store of `tokentm dataset` to take maps from; repeatable.")
 @click.option("--out", type=PATH, help="Folder; default: runs/<name of the recipe>.")
-@own_tasks
-@may_overwrite
+@options.own_tasks
+@options.may_overwrite
 def evaluate(recipe: Path, methods: str | None, out: Path | None, overwrite: bool, **given: Any) -> None:
     """Measure explanation methods by a recipe; started again with the same folder, it resumes where it stopped.
 
@@ -57,16 +47,16 @@ def evaluate(recipe: Path, methods: str | None, out: Path | None, overwrite: boo
     classes, maps = given.pop("classes"), given.pop("maps")
     if given["model"] is not None:  # another model's checkpoint would not fit
         config = dataclasses.replace(config, checkpoint=None)
-    config = dataclasses.replace(config, **changes(given))
+    config = dataclasses.replace(config, **options.changes(given))
     if methods is not None:
-        config = select(config, names_of(methods))
+        config = select(config, options.names_of(methods))
     check(config)
-    start_jax(config.batch_size)
+    options.start_jax(config.batch_size)
     stored = [open_maps(path) for path in maps]
     source = examples(config)
     vit = load(config.model, config.checkpoint, class_names=classes)
     folder = out or Path("runs") / config.name
-    make_folder(folder)
+    options.make_folder(folder)
     with running_work() as report:
         results = evaluate(config, vit, source, folder, report, stored, overwrite=overwrite)
     skipped = results["run"]["skipped"]

@@ -8,19 +8,9 @@ from typing import Any
 
 import click
 
+from tokentm_jax.cli import options as shared
 from tokentm_jax.cli.names import output_names, question_of, require_free, sheet_names
-from tokentm_jax.cli.options import (
-    MODELS_HELP,
-    PATH,
-    TEXT,
-    class_names,
-    make_folder,
-    may_overwrite,
-    methods_of,
-    parse_options,
-    require_place,
-    start_jax,
-)
+from tokentm_jax.cli.options import MODELS_HELP, PATH, TEXT, class_names, may_overwrite
 from tokentm_jax.errors import InputError, printable
 from tokentm_jax.files import write_text
 from tokentm_jax.identity import digest
@@ -122,7 +112,7 @@ def explain(
     if prompts and (targets or versus is not None):
         raise InputError("--text explains a prompt: leave out --target and --versus")
     look = look_of(colours, squares)
-    start_jax()
+    shared.start_jax()
     vit = load(model, checkpoint, class_names=classes)
     reader = vit.preprocessing
     kind = str(kind or reader.figures)
@@ -140,12 +130,12 @@ def explain(
     if not prompts:
         vit.require_classes()
     columns = columns_of(chosen, asked)
-    make_folder(out)
+    shared.make_folder(out)
 
     results, listed = _found(vit, samples)
     given = [one.given for one in listed]
     weights = None if checkpoint is None else os.path.realpath(checkpoint)
-    question = digest(vit.name, weights, chosen, settings, [one.identity for one in asked], other)
+    question = digest(vit.name, weights, chosen, settings, [one[:3] for one in asked], other)
     suffixes = [column.suffix for column in columns]
     single = len(columns) == 1 and reader.frame is not None  # else a picture is of a batch, and has another name
     if single or len(given) == 1:
@@ -227,8 +217,8 @@ def explain_text(
 
     chosen, settings = _bound(method, options)
     if out is not None:
-        require_place(out, overwrite)
-    start_jax()
+        shared.require_place(out, overwrite)
+    shared.start_jax()
     vit = load(model)
     vit.require_classes()
     first = None if target is None else vit.class_index(target)
@@ -262,7 +252,7 @@ def _bound(method: str, options: tuple[str, ...]) -> tuple[list[str], dict[str, 
     """The methods and their options. Raises InputError for an unknown one, before any work."""
     from tokentm_jax.methods.table import METHODS
 
-    chosen, settings = methods_of(method), parse_options(options)
+    chosen, settings = shared.methods_of(method), shared.parse_options(options)
     for name in chosen:
         METHODS[name].bind(name, settings)
     return chosen, settings

@@ -41,11 +41,6 @@ class Asked(NamedTuple):
     embedding: Any = None
     part: str = ""
 
-    @property
-    def identity(self) -> list[Any]:
-        """What identifies it among questions, as JSON."""
-        return [self.index, self.rank, self.prompt]
-
     def classes(self, outputs: np.ndarray) -> np.ndarray:
         """The class of each photo [B] by the model's outputs [B, C], int32."""
         if self.index is not None:

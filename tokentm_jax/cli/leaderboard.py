@@ -6,17 +6,8 @@ from typing import Any
 
 import click
 
-from tokentm_jax.cli.options import (
-    PATH,
-    TEXT,
-    changes,
-    class_names,
-    make_folder,
-    may_overwrite,
-    names_of,
-    own_tasks,
-    start_jax,
-)
+from tokentm_jax.cli import options
+from tokentm_jax.cli.options import PATH, TEXT
 from tokentm_jax.cli.recipes import read_recipe
 from tokentm_jax.cli.terminal import running_work, show_results
 
@@ -28,11 +19,11 @@ from tokentm_jax.cli.terminal import running_work, show_results
 @click.option("--runs", help="Metrics of the recipe, as a,b,c, with that of its `faithfulness`.")
 @click.option("--limit", type=click.IntRange(1), help="Largest number of images of each run.")
 @click.option("--batch-size", type=click.IntRange(1, 4096), help="Instead of the recipe's.")
-@class_names
+@options.class_names
 @click.option("--maps", type=TEXT, multiple=True, help="Store of `tokentm dataset` to take maps from; repeatable.")
 @click.option("--out", type=PATH, help="Folder; default: runs/<name of the recipe>.")
-@own_tasks
-@may_overwrite
+@options.own_tasks
+@options.may_overwrite
 def leaderboard(
     recipe: Path,
     methods: str | None,
@@ -58,17 +49,17 @@ def leaderboard(
     from tokentm_jax.runs.store import open_maps
 
     chosen = {"methods": methods, "runs": runs}
-    chosen = {kind: names_of(names) for kind, names in chosen.items() if names is not None}
+    chosen = {kind: options.names_of(names) for kind, names in chosen.items() if names is not None}
     config = select(read_recipe(recipe, LeaderboardConfig), **chosen)
     classes, maps = given.pop("classes"), given.pop("maps")
-    own = [dataclasses.replace(run, **changes(given)) for run in config.runs]
+    own = [dataclasses.replace(run, **options.changes(given)) for run in config.runs]
     if limit is not None:
         own = [dataclasses.replace(run, limit=min(limit, run.limit or limit)) for run in own]
     config = check(dataclasses.replace(config, runs=own))
-    start_jax(config.runs[0].batch_size)
+    options.start_jax(config.runs[0].batch_size)
     stores = [open_maps(path) for path in maps]
     vit = load(config.runs[0].model, config.runs[0].checkpoint, class_names=classes)
     folder = out or Path("runs") / config.name
-    make_folder(folder)
+    options.make_folder(folder)
     leaderboard(config, vit, folder, stores, running_work, overwrite=overwrite)
     show_results(folder / "leaderboard.md")

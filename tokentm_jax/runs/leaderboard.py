@@ -256,11 +256,8 @@ def _shared_maps(
 
 
 def _filled(place: Path, settings: DatasetConfig, vit: Model, source: Source, report: Report | None) -> list[Maps]:
-    """Stores that together have the maps of all images: "`place`-0", and so on.
-
-    A store keeps the images and the batch size that it was begun with. With a larger limit the next one has the images
-    that are in none so far.
-    """
+    """Stores that together have the maps of all images: "`place`-0", and so on. A store keeps the images and the batch
+    size that it was begun with; with a larger limit the next one has the images that are in none so far."""
 
     def counted(done: int, total: int, skipped: int) -> None:
         if report is not None and done:  # that of an evaluation has no call before the first batch
@@ -289,8 +286,7 @@ def images_per_second(
     """How many images each method explains per second, compiled and warm, on one device.
 
     The methods take turns, so that whatever else the machine does slows all of them. The figure is that of the median
-    call; of a method whose first call takes seconds, that call is the only one. Before that each explains one image: a
-    method that would take minutes for a batch has the figure of that.
+    call. One whose single image shows that a batch would take minutes has the figure of that image.
     """
     batches: dict[str, Callable[[], float]] = {}
     seconds: dict[str, list[float]] = {}  # per image
