@@ -20,7 +20,7 @@ from tokentm_jax.maths.scores import explained, is_open
 from tokentm_jax.maths.tokentm import aggregate, attention_update, length
 from tokentm_jax.maths.variants import Blocks, TokenTM, block_terms, initialised, sample_axes
 from tokentm_jax.programs import passes
-from tokentm_jax.programs.capture import Trace, capture, of_sample, plus_extra
+from tokentm_jax.programs.capture import capture, of_sample, plus_extra
 from tokentm_jax.programs.model import Applied, Function, Model
 from tokentm_jax.programs.passes import Memory, Score, View
 from tokentm_jax.programs.running import Plan
@@ -33,21 +33,8 @@ Block = Annotated[int, Ge(0)]  # a block, counted from 0
 Read = Literal["head", "mean", "pool"]  # how LeGrad reads the tokens of a block
 
 
-def from_trace(model: Any, trace: Trace, rule: Callable[[Blocks, Array], Array]) -> Explanation:
-    """Token maps of a batch by a rule for one sample, `rule(blocks, read-out [N]) -> row [N]`.
-
-    The rule computes in float32 at least, also for models in less.
-    """
-    blocks = wide_blocks(trace.blocks())
-    rows = jax.vmap(rule, in_axes=(sample_axes(1), 0))(blocks, read_out(model, trace.seen, trace.score))
-    return token_map(model, rows), trace.details()
-
-
-def wide_blocks(blocks: Blocks) -> Blocks:
-    return jax.tree.map(wide, blocks._replace(seen=None))._replace(seen=blocks.seen)
-
-
-def check_blocks(depth: int, first_block: int, end_block: int | None = None) -> None:
+def check_blocks(model: Model, first_block: int, end_block: int | None = None) -> None:
+    depth = model.structure.depth
     if not 0 <= first_block < depth:
         raise InputError(f"option 'first_block' must be from 0 to {depth - 1} for this model, got {first_block}")
     if end_block is not None and end_block > depth:
@@ -62,7 +49,7 @@ def tokentm(
     `memory` specifies how to run it, with equal results: "store" the results of the linear maps until the backward
     pass, for speed, or "recompute" them, to save memory.
     """
-    check_blocks(model.depth, options.first_block, options.end_block)
+    check_blocks(model, options.first_block, options.end_block)
 
     def one(sample: Any, score: Score) -> tuple[tuple[Array, Array], Any]:
         gradients = None
@@ -90,8 +77,8 @@ def _from_attention(
     first_block: int | None,
 ) -> Explanation:
     """Maps by a rule on `fuse` of each block's attention [H, N, N]; `first_block` None: only the last block."""
-    start = model.depth - 1 if first_block is None else first_block
-    check_blocks(model.depth, start)
+    start = model.structure.depth - 1 if first_block is None else first_block
+    check_blocks(model, start)
     one = lambda sample, _: passes.rows_behind(model, params, sample, fuse, update, start)  # noqa: E731
     (rows, _), details = model.per_sample(one, inputs, target)
     return token_map(model, rows), details
@@ -154,13 +141,14 @@ def grad_cam(model: Model, params: Any, inputs: Any, target: Any) -> Explanation
     """Grad-CAM on the last block's attention: heads weighted by their mean gradient in the read-out row."""
     trace = capture(model, params, inputs, target, ["attention", "attention_grad"])
 
-    def rule(blocks: Blocks, row: Array) -> Array:
-        attention, gradient = row @ blocks.attention[-1], row @ blocks.attention_grad[-1]  # [H, N]
-        there = None if blocks.seen is None else blocks.seen[-1]
+    def one(attention: Array, gradient: Array, row: Array, there: Array | None) -> Array:
+        attention, gradient = row @ wide(attention), row @ wide(gradient)  # [H, N]
         weights = mean_of_seen(gradient[:, model.prefix :], there)
         return jax.nn.relu((weights[:, None] * attention).mean(0))
 
-    return from_trace(model, trace, rule)
+    readout = read_out(model, trace.seen, trace.score)
+    rows = jax.vmap(one)(trace.attention[-1], trace.attention_grad[-1], readout, trace.seen)
+    return token_map(model, rows), trace.details()
 
 
 def grad_cam_tokens(model: Model, params: Any, inputs: Any, target: Any) -> Explanation:
@@ -192,7 +180,7 @@ def legrad(
     `read` specifies what reads it: the model's "head", the "mean" of all tokens (as in the published code for CLIP),
     or the attention "pool" without the norm before it (as there for SigLIP; A_l is then the attention of the pool).
     """
-    check_blocks(model.depth, first_block)
+    check_blocks(model, first_block)
     if read == "pool":
         return _legrad_of_pool(model, params, inputs, target, first_block)
     if read == "mean" and (seen(inputs) is not None or max(model.readout) < 1):
@@ -253,7 +241,7 @@ def beyond_intuition(
     """
     weighted = ["tokens", "transformed_value"] if variant == "token" else []
     trace = capture(model, params, inputs, target, ["attention", "attention_grad", *weighted])
-    check_blocks(len(trace.attention), first_block)
+    check_blocks(model, first_block)
 
     def gradient_at(share: Array) -> Array:
         numbers = values(inputs)
@@ -279,6 +267,7 @@ def beyond_intuition(
         identity = jnp.eye(len(row), dtype=row.dtype)
         return row @ (feedback * aggregate(identity, blocks, update, first_block))
 
+    blocks = jax.tree.map(wide, trace.blocks()._replace(seen=None))
     readout = read_out(model, trace.seen, feedback)
-    rows = jax.vmap(one, in_axes=(sample_axes(1), 0, 0))(wide_blocks(trace.blocks()), feedback, readout)
+    rows = jax.vmap(one, in_axes=(sample_axes(1), 0, 0))(blocks, feedback, readout)
     return token_map(model, rows), trace.details()

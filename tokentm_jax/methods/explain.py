@@ -179,18 +179,19 @@ def _explainer(
         finite = [jnp.isfinite(leaf).all(tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(outputs)]
         whole = reduce(jnp.logical_and, finite, fine)
         true = whole & jnp.isfinite(found["score"])  # which is NaN for a class that the model does not have
-        if seen(inputs) is not None:
-            shape = maps.shape
-            found = {
-                name: _of_tokens(inputs, a) if getattr(a, "shape", None) == shape else a for name, a in found.items()
-            }
-            maps = _of_tokens(inputs, maps)
+        mask, shape = seen(inputs), maps.shape
+
+        def marked(array: Array) -> Array:
+            if mask is not None and getattr(array, "shape", None) == shape:
+                array = jnp.where(mask, array[:, 0], 0)  # maps of texts [B, 1, N] -> [B, N], with zeros for padding
+            return _nan_unless(true, array)
+
         if not details:
-            return _nan_unless(true, maps)
-        marked = {name: _nan_unless(true, array) for name, array in found.items() if name not in ("logits", "target")}
+            return marked(maps)
+        more = {name: marked(array) for name, array in found.items() if name not in ("logits", "target")}
         target = asked.target if isinstance(asked, Question) else asked
         outputs = jax.tree.map(partial(_nan_unless, whole), outputs)
-        return _nan_unless(true, maps), {**marked, "logits": outputs, "target": target}
+        return marked(maps), {**more, "logits": outputs, "target": target}
 
     def placed(params: Any, inputs: Array, target: Any = None) -> Any:
         check_model(model, params, inputs)
@@ -203,11 +204,6 @@ def _explainer(
         return inside(params, inputs, target)
 
     return placed
-
-
-def _of_tokens(texts: Any, maps: Array) -> Array:
-    """Maps of texts [B, 1, N] -> [B, N], with zeros for padding."""
-    return jnp.where(texts.mask, maps[:, 0], 0)
 
 
 def methods_for(
@@ -321,7 +317,7 @@ def explain(
     """Heatmaps of a batch of photos, or scores of the tokens of texts.
 
     Args:
-      vit: from `tokentm_jax.load` or `tokentm_jax.load`.
+      vit: from `tokentm_jax.load`.
       images: array [B, H, W, 3] in [0, 1], as `vit.read` gives them; normalisation is inside. For a text model, the
         `Tokens` that its `read` gives.
       method: a name of `METHODS`, or a function `(model, params, inputs, target, *, option=default)` that returns

@@ -3,6 +3,7 @@
 Each function is `(model, params, inputs, target, **options) -> (pixel maps [B, H, W], details)`.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import jax
@@ -30,6 +31,17 @@ def _gradient(model: Model, params: Any, inputs: Any, target: Any) -> tuple[Arra
 
     gradient, (own, details) = jax.grad(score, has_aux=True)(values(inputs))
     return wide(gradient), own, details
+
+
+def _summed(
+    model: Model, params: Any, inputs: Any, target: Any, point: Callable[[Array], Array], over: Array
+) -> Array:
+    """The sum of the gradients at `point(each)`, for each of `over`."""
+
+    def add(total: Array, each: Array) -> tuple[Array, None]:
+        return total + _gradient(model, params, with_values(inputs, point(each)), target)[0], None
+
+    return jax.lax.scan(add, jnp.zeros_like(wide(values(inputs))), over)[0]
 
 
 def input_gradient(model: Model, params: Any, inputs: Any, target: Any) -> Explanation:
@@ -65,13 +77,9 @@ def smooth_grad(
     present = x if mask is None else jnp.where(mask[..., None], x, x[:, :1])
     axes = tuple(range(1, x.ndim))
     deviation = noise * (present.max(axes, keepdims=True) - present.min(axes, keepdims=True))
-
-    def noisy(total: Array, key: Array) -> tuple[Array, None]:
-        changed = with_values(inputs, x + deviation * jax.random.normal(key, (1, *x.shape[1:]), x.dtype))
-        return total + _gradient(model, params, changed, details["target"])[0], None
-
-    start = jnp.zeros_like(wide(x))
-    total, _ = jax.lax.scan(noisy, start, jax.random.split(jax.random.key(seed), samples))
+    noisy = lambda key: x + deviation * jax.random.normal(key, (1, *x.shape[1:]), x.dtype)  # noqa: E731
+    keys = jax.random.split(jax.random.key(seed), samples)
+    total = _summed(model, params, inputs, details["target"], noisy, keys)
     return input_map(mask, jnp.abs(total / samples).max(-1)), details
 
 
@@ -92,14 +100,9 @@ def integrated_gradients(
     _, own, details = _gradient(model, params, inputs, target)
     x = values(inputs)
     base = jnp.full_like(x, baseline)
-
-    def at(total: Array, share: Array) -> tuple[Array, None]:
-        point = with_values(inputs, base + share.astype(x.dtype) * (x - base))
-        return total + _gradient(model, params, point, details["target"])[0], None
-
+    between = lambda share: base + share.astype(x.dtype) * (x - base)  # noqa: E731
     shares = (jnp.arange(steps, dtype=jnp.float32) + 0.5) / steps
-    start = jnp.zeros_like(wide(x))
-    total, _ = jax.lax.scan(at, start, shares)
+    total = _summed(model, params, inputs, details["target"], between, shares)
     maps = input_map(seen(inputs), ((x - base).astype(total.dtype) * total / steps).sum(-1))
     at_base = explained(model.apply({"params": params}, with_values(inputs, base)), details["target"])[0]
     return maps, {**details, "completeness_gap": maps.sum((1, 2)) - (own - at_base)}

@@ -79,7 +79,7 @@ def transformer_attribution(
     model: Model, params: Any, inputs: Any, target: Any, *, first_block: Block = 0, stabiliser: Stabiliser = "signed"
 ) -> Explanation:
     """Transformer Attribution (Chefer et al., CVPR 2021): the product of `I + mean_h relu(G * R_A)` over blocks."""
-    check_blocks(model.depth, first_block)
+    check_blocks(model, first_block)
     trace = capture(model, params, inputs, target, ["attention_grad"])
     ruled = model.by(lrp("ours", stabiliser))
     relevance = capture(ruled, params, inputs, trace.target, ("attention_grad", *_tokens_of(model)))

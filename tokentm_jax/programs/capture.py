@@ -105,7 +105,7 @@ def capture(
         inputs = function.look_up(params, inputs)
         model = function.read(params, inputs)
     if fields is None:
-        fields = (*ALL, *POST_NORM) if model.post_norm else ALL
+        fields = (*ALL, *POST_NORM) if model.structure.post_norm else ALL
     wanted: Any = fields
     if isinstance(wanted, str) or not isinstance(wanted, Iterable) or getattr(wanted, "shape", None) == ():
         raise InputError(f"fields must be a list of names of tm.Trace, got {wanted!r:.80}")
@@ -137,7 +137,7 @@ def of_sample(
 ) -> tuple[Any, Any]:
     """The fields for one sample, those of blocks [L, ...], and its outputs."""
     points = {point for field, point in GRADIENTS.items() if field in fields}
-    both = "normalised" in points and model.post_norm  # the stream, which the residual sum also reads
+    both = "normalised" in points and model.structure.post_norm  # the stream, which the residual sum also reads
     points |= {"sum"} if both else set()
     final = "final_tokens" in fields
     places = _places(model, {*fields, *points})

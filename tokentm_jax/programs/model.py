@@ -226,14 +226,6 @@ class Model:
         except Unfit:
             return False
 
-    @property
-    def depth(self) -> int:
-        return self.structure.depth
-
-    @property
-    def post_norm(self) -> bool:
-        return self.structure.post_norm
-
     # ---- variants of the model ----
     def wide(self, params: Any, inputs: Any) -> "Model":
         """The same model in float32 at least, for these types of parameters and inputs.
