@@ -22,7 +22,15 @@ EXACT = jax.lax.Precision.HIGHEST  # differences of values are small beside the 
 
 
 def blur(images: Float[Array, "B H W C"], sigma: float = 5.0) -> Float[Array, "B H W C"]:
-    """Gaussian blur with standard deviation `sigma` in pixels, with the border pixels repeated outside."""
+    """Gaussian blur, with the border pixels repeated outside.
+
+    Args:
+      images: the images.
+      sigma: standard deviation, in pixels.
+
+    Returns:
+      Blurred images.
+    """
     radius = round(3 * sigma)
     taps = [math.exp(-0.5 * (k / sigma) ** 2) for k in range(-radius, radius + 1)]
     kernel = jnp.asarray([tap / sum(taps) for tap in taps], images.dtype)

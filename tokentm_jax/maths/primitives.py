@@ -14,7 +14,14 @@ AnyArray = Array | np.ndarray
 
 
 def wide(x: Shaped[Array, "*s"]) -> Float[Array, "*s"]:
-    """An array in float32 at least: bfloat16 becomes float32, float64 stays."""
+    """An array in float32 at least.
+
+    Args:
+      x: any array.
+
+    Returns:
+      `x`; bfloat16 becomes float32, float64 stays.
+    """
     return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
@@ -25,7 +32,15 @@ def root(squared: Float[Array, "*s"]) -> Float[Array, "*s"]:
 
 
 def ratio(a: Float[Array, "*s"], b: Float[Array, "*#s"]) -> Float[Array, "*s"]:
-    """`a / b` for b that is not negative; zero where b is zero."""
+    """`a / b`, with a value everywhere.
+
+    Args:
+      a: dividends.
+      b: divisors that are not negative.
+
+    Returns:
+      Ratios; zero where b is zero.
+    """
     return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)
 
 

@@ -182,7 +182,17 @@ def _binds(signature: inspect.Signature, *arguments: Any) -> bool:
 
 
 def as_numbers(value: Any) -> Array:
-    """The array of a score. Raises InputError for anything but an array or numbers."""
+    """The array of a score.
+
+    Args:
+      value: an array, known or traced, or numbers.
+
+    Returns:
+      The array.
+
+    Raises:
+      InputError: anything else.
+    """
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError, OverflowError):
@@ -190,7 +200,14 @@ def as_numbers(value: Any) -> Array:
 
 
 def listed(classes: Any) -> Any:
-    """A list of whole numbers, known or traced, becomes one leaf of a pytree; anything else is returned as it is."""
+    """A list of whole numbers becomes one leaf of a pytree.
+
+    Args:
+      classes: a list of whole numbers, known or traced, or anything else.
+
+    Returns:
+      An array; anything else is returned as it is.
+    """
     if type(classes) not in (list, tuple) or not classes:
         return classes
     if all(isinstance(each, int | np.integer) for each in classes):
@@ -199,10 +216,18 @@ def listed(classes: Any) -> Any:
 
 
 def classes_of(target: Any, samples: Any, what: str = "target") -> Any:
-    """A class for all samples or one per sample, as whole numbers [B], a NumPy array where they are known.
+    """A class for all samples or one per sample, as an array.
 
-    Whether they are classes of the model is not checked. `samples` is B, an int or the symbol of an exported batch.
-    Raises InputError for anything else, with the name `what`.
+    Args:
+      target: whole numbers, one or [B], known or traced. Whether they are classes of the model is not checked.
+      samples: B, an int or the symbol of an exported batch.
+      what: the name of the argument in the error.
+
+    Returns:
+      Whole numbers [B], a NumPy array where they are known.
+
+    Raises:
+      InputError: anything else.
     """
     try:
         found = target if isinstance(target := listed(target), jax.Array) else np.asarray(target)
@@ -252,5 +277,12 @@ def explained(outputs: Any, target: Any = None) -> tuple[Array, dict[str, Any]]:
 
 
 def is_open(target: Any) -> bool:
-    """Whether the predicted class is to become the target."""
+    """Whether the predicted class is to become the target.
+
+    Args:
+      target: a target or a `Question`.
+
+    Returns:
+      True where it has no class yet.
+    """
     return target.open if isinstance(target, Question) else target is None
