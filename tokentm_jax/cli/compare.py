@@ -5,7 +5,8 @@ from pathlib import Path
 
 import click
 
-from tokentm_jax.cli.options import PATH, as_json, own_tasks
+from tokentm_jax.cli.options import PATH, as_json
+from tokentm_jax.cli.recipes import own_tasks
 from tokentm_jax.cli.terminal import print_table
 
 

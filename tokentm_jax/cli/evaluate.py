@@ -8,7 +8,7 @@ import click
 
 from tokentm_jax.cli import options
 from tokentm_jax.cli.options import MODELS_HELP, PATH, TEXT
-from tokentm_jax.cli.recipes import read_recipe
+from tokentm_jax.cli.recipes import own_tasks, read_recipe
 from tokentm_jax.cli.terminal import complain, running_work, show_results
 
 
@@ -26,7 +26,7 @@ from tokentm_jax.cli.terminal import complain, running_work, show_results
 @options.class_names
 @click.option("--maps", type=TEXT, multiple=True, help="Store of `tokentm dataset` to take maps from; repeatable.")
 @click.option("--out", type=PATH, help="Folder; default: runs/<name of the recipe>.")
-@options.own_tasks
+@own_tasks
 @options.may_overwrite
 def evaluate(recipe: Path, methods: str | None, out: Path | None, overwrite: bool, **given: Any) -> None:
     """Measure explanation methods by a recipe; started again with the same folder, it resumes where it stopped.

@@ -8,7 +8,7 @@ import click
 
 from tokentm_jax.cli import options
 from tokentm_jax.cli.options import PATH, TEXT
-from tokentm_jax.cli.recipes import read_recipe
+from tokentm_jax.cli.recipes import own_tasks, read_recipe
 from tokentm_jax.cli.terminal import running_work, show_results
 
 
@@ -22,7 +22,7 @@ from tokentm_jax.cli.terminal import running_work, show_results
 @options.class_names
 @click.option("--maps", type=TEXT, multiple=True, help="Store of `tokentm dataset` to take maps from; repeatable.")
 @click.option("--out", type=PATH, help="Folder; default: runs/<name of the recipe>.")
-@options.own_tasks
+@own_tasks
 @options.may_overwrite
 def leaderboard(
     recipe: Path,

@@ -44,19 +44,6 @@ may_overwrite = click.option(
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
 
 
-def _run_tasks(ctx: click.Context, _: click.Parameter, files: tuple[Path, ...]) -> None:
-    from tokentm_jax.cli.recipes import run_tasks
-
-    if not ctx.resilient_parsing:
-        run_tasks(files)
-
-
-own_tasks = click.option(
-    "--task", type=PATH, multiple=True, metavar="FILE.py", callback=_run_tasks, expose_value=False,
-    help="File that adds your metric to TASKS; it is run.",
-)  # fmt: skip
-
-
 def changes(given: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a config that the command line changes; a path becomes its text."""
     known = {name: value for name, value in given.items() if value is not None}

@@ -3,11 +3,13 @@
 import contextlib
 import runpy
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tokentm_jax.cli.options import parse_options
+import click
+
+from tokentm_jax.cli.options import PATH, parse_options
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import read_text
 
@@ -32,17 +34,21 @@ def _running(what: str, path: Path) -> Iterator[None]:
         raise InputError(f"{refused} cannot be run: {type(error).__name__}{_said(error)}") from None
 
 
-def run_tasks(files: Sequence[Path]) -> None:
-    """Run Python files that add tasks to `tokentm_jax.metrics.TASKS`. Raises InputError as `read_recipe`, and for a
-    file that adds none."""
+def _run_tasks(ctx: click.Context, _: click.Parameter, files: tuple[Path, ...]) -> None:
     from tokentm_jax.metrics import TASKS
 
-    for path in files:
+    for path in () if ctx.resilient_parsing else files:
         before = dict(TASKS)
         with _running("the file", path):
             runpy.run_path(str(path))
         if before == TASKS:
             raise InputError(f"the file {path} adds no task to tokentm_jax.metrics.TASKS")
+
+
+own_tasks = click.option(
+    "--task", type=PATH, multiple=True, metavar="FILE.py", callback=_run_tasks, expose_value=False,
+    help="File that adds your metric to TASKS; it is run.",
+)  # fmt: skip
 
 
 def read_recipe(recipe: Path, *kinds: type) -> Any:

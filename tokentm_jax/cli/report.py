@@ -11,6 +11,7 @@ from click.core import ParameterSource
 
 from tokentm_jax.cli import options
 from tokentm_jax.cli.options import MODELS_HELP, PATH, TEXT, methods_of, names_of
+from tokentm_jax.cli.recipes import own_tasks
 from tokentm_jax.errors import InputError, printable
 
 METHODS_SHOWN = ("tokentm", "gae", "attn_lrp", "legrad", "transformer_attribution", "rollout")
@@ -34,7 +35,7 @@ METHODS_SHOWN = ("tokentm", "gae", "attn_lrp", "legrad", "transformer_attributio
     "--best", type=click.IntRange(0, 50), default=3, show_default=True,
     help="Of a run: number of the best and of the worst images of each method that are explained.",
 )  # fmt: skip
-@options.own_tasks
+@own_tasks
 @options.class_names
 @options.may_overwrite
 def report(
