@@ -378,11 +378,10 @@ def _tfds(spec: str) -> Source:
         raise InputError(f"a TensorFlow data set is given as tfds:NAME:SPLIT, got {spec!r}")
     tfds = require("tensorflow_datasets", "data", spec)
     command = f"tfds build {name} --file_format=array_record"
-    unprepared = InputError(f"{spec} is not prepared; run `{command}` once (it needs tensorflow)")
     try:
         builder: Any = tfds.builder(name, file_format="array_record")
         if not builder.is_prepared():
-            raise unprepared
+            raise NotImplementedError
         features, more = builder.info.features, {}
         if isinstance(dict(features or {}).get("image"), tfds.features.Image):
             # The encoded image, because tfds would decode an image of any size.
@@ -390,10 +389,8 @@ def _tfds(spec: str) -> Source:
         records = builder.as_data_source(split, **more)
     except tfds.core.DatasetNotFoundError:
         raise InputError(f"TensorFlow Datasets has no data set {name!r}") from None
-    except NotImplementedError:  # prepared in a format without random access
-        raise unprepared from None
-    except InputError:
-        raise
+    except NotImplementedError:  # not prepared, or in a format without random access
+        raise InputError(f"{spec} is not prepared; run `{command}` once (it needs tensorflow)") from None
     except (ValueError, KeyError, OSError) as error:  # such as an unknown split
         raise InputError(f"{spec} cannot be read: {reason(error)}") from None
     if not {"image", "label"} <= set(features or ()):

@@ -15,29 +15,9 @@ import numpy as np
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import read_text
 from tokentm_jax.inputs.images import Preprocessing
+from tokentm_jax.models import folders
 from tokentm_jax.models.architectures import Config, architecture, build
-from tokentm_jax.models.folders import (
-    CONFIG,
-    OPEN_CLIP,
-    OPEN_CLIP_WEIGHTS,
-    TOKENIZER,
-    Count,
-    Folder,
-    Section,
-    Side,
-    Whole,
-    architecture_of,
-    classes_of,
-    fields_of,
-    preprocessing_of,
-    present,
-    read_processor,
-    read_section,
-    read_weights,
-    require_classifier,
-    require_heads,
-    type_of,
-)
+from tokentm_jax.models.folders import CONFIG, OPEN_CLIP, TOKENIZER, Count, Folder, Section, Side, Whole, fields_of
 from tokentm_jax.models.names import LAYOUTS, Tensors, current_names, fused, renamed
 from tokentm_jax.models.params import to_params
 from tokentm_jax.models.text import TextEncoder, TextTower, Tokenizer
@@ -45,19 +25,19 @@ from tokentm_jax.models.text import TextEncoder, TextTower, Tokenizer
 
 def read_folder(folder: Path) -> Folder:
     """A folder of timm, Hugging Face or OpenCLIP. InputError for another folder, or one that is damaged."""
-    if present(folder, OPEN_CLIP):
+    if folders.present(folder, OPEN_CLIP):
         return _open_clip(folder)
-    if not present(folder, CONFIG):
+    if not folders.present(folder, CONFIG):
         raise InputError(f"{folder} has no model: expected {CONFIG} or {OPEN_CLIP} next to the weights")
-    config = read_section(folder / CONFIG, "model")
+    config = folders.read_section(folder / CONFIG, "model")
     if "pretrained_cfg" in config.content:
         return _timm(folder, config)
-    kind = type_of(config, HUGGING_FACE)
+    kind = folders.type_of(config, HUGGING_FACE)
     read, family, architectures = HUGGING_FACE[kind]
-    classifies = architecture_of(config, {kind: family}, architectures)
+    classifies = folders.architecture_of(config, {kind: family}, architectures)
     found = read(folder, config)
     if classifies:
-        require_classifier(folder, config, found.tensors)
+        folders.require_classifier(folder, config, found.tensors)
     return found
 
 
@@ -81,8 +61,8 @@ def _vision(section: Section, layout: str) -> Config:
 
 def _vit(folder: Path, config: Section) -> Folder:
     kind = config("model_type", str)
-    stored = read_weights(folder)
-    tensors = current_names(fused(renamed(stored, LAYOUTS["vit"]["names"])))
+    stored = folders.read_weights(folder)
+    tensors = current_names(renamed(stored, LAYOUTS["vit"]["names"]))
     options = _vision(config, "vit")
     if "dist_token" in tensors and "head_dist.weight" not in tensors:  # no head reads the token
         tensors["reg_token"] = tensors.pop("dist_token")
@@ -98,9 +78,9 @@ def _vit(folder: Path, config: Section) -> Folder:
         options |= {"reg_tokens": registers, "no_embed_class": registers > 0}
         if "head.weight" in tensors:
             options["global_pool"] = "cat"
-    options["num_classes"], names = classes_of(config, tensors)
+    options["num_classes"], names = folders.classes_of(config, tensors)
     any_size = kind.startswith("dinov2")
-    preprocessing, notes = preprocessing_of(folder, options["img_size"], shortest=any_size, any_size=any_size)
+    preprocessing, notes = folders.preprocessing_of(folder, options["img_size"], shortest=any_size, any_size=any_size)
     grid = None
     if any_size:  # the library uses the processor's size, and the position embeddings may have another
         grid = build(options, num_classes=0).grid
@@ -121,10 +101,10 @@ def _ast(folder: Path, config: Section) -> Folder:
     of its images are frequencies.
     """
     names = [*LAYOUTS["ast"]["names"], *LAYOUTS["vit"]["names"]]
-    tensors = current_names(fused(renamed(read_weights(folder), names)))
+    tensors = current_names(renamed(folders.read_weights(folder), names))
     options = _with_ratio(config, fields_of(config, "ast"))
     bins, frames = config("num_mel_bins", Whole, 128), config("max_length", Whole, 1024)
-    options["num_classes"], class_names = classes_of(config, tensors)
+    options["num_classes"], class_names = folders.classes_of(config, tensors)
     options |= {
         "img_size": [bins, frames],
         "stride": [config("frequency_stride", Whole, 10), config("time_stride", Whole, 10)],
@@ -135,7 +115,7 @@ def _ast(folder: Path, config: Section) -> Folder:
 
 def _sound(folder: Path, bins: int, frames: int) -> Preprocessing:
     """AST's preprocessing. Its features are log energies, and 0 after the end of a recording."""
-    section = read_processor(folder)
+    section = folders.read_processor(folder)
     for key, value in (("feature_size", 1), ("num_mel_bins", bins), ("max_length", frames)):
         section.only(key, value)
     rate = section("sampling_rate", Whole, 16_000)
@@ -190,7 +170,7 @@ def _text_tower(
     section: Section, fields: Config, words: Tensors, tensors: Tensors, folder: Path, **tokenizer: Any
 ) -> TextTower:
     """The text tower with the weights `words`. The other tensors have the logarithm of its scale."""
-    require_heads(section, fields["width"], fields["num_heads"])
+    folders.require_heads(section, fields["width"], fields["num_heads"])
     module = TextEncoder(**fields)
     params = to_params(module, words, f"the text tower of {folder}")
     logarithm = _scalar(tensors, "logit_scale", folder)
@@ -201,16 +181,16 @@ def _text_tower(
 
 
 def _tokenizer(folder: Path, context: int, **options: Any) -> Tokenizer:
-    names = TOKENIZER[:1] if present(folder, TOKENIZER[0]) else TOKENIZER[1:]
+    names = TOKENIZER[:1] if folders.present(folder, TOKENIZER[0]) else TOKENIZER[1:]
     files = tuple(folder / name for name in names)
-    if not all(present(folder, name) for name in names):
+    if not all(folders.present(folder, name) for name in names):
         return Tokenizer(files, (), context, problem=f"{folder} has no {TOKENIZER[0]} for its prompts", **options)
     contents = tuple(read_text(file, what="tokenizer") for file in files)
     return Tokenizer(files, contents, context, **options)
 
 
 def _clip(folder: Path, config: Section) -> Folder:
-    tensors = read_weights(folder)
+    tensors = folders.read_weights(folder)
     vision, text = config.section("vision_config"), config.section("text_config")
     image = _image_tower(tensors, "vision_model.", folder)
     image |= _head(_needed(tensors, "visual_projection.weight", folder))
@@ -220,12 +200,12 @@ def _clip(folder: Path, config: Section) -> Folder:
     fields = fields_of(text, "clip_text") | {"output": output, "causal": True, "end": None if end == 2 else end}
     tower = _text_tower(text, fields, words, tensors, folder)
     options = _vision(vision, "clip_vision") | {"pre_norm": True, "num_classes": output}
-    photos, notes = preprocessing_of(folder, options["img_size"], shortest=True)
+    photos, notes = folders.preprocessing_of(folder, options["img_size"], shortest=True)
     return Folder(options, photos, image, None, tower, antialias=False, notes=notes)
 
 
 def _siglip(folder: Path, config: Section) -> Folder:
-    tensors = read_weights(folder)
+    tensors = folders.read_weights(folder)
     vision, text = config.section("vision_config"), config.section("text_config")
     vision.only("vision_use_head", True)
     image = _image_tower(tensors, "vision_model.", folder)
@@ -238,7 +218,7 @@ def _siglip(folder: Path, config: Section) -> Folder:
     pad = text("pad_token_id", Count, 1)
     tower = _text_tower(text, fields, _tower(tensors, "text_model."), tensors, folder, pad=pad, canonical=True)
     options = _vision(vision, "siglip_vision") | {"class_token": False, "global_pool": "map", "num_classes": 0}
-    photos, notes = preprocessing_of(folder, options["img_size"])
+    photos, notes = folders.preprocessing_of(folder, options["img_size"])
     return Folder(options, photos, image, None, tower, antialias=False, notes=notes)
 
 
@@ -259,7 +239,7 @@ HUGGING_FACE: dict[str, tuple[Callable[[Path, Section], Folder], str, Mapping[st
 
 
 def _open_clip(folder: Path) -> Folder:
-    file = read_section(folder / OPEN_CLIP, "model")
+    file = folders.read_section(folder / OPEN_CLIP, "model")
     model, photos = file.section("model_cfg"), file.section("preprocess_cfg")
     vision, text = model.section("vision_cfg"), model.section("text_cfg")
     for key in ("timm_model_name", "hf_model_name"):
@@ -276,7 +256,7 @@ def _open_clip(folder: Path) -> Folder:
     options |= {"pre_norm": True, "norm_eps": 1e-5, "activation": activation, "num_classes": output}
     encoder = fields_of(text, "open_clip_text") | {"output": output, "causal": True, "activation": activation}
     encoder["mlp_hidden"] = int(encoder["width"] * encoder.pop("mlp_ratio"))
-    tensors = read_weights(folder, OPEN_CLIP_WEIGHTS)
+    tensors = folders.read_weights(folder, folders.OPEN_CLIP_WEIGHTS)
     image = _image_tower(tensors, "visual.", folder, "open_clip")
     image |= _head(_needed(tensors, "visual.proj", folder).T)
     words = _tower(tensors, "", "open_clip") | _head(_needed(tensors, "text_projection", folder).T)
@@ -311,7 +291,7 @@ def _timm(folder: Path, card: Section) -> Folder:
         raise InputError(f"{card.where} is not of a timm model ({type(error).__name__}: {error})") from None
     labels = card.content.get("label_names")
     names = list(map(str, labels)) if isinstance(labels, list) else None
-    return Folder(config, preprocessing, current_names(read_weights(folder)), names, of_timm=True)
+    return Folder(config, preprocessing, current_names(folders.read_weights(folder)), names, of_timm=True)
 
 
 PRETRAINED = ("crop_pct", "crop_mode", "interpolation", "mean", "std")

@@ -93,4 +93,4 @@ def from_google(arrays: Tensors, path: Path) -> Tensors:
         parts = [f"attn_pool.{part}.{leaf}" for part in ("key", "value")]
         if all(part in tensors for part in parts):
             tensors[f"attn_pool.kv.{leaf}"] = np.concatenate([tensors.pop(part) for part in parts])
-    return fused(tensors)
+    return tensors

@@ -55,19 +55,14 @@ class PlainModel:
         grid = tuple(listed) if isinstance(listed := _listed(self.grid), list) else listed
         object.__setattr__(self, "grid", checked("the grid of PlainModel", _Grid, grid))
         object.__setattr__(self, "prefix", checked("the prefix of PlainModel", Annotated[int, Ge(0)], self.prefix))
-        patches = self.grid[0] * self.grid[1]
-        if isinstance(self.readout, str):
-            if self.readout not in ("token", "avg"):
-                raise InputError(f"readout must be 'token', 'avg' or a share for each token, got {self.readout!r}")
-            shares = [1.0] + [0.0] * (self.prefix + patches - 1)
-            if self.readout == "avg":
-                shares = [0.0] * self.prefix + [1 / patches] * patches
-        else:
-            shares = checked("the readout of PlainModel", list[float], _listed(self.readout))
-        if len(shares) != self.prefix + patches:
-            raise InputError(
-                f"readout must have a share for each of {self.prefix} + {patches} tokens, got {len(shares)}"
-            )
+        prefix, patches = self.prefix, self.grid[0] * self.grid[1]
+        named = {"token": [1.0] + [0.0] * (prefix + patches - 1), "avg": [0.0] * prefix + [1 / patches] * patches}
+        if isinstance(self.readout, str) and self.readout not in named:
+            raise InputError(f"readout must be 'token', 'avg' or a share for each token, got {self.readout!r}")
+        given = named[self.readout] if isinstance(self.readout, str) else _listed(self.readout)
+        shares = checked("the readout of PlainModel", list[float], given)
+        if len(shares) != prefix + patches:
+            raise InputError(f"readout must have a share for each of {prefix} + {patches} tokens, got {len(shares)}")
         object.__setattr__(self, "readout", tuple(map(float, shares)))
 
     def apply(self, variables: Any, images: Array) -> Any:

@@ -6,29 +6,15 @@ As in `layouts`, there is a table of names and a function from `config.json` to 
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import read_json
+from tokentm_jax.models import folders
 from tokentm_jax.models.bert import Bert
-from tokentm_jax.models.folders import (
-    CONFIG,
-    TEXT,
-    Count,
-    Section,
-    Whole,
-    architecture_of,
-    classes_of,
-    fields_of,
-    present,
-    read_section,
-    read_weights,
-    require_classifier,
-    require_heads,
-    type_of,
-)
+from tokentm_jax.models.folders import CONFIG, Count, Section, Whole, fields_of
 from tokentm_jax.models.names import LAYOUTS, Tensors, fused, renamed
 from tokentm_jax.models.params import to_params, to_timm
 from tokentm_jax.models.vit import init_params
@@ -44,37 +30,23 @@ SENTENCE = ("Transformer", "Pooling", "Normalize", "Dropout")  # modules that do
 ARCHITECTURES = {"ForSequenceClassification": True, "Model": False, "ForMaskedLM": False, "ForPreTraining": False}
 
 
-class TextFolder(NamedTuple):
-    """A text encoder of a folder."""
-
-    module: Bert
-    params: dict[str, Any]
-    class_names: list[str] | None
-    notes: tuple[str, ...] = ()  # differences from the folder's description, as warnings of `load`
-
-
-def require_config(folder: Path) -> None:
-    """InputError for a folder without config.json."""
-    if not present(folder, CONFIG):
-        expected = f"expected {CONFIG} next to the weights and tokenizer.json{hint(folder / CONFIG)}"
-        raise InputError(f"{folder} has no text model: {expected}")
-
-
 def read_text_folder(
     folder: Path, mask_id: int | None, changes: Mapping[str, Any] | None = None, seed: int = 0
-) -> TextFolder:
-    """The model of a folder with `config.json` and weights in safetensors.
+) -> tuple[Bert, dict[str, Any], list[str] | None, tuple[str, ...]]:
+    """The model of a folder: module, parameters, names of classes, and differences from its description for warnings.
 
     `changes` replace fields of `Bert`, to fine-tune the model. The head is then random, and so is a pooler that the
     weights lack.
 
     Raises InputError for another folder, or one that is damaged.
     """
-    require_config(folder)
-    config = read_section(folder / CONFIG, "model")
-    kind = type_of(config, TEXT)
-    classifies = architecture_of(config, TEXT, ARCHITECTURES) if changes is None else None
-    tensors = read_weights(folder)
+    if not folders.present(folder, CONFIG):
+        expected = f"expected {CONFIG} next to the weights and tokenizer.json{hint(folder / CONFIG)}"
+        raise InputError(f"{folder} has no text model: {expected}")
+    config = folders.read_section(folder / CONFIG, "model")
+    kind = folders.type_of(config, folders.TEXT)
+    classifies = folders.architecture_of(config, folders.TEXT, ARCHITECTURES) if changes is None else None
+    tensors = folders.read_weights(folder)
     if kind == "distilbert":
         tensors = renamed(tensors, LAYOUTS["distilbert"]["names"])
     if any(name.startswith("classifier.dense.") for name in tensors):  # then the encoder's pooler is not used
@@ -85,19 +57,19 @@ def read_text_folder(
     if "roberta" in kind or kind == "camembert":
         _drop_padding(config, tensors)
     if classifies:
-        require_classifier(folder, config, tensors)
+        folders.require_classifier(folder, config, tensors)
     has_head = "head.weight" in tensors
-    fields["num_classes"], names = classes_of(config, tensors)
+    fields["num_classes"], names = folders.classes_of(config, tensors)
     if not has_head:
         fields |= _pooling(folder)
     positions = tensors.get("position_embeddings")
     if positions is not None and positions.ndim == 2:
         fields["max_length"] = min(fields["max_length"], len(positions)) or 1
     fields |= {"mask_id": mask_id, **(changes or {})}
-    require_heads(config, fields["embed_dim"], fields["num_heads"])
+    folders.require_heads(config, fields["embed_dim"], fields["num_heads"])
     module = Bert(**fields)
     if module.pooler is None:
-        if "pooler.weight" in tensors and not present(folder, pooling_file(folder)):
+        if "pooler.weight" in tensors and not folders.present(folder, pooling_file(folder)):
             left_out.append("pooler")
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("pooler.")}
     if changes is not None:
@@ -111,7 +83,7 @@ def read_text_folder(
         notes.append(f"{folder}: left out of its weights: {', '.join(left_out)}; the outputs are {outputs}")
     if classifies is None and has_head:
         notes.append(f"{config.where} has no architecture: its classifier is used for whole texts")
-    return TextFolder(module, to_params(module, tensors, str(folder)), names, tuple(notes))
+    return module, to_params(module, tensors, str(folder)), names, tuple(notes)
 
 
 def _unread_heads(tensors: Tensors) -> list[str]:
@@ -147,14 +119,12 @@ def pooling_file(folder: Path) -> str:
 
     Raises InputError for modules that change a cosine of pooled tokens.
     """
-    if not present(folder, MODULES):
+    if not folders.present(folder, MODULES):
         return POOLING
-    listed = read_json(folder / MODULES, what="modules")
-    places = []
+    listed, places = read_json(folder / MODULES, what="modules"), []
     for part in listed if isinstance(listed, list) else [None]:
         part = part if isinstance(part, dict) else {}
-        kind = part.get("type")
-        kind = kind.rpartition(".")[2] if isinstance(kind, str) else kind
+        kind = str(part.get("type")).rpartition(".")[2]
         if kind not in SENTENCE:
             known = ", ".join(SENTENCE)
             raise InputError(f"{folder / MODULES}: expected a list of modules of {known}, got {kind!r:.80}")
@@ -166,11 +136,11 @@ def pooling_file(folder: Path) -> str:
 def _pooling(folder: Path) -> dict[str, Any]:
     """How an encoder without a classifier is pooled: as sentence-transformers specifies, or by the mean of tokens."""
     file = pooling_file(folder)
-    if not present(folder, file):
-        if present(folder, MODULES):
+    if not folders.present(folder, file):
+        if folders.present(folder, MODULES):
             raise InputError(f"{folder} lacks {file}, which specifies how its tokens are pooled")
         return {"pool": "avg", "pooler": None}
-    section = read_section(folder / file, "pooling")
+    section = folders.read_section(folder / file, "pooling")
     named = section("pooling_mode", str | list[str], None)
     legacy = [mode for mode in LEGACY_POOLS if section(f"pooling_mode_{mode}", bool, False)]
     modes = [named] if isinstance(named, str) else named or [LEGACY_POOLS[mode] for mode in legacy] or ["mean"]
