@@ -17,8 +17,8 @@ from tokentm_jax.models.architectures import (
     architecture,
     build,
     config_of,
+    repositories,
     repository_of,
-    tags_of,
 )
 
 TIMM = json.loads((Path(__file__).parent / "goldens/architectures.json").read_text())
@@ -69,7 +69,7 @@ def test_preprocessing_is_timms(name):
         assert (ours.size, ours.interpolation) == ((height, height), interpolation), tag
         assert (list(ours.mean), list(ours.std)) == (mean, std), tag
         assert (ours.crop_pct, ours.crop_mode) == (crop_pct, crop_mode), tag
-    if tags_of(name):
+    if list(repositories(name)):
         assert architecture(name)[1] == architecture(f"{name}.{next(iter(TIMM[name]['tags']))}")[1]
 
 
@@ -77,7 +77,7 @@ def test_repositories_of_weights_are_timms():
     """Of every tag, and which one a name without tag means; what is on no hub is refused."""
     for name, found in TIMM.items():
         places = {tag: fields[-1] for tag, fields in found["tags"].items() if fields[-1]}
-        assert tags_of(name) == list(places)
+        assert list(repositories(name)) == list(places)
         for tag, place in places.items():
             assert repository_of(f"{name}.{tag}") == (f"{name}.{tag}", place)
         if places:

@@ -217,11 +217,7 @@ def errors_as(message: str, kinds: type[Exception] | tuple[type[Exception], ...]
 
 
 def remove(path: Path) -> None:
-    """Remove an unfinished file or folder, if it exists and this is possible.
-
-    After a failed or interrupted write, threads of a library may still write for a moment and create the folder again,
-    so removal is repeated.
-    """
+    """Remove an unfinished file or folder, if possible. Repeated, as threads of a library may still write into it."""
     with suppress(OSError):
         path.unlink()
     for _ in range(20):

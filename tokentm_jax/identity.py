@@ -113,10 +113,6 @@ def _is_file(path: Path) -> bool:
     return path.is_file() and not path.is_symlink()
 
 
-def _may_take(path: Path, overwrite: bool) -> bool:
-    return not os.path.lexists(path) or (overwrite and _is_file(path))
-
-
 @contextmanager
 def claimed(folder: Path, terms: Terms, writes: Iterable[str], overwrite: bool = False) -> Iterator[None]:
     """Make a folder of results, or check that it has results of the same terms; no other process may write meanwhile.
@@ -127,12 +123,12 @@ def claimed(folder: Path, terms: Terms, writes: Iterable[str], overwrite: bool =
     """
     filelock = require("filelock", "evaluation", "an output folder that can be continued")
     known, lock_file = folder / "identity.json", folder / ".lock"
-    foreign = [] if os.path.lexists(known) else [folder / n for n in writes if not _may_take(folder / n, overwrite)]
     if os.path.lexists(lock_file) and not (_is_file(lock_file) and not lock_file.stat().st_size):
         raise InputError(f"{lock_file} is not a file of this program; choose another --out")  # FileLock empties it
-    if foreign:
-        advice = "choose another --out" + (", or allow it with --overwrite" if _is_file(foreign[0]) else "")
-        raise InputError(f"{foreign[0]} is not a file of this program; {advice}")
+    for path in () if os.path.lexists(known) else [folder / name for name in writes]:
+        if os.path.lexists(path) and not (overwrite and _is_file(path)):
+            advice = "choose another --out" + (", or allow it with --overwrite" if _is_file(path) else "")
+            raise InputError(f"{path} is not a file of this program; {advice}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(lock_file, timeout=0)

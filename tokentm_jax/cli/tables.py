@@ -43,7 +43,7 @@ def _sides(size: int | Sequence[int]) -> str:
 
 
 def _model_rows() -> Iterator[dict[str, Any]]:
-    from tokentm_jax.models.architectures import TIMM, build, tags_of
+    from tokentm_jax.models.architectures import TIMM, build, repositories
     from tokentm_jax.models.checkpoint import read_description, read_safetensors
     from tokentm_jax.models.loading import shipped
 
@@ -61,7 +61,7 @@ def _model_rows() -> Iterator[dict[str, Any]]:
             "resolution": list(module.img_size),
             "patch_size": module.patch_size,
             "shipped": is_shipped,
-            "tags": [] if is_shipped else tags_of(name),
+            "tags": [] if is_shipped else list(repositories(name)),
         }
 
 

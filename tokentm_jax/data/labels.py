@@ -40,10 +40,9 @@ def csv_rows(text: str, where: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def read_label_map(given: LabelMap | str | os.PathLike[str] | None) -> dict[str, str | int] | None:
-    """A label map from a mapping or a file; None for None.
+    """A label map from a mapping or a file; None for None. Raises InputError.
 
-    The file is a JSON object, or CSV of two columns without a header: the data set's name of a class, and the model's
-    name, wnid or number. Raises InputError.
+    The file is a JSON object, or CSV: the data set's name of a class, and the model's name, wnid or number.
     """
     if given is None:
         return None

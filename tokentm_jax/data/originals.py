@@ -46,16 +46,9 @@ class Originals(NamedTuple):
 
 
 def fetch(name: str, watch: Watch = lambda *_: nullcontext(lambda _: None)) -> Path:
-    """The data folder with a set. The set is fetched if no folder has it.
+    """The data folder with a set, which is fetched if no folder has it. Nothing unfinished remains. Raises InputError.
 
-    Args:
-      name: of `SAMPLES`.
-      watch: a function of a title and a number of steps. It returns a context, whose value is a function that is
-        called with the number of finished steps.
-
-    Raises:
-      InputError: unknown set, no network, other files than the pinned ones, no room, a missing package. Nothing
-        unfinished remains.
+    `watch` takes a title and a number of steps, and returns a context whose value is called with finished steps.
     """
     if (folder := folder_of(name)) is not None:
         return folder
@@ -78,8 +71,6 @@ def fetch(name: str, watch: Watch = lambda *_: nullcontext(lambda _: None)) -> P
                     os.rename(made / place, target)
     except filelock.Timeout:
         raise InputError(f"{folder} is being written by another process") from None
-    except InputError:
-        raise
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {reason(error)}") from None
     return folder
@@ -140,19 +131,14 @@ def _originals(name: str, sample: Sample, work: Path, watch: Watch) -> Iterator[
                 found = stack.enter_context(_archive(name, path))
             else:
                 found = _package(name, sample)
-            if found.size != sample.originals or hashed(found) != sample.sha256:
+            lines = hashlib.sha256()
+            for path in found.paths if found.size == sample.originals else ():
+                lines.update(f"{hashlib.sha256(found.read(path)).hexdigest()}  {path}\n".encode())
+            if lines.hexdigest() != sample.sha256:
                 raise InputError(f"{sample.address} has other files than those that were pinned by SHA-256")
             yield found
     except InputError as error:
         raise InputError(f"the sample data {name!r} cannot be fetched: {error}") from None
-
-
-def hashed(originals: Originals) -> str:
-    """The SHA-256 of the lines of `sha256sum`, in the order of the paths."""
-    lines = hashlib.sha256()
-    for path in originals.paths:
-        lines.update(f"{hashlib.sha256(originals.read(path)).hexdigest()}  {path}\n".encode())
-    return lines.hexdigest()
 
 
 def _download(sample: Sample, work: Path, step: Callable[[int], Any]) -> Path:
@@ -166,15 +152,11 @@ def _download(sample: Sample, work: Path, step: Callable[[int], Any]) -> Path:
             limited: Any = _Limited(file, SLACK + sample.download, step)
             pooch.HTTPDownloader(chunk_size=PIECE, timeout=TIMEOUT)(sample.address, limited, None)
     except requests.RequestException as error:
-        raise InputError(f"{sample.address}: {reason(_first_cause(error))}") from None
+        cause: BaseException = error  # the original error, such as an unknown name of a server
+        while (deeper := cause.__cause__ or cause.__context__) is not None:
+            cause = deeper
+        raise InputError(f"{sample.address}: {reason(cause)}") from None
     return archive
-
-
-def _first_cause(error: BaseException) -> BaseException:
-    """The original error, such as an unknown name of a server."""
-    while (deeper := error.__cause__ or error.__context__) is not None:
-        error = deeper
-    return error
 
 
 class _Limited:

@@ -32,10 +32,7 @@ _STRIP = 2**20  # pixels that are converted at a time
 
 
 class _Memory:
-    """Memory that threads share. A thread that needs more than is free waits.
-
-    A single thread may take more than all of it, because the largest allowed photo needs little more.
-    """
+    """Memory that threads share. A thread waits for free memory; a single one may take more than all of it."""
 
     def __init__(self) -> None:
         self._taken, self._changed, self._own = 0, threading.Condition(), threading.local()
@@ -78,11 +75,7 @@ decoding = _Memory()  # limits the memory of all decoding
 
 
 class _Quiet:
-    """No warnings while any thread is inside.
-
-    The filters belong to the process. If each thread used `warnings.catch_warnings`, one could restore the filters of
-    another.
-    """
+    """No warnings while any thread is inside. Filters belong to the process: threads would restore each other's."""
 
     def __init__(self) -> None:
         self._threads, self._lock, self._filters = 0, threading.Lock(), warnings.catch_warnings()

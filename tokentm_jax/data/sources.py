@@ -168,10 +168,7 @@ def _in_classes(
     identify: Callable[[list[str]], str],
     read: Callable[[str], Image.Image | Recording],
 ) -> Source:
-    """A source whose images are named "…/class/image", or without labels if none is in a folder.
-
-    `identify` gets the names of the images.
-    """
+    """A source of "…/class/image" names, or without labels if no image is in a folder. `identify` gets the names."""
     found = [n for n in names if _is_a(n, SUFFIXES)] or [n for n in names if _is_a(n, audio.SUFFIXES)]
     if not found:
         raise InputError(f"{name} has no images and no recordings")
@@ -359,10 +356,7 @@ def _rated(text: str, valences: Mapping[str, float]) -> np.ndarray:
 
 
 def read_lexicon() -> dict[str, float]:
-    """Valences of words by people, from -4 to 4: VADER's lexicon (Hutto & Gilbert, ICWSM 2014).
-
-    Raises InputError without the package `vaderSentiment`.
-    """
+    """Valences of words by people, from -4 to 4: VADER's lexicon (Hutto & Gilbert, ICWSM 2014). Raises InputError."""
     package = require("vaderSentiment", "evaluation", "a rating of words by people")
     valences = {}
     for line in read_text(Path(package.__path__[0]) / "vader_lexicon.txt").splitlines():

@@ -52,24 +52,16 @@ ONLY: dict[str, Any] = {
 }
 
 
-def _places(base: str) -> dict[str, str]:
-    """The repository of each tag of a name."""
+def repositories(base: str) -> dict[str, str]:
+    """The repository on the hub of each set of timm's weights, by tag; the first is the default."""
     weights = TIMM[base]["weights"]
     return {tag: fields["repository"] for tag, fields in weights.items() if fields["repository"]}
 
 
-def tags_of(base: str) -> list[str]:
-    """The tags of timm's weights on the hub for a name of the table; the first is the default."""
-    return list(_places(base))
-
-
 def repository_of(name: str) -> tuple[str, str]:
-    """The name with its tag and its repository on the hub, for a name of the table with or without tag.
-
-    Raises InputError for an unknown tag, and for a name without weights on the hub.
-    """
+    """A name of the table, with or without tag -> the name with its tag, and its repository. Raises InputError."""
     base, _, tag = name.partition(".")
-    places = _places(base)
+    places = repositories(base)
     if not places:
         raise InputError(f"timm has no weights of {base!r} on the hub: give a checkpoint")
     tag = tag or next(iter(places))

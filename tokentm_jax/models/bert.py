@@ -115,10 +115,7 @@ class Bert(nn.Module):
         return self.classify(self.blocks(tokens, kept)[0], kept)
 
     def classify(self, tokens: Array, mask: Array) -> Array:
-        """Tokens [B, N, D] that leave a block, and their mask [B, N] -> logits [B, classes], or features.
-
-        The result is in float32 at least.
-        """
+        """Tokens [B, N, D] and their mask [B, N] -> logits [B, classes], or features, in float32 at least."""
         d = self.embed_dim
         if self.pool == "avg":
 

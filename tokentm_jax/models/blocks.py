@@ -41,10 +41,7 @@ class Norm(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """Per-channel gain of a branch, multiplied into the linear map before it.
-
-    The numbers are the same, and nothing is between a branch and its residual sum.
-    """
+    """Per-channel gain of a branch, in the linear map before it, so that a residual sum follows the map."""
 
     init: float
 
@@ -87,11 +84,9 @@ def rotation(rope: Rope, width: int) -> tuple[np.ndarray, np.ndarray]:
     angles = (places * bands).reshape(len(places), -1)  # [n, width / 2]
     angles = np.concatenate([np.zeros((rope.prefix, width // 2)), angles])
     sign = np.array([-1, 1])
-    if rope.half:
-        both = np.tile(angles, 2)
-        return np.cos(both).astype(np.float32), (np.sin(both) * sign.repeat(width // 2)).astype(np.float32)
-    both = angles.repeat(2, -1)
-    return np.cos(both).astype(np.float32), (np.sin(both) * np.tile(sign, width // 2)).astype(np.float32)
+    both = np.tile(angles, 2) if rope.half else angles.repeat(2, -1)
+    signs = sign.repeat(width // 2) if rope.half else np.tile(sign, width // 2)
+    return np.cos(both).astype(np.float32), (np.sin(both) * signs).astype(np.float32)
 
 
 class Attention(nn.Module):

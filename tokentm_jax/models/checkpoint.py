@@ -112,7 +112,7 @@ def _kind(path: Path) -> str:
 
 @contextmanager
 def _damage_named(path: Path) -> Iterator[None]:
-    """Errors of the libraries that read checkpoints as InputError. They raise a dozen kinds for damaged files."""
+    """Errors of the libraries that read checkpoints, a dozen kinds, as InputError."""
     try:
         yield
     except InputError:
@@ -312,14 +312,12 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     kind = _kind(path)
     if kind == "orbax":
         return _checked_description(read_json(path / "description.json", LARGEST_DESCRIPTION), path)
-    if kind != "safetensors":
-        return None
-    with _damage_named(path), safetensors.safe_open(path, "np") as file:
-        text = (file.metadata() or {}).get(MARK)
-        if text is None:
-            return None
-        description = json.loads(text) if len(text) <= LARGEST_DESCRIPTION else None
-    return _checked_description(description, path)
+    if kind == "safetensors":
+        with _damage_named(path), safetensors.safe_open(path, "np") as file:
+            text = (file.metadata() or {}).get(MARK)
+            if text is not None:
+                return _checked_description(json.loads(text) if len(text) <= LARGEST_DESCRIPTION else None, path)
+    return None
 
 
 def _checked_description(description: Any, path: Path) -> dict[str, Any]:

@@ -30,29 +30,21 @@ def translation(vit: Model, source: Source, label_map: LabelMap | str | None = N
         return None
     if not mapped and names == vit.class_names:
         return None
-    for name in mapped:
-        if name not in names:
-            raise InputError(
-                f"the label map has {name!r}, which is not a class of {source.name}{_nearest(name, names)}"
-            )
     found: dict[str, int] = {}
     for name, value in mapped.items():
+        if name not in names:
+            other = f"which is not a class of {source.name}{_nearest(name, names)}"
+            raise InputError(f"the label map has {name!r}, {other}")
         try:
             found[name] = vit.class_index(value)
         except InputError as error:
             raise InputError(f"the label map gives {name!r} a class that the model lacks: {error}") from None
-    rest = [name for name in names if name not in found]
-    found |= _found(vit, source, rest)
+    found |= _found(vit, source, [name for name in names if name not in found])
     return np.array([found[name] for name in names], np.int32)
 
 
 def known_classes(vit: Model, source: Source) -> tuple[np.ndarray | None, str]:
-    """As `translation` without a label map, but -1 for every class that the model does not have.
-
-    Returns:
-      The model's class of each of the source's classes [classes], or None, and a sentence with the classes that the
-      model does not have, "" if it has all.
-    """
+    """As `translation` without a label map, but -1 for classes that the model lacks, and a sentence with these."""
     names = source.class_names
     if names is None or not source.named or names == vit.class_names:
         return None, ""
@@ -63,8 +55,7 @@ def known_classes(vit: Model, source: Source) -> tuple[np.ndarray | None, str]:
 
 
 def _candidates(vit: Model, names: Iterable[str]) -> dict[str, list[int]]:
-    """The model's classes that each name can be: by its exact name, else its wnid, else a name alike; by number where
-    the model's names are unknown."""
+    """The classes that each name can be: its exact name, else wnid, else alike; by number without names."""
     if vit.class_names is None:
         numbers = {name: number(name) for name in names}
         return {name: [n] if n is not None and 0 <= n < vit.module.num_classes else [] for name, n in numbers.items()}

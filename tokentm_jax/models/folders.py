@@ -86,10 +86,7 @@ def present(folder: str | os.PathLike[str], name: str) -> bool:
 
 
 def architecture_of(config: Section, families: Mapping[str, str], known: Mapping[str, bool]) -> bool | None:
-    """Whether the architecture of a config has a classifier; None if the config has no architecture.
-
-    `families` has the prefixes of the names, `known` the suffixes and their answers. Raises InputError for others.
-    """
+    """Whether the architecture of a config (prefix of `families`, suffix of `known`) has a classifier, if any."""
     listed = config("architectures", list[str], None)
     if not listed:
         return None
@@ -140,20 +137,13 @@ def require_classifier(folder: Path, config: Section, tensors: Tensors) -> None:
 
 
 def read_weights(folder: Path, names: Sequence[str] = WEIGHTS) -> Tensors:
-    """The tensors of a folder: of the first of these files, of the shards in the index, or of the only other file.
-
-    Raises InputError as for a checkpoint.
-    """
-    for name in names:
-        if present(folder, name):
-            return read_safetensors(folder / name)
-    if not present(folder, INDEX):
-        only = sorted(folder.glob("*.safetensors"))
-        if len(only) != 1:
-            raise InputError(f"{folder} has no weights: expected {WEIGHTS[0]} or {INDEX}")
-        return read_safetensors(only[0])
+    """Tensors of the first of these files, of the index's shards, or of the only other file. Raises InputError."""
+    files = [name for name in (*names, INDEX) if present(folder, name)][:1]
+    files = files or [file.name for file in folder.glob("*.safetensors")]
+    if len(files) != 1:
+        raise InputError(f"{folder} has no weights: expected {WEIGHTS[0]} or {INDEX}")
     tensors: Tensors = {}
-    for name in shards(folder):
+    for name in shards(folder) if files == [INDEX] else files:
         tensors |= read_safetensors(folder / name)
     return tensors
 
@@ -228,10 +218,8 @@ def preprocessing_of(
     if any_size:
         size = cut or size
     elif cut not in (None, size):
-        shown = [" x ".join(map(str, sides)) for sides in (cut, size)]
-        notes = (
-            f"{section.where} makes photos of {shown[0]} pixels, and the model takes {shown[1]}: used is {shown[1]}",
-        )
+        made, used = (" x ".join(map(str, sides)) for sides in (cut, size))
+        notes = (f"{section.where} makes photos of {made} pixels, and the model takes {used}: used is {used}",)
     return Preprocessing.from_dict({**fields, "size": list(size)}), notes
 
 

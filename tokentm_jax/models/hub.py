@@ -35,10 +35,7 @@ def download(name: str) -> Path:
 
 
 def download_weights(name: str) -> tuple[str, Path]:
-    """A name of timm's table -> the name with its tag (by default the default tag), and the file of timm's weights.
-
-    Raises InputError as `download`, and for weights that timm does not have.
-    """
+    """A name of timm's table -> the name with its tag, and the file of timm's weights. Raises InputError."""
     tagged, repository = repository_of(name)
     client = require("huggingface_hub", "hub", f"{name} without a checkpoint")
     with quiet("huggingface_hub"):
@@ -56,24 +53,24 @@ class _Repository:
         """One request, in a thread. The client would retry for a minute, and wait for a silent name server."""
         from huggingface_hub.errors import HfHubHTTPError
 
-        answer: list[str | None] = []
         silent = "the Hugging Face Hub does not answer"
+        answer: list[str | None] = [f"{silent} within {2 * PATIENCE:g} seconds"]
 
         def ask() -> None:
             try:
                 url = self.client.hf_hub_url(self.repository, CONFIG, revision=self.revision)
                 self.client.get_hf_file_metadata(url, timeout=PATIENCE)
-                answer.append(None)
+                answer[0] = None
             except HfHubHTTPError as error:  # an answer; what it means is decided for each file
                 down = error.response is not None and error.response.status_code >= 500
-                answer.append(f"{silent}: {reason(error)}" if down else None)
+                answer[0] = f"{silent}: {reason(error)}" if down else None
             except Exception as error:  # the client raises errors of several network libraries
-                answer.append(f"{silent}: {reason(error)}")
+                answer[0] = f"{silent}: {reason(error)}"
 
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         asking.join(2 * PATIENCE)
-        return answer[0] if answer else f"{silent} within {2 * PATIENCE:g} seconds"
+        return answer[0]
 
     def first(self, *files: str) -> Path:
         """The first of these files that the repository has. InputError if it has none of them."""
@@ -92,7 +89,8 @@ class _Repository:
                 where = {"revision": self.revision, "local_files_only": offline}
                 found = Path(self.client.hf_hub_download(self.repository, file, **where))
             except LocalEntryNotFoundError as error:  # also an EntryNotFoundError: the hub may have the file
-                if not (offline and self._known_to_lack(file)):
+                known = self.client.try_to_load_from_cache(self.repository, file, revision=self.revision)
+                if not offline or known is None or isinstance(known, str):  # else the cache states that it is missing
                     raise self._fault(file, self.silence or reason(error.__cause__ or error)) from None
             except EntryNotFoundError:
                 continue
@@ -103,11 +101,6 @@ class _Repository:
                     self.revision = found.parent.name  # a folder of the cache is a commit: use it for the others
                 return found
         return None
-
-    def _known_to_lack(self, file: str) -> bool:
-        """Whether the cache states that this revision has no such file."""
-        known = self.client.try_to_load_from_cache(self.repository, file, revision=self.revision)
-        return known is not None and not isinstance(known, str)
 
     def _fault(self, files: str, cause: str) -> InputError:
         return InputError(f"{files} of {self.name} could not be downloaded ({cause})")

@@ -282,7 +282,8 @@ def _timm(folder: Path, card: Section) -> Folder:
         config, preprocessing = architecture(f"{base}.{tag}", **overrides)
         if "img_size" not in overrides and "input_size" in pretrained:
             config["img_size"] = list(pretrained["input_size"][1:])
-        fields = {key: pretrained[key] for key in PRETRAINED if key in pretrained}
+        used = ("crop_pct", "crop_mode", "interpolation", "mean", "std")
+        fields = {key: pretrained[key] for key in used if key in pretrained}
         size = build(config).img_size
         preprocessing = Preprocessing.from_dict({**preprocessing.to_dict(), **fields, "size": list(size)})
     except InputError as error:
@@ -292,6 +293,3 @@ def _timm(folder: Path, card: Section) -> Folder:
     labels = card.content.get("label_names")
     names = list(map(str, labels)) if isinstance(labels, list) else None
     return Folder(config, preprocessing, current_names(folders.read_weights(folder)), names, of_timm=True)
-
-
-PRETRAINED = ("crop_pct", "crop_mode", "interpolation", "mean", "std")

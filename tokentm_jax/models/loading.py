@@ -63,10 +63,7 @@ class Model:
         return self.preprocessing.read(given)
 
     def logits(self, inputs: Any) -> Array:
-        """Results of `read` -> logits [B, classes] in float32, or features; normalisation is included.
-
-        Raises InputError for anything else.
-        """
+        """Results of `read`, which are normalised here -> float32 logits [B, classes], or features. InputError."""
         return _logits(self.module, self.preprocessing, self.params, self.preprocessing.checked(inputs))
 
     def prepare(self, inputs: Any) -> Any:
@@ -97,10 +94,7 @@ class Model:
             raise InputError(f"{self.name} gives features and no classes: {asked}, such as tm.scores.Cosine")
 
     def embed_text(self, prompts: str | Sequence[str]) -> np.ndarray:
-        """One prompt or several -> [T, E] float32 of unit length, in the space of the outputs.
-
-        Raises InputError for a model without a text tower, or an invalid prompt.
-        """
+        """Prompts -> [T, E] float32 of unit length, in the space of the outputs. InputError without a text tower."""
         if self.text is None:
             raise InputError(f"{self.name} has no text tower: a prompt is for models such as CLIP and SigLIP")
         return np.asarray(self.text.embed(prompts))

@@ -39,8 +39,7 @@ def _timm_name(path: tuple[str, ...], block: int = 0) -> str:
 
 
 def _timm_shape(module: Any, path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of a timm tensor, from the shape of our parameter without the axis L. Without a module, patches are square
-    with 3 channels."""
+    """Shape of timm's tensor, from ours of one block. Without a module, patches are square with 3 channels."""
     if path == ("patch_embed", "kernel"):
         side = int((shape[0] / 3) ** 0.5 + 0.5)
         return (shape[1], 3, side, side) if module is None else (shape[1], module.in_chans, *module.tiling.patch)
@@ -111,17 +110,15 @@ def to_params(
             with np.errstate(over="ignore"):  # values that are too large become infinite, and raise below
                 values = [_from_timm(path, np.asarray(tensor, np.float32)) for tensor in found.values()]
             params[path] = np.stack(values) if stacked else values[0]
-    faults = [(label, names) for label, names in (("missing", missing), ("wrong shape", wrong)) if names]
-    if tensors:
-        faults.append(("unexpected", sorted(tensors)))
-    if faults:
+    faults = {"missing": missing, "wrong shape": wrong, "unexpected": sorted(tensors)}
+    if any(faults.values()):
         hint = ""
         if any(n.startswith("fc_norm.") for n in missing) and any(n.startswith("norm.") for n in tensors):
             hint = "; the file normalises before pooling: set fc_norm=False"
         if any(n.startswith("pre_logits.") for n in tensors):
             hint = "; its classifier reads the layer pre_logits, which is not supported"
         hint = hint or names_that_fit(shapes, module)
-        listed = "; ".join(f"{label}: {', '.join(_shorten(names))}" for label, names in faults)
+        listed = "; ".join(f"{label}: {', '.join(_shorten(names))}" for label, names in faults.items() if names)
         raise InputError(f"{source} does not fit the model ({listed}){hint}")
     for path, value in params.items():
         if not np.isfinite(value).all():
@@ -140,10 +137,7 @@ def _shorten(names: list[str]) -> list[str]:
 
 
 def names_that_fit(shapes: Mapping[str, tuple[int, ...]], module: Any = None) -> str:
-    """The names of the table that fit weights of these shapes best: "; width 192, depth 12: deit_tiny_patch16_224?".
-
-    Empty if the weights are not of a ViT, or if no name fits better than `module`.
-    """
+    """The names that fit these shapes best: "; width 192, depth 12: deit_tiny_patch16_224?"; "": none is better."""
     patches = shapes.get("patch_embed.proj.weight", ())
     depth = len({name.split(".")[1] for name in shapes if re.match(r"blocks\.\d+\.", name)})
     if len(patches) != 4 or not depth:
@@ -176,10 +170,7 @@ def _unlike(module: Any, shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def _other_grid(module: ViT, positions: np.ndarray, stated: tuple[int, int] | None) -> tuple[int, int] | None:
-    """Patch grid of position embeddings [1, N, D] that must be resampled for the module.
-
-    None: they have the module's grid, or an unknown one. A wrong shape is then reported with the other faults.
-    """
+    """Patch grid of position embeddings [1, N, D] to resample; None for the module's grid, or an unknown one."""
     if positions.ndim != 3 or positions.shape[0] != 1 or positions.shape[2] != module.embed_dim:
         return None
     count = positions.shape[1] - (0 if module.no_embed_class else module.prefix)

@@ -73,23 +73,14 @@ def _embed(module: TextEncoder, params: Any, ids: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """Prompts -> token ids, with the model's files as they were when it was loaded.
+    """Prompts -> token ids, with the model's files as they were when it was loaded."""
 
-    Attributes:
-      files: `tokenizer.json`, or CLIP's `vocab.json` and `merges.txt`.
-      contents: of the files.
-      context: number C of ids; longer prompts are cut, and keep their last special token.
-      pad: id after shorter prompts; None: the id of the prompt's last token, which is the end of text.
-      canonical: lower case without punctuation, as in SigLIP's processor.
-      problem: why the tokenizer is missing, for the error at the first prompt.
-    """
-
-    files: tuple[Path, ...]
+    files: tuple[Path, ...]  # `tokenizer.json`, or CLIP's `vocab.json` and `merges.txt`
     contents: tuple[str, ...] = dataclasses.field(repr=False)
-    context: int
-    pad: int | None = None
-    canonical: bool = False
-    problem: str | None = None
+    context: int  # number C of ids; longer prompts are cut, and keep their last special token
+    pad: int | None = None  # id after shorter prompts; None: that of the prompt's last token, the end of text
+    canonical: bool = False  # lower case without punctuation, as in SigLIP's processor
+    problem: str | None = None  # why the tokenizer is missing, for the error at the first prompt
 
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
         """[T] -> ids [T, C] int32. Raises InputError for files that are missing or damaged, and without the extra."""

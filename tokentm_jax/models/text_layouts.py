@@ -115,10 +115,7 @@ def _drop_padding(config: Section, tensors: Tensors) -> None:
 
 
 def pooling_file(folder: Path) -> str:
-    """The file of sentence-transformers in a folder that specifies how tokens are pooled.
-
-    Raises InputError for modules that change a cosine of pooled tokens.
-    """
+    """The file of sentence-transformers that specifies the pooling. InputError for modules that change a cosine."""
     if not folders.present(folder, MODULES):
         return POOLING
     listed, places = read_json(folder / MODULES, what="modules"), []

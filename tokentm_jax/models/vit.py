@@ -98,10 +98,7 @@ class ViT(nn.Module):
 
     @property
     def readout(self) -> tuple[float, ...]:
-        """r0 [N]: the distribution with which the head reads tokens.
-
-        With attention pooling the shares of patches depend on the image; here all are equal.
-        """
+        """r0 [N]: the distribution with which the head reads tokens; equal shares of patches for attention pooling."""
         patches = self.grid[0] * self.grid[1]
         if self.global_pool == "cat":
             return (0.5,) + (0.0,) * (self.prefix - 1) + (0.5 / patches,) * patches
@@ -225,10 +222,7 @@ class ViT(nn.Module):
         return wide(self.linear(pooled, *heads[0]) + self.linear(x[:, 1], *heads[1]))
 
     def read_part(self, tokens: Array, kept: Array, count: int) -> Array:
-        """The outputs for embedded tokens [B, N, D] without the patches that are not `kept` [B, n].
-
-        Each sample keeps the same `count` patches.
-        """
+        """Outputs for embedded tokens [B, N, D] with only the `count` `kept` patches [B, n], the same in all."""
         places = self.prefix + jnp.flatnonzero(kept[0], size=count)
         shown = jnp.concatenate([tokens[:, : self.prefix], tokens[:, places]], 1)
         return self.classify(self.blocks(shown, None)[0])
