@@ -68,9 +68,8 @@ class Spectrogram:
         where = "preprocessing: 'audio'"
         check_fields(self, where)
         if self.window > self.fft:
-            raise InputError(
-                f"{where}: the window of {self.window} samples is longer than the transform of {self.fft}"
-            )
+            longer = f"the window of {self.window} samples is longer than the transform of {self.fft}"
+            raise InputError(f"{where}: {longer}")
         if self.lowest_frequency >= self.sampling_rate / 2:
             raise InputError(f"{where}: 'lowest_frequency' must be below half of the sampling rate")
         if self.floor >= self.ceiling:

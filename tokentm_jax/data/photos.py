@@ -6,7 +6,7 @@ import glob
 import os
 import threading
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,6 +29,7 @@ _WEBP_PIXEL = 16  # its decoder stores two canvases
 _BITS, _PHOTOMETRIC, _TILE_WIDTH, _TILE_LENGTH, _SAMPLE_FORMAT = 258, 262, 322, 323, 339  # tags of TIFF
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _STRIP = 2**20  # pixels that are converted at a time
+Box = tuple[int, int, int, int]
 
 
 class _Memory:
@@ -176,13 +177,11 @@ def _to_rgb(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
     # In strips, because intermediate images and arrays need many times the memory of the photo.
     rows = max(1, _STRIP // image.width)
     boxes = [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
-    black, white = _black_and_white(image, tags, boxes) if wide else (0.0, 255.0)
+    eight_bits = _eight_bits(image, tags, boxes) if wide else None
     photo = Image.new("RGB", image.size)
     for box in boxes:
-        if wide:  # Pillow's own conversion clips at 255
-            grey = (_values(image, tags, box) - black) * (255 / (white - black))
-            grey = 255 - grey if tags.get(_PHOTOMETRIC) == 0 else grey  # Pillow inverts only narrower TIFFs
-            part = Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
+        if eight_bits is not None:  # Pillow's own conversion clips at 255
+            part = eight_bits(box).convert("RGB")
         else:
             part = image.crop(box).convert("RGBA")
             part = Image.alpha_composite(Image.new("RGBA", part.size, "white"), part).convert("RGB")
@@ -190,31 +189,28 @@ def _to_rgb(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
     return photo
 
 
-def _sample(tags: Mapping[int, Any]) -> tuple[int, bool]:
-    """Bits of a value, and whether it is an unsigned integer; 16 bits for a file that is not a TIFF."""
-    return tags.get(_BITS, (16,))[0], tags.get(_SAMPLE_FORMAT, (1,))[0] == 1
+def _eight_bits(image: Image.Image, tags: Mapping[int, Any], boxes: Sequence[Box]) -> Callable[[Box], Image.Image]:
+    """A function from a part of a grey image of more than 8 bits to an image of 8 bits, as `open_photo` states."""
+    bits, unsigned = tags.get(_BITS, (16,))[0], tags.get(_SAMPLE_FORMAT, (1,))[0] == 1  # 16 for others than TIFF
 
+    def values(box: Box) -> np.ndarray:
+        found = np.asarray(image.crop(box))
+        if image.mode == "I" and bits == 32 and unsigned:  # Pillow has no such mode: large values would be negative
+            found = found.view(np.uint32)
+        return np.nan_to_num(found.astype(np.float64), posinf=0, neginf=0)
 
-def _black_and_white(
-    image: Image.Image, tags: Mapping[int, Any], boxes: Iterable[tuple[int, int, int, int]]
-) -> tuple[float, float]:
-    """The values of black and white in a grey image of more than 8 bits, as `open_photo` states."""
-    ends = [(values.min(), values.max()) for values in (_values(image, tags, box) for box in boxes)]
-    smallest, largest = float(min(low for low, _ in ends)), float(max(high for _, high in ends))
-    bits, unsigned = _sample(tags)
+    ends = [(float(part.min()), float(part.max())) for part in map(values, boxes)]
+    black, largest = min(0.0, *(low for low, _ in ends)), max(high for _, high in ends)
+    white = 2.0 ** (bits if unsigned else bits - 1) - 1
     if image.mode == "F" or bits == 32:
         white = next((white for white in (1.0, 255.0) if largest <= white), largest)
-    else:
-        white = 2.0 ** (bits if unsigned else bits - 1) - 1
-    return min(0.0, smallest), white
 
+    def scaled(box: Box) -> Image.Image:
+        grey = (values(box) - black) * (255 / (white - black))
+        grey = 255 - grey if tags.get(_PHOTOMETRIC) == 0 else grey  # Pillow inverts only narrower TIFFs
+        return Image.fromarray(grey.round().astype(np.uint8))
 
-def _values(image: Image.Image, tags: Mapping[int, Any], box: tuple[int, int, int, int]) -> np.ndarray:
-    """Finite numbers of a part of a grey image."""
-    values = np.asarray(image.crop(box))
-    if image.mode == "I" and _sample(tags) == (32, True):  # Pillow has no such mode: large values would be negative
-        values = values.view(np.uint32)
-    return np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0)
+    return scaled
 
 
 def find_photos(

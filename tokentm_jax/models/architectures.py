@@ -165,17 +165,16 @@ def _check_together(module: ViT) -> None:
             raise InputError(f"model option 'img_size': {side} is not a multiple of the patch size {patch}")
         if stride > patch:
             raise InputError(f"model option 'stride': {stride} leaves gaps between patches of {patch}")
-    if module.embed_dim % module.num_heads:
-        raise InputError(
-            f"model option 'num_heads': {module.num_heads} heads do not divide the width {module.embed_dim}"
-        )
-    if int(module.embed_dim * module.mlp_ratio) < 1:
+    width, heads = module.embed_dim, module.num_heads
+    if width % heads:
+        raise InputError(f"model option 'num_heads': {heads} heads do not divide the width {width}")
+    if int(width * module.mlp_ratio) < 1:
         raise InputError(f"model option 'mlp_ratio': {module.mlp_ratio} leaves the FFN without hidden units")
     if module.global_pool in ("token", "cat") and not module.class_token:
         raise InputError(f"model option 'global_pool': {module.global_pool!r} needs a class token; use 'avg'")
     if module.global_pool == "prefix" and not module.prefix:
         raise InputError("model option 'global_pool': 'prefix' needs a token before the patches; use 'avg'")
-    if module.rope_type is not None and module.embed_dim // module.num_heads % 4:
+    if module.rope_type is not None and width // heads % 4:
         raise InputError("model option 'rope_type': rotary positions need heads whose width is a multiple of 4")
     if module.distilled and not module.num_classes:
         raise InputError("model option 'distilled' needs classes")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 from annotated_types import Ge, Gt, Le, Len
 
 from tokentm_jax.errors import InputError
@@ -174,8 +175,7 @@ def fields_of(section: Section, layout: str, activations: str = "photos") -> Con
 
 def classes_of(config: Section, tensors: Tensors) -> tuple[int, list[str] | None]:
     """The number of classes, and their names unless these are the default ones. InputError if they do not match."""
-    head = tensors.get("head.weight")
-    count = head.shape[0] if head is not None and head.ndim else 0
+    count = [*np.shape(tensors.get("head.weight", 0)), 0][0]  # 0 without a classifier
     names = config("id2label", dict[str, str], {})
     listed = [names.get(str(i)) for i in range(len(names))]
     if not count or not names or None in listed or all(re.fullmatch(r"LABEL_\d+", str(name)) for name in listed):

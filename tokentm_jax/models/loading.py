@@ -223,8 +223,7 @@ def load(
         return _load_text(folder, _name_of(model or checkpoint), class_names, dtype)
     found, name, path, grid = _found(model, checkpoint, folder)
     if num_classes is None:
-        head = found.tensors.get("head.weight")
-        num_classes = head.shape[0] if head is not None and head.ndim else 0
+        num_classes = [*np.shape(found.tensors.get("head.weight", 0)), 0][0]  # 0 without a classifier
     module = build(found.config, img_size, num_classes, dtype)
     if module.in_chans != len(found.preprocessing.mean):
         channels = f"{module.in_chans} channels, and the preprocessing has {len(found.preprocessing.mean)}"

@@ -125,10 +125,8 @@ class TextTower:
                 raise InputError(f"a prompt must have 1 to {LARGEST_PROMPT} characters, got {text!r:.80}")
         ids = self.tokenizer(texts)
         if ids.min() < 0 or ids.max() >= self.module.vocabulary:
-            raise InputError(
-                f"the tokenizer does not fit the model: it gives the id {ids.max()}, "
-                f"and the model has {self.module.vocabulary} tokens"
-            )
+            given = f"it gives the id {ids.max()}, and the model has {self.module.vocabulary} tokens"
+            raise InputError(f"the tokenizer does not fit the model: {given}")
         if self.module.end is not None and not (ids == self.module.end).any(-1).all():
             raise InputError(f"the tokenizer does not end a text with the model's id {self.module.end}")
         return _embed(self.module, self.params, jnp.asarray(ids))

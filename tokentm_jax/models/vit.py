@@ -94,7 +94,12 @@ class ViT(nn.Module):
     @property
     def prefix(self) -> int:
         """Number of tokens before the patch tokens: class, distillation, registers."""
-        return int(self.class_token) + int(self.distilled) + self.reg_tokens
+        return sum(self._prefix_tokens.values())
+
+    @property
+    def _prefix_tokens(self) -> dict[str, int]:
+        counts = {"cls_token": int(self.class_token), "dist_token": int(self.distilled), "reg_token": self.reg_tokens}
+        return {name: count for name, count in counts.items() if count}
 
     @property
     def readout(self) -> tuple[float, ...]:
@@ -113,12 +118,8 @@ class ViT(nn.Module):
         d = self.embed_dim
         gh, gw = self.grid
         self.patch_embed = Affine(d, not self.pre_norm)
-        if self.class_token:
-            self.cls_token = self.param("cls_token", trunc_normal, (1, 1, d))
-        if self.distilled:
-            self.dist_token = self.param("dist_token", trunc_normal, (1, 1, d))
-        if self.reg_tokens:
-            self.reg_token = self.param("reg_token", trunc_normal, (1, self.reg_tokens, d))
+        for name, count in self._prefix_tokens.items():
+            setattr(self, name, self.param(name, trunc_normal, (1, count, d)))
         positions = gh * gw + (0 if self.no_embed_class else self.prefix)
         self.positions = None
         if self.pos_embed == "learn":
@@ -171,11 +172,8 @@ class ViT(nn.Module):
             raise InputError(f"images must be [B, {', '.join(map(str, expected))}] for this model, got {images.shape}")
         patches = self._patches(images.astype(self.dtype or images.dtype))
         x = self.linear(patches, *self.patch_embed(patches.shape[-1]))
-        names = (
-            ["cls_token"] * self.class_token + ["dist_token"] * self.distilled + ["reg_token"] * bool(self.reg_tokens)
-        )
         # Adding zeros of the batch's shape broadcasts under sharding without a collective.
-        prefix = [getattr(self, name).astype(x.dtype) + jnp.zeros_like(x[:, :1]) for name in names]
+        prefix = [getattr(self, name).astype(x.dtype) + jnp.zeros_like(x[:, :1]) for name in self._prefix_tokens]
         if self.positions is not None and self.no_embed_class:
             x = x + self.positions.astype(x.dtype)
         x = jnp.concatenate([*prefix, x], axis=1)
