@@ -57,8 +57,7 @@ def as_path(value: Any, what: str) -> Path:
 def opened(path: str | os.PathLike[str], what: str = "") -> Iterator[BufferedReader]:
     """A regular file, open for reading.
 
-    InputError "{what} {path} ..." for a missing file, a folder, a pipe or device, an invalid name, and for every error
-    while it is read.
+    InputError "{what} {path} ..." for anything else, an invalid name, and every error while it is read.
     """
     name = f"{what} {os.fspath(path)}".lstrip()
     try:
@@ -173,10 +172,9 @@ def replace(
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Delay signals that Python code handles (Ctrl-C, SIGTERM, SIGHUP) until the end of the block, while Orbax writes.
+    """Delay signals (Ctrl-C, SIGTERM, SIGHUP) until the end of the block, while Orbax writes, in the main thread.
 
-    Else a KeyboardInterrupt may be raised in a callback of its event loop, where it cannot be caught. Without effect
-    outside the main thread, where it is never raised.
+    Else a KeyboardInterrupt may be raised in a callback of its event loop, where it cannot be caught.
     """
     waiting: list[tuple[int, FrameType | None]] = []
     handlers: dict[int, Any] = {}

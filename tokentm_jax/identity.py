@@ -39,9 +39,8 @@ FIGURES = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".pdf": "pdf", ".svg": 
 
 
 def write_figure(figure: "Figure", path: Path, hint: str = "", *, overwrite: bool = False, question: str = "") -> None:
-    """Write a figure with `files.replace`, in the format of its suffix, one of `FIGURES`.
+    """Write a figure with `files.replace` and the mark of `files.generator`, in a format of `FIGURES`, by its suffix.
 
-    It has the mark of `files.generator`: in PNG as "Software", in PDF and SVG as the creator, in JPEG as the comment.
     Text in PDF and SVG stays text, and pictures keep their pixels. Equal figures give equal files. Texts contain names
     from users, so dollar signs never make a formula. Raises InputError, also for another suffix.
     """
@@ -118,8 +117,7 @@ def claimed(folder: Path, terms: Terms, writes: Iterable[str], overwrite: bool =
     """Make a folder of results, or check that it has results of the same terms; no other process may write meanwhile.
 
     `writes` are the names that the run will write. In a folder without `identity.json` they belong to others: with
-    `overwrite` files are replaced, folders never. Raises InputError for these, for other terms, and for a folder that
-    another process uses.
+    `overwrite` files are replaced, folders never. Raises InputError.
     """
     filelock = require("filelock", "evaluation", "an output folder that can be continued")
     known, lock_file = folder / "identity.json", folder / ".lock"

@@ -158,8 +158,7 @@ def resample(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:
 def open_recording(path: str | Path) -> Recording:
     """The first `LONGEST` seconds of a WAV, FLAC or OGG file (Vorbis, Opus); the mean of its channels.
 
-    Raises InputError for a file that is missing, not a file, empty, of another format, damaged or truncated, and
-    without the extra `tokentm-jax[audio]`.
+    Raises InputError for a file that cannot be read or is truncated, and without the extra `tokentm-jax[audio]`.
     """
     with opened(path) as file:
         return decode(file, str(path))

@@ -18,7 +18,7 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,9 +148,11 @@ def _download(sample: Sample, work: Path, step: Callable[[int], Any]) -> Path:
 
     archive = work / "archive.zip"
     try:
-        with open(archive, "wb") as file:
+        with open(archive, "wb") as file, ExitStack() as stack:
             limited: Any = _Limited(file, SLACK + sample.download, step)
-            pooch.HTTPDownloader(chunk_size=PIECE, timeout=TIMEOUT)(sample.address, limited, None)
+            hooks = {"response": lambda response, **_: stack.enter_context(response)}
+            downloader = pooch.HTTPDownloader(chunk_size=PIECE, timeout=TIMEOUT, hooks=hooks)
+            downloader(sample.address, limited, None)
     except requests.RequestException as error:
         cause: BaseException = error  # the original error, such as an unknown name of a server
         while (deeper := cause.__cause__ or cause.__context__) is not None:
@@ -178,8 +180,6 @@ class _Limited:
 
 # ---- converted ------------------------------------------------------------------------------------------------------
 
-SHORT_SIDE, QUALITY = 288, 95
-
 
 def _photos(originals: Originals, out: Path, step: Callable[[int], Any]) -> None:
     """Every second photo, with a short side of at most 288 pixels (bicubic), as JPEG of quality 95."""
@@ -190,13 +190,12 @@ def _photos(originals: Originals, out: Path, step: Callable[[int], Any]) -> None
         if number % 2 == 0:
             with Image.open(io.BytesIO(originals.read(path))) as image:
                 photo = image.convert("RGB")
-            scale = SHORT_SIDE / min(photo.size)
+            scale = 288 / min(photo.size)
             if scale < 1:
-                photo = photo.resize(
-                    (round(photo.width * scale), round(photo.height * scale)), Image.Resampling.BICUBIC
-                )
+                size = round(photo.width * scale), round(photo.height * scale)
+                photo = photo.resize(size, Image.Resampling.BICUBIC)
             rows.append(f"{number:04d}_{Path(path).stem}.jpg,{number}")
-            photo.save(folder / rows[-1].partition(",")[0], "JPEG", quality=QUALITY)
+            photo.save(folder / rows[-1].partition(",")[0], "JPEG", quality=95)
         step(1)
     (folder / "labels.csv").write_text("\n".join(rows) + "\n")
 
@@ -264,7 +263,10 @@ def _masks(originals: Originals, out: Path, step: Callable[[int], Any]) -> None:
                 annotations[split] = json.loads(originals.read(described))
             pixels = np.asarray(Image.open(io.BytesIO(originals.read(photo))).convert("RGB"))
             of_segment = np.asarray(Image.open(io.BytesIO(originals.read(segments))).convert("RGB")) @ [1, 256, 65536]
-            mask = np.isin(of_segment, _segments_of(annotations[split], number, category)).astype(np.uint8)
+            names = {entry["id"]: entry["name"] for entry in annotations[split]["categories"]}
+            own = next(entry for entry in annotations[split]["annotations"] if entry["file_name"] == f"{number}.png")
+            wanted = [part["id"] for part in own["segments_info"] if names[part["category_id"]] == category]
+            mask = np.isin(of_segment, wanted).astype(np.uint8)
             name = np.frombuffer(f"coco_{split}_{number}_{category}".encode(), np.uint8)[:, None].astype(np.uint16)
             tables["img"][place, 0] = kept.create_dataset(
                 f"i{place}", data=pixels.transpose(2, 1, 0), compression="gzip"
@@ -274,13 +276,6 @@ def _masks(originals: Originals, out: Path, step: Callable[[int], Any]) -> None:
             tables["gt"][place, 0] = cell.ref
             tables["id"][place, 0] = kept.create_dataset(f"n{place}", data=name).ref
             step(2)
-
-
-def _segments_of(annotations: Mapping[str, Any], number: str, category: str) -> list[int]:
-    """The numbers of a photo's segments of one category, in COCO's panoptic annotations."""
-    names = {entry["id"]: entry["name"] for entry in annotations["categories"]}
-    own = next(entry for entry in annotations["annotations"] if entry["file_name"] == f"{number}.png")
-    return [segment["id"] for segment in own["segments_info"] if names[segment["category_id"]] == category]
 
 
 _PATHS_OF_MASKS = frozenset(path for split, number, _ in MASKED for path in _of_masks(split, number))

@@ -106,10 +106,8 @@ def open_photo(path: str | Path) -> Image.Image:
     values of 12 or 16 bits are scaled to 8 bits. For 32 bits, integers or floats, white is 1 or 255 if no value is
     larger, else the largest value. Black is 0, or the smallest value if that is negative.
 
-    Raises:
-      InputError: the file is missing, not a file, unreadable, empty, larger than `MAX_FILE`, not an image of
-        `FORMATS`, damaged, has more than `MAX_PIXELS` pixels (three quarters of that for WebP; the header is checked
-        before decoding), or is a strip narrower than 1 : `MAX_ASPECT`.
+    Raises InputError for a file that cannot be read, is larger than `MAX_FILE`, or is not an image of `FORMATS`, and
+    as `check_size`, before decoding.
     """
     with opened(path) as file:
         if size_of(file) > MAX_FILE:

@@ -37,16 +37,12 @@ Item = TypeVar("Item")
 
 
 class Example(NamedTuple):
-    """One image, recording or text with its label and mask.
-
-    `mask` [H, W] has the size of the image and is true in the foreground, or has the rating of each character of a
-    text.
-    """
+    """One image, recording or text with its label and mask."""
 
     key: str
     content: Image.Image | Recording | str
     label: int | None = None
-    mask: np.ndarray | None = None
+    mask: np.ndarray | None = None  # [H, W], true in the foreground; or the rating of each character of a text
 
 
 def kind_of(content: Any) -> str:
@@ -56,20 +52,16 @@ def kind_of(content: Any) -> str:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source:
-    """Examples in a fixed order. `source[i]` reads and decodes one; InputError if it cannot be read.
-
-    `keys` are unique names. `identify` computes `identity`, and a part of the source has the same one. `named` is
-    false if `class_names` are only the numbers of the classes.
-    """
+    """Examples in a fixed order. `source[i]` reads and decodes one; InputError if it cannot be read."""
 
     name: str
-    identify: Callable[[], str]
-    keys: tuple[str, ...]
+    identify: Callable[[], str]  # computes `identity`, which a part of the source shares
+    keys: tuple[str, ...]  # unique names
     read: Callable[[str], Example]
     class_names: tuple[str, ...] | None = None
     labelled: bool = True
     masked: bool = False
-    named: bool = True
+    named: bool = True  # false if `class_names` are only the numbers of the classes
     sizes: tuple[int, ...] | None = None  # lengths of texts, so that a batch has texts of similar length
 
     @functools.cached_property
@@ -148,11 +140,9 @@ def open_source(
     if seed is not None:
         keys = [keys[i] for i in np.random.default_rng(seed).permutation(len(keys))[:limit]]
     chosen = tuple(spread(keys, limit))
-    sizes = dict(zip(source.keys, source.sizes, strict=True)) if source.sizes else None
-    identify = functools.cache(source.identify)
-    return dataclasses.replace(
-        source, identify=identify, keys=chosen, sizes=sizes and tuple(sizes[key] for key in chosen)
-    )
+    known = dict(zip(source.keys, source.sizes or (), strict=False))
+    sizes = tuple(known[key] for key in chosen) if known else None
+    return dataclasses.replace(source, identify=functools.cache(source.identify), keys=chosen, sizes=sizes)
 
 
 def spread(items: Sequence[Item], limit: int | None) -> Sequence[Item]:

@@ -266,7 +266,9 @@ def write_checkpoint(
     text = json.dumps(description)
     if path.suffix not in ("", ".safetensors"):
         raise InputError(f"{path}: a checkpoint is written as NAME.safetensors or as a folder without suffix")
-    if not isinstance(params, Mapping) or not all(_is_real(leaf) for leaf in jax.tree.leaves(params)):
+    kinds = [getattr(leaf, "dtype", object) for leaf in jax.tree.leaves(params)]
+    real = [jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer) for kind in kinds]
+    if not isinstance(params, Mapping) or not all(real):
         raise InputError(f"{where} 'params' must be a nested dictionary of arrays of real numbers")
     dtype = checked(f"{where} 'dtype'", Literal["float32", "float16"], dtype)
     if dtype != "float32" and not path.suffix:
@@ -283,11 +285,6 @@ def write_checkpoint(
     else:
         replace(path, lambda part: _write_orbax(part, params, text), folder=True)
     return path
-
-
-def _is_real(leaf: Any) -> bool:
-    dtype = getattr(leaf, "dtype", None)
-    return dtype is not None and (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer))
 
 
 def _write_orbax(folder: Path, params: Mapping[str, Any], description: str) -> None:

@@ -15,10 +15,9 @@ PATIENCE = 5.0  # seconds for each step of the hub's first answer
 
 
 def download(name: str) -> Path:
-    """The folder of "hf-hub:OWNER/NAME" or "hf-hub:OWNER/NAME@REVISION", through the hub's cache.
+    """The folder of "hf-hub:OWNER/NAME" or "hf-hub:OWNER/NAME@REVISION", through the hub's cache. Raises InputError.
 
-    Only the files that `layouts` reads are fetched, all of one commit. Raises InputError if the hub has no such model,
-    or if it cannot be reached and the cache lacks a file.
+    Only the files that `layouts` reads are fetched, all of one commit.
     """
     client = require("huggingface_hub", "hub", name)
     repository, _, revision = name.removeprefix(HUB).partition("@")

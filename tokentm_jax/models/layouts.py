@@ -87,19 +87,14 @@ def _vit(folder: Path, config: Section) -> Folder:
         options["img_size"] = list(preprocessing.size)
     if any(re.match(r"(\w+\.)?pooler\.", name) for name in stored):
         notes += (f"{folder}: left out of its weights: pooler; the outputs are the features that it reads",)
-    antialias = "registers" in kind
-    return Folder(options, preprocessing, tensors, names, grid=grid, antialias=antialias, notes=notes)
+    return Folder(options, preprocessing, tensors, names, grid=grid, antialias="registers" in kind, notes=notes)
 
 
 # ---- AST ------------------------------------------------------------------------------------------------------------
 
 
 def _ast(folder: Path, config: Section) -> Folder:
-    """The Audio Spectrogram Transformer (Gong et al., Interspeech 2021).
-
-    Its head reads the mean of the two tokens before the patches, with a norm before and after. Patches overlap. Rows
-    of its images are frequencies.
-    """
+    """The Audio Spectrogram Transformer (Gong et al., Interspeech 2021): patches overlap, and rows are frequencies."""
     names = [*LAYOUTS["ast"]["names"], *LAYOUTS["vit"]["names"]]
     tensors = current_names(renamed(folders.read_weights(folder), names))
     options = _with_ratio(config, fields_of(config, "ast"))

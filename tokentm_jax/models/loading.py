@@ -246,15 +246,14 @@ def _folder(model: Any, checkpoint: Any) -> Path | None:
     weights = None if checkpoint is None else as_path(checkpoint, "the checkpoint")
     if model is None:
         return weights if weights is not None and is_folder(weights) else None
-    if not isinstance(model, str) or not (model.startswith(HUB) or is_folder(model) or _is_path(model)):
+    if not isinstance(model, str):
+        return None
+    unnamed = model not in shipped() and model.partition(".")[0] not in ARCHITECTURES
+    if not (model.startswith(HUB) or is_folder(model) or (os.path.isdir(model) and unnamed)):
         return None
     if weights is not None:
         raise InputError(f"{model} has weights: leave out the checkpoint {weights}")
     return download(model) if model.startswith(HUB) else as_path(model, "the model")
-
-
-def _is_path(model: str) -> bool:
-    return os.path.isdir(model) and model not in shipped() and model.partition(".")[0] not in ARCHITECTURES
 
 
 def _name_of(model: Any) -> str:
@@ -336,8 +335,7 @@ Names = tuple[list[str], list[str] | None]  # of classes, and their wnids if the
 
 
 def _names(given: Any, found: Folder, path: Path, count: int) -> tuple[tuple[str, ...] | None, ...]:
-    """Names and wnids of the classes: the given ones, else the model's, else of a file next to it, else ImageNet-1k's
-    for a model of timm with 1000 classes. None if they are unknown, or of another number of classes."""
+    """Names and wnids of the classes: given, the model's, of a file next to it, or timm's of 1000; None if unknown."""
     beside = path.parent / "imagenet_classes.json"
     names: Sequence[str] | None = found.class_names
     wnids: Sequence[str] | None = None

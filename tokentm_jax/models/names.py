@@ -83,8 +83,8 @@ def from_google(arrays: Tensors, path: Path) -> Tensors:
         if name == "patch_embed.proj.weight" and tensor.ndim == 4:
             tensors[name] = tensor.transpose(3, 2, 0, 1)
         elif name.endswith(".weight") and of_heads:  # [D, H, D/H], or [H, D/H, D] for the output
-            d = tensor.shape[-1] if ".proj." in name else tensor.shape[0]
-            tensors[name] = (tensor.reshape(-1, d) if ".proj." in name else tensor.reshape(d, -1)).T
+            shape = (-1, tensor.shape[-1]) if ".proj." in name else (tensor.shape[0], -1)
+            tensors[name] = tensor.reshape(shape).T
         elif name.endswith(".bias") and of_heads:
             tensors[name] = tensor.reshape(-1)
         elif name.endswith(".weight") and tensor.ndim == 2:

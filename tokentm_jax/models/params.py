@@ -82,9 +82,8 @@ def to_params(
     """timm's names -> the tree of `module`, float32. Position embeddings of another grid are resampled.
 
     `source` is the file's name in errors. With `reset_head` the classifier is ignored, and the result has none.
-    `old_grid` is the patch grid of the file. None means the module's grid if the number of positions fits it and is
-    not a square, else a square. `antialias`: positions are resampled as in timm and OpenCLIP (True), or as in most
-    models of Hugging Face (False).
+    `old_grid` is the patch grid of the file; None: the module's if the number of positions fits it and is no square,
+    else a square. `antialias`: resampled as in timm and OpenCLIP, or else as in most models of Hugging Face.
     Raises InputError with a list of every missing, unexpected and wrongly shaped parameter.
     """
     tensors = {name: t for name, t in tensors.items() if not (reset_head and name.startswith(HEADS))}

@@ -5,7 +5,6 @@ Axes, besides those of `vit`: T prompts, C tokens of a prompt, V vocabulary, W w
 
 import dataclasses
 import functools
-import re
 import string
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,7 +86,9 @@ class Tokenizer:
         if self.problem is not None:
             raise InputError(self.problem)
         pieces = engine(self.contents, self.context, *self.files)
-        texts = [_canonical(prompt) for prompt in prompts] if self.canonical else list(prompts)
+        texts, marks = list(prompts), str.maketrans("", "", string.punctuation)
+        if self.canonical:
+            texts = [" ".join(prompt.lower().translate(marks).split()) for prompt in prompts]
         with one_sentence(self.files):
             found = [encoding.ids for encoding in pieces.encode_batch(texts)]
         ids = np.empty((len(found), self.context), np.int32)
@@ -99,15 +100,9 @@ class Tokenizer:
         return ids
 
 
-def _canonical(prompt: str) -> str:
-    words = prompt.lower().translate(str.maketrans("", "", string.punctuation))
-    return re.sub(r"\s+", " ", words).strip()
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class TextTower:
-    """The text half of a CLIP or SigLIP. The logit of an image and a prompt is
-    `logit_scale * cosine(image, prompt) + logit_bias`."""
+    """The text half of a CLIP or SigLIP: a logit is `logit_scale * cosine(image, prompt) + logit_bias`."""
 
     module: TextEncoder
     params: Any

@@ -1,7 +1,4 @@
-"""Folders of text encoders in Hugging Face's layouts: BERT, RoBERTa, DistilBERT and ELECTRA, for `load`.
-
-As in `layouts`, there is a table of names and a function from `config.json` to the fields of `Bert`.
-"""
+"""Folders of text encoders in Hugging Face's layouts: BERT, RoBERTa, DistilBERT and ELECTRA, for `load`."""
 
 import re
 from collections.abc import Mapping
@@ -33,12 +30,10 @@ ARCHITECTURES = {"ForSequenceClassification": True, "Model": False, "ForMaskedLM
 def read_text_folder(
     folder: Path, mask_id: int | None, changes: Mapping[str, Any] | None = None, seed: int = 0
 ) -> tuple[Bert, dict[str, Any], list[str] | None, tuple[str, ...]]:
-    """The model of a folder: module, parameters, names of classes, and differences from its description for warnings.
+    """A folder's module, parameters, names of classes, and differences from its description, for warnings.
 
     `changes` replace fields of `Bert`, to fine-tune the model. The head is then random, and so is a pooler that the
-    weights lack.
-
-    Raises InputError for another folder, or one that is damaged.
+    weights lack. Raises InputError.
     """
     if not folders.present(folder, CONFIG):
         expected = f"expected {CONFIG} next to the weights and tokenizer.json{hint(folder / CONFIG)}"
@@ -51,7 +46,8 @@ def read_text_folder(
         tensors = renamed(tensors, LAYOUTS["distilbert"]["names"])
     if any(name.startswith("classifier.dense.") for name in tensors):  # then the encoder's pooler is not used
         tensors = {name: t for name, t in tensors.items() if not re.match(r"(\w+\.)?pooler\.", name)}
-    left_out = _unread_heads(tensors)
+    others = re.compile(r"cls\.\w+|lm_head|generator_\w+|discriminator_predictions|vocab_\w+")  # heads of other tasks
+    left_out = sorted({match[0] for match in map(others.match, tensors) if match})
     tensors = fused(renamed(tensors, LAYOUTS["bert"]["names"]))
     fields = _fields(config, kind)
     if "roberta" in kind or kind == "camembert":
@@ -84,12 +80,6 @@ def read_text_folder(
     if classifies is None and has_head:
         notes.append(f"{config.where} has no architecture: its classifier is used for whole texts")
     return module, to_params(module, tensors, str(folder)), names, tuple(notes)
-
-
-def _unread_heads(tensors: Tensors) -> list[str]:
-    """Heads of other tasks in the weights: "cls.predictions", "lm_head"."""
-    found = (re.match(r"cls\.\w+|lm_head|generator_\w+|discriminator_predictions|vocab_\w+", name) for name in tensors)
-    return sorted({match[0] for match in found if match})
 
 
 def _fields(config: Section, kind: str) -> dict[str, Any]:

@@ -121,9 +121,8 @@ class ViT(nn.Module):
         for name, count in self._prefix_tokens.items():
             setattr(self, name, self.param(name, trunc_normal, (1, count, d)))
         positions = gh * gw + (0 if self.no_embed_class else self.prefix)
-        self.positions = None
-        if self.pos_embed == "learn":
-            self.positions = self.param("pos_embed", trunc_normal, (1, positions, d))
+        learned = self.pos_embed == "learn"
+        self.positions = self.param("pos_embed", trunc_normal, (1, positions, d)) if learned else None
         if self.pre_norm:
             self.norm_pre = Norm(self.norm_eps)
         self.blocks = scanned(self.depth, self._block_fields, self.unroll)
