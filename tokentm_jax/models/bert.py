@@ -14,7 +14,7 @@ from tokentm_jax.errors import InputError
 from tokentm_jax.inputs.texts import Texts, Tokens
 from tokentm_jax.maths import primitives
 from tokentm_jax.maths.primitives import wide
-from tokentm_jax.models.blocks import Affine, Linear, Norm, scanned, trunc_normal
+from tokentm_jax.models.blocks import Affine, Block, Linear, Norm, scanned, trunc_normal
 
 
 class Bert(nn.Module):
@@ -65,12 +65,20 @@ class Bert(nn.Module):
         self.embed_norm = Norm(self.norm_eps)
         if self.embedding_size:
             self.embed_project = Affine(self.embed_dim)
-        same = ("num_heads", "mlp_hidden", "activation", "norm_eps", "linear", "post_norm")
-        self.blocks = scanned(self.depth, {name: getattr(self, name) for name in same})
+        self.blocks = scanned(self.depth, self._block_fields)
         if self.pooler is not None:
             self.pooler_layer = Affine(self.embed_dim, name="pooler")
         if self.num_classes:
             self.head = Affine(self.num_classes)
+
+    @property
+    def _block_fields(self) -> dict[str, Any]:
+        same = ("num_heads", "mlp_hidden", "activation", "norm_eps", "linear", "post_norm")
+        return {name: getattr(self, name) for name in same}
+
+    def block(self) -> Block:
+        """One block, to apply to a slice of `params["blocks"]`."""
+        return Block(**self._block_fields, parent=None)
 
     def __call__(self, texts: Texts | Tokens) -> Array:
         given: Any = texts

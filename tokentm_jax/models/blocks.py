@@ -255,12 +255,7 @@ def _sow_all(module: nn.Module, **arrays: Array) -> None:
 
 def scanned(depth: int, fields: Mapping[str, Any], unroll: int = 1, name: str | None = None) -> Any:
     """`depth` blocks as one loop, whose parameters and sown arrays are stacked."""
-    scan = nn.scan(
-        Block,
-        variable_axes={"params": 0, "intermediates": 0},
-        split_rngs={"params": True},
-        in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType] - of the mask
-        length=depth,
-        unroll=unroll,
-    )
+    axes, rngs = {"params": 0, "intermediates": 0}, {"params": True}
+    shared: Any = nn.broadcast  # the mask
+    scan = nn.scan(Block, variable_axes=axes, split_rngs=rngs, in_axes=shared, length=depth, unroll=unroll)
     return scan(**fields, name=name)

@@ -153,14 +153,13 @@ class Model:
 
 def require_loaded(vit: Any) -> None:
     """InputError for anything but a loaded model."""
-    if isinstance(vit, Model):
-        return
     found = type(vit).__name__
-    if hasattr(vit, "apply"):
+    if hasattr(vit, "apply") and not isinstance(vit, Model):
         use = "use tm.explain_fn(module)(params, inputs), or make a loaded model"
         fields = "tm.Model(module, params, preprocessing, class_names, name)"
         raise InputError(f"expected a loaded model, got a {found}: {use}, {fields}")
-    raise InputError(f"expected a loaded model, of tm.load, got {found}")
+    if not isinstance(vit, Model):
+        raise InputError(f"expected a loaded model, of tm.load, got {found}")
 
 
 def predict(module: Any, preprocessing: Any, params: Any, inputs: Any) -> Array:

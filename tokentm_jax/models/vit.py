@@ -81,11 +81,8 @@ class ViT(nn.Module):
     @property
     def tiling(self) -> Tiling:
         """Height and width of a patch, and the distances between patches."""
-        patch, stride = (
-            side if isinstance(side, tuple) else (side, side)
-            for side in (self.patch_size, self.patch_size if self.stride is None else self.stride)
-        )
-        return Tiling(patch, stride)
+        sides = self.patch_size, self.stride or self.patch_size
+        return Tiling(*(side if isinstance(side, tuple) else (side, side) for side in sides))
 
     def example(self) -> jax.ShapeDtypeStruct:
         """Shape and type of a batch of one."""
