@@ -45,9 +45,8 @@ def report(
 
     PHOTO and SOUND are a file, a folder or a pattern, TEXT is a text, as the model takes: each is explained by several
     methods for its most probable classes, with the curve of its probability as pixels or words are removed, and block
-    by block (not texts). RUN is the folder of a finished `tokentm
-    evaluate`: its tables and curves, and the best and worst images of every method. STORE is what `tokentm dataset`
-    wrote.
+    by block (not texts). RUN is the folder of a finished `tokentm evaluate`: its tables and curves, and the best and
+    worst images of every method. STORE is what `tokentm dataset` wrote; one of texts or recordings needs --model.
 
     The page is one file, needs no network, and no server. Needs the extra [report].
 
@@ -70,8 +69,6 @@ def report(
     for option, *kinds in (
         ("target", "photos"),
         ("top", "photos"),
-        ("model", "photos", "a run", "a store"),
-        ("checkpoint", "photos", "a run", "a store"),
         ("best", "a run"),
         ("task", "a run"),
         ("data", "a run", "a store"),
@@ -90,9 +87,8 @@ def report(
         files = [os.path.realpath(each) for each in found.values() if isinstance(each, Path)]
         if overwrite and os.path.realpath(out) in files:
             raise InputError(f"the page {out} is one of the {vit.preprocessing.kind}s: choose another name")
-        page = photos_page(
-            Photos(vit, rows(*(chosen or METHODS_SHOWN)), top, klass, chosen is not None), found, asked.limit
-        )
+        photos = Photos(vit, rows(*(chosen or METHODS_SHOWN)), top, klass, chosen is not None)
+        page = photos_page(photos, found, asked.limit)
     elif kind == "a run":
         page = run_page(Path(what[0]), asked, best)
     else:
