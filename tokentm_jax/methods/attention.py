@@ -199,7 +199,8 @@ def _legrad_of_pool(model: Model, params: Any, inputs: Any, target: Any, first_b
         raise Unfit("read='pool' reads the attention of a pool, as in SigLIP, and this model has none")
     trace = capture(model, params, inputs, target, ["tokens", "final_tokens"])
     after = trace.tokens[first_block + 1 :]
-    pool = Function(Applied(module, "pool")).read(params, after[0])
+    without_norm = module if module.fc_norm else module.clone(final_norm=False)
+    pool = Function(Applied(without_norm, "classify")).read(params, after[0])
     (mix,) = pool.reading.attentions
     kind = pool.reading.flat.types[mix.of]
 
