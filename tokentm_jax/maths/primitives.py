@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Shaped
 
+PyTree = Any  # of arrays, such as the parameters of a model
 AnyArray = Array | np.ndarray
 
 

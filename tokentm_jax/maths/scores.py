@@ -7,7 +7,7 @@ pytrees, so that another class or another prompt runs the same compiled program.
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -17,7 +17,10 @@ from jax import Array
 from jaxtyping import Float, Integer
 
 from tokentm_jax.errors import InputError
-from tokentm_jax.maths.primitives import AnyArray, wide
+from tokentm_jax.maths.primitives import AnyArray, PyTree, wide
+
+Classes = int | str | Sequence[int | str] | AnyArray  # a class for all samples, or one per sample [B]
+Target = Classes | PyTree | None  # or the arrays that a custom score takes; None: the predicted class
 
 
 def class_logit(outputs: Float[Array, "B classes"], target: Integer[AnyArray, " B"]) -> Float[Array, " B"]:
@@ -52,7 +55,7 @@ def log_probability(outputs: Float[Array, "B classes"], target: Integer[AnyArray
 class Versus:
     """Why this class and not the `other` one (an int, or one per sample [B]): the difference of their logits."""
 
-    other: Any
+    other: Classes
     of_class: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -68,7 +71,7 @@ class Versus:
 class Cosine:
     """Cosine of the outputs, features [B, E], with an `embedding` [E], or one per sample [B, E]."""
 
-    embedding: Any
+    embedding: Float[AnyArray, "*B E"]
     of_class: ClassVar[bool] = False
 
     def __call__(self, outputs: Float[Array, "B E"]) -> Float[Array, " B"]:
@@ -87,7 +90,7 @@ class Cosine:
 class Channel:
     """One channel of the outputs [B, D]: an int, or one per sample [B]. NaN for a channel that the model lacks."""
 
-    index: Any
+    index: Classes
     of_class: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -113,7 +116,7 @@ class Question(NamedTuple):
     """A score with its target; a pytree that stands wherever a target may."""
 
     score: Any
-    target: Any = None  # class per sample [B], or what else the score takes; None: the predicted class
+    target: PyTree = None  # class per sample [B], or what else the score takes; None: the predicted class
 
     @property
     def open(self) -> bool:

@@ -14,11 +14,12 @@ from jax.sharding import AxisType, PartitionSpec
 from tokentm_jax.errors import InputError, Unfit, suggest
 from tokentm_jax.inputs.reader import Reader
 from tokentm_jax.inputs.values import readable, seen
-from tokentm_jax.maths.scores import Cosine, Question, Versus, as_numbers, classes_of, listed, question
+from tokentm_jax.maths.primitives import PyTree
+from tokentm_jax.maths.scores import Cosine, Question, Target, Versus, as_numbers, classes_of, listed, question
 from tokentm_jax.methods.table import METHODS, Method
 from tokentm_jax.models.loading import require_loaded
 from tokentm_jax.programs.inspection import Inspection, inspected
-from tokentm_jax.programs.model import Function, check_model, function_of
+from tokentm_jax.programs.model import Function, Readout, check_model, function_of
 from tokentm_jax.programs.running import KINDS
 
 if TYPE_CHECKING:
@@ -29,12 +30,12 @@ def explain_fn(
     module: Any,
     method: str | Method | Callable[..., Any] = "tokentm",
     *,
-    score: Callable[..., Any] | None = None,
+    score: Callable[..., Array] | None = None,
     details: bool = False,
     differentiate_anyway: bool = False,
     grid: tuple[int, int] | None = None,
     prefix: int | None = None,
-    readout: Any = None,
+    readout: Readout = None,
     **options: Any,
 ) -> Callable[..., Any]:
     """A pure function `(params, inputs, target=None) -> maps` to `jit`, `vmap`, shard, export or differentiate.
@@ -94,13 +95,13 @@ def _custom_rules(method: str, row: Method, options: dict[str, Any]) -> Mapping[
 
 
 def inspect(
-    function: Callable[..., Any],
-    params: Any,
-    inputs: Any,
+    function: Callable[..., PyTree],
+    params: PyTree,
+    inputs: PyTree,
     *,
     grid: tuple[int, int] | None = None,
     prefix: int | None = None,
-    readout: Any = None,
+    readout: Readout = None,
 ) -> Inspection:
     """What is found in a function, and which methods explain it.
 
@@ -208,13 +209,13 @@ def _explainer(
 
 def methods_for(
     module: Any,
-    params: Any,
-    inputs: Any,
-    target: Any = None,
+    params: PyTree,
+    inputs: PyTree,
+    target: Target = None,
     *,
-    grid: Any = None,
-    prefix: Any = None,
-    readout: Any = None,
+    grid: tuple[int, int] | None = None,
+    prefix: int | None = None,
+    readout: Readout = None,
 ) -> list[str]:
     """The methods of the table that can explain a model; each is traced with its default options.
 
@@ -305,11 +306,11 @@ def _compiled(
 
 def explain(
     vit: "Model",
-    images: Any,
+    images: PyTree,
     method: str | Method | Callable[..., Any] = "tokentm",
-    target: Any = None,
+    target: Target = None,
     *,
-    score: Callable[..., Any] | None = None,
+    score: Callable[..., Array] | None = None,
     text: str | Sequence[str] | None = None,
     details: bool = False,
     **options: Any,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.files import read_json
@@ -91,7 +92,7 @@ def build(
     config: Mapping[str, Any] | str,
     img_size: int | tuple[int, int] | None = None,
     num_classes: int | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> ViT:
     """The module of a configuration (keys of timm's VisionTransformer) or of a name of the table.
 

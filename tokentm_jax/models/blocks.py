@@ -255,7 +255,8 @@ def _sow_all(module: nn.Module, **arrays: Array) -> None:
 
 def scanned(depth: int, fields: Mapping[str, Any], unroll: int = 1, name: str | None = None) -> Any:
     """`depth` blocks as one loop, whose parameters and sown arrays are stacked."""
-    axes, rngs = {"params": 0, "intermediates": 0}, {"params": True}
+    axes: Any = {"params": 0, "intermediates": 0}
+    rngs: Any = {"params": True}
     shared: Any = nn.broadcast  # the mask
     scan = nn.scan(Block, variable_axes=axes, split_rngs=rngs, in_axes=shared, length=depth, unroll=unroll)
     return scan(**fields, name=name)

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from tokentm_jax.data.labels import IMAGENET_1K, alike, number
 from tokentm_jax.errors import InputError, suggest
@@ -20,6 +22,7 @@ from tokentm_jax.files import as_path, read_json, read_text
 from tokentm_jax.inputs.images import IMAGENET, Preprocessing, Statistics
 from tokentm_jax.inputs.texts import MASKS, WordPieces
 from tokentm_jax.maths import scores
+from tokentm_jax.maths.primitives import PyTree
 from tokentm_jax.models.architectures import ARCHITECTURES, architecture, build, dtype_of
 from tokentm_jax.models.checkpoint import described_grid, read_description, read_tensors
 from tokentm_jax.models.folders import Folder, is_folder, is_text_folder, present
@@ -47,14 +50,14 @@ class Model:
     """
 
     module: Any
-    params: Any
+    params: PyTree
     preprocessing: Any
     class_names: tuple[str, ...] | None
     name: str
     wnids: tuple[str, ...] | None = None
     text: TextTower | None = None
 
-    def read(self, given: Any) -> Any:
+    def read(self, given: str | os.PathLike[str] | Sequence[Any]) -> Any:
         """Photos -> float32 [B, H, W, 3] in [0, 1], resized and cropped for this model. Recordings -> spectrograms
         [B, mel bins, frames, 1]. Texts or pairs of texts -> `Tokens` [B, N], padded to a multiple of 16.
 
@@ -62,11 +65,11 @@ class Model:
         """
         return self.preprocessing.read(given)
 
-    def logits(self, inputs: Any) -> Array:
+    def logits(self, inputs: PyTree) -> Float[Array, "B classes"]:
         """Results of `read`, which are normalised here -> float32 logits [B, classes], or features. InputError."""
         return _logits(self.module, self.preprocessing, self.params, self.preprocessing.checked(inputs))
 
-    def prepare(self, inputs: Any) -> Any:
+    def prepare(self, inputs: PyTree) -> PyTree:
         """Results of `read` -> the input of the module. Raises InputError for anything else."""
         return self.preprocessing.normalise(self.preprocessing.checked(inputs))
 
@@ -104,7 +107,7 @@ class Model:
         index = self.class_index(index)
         return f"class {index}" if self.class_names is None else self.class_names[index]
 
-    def score(self, text: str) -> Callable[..., Any]:
+    def score(self, text: str) -> Callable[..., Array]:
         """A score by its name, for command lines and configs: "class_logit", "log_probability", "versus:CLASS" or
         "channel:NUMBER"; see `tokentm_jax.maths.scores`. Raises InputError for another score, or an unknown class.
         """
@@ -179,7 +182,7 @@ def load(
     img_size: int | tuple[int, int] | None = None,
     num_classes: int | None = None,
     class_names: Sequence[str] | str | os.PathLike[str] | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> Model:
     """Load a model.
 

@@ -14,6 +14,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tokentm_jax.errors import InputError
+from tokentm_jax.maths.primitives import PyTree
 
 BATCH, WIDTH = "batch", "width"
 
@@ -61,7 +62,7 @@ def over_devices(explain: Callable[..., Any], devices: Sequence[Any] | None = No
     return run
 
 
-def over_width(params: Any, mesh: Mesh, axis: str = WIDTH) -> Any:
+def over_width(params: PyTree, mesh: Mesh, axis: str = WIDTH) -> PyTree:
     """Parameters of a model that is too large for one device, with its width split over an axis of a mesh.
 
     Linear maps into heads and hidden channels (`qkv`, `fc1`) are split by outputs, and maps back (`proj`, `fc2`) by

@@ -22,7 +22,7 @@ from jax import Array
 from tokentm_jax.errors import InputError
 from tokentm_jax.maths import primitives
 from tokentm_jax.maths.maps import Tiling
-from tokentm_jax.maths.primitives import wide
+from tokentm_jax.maths.primitives import PyTree, wide
 from tokentm_jax.models.blocks import Affine, AttentionPool, Block, Linear, Norm, Rope, scanned, trunc_normal
 
 LARGEST_DEPTH, MOST_CLASSES = 200, 1_000_000
@@ -231,7 +231,7 @@ class ViT(nn.Module):
 
 
 @partial(jax.jit, static_argnums=0)
-def init_params(module: Any, key: Array) -> Any:
+def init_params(module: nn.Module, key: Array) -> PyTree:
     """Random parameters.
 
     Args:

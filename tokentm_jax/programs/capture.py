@@ -11,6 +11,8 @@ from jax import Array
 
 from tokentm_jax.errors import InputError, Unfit, suggest
 from tokentm_jax.inputs.values import seen, values, with_values
+from tokentm_jax.maths.primitives import PyTree
+from tokentm_jax.maths.scores import Target
 from tokentm_jax.maths.variants import Blocks
 from tokentm_jax.programs.model import Model, Notes, check_model, function_of
 from tokentm_jax.programs.reading import Reading
@@ -72,9 +74,9 @@ FIELDS: Collection[str] = (*Trace._fields, "final_tokens")
 
 def capture(
     module: Any,
-    params: Any,
-    inputs: Any,
-    target: Any = None,
+    params: PyTree,
+    inputs: PyTree,
+    target: Target = None,
     fields: Collection[str] | None = None,
     *,
     gradients: bool = True,

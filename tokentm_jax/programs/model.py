@@ -2,9 +2,9 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -22,6 +22,7 @@ from tokentm_jax.programs.running import Evaluation, Plan, Rules
 from tokentm_jax.programs.sample import for_one_sample
 from tokentm_jax.programs.structure import Structure, find
 
+Readout = Literal["token", "avg"] | Sequence[float] | Array | None
 Notes = dict[Any, Any]
 
 
@@ -52,7 +53,7 @@ class Function:
     function: Callable[..., Any]
     grid: tuple[int, int] | None = None
     prefix: int | None = None
-    readout: Any = None
+    readout: Readout = None
 
     @property
     def module(self) -> Any:
@@ -320,7 +321,7 @@ def _types(reading: Reading) -> list[Any]:
 # ---- valid models -------------------------------------------------------------------------------------------------
 
 
-def function_of(model: Any, grid: Any = None, prefix: Any = None, readout: Any = None) -> Function:
+def function_of(model: Any, grid: Any = None, prefix: Any = None, readout: Readout = None) -> Function:
     """A function or Linen module as a model.
 
     Raises InputError, with advice, for anything else, and for a grid, prefix or readout of a module.
