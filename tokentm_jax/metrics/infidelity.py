@@ -170,9 +170,7 @@ INFIDELITY = Task(
     _infidelity,
     {
         "infidelity": Column(
-            lambda table: infidelity(table["predicted_relevance"], table["predicted_drop"]),
-            better="lower",
-            digits=4,
+            lambda table: infidelity(table["predicted_relevance"], table["predicted_drop"]), better="lower", digits=4
         )
     },
     raw=True,

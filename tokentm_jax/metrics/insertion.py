@@ -59,9 +59,5 @@ INSERTION = Task(
         "insertion_auc": Column(lambda table: 100 * followed_in(table)[:, 0], unit_area, "higher"),
         "deletion_auc": Column(lambda table: 100 * followed_in(table)[:, 1], unit_area, "lower"),
     },
-    Plot(
-        "pixels changed [%]",
-        "probability",
-        plotted("insertion (higher is better)", "deletion (lower is better)"),
-    ),
+    Plot("pixels changed [%]", "probability", plotted("insertion (higher is better)", "deletion (lower is better)")),
 )

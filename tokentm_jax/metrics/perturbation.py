@@ -62,10 +62,7 @@ def perturbation(
 
 
 def noisy_linear(
-    images: Float[Array, "B H W C"],
-    removed: Bool[Array, "B H W"],
-    noise: float | Array = 0.01,
-    seed: int | Array = 0,
+    images: Float[Array, "B H W C"], removed: Bool[Array, "B H W"], noise: float | Array = 0.01, seed: int | Array = 0
 ) -> Float[Array, "B H W C"]:
     """ROAD's imputation (Rong et al., ICML 2022): neither values nor sharp edges tell which pixels were removed.
 

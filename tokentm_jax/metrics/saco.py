@@ -95,9 +95,7 @@ SACO = Task(
     _saco,
     {
         "saco": Column(
-            lambda table: saco(table["predicted_salience"], table["predicted_drop"]),
-            better="higher",
-            digits=3,
+            lambda table: saco(table["predicted_salience"], table["predicted_drop"]), better="higher", digits=3
         )
     },
 )

@@ -108,9 +108,7 @@ def f1(counts: Num[np.ndarray, "n 4"]) -> Float[np.ndarray, " n"]:
     return 2 * counts[:, 0] / np.maximum(2 * counts[:, 0] + wrong, 1)
 
 
-def precision_recall(
-    histogram: Num[np.ndarray, "n 2 50"],
-) -> tuple[Float[np.ndarray, "50"], Float[np.ndarray, "50"]]:
+def precision_recall(histogram: Num[np.ndarray, "n 2 50"]) -> tuple[Float[np.ndarray, "50"], Float[np.ndarray, "50"]]:
     """Pooled precision and recall.
 
     Args:

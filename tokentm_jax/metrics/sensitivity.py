@@ -52,13 +52,7 @@ def max_sensitivity(
 
 
 def _sensitivity(
-    predict: Predict,
-    subject: Subject,
-    maps: Array,
-    *,
-    radius: Radius = 0.02,
-    samples: Samples = 10,
-    seed: Seed = 0,
+    predict: Predict, subject: Subject, maps: Array, *, radius: Radius = 0.02, samples: Samples = 10, seed: Seed = 0
 ) -> dict[str, Array]:
     assert subject.explain is not None
     return {"sensitivity": max_sensitivity(subject.explain, subject.inputs, maps, radius, samples, seed)}
