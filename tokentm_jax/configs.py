@@ -1,7 +1,9 @@
 """The config of an evaluation, and ready lists of its rows."""
 
 import dataclasses
+import tomllib
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Ge, Le, Len
@@ -52,78 +54,17 @@ def rows(*methods: str) -> tuple[Row, ...]:
     return tuple(Row(method, method) for method in methods)
 
 
-# As in the published evaluation, Transformer Attribution and rollout leave out the first block.
-PAPER_ROWS = (
-    *rows("tokentm"),
-    Row("transformer_attribution", "transformer_attribution", {"first_block": 1}),
-    *rows("gae", "attcat", "conservative_lrp", "lrp", "partial_lrp"),
-    Row("rollout", "rollout", {"first_block": 1}),
-    *rows("raw_attention", "grad_cam"),
+_LISTS: dict[str, list[Any]] = tomllib.loads(Path(__file__).with_name("rows.toml").read_text(encoding="utf-8"))
+# In PAPER_ROWS, Transformer Attribution and rollout leave out the first block, as in the published evaluation.
+PAPER_ROWS, COMPONENT_ROWS, CHOICE_ROWS, _READING_ROWS, MIX_ROWS = (
+    tuple(Row(*row) for row in own) for own in _LISTS.values()
 )
-_OFF = {"length": False, "direction": "none", "initialise": False, "ffn": False}
-COMPONENT_ROWS = (
-    Row("off", "tokentm", _OFF),
-    Row("+ length", "tokentm", {**_OFF, "length": True}),
-    Row("+ NECC", "tokentm", {**_OFF, "length": True, "direction": "necc"}),
-    Row("+ aggregation", "tokentm"),
-)
-CHOICE_ROWS = (
-    Row("tokentm", "tokentm"),
-    Row("original=normalised", "tokentm", {"original": "normalised"}),
-    Row("attention=plain", "tokentm", {"attention": "plain"}),
-    Row("ffn=False", "tokentm", {"ffn": False}),
-    Row("initialise=False", "tokentm", {"initialise": False}),
-    Row("direction=cosine", "tokentm", {"direction": "cosine"}),
-    Row("length=False", "tokentm", {"length": False}),
-    Row("direction=none", "tokentm", {"direction": "none"}),
-    Row("only initialise", "tokentm", {**_OFF, "initialise": True}),
-    Row("first block left out", "tokentm", {"first_block": 1}),
-    Row("gae", "gae"),
-    Row("gae: first block left out", "gae", {"first_block": 1}),
-)
-
-
-_EACH = {"heads": "each"}
 READING_ROWS = (
-    Row("tokentm", "tokentm"),
-    Row("heads=each", "tokentm", _EACH),
-    Row("transformed=linear", "tokentm", {"transformed": "linear"}),
-    Row("heads=each, transformed=linear", "tokentm", {**_EACH, "transformed": "linear"}),
-    Row("direction=softmax", "tokentm", {"direction": "softmax"}),
-    Row("heads=each, direction=softmax", "tokentm", {**_EACH, "direction": "softmax"}),
-    Row("heads=each, direction=none", "tokentm", {**_EACH, "direction": "none"}),
-    Row("transformed=stream", "tokentm", {"transformed": "stream"}),
-    Row("ffn_transformed=stream", "tokentm", {"ffn_transformed": "stream"}),
-    Row("attention=means", "tokentm", {"attention": "means"}),
+    *_READING_ROWS,
     *(Row(name, "tokentm", reading) for name, reading in READINGS.items()),
     Row("decompv, attention=gradient", "tokentm", {**READINGS["decompv"], "attention": "gradient"}),
-    Row("gae", "gae"),
+    *rows("gae"),
 )
-
-
-_OF_RULES = "tokentm,attn_lrp,conservative_lrp,legrad"  # the first choice of members, without LibraGrad's
-_MIX = {
-    "mix": {},
-    "mix of 3": {"methods": "libra_tokentm,libra_full_grad,legrad"},
-    "mix of 3, GAE": {"methods": "libra_gae,libra_full_grad,legrad"},
-    "mix of 3, ranks": {"methods": "libra_tokentm,libra_full_grad,legrad", "normalisation": "rank"},
-    "mix of 2": {"methods": "libra_tokentm,libra_full_grad"},
-    "mix of 2, AttCAT": {"methods": "libra_tokentm,libra_attcat"},
-    "mix with AttnLRP": {"methods": "tokentm,attn_lrp,libra_full_grad,legrad", "gradient": "attn_lrp"},
-    "mix of rules": {"methods": _OF_RULES},
-    "mix of rules, shared": {"methods": _OF_RULES, "gradient": "conservative_lrp"},
-    "mix of rules, ranks": {"methods": _OF_RULES, "normalisation": "rank"},
-    "mix of rules, sums": {"methods": _OF_RULES, "normalisation": "sum"},
-    "mix of 3 rules, shared": {"methods": "tokentm,attn_lrp,legrad", "gradient": "attn_lrp"},
-    "mix of one pass": {"methods": "libra_tokentm,conservative_lrp,legrad"},
-}
-MIX_ROWS = (
-    *(Row(name, "tokentm_mix", options) for name, options in _MIX.items()),
-    *rows("tokentm", "gae", "attn_lrp", "conservative_lrp", "legrad", "beyond_intuition"),
-    *rows("res_lrp", "libra_full_grad", "libra_attcat", "libra_tokentm", "libra_gae", "libra_grad_cam"),
-)
-
-
 WEIGHT_ROWS = (
     *rows("tokentm"),
     *(Row(f"weights={name}", "tokentm", {"weights": name}) for name in WEIGHTS),
