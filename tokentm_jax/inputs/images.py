@@ -15,11 +15,12 @@ import numpy as np
 from annotated_types import Ge, Gt, Le
 from jax import Array
 from jax.core import Tracer
+from PIL import Image
 
 from tokentm_jax.data.audio import LONGEST, MOST
 from tokentm_jax.data.audio import Spectrogram as Spectrogram
 from tokentm_jax.data.photos import find_photos
-from tokentm_jax.data.sources import Example, Source
+from tokentm_jax.data.sources import Example, Source, kind_of
 from tokentm_jax.errors import InputError, printable
 from tokentm_jax.files import as_path
 from tokentm_jax.inputs import photos, recordings
@@ -88,11 +89,7 @@ class Preprocessing:
             )
 
     regular = True
-
-    @property
-    def kind(self) -> str:
-        """What a sample is called."""
-        return self.modality.KIND
+    figures = "png"
 
     @property
     def modality(self) -> Any:
@@ -100,82 +97,84 @@ class Preprocessing:
         return photos if self.audio is None else recordings
 
     @property
+    def kind(self) -> str:
+        return self.modality.KIND
+
+    @property
+    def suffixes(self) -> frozenset[str]:
+        return frozenset(self.modality.SUFFIXES)
+
+    @property
+    def frame(self) -> str:
+        return self.modality.FRAME
+
+    @property
+    def scales(self) -> Any:
+        """Labels and ticks of the axes of the picture under a map; None without."""
+        return None if self.audio is None else recordings.scales(self)
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """Of an image: (H, W, C)."""
         return (*self.size, len(self.mean))
-
-    # ---- what every reader has (`tokentm_jax.inputs.reader`) ----
 
     def read(self, paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> np.ndarray:
         """Files as the model receives them, not normalised: float32 [B, H, W, C] in [0, 1].
 
         Warns where a recording is longer than what the model receives. Raises InputError.
         """
-        several = paths if isinstance(paths, Sequence) and not isinstance(paths, str | bytes) else [paths]
         images = []
-        for path in [as_path(path, f"a {self.modality.KIND}") for path in several]:
+        for path in [as_path(path, f"a {self.kind}") for path in self._several(paths)]:
             content = self.opened(path)
             images.append(self.sample(Example(str(path), content)))
             if (said := self.notice(content, str(path))) is not None:
                 warnings.warn(said, stacklevel=3)
-        if not images:
-            raise InputError(f"no {self.modality.KIND}s were given")
         return np.stack(images)
 
+    def _several(self, what: Any) -> list[Any]:
+        """Files or arrays of a caller, one by one."""
+        listed = isinstance(what, Sequence) and not isinstance(what, str | bytes)
+        several = list(what) if listed or (hasattr(what, "__array__") and np.ndim(what) == 4) else [what]
+        if not several:
+            raise InputError(f"no {self.kind}s were given")
+        return several
+
+    def _own(self, content: Any, name: str) -> Any:
+        """The content of an example, if it is of this modality."""
+        if (kind := kind_of(content)) != self.kind:
+            raise InputError(f"{name} is a {kind}, and the model takes {self.kind}s")
+        return content
+
+    def _of(self, profile: str) -> "Preprocessing":
+        """Profile "reference": photos are squashed to the size, bilinear. Others: this preprocessing."""
+        if profile != "reference":
+            return self
+        return dataclasses.replace(self, crop_pct=1.0, crop_mode="squash", interpolation="bilinear")
+
     def sample(self, example: Example) -> np.ndarray:
-        """An example as the model receives it, float32 [H, W, C] in [0, 1]."""
-        found = self.modality.fitted(example.content, self, example.key)
+        found = self.modality.fit(self._own(example.content, example.key), self)
         return found.astype(np.float32) / 255 if found.dtype == np.uint8 else found
 
     def found(self, argument: str, number: int = 1) -> dict[str, Path]:
-        """The files that an argument of the command line names, by what messages call them."""
         return {str(path): path for path in find_photos([argument], self.suffixes, self.kind)}
 
     def opened(self, given: Any) -> Any:
-        """The content of a file that was `found`. Raises InputError."""
         return self.modality.opened(given)
 
     def decoded(self, content: bytes) -> Any:
-        """The content of an upload. Raises InputError."""
         return self.modality.decode(io.BytesIO(content), f"the {self.kind}")
 
     def example(self) -> bytes:
-        """An upload, to compile programs for."""
         return self.modality.example()
 
     def notice(self, content: Any, name: str) -> str | None:
-        """What of a sample the model does not receive, as a sentence; None for nothing."""
-        return self.modality.notice(content, self, name)
+        return None if self.audio is None else recordings.notice(content, self, name)
 
-    figures = "png"  # the usual format of what is drawn
-
-    @property
-    def suffixes(self) -> frozenset[str]:
-        """Of the files that are read."""
-        return frozenset(self.modality.SUFFIXES)
-
-    @property
-    def frame(self) -> str:
-        """What the picture under a map is called."""
-        return self.modality.FRAME
-
-    @property
-    def scales(self) -> Any:
-        """Labels and ticks of the axes of that picture; None without."""
-        return self.modality.scales(self)
-
-    def panel(self, content: Any, title: str, side: int | None = None, profile: str = "default") -> Panel:
-        """What maps are shown on."""
-        return Panel(self.picture(content, side, profile), title)
+    def panel(self, content: Any, title: str, side: int = 448, profile: str = "default") -> Panel:
+        return Panel(self.modality.view(self._own(content, "this"), self._of(profile), side), title)
 
     def panels(self, what: Any, side: int) -> list[tuple[np.ndarray, Panel]]:
-        """Files or arrays of a caller: each as the model receives it, and what its map is shown on. InputError."""
-        if hasattr(what, "__array__"):
-            several = list(np.asarray(what)) if np.ndim(what) == 4 else [what]
-        else:
-            several = list(what) if isinstance(what, Sequence) and not isinstance(what, str | bytes) else [what]
-        if not several:
-            raise InputError(f"no {self.kind}s were given")
+        several = self._several(what)
         found: list[tuple[np.ndarray, Panel]] = []
         for i, given in enumerate(several, 1):
             title = f"{self.kind} {i}" if len(several) > 1 else self.kind
@@ -191,61 +190,51 @@ class Preprocessing:
             found.append((self.sample(Example(key, content)), self.panel(content, title, side)))
         return found
 
-    def picture(self, content: Any, side: int | None = None, profile: str = "default") -> np.ndarray:
-        """The picture that maps are shown on, uint8 [h, w, 3], of what `opened` gives; its long side in pixels."""
-        more = {} if side is None else {"side": side}
-        return self.modality.view(content, self, **more, profile=profile)
-
     def shown(self, heatmap: np.ndarray, module: Any, squares: bool) -> np.ndarray:
-        """A map [h, w] as it lies on the picture."""
-        return self.modality.shown(heatmap, self, getattr(module, "tiling", None), squares)
+        tiling = getattr(module, "tiling", None)
+        return heatmap if self.audio is None else recordings.shown(heatmap, self, tiling, squares)
 
     def levels(self, example: Example, profile: str = "default") -> tuple[np.ndarray, np.ndarray | None]:
-        """An example as 256 levels, uint8 [H, W, C], and its mask bool [H, W], cut alike.
+        """An example as 256 levels, uint8 [H, W, C], and its mask bool [H, W], cut alike by nearest neighbour.
 
-        Profile "default": this preprocessing. Profile "reference": photos are squashed to the size, bilinear. Raises
-        InputError for a mask of another size than the image, and for an example of another modality.
+        Raises InputError for a mask of another size than the image, and for an example of another modality.
         """
-        content: Any = example.content
-        mask = example.mask
+        content, mask, used = self._own(example.content, example.key), example.mask, self._of(profile)
         if mask is not None and mask.shape != content.size[::-1]:
             raise InputError(f"{example.key}: image and mask differ in size")
-        found = self.modality.fitted(example.content, self, example.key, profile)
-        levels = found if found.dtype == np.uint8 else (found * 255).round().astype(np.uint8)
-        return levels, None if mask is None else self.modality.fitted_mask(mask, self, profile)
+        levels = self.modality.fit(content, used)
+        if levels.dtype != np.uint8:
+            levels = (levels * 255).round().astype(np.uint8)
+        if mask is None:
+            return levels, None
+        nearest = dataclasses.replace(used, interpolation="nearest")
+        return levels, photos.fit(Image.fromarray(mask.astype(np.uint8)), nearest) > 0
 
     def stacked(self, samples: Sequence[np.ndarray]) -> np.ndarray:
-        """Levels, or masks, of examples as a batch [B, H, W, ...]."""
         return np.stack(samples)
 
     stacked_masks = stacked
 
     def batch(self, size: int) -> jax.ShapeDtypeStruct:
-        """Shape and type of what `stacked` gives for `size` examples."""
         return jax.ShapeDtypeStruct((size, *self.shape), jnp.uint8)
 
     def fixed(self, source: Source) -> "Preprocessing":
-        """A reader whose batches have one shape for all of a source: this one."""
         return self
 
     def dummy(self, size: int) -> np.ndarray:
-        """A batch of noise, to measure speed."""
         return np.random.default_rng(0).integers(0, 256, (size, *self.shape), np.uint8)
 
     def noise(self, keys: Sequence[str], seed: int, module: Any, inputs: Any, pixels: bool) -> np.ndarray:
-        """A random map for each key, of the model's patches or of pixels: [B, h, w]."""
         return np.stack([random_map(key, self.size if pixels else module.grid, seed) for key in keys])
 
     def blank(self, module: Any, params: Any) -> Channels:
-        """The mean colour of the model's data, which replaces removed pixels."""
+        """The mean colour of the model's data."""
         return self.mean
 
     def unit(self, levels: Any) -> Any:
-        """Levels of a batch, uint8 -> images float32 in [0, 1]."""
         return unit(jnp.asarray(levels))
 
     def to_pixels(self, maps: Array, inputs: Array, module: Any) -> Array:
-        """Maps of a model -> [B, H, W] in [0, 1], see `maps.to_pixels`."""
         return to_pixels(maps, self.size, getattr(module, "tiling", None))
 
     def checked(self, images: Any) -> Array:
@@ -296,10 +285,8 @@ class Preprocessing:
         return (images - mean) / std
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON types, except those with usual values: a model is the same as before there was
-        something else."""
         fields = dataclasses.asdict(self)
-        if self.crop_mode == "center":
+        if self.crop_mode == "center":  # the digests of models are those from before there was anything else
             del fields["crop_mode"]
         if self.audio is None:
             del fields["audio"]

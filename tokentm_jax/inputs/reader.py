@@ -29,104 +29,61 @@ def random_map(key: str, shape: tuple[int, int], seed: int = 0) -> np.ndarray:
 
 
 class Reader(Protocol):
-    """What a loaded model has as `preprocessing`. Frozen and hashable: compiled programs are kept for it."""
+    """What a loaded model has as `preprocessing`. Frozen and hashable: compiled programs are kept for it.
+
+    A comment stands above its member.
+    """
 
     kind: str  # what a sample is called: "photo", "recording", "text"
     frame: str | None  # what the picture under a map is called; None without one
     figures: str  # the usual format of what is drawn
     suffixes: frozenset[str]  # of the files that are read
     size: tuple[int, ...]  # of what the model receives
-
-    def found(self, argument: str, number: int = 1) -> dict[str, Any]:
-        """What an argument of the command line names, by what messages call it. Raises InputError."""
-        ...
-
-    def opened(self, given: Any) -> Any:
-        """The content of what was found, as in an `Example`. Raises InputError."""
-        ...
-
-    def decoded(self, content: bytes) -> Any:
-        """The content of an upload. Raises InputError."""
-        ...
-
-    def example(self) -> bytes:
-        """An upload, to compile programs for."""
-        ...
-
-    def notice(self, content: Any, name: str) -> str | None:
-        """What of a sample the model does not receive, as a sentence; None for nothing."""
-        ...
-
-    def sample(self, example: Example) -> Any:
-        """An example as `explain` takes it, without the axis of samples; see `stacked`. Raises InputError."""
-        ...
-
-    def panel(self, content: Any, title: str, side: int = ..., profile: str = "default") -> Panel:
-        """What maps are shown on."""
-        ...
-
-    def panels(self, what: Any, side: int) -> list[tuple[Any, Panel]]:
-        """What `read` takes: each as a `sample`, and what its map is shown on, of `side` pixels. Raises InputError."""
-        ...
-
-    def shown(self, heatmap: np.ndarray, module: Any, squares: bool) -> np.ndarray:
-        """A map as it lies on the panel."""
-        ...
-
     regular: bool  # whether every map is a grid of the same parts
 
-    def read(self, given: Any) -> Any:
-        """Files, or texts, of a caller -> what `explain` takes. Raises InputError."""
-        ...
-
-    def checked(self, inputs: Any) -> Any:
-        """What `explain` takes, as arrays of the right shape and type. Raises InputError for anything else."""
-        ...
-
-    def normalise(self, inputs: Any) -> Any:
-        """What `explain` takes -> the input of the module; to be compiled."""
-        ...
-
-    def levels(self, example: Example, profile: str = "default") -> tuple[Any, Any]:
-        """An example of a data set as small numbers, and its mask. Raises InputError."""
-        ...
-
-    def stacked(self, samples: Sequence[Any]) -> Any:
-        """The `levels` of examples as a batch."""
-        ...
-
-    def stacked_masks(self, masks: Sequence[Any]) -> np.ndarray:
-        """The masks of examples as an array [B, ...]."""
-        ...
-
-    def unit(self, levels: Any) -> Any:
-        """A batch of `stacked` -> what `explain` takes; to be compiled."""
-        ...
-
-    def batch(self, size: int) -> Any:
-        """Shapes and types of a batch of `size` examples, as `stacked` gives it."""
-        ...
-
-    def fixed(self, source: Source) -> "Reader":
-        """A reader whose batches have one shape for all of a source."""
-        ...
-
-    def dummy(self, size: int) -> Any:
-        """A batch as `stacked` gives it, to measure speed."""
-        ...
-
-    def noise(self, keys: Sequence[str], seed: int, module: Any, inputs: Any, pixels: bool) -> np.ndarray:
-        """The baseline: a random map for each key that depends on nothing else: [B, h, w]; `inputs` are a batch."""
-        ...
-
-    def blank(self, module: Any, params: Any) -> Any:
-        """What replaces a removed part, in the values of the inputs that `unit` gives."""
-        ...
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything that the numbers depend on, as JSON."""
-        ...
-
-    def to_pixels(self, maps: Array, inputs: Any, module: Any) -> Array:
-        """Maps of a model -> maps in [0, 1] of what can be removed: pixels of images, words of texts."""
-        ...
+    # What an argument of the command line names, by what messages call it. Raises InputError.
+    def found(self, argument: str, number: int = 1) -> dict[str, Any]: ...
+    # The content of what was found, as in an `Example`. Raises InputError.
+    def opened(self, given: Any) -> Any: ...
+    # The content of an upload. Raises InputError.
+    def decoded(self, content: bytes) -> Any: ...
+    # An upload, to compile programs for.
+    def example(self) -> bytes: ...
+    # What of a sample the model does not receive, as a sentence; None for nothing.
+    def notice(self, content: Any, name: str) -> str | None: ...
+    # An example as `explain` takes it, without the axis of samples; see `stacked`. Raises InputError.
+    def sample(self, example: Example) -> Any: ...
+    # What maps are shown on.
+    def panel(self, content: Any, title: str, side: int = ..., profile: str = "default") -> Panel: ...
+    # What `read` takes: each as a `sample`, and what its map is shown on, of `side` pixels. Raises InputError.
+    def panels(self, what: Any, side: int) -> list[tuple[Any, Panel]]: ...
+    # A map as it lies on the panel.
+    def shown(self, heatmap: np.ndarray, module: Any, squares: bool) -> np.ndarray: ...
+    # Files, or texts, of a caller -> what `explain` takes. Raises InputError.
+    def read(self, given: Any) -> Any: ...
+    # What `explain` takes, as arrays of the right shape and type. Raises InputError for anything else.
+    def checked(self, inputs: Any) -> Any: ...
+    # What `explain` takes -> the input of the module; to be compiled.
+    def normalise(self, inputs: Any) -> Any: ...
+    # An example of a data set as small numbers, and its mask. Raises InputError.
+    def levels(self, example: Example, profile: str = "default") -> tuple[Any, Any]: ...
+    # The `levels` of examples as a batch.
+    def stacked(self, samples: Sequence[Any]) -> Any: ...
+    # The masks of examples as an array [B, ...].
+    def stacked_masks(self, masks: Sequence[Any]) -> np.ndarray: ...
+    # A batch of `stacked` -> what `explain` takes; to be compiled.
+    def unit(self, levels: Any) -> Any: ...
+    # Shapes and types of a batch of `size` examples, as `stacked` gives it.
+    def batch(self, size: int) -> Any: ...
+    # A reader whose batches have one shape for all of a source.
+    def fixed(self, source: Source) -> "Reader": ...
+    # A batch as `stacked` gives it, to measure speed.
+    def dummy(self, size: int) -> Any: ...
+    # The baseline: a random map for each key that depends on nothing else: [B, h, w]; `inputs` are a batch.
+    def noise(self, keys: Sequence[str], seed: int, module: Any, inputs: Any, pixels: bool) -> np.ndarray: ...
+    # What replaces a removed part, in the values of the inputs that `unit` gives.
+    def blank(self, module: Any, params: Any) -> Any: ...
+    # Everything that the numbers depend on, as JSON.
+    def to_dict(self) -> dict[str, Any]: ...
+    # Maps of a model -> maps in [0, 1] of what can be removed: pixels of images, words of texts.
+    def to_pixels(self, maps: Array, inputs: Any, module: Any) -> Array: ...

@@ -2,28 +2,24 @@
 
 import io
 import wave
-from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from tokentm_jax.data.audio import SUFFIXES, Recording, decode, open_recording
-from tokentm_jax.data.sources import kind_of
+from tokentm_jax.data.audio import SUFFIXES, Recording, decode
+from tokentm_jax.data.audio import open_recording as opened
 from tokentm_jax.errors import InputError
+from tokentm_jax.maths.maps import resized
 
-__all__ = ["SUFFIXES", "decode"]
+__all__ = ["SUFFIXES", "decode", "opened"]
 KIND = "recording"
 FRAME = "Spectrogram"  # what the picture under a map is called
 SIZE = (336, 448)  # pixels of that picture
 
 
-def opened(path: str | Path) -> Recording:
-    """The content of a file. Raises InputError."""
-    return open_recording(path)
-
-
 def example() -> bytes:
-    """A file: a tenth of a second of silence."""
+    """A tenth of a second of silence."""
     file = io.BytesIO()
     with wave.open(file, "wb") as sound:
         sound.setnchannels(1)
@@ -33,30 +29,22 @@ def example() -> bytes:
     return file.getvalue()
 
 
-def fitted(recording: Any, preprocessing: Any, name: str, profile: str = "default") -> np.ndarray:
-    """A recording as the model receives it: float32 [mel bins, frames, 1] in [0, 1]; every profile is the same."""
-    if not isinstance(recording, Recording):
-        raise InputError(f"{name} is a {kind_of(recording)}, and the model takes recordings")
-    assert preprocessing.audio is not None
+def fit(recording: Recording, preprocessing: Any) -> np.ndarray:
+    """A recording as the model receives it: float32 [mel bins, frames, 1] in [0, 1]."""
     return preprocessing.audio.image(recording, preprocessing.size)
-
-
-def fitted_mask(mask: np.ndarray, preprocessing: Any, profile: str) -> np.ndarray:
-    raise InputError("masks are for photos, and the model takes recordings")
 
 
 def notice(recording: Recording, preprocessing: Any, name: str) -> str | None:
     """A sentence about the end of a long recording, which the model does not receive; None for a short one."""
-    assert preprocessing.audio is not None
-    received = preprocessing.audio.seconds(preprocessing.size[1])
-    if recording.seconds < received + preprocessing.audio.hop / preprocessing.audio.sampling_rate:
+    sound = preprocessing.audio
+    received = sound.seconds(preprocessing.size[1])
+    if recording.seconds < received + sound.hop / sound.sampling_rate:
         return None
     return f"{name} is {recording.seconds:.2f} s long: the model receives its first {received:.2f} s"
 
 
-def view(recording: Recording, preprocessing: Any, side: int = SIZE[1], profile: str = "default") -> np.ndarray:
-    """The spectrogram for display: uint8 [h, w, 3], grey, the lowest frequency below, long side `side` pixels."""
-    return pictured(fitted(recording, preprocessing, "it"), side)
+def view(recording: Recording, preprocessing: Any, side: int) -> np.ndarray:
+    return pictured(fit(recording, preprocessing), side)
 
 
 def from_array(array: np.ndarray) -> Recording:
@@ -65,7 +53,8 @@ def from_array(array: np.ndarray) -> Recording:
 
 
 def pictured(image: np.ndarray, side: int) -> np.ndarray:
-    """A spectrogram [mel bins, frames, 1] as `view` shows it."""
+    """A spectrogram [mel bins, frames, 1] for display: uint8 [h, w, 3], grey, the lowest frequency below, long side
+    `side` pixels."""
     size = (SIZE[0] * side // SIZE[1], side)
     rows, columns = (np.arange(wanted) * count // wanted for wanted, count in zip(size, image.shape, strict=False))
     grey = (image[::-1, :, 0][rows][:, columns] * 255).round().astype(np.uint8)
@@ -73,11 +62,7 @@ def pictured(image: np.ndarray, side: int) -> np.ndarray:
 
 
 def shown(heatmap: np.ndarray, preprocessing: Any, tiling: Any, squares: bool) -> np.ndarray:
-    """A map as it lies on the picture; where patches overlap, values are at their centres."""
-    import jax.numpy as jnp
-
-    from tokentm_jax.maths.maps import resized
-
+    """Where patches overlap, values are at their centres."""
     if squares:
         return heatmap[::-1]
     return np.asarray(resized(jnp.asarray(heatmap[None]), preprocessing.size, tiling))[0, ::-1]
@@ -86,7 +71,6 @@ def shown(heatmap: np.ndarray, preprocessing: Any, tiling: Any, squares: bool) -
 def scales(preprocessing: Any) -> tuple[str, list[tuple[float, str]], str, list[tuple[float, str]]]:
     """Label and ticks (place in [0, 1] from the left, text) of time [s], and of frequency [Hz] (from above)."""
     (bins, frames), sound = preprocessing.size, preprocessing.audio
-    assert sound is not None
     longest = sound.seconds(frames)
     step = next(step for step in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if longest / step < 6)
     centres = sound.frequencies(bins)

@@ -15,9 +15,8 @@ from tokentm_jax.maths.maps import spread
 from tokentm_jax.maths.perturbation import blur
 from tokentm_jax.maths.primitives import wide
 
-Hide = Callable[
-    [Array], Any
-]  # the parts [n] that are shown (bool, or a share) -> all samples' inputs, the rest hidden
+# The parts [n] that are shown (bool, or a share) -> all samples' inputs, the rest hidden.
+Hide = Callable[[Array], Any]
 
 
 @runtime_checkable
@@ -26,44 +25,27 @@ class Inputs(Protocol):
 
     regular: bool  # whether the parts are a grid, the same in every sample
 
+    # The array of numbers that is differentiated, [B, ...].
     @property
-    def values(self) -> Array:
-        """The array of numbers that is differentiated, [B, ...]."""
-        ...
-
+    def values(self) -> Array: ...
+    # Which tokens [B, N] are present; None: all.
     @property
-    def mask(self) -> Any:
-        """Which tokens [B, N] are present; None: all."""
-        ...
-
+    def mask(self) -> Any: ...
+    # Which places [B, h, w] of a map can be removed; None: all.
     @property
-    def removable(self) -> Any:
-        """Which places [B, h, w] of a map can be removed; None: all."""
-        ...
-
-    def with_values(self, numbers: Array) -> Any:
-        """The model's input with other numbers."""
-        ...
-
-    def without(self, removed: Array, fill: Any, tiling: Any = None) -> Any:
-        """The model's input with places `removed` [B, h, w] of a map replaced by `fill`: a value, an array that fits
-        the values, or a function `(inputs, removed) -> inputs`."""
-        ...
-
-    def background(self, fill: str, mean: Any) -> Any:
-        """The `fill` of that name, "mean", "black" or "blur"; `mean` is the reader's `blank`."""
-        ...
-
-    def parts(self, model: Any, params: Any, options: Any) -> tuple[tuple[int, int], Hide]:
-        """The grid (gh, gw) of the parts that can be hidden, and how a coalition of them is shown.
-
-        `options` are those of `methods.perturbation.Removal`. Raises InputError for options that do not fit.
-        """
-        ...
-
-    def remaining(self, kept: Array) -> Array:
-        """Which tokens [B, N] are left where the parts `kept` [n] are."""
-        ...
+    def removable(self) -> Any: ...
+    # The model's input with other numbers.
+    def with_values(self, numbers: Array) -> Any: ...
+    # The model's input with places `removed` [B, h, w] of a map replaced by `fill`: a value, an array that fits the
+    # values, or a function `(inputs, removed) -> inputs`.
+    def without(self, removed: Array, fill: Any, tiling: Any = None) -> Any: ...
+    # The `fill` of that name, "mean", "black" or "blur"; `mean` is the reader's `blank`.
+    def background(self, fill: str, mean: Any) -> Any: ...
+    # The grid (gh, gw) of the parts that can be hidden, and how a coalition of them is shown. `options` are those of
+    # `methods.perturbation.Removal`. Raises InputError for options that do not fit.
+    def parts(self, model: Any, params: Any, options: Any) -> tuple[tuple[int, int], Hide]: ...
+    # Which tokens [B, N] are left where the parts `kept` [n] are.
+    def remaining(self, kept: Array) -> Array: ...
 
 
 class Images(NamedTuple):
@@ -78,14 +60,13 @@ class Images(NamedTuple):
     def with_values(self, numbers: Array) -> Array:
         return numbers
 
-    def without(self, removed: Array, fill: Any, tiling: Any = None) -> Array:
+    def without(self, removed: Array, fill: Any, tiling: Any = None) -> Any:
         """Pixels are replaced; `removed` may be of patches, which divide the image or are placed by `tiling`."""
         images = self.values
         if removed.shape[1:] != images.shape[1:3]:
             removed = spread(removed, (images.shape[1], images.shape[2]), tiling)
         if callable(fill):
-            changed: Any = fill(images, removed)
-            return changed
+            return fill(images, removed)
         return jnp.where(removed[..., None], jnp.asarray(fill, images.dtype), images)
 
     def background(self, fill: str, mean: Any) -> Array:
