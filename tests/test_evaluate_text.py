@@ -225,7 +225,7 @@ def test_stored_maps_are_those_that_an_evaluation_computes(text, data, tmp_path)
     explain_dataset(DatasetConfig(("rollout",), dtype="float32", batch_size=2), text, source, store)
     stored = tm.open_maps(store)
     maps = np.asarray(stored.maps["rollout"])
-    tokens = dataclasses.replace(text.preprocessing, padded=16).tokens(SENTENCES)
+    tokens = dataclasses.replace(text.preprocessing, padded=16).read(SENTENCES)
     expected = tm.explain(text, tokens, "rollout")
     np.testing.assert_allclose(maps[:, 0], expected, rtol=1e-5, atol=1e-7)
     results = [

@@ -41,7 +41,8 @@ class Passage:
 
     @functools.cached_property
     def picture(self) -> np.ndarray:
-        return drawn(self._received(), self.colours, self.side, self.height)
+        parts = [*self.parts[:-1], (" …", None)] if self.encoding.overflowing else self.parts
+        return _drawn(parts, self.colours, self.side, self.height)
 
     @property
     def units(self) -> tuple[int, int]:
@@ -49,18 +50,20 @@ class Passage:
         return round(height * SIDE * WIDTH / width), round(SIDE * WIDTH)
 
     @property
-    def cut(self) -> bool:
-        """Whether the text is longer than what the model reads."""
-        return bool(self.encoding.overflowing)
-
-    @property
     def parts(self) -> list[tuple[str, int | None]]:
-        """The text as it was given: its words with their number, and with None what is between them."""
-        return pieces(self.text, self.shown or self.words(np.zeros(len(self.encoding.ids))))
-
-    def _received(self) -> list[tuple[str, int | None]]:
-        """The parts, without the end of a text that is cut."""
-        return [*self.parts[:-1], (" …", None)] if self.cut else self.parts
+        """The text as it was given: its words with their number, and with None what is between them. The second text
+        of a pair begins a line."""
+        words = self.shown or self.words(np.zeros(len(self.encoding.ids)))
+        found: list[tuple[str, int | None]] = []
+        for part, whole in enumerate(self.text if isinstance(self.text, tuple) else (self.text,)):
+            found.append(("\n" * part, None))
+            end = 0
+            for number, word in enumerate(words):
+                if word.part == part:
+                    found += [(whole[end : word.start], None), (whole[word.start : word.end], number)]
+                    end = word.end
+            found.append((whole[end:], None))
+        return [piece for piece in found if piece[0]]
 
     def words(self, heatmap: np.ndarray) -> list[Word]:
         return scored(self.text, self.encoding, heatmap)
@@ -112,21 +115,6 @@ class Passage:
         return f'<p dir="auto" style="{style}">{"".join(parts)}</p>'
 
 
-def pieces(text: Text, words: Sequence[Word]) -> list[tuple[str, int | None]]:
-    """The text as it was given, in pieces: the words by their number, and what is between them. The second text of a
-    pair begins a line."""
-    found: list[tuple[str, int | None]] = []
-    for part, whole in enumerate(text if isinstance(text, tuple) else (text,)):
-        found.append(("\n" * part, None))
-        end = 0
-        for number, word in enumerate(words):
-            if word.part == part:
-                found += [(whole[end : word.start], None), (whole[word.start : word.end], number)]
-                end = word.end
-        found.append((whole[end:], None))
-    return [piece for piece in found if piece[0]]
-
-
 def _colour(share: float, signed: bool, look: Look) -> str:
     """Behind a word with this share of the largest score, "#rrggbbaa": the scale's bright hue, the opaquer the larger
     the share. The dark end of a scale would hide the letters."""
@@ -143,7 +131,7 @@ def _on_paper(colour: str) -> tuple[int, ...]:
     return tuple(round(255 + (part - 255) * opacity / 255) for part in rgb)
 
 
-def drawn(parts: Sequence[tuple[str, int | None]], colours: Sequence[str], side: int, height: int = 0) -> np.ndarray:
+def _drawn(parts: Sequence[tuple[str, int | None]], colours: Sequence[str], side: int, height: int) -> np.ndarray:
     """The pieces of a text as a picture uint8 [h, w, 3], the words on their colours."""
     from matplotlib.font_manager import findfont
 

@@ -32,6 +32,7 @@ from tokentm_jax.maths.maps import min_max
 LARGEST_TEXT = 1_000_000  # characters
 STEP = 16  # texts are padded to a multiple of this number of tokens, so that few lengths have to be compiled
 MASKS = ("[MASK]", "<mask>")
+KINDS = (np.int32, np.bool_, np.int32, np.bool_)  # of the arrays of `Tokens`
 # Radford et al. (ICML 2021): what counts as a word before byte pairs are merged.
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _START, _END = "<|startoftext|>", "<|endoftext|>"
@@ -49,8 +50,7 @@ class Tokens(NamedTuple):
         """The embeddings of a module's word pieces. Raises InputError for a function, which takes `Texts`."""
         if module is None:
             raise InputError("Tokens are for a module that looks their embeddings up: give a function Texts")
-        found: Any = module.apply({"params": params}, jax.tree.map(jnp.asarray, self), method="look_up")
-        return found
+        return module.apply({"params": params}, jax.tree.map(jnp.asarray, self), method="look_up")
 
 
 class Texts(NamedTuple):
@@ -75,11 +75,10 @@ class Texts(NamedTuple):
     def with_values(self, numbers: Array) -> "Texts":
         return self._replace(embeddings=numbers)
 
-    def without(self, removed: Array, fill: Any, tiling: Any = None) -> "Texts":
+    def without(self, removed: Array, fill: Any, tiling: Any = None) -> Any:
         """Word pieces are replaced, or deleted where `fill` is `deleted`."""
         if callable(fill):
-            changed: Any = fill(self, removed)
-            return changed
+            return fill(self, removed)
         fill = jnp.asarray(fill, self.embeddings.dtype)
         return self.with_values(jnp.where(removed[:, 0, :, None], fill, self.embeddings))
 
@@ -93,11 +92,10 @@ class Texts(NamedTuple):
         """Word pieces: the model's mask replaces those that are hidden, and marks such as [CLS] stay."""
         if options.fill != "mean" or options.patch is not None:
             raise Unfit("options 'fill' and 'patch' are for images: of texts, words are removed")
-        blank: Any = blank_of(model.source.module, params)
+        blank = jnp.asarray(_blank(model.source.module, params), self.embeddings.dtype)
 
         def hide(kept: Array) -> Texts:
-            shown = (kept | self.special)[..., None]
-            return self.with_values(jnp.where(shown, self.embeddings, jnp.asarray(blank, self.embeddings.dtype)))
+            return self.with_values(jnp.where((kept | self.special)[..., None], self.embeddings, blank))
 
         return (1, self.mask.shape[1]), hide
 
@@ -117,7 +115,7 @@ def deleted(texts: Texts, removed: Array) -> Texts:
     )
 
 
-def blank_of(module: Any, params: Any) -> Any:
+def _blank(module: Any, params: Any) -> Any:
     """The embedding [D] of a module that replaces a removed word piece; zero for a function."""
     return 0.0 if module is None else module.apply({"params": params}, method="blank")
 
@@ -147,7 +145,6 @@ class WordPieces:
 
     @property
     def size(self) -> tuple[int, ...]:
-        """Tokens, at most."""
         return (self.length,)
 
     @classmethod
@@ -156,7 +153,6 @@ class WordPieces:
         return cls(file, read_text(file, what="tokenizer"), length)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything that the numbers depend on, as JSON."""
         return {"tokenizer": hashlib.sha256(self.content.encode()).hexdigest(), "length": self.length}
 
     @property
@@ -187,19 +183,19 @@ class WordPieces:
             return self._engine.encode_batch(list(listed))
 
     def found(self, argument: str, number: int = 1) -> dict[str, str]:
-        """The texts of an argument of the command line, by what messages call them: itself, or with "-" the lines of
-        the standard input."""
-        texts = _lines() if argument == "-" else [argument]
+        """The argument itself, or with "-" the lines of the standard input."""
+        try:
+            texts = [line.rstrip("\n") for line in sys.stdin if line.strip()] if argument == "-" else [argument]
+        except UnicodeDecodeError:
+            raise InputError("the standard input is no UTF-8 text") from None
         if not texts:
             raise InputError("texts must be a text or a list of texts, and the standard input has none")
         return {f"text {place}": text for place, text in enumerate(texts, number)}
 
     def opened(self, given: Text) -> Text:
-        """The content of what was `found`."""
         return given
 
     def decoded(self, content: bytes) -> str:
-        """The content of an upload. Raises InputError."""
         try:
             return content.decode()
         except UnicodeDecodeError:
@@ -209,22 +205,16 @@ class WordPieces:
         return b"an example"
 
     def sample(self, example: Example) -> Tokens:
-        """A text as tokens [N]."""
         return self.levels(example)[0]
 
     def notice(self, content: Text, name: str) -> str | None:
-        """A sentence about the end of a long text, which the model does not receive; None for a short one."""
-        (encoded,) = self.encode([content], name)
-        return (
-            f"{name} has more than the {self.length} tokens of the model, and is cut" if encoded.overflowing else None
-        )
+        cut = self.encode([content], name)[0].overflowing
+        return f"{name} has more than the {self.length} tokens of the model, and is cut" if cut else None
 
     def panel(self, content: Text, title: str, side: int = SIDE, profile: str = "default") -> Any:
-        """What maps are shown on: see `Passage`."""
         return Passage(content, self.encode([content], title)[0], title, side)
 
     def panels(self, what: Any, side: int) -> list[tuple[Tokens, Any]]:
-        """Texts of a caller: each as tokens [N], and what its map is shown on. InputError."""
         listed = [what] if isinstance(what, str) else what
         encoded = self.encode(listed)
         titles = [f"text {i}" for i in range(1, len(encoded) + 1)] if len(encoded) > 1 else ["text"]
@@ -246,16 +236,11 @@ class WordPieces:
             warnings.warn(f"{found}, and were cut", stacklevel=3)
         return self.stacked([_sample(each) for each in encoded])
 
-    def tokens(self, texts: Sequence[Text]) -> Tokens:
-        """As `read`, without a warning."""
-        return self.stacked([_sample(each) for each in self.encode(texts)])
-
     def checked(self, tokens: Any) -> Tokens:
         """Tokens of a caller as arrays of the types that the model needs. Raises InputError for others."""
         if not isinstance(tokens, Tokens):
             raise InputError(f"the model takes texts: expected what its `read` gives, got {type(tokens).__name__}")
-        kinds = (np.int32, np.bool_, np.int32, np.bool_)
-        arrays = Tokens(*(np.asarray(a).astype(kind) for a, kind in zip(tokens, kinds, strict=True)))
+        arrays = Tokens(*(np.asarray(a).astype(kind) for a, kind in zip(tokens, KINDS, strict=True)))
         shape = arrays.ids.shape
         if len(shape) != 2 or 0 in shape or any(a.shape != shape for a in arrays):
             raise InputError(f"tokens must be four arrays [B, N], got {[list(a.shape) for a in arrays]}")
@@ -287,59 +272,42 @@ class WordPieces:
                 ratings[place] = word, example.mask[start:end].mean()
         return _sample(encoded), ratings
 
-    def _rounded(self, longest: int) -> int:
-        """Tokens that texts of at most `longest` ones are padded to."""
-        return min(-(-longest // STEP) * STEP, self.length)
-
     def _size(self, longest: int) -> int:
-        return self.padded or self._rounded(longest)
+        """Tokens that texts of at most `longest` ones are padded to."""
+        return self.padded or min(-(-longest // STEP) * STEP, self.length)
 
     def stacked(self, samples: Sequence[Tokens]) -> Tokens:
-        """Tokens [N] of texts as a batch [B, N]."""
         size = self._size(max(len(each.ids) for each in samples))
-        fill = Tokens(0, False, 0, True)
-        return Tokens(
-            *(_padded(arrays, size, value) for arrays, value in zip(zip(*samples, strict=True), fill, strict=True))
-        )
+
+        def padded(arrays: Sequence[np.ndarray], value: Any) -> np.ndarray:
+            return np.stack([np.pad(a, (0, size - len(a)), constant_values=value) for a in arrays])
+
+        return Tokens(*map(padded, zip(*samples, strict=True), Tokens(0, False, 0, True)))
 
     def stacked_masks(self, masks: Sequence[np.ndarray]) -> np.ndarray:
-        """Ratings [N, 2] of texts as a batch [B, N, 2]."""
         size = self._size(max(map(len, masks)))
         return np.stack([np.pad(m, ((0, size - len(m)), (0, 0)), constant_values=-1) for m in masks])
 
     def batch(self, size: int) -> Tokens:
-        """Shapes and types of a batch of texts."""
-        shape = (size, self._size(1))
-        return Tokens(*(jax.ShapeDtypeStruct(shape, kind) for kind in (jnp.int32, jnp.bool_, jnp.int32, jnp.bool_)))
+        return Tokens(*(jax.ShapeDtypeStruct((size, self._size(1)), kind) for kind in KINDS))
 
     def fixed(self, source: Source) -> "WordPieces":
-        """The same reader with one length of batches for all texts of a source."""
-        texts: Any = [source[i].content for i in range(len(source))]
-        longest = max(len(each.ids) for each in self.encode(texts))
-        return dataclasses.replace(self, padded=self._rounded(longest))
+        longest = max(len(each.ids) for each in self.encode([source[i].content for i in range(len(source))]))
+        return dataclasses.replace(self, padded=dataclasses.replace(self, padded=0)._size(longest))
 
     def dummy(self, size: int) -> Tokens:
-        """A batch of texts of medium length, to measure speed."""
-        return self.tokens(["a text of some common words " * 4] * size)
+        encoded = self.encode(["a text of some common words " * 4] * size)
+        return self.stacked([_sample(each) for each in encoded])
 
     def noise(self, keys: Sequence[str], seed: int, module: Any, inputs: Tokens, pixels: bool) -> np.ndarray:
-        """A random map [1, N] for each key, the same for every length of the padding: [B, 1, N]."""
+        """The same for every length of the padding."""
         return np.stack([random_map(key, (1, self.length), seed) for key in keys])[..., : inputs.ids.shape[1]]
 
-    def blank(self, module: Any, params: Any) -> Any:
-        """The embedding [D] that replaces a removed word piece."""
-        return blank_of(module, params)
+    blank = staticmethod(_blank)
 
     def to_pixels(self, maps: Array, inputs: Texts, module: Any) -> Array:
-        """Maps [B, 1, N] with the words' scores in [0, 1], and 0 for tokens that are no part of a word."""
+        """Tokens that are no part of a word get 0."""
         return jnp.where(inputs.removable, min_max(maps, inputs.removable), 0)
-
-
-def _lines() -> list[str]:
-    try:
-        return [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    except UnicodeDecodeError:
-        raise InputError("the standard input is no UTF-8 text") from None
 
 
 def _sample(encoded: Any) -> Tokens:
@@ -347,10 +315,6 @@ def _sample(encoded: Any) -> Tokens:
     ids = np.array(encoded.ids, np.int32)
     special = np.array(encoded.special_tokens_mask, bool)
     return Tokens(ids, np.ones(len(ids), bool), np.array(encoded.type_ids, np.int32), special)
-
-
-def _padded(arrays: Sequence[np.ndarray], size: int, value: Any) -> np.ndarray:
-    return np.stack([np.pad(a, (0, size - len(a)), constant_values=value) for a in arrays])
 
 
 @contextmanager
@@ -373,11 +337,8 @@ def engine(contents: tuple[str, ...], context: int, *files: Path) -> Any:
     ones, and without the extra."""
     tokenizers = require("tokenizers", "text", "reading texts")
     with one_sentence(files):
-        found = (
-            tokenizers.Tokenizer.from_str(contents[0])
-            if len(contents) == 1
-            else _byte_pairs(contents[0], contents[1], files[0])
-        )
+        of_one = tokenizers.Tokenizer.from_str
+        found = of_one(contents[0]) if len(contents) == 1 else _byte_pairs(contents[0], contents[1], files[0])
         found.no_padding()
         found.enable_truncation(context)
     return found
@@ -385,25 +346,16 @@ def engine(contents: tuple[str, ...], context: int, *files: Path) -> Any:
 
 def _byte_pairs(vocabulary: str, merges: str, where: Path) -> Any:
     """CLIP's tokenizer from its vocabulary (JSON) and the merges, one pair a line, below a line with the version."""
-    from tokenizers import (  # pyright: ignore[reportMissingImports]
-        Regex,
-        Tokenizer,
-        models,
-        normalizers,
-        pre_tokenizers,
-        processors,
-    )
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
     ids = json.loads(vocabulary)
     if not isinstance(ids, dict) or not {_START, _END} <= ids.keys():
         raise InputError(f"{where} must be an object from token to id, with {_START} and {_END}")
-    pairs: Any = [
-        tuple(line.split()) for line in merges.splitlines() if line.strip() and not line.startswith("#version")
-    ]
+    lines = [line for line in merges.splitlines() if line.strip() and not line.startswith("#version")]
+    pairs: Any = [tuple(line.split()) for line in lines]
     engine = Tokenizer(models.BPE(ids, pairs, end_of_word_suffix="</w>", unk_token=_END))
-    engine.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
+    spaces = normalizers.Replace(Regex(r"\s+"), " ")
+    engine.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
     words = pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True)
     engine.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     engine.post_processor = processors.RobertaProcessing(

@@ -151,8 +151,7 @@ def read_out(module: Any, mask: Array | None, like: Array) -> Array:
 def token_map(module: Any, rows: Array) -> Array:
     """Rows over tokens [B, N] -> maps over the patch grid [B, gh, gw], or [B, 1, N] for texts; the prefix tokens are
     left out."""
-    grid = (1, rows.shape[1]) if module.grid is None else module.grid
-    return rows[:, module.prefix :].reshape(-1, *grid)
+    return rows[:, module.prefix :].reshape(-1, *(module.grid or (1, rows.shape[1])))
 
 
 def as_maps(found: Array) -> Array:
