@@ -15,7 +15,7 @@ from jax import Array
 
 from models.training.loop import Loop, State, adamw, begin, descend, run_steps
 from models.training.recipe import TextTrainConfig
-from tokentm_jax.data.sources import open_source
+from tokentm_jax.data.sources import Example, open_source
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import replace, write_json, write_text
 from tokentm_jax.identity import claimed, digest, digest_files, environment
@@ -113,7 +113,11 @@ def train_text(
     changes = {"num_classes": len(config.class_names), "pool": config.pool}
     changes |= {"pooler": "tanh" if config.pool == "token" else None}
     module, params, *_ = read_text_folder(folder, pieces.token(*MASKS), changes, config.seed)
-    tokenize = dataclasses.replace(pieces, length=min(config.max_length, module.max_length)).tokens
+    reader = dataclasses.replace(pieces, length=min(config.max_length, module.max_length))
+
+    def tokenize(texts: Sequence[str]) -> Tokens:
+        return reader.stacked([reader.sample(Example(text, text)) for text in texts])
+
     per_epoch = len(data.texts) // config.batch_size
     steps = round(config.epochs * per_epoch)
     if not steps:
