@@ -183,6 +183,7 @@ def test_pages_have_one_look():
         )
 
 
+@pytest.mark.slow
 def test_a_page_of_a_run(place, tmp_path):
     out, page = evaluated(place, tmp_path), tmp_path / "run.html"
     found = run("report", out, "--out", page, "--best", 1)

@@ -127,7 +127,7 @@ class Unrolled(nn.Module):
         return self.vit.classify(x)
 
 
-@pytest.mark.parametrize("method", mostly_slow(["tokentm", "legrad", "lrp", "libra_full_grad"], ["tokentm"]))
+@pytest.mark.parametrize("method", mostly_slow(["tokentm", "legrad", "lrp", "libra_full_grad"], []))
 def test_a_users_own_module_is_read(briefly, method):
     scanned = ViT(**FIELDS, depth=3)
     params = jax.tree.map(lambda a: a * 8, init_params(scanned, jax.random.key(0)))
