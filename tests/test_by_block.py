@@ -2,12 +2,14 @@
 
 import jax
 import numpy as np
+import pytest
 from conftest import tiny_vit
 
 import tokentm_jax as tm
 from tokentm_jax.methods.by_block import by_block
 
 
+@pytest.mark.slow
 def test_by_block_is_the_method_with_fewer_blocks_and_a_slow_loop():
     vit = tiny_vit(3)
     module, params = vit.module, vit.params

@@ -181,6 +181,7 @@ def test_several_classes_give_one_figure(folder, checkpoint):
     assert files(folder / "both") == sorted([*both, "sheet.png"])
 
 
+@pytest.mark.slow
 def test_each_class(folder, checkpoint, monkeypatch):
     arguments = ("explain", "photos/a.png", "--checkpoint", checkpoint, "--target", "each", "--json")
     (photo,) = json.loads(run(*arguments).stdout)
@@ -197,6 +198,7 @@ def test_each_class(folder, checkpoint, monkeypatch):
     assert "name the classes of --target" in run(*arguments, "--versus", "fox", code=2).stderr
 
 
+@pytest.mark.slow
 def test_formats_and_looks(folder, checkpoint):
     """One figure for each photo, in the format and the colours that are asked for."""
     from tokentm_jax.inputs.pictures import COLOURS

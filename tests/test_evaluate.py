@@ -306,6 +306,7 @@ def test_max_sensitivity_explains_again(config, vit, folder, tmp_path):
     assert found == {"rollout": pytest.approx(largest.mean(), rel=1e-3), "random": 0}
 
 
+@pytest.mark.slow
 def test_shapley_values_are_computed_once_and_kept(config, vit, folder, tmp_path, monkeypatch):
     """The second row of a resumed run takes them from the first; as a row of their own they agree with themselves."""
     source, options = open_source(folder, limit=4), {"pairs": 2, "value": "probability", "seed": 3}

@@ -133,6 +133,7 @@ def config_of(data, *methods, task="eraser", **more):
     return tm.EvaluateConfig("t", task, str(data), rows, str(GOLDENS / "distilbert"), batch_size=2, **more)
 
 
+@pytest.mark.slow
 def test_an_evaluation_resumes_and_takes_more_rows(text, data, tmp_path):
     source = open_source(data)
     whole = evaluate(config_of(data, "raw_attention", "gradient_x_input"), text, source, tmp_path / "whole")

@@ -394,6 +394,7 @@ def test_wrong_leaderboards(config, vit, folder, tmp_path):
         leaderboard(config, vit, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_command(vit, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     checkpoint = write_checkpoint(tmp_path / "tiny.safetensors", vit.module, vit.params, vit.preprocessing)

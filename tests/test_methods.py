@@ -310,7 +310,7 @@ def test_normalisations_and_weights_of_a_combination():
         pytest.param("legrad,gae,tokentm", "own", marks=pytest.mark.slow),
         pytest.param("tokentm,conservative_lrp,legrad,attn_lrp", "conservative_lrp", marks=pytest.mark.slow),
         pytest.param("attn_lrp,gae", "attn_lrp", marks=pytest.mark.slow),
-        ("legrad,libra_tokentm,conservative_lrp,tokentm", "own"),
+        pytest.param("legrad,libra_tokentm,conservative_lrp,tokentm", "own", marks=pytest.mark.slow),
     ],
 )
 def test_members_that_share_a_pass_have_the_maps_that_they_have_alone(small, methods, gradient):

@@ -5,6 +5,7 @@ from itertools import pairwise
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tokentm_jax.maths.multigrid import levels, times, v_cycle
 from tokentm_jax.maths.perturbation import linear_imputation
@@ -71,6 +72,7 @@ def test_the_cycle_is_symmetric_and_close_to_the_inverse():
     assert product.real.max() < 1.5
 
 
+@pytest.mark.slow
 def test_few_iterations_fill_nine_tenths_of_an_image():
     """Plain conjugate gradients are 0.1 and more away after as many."""
     side = 64

@@ -28,7 +28,9 @@ def error(found, expected):
     return np.abs(np.asarray(found) - np.asarray(expected)).max() / np.abs(np.asarray(expected)).max()
 
 
-@pytest.mark.parametrize("kind", [pytest.param(AxisType.Auto, marks=pytest.mark.slow), AxisType.Explicit])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) for kind in (AxisType.Auto, AxisType.Explicit)]
+)
 @pytest.mark.parametrize("method", CASES)
 def test_a_sharded_batch_needs_no_collective(model, method, kind):
     vit, params, inputs, target = model
