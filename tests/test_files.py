@@ -94,6 +94,31 @@ def test_what_appears_while_a_file_is_written_stays(kind, tmp_path):
     assert kind != "folder" or (path / "sub/a.tex").read_text() == TEXT
 
 
+@pytest.mark.parametrize("moved", [1, 2])
+def test_a_checkpoint_survives_an_interruption_between_its_moves(moved, tmp_path, monkeypatch):
+    """Ctrl-C after the old folder was moved aside keeps it; after the new one is there, that one stays."""
+    path, moves, move = tmp_path / "model", [], os.replace
+    path.mkdir()
+    (path / "weights").write_text("old")
+
+    def interrupted(source, target):
+        move(source, target)
+        moves.append(target)
+        if len(moves) == moved:
+            raise KeyboardInterrupt
+
+    def write(part):
+        part.mkdir()
+        (part / "weights").write_text("new")
+
+    monkeypatch.setattr(files, "ours", lambda path: True)
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        files.replace(path, write, folder=True)
+    assert (path / "weights").read_text() == ["old", "new"][moved - 1]
+    assert [each.name for each in tmp_path.iterdir()] == ["model"]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_replaces_neither_files_nor_folders_of_others(kind, tmp_path):
     vit = tiny_vit(1)

@@ -147,7 +147,7 @@ def test_every_public_name_is_in_the_program_whose_types_are_checked():
 
 
 def test_every_public_function_states_its_arguments_and_its_result():
-    """But for the four equations of TokenTM, which stand on one screen."""
+    """The four equations of TokenTM, which stand on one screen, are left out."""
     for home in (tm, tm.metrics, tm.models, tm.scores, tm.weights):
         for name in getattr(home, "__all__", dir(home)):
             function = getattr(home, name)

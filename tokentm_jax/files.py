@@ -155,12 +155,12 @@ def replace(
         new, old = room / f"new{path.suffix}", room / "old"
         write(new)
         require_ours(path, overwrite, folder=folder)  # writing may have taken long
-        if folder and path.exists():
-            os.replace(path, old)
         try:
+            if folder and path.exists():
+                os.replace(path, old)
             os.replace(new, path)
         except BaseException:
-            if old.exists():
+            if old.exists() and not path.exists():
                 os.replace(old, path)
             raise
     except OSError as error:
