@@ -232,7 +232,7 @@ def test_an_evaluation_explains_and_follows_the_score(photos, tmp_path):
     assert figures["gae", "lodds"]["value"] == pytest.approx(-np.mean(drops), rel=1e-4, abs=1e-5)
     assert figures["gae", "aopc"]["images"] == len(kept)
     assert {row["images"] for row in results["rows"]} == {len(kept)}  # of every row, and of every column
-    assert "Explained, and followed in place of the probability: versus:2." in (tmp_path / "results.md").read_text()
+    assert "Explained, and followed instead of the probability: versus:2." in (tmp_path / "results.md").read_text()
     entries = {(entry["method"], entry["metric"]): entry for entry in compare([tmp_path])}
     assert entries["random", "aopc"]["value"] == figures["random", "aopc"]["value"]
     with pytest.raises(tm.InputError, match="another"):
