@@ -4,7 +4,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -25,7 +24,7 @@ from tokentm_jax.runs.store import open_maps
 pytestmark = pytest.mark.slow
 
 OPTIONS = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=4)
-COUNT, CHUNK = 1601, 8  # the last chunk is not full
+COUNT, SHARD = 1601, 8  # the last shard is not full
 KILLS = 24
 
 
@@ -46,7 +45,7 @@ def command(tmp_path_factory):
         else:
             Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(file)
     start = [sys.executable, "-m", "tokentm_jax", "dataset", str(path / "photos"), "--checkpoint", str(checkpoint)]
-    more = ["--methods", "tokentm,input_gradient", "--batch-size", "4", "--chunk-size", str(CHUNK)]
+    more = ["--methods", "tokentm,input_gradient", "--batch-size", "4", "--shard-size", str(SHARD)]
     return [*start, *more], {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(path / "cache"), "JAX_PLATFORMS": "cpu"}
 
 
@@ -75,9 +74,9 @@ class Job:
                 if " images, " in line:
                     self.started.set()
 
-    def wait_for(self, out, chunks):
-        """Wait until so many chunks are finished."""
-        while self.process.poll() is None and len(list((out / "status" / "c").glob("*[0-9]"))) < chunks:
+    def wait_for(self, out, shards):
+        """Wait until so many shards are finished."""
+        while self.process.poll() is None and len(finished(out)) < shards:
             time.sleep(0.002)
 
     def kill(self):
@@ -96,14 +95,8 @@ def content(folder):
 
 
 def finished(folder):
-    """The files of finished chunks, with their times: whoever computes a chunk again makes new ones."""
-    if not (folder / "status" / "zarr.json").exists():
-        return {}
-    status = open_maps(folder).status[:]
-    done = {str(c) for c in range(-(-COUNT // CHUNK)) if (status[c * CHUNK : (c + 1) * CHUNK] > 0).all()}
-    files = [p for p in folder.rglob("c/**/*") if p.is_file() and not p.name.endswith("__lock")]
-    chunk = {p: p.relative_to(folder).as_posix().split("/c/")[1].split("/")[0] for p in files}
-    return {p: p.stat().st_mtime_ns for p in files if chunk[p] in done}
+    """The parts of finished shards, with their times: whoever computes a shard again makes a new one."""
+    return {part: part.stat().st_mtime_ns for part in folder.glob("shards/*/[0-9]*.parquet")}
 
 
 @pytest.fixture(scope="module")
@@ -124,21 +117,21 @@ def whole(command, tmp_path_factory):
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(command, whole, tmp_path):
-    """A quarter of the kills come at any moment of a start, the others while chunks are being written."""
+    """A quarter of the kills come at any moment of a start, the others while parts are being written."""
     expected, seconds = whole
     out, rng = tmp_path / "maps", random.Random(0)
     known, leftovers, partly = {}, 0, 0
     for kill in range(KILLS):
         job = Job(command, out)
         if kill % 4:
-            job.wait_for(out, len(list(out.glob("status/c/*[0-9]"))) + 1)
+            job.wait_for(out, len(finished(out)) + 1)
             time.sleep(rng.uniform(0, seconds / KILLS / 2))
         else:
             time.sleep(rng.uniform(0, 6))
         job.kill()
         now = finished(out)
-        assert now.items() >= known.items()  # no finished chunk was written again
-        leftovers += len(list(out.rglob("*.__lock")))
+        assert now.items() >= known.items()  # no finished shard was written again
+        leftovers += len(list(out.rglob("*.part")))
         partly += len(now) > 0 and open_maps(out).missing > 0
         known = now
     Job(command, out).end()
@@ -151,7 +144,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(command, whole, tm
 
 
 def test_two_processes_and_a_lost_one(command, whole, tmp_path):
-    """Two processes under jax.distributed write what one writes; lost in the middle, three others finish."""
+    """Two processes, `--shard I/2`, write what one writes; lost in the middle, three others finish."""
     assert _several(command, tmp_path / "two", 2, ()) == 0
     assert content(tmp_path / "two") == whole[0]
     assert _several(command, tmp_path / "lost", 2, (0, 1)) > 0
@@ -162,12 +155,8 @@ def test_two_processes_and_a_lost_one(command, whole, tmp_path):
 
 
 def _several(command, out, count, killed):
-    """Run so many processes, killing some of them after twenty chunks; the number of chunks missing."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        where = f"localhost:{free.getsockname()[1]}"
-    options = ("--coordinator", where, "--processes", count, "--process")
-    jobs = [Job(command, out, *options, i) for i in range(count)]
+    """Run so many processes, killing some of them after twenty shards; the number of shards missing."""
+    jobs = [Job(command, out, "--shard", f"{i}/{count}") for i in range(count)]
     try:
         if killed:
             jobs[0].wait_for(out, 20)
@@ -191,7 +180,7 @@ def test_a_full_disk(command, whole, tmp_path):
     """One sentence; with room again, the rest is computed. A file system of its own needs an administrator."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
     try:
@@ -228,7 +217,7 @@ def test_interrupted_by_hand(command, whole, tmp_path):
     time.sleep(0.5)
     job.process.send_signal(signal.SIGINT)
     assert "Traceback" not in job.end(130)
-    assert not list(Path(tmp_path / "maps").rglob("*.__lock"))
+    assert not list(Path(tmp_path / "maps").rglob("*.part"))
     assert open_maps(tmp_path / "maps").missing > 0
     Job(command, tmp_path / "maps").end()
     assert content(tmp_path / "maps") == whole[0]

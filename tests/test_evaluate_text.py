@@ -21,8 +21,9 @@ from tokentm_jax.data.sources import open_source, read_lexicon
 from tokentm_jax.metrics import Subject
 from tokentm_jax.metrics.eraser import agreement, kendall, leave_one_out
 from tokentm_jax.metrics.tasks import TASKS
-from tokentm_jax.runs.dataset import DatasetConfig, explain_dataset
+from tokentm_jax.runs.dataset import explain_dataset
 from tokentm_jax.runs.evaluate import evaluate
+from tokentm_jax.runs.explainer import Explainer
 from tokentm_jax.runs.report import compare, open_finished
 
 pytest.importorskip("tokenizers")
@@ -223,7 +224,7 @@ def test_agreement_with_people_is_of_those_texts_that_have_a_rated_word(text, da
 def test_stored_maps_are_those_that_an_evaluation_computes(text, data, tmp_path):
     source = open_source(data)
     store = str(tmp_path / "maps")
-    explain_dataset(DatasetConfig(("rollout",), dtype="float32", batch_size=2), text, source, store)
+    explain_dataset(Explainer(text, methods=("rollout",), dtype="float32", batch_size=2), source, store)
     stored = tm.open_maps(store)
     maps = np.asarray(stored.maps["rollout"])
     tokens = dataclasses.replace(text.preprocessing, padded=16).read(SENTENCES)

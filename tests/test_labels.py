@@ -19,8 +19,9 @@ from tokentm_jax.data.sources import Source, open_source
 from tokentm_jax.errors import InputError
 from tokentm_jax.models.checkpoint import write_checkpoint
 from tokentm_jax.models.classes import known_classes, translation
-from tokentm_jax.runs.dataset import DatasetConfig, explain_dataset
+from tokentm_jax.runs.dataset import explain_dataset
 from tokentm_jax.runs.evaluate import evaluate
+from tokentm_jax.runs.explainer import Explainer
 from tokentm_jax.runs.store import open_maps
 
 NAMES = ("airplane", "crane", "polar bear", "crane", "truck")
@@ -134,11 +135,11 @@ def folder(tmp_path_factory):
 def test_evaluations_and_stores_use_and_record_the_map(vit, folder, tmp_path):
     data, labelled = open_source(folder), [2, 2, 4, 4]
     config = EvaluateConfig("x", "saco", "", rows("random"), options={"groups": 2}, batch_size=4)
-    stored = DatasetConfig(("rollout",), target="label", batch_size=4, chunk_size=4)
+    stored = Explainer(vit, methods=("rollout",), target="label", batch_size=4)
     with pytest.raises(InputError, match="does not know 1 of its 2 classes: 'lorry'"):
         evaluate(config, vit, data, tmp_path / "out")
     with pytest.raises(InputError, match="does not know 1 of its 2 classes: 'lorry'"):
-        explain_dataset(stored, vit, data, "memory://labels-refused")
+        explain_dataset(stored, data, "memory://labels-refused")
     assert not (tmp_path / "out").exists()
     (tmp_path / "map.csv").write_text("lorry,truck\n")
     for label_map in ({"lorry": "truck"}, str(tmp_path / "map.csv")):
@@ -146,18 +147,18 @@ def test_evaluations_and_stores_use_and_record_the_map(vit, folder, tmp_path):
         assert results["run"]["config"]["label_map"] == {"lorry": "truck"}  # what it says, not where it was
         (line,) = (tmp_path / "out/records/clean.jsonl").read_text().splitlines()
         assert json.loads(line)["fields"]["label"] == labelled
-        explain_dataset(dataclasses.replace(stored, label_map=label_map), vit, data, "memory://labels-mapped")
+        explain_dataset(dataclasses.replace(stored, label_map=label_map), data, "memory://labels-mapped")
         maps = open_maps("memory://labels-mapped")
         assert maps.provenance["label_map"] == {"lorry": "truck"} and maps.label[:].tolist() == labelled
     wrong = dataclasses.replace(stored, label_map={"lorry": "lorry"}, target="predicted")
     with pytest.raises(InputError, match="the label map gives 'lorry' a class that the model lacks"):
-        explain_dataset(wrong, vit, data, "memory://labels-wrong")
+        explain_dataset(wrong, data, "memory://labels-wrong")
 
 
 def test_a_store_keeps_the_labels_that_the_model_knows(vit, folder):
-    config = DatasetConfig(("rollout",), batch_size=4, chunk_size=4)
+    explainer = Explainer(vit, methods=("rollout",), batch_size=4)
     with pytest.warns(UserWarning, match="stored as -1 .* does not know 1 of its 2 classes: 'lorry'"):
-        explain_dataset(config, vit, open_source(folder), "memory://labels-known")
+        explain_dataset(explainer, open_source(folder), "memory://labels-known")
     assert open_maps("memory://labels-known").label[:].tolist() == [2, 2, -1, -1]
 
 

@@ -244,8 +244,8 @@ def test_a_larger_limit_computes_the_maps_that_are_missing(whole, config, vit, t
         limited = [dataclasses.replace(run, limit=limit) for run in one.runs]
         return leaderboard(dataclasses.replace(one, runs=limited), vit, tmp_path)["rows"]
 
-    def counted(settings, vit, source, *arguments):
-        if explain_dataset(settings, vit, source, *arguments).computed:
+    def counted(explainer, source, *arguments, **named):
+        if explain_dataset(explainer, source, *arguments, **named).computed:
             explained.extend(source.keys)
 
     monkeypatch.setattr(module, "explain_dataset", counted)

@@ -3,23 +3,19 @@
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from PIL import Image
 
-from tokentm_jax.cli.main import main
+from tokentm_jax.cli.dataset import _share
 from tokentm_jax.cli.process import GRACE
-from tokentm_jax.cli.rendezvous import meet
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import uninterrupted
 from tokentm_jax.inputs.images import HALF, Preprocessing
@@ -132,48 +128,37 @@ def test_ctrl_c_while_the_program_is_imported(module):
     assert process.returncode == 130
 
 
-def test_processes_that_meet():
-    """Process 0 waits until all others have come, whoever comes first; strangers at the port do not count."""
-    with socket.create_server(("localhost", 0)) as free:
-        port = free.getsockname()[1]
-    with ThreadPoolExecutor() as threads:
-        others = [threads.submit(meet, f"localhost:{port}", 3, number, 20.0) for number in (2, 1)]
-        first = threads.submit(meet, f"localhost:{port}", 3, 0, 20.0)
-        with suppress(OSError), socket.create_connection(("localhost", port), timeout=1) as stranger:
-            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
-        assert [done.result(timeout=30) for done in (*others, first)] == [None] * 3
-    with pytest.raises(InputError, match=f"nobody came to localhost:{port} as process 1, 2 of 3"):
-        meet(f"localhost:{port}", 3, 0, 0.1)
-    with pytest.raises(InputError, match=f"process 0 does not answer at localhost:{port}"):
-        meet(f"localhost:{port}", 3, 1, 0.1)
+ARRAYS = {  # variables of a scheduler -> what `--shard auto` makes of them
+    "Slurm": ({"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "8"}, (6, 8)),
+    "srun": ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, (3, 4)),
+    "Cloud Run": ({"CLOUD_RUN_TASK_INDEX": "0", "CLOUD_RUN_TASK_COUNT": "2"}, (0, 2)),
+}
 
 
-@pytest.mark.parametrize(
-    ("coordinator", "sentence"),
-    [
-        ("host:x", "must be HOST:PORT with a port from 1 to 65535, got 'host:x'"),
-        ("localhost:0", "must be HOST:PORT"),
-        ("localhost:65536", "must be HOST:PORT"),
-        (":1234", "must be HOST:PORT"),
-        ("localhost", "must be HOST:PORT"),
-        ("a:b:1234", "must be HOST:PORT"),
-        ("http://localhost:1234", "must be HOST:PORT"),
-        ("localhost:١٢", "must be HOST:PORT"),
-        ("a b:1234", "the host a b is unknown"),
-        ("é" * 80 + ":1234", "is unknown"),
-        ("localhost:{used}", "the port cannot be opened"),
-    ],
-)
-def test_a_coordinator_that_is_none(coordinator, sentence, tmp_path):
-    photo = tmp_path / "a" / "0.png"
-    photo.parent.mkdir()
-    Image.new("RGB", (8, 8)).save(photo)
-    with socket.create_server(("", 0)) as server:
-        coordinator = coordinator.format(used=server.getsockname()[1])
-        options = ("--coordinator", coordinator, "--processes", "1", "--process", "0")
-        result = CliRunner().invoke(main, ["dataset", str(tmp_path), "--out", str(tmp_path / "maps"), *options])
-    assert result.exit_code == 2 and sentence in result.stderr and result.stderr.count("\n") == 1
-    assert not (tmp_path / "maps").exists()
+@pytest.mark.parametrize(("variables", "expected"), ARRAYS.values(), ids=ARRAYS)
+def test_the_share_of_a_job_in_an_array(variables, expected, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert _share("auto", None, None, None) == expected
+    assert _share("1/3", None, None, None) == (1, 3)
+
+
+def test_shares_that_are_none(monkeypatch, capsys):
+    assert _share(None, None, None, None) == (0, 1) and _share(None, None, 3, 2) == (2, 3)
+    assert _share(None, "10.0.0.1:1234", 3, 2) == (2, 3)
+    assert "--coordinator is not needed any more" in capsys.readouterr().err
+    for shard in ("", "1", "1/", "/2", "2/2", "-1/2", "a/b", "1/2/3", "١/٢x", "auto/x"):
+        with pytest.raises(InputError, match=r"--shard"):
+            _share(shard, None, None, None)
+    with pytest.raises(InputError, match=r"are now --shard I/N, and need each other"):
+        _share(None, None, 3, None)
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "4")
+    with pytest.raises(InputError, match=r"found JOB_COMPLETION_INDEX=4, but not how many jobs there are: use auto/N"):
+        _share("auto", None, None, None)
+    assert _share("auto/16", None, None, None) == (4, 16)
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "x")
+    with pytest.raises(InputError, match=r"JOB_COMPLETION_INDEX must be a number, got 'x'"):
+        _share("auto/16", None, None, None)
 
 
 @pytest.mark.slow
@@ -383,7 +368,7 @@ def work(tmp_path_factory):
 @pytest.mark.parametrize(
     ("command", "arguments", "first"),
     [
-        ("dataset", "photos --checkpoint tiny.safetensors --batch-size 1 --chunk-size 1", "status/c/*"),
+        ("dataset", "photos --checkpoint tiny.safetensors --batch-size 1 --shard-size 1", "shards/*/0*"),
         ("evaluate", "evaluate.py", "records/rollout*.jsonl"),
         ("train", "train.py", "checkpoints/*"),
     ],

@@ -282,9 +282,9 @@ def test_a_page_of_a_store(place, tmp_path):
         np.testing.assert_allclose(unpacked(entry["maps"]["rollout"][klass]), expected, atol=1e-4 * expected.max())
         assert settings["classes"][klass] in "vwxyz"
     # Without the checksum of its class names, which a store need not have, classes are shown by their numbers.
-    root = json.loads((store / "zarr.json").read_text())
-    del root["attributes"]["tokentm"]["classes"]
-    (store / "zarr.json").write_text(json.dumps(root))
+    root = json.loads((store / "tokentm.json").read_text())
+    del root["classes"]
+    (store / "tokentm.json").write_text(json.dumps(root))
     found = run("report", store, "--out", page, "--limit", 2)
     assert found.exit_code == 0, found.output
     settings, _ = content(page)
@@ -349,10 +349,9 @@ def test_classes_of_a_store_of_a_model_of_timm(place, tmp_path, monkeypatch):
     store, page = tmp_path / "maps", tmp_path / "store.html"
     run("dataset", place / "photos", "--out", store, "--checkpoint", place / "tiny.safetensors", "--limit", 2)
     names, wnids = read_class_names(IMAGENET_1K, 1000)
-    root = json.loads((store / "zarr.json").read_text())
-    made = root["attributes"]["tokentm"]
-    made["classes"], made["model"]["name"] = digest(names, wnids), "deit_tiny_patch16_224"
-    (store / "zarr.json").write_text(json.dumps(root))
+    root = json.loads((store / "tokentm.json").read_text())
+    root["classes"], root["model"]["name"] = digest(names, wnids), "deit_tiny_patch16_224"
+    (store / "tokentm.json").write_text(json.dumps(root))
     monkeypatch.setattr("tokentm_jax.models.loading.download_weights", lambda name: pytest.fail("a download"))
     assert run("report", store, "--out", page).exit_code == 0
     settings, _ = content(page)

@@ -17,8 +17,9 @@ from tokentm_jax.inputs.batches import batches
 from tokentm_jax.maths import scores
 from tokentm_jax.maths.maps import to_pixels
 from tokentm_jax.methods.table import METHODS
-from tokentm_jax.runs.dataset import DatasetConfig, explain_dataset
+from tokentm_jax.runs.dataset import explain_dataset
 from tokentm_jax.runs.evaluate import evaluate
+from tokentm_jax.runs.explainer import Explainer
 from tokentm_jax.runs.report import compare
 
 QUICK = ("tokentm",)
@@ -273,14 +274,14 @@ def test_every_task_follows_a_channel(photos, tmp_path, task):
 def test_a_store_of_a_score(photos, tmp_path):
     vit, source = tiny_vit(2), open_source(photos)
     explain_dataset(
-        DatasetConfig(["gae"], dtype="float32", score="versus:2", batch_size=4), vit, source, str(tmp_path / "a")
+        Explainer(vit, methods=["gae"], dtype="float32", score="versus:2", batch_size=4), source, str(tmp_path / "a")
     )
     stored = tm.open_maps(str(tmp_path / "a"))
     (batch,) = batches(source, vit.preprocessing, 8, indices=range(8))
     expected = tm.explain(vit, batch.inputs.astype(np.float32) / 255, "gae", score=scores.Versus(2))
     np.testing.assert_allclose(stored.maps["gae"][:], expected, rtol=1e-4, atol=1e-7)
     assert stored.provenance["score"] == "versus:2"
-    explain_dataset(DatasetConfig(["gae"], score="channel:1", batch_size=4), vit, source, str(tmp_path / "b"))
+    explain_dataset(Explainer(vit, methods=["gae"], score="channel:1", batch_size=4), source, str(tmp_path / "b"))
     assert (np.asarray(tm.open_maps(str(tmp_path / "b")).target[:]) == -1).all()
     config = EvaluateConfig("why", "insertion", str(photos), rows("gae"), batch_size=4)
     with pytest.raises(tm.InputError, match="was made with the score 'versus:2', not None"):

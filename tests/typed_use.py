@@ -95,7 +95,7 @@ def runs(mesh: jax.sharding.Mesh, vit: tm.Model) -> None:
     )
     results |= tm.leaderboard(tm.LeaderboardConfig("board", [], ("srg", "srg")))
     assert_type(tm.compare(["runs/mine"]), list[dict[str, Any]])
-    assert_type(tm.explain_dataset(tm.DatasetConfig(["gae"]), vit, "photos", "maps").chunks, int)
+    assert_type(tm.explain_dataset(tm.Explainer(methods=["gae"]), "photos", "maps").shards, int)
     tm.models.over_devices(tm.explain_fn(vit.module))
     tm.models.over_width(vit.params, mesh)
     try:

@@ -22,6 +22,7 @@ _MOVED = {  # what was public here once, and where it is now
     **{name: f"tokentm_jax.{room}.{name}" for room, names in _ROOMS.items() for name in names.split()},
     **{name: f"models.training.recipe.{name}" for name in ("TrainConfig", "TextTrainConfig")},  # out of the package
     **{"LoadedViT": "tokentm_jax.Model", "LoadedText": "tokentm_jax.Model", "load_text": "tokentm_jax.load"},
+    "DatasetConfig": "tokentm_jax.Explainer",
     "TextEvaluateConfig": "tokentm_jax.configs.eraser_config",
 }
 

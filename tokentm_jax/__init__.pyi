@@ -26,9 +26,9 @@ from .models.loading import Model as Model
 from .models.loading import load as load
 from .programs.capture import Trace as Trace
 from .programs.capture import capture as capture
-from .runs.dataset import DatasetConfig as DatasetConfig
 from .runs.dataset import explain_dataset as explain_dataset
 from .runs.evaluate import evaluate as evaluate
+from .runs.explainer import Explainer as Explainer
 from .runs.leaderboard import LeaderboardConfig as LeaderboardConfig
 from .runs.leaderboard import leaderboard as leaderboard
 from .runs.report import compare as compare

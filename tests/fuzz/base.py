@@ -109,7 +109,7 @@ def make(out: Path) -> None:
     checkpoint = str(out / "tiny.safetensors")
     (out / "evaluate.py").write_text(EVALUATE.format(checkpoint))
     (out / "train.py").write_text(TRAIN)
-    sizes = ("--batch-size", "2", "--chunk-size", "4")
+    sizes = ("--batch-size", "2", "--shard-size", "4")
     tokentm("dataset", "data", "--out", "store", "--checkpoint", checkpoint, "--methods", "tokentm,rollout", *sizes)
     tokentm("evaluate", "evaluate.py", "--out", "run")
     tokentm("train", "train.py", "--out", "trained")

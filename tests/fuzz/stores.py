@@ -1,4 +1,4 @@
-"""Stores of maps: lost, swapped and damaged chunks, and descriptions that lie."""
+"""Stores of maps: lost, swapped and damaged parts, and descriptions that lie."""
 
 # Tables of cases, several to a line.
 # fmt: off
@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from fuzz.case import BAD, BASE, CHECKPOINT, EITHER, GOOD, Case, base, changed, damage, fifo, folder, link, sparse
+from fuzz.case import BAD, BASE, CHECKPOINT, EITHER, GOOD, Case, base, changed, damage, fifo, link, sparse
 
-ARRAYS = ("maps/tokentm", "maps/rollout", "scale/tokentm", "logits", "label", "prediction", "target", "key", "reason",
-    "status")
+FILES = ("tokentm.json", "manifest.parquet", "keys.parquet")
 AGAIN = ("dataset", "data", "--out", "store", "--checkpoint", CHECKPOINT, "--methods", "tokentm,rollout",
-    "--batch-size", "2", "--chunk-size", "4")
+    "--batch-size", "2", "--shard-size", "4")
 
 
 def read() -> None:
@@ -66,44 +65,29 @@ def each(note: str, *changes: Callable[[Path], object], expect: str = EITHER) ->
     yield Case(f"dataset again: {note}", AGAIN, files=more, expect=EITHER, own=own)
 
 
-def chunk(path: Path, array: str, number: int) -> Path:
-    return next(p for p in sorted((path / array / "c").rglob("*")) if p.is_file()
-        and p.relative_to(path / array / "c").parts[0] == str(number))
+def part(path: Path, number: int) -> Path:
+    return next((path / "shards/00000").glob(f"{number:08}-*.parquet"))
 
 
-def at(array: str, number: int, change: Callable[[Path], object]) -> Callable[[Path], object]:
-    return lambda path: change(chunk(path, array, number))
+def at(name: str | int, change: Callable[[Path], object]) -> Callable[[Path], object]:
+    """A change of a file, or of the part of a shard."""
+    return lambda path: change(part(path, name) if isinstance(name, int) else path / name)
 
 
-def swapped(a: str, i: int, b: str, j: int) -> Callable[[Path], object]:
-    def change(path: Path) -> None:
-        first, second = chunk(path, a, i), chunk(path, b, j)
-        one, other = first.read_bytes(), second.read_bytes()
-        first.write_bytes(other)
-        second.write_bytes(one)
-
-    return change
+def swapped(path: Path) -> None:
+    first, second = part(path, 0), part(path, 1)
+    one, other = first.read_bytes(), second.read_bytes()
+    first.write_bytes(other)
+    second.write_bytes(one)
 
 
-def document(name: str, change: Callable[[Any], Any]) -> Callable[[Path], object]:
+def document(change: Callable[[Any], Any]) -> Callable[[Path], object]:
     def edit(path: Path) -> None:
-        file = path / name / "zarr.json" if name else path / "zarr.json"
-        content = json.loads(file.read_text())
+        content = json.loads((path / "tokentm.json").read_text())
         made = change(content)
-        file.write_text(json.dumps(content if made is None else made))
+        (path / "tokentm.json").write_text(json.dumps(content if made is None else made))
 
     return edit
-
-
-def whole(name: str, make: Callable[[Path], object]) -> Callable[[Path], object]:
-    """Something else in place of a description."""
-
-    def change(path: Path) -> None:
-        file = path / name / "zarr.json" if name else path / "zarr.json"
-        file.unlink()
-        make(file)
-
-    return change
 
 
 def placed(keys: tuple[Any, ...], value: Any) -> Callable[[Any], None]:
@@ -119,71 +103,34 @@ WRONG = (None, True, -1, 0, 1e400, "x", [], {}, [1], 10**12, "\x1b[31m", "a" * 5
 
 
 def descriptions() -> Iterator[Case]:
-    codecs = ("codecs",)
-    for name in ("maps/tokentm", "scale/tokentm", "logits", "label", "key", "status"):
-        for kind in ("float16", "float32", "float64", "int16", "int32", "uint8", "bool", "complex64", "r16",
-                "nonsense", None):
-            yield from each(f"{name} of type {kind}", document(name, placed(("data_type",), kind)))
-        for endian in ("big", "little", "x", None) if name not in ("key", "status") else ():
-            yield from each(f"{name} {endian}-endian",
-                document(name, placed((*codecs, 0, "configuration", "endian"), endian)))
-        for value in ([10], [10, 2], [12, 2, 3], [10, 3, 2], [2**40, 2, 3], [0, 2, 3], [-1], [], "x", [10, 6],
-                [5, 2, 3], [2**62, 2**62, 2**62]):
-            yield from each(f"{name} of shape {value}", document(name, placed(("shape",), value)))
-        for value in ([4, 2, 3], [10, 2, 3], [1], [5], [2**40], [0], [4, 1, 1]):
-            yield from each(f"{name} in chunks of {value}", document(name,
-                placed(("chunk_grid", "configuration", "chunk_shape"), value)))
-        for value in ([], [{"name": "bytes"}], [{"name": "nonsense"}],
-                [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "gzip"}], None):
-            yield from each(f"{name} with codecs {str(value)[:40]}", document(name, placed(codecs, value)))
-        for value in (0, 7, "NaN", "Infinity", None, "x", "0x7fc0"):
-            yield from each(f"{name} filled with {value}", document(name, placed(("fill_value",), value)))
-        yield from each(f"{name}: keys of v2", document(name, placed(("chunk_key_encoding",), {"name": "v2"})))
-        yield from each(f"{name}: zarr 2", document(name, placed(("zarr_format",), 2)))
-    inside = ("attributes", "tokentm")
-    for key in ("methods", "options", "chunk_size", "batch_size", "versions", "device", "data", "model", "target",
-            "dtype", "profile"):
+    for key in ("methods", "options", "shard_size", "batch_size", "versions", "device", "data", "model", "target",
+            "dtype", "profile", "logits", "columns", "shards", "manifest", "explainer", "examples", "keys"):
         for value in (*WRONG, ["../../data"], ["tokentm", "x"], 3, 1):
-            yield from each(f"provenance: {key} = {str(value)[:20]!a}", document("", placed((*inside, key), value)))
-        yield from each(f"provenance: without {key}", document("", lambda d, k=key: d["attributes"]["tokentm"].pop(k)
-            and None))
-    for key, sub in (("data", "examples"), ("data", "identity"), ("data", "name"), ("data", "keys"),
-            ("model", "identity"), ("model", "name"), ("model", "preprocessing")):
-        for value in WRONG:
-            yield from each(f"provenance: {key}.{sub} = {str(value)[:20]!a}",
-                document("", placed((*inside, key, sub), value)))
+            yield from each(f"tokentm.json: {key} = {str(value)[:20]!a}", document(placed((key,), value)))
+        yield from each(f"tokentm.json: without {key}", document(lambda d, k=key: d.pop(k) and None))
+    for key, sub in (("data", "identity"), ("data", "name"), ("data", "spec"), ("model", "identity"),
+            ("model", "name"), ("columns", "logits"), ("columns", "maps/tokentm"), ("columns", "key")):
+        for value in (*WRONG, {"shape": [2, 3], "dtype": "float64"}, {"shape": [2**30, 2**30], "dtype": "float16"},
+                {"shape": [], "dtype": "string"}):
+            yield from each(f"tokentm.json: {key}.{sub} = {str(value)[:20]!a}", document(placed((key, sub), value)))
 
 
 def cases(rng: random.Random) -> Iterator[Case]:
     yield from each("as it is", expect=GOOD)
-    for array in ARRAYS:
-        lost = EITHER if array == "status" else BAD  # without it, its examples are not done
-        yield from each(f"{array}: chunk 0 lost", at(array, 0, Path.unlink), expect=lost)
-        yield next(each(f"{array}: chunk 2 lost", at(array, 2, Path.unlink), expect=lost))
-        yield next(each(f"{array}: chunk 1 cut", at(array, 1, lambda p: os.truncate(p, 5)), expect=BAD))
-        yield next(each(f"{array}: chunk 1 empty", at(array, 1, lambda p: os.truncate(p, 0)), expect=BAD))
-        yield next(each(f"{array}: chunk 1 a FIFO", at(array, 1, lambda p: (p.unlink(), fifo(p))), expect=BAD))
-        yield next(each(f"{array}: chunk 1 a folder", at(array, 1, lambda p: (p.unlink(), p.mkdir())), expect=BAD))
-        yield next(each(f"{array}: chunk 1 /dev/zero", at(array, 1, lambda p: (p.unlink(), p.symlink_to("/dev/zero"))),
-            expect=BAD))
-        yield next(each(f"{array}: chunk 1 of 10 GB", at(array, 1, lambda p: sparse(p.read_bytes(), 10**10)(p)),
-            expect=BAD))
-        yield next(each(f"{array}: all chunks lost", lambda p, a=array: shutil.rmtree(p / a / "c"), expect=lost))
-        yield next(each(f"{array} lost", lambda p, a=array: shutil.rmtree(p / a), expect=BAD))
-        files = {"store": changed("store", swapped(array, 0, array, 1))}
-        yield Case(f"{array}: a chunk swapped with another", call=anything, files=files, expect=EITHER)
-    for array in ARRAYS[1:9:3]:
-        yield from each(f"{array}: a bit of chunk 1 flipped", at(array, 1, flip_bit), expect=BAD)
-    yield from each("chunks of arrays of other types swapped", swapped("logits", 0, "status", 0), expect=BAD)
-    for name in ("", "maps", "maps/tokentm", "logits", "status", "key"):
-        for note, make in (("FIFO", fifo), ("/dev/zero", lambda p: p.symlink_to("/dev/zero")),
-                ("self-symlink", lambda p: p.symlink_to(p.name)), ("folder", folder), ("missing", lambda p: None),
-                ("empty", Path.touch), ("deep", lambda p: p.write_text("[" * 200_000)),
-                           ("null", lambda p: p.write_text("null")), ("[]", lambda p: p.write_text("[]")),
-                           ("noise", lambda p: p.write_bytes(bytes(range(256)))),
-                           ("10 GB", lambda p: sparse(b"{", 10**10)(p)),
-                           ("Latin-1", lambda p: p.write_bytes(b'{"\xe9": 1}'))):
-            yield from list(each(f"{name or 'the root'}: zarr.json {note}", whole(name, make)))[:: 2 if name else 1]
+    for name in (0, 1, 2, *FILES):
+        lost = EITHER if name in (0, 1, 2, "keys.parquet") else BAD  # without a part, its examples are not done
+        damaged = EITHER if name == "keys.parquet" else BAD
+        yield from each(f"{name} lost", at(name, Path.unlink), expect=lost)
+        for note, change in (("cut", lambda p: os.truncate(p, 100)), ("empty", lambda p: os.truncate(p, 0)),
+                ("a FIFO", lambda p: (p.unlink(), fifo(p))), ("a folder", lambda p: (p.unlink(), p.mkdir())),
+                ("/dev/zero", lambda p: (p.unlink(), p.symlink_to("/dev/zero"))),
+                ("a link to itself", lambda p: (p.unlink(), p.symlink_to(p.name))),
+                ("of 10 GB", lambda p: sparse(p.read_bytes(), 10**10)(p)),
+                ("deep", lambda p: p.write_text("[" * 200_000)), ("null", lambda p: p.write_text("null")),
+                ("noise", lambda p: p.write_bytes(bytes(range(256)))), ("a bit flipped", flip_bit)):
+            yield from list(each(f"{name} {note}", at(name, change), expect=EITHER if "bit" in note else damaged))
+    yield from each("all parts lost", lambda p: shutil.rmtree(p / "shards"), expect=EITHER)
+    yield from each("two parts swapped", swapped, expect=BAD)
     for path in ("http://127.0.0.1:9/x", "http://10.255.255.1/x", "https://10.255.255.1/", "gs://nowhere-x/y",
             "s3://nowhere-x/y", "memory://", "file:///etc/", "x://y", "://", "", "\0", "x" * 5000, "nowhere",
             "canary.txt", "/dev/zero", "zip://a", "file://store|zip:", "~", "/proc/self"):
@@ -198,10 +145,10 @@ def cases(rng: random.Random) -> Iterator[Case]:
         yield Case(f"{note} as --out", AGAIN, files={"store": content, "data": base("data")}, expect=EITHER
             if note == "dangling" else BAD)
         yield Case(f"open {note}", call=lambda: __import__("tokentm_jax").open_maps("store"), files={"store": content})
-    mine = {"store": base("store"), "store/mine.txt": "mine", "store/maps/mine.txt": "mine", "data": base("data")}
+    mine = {"store": base("store"), "store/mine.txt": "mine", "store/shards/mine.txt": "mine", "data": base("data")}
     yield Case("files of the user's in a store", AGAIN, files=mine, expect=EITHER)
-    changed_photo = {"store": base("store"), "data": changed("data", lambda p: flip(p / "ant" / "0.png"))}
-    yield Case("a photo replaced by another of equal size", AGAIN, files=changed_photo, expect=BAD, names="store")
+    files_changed = {"store": base("store"), "data": changed("data", lambda p: flip(p / "ant" / "0.png"))}
+    yield Case("a photo replaced by another of equal size", AGAIN, files=files_changed, expect=BAD, names="store")
     rest = list(descriptions())
     rng.shuffle(rest)
     yield from rest[:70]

@@ -100,7 +100,8 @@ def report(
 def _kind(what: Sequence[str], files: bool) -> str:
     """What was given: "photos" (or recordings or texts), "a run" or "a store"; `files`: a single one must exist."""
     for each in what:
-        is_store = ("://" in each and " " not in each) or os.path.lexists(Path(each) / "zarr.json")
+        stores = any(os.path.lexists(Path(each) / root) for root in ("tokentm.json", "zarr.json"))
+        is_store = ("://" in each and " " not in each) or stores
         if is_store or os.path.lexists(Path(each) / "results.json"):
             kind = "a store" if is_store else "a run"
             if len(what) > 1:

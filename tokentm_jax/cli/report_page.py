@@ -31,9 +31,10 @@ from tokentm_jax.metrics.tasks import TASKS
 from tokentm_jax.models.checkpoint import read_description
 from tokentm_jax.models.loading import Model, load, read_class_names, shipped
 from tokentm_jax.runs.evaluate import examples
+from tokentm_jax.runs.explainer import DONE
 from tokentm_jax.runs.records import table_of
 from tokentm_jax.runs.report import Finished, open_finished
-from tokentm_jax.runs.store import DONE, open_maps
+from tokentm_jax.runs.store import open_maps
 
 MANY = 300  # photos, from which on their pictures are small
 SMALL, THUMB = 96, 160  # pixels of their longer side

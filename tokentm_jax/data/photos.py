@@ -99,7 +99,7 @@ class _Quiet:
 _quiet = _Quiet()
 
 
-def open_photo(path: str | Path) -> Image.Image:
+def open_photo(path: str | Path, least: int | None = None) -> Image.Image:
     """A photo as an upright RGB image.
 
     EXIF orientation is applied, transparent parts become white, and only the first frame of an animation is read. Grey
@@ -112,7 +112,7 @@ def open_photo(path: str | Path) -> Image.Image:
     with opened(path) as file:
         if size_of(file) > MAX_FILE:
             raise InputError(f"{path} is larger than {MAX_FILE / 2**20:g} MiB")
-        return decode(file, str(path))
+        return decode(file, str(path), least)
 
 
 def check_size(width: int, height: int, name: str, pixel: int = PIXEL) -> None:
@@ -126,8 +126,11 @@ def check_size(width: int, height: int, name: str, pixel: int = PIXEL) -> None:
         raise InputError(f"{name} is {width} x {height} pixels, too narrow for a photo")
 
 
-def decode(file: BinaryIO, name: str) -> Image.Image:
-    """As `open_photo`, from an open binary file; `name` is its name in errors."""
+def decode(file: BinaryIO, name: str, least: int | None = None) -> Image.Image:
+    """As `open_photo`, from an open binary file; `name` is its name in errors.
+
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where its short side keeps `least` pixels, which is faster.
+    """
     if not file.read(1):
         raise InputError(f"{name} is empty")
     file.seek(0)
@@ -152,6 +155,9 @@ def decode(file: BinaryIO, name: str) -> Image.Image:
         check_size(width, height, name, pixel)
         if tile > MAX_PIXELS:
             raise InputError(f"{name} has tiles of more than {MAX_PIXELS:,} pixels")
+        if least is not None and image.format == "JPEG" and least < min(width, height):
+            side = min(width, height)
+            image.draft(None, (-(-width * least // side), -(-height * least // side)))
         decoding.take(pixel * max(width * height, tile))
         try:
             image.load()

@@ -8,7 +8,7 @@ import os
 import re
 import threading
 import zipfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
@@ -29,6 +29,7 @@ from tokentm_jax.validation import checked
 MAX_ENTRY = 64 * 2**20  # bytes of one image inside a zip or another file
 MAX_RECORDS = 10**7  # of a .mat file
 LARGEST_LABEL = 2**31 - 1
+_SOUNDS = (b"fLaC", b"OggS")  # the first bytes of a recording; WAV has more
 LARGEST_TEXTS = 256 * 2**20  # bytes of a file of texts
 VADER = "vader:"
 
@@ -37,11 +38,11 @@ Item = TypeVar("Item")
 
 
 class Example(NamedTuple):
-    """One image, recording or text with its label and mask."""
+    """One image, recording or text with its label and mask. Before it is `decoded`, its content is encoded."""
 
     key: str
-    content: Image.Image | Recording | str
-    label: int | None = None
+    content: Any  # Image.Image | Recording | str; encoded: bytes | Path
+    label: int | str | None = None  # of an encoded example, the name of the class if it has one
     mask: np.ndarray | None = None  # [H, W], true in the foreground; or the rating of each character of a text
 
 
@@ -63,6 +64,14 @@ class Source:
     masked: bool = False
     named: bool = True  # false if `class_names` are only the numbers of the classes
     sizes: tuple[int, ...] | None = None  # lengths of texts, so that a batch has texts of similar length
+    fetch: Callable[[str], Example] | None = None  # reads an example without decoding it
+    stamp: Callable[[Sequence[str] | None], str] | None = (
+        None  # of examples (None: all), by sizes, times and checksums
+    )
+
+    def stamped(self, keys: Sequence[str] | None = None) -> str:
+        """`stamp`; where there is none, the identity."""
+        return self.identity if self.stamp is None else self.stamp(keys)
 
     @functools.cached_property
     def identity(self) -> str:
@@ -74,6 +83,15 @@ class Source:
 
     def __getitem__(self, index: int) -> Example:
         return self.read(self.keys[index])
+
+    def encoded(self, key: str) -> Example:
+        """An example by `fetch`; decoded where the source has none."""
+        if self.fetch is not None:
+            return self.fetch(key)
+        example = self.read(key)
+        if self.named and self.class_names is not None and isinstance(example.label, int):
+            return example._replace(label=self.class_names[example.label])
+        return example
 
 
 Half = Literal["even", "odd"]
@@ -152,23 +170,73 @@ def spread(items: Sequence[Item], limit: int | None) -> Sequence[Item]:
     return [items[i * len(items) // limit] for i in range(limit)]
 
 
+def decoded(example: Example, least: int | None = None) -> Example:
+    """An example of `Source.fetch` with its content as an image, recording or text. Raises InputError.
+
+    Args:
+      least: decode a JPEG only as finely as its short side needs to have this many pixels; see `photos.decode`.
+    """
+    content: Any = example.content
+    if isinstance(content, InputError):
+        raise content
+    if isinstance(content, Path):
+        content = _open(content, least)
+    elif isinstance(content, bytes):
+        content = _decode_entry(content, example.key, least)
+    elif isinstance(content, np.ndarray):
+        if content.ndim != 3 or content.dtype != np.uint8 or content.shape[2] not in (1, 3):
+            raise InputError(f"{example.key} is no image [H, W, 3] of type uint8")
+        check_size(content.shape[1], content.shape[0], "its image")
+        content = Image.fromarray(np.ascontiguousarray(np.broadcast_to(content, (*content.shape[:2], 3))))
+    return example._replace(content=content)
+
+
+def reopened(spec: str) -> Source:
+    """A source whose keys are known: `fetch` and `stamp` work as those of `open_source`, and no folder is listed."""
+    path = Path(spec)
+    if spec.startswith("tfds:") or not path.is_dir() or os.path.lexists(path / "labels.csv"):
+        return open_source(spec)
+    return _in_folder(path, ["a/a.png"])
+
+
+def _class_of(key: str) -> str | None:
+    """The folder of a file, which is the name of its class."""
+    name = PurePosixPath(key).parent.name
+    return None if name in ("", "..") else name
+
+
 def _in_classes(
     name: str,
     names: Sequence[str],
     identify: Callable[[list[str]], str],
-    read: Callable[[str], Image.Image | Recording],
+    content: Callable[[str], bytes | Path],
+    stamp: Callable[[Sequence[str]], str],
 ) -> Source:
-    """A source of "…/class/image" names, or without labels if no image is in a folder. `identify` gets the names."""
+    """A source of "…/class/image" names, or without labels if no image is in a folder. `identify`, `stamp` get names."""
     found = [n for n in names if _is_a(n, SUFFIXES)] or [n for n in names if _is_a(n, audio.SUFFIXES)]
     if not found:
         raise InputError(f"{name} has no images and no recordings")
-    labels = {n: PurePosixPath(n).parent.name for n in sorted(found)}
-    labels = {n: label for n, label in labels.items() if label not in ("", "..")}
+    labels = {n: label for n in sorted(found) if (label := _class_of(n)) is not None}
     classes = tuple(sorted(set(labels.values())))
     index = {label: i for i, label in enumerate(classes)}
     keys = tuple(labels or sorted(found))
-    example = lambda key: Example(key, read(key), index.get(labels.get(key, "")))  # noqa: E731
-    return Source(name, lambda: identify(list(keys)), keys, example, classes or None, labelled=bool(labels))
+
+    def fetch(key: str) -> Example:
+        return Example(key, content(key), _class_of(key))
+
+    def read(key: str) -> Example:
+        return decoded(fetch(key))._replace(label=index.get(labels.get(key, "")))
+
+    return Source(
+        name,
+        lambda: identify(list(keys)),
+        keys,
+        read,
+        classes or None,
+        labelled=bool(labels),
+        fetch=fetch,
+        stamp=lambda some: stamp(keys if some is None else some),
+    )
 
 
 def _is_a(name: str, suffixes: Collection[str]) -> bool:
@@ -187,14 +255,31 @@ def _folder(path: Path) -> Source:
         for file in files
     ]
 
+    return _in_folder(path, names)
+
+
+def _in_folder(path: Path, names: Sequence[str]) -> Source:
     def identify(names: list[str]) -> str:
         return digest(names, digest_files([path / name for name in names]))
 
-    return _in_classes(f"the folder {path}", names, identify, lambda key: _open(path / key))
+    return _in_classes(f"the folder {path}", names, identify, lambda key: path / key, lambda keys: _stamp(path, keys))
 
 
-def _open(path: Path) -> Image.Image | Recording:
-    return audio.open_recording(path) if _is_a(path.name, audio.SUFFIXES) else open_photo(path)
+def _stamp(folder: Path, names: Iterable[str]) -> str:
+    """A hash of names, sizes and times of files."""
+
+    def one(name: str) -> tuple[str, int, int]:
+        try:
+            found = os.stat(folder / name)
+        except (OSError, ValueError):
+            return name, -1, -1
+        return name, found.st_size, found.st_mtime_ns
+
+    return digest([one(name) for name in names])
+
+
+def _open(path: Path, least: int | None = None) -> Image.Image | Recording:
+    return audio.open_recording(path) if _is_a(path.name, audio.SUFFIXES) else open_photo(path, least)
 
 
 def _zip(path: Path) -> Source:
@@ -209,16 +294,21 @@ def _zip(path: Path) -> Source:
     def identify(_: list[str]) -> str:  # zipfile compares the checksum of everything that it reads
         return digest(sorted((info.filename, info.file_size, info.CRC) for info in entries))
 
-    def read(key: str) -> Image.Image | Recording:
-        return _decode_entry(read_entry(archive, archive.getinfo(key), MAX_ENTRY + 1), key)
+    def content(key: str) -> bytes:
+        return read_entry(archive, archive.getinfo(key), MAX_ENTRY + 1)
 
-    return _in_classes(f"the zip file {path}", [info.filename for info in entries], identify, read)
+    def stamp(keys: Sequence[str]) -> str:
+        return digest([(key, archive.getinfo(key).file_size, archive.getinfo(key).CRC) for key in keys])
+
+    return _in_classes(f"the zip file {path}", [info.filename for info in entries], identify, content, stamp)
 
 
-def _decode_entry(content: bytes, name: str) -> Image.Image | Recording:
+def _decode_entry(content: bytes, name: str, least: int | None = None) -> Image.Image | Recording:
     if len(content) > MAX_ENTRY:
         raise InputError(f"{name} is larger than {MAX_ENTRY >> 20} MiB")
-    return (audio.decode if _is_a(name, audio.SUFFIXES) else decode)(BytesIO(content), name)
+    if _is_a(name, audio.SUFFIXES) or content[:4] in _SOUNDS or (content[:4], content[8:12]) == (b"RIFF", b"WAVE"):
+        return audio.decode(BytesIO(content), name)
+    return decode(BytesIO(content), name, least)
 
 
 def _listed(path: Path) -> Source:
@@ -247,8 +337,11 @@ def _listed(path: Path) -> Source:
         names = sorted(labels)
         return digest([(name, labels[name]) for name in names], digest_files([path / name for name in names]))
 
-    read = lambda key: Example(key, _open(path / key), labels[key])  # noqa: E731
-    return Source(f"the folder {path}", identify, tuple(labels), read)
+    fetch = lambda key: Example(key, path / key, labels[key])  # noqa: E731
+    stamp = lambda keys: digest(_stamp(path, keys or labels), _stamp(path, ["labels.csv"]))  # noqa: E731
+    return Source(
+        f"the folder {path}", identify, tuple(labels), lambda key: decoded(fetch(key)), fetch=fetch, stamp=stamp
+    )
 
 
 def _segmentation(path: Path) -> Source:
@@ -312,7 +405,9 @@ def _segmentation(path: Path) -> Source:
             return Example(key, read_pixels(int(key), mask), None, mask)
 
     keys = tuple(f"{i:05d}" for i in range(len(images)))
-    return Source(str(path), lambda: digest(digest_files([path])), keys, read, labelled=False, masked=True)
+    stamp = lambda keys: _stamp(path.parent, [path.name])  # noqa: E731
+    identify = lambda: digest(digest_files([path]))  # noqa: E731
+    return Source(str(path), identify, keys, read, labelled=False, masked=True, stamp=stamp)
 
 
 def _sentences(path: Path, rated: bool) -> Source:
@@ -334,7 +429,8 @@ def _sentences(path: Path, rated: bool) -> Source:
 
     identity = digest([*texts.items()], digest(sorted(valences.items())) if rated else "")
     sizes = tuple(len(text) for text, _ in texts.values())
-    return Source(str(path), lambda: identity, tuple(texts), read, masked=rated, sizes=sizes)
+    fetch = lambda key: Example(key, *texts[key])  # noqa: E731
+    return Source(str(path), lambda: identity, tuple(texts), read, masked=rated, sizes=sizes, fetch=fetch)
 
 
 def _rated(text: str, valences: Mapping[str, float]) -> np.ndarray:
@@ -380,19 +476,19 @@ def _tfds(spec: str) -> Source:
     if not {"image", "label"} <= set(features or ()):
         raise InputError(f"the data set {name!r} has no features 'image' and 'label'")
 
-    def read(key: str) -> Example:
-        where = f"record {key} of {spec}"
-        with errors_as(f"{where} cannot be read"):
-            record = records[int(key)]
-            image, label = record["image"], int(record["label"])
+    def fetch(key: str) -> Example:
+        with errors_as(f"record {key} of {spec} cannot be read"):
+            found = records[int(key)]
+            label = int(found["label"])
             if not -LARGEST_LABEL <= label <= LARGEST_LABEL:
                 raise InputError(f"its label is {label}")
-            if isinstance(image, bytes):
-                return Example(key, _decode_entry(image, where), label)
-            image = np.asarray(image)
-            check_size(image.shape[1], image.shape[0], "its image")
-            rgb = np.broadcast_to(image, (*image.shape[:2], 3))
-            return Example(key, Image.fromarray(np.ascontiguousarray(rgb)), label)
+            return Example(key, found["image"], classes[label] if named and 0 <= label < len(classes) else label)
+
+    def read(key: str) -> Example:
+        example = fetch(key)
+        with errors_as(f"record {key} of {spec} cannot be read"):
+            label = example.label
+            return decoded(example._replace(label=classes.index(label) if isinstance(label, str) else label))
 
     def identify() -> str:
         try:
@@ -404,4 +500,5 @@ def _tfds(spec: str) -> Source:
     classes = tuple(features["label"].names)
     named = classes != tuple(map(str, range(len(classes))))  # tfds names classes by number if they have no names
     keys = tuple(f"{i:07d}" for i in range(len(records)))
-    return Source(spec, identify, keys, read, classes, named=named)
+    stamp = lambda _: digest(spec, str(builder.info.version), len(records))  # noqa: E731
+    return Source(spec, identify, keys, read, classes, named=named, fetch=fetch, stamp=stamp)

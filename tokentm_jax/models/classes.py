@@ -48,13 +48,13 @@ def known_classes(vit: Model, source: Source) -> tuple[np.ndarray | None, str]:
     names = source.class_names
     if names is None or not source.named or names == vit.class_names:
         return None, ""
-    classes = _candidates(vit, names)
+    classes = candidates(vit, names)
     unknown = [name for name, found in classes.items() if len(found) != 1]
     table = np.array([classes[name][0] if len(classes[name]) == 1 else -1 for name in names], np.int32)
     return table, _unknown(vit, source, unknown) if unknown else ""
 
 
-def _candidates(vit: Model, names: Iterable[str]) -> dict[str, list[int]]:
+def candidates(vit: Model, names: Iterable[str]) -> dict[str, list[int]]:
     """The classes that each name can be: its exact name, else wnid, else alike; by number without names."""
     if vit.class_names is None:
         numbers = {name: number(name) for name in names}
@@ -77,16 +77,16 @@ def _unknown(vit: Model, source: Source, unknown: Sequence[str]) -> str:
 
 def _found(vit: Model, source: Source, names: list[str]) -> dict[str, int]:
     """The model's only class of each name."""
-    candidates, classes = _candidates(vit, names), vit.module.num_classes
+    every, classes = candidates(vit, names), vit.module.num_classes
     if vit.class_names is None and any(number(name) is None for name in names):
         counts = f"has {len(source.class_names or ())} classes, {vit.name} has {classes}, whose names are unknown"
         raise InputError(f"{source.name} {counts}; {_ADVICE}")
-    unknown = [name for name in names if not candidates[name]]
+    unknown = [name for name in names if not every[name]]
     if unknown and vit.class_names is None:
         limits = f"{vit.name} has 0 to {classes - 1}"
         raise InputError(f"{source.name}: its class {unknown[0]!r} is out of range: {limits}")
     owner: dict[int, str] = {}
-    for name, indices in candidates.items():
+    for name, indices in every.items():
         if len(indices) > 1:
             several = ", ".join(map(str, indices))
             raise InputError(f"{source.name}: {vit.name} has the classes {several} of the name {name!r}; {_ADVICE}")
@@ -99,7 +99,7 @@ def _found(vit: Model, source: Source, names: list[str]) -> dict[str, int]:
                 raise InputError(f"{source.name}: {other!r} and {name!r} are both class {index} of {vit.name}")
     if unknown:
         raise InputError(_unknown(vit, source, unknown))
-    return {name: indices[0] for name, indices in candidates.items()}
+    return {name: indices[0] for name, indices in every.items()}
 
 
 def _nearest(name: str, known: tuple[str, ...]) -> str:

@@ -1,333 +1,449 @@
-"""Explain a whole data set: decoded ahead, computed on the local devices, written to a store chunk by chunk.
+"""Explain a whole data set, shard by shard: read, decoded in other processes, computed on the devices, written.
 
-Every batch has one shape and runs on one device, so that a map depends neither on the number of devices and processes
-nor on what was finished before: a store that was interrupted ends with the same bytes as one that was not.
+A shard needs nobody else. Its batches have one shape and start at its first example, so its part has the same bytes
+whichever devices, processes or engines computed it, and whatever was interrupted.
 """
 
 import dataclasses
+import functools
+import json
+import queue
+import threading
+import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from tokentm_jax.data.labels import read_label_map
-from tokentm_jax.data.sources import Source, open_source
-from tokentm_jax.errors import InputError, suggest
-from tokentm_jax.identity import digest, environment
-from tokentm_jax.inputs.batches import Batch, batches
-from tokentm_jax.inputs.reader import PROFILES
-from tokentm_jax.inputs.values import as_maps
-from tokentm_jax.maths.scores import question
-from tokentm_jax.methods.explain import compiled
-from tokentm_jax.methods.table import METHODS
+from tokentm_jax.data.shards import Shard, examples, find_shards, kind_of_shards, slices
+from tokentm_jax.data.sources import Example, Source, open_source, reopened
+from tokentm_jax.errors import InputError
+from tokentm_jax.identity import digest, environment, require_same
+from tokentm_jax.inputs.decoding import cores, submit
 from tokentm_jax.models.classes import known_classes, translation
-from tokentm_jax.models.loading import Model
-from tokentm_jax.runs.store import (
-    DONE,
-    DTYPES,
-    FILL,
-    FORMAT,
-    REASON_BYTES,
-    SKIPPED,
-    BatchSize,
-    ChunkSize,
-    Store,
-    encode,
-    scaled,
-)
-from tokentm_jax.validation import check_fields
+from tokentm_jax.runs import store as stores
+from tokentm_jax.runs.explainer import Explainer, Started
+from tokentm_jax.runs.place import Place
+from tokentm_jax.runs.store import GROUP, PartName, PartWriter, Store, is_whole, understood
 
-TARGETS = ("predicted", "label")
-CHUNK = 256  # examples of a chunk, or a little more so that batches divide it
-WRITING = 4  # chunks that are being written, fewer where they are large; the next one waits
-
-
-@dataclasses.dataclass(frozen=True)
-class DatasetConfig:
-    """What is stored. Another value of any of these is another store.
-
-    Args:
-      methods: names of `METHODS`.
-      options: of the methods; each must know all of them.
-      target: which class is explained, "predicted" or "label".
-      dtype: of the stored maps, "float16" or "float32".
-      profile: how images are prepared: "default" (as the model specifies) or "reference" (squashed, bilinear).
-      batch_size: examples computed at a time, on one device; from 1 to 4096.
-      chunk_size: examples written at a time, a multiple of the batch size up to 65536; None: 256 or a little more.
-      score: what is explained: None for the logit of the class, or see `Model.score`.
-      label_map: the model's class (name, wnid or number) of classes that the data set names otherwise, or the file of
-        such a map, see `read_label_map`.
-    """
-
-    methods: Sequence[str] = ("tokentm",)
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    target: str = "predicted"
-    dtype: str = "float16"
-    profile: str = "default"
-    batch_size: BatchSize = 32
-    chunk_size: ChunkSize | None = None
-    label_map: Mapping[str, str | int] | str | None = None
-    score: str | None = None
-
-    @property
-    def chunk(self) -> int:
-        """Examples of a chunk."""
-        return -(-CHUNK // self.batch_size) * self.batch_size if self.chunk_size is None else self.chunk_size
+SLICES = 10_000  # of a source at most, unless a size is given
+FEW = 1000  # examples that are decoded in threads: processes take seconds to start
+READING = 4  # files that are read at a time
+AHEAD = 4  # batches decoded before they are asked for
+WRITERS = 4  # threads that write parts
+UNWRITTEN = 2**28  # bytes of results that wait to be written
 
 
 class Outcome(NamedTuple):
-    """What one process did: its chunks, how many of them it computed, and which of those were damaged."""
+    """What one process did: its shards, how many of them it computed, which were damaged, and what took the time."""
 
-    chunks: int
+    shards: int
     computed: int
     damaged: list[int]
+    limits: str
 
 
 Report = Callable[[int, int, int], None]
 
 
 def explain_dataset(
-    config: DatasetConfig,
-    vit: Model,
+    explainer: Explainer,
     source: Source | str,
     out: str,
     report: Report | None = None,
     *,
     process: int = 0,
     processes: int = 1,
+    limit: int | None = None,
+    shard_size: int | None = None,
     retry_skipped: bool = False,
+    verify: bool = False,
 ) -> Outcome:
     """Write the maps of a data set to a store, or those that a store still lacks.
 
     Args:
-      source: the data, or a path as `tokentm_jax.data.sources.open_source` takes it.
-      out: a local folder, or a URL of gs:// or s3://.
-      report: called with (examples finished, examples in all, examples skipped by this run) of this process.
-      process, processes: this process writes every chunk whose number has the remainder `process`.
-      retry_skipped: compute the chunks again that have an example that was skipped.
+      source: the data; a path as `tokentm_jax.data.sources.open_source` takes it; or files that are shards, local or
+        in an object store: "train-{000000..001281}.tar", "s3://bucket/*.parquet", "data.array_record".
+      out: a local folder, or a URL such as s3://bucket/maps.
+      report: called with (examples finished, examples in all as far as known, examples skipped by this run).
+      process, processes: this process writes every shard whose number has the remainder `process`.
+      limit: number of examples, at even intervals; not for files that are shards.
+      shard_size: examples of a shard of other sources, a multiple of the batch size; None: 256 or a little more, and
+        as many as make 10,000 shards.
+      retry_skipped: compute the shards again that have an example that was skipped.
+      verify: read all finished parts, and compute damaged ones again.
 
     Returns:
       What this process did.
 
     Raises:
-      InputError: a config, model and data set that do not go together, chunks too large for the memory, a store of
-        something else, a full disk.
+      InputError: an explainer and data that do not go together, a store of something else, a full disk.
     """
-    source = open_source(source) if isinstance(source, str) else source
-    config = check(config, source)
-    config = dataclasses.replace(config, label_map=read_label_map(config.label_map))
-    if config.score is None:
-        vit.require_classes()
-    translate = _translation(config, vit, source)
-    vit = dataclasses.replace(vit, preprocessing=vit.preprocessing.fixed(source))
-    store = Store(out, provenance(config, vit, source))
-    at_once = min(WRITING, store.at_a_time)
-    own = range(process, store.chunks, processes)
-    done, damaged = store.finished(own, retry_skipped=retry_skipped)
-    todo = sorted(set(own) - set(done))
-    count, total = (sum(len(store.rows(c)) for c in chunks) for chunks in (done, own))
-    skipped: dict[str, str] = {}
-    if report is not None:
-        report(count, total, 0)
+    store, explainer, data = begin(explainer, source, out, limit, shard_size, list_again=processes == 1)
+    own = [shard for shard in store.shards if shard.index % processes == process]
+    parts = {shard.index: store.parts[shard.index] for shard in own if shard.index in store.parts}
+    damaged = sorted(index for index, part in parts.items() if verify and not is_whole(store, part))
+    again = {index for index, part in parts.items() if retry_skipped and part.skipped} | set(damaged)
+    for index in damaged:
+        store.place.remove(parts[index].pattern)
+        del store.parts[index]
+    todo = [shard for shard in own if shard.index not in parts or shard.index in again]
+    count = sum(part.rows for index, part in parts.items() if index not in again)
+    skipped, rows = 0, [part.rows for part in parts.values()]
+    unknown = sum(shard.rows < 0 for shard in todo)  # their number is estimated from those that are done
+    known = count + sum(max(shard.rows, 0) for shard in todo)
+    clock = Clock()
 
-    indices = [i for chunk in todo for i in store.rows(chunk)]
-    stream = batches(source, vit.preprocessing, config.batch_size, config.profile, indices=indices, skipped=skipped)
-    writing: deque[Future[None]] = deque()
-    with closing(_results(config, vit, translate, stream)) as results, ThreadPoolExecutor(at_once) as pool:
-        for chunk in todo:
-            rows = store.rows(chunk)
-            layout = store.fields.items()
-            fields = {n: np.full((len(rows), *shape), FILL[dtype], dtype) for n, (shape, dtype) in layout}
-            for start in range(0, len(rows), config.batch_size):
-                group = rows[start : start + config.batch_size]
-                batch, found = next(results)
-                _fill(fields, start, [source.keys[i] for i in group], batch, found, config, skipped)
-                count += len(group)
-                if report is not None:
-                    report(count, total, len(skipped))
-            while len(writing) >= at_once:
-                writing.popleft().result()
-            writing.append(pool.submit(store.write, chunk, fields))
-        for future in writing:
-            future.result()
-    return Outcome(len(own), len(todo), damaged)
+    def say(done: int) -> None:
+        if report is not None:
+            report(done, max(done, known + round(unknown * float(np.mean(rows)) if rows else 0)), skipped)
+
+    say(count)
+    with closing(run_shards(explainer, todo, out, data, clock)) as steps:
+        for step in steps:
+            if isinstance(step, PartName):
+                rows.append(step.rows)
+            else:
+                count, skipped = count + len(step["status"]), skipped + int((step["status"] == stores.SKIPPED).sum())
+                say(count)
+    return Outcome(len(own), len(todo), damaged, clock.sentence())
 
 
-def check(config: DatasetConfig, source: Source) -> DatasetConfig:
-    """The config, with plain Python values. InputError for a method, option, name or number that does not exist."""
-    config = check_fields(config, "the settings")
-    if not config.methods or len(set(config.methods)) < len(config.methods):
-        raise InputError(f"the methods must be different ones, got {','.join(config.methods) or 'none'}")
-    for method in config.methods:
-        if method not in METHODS:
-            raise suggest("method", method, METHODS)
-        METHODS[method].bind(method, dict(config.options))
-    for kind, value, known in (
-        ("target", config.target, TARGETS),
-        ("dtype", config.dtype, DTYPES),
-        ("profile", config.profile, PROFILES),
-    ):
-        if value not in known:
-            raise suggest(kind, value, known)
-    if config.chunk % config.batch_size:
-        sizes = f"got {config.chunk} and {config.batch_size}"
-        raise InputError(f"the chunk size must be a multiple of the batch size, {sizes}")
-    if config.target == "label" and not source.labelled:
-        raise InputError(f"{source.name} has no labels to explain; take the target 'predicted'")
-    return config
+# ---- the store of a job ---------------------------------------------------------------------------------------------
 
 
-def shapes(config: DatasetConfig, vit: Model, source: Source) -> dict[str, list[int]]:
-    """What is stored of one example, where that depends on model, methods and names.
+def begin(
+    explainer: Explainer,
+    source: Source | str,
+    out: str,
+    limit: int | None = None,
+    shard_size: int | None = None,
+    *,
+    list_again: bool = True,
+) -> tuple[Store, Explainer, Source | None]:
+    """The store of a job with its shards, made where there is none; the explainer, ready for it; and the source.
 
-    Compiles nothing. Raises InputError for a method that cannot explain this model.
+    The shards are listed once. Later only a source of one process is listed again, with `list_again`, to detect that
+    its examples have changed. Raises InputError for a store of something else.
     """
-    inputs, asked = vit.preprocessing.batch(1), _target(config, vit, None)
-    found, _ = jax.eval_shape(_program(config, vit), vit.params, inputs, asked)
-    width = max(len(key.encode("utf-8", "surrogateescape")) for key in source.keys)
-    maps = {f"maps/{method}": [*jax.eval_shape(as_maps, found[method]).shape[1:]] for method in config.methods}
-    return {**maps, "logits": [vit.module.num_classes], "key": [max(1, width)]}
+    place = Place(out)
+    content = place.read(stores.ROOT)
+    data, spec = (None, source) if isinstance(source, str) else (source, "")
+    files = kind_of_shards(spec) is not None
+    if files and limit is not None:
+        raise InputError(f"a limit is not for shards: name fewer files than {spec}")
+    if data is None and not files and (content is None or list_again):
+        data = open_source(spec, limit=limit)
+    if data is not None and explainer.target == "label" and not data.labelled:
+        raise InputError(f"{data.name} has no labels to explain; take the target 'predicted'")
+    if data is not None:
+        _check_classes(explainer, data)
+    reader = explainer.loaded.preprocessing
+    if explainer.length is None and hasattr(reader, "padded") and (files or data is not None):
+        length = reader.length if data is None else reader.fixed(data).padded
+        explainer = dataclasses.replace(explainer, length=length)
+    size = _shard_size(explainer, data, shard_size)
+    shards = None
+    if content is None:
+        if place.has("zarr.json"):
+            raise InputError(f"{place.path} is a zarr store of version 0.1, which is read only; choose another --out")
+        if not place.is_empty():
+            raise InputError(f"{place.path} is not empty and holds no maps; choose another --out")
+        shards = find_shards(spec) if data is None else slices(data, size, spec)
+        made = {"format": stores.FORMAT, **described(explainer), **_listed(data, spec, shards, size)}
+        place.write(stores.ROOT, lambda path: path.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8"))
+        content = place.read(stores.ROOT) or b""
+    made = understood(content, place.path)
+    store, explainer = _joined(explainer, place, made)
+    if data is not None:
+        size = made.get("shard_size", size) if shard_size is None else size
+        now = _listed(data, spec, [], size)
+        require_same(place.path, made, {name: now[name] for name in ("data", "examples", "keys", "shard_size")})
+    elif spec != made["data"]["spec"]:
+        raise InputError(f"{place.path} was made with data {made['data']['spec']}, and this command has {spec}")
+    known = stores.read_manifest(place)
+    if known is None:
+        known = shards or (find_shards(spec) if data is None else slices(data, size, spec))
+        if data is not None:
+            stores.write_keys(place, data.keys, size)
+        stores.write_manifest(place, known)
+    if known is not shards and digest(known) != made["manifest"]:
+        raise InputError(f"the shards of {place.path} are not those that it was begun with; choose another --out")
+    return dataclasses.replace(store, shards=known), explainer, data
 
 
-def provenance(config: DatasetConfig, vit: Model, source: Source) -> dict[str, Any]:
-    """What the maps are of and how they were made. It has no times, so that equal runs give equal bytes."""
-    return {
-        "format": FORMAT,
-        "model": vit.described(),
-        "data": {"name": source.name, "identity": source.identity},
-        "examples": len(source),
-        "keys": digest(*source.keys),
-        "classes": digest(vit.class_names, vit.wnids),
-        **{name: value for name, value in dataclasses.asdict(config).items() if (name, value) != ("score", None)},
-        "methods": list(config.methods),
-        "options": dict(config.options),
-        "chunk_size": config.chunk,
-        **environment(),
-        "shapes": shapes(config, vit, source),
-    }
+def _listed(data: Source | None, spec: str, shards: Sequence[Shard], size: int) -> dict[str, Any]:
+    """What tokentm.json has of the data."""
+    found = {"shards": len(shards), "manifest": digest(shards)}
+    if data is None:
+        return {"data": {"name": spec, "identity": found["manifest"], "spec": spec}, "examples": -1, **found}
+    known = {"data": {"name": data.name, "identity": data.stamped(), "spec": spec}, "examples": len(data)}
+    return {**known, "keys": digest(*data.keys), "shard_size": size, **found}
 
 
-def _translation(config: DatasetConfig, vit: Model, source: Source) -> Callable[[np.ndarray], np.ndarray]:
-    """From the source's classes to the model's; -1, with a warning, for a class that the model does not have."""
-    if config.target == "label" or config.label_map is not None:
-        table = translation(vit, source, config.label_map)
-    else:  # labels are stored, and nothing depends on them
-        table, unknown = known_classes(vit, source)
-        if unknown:
-            warnings.warn(f"labels are stored as -1 where they are unknown: {unknown}", stacklevel=3)
-
-    def translate(labels: np.ndarray) -> np.ndarray:
-        known = labels if table is None else np.where(labels < 0, -1, table[labels])
-        return np.where(known < vit.module.num_classes, known, -1).astype(np.int32)
-
-    return translate
+def described(explainer: Explainer) -> dict[str, Any]:
+    """What an explainer computes here, as JSON. It has no times, so that equal runs give equal bytes."""
+    what = explainer.described()
+    columns = {name: {"shape": shape, "dtype": kind} for name, (shape, kind) in explainer.layout().items()}
+    return {**what, "explainer": digest(what), **environment(), "columns": columns}
 
 
-# ---- computing ------------------------------------------------------------------------------------------------------
+def _joined(explainer: Explainer, place: Place, made: Mapping[str, Any]) -> tuple[Store, Explainer]:
+    """The explainer of a store, with the store's length of texts. InputError if it computes something else."""
+    if explainer.length is None and made.get("length") is not None:
+        explainer = dataclasses.replace(explainer, length=made["length"])
+    wanted = json.loads(
+        json.dumps({k: v for k, v in described(explainer).items() if k not in ("explainer", "columns")})
+    )
+    require_same(place.path, {**made, **made["versions"]}, {**wanted, **wanted.pop("versions")})
+    return Store(place, made, []), explainer
 
 
-def _program(config: DatasetConfig, vit: Model) -> Callable[..., tuple[dict[str, Array], dict[str, Array]]]:
-    """(params, pixels, target) -> maps, and logits and target; the logits are those of the first method's own pass."""
-    methods = {name: config.options for name in config.methods}
-    return compiled(vit.module, methods, details=("logits", "target"), preprocessing=vit.preprocessing)
+def _shard_size(explainer: Explainer, source: Source | None, size: int | None) -> int:
+    """Examples of a slice."""
+    batch, count = explainer.batch_size, 0 if source is None else len(source)
+    if size is None:
+        return -(-max(GROUP, -(-count // SLICES)) // batch) * batch
+    if size < 1 or size % batch or size > 2**20:
+        raise InputError(f"the shard size must be a multiple of the batch size up to {2**20}, got {size} and {batch}")
+    return size
 
 
-def _target(config: DatasetConfig, vit: Model, classes: np.ndarray | None) -> Any:
-    """What is explained: the classes [B], None for the predicted ones, or the config's score of them."""
-    if config.score is None:
-        return classes
-    asked = question(vit.score(config.score))
-    return asked._replace(target=classes) if asked.score.of_class else asked
+def _check_classes(explainer: Explainer, source: Source) -> None:
+    """Warn about classes that the model does not have; InputError where they are to be explained."""
+    if explainer.target == "label" or explainer.label_map is not None:
+        translation(explainer.loaded, source, read_label_map(explainer.label_map))
+    elif unknown := known_classes(explainer.loaded, source)[1]:  # labels are stored, and nothing depends on them
+        warnings.warn(f"labels are stored as -1 where they are unknown: {unknown}", stacklevel=4)
 
 
-Found = dict[str, np.ndarray]
+# ---- running --------------------------------------------------------------------------------------------------------
 
 
-def _results(
-    config: DatasetConfig, vit: Model, translate: Callable[[np.ndarray], np.ndarray], stream: Iterable[Batch]
-) -> Generator[tuple[Batch, Found], None, None]:
-    """Every batch with its results on the host.
+class Clock:
+    """The seconds for which a run waited for each stage; what it never waited for is no limit."""
 
-    The devices take turns. While one batch is fetched and written, each device computes another, and the images after
-    that are on their way. An empty batch has no results.
+    def __init__(self) -> None:
+        self.waited = {"reading and decoding": 0.0, "computing": 0.0, "writing": 0.0}
+
+    def wait(self, stage: str, call: Callable[[], Any]) -> Any:
+        start = time.monotonic()
+        found = call()
+        self.waited[stage] += time.monotonic() - start
+        return found
+
+    def sentence(self) -> str:
+        """Which stage limits the speed."""
+        total = sum(self.waited.values()) or 1.0
+        stages = sorted(self.waited.items(), key=lambda item: -item[1])
+        return "waited for " + ", ".join(f"{name} {s:.1f} s ({s / total:.0%})" for name, s in stages)
+
+
+def run_shard(explainer: Explainer, shard: Shard, out: str) -> PartName:
+    """Explain one shard and write its part to a store that `begin` made. A function of its arguments only.
+
+    Returns:
+      The name of the part, with its numbers of examples and of skipped ones.
+
+    Raises:
+      InputError: a shard that has changed or cannot be read, a store of something else, a full disk.
     """
-    devices = jax.local_devices()
-    params = [jax.device_put(vit.params, device) for device in devices]
-    program = _program(config, vit)
-    waiting: deque[tuple[Batch, dict[str, Any]]] = deque()
-    for number, batch in enumerate(stream):
-        turn = number % len(devices)
-        found: dict[str, Any] = {}
-        if batch.keys:
-            labels = translate(batch.labels)
-            target = np.maximum(labels, 0) if config.target == "label" else None  # unknown labels are skipped later
-            asked = _target(config, vit, target)
-            maps, details = program(params[turn], *jax.device_put((batch.inputs, asked), devices[turn]))
-            found = {**{f"maps/{name}": as_maps(a) for name, a in maps.items()}, **details}
-            if found["target"] is None:
-                found["target"] = jnp.full(len(batch.labels), -1, jnp.int32)
-            for array in found.values():
-                array.copy_to_host_async()
-            found["label"] = labels
-        waiting.append((batch, found))
-        if len(waiting) > len(devices):
-            yield _fetched(*waiting.popleft())
+    done = [step for step in run_shards(explainer, [shard], out) if isinstance(step, PartName)]
+    return done[0]
+
+
+def run_shards(
+    explainer: Explainer,
+    shards: Sequence[Shard],
+    out: str,
+    source: Source | None = None,
+    clock: Clock | None = None,
+) -> Generator[PartName | Mapping[str, np.ndarray], None, None]:
+    """`run_shard` for several shards, whose stages overlap. Yields the columns of each batch, and each finished part.
+
+    Args:
+      source: the source of slices, where it has no path, or to spare opening it.
+    """
+    if not shards:
+        return
+    clock = clock or Clock()
+    store, explainer = _store_of(explainer, out)
+    size = explainer.batch_size
+    elsewhere = any(shard.rows < 0 for shard in shards) or sum(shard.rows for shard in shards) > FEW
+    at_once = 1 if shards[0].kind == "slice" else READING
+    row = sum(int(np.prod(shape)) * 4 for shape, _ in store.layout.values())
+    most = max(1, min(64, UNWRITTEN // (size * row)))
+    parts: dict[int, PartWriter] = {}
+    pools = [ThreadPoolExecutor(1) for _ in range(WRITERS)]  # the batches of a part are written in order
+    writing: deque[Future[PartName | None]] = deque()
+
+    def written(left: int) -> Iterator[PartName]:
+        while len(writing) > left:
+            part = clock.wait("writing", writing.popleft().result)
+            if part is not None:
+                yield part
+
+    try:
+        read = functools.partial(_examples, store=store, source=source)
+        with closing(_read(shards, read, size, at_once)) as groups:
+            ready = _decoded(explainer, groups, elsewhere, clock)
+            for shard, columns in _computed(explainer, ready, clock):
+                part, pool = parts.get(shard.index), pools[shard.index % WRITERS]
+                if part is None:
+                    part = parts[shard.index] = PartWriter(store, shard)
+                if columns is None:
+                    writing.append(pool.submit(part.finish))
+                    del parts[shard.index]
+                    part = None
+                else:
+                    writing.append(pool.submit(part.write, columns))
+                    yield columns
+                yield from written(most)
+            yield from written(0)
+    finally:
+        for pool in pools:
+            pool.shutdown(cancel_futures=True)
+        for part in parts.values():
+            part.discard()
+
+
+def _store_of(explainer: Explainer, out: str) -> tuple[Store, Explainer]:
+    """The store that `begin` made, read once for an explainer."""
+    known = explainer.__dict__.setdefault("_stores", {})  # not pickled
+    if out not in known:
+        place = Place(out)
+        content = place.read(stores.ROOT)
+        if content is None:
+            raise InputError(f"{place.path} holds no maps; `tokentm dataset` makes the store")
+        known[out] = _joined(explainer, place, understood(content, place.path))
+    return known[out]
+
+
+_reopened = functools.cache(reopened)  # the sources of slices
+
+
+def _examples(shard: Shard, store: Store, source: Source | None) -> Iterator[Example]:
+    """The examples of a shard, encoded."""
+    if shard.kind != "slice":
+        yield from examples(shard)
+        return
+    keys = source.keys[shard.first : shard.first + shard.rows] if source else stores.read_keys(store.place, shard)
+    if source is None:
+        source = _reopened(shard.url)
+    if source.stamped(keys) != shard.identity:
+        raise InputError(f"{source.name} has changed since the store was begun; choose another --out")
+    for key in keys:
+        try:
+            yield source.encoded(key)
+        except InputError as error:
+            yield Example(key, error)
+
+
+Group = tuple[Shard, list[Example]]
+
+
+def _read(
+    shards: Iterable[Shard], read: Callable[[Shard], Iterator[Example]], size: int, at_once: int
+) -> Generator[Group, None, None]:
+    """The examples of shards in groups, each shard ended by an empty group. Several are read at a time, in threads."""
+    found: queue.Queue[Group | BaseException | None] = queue.Queue(2 * at_once)
+    waiting, lock, stop = iter(shards), threading.Lock(), threading.Event()
+
+    def put(item: Group | BaseException | None) -> bool:
+        while not stop.is_set():
+            with suppress(queue.Full):
+                found.put(item, timeout=0.1)
+                return True
+        return False
+
+    def work() -> None:
+        try:
+            while True:
+                with lock:
+                    shard = next(waiting, None)
+                if shard is None:
+                    break
+                group: list[Example] = []
+                for example in read(shard):
+                    group.append(example)
+                    if len(group) == size:
+                        if not put((shard, group)):
+                            return
+                        group = []
+                if (group and not put((shard, group))) or not put((shard, [])):
+                    return
+        except BaseException as error:
+            put(error)
+        put(None)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(at_once)]
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in threads:
+            while (item := found.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+    finally:
+        stop.set()
+
+
+def _decoded(
+    explainer: Explainer, groups: Iterator[Group], elsewhere: bool, clock: Clock
+) -> Iterator[tuple[Shard, list[Example], list[Any]]]:
+    """The groups with what is decoded of them, ahead of what is asked for."""
+    workers, setup = cores(), explainer.setup
+    step = max(1, min(16, -(-explainer.batch_size // workers)))  # examples sent at a time
+    ahead = max(AHEAD, -(-4 * workers * step // explainer.batch_size))
+    waiting: deque[tuple[Shard, list[Example], list[Future[list[Any]]]]] = deque()
+
+    def first() -> tuple[Shard, list[Example], list[Any]]:
+        shard, group, futures = waiting.popleft()
+        return shard, group, [found for future in futures for found in future.result()]
+
+    try:
+        while True:
+            item = clock.wait("reading and decoding", lambda: next(groups, None)) if len(waiting) < ahead else None
+            if item is not None:
+                shard, group = item
+                tasks = [group[i : i + step] for i in range(0, len(group), step)]
+                waiting.append((shard, group, [submit(setup, task, elsewhere) for task in tasks]))
+                continue
+            if not waiting:
+                return
+            yield clock.wait("reading and decoding", first)
+    finally:
+        for _, _, futures in waiting:
+            for future in futures:
+                future.cancel()
+
+
+def _computed(
+    explainer: Explainer, ready: Iterable[tuple[Shard, list[Example], list[Any]]], clock: Clock
+) -> Iterator[tuple[Shard, Mapping[str, np.ndarray] | None]]:
+    """The columns of each group, and None at the end of a shard. The devices take turns.
+
+    While one batch is fetched and written, each device computes another.
+    """
+    devices, number = len(jax.local_devices()), 0
+    waiting: deque[tuple[Shard, Started | None]] = deque()
+
+    def first() -> tuple[Shard, Mapping[str, np.ndarray] | None]:
+        shard, started = waiting.popleft()
+        return shard, None if started is None else started.columns()
+
+    for shard, group, found in ready:
+        started = explainer.start(group, found, number % devices) if group else None
+        number += started is not None
+        waiting.append((shard, started))
+        while sum(started is not None for _, started in waiting) > devices or (waiting and waiting[0][1] is None):
+            yield clock.wait("computing", first)
     while waiting:
-        yield _fetched(*waiting.popleft())
-
-
-def _fetched(batch: Batch, found: Mapping[str, Any]) -> tuple[Batch, Found]:
-    """The results on the host; with them the class that is predicted."""
-    arrays = {name: np.asarray(array) for name, array in found.items()}
-    if arrays:
-        arrays["logits"] = arrays["logits"].astype(np.float32)
-        arrays["prediction"] = arrays["logits"].argmax(-1)
-    return batch, arrays
-
-
-def _fill(
-    fields: dict[str, np.ndarray],
-    start: int,
-    keys: Sequence[str],
-    batch: Batch,
-    found: Found,
-    config: DatasetConfig,
-    skipped: dict[str, str],
-) -> None:
-    """Put the results of a batch into its chunk, from the row `start` on; `skipped` gets what has no finite maps."""
-    place = {key: i for i, key in enumerate(batch.keys)}
-    skipped |= {batch.keys[i]: reason for i, reason in _unfit(found, len(place), config).items()}
-    rows = [i for i, key in enumerate(keys) if key not in skipped]
-    taken = [place[keys[i]] for i in rows]
-    into = start + np.array(rows, int)
-    for name, array in found.items() if rows else ():
-        if name.startswith("maps/"):
-            maps, fields[name.replace("maps/", "scale/")][into] = scaled(array[taken], config.dtype)
-            fields[name][into] = maps
-        else:
-            fields[name][into] = array[taken]
-    span = slice(start, start + len(keys))
-    fields["key"][span] = encode(keys, fields["key"].shape[1])
-    fields["reason"][span] = encode([skipped.get(key, "") for key in keys], REASON_BYTES)
-    fields["status"][span] = SKIPPED
-    fields["status"][into] = DONE
-
-
-def _unfit(found: Found, count: int, config: DatasetConfig) -> dict[int, str]:
-    """Places of the first `count` examples that cannot be stored, and why."""
-    reasons: dict[int, str] = {}
-    for name, array in found.items():
-        if name == "logits" or name.startswith("maps/"):
-            finite = np.isfinite(array[:count].astype(np.float32)).reshape(count, -1).all(1)
-            what = "the model gives no finite logits" if name == "logits" else f"{name[5:]} gives no finite map"
-            reasons |= {i: what for i in np.flatnonzero(~finite).tolist() if i not in reasons}
-        if name == "label" and config.target == "label":
-            reasons |= {i: "its label is no class of the model" for i in np.flatnonzero(array[:count] < 0).tolist()}
-    return reasons
+        yield clock.wait("computing", first)

@@ -24,10 +24,10 @@ from tokentm_jax.metrics.task import CLEAN, PREDICTED, TARGET
 from tokentm_jax.metrics.tasks import TASKS
 from tokentm_jax.models.classes import translation
 from tokentm_jax.models.loading import Model, load
+from tokentm_jax.runs.maps import Maps
 from tokentm_jax.runs.programs import Programs
 from tokentm_jax.runs.records import EXAMPLES, KEPT, Records, clean_fields, record_file
 from tokentm_jax.runs.report import draw, fields_of, markdown, summarise, with_kept_rows
-from tokentm_jax.runs.store import Maps
 
 
 class Job(NamedTuple):
@@ -114,7 +114,7 @@ def evaluate(
     if maps or task.reference:  # which have one shape
         vit = dataclasses.replace(vit, preprocessing=vit.preprocessing.fixed(source))
     if maps:
-        run["maps"] = [_check_maps(store, run, config, vit) for store in maps]
+        run["maps"] = [_check_maps(store, run, config, vit, source) for store in maps]
     with claimed(out, _terms(run), (*RESULTS, "records"), overwrite):
         return _evaluate(config, vit, source, out, translate, run, report, maps, overwrite)
 
@@ -293,11 +293,13 @@ def _open(row: Row, records: Records, group: Sequence[Job]) -> list[int]:
     ]
 
 
-def _check_maps(maps: Maps, run: Mapping[str, Any], config: EvaluateConfig, vit: Model) -> dict[str, Any]:
+def _check_maps(
+    maps: Maps, run: Mapping[str, Any], config: EvaluateConfig, vit: Model, source: Source
+) -> dict[str, Any]:
     """What the results say of stored maps. InputError for those of another model, data set, profile or shape."""
     made = maps.provenance
-    for what in ("model", "data"):
-        if made[what]["identity"] != run[what]["identity"]:
+    for what, known in (("model", ()), ("data", (source.stamped(),))):
+        if made[what]["identity"] not in (run[what]["identity"], *known):
             raise InputError(
                 f"{maps.path} holds maps of {made[what]['name']}, not of {run[what]['name']} as it is here"
             )

@@ -28,12 +28,14 @@ from tokentm_jax.methods.explain import compiled
 from tokentm_jax.methods.table import METHODS
 from tokentm_jax.metrics.tasks import TASKS
 from tokentm_jax.models.loading import Model, load
-from tokentm_jax.runs.dataset import DatasetConfig, explain_dataset
+from tokentm_jax.runs.dataset import explain_dataset
 from tokentm_jax.runs.evaluate import Report, evaluate, examples
+from tokentm_jax.runs.explainer import Explainer
+from tokentm_jax.runs.maps import Maps
 from tokentm_jax.runs.records import KEPT, record_file
 from tokentm_jax.runs.report import Finished, open_finished
 from tokentm_jax.runs.standings import LONG, draw, markdown, mean_ranks, pareto, standings
-from tokentm_jax.runs.store import Maps, open_maps
+from tokentm_jax.runs.store import open_maps
 from tokentm_jax.validation import Name, check_fields, checked
 
 RESULTS = ("leaderboard.json", "leaderboard.md", "leaderboard.png")
@@ -159,7 +161,8 @@ def leaderboard(
         used = [
             run.name
             for run in config.runs
-            if (data["identity"], store.provenance["profile"]) == (sources[run.name].identity, run.profile)
+            if store.provenance["profile"] == run.profile
+            and data["identity"] in (sources[run.name].stamped(), sources[run.name].identity)
         ]
         if not used:
             raise InputError(f"{store.path} holds maps of {data['name']} that no run of {config.name} has a use for")
@@ -244,18 +247,23 @@ def _shared_maps(
     for number, ((name, *_), runs) in enumerate(asking.items(), 1):
         row, largest = config.rows[name], max(runs, key=lambda run: len(sources[run.name]))
         size, source = largest.batch_size, sources[largest.name]
-        settings = DatasetConfig(
-            (row.method,), row.options, dtype="float32", profile=largest.profile, batch_size=size, chunk_size=size
+        explainer = Explainer(
+            vit,
+            methods=(row.method,),
+            options=row.options,
+            dtype="float32",
+            profile=largest.profile,
+            batch_size=size,
         )
         place = out / MAPS / f"{record_file(out, row).stem}-{digest(largest.profile, source.identity)[:8]}"
         with watch(f"maps of {name} ({number} of {len(asking)})") as report:
-            filled = _filled(place, settings, vit, source, report)
+            filled = _filled(place, explainer, source, report)
         for run in runs:
             stores[run.name] += filled
     return stores
 
 
-def _filled(place: Path, settings: DatasetConfig, vit: Model, source: Source, report: Report | None) -> list[Maps]:
+def _filled(place: Path, explainer: Explainer, source: Source, report: Report | None) -> list[Maps]:
     """Stores that together have the maps of all images: "`place`-0", and so on. A store keeps the images and the batch
     size that it was begun with; with a larger limit the next one has the images that are in none so far."""
 
@@ -267,10 +275,12 @@ def _filled(place: Path, settings: DatasetConfig, vit: Model, source: Source, re
     keys = source.keys
     while keys:
         path = place.with_name(f"{place.name}-{len(filled)}")
-        made = open_maps(path).provenance if (path / "zarr.json").exists() else None
-        if last := made is None or (made["keys"], made["batch_size"]) == (digest(*keys), settings.batch_size):
+        earlier = (path / "zarr.json").exists()  # of version 0.1; what it lacks, the evaluations compute
+        made = open_maps(path).provenance if earlier or (path / "tokentm.json").exists() else None
+        last = made is None or (made["keys"], made["batch_size"]) == (digest(*keys), explainer.batch_size)
+        if last and not earlier:
             part = dataclasses.replace(source, identify=lambda: source.identity, keys=keys)
-            explain_dataset(settings, vit, part, str(path), counted)
+            explain_dataset(explainer, part, str(path), counted, shard_size=explainer.batch_size)
         filled.append(open_maps(path))
         there = {*filled[-1].keys}
         keys = () if last else tuple(key for key in keys if key not in there)
