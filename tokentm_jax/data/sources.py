@@ -212,7 +212,7 @@ def _in_classes(
     content: Callable[[str], bytes | Path],
     stamp: Callable[[Sequence[str]], str],
 ) -> Source:
-    """A source of "…/class/image" names, or without labels if no image is in a folder. `identify`, `stamp` get names."""
+    """A source of "…/class/image" names, or without labels if no image is in a folder."""
     found = [n for n in names if _is_a(n, SUFFIXES)] or [n for n in names if _is_a(n, audio.SUFFIXES)]
     if not found:
         raise InputError(f"{name} has no images and no recordings")
