@@ -38,8 +38,9 @@ class Place:
         except InputError:
             raise
         except Exception as error:
-            kept = f"; {_KEPT}" if what == "written" else ""
-            raise InputError(f"the store {self.path} cannot be {what}: {reason(error)}{kept}") from None
+            number = error.errno if isinstance(error, OSError) else None  # Arrow's own text has more than that
+            cause, kept = os.strerror(number) if number else reason(error), f"; {_KEPT}" if what == "written" else ""
+            raise InputError(f"the store {self.path} cannot be {what}: {cause}{kept}") from None
 
     def read(self, name: str) -> bytes | None:
         """A small file, None without one."""
