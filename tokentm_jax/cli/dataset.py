@@ -48,6 +48,10 @@ SCHEDULERS = (
 @click.option("--verify", is_flag=True, help="Read all finished shards, and compute damaged ones again.")
 @click.option("--plan", is_flag=True, help="Only make the store with its list of shards, before many jobs start.")
 @click.option("--shard", metavar="I/N", help="Only every N-th shard from I; 'auto' or 'auto/N' in a job of an array.")
+@click.option("--engine", default="local", show_default=True, help="Where it runs: local, ray or beam.")
+@click.option(
+    "--engine-option", "engine_options", multiple=True, metavar="KEY=VALUE", help="Of Ray's workers or Beam."
+)
 @click.option("--processes", type=click.IntRange(1), hidden=True)
 @click.option("--process", type=click.IntRange(0), hidden=True)
 @click.option("--coordinator", metavar="HOST:PORT", hidden=True)
@@ -67,6 +71,8 @@ def dataset(
     processes: int | None,
     process: int | None,
     coordinator: str | None,
+    engine: str,
+    engine_options: tuple[str, ...],
     **settings: Any,
 ) -> None:
     """Explain a whole data set; started again with the same store, it resumes where it stopped.
@@ -96,9 +102,10 @@ def dataset(
     explainer = Explainer(
         checkpoint=checkpoint, methods=named, options=parse_options(options), class_names=classes, **settings
     )
-    if kind_of_shards(data) is None and count == 1:
+    if kind_of_shards(data) is None and count == 1 and engine == "local":
         open_source(data, limit=limit)  # its errors come before the model is loaded
-    start_jax()
+    if plan or engine == "local":
+        start_jax()
     if plan:
         store, *_ = begin(explainer, data, out, limit, shard_size)
         click.echo(f"{out} has {len(store.shards)} shards: run the same command with --shard I/N")
@@ -115,10 +122,12 @@ def dataset(
             shard_size=shard_size,
             retry_skipped=retry_skipped,
             verify=verify,
+            engine=engine,
+            engine_options=parse_options(engine_options),
         )
     if outcome.damaged:
         click.echo(f"Damaged and computed again: shard {', '.join(map(str, outcome.damaged))}", err=True)
-    if outcome.computed:
+    if outcome.limits and outcome.computed:
         click.echo(f"This run {outcome.limits}", err=True)
     if count > 1:
         click.echo(f"process {number} of {count}: its {outcome.shards} shards of {out} are finished")

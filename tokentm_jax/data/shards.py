@@ -128,7 +128,7 @@ def _identity(info: Mapping[str, Any]) -> tuple[int, str]:
     for name in _STAMPS:
         if (stamp := info.get(name)) is not None:
             return size, f"{size} {stamp}"
-    return size, str(size)
+    return size, "" if size < 0 else str(size)  # listings over HTTP have neither
 
 
 def slices(source: Source, size: int, url: str) -> list[Shard]:

@@ -30,7 +30,7 @@ from tokentm_jax.models.classes import known_classes, translation
 from tokentm_jax.runs import store as stores
 from tokentm_jax.runs.explainer import Explainer, Started
 from tokentm_jax.runs.place import Place
-from tokentm_jax.runs.store import GROUP, PartName, PartWriter, Store, is_whole, understood
+from tokentm_jax.runs.store import GROUP, PartName, PartWriter, Store, is_whole, store_at, understood
 
 SLICES = 10_000  # of a source at most, unless a size is given
 FEW = 1000  # examples that are decoded in threads: processes take seconds to start
@@ -49,14 +49,11 @@ class Outcome(NamedTuple):
     limits: str
 
 
-Report = Callable[[int, int, int], None]
-
-
 def explain_dataset(
     explainer: Explainer,
     source: Source | str,
     out: str,
-    report: Report | None = None,
+    report: Callable[[int, int, int], None] | None = None,
     *,
     process: int = 0,
     processes: int = 1,
@@ -64,6 +61,8 @@ def explain_dataset(
     shard_size: int | None = None,
     retry_skipped: bool = False,
     verify: bool = False,
+    engine: str = "local",
+    engine_options: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Write the maps of a data set to a store, or those that a store still lacks.
 
@@ -78,6 +77,8 @@ def explain_dataset(
         as many as make 10,000 shards.
       retry_skipped: compute the shards again that have an example that was skipped.
       verify: read all finished parts, and compute damaged ones again.
+      engine: "local" (this process), or "ray" or "beam": workers on any number of machines.
+      engine_options: of the engine, see `tokentm_jax.runs.engines`.
 
     Returns:
       What this process did.
@@ -85,7 +86,14 @@ def explain_dataset(
     Raises:
       InputError: an explainer and data that do not go together, a store of something else, a full disk.
     """
-    store, explainer, data = begin(explainer, source, out, limit, shard_size, list_again=processes == 1)
+    clock, run = Clock(), None
+    if engine == "local":
+        store, explainer, data = begin(explainer, source, out, limit, shard_size, list_again=processes == 1)
+    else:
+        from tokentm_jax.runs import engines
+
+        job = engines.Job(explainer, source, out, limit, shard_size, processes == 1)
+        run, store, data = engines.started(engine, engine_options or {}, job), store_at(Place(out)), None
     own = [shard for shard in store.shards if shard.index % processes == process]
     parts = {shard.index: store.parts[shard.index] for shard in own if shard.index in store.parts}
     damaged = sorted(index for index, part in parts.items() if verify and not is_whole(store, part))
@@ -98,21 +106,23 @@ def explain_dataset(
     skipped, rows = 0, [part.rows for part in parts.values()]
     unknown = sum(shard.rows < 0 for shard in todo)  # their number is estimated from those that are done
     known = count + sum(max(shard.rows, 0) for shard in todo)
-    clock = Clock()
 
     def say(done: int) -> None:
         if report is not None:
             report(done, max(done, known + round(unknown * float(np.mean(rows)) if rows else 0)), skipped)
 
     say(count)
-    with closing(run_shards(explainer, todo, out, data, clock)) as steps:
+    wanted = [shard.index for shard in todo]
+    with closing(run(wanted) if run else run_shards(explainer, todo, out, data, clock)) as steps:
         for step in steps:
             if isinstance(step, PartName):
                 rows.append(step.rows)
+                new, bad = (step.rows, step.skipped) if run else (0, 0)
             else:
-                count, skipped = count + len(step["status"]), skipped + int((step["status"] == stores.SKIPPED).sum())
-                say(count)
-    return Outcome(len(own), len(todo), damaged, clock.sentence())
+                new, bad = len(step["status"]), int((step["status"] == stores.SKIPPED).sum())
+            count, skipped = count + new, skipped + bad
+            say(count)
+    return Outcome(len(own), len(todo), damaged, "" if run else clock.sentence())
 
 
 # ---- the store of a job ---------------------------------------------------------------------------------------------
@@ -160,7 +170,7 @@ def begin(
         place.write(stores.ROOT, lambda path: path.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8"))
         content = place.read(stores.ROOT) or b""
     made = understood(content, place.path)
-    store, explainer = _joined(explainer, place, made)
+    store, explainer = _joined(explainer, Store(place, made, []))
     if data is not None:
         size = made.get("shard_size", size) if shard_size is None else size
         now = _listed(data, spec, [], size)
@@ -194,15 +204,15 @@ def described(explainer: Explainer) -> dict[str, Any]:
     return {**what, "explainer": digest(what), **environment(), "columns": columns}
 
 
-def _joined(explainer: Explainer, place: Place, made: Mapping[str, Any]) -> tuple[Store, Explainer]:
+def _joined(explainer: Explainer, store: Store) -> tuple[Store, Explainer]:
     """The explainer of a store, with the store's length of texts. InputError if it computes something else."""
+    made = store.made
     if explainer.length is None and made.get("length") is not None:
         explainer = dataclasses.replace(explainer, length=made["length"])
-    wanted = json.loads(
-        json.dumps({k: v for k, v in described(explainer).items() if k not in ("explainer", "columns")})
-    )
-    require_same(place.path, {**made, **made["versions"]}, {**wanted, **wanted.pop("versions")})
-    return Store(place, made, []), explainer
+    what = {name: value for name, value in described(explainer).items() if name not in ("explainer", "columns")}
+    wanted = json.loads(json.dumps(what))
+    require_same(store.place.path, {**made, **made["versions"]}, {**wanted, **wanted.pop("versions")})
+    return store, explainer
 
 
 def _shard_size(explainer: Explainer, source: Source | None, size: int | None) -> int:
@@ -317,11 +327,7 @@ def _store_of(explainer: Explainer, out: str) -> tuple[Store, Explainer]:
     """The store that `begin` made, read once for an explainer."""
     known = explainer.__dict__.setdefault("_stores", {})  # not pickled
     if out not in known:
-        place = Place(out)
-        content = place.read(stores.ROOT)
-        if content is None:
-            raise InputError(f"{place.path} holds no maps; `tokentm dataset` makes the store")
-        known[out] = _joined(explainer, place, understood(content, place.path))
+        known[out] = _joined(explainer, store_at(Place(out)))
     return known[out]
 
 

@@ -46,7 +46,7 @@ class Place:
         """A small file, None without one."""
         with self.errors("read"), contextlib.suppress(FileNotFoundError):
             if self.folder is None:
-                return self.files.cat_file(f"{self.root}/{name}", 0, LARGEST_DESCRIPTION)
+                return self.files.cat_file(f"{self.root}/{name}", start=0, end=LARGEST_DESCRIPTION)
             if os.path.lexists(self.folder / name):
                 return read_bytes(self.folder / name, LARGEST_DESCRIPTION)
 
@@ -69,6 +69,7 @@ class Place:
         with self.errors("read"), contextlib.suppress(FileNotFoundError):
             if self.folder is not None:
                 return list(_walked(top))
+            self.files.invalidate_cache()  # other processes write, too
             return [name.partition(top.lstrip("/") + "/")[2] for name in self.files.find(top)]
         return []
 

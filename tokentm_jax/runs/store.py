@@ -359,6 +359,17 @@ def is_whole(store: Store, name: PartName) -> bool:
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
+def store_at(place: Place) -> Store:
+    """A store that was begun, with its shards. InputError for anything else."""
+    content = place.read(ROOT)
+    if content is None:
+        raise InputError(f"{place.path} holds no maps; `tokentm dataset` makes them")
+    made, shards = understood(content, place.path), read_manifest(place)
+    if shards is None or len(shards) != made["shards"]:
+        raise InputError(f"{place.path}/{MANIFEST} is missing, or of another store: {AGAIN}")
+    return Store(place, made, shards)
+
+
 def open_maps(path: str | os.PathLike[str]) -> Maps:
     """Open the maps that `tokentm dataset` has written; reads tokentm.json, the manifest, and a list of the parts.
 
@@ -373,20 +384,13 @@ def open_maps(path: str | os.PathLike[str]) -> Maps:
     """
     try:
         place = Place(path)
-        content = place.read(ROOT)
+        if place.read(ROOT) is None and place.has("zarr.json"):
+            return zarr.open_zarr(path)
     except InputError as error:
         if "cannot be opened" in str(error) and zarr.holds(path):  # by TensorStore, without a driver of fsspec
             return zarr.open_zarr(path)
         raise
-    if content is None:
-        if place.has("zarr.json"):
-            return zarr.open_zarr(path)
-        raise InputError(f"{place.path} holds no maps; `tokentm dataset` makes them")
-    made = understood(content, place.path)
-    shards = read_manifest(place)
-    if shards is None or len(shards) != made["shards"]:
-        raise InputError(f"{place.path}/{MANIFEST} is missing, or of another store: {AGAIN}")
-    store = Store(place, made, shards)
+    store = store_at(place)
     reader = Reader(store)
     columns = {
         name: LazyArray(
@@ -396,8 +400,8 @@ def open_maps(path: str | os.PathLike[str]) -> Maps:
     }
     skipped = sum(part.skipped for part in store.parts.values())
     done = sum(part.rows for part in store.parts.values()) - skipped
-    counts = Counts(done, skipped, len(shards) - len(store.parts), len(shards))
-    return Maps(place.path, made, columns, lambda: counts)
+    counts = Counts(done, skipped, len(store.shards) - len(store.parts), len(store.shards))
+    return Maps(place.path, store.made, columns, lambda: counts)
 
 
 def export(path: str | os.PathLike[str], out: str | os.PathLike[str], to: str = "parquet") -> int:
