@@ -41,7 +41,7 @@ def beam(job: Any, out: str, options: Mapping[str, Any], items: Sequence[int | N
     store = None if items == [None] else store_at(Place(out))
     for index in items:
         if store and index in store.parts:  # it is computed again
-            store.place.remove(store.parts[index].file)
+            store.place.remove(store.parts[index].pattern)
     left, losses, environment = [*items], 0, {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True}
     while left:

@@ -112,8 +112,7 @@ def explain_dataset(
             report(done, max(done, known + round(unknown * float(np.mean(rows)) if rows else 0)), skipped)
 
     say(count)
-    wanted = [shard.index for shard in todo]
-    with closing(run(wanted) if run else run_shards(explainer, todo, out, data, clock)) as steps:
+    with closing(run(todo) if run else run_shards(explainer, todo, out, data, clock)) as steps:
         for step in steps:
             if isinstance(step, PartName):
                 rows.append(step.rows)
@@ -251,8 +250,8 @@ class Clock:
     def sentence(self) -> str:
         """Which stage limits the speed."""
         total = sum(self.waited.values()) or 1.0
-        stages = sorted(self.waited.items(), key=lambda item: -item[1])
-        return "waited for " + ", ".join(f"{name} {s:.1f} s ({s / total:.0%})" for name, s in stages)
+        stages = sorted(((s, name) for name, s in self.waited.items()), reverse=True)
+        return "waited for " + ", ".join(f"{name} {s:.1f} s ({s / total:.0%})" for s, name in stages)
 
 
 def run_shard(explainer: Explainer, shard: Shard, out: str) -> PartName:
@@ -310,7 +309,6 @@ def run_shards(
                 if columns is None:
                     writing.append(pool.submit(part.finish))
                     del parts[shard.index]
-                    part = None
                 else:
                     writing.append(pool.submit(part.write, columns))
                     yield columns

@@ -59,7 +59,9 @@ def _shards(out: str) -> Sequence[Shard]:
     return store_at(Place(out)).shards
 
 
-def started(engine: str, options: Mapping[str, Any], job: Job) -> Run:
+def started(
+    engine: str, options: Mapping[str, Any], job: Job
+) -> Callable[[Sequence[Shard]], Generator[PartName, None, None]]:
     """Begin a store. Returns what explains some of its shards, and yields their parts. Raises InputError."""
     if engine not in ENGINES:
         raise suggest("engine", engine, ENGINES)
@@ -67,7 +69,7 @@ def started(engine: str, options: Mapping[str, Any], job: Job) -> Run:
         raise InputError(f"the engine {engine} reads the data in other processes: give its path or URL")
     run = ray(job, options) if engine == "ray" else functools.partial(beam, job, job.out, options)
     deque(run([None]), 0)
-    return run
+    return lambda shards: run([shard.index for shard in shards])
 
 
 def ray(job: Job, options: Mapping[str, Any]) -> Run:
