@@ -149,7 +149,7 @@ def examples(shard: Shard) -> Iterator[Example]:
     files, path = filesystem(shard.url, "a shard")
     try:
         found = _identity(files.info(path))[1]
-        if found != shard.identity:
+        if shard.identity and found != shard.identity:
             raise InputError(
                 f"{shard.url} has changed: its identity was {shard.identity!r} when the manifest was made, and is "
                 f"{found!r}; choose another --out"
