@@ -117,7 +117,8 @@ class Explainer:
             names = (
                 self.class_names if isinstance(self.class_names, str | os.PathLike | None) else (*self.class_names,)
             )
-            vit = _loaded(vit, self.checkpoint, self.img_size, names)
+            files = [each for each in (vit, self.checkpoint, names) if isinstance(each, str | os.PathLike)]
+            vit = _loaded(vit, self.checkpoint, self.img_size, names, tuple(map(_stamp, files)))
         require_loaded(vit)
         if self.score is None:
             vit.require_classes()
@@ -349,5 +350,15 @@ def _examples(batch: Mapping[str, Any]) -> list[Example]:
 
 
 @functools.lru_cache(maxsize=4)
-def _loaded(model: Any, checkpoint: Any, img_size: Any, class_names: Any) -> Model:
+def _loaded(model: Any, checkpoint: Any, img_size: Any, class_names: Any, stamps: tuple[Any, ...]) -> Model:
+    """`load`, once in a process, which may unpickle an explainer for every batch. `stamps` are of the files."""
     return load(model, checkpoint, img_size=img_size, class_names=class_names)
+
+
+def _stamp(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """The size of a file and the time of its last change; zeros for a name."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
