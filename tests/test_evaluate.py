@@ -389,7 +389,7 @@ def test_what_does_not_go_together(config, vit, folder, whole, tmp_path):
         evaluate(config, vit, changed(source, labelled=False), tmp_path)
     with pytest.raises(InputError, match="has 3 classes, tiny has 5"):
         evaluate(config, vit, changed(source, class_names=("a", "b", "c")), tmp_path)
-    few = changed(source, read=lambda key: source.read(key)._replace(label=5))
+    few = changed(source, fetch=lambda key: source.read(key)._replace(label=5))
     with pytest.raises(InputError, match="has the label 5, and tiny has classes 0 to 4"):
         evaluate(config, vit, few, tmp_path / "labels")
     with pytest.raises(InputError, match="no image that can be read"):
@@ -814,7 +814,7 @@ def test_names_that_are_no_utf_8(config, vit, folder, tmp_path):
     source = open_source(folder, limit=4)
     own = {f"{key}\udcff": key for key in source.keys}
     odd = dataclasses.replace(
-        source, name="the folder caf\udce9", keys=tuple(own), read=lambda key: source.read(own[key])._replace(key=key)
+        source, name="the folder caf\udce9", keys=tuple(own), fetch=lambda key: source.read(own[key])._replace(key=key)
     )
     some = dataclasses.replace(config, rows=[Row("a | b", "random")])
     for _ in range(2):

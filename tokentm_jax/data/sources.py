@@ -3,10 +3,8 @@
 import dataclasses
 import fnmatch
 import functools
-import math
 import os
 import re
-import threading
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from io import BytesIO
@@ -17,17 +15,17 @@ import numpy as np
 from annotated_types import Ge
 from PIL import Image
 
-from tokentm_jax.data import audio, photos
+from tokentm_jax.data import audio
 from tokentm_jax.data.audio import Recording
 from tokentm_jax.data.labels import csv_rows, number
-from tokentm_jax.data.photos import PIXEL, SUFFIXES, check_size, decode, decoding, open_photo
+from tokentm_jax.data.mat import open_mat
+from tokentm_jax.data.photos import SUFFIXES, check_size, decode, open_photo
 from tokentm_jax.errors import InputError, require
 from tokentm_jax.files import errors_as, opened, read_entry, read_text, reason
 from tokentm_jax.identity import digest, digest_files
 from tokentm_jax.validation import checked
 
 MAX_ENTRY = 64 * 2**20  # bytes of one image inside a zip or another file
-MAX_RECORDS = 10**7  # of a .mat file
 LARGEST_LABEL = 2**31 - 1
 _SOUNDS = (b"fLaC", b"OggS")  # the first bytes of a recording; WAV has more
 LARGEST_TEXTS = 256 * 2**20  # bytes of a file of texts
@@ -58,16 +56,13 @@ class Source:
     name: str
     identify: Callable[[], str]  # computes `identity`, which a part of the source shares
     keys: tuple[str, ...]  # unique names
-    read: Callable[[str], Example]
+    fetch: Callable[[str], Example]  # reads an example; its content may be encoded, and its label the name of a class
     class_names: tuple[str, ...] | None = None
     labelled: bool = True
     masked: bool = False
     named: bool = True  # false if `class_names` are only the numbers of the classes
     sizes: tuple[int, ...] | None = None  # lengths of texts, so that a batch has texts of similar length
-    fetch: Callable[[str], Example] | None = None  # reads an example without decoding it
-    stamp: Callable[[Sequence[str] | None], str] | None = (
-        None  # of examples (None: all), by sizes, times and checksums
-    )
+    stamp: Callable[[Sequence[str] | None], str] | None = None  # of examples (None: all), by sizes, times, checksums
 
     def stamped(self, keys: Sequence[str] | None = None) -> str:
         """`stamp`; where there is none, the identity."""
@@ -84,14 +79,22 @@ class Source:
     def __getitem__(self, index: int) -> Example:
         return self.read(self.keys[index])
 
+    def read(self, key: str) -> Example:
+        """An example, decoded, with the number of its class."""
+        example = decoded(self.fetch(key))
+        label = example.label
+        return example._replace(label=self._classes[label]) if isinstance(label, str) else example
+
     def encoded(self, key: str) -> Example:
-        """An example by `fetch`; decoded where the source has none."""
-        if self.fetch is not None:
-            return self.fetch(key)
-        example = self.read(key)
+        """An example as `fetch` reads it, with the name of its class if it has one."""
+        example = self.fetch(key)
         if self.named and self.class_names is not None and isinstance(example.label, int):
             return example._replace(label=self.class_names[example.label])
         return example
+
+    @functools.cached_property
+    def _classes(self) -> dict[str, int]:
+        return {name: i for i, name in reversed([*enumerate(self.class_names or ())])}
 
 
 Half = Literal["even", "odd"]
@@ -177,16 +180,17 @@ def decoded(example: Example, least: int | None = None) -> Example:
       least: decode a JPEG only as finely as its short side needs to have this many pixels; see `photos.decode`.
     """
     content: Any = example.content
+    name = f"record {example.key}" if example.key.isdecimal() else example.key or "the image"
     if isinstance(content, InputError):
         raise content
     if isinstance(content, Path):
         content = _open(content, least)
     elif isinstance(content, bytes):
-        content = _decode_entry(content, example.key, least)
+        content = _decode_entry(content, name, least)
     elif isinstance(content, np.ndarray):
         if content.ndim != 3 or content.dtype != np.uint8 or content.shape[2] not in (1, 3):
-            raise InputError(f"{example.key} is no image [H, W, 3] of type uint8")
-        check_size(content.shape[1], content.shape[0], "its image")
+            raise InputError(f"{name} is no image [H, W, 3] of type uint8")
+        check_size(content.shape[1], content.shape[0], name)
         content = Image.fromarray(np.ascontiguousarray(np.broadcast_to(content, (*content.shape[:2], 3))))
     return example._replace(content=content)
 
@@ -218,23 +222,14 @@ def _in_classes(
         raise InputError(f"{name} has no images and no recordings")
     labels = {n: label for n in sorted(found) if (label := _class_of(n)) is not None}
     classes = tuple(sorted(set(labels.values())))
-    index = {label: i for i, label in enumerate(classes)}
     keys = tuple(labels or sorted(found))
-
-    def fetch(key: str) -> Example:
-        return Example(key, content(key), _class_of(key))
-
-    def read(key: str) -> Example:
-        return decoded(fetch(key))._replace(label=index.get(labels.get(key, "")))
-
     return Source(
         name,
         lambda: identify(list(keys)),
         keys,
-        read,
+        lambda key: Example(key, content(key), _class_of(key)),
         classes or None,
         labelled=bool(labels),
-        fetch=fetch,
         stamp=lambda some: stamp(keys if some is None else some),
     )
 
@@ -339,75 +334,21 @@ def _listed(path: Path) -> Source:
 
     fetch = lambda key: Example(key, path / key, labels[key])  # noqa: E731
     stamp = lambda keys: digest(_stamp(path, keys or labels), _stamp(path, ["labels.csv"]))  # noqa: E731
-    return Source(
-        f"the folder {path}", identify, tuple(labels), lambda key: decoded(fetch(key)), fetch=fetch, stamp=stamp
-    )
+    return Source(f"the folder {path}", identify, tuple(labels), fetch, stamp=stamp)
 
 
 def _segmentation(path: Path) -> Source:
-    """`value/img` and `value/gt` of an HDF5 file: references to images [3, W, H] and, twice, masks [W, H]."""
-    h5py = require("h5py", "data", str(path))
+    """See `mat.py`."""
+    count, pair = open_mat(path)
 
-    def is_reference(dataset: Any) -> bool:
-        return h5py.check_ref_dtype(dataset.dtype) is h5py.Reference
+    def fetch(key: str) -> Example:
+        image, mask = pair(int(key))
+        return Example(key, image, None, mask)
 
-    def inside(parent: Any, name: str) -> Any:
-        if not isinstance(parent.get(name, getlink=True), h5py.HardLink):  # other links can lead to any file
-            raise InputError(f"{name} is a link")
-        return parent[name]
-
-    def values(dataset: Any, most: int) -> Any:
-        """The dataset, if it has at most `most` values in this file. No value is read."""
-        if not isinstance(dataset, h5py.Dataset) or dataset.shape is None or not math.prod(dataset.shape):
-            raise InputError("it has no values")
-        if dataset.is_virtual or dataset.external:
-            raise InputError("its values are in another file")
-        if max(math.prod(dataset.shape), math.prod(dataset.chunks or (1,))) > most:
-            raise InputError(f"it has more than {most:,} values")
-        return dataset
-
-    layout = "does not have the layout of gtsegs_ijcv.mat (HDF5 with references in value/img, value/gt)"
-    with errors_as(f"{path} {layout}"):
-        file: Any = h5py.File(path, "r")
-        tables = [values(inside(inside(file, "value"), name), MAX_RECORDS) for name in ("img", "gt")]
-        if not all(is_reference(table) for table in tables):
-            raise InputError("value/img and value/gt must be object references")
-        images, masks = (np.asarray(table).ravel() for table in tables)
-        if len(images) != len(masks):
-            raise InputError(f"{len(images)} images and {len(masks)} masks")
-    lock = threading.Lock()
-
-    def read_mask(record: int) -> np.ndarray:
-        mask = values(file[masks[record]], photos.MAX_PIXELS)
-        for _ in range(2):  # a cell holds the mask, or a cell with the mask; a cell may even hold itself
-            if is_reference(mask):
-                mask = values(file[mask[(0,) * mask.ndim]], photos.MAX_PIXELS)
-        if mask.dtype.kind not in "buif" or mask.dtype.itemsize > 8 or mask.ndim != 2:
-            raise InputError(f"its mask {list(mask.shape)} of type {mask.dtype} is not one [W, H] of numbers")
-        decoding.take(PIXEL * mask.size)
-        found = mask[()]
-        if not np.isfinite(found).all():
-            raise InputError("its mask has numbers that are not finite")
-        return np.ascontiguousarray(found.T > 0)
-
-    def read_pixels(record: int, mask: np.ndarray) -> Image.Image:
-        pixels = values(file[images[record]], 3 * photos.MAX_PIXELS)
-        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[0] != 3:
-            raise InputError("it has no image [3, W, H] of type uint8")
-        if mask.T.shape != pixels.shape[1:]:
-            raise InputError(f"image {pixels.shape[1:]} and mask {mask.T.shape} differ in size")
-        check_size(pixels.shape[1], pixels.shape[2], "its image")
-        return Image.fromarray(np.ascontiguousarray(pixels[()].transpose(2, 1, 0)))
-
-    def read(key: str) -> Example:
-        with errors_as(f"record {key} of {path} cannot be read"), decoding.turn(), lock:
-            mask = read_mask(int(key))
-            return Example(key, read_pixels(int(key), mask), None, mask)
-
-    keys = tuple(f"{i:05d}" for i in range(len(images)))
+    keys = tuple(f"{i:05d}" for i in range(count))
     stamp = lambda keys: _stamp(path.parent, [path.name])  # noqa: E731
     identify = lambda: digest(digest_files([path]))  # noqa: E731
-    return Source(str(path), identify, keys, read, labelled=False, masked=True, stamp=stamp)
+    return Source(str(path), identify, keys, fetch, labelled=False, masked=True, stamp=stamp)
 
 
 def _sentences(path: Path, rated: bool) -> Source:
@@ -423,14 +364,13 @@ def _sentences(path: Path, rated: bool) -> Source:
         texts[f"{place:06d}"] = text.strip(), index
     valences = read_lexicon() if rated else {}
 
-    def read(key: str) -> Example:
+    def fetch(key: str) -> Example:
         text, label = texts[key]
         return Example(key, text, label, _rated(text, valences) if rated else None)
 
     identity = digest([*texts.items()], digest(sorted(valences.items())) if rated else "")
     sizes = tuple(len(text) for text, _ in texts.values())
-    fetch = lambda key: Example(key, *texts[key])  # noqa: E731
-    return Source(str(path), lambda: identity, tuple(texts), read, masked=rated, sizes=sizes, fetch=fetch)
+    return Source(str(path), lambda: identity, tuple(texts), fetch, masked=rated, sizes=sizes)
 
 
 def _rated(text: str, valences: Mapping[str, float]) -> np.ndarray:
@@ -484,12 +424,6 @@ def _tfds(spec: str) -> Source:
                 raise InputError(f"its label is {label}")
             return Example(key, found["image"], classes[label] if named and 0 <= label < len(classes) else label)
 
-    def read(key: str) -> Example:
-        example = fetch(key)
-        with errors_as(f"record {key} of {spec} cannot be read"):
-            label = example.label
-            return decoded(example._replace(label=classes.index(label) if isinstance(label, str) else label))
-
     def identify() -> str:
         try:
             files = sorted({str(part.filename) for part in builder.info.splits[split].file_instructions})
@@ -501,4 +435,4 @@ def _tfds(spec: str) -> Source:
     named = classes != tuple(map(str, range(len(classes))))  # tfds names classes by number if they have no names
     keys = tuple(f"{i:07d}" for i in range(len(records)))
     stamp = lambda _: digest(spec, str(builder.info.version), len(records))  # noqa: E731
-    return Source(spec, identify, keys, read, classes, named=named, fetch=fetch, stamp=stamp)
+    return Source(spec, identify, keys, fetch, classes, named=named, stamp=stamp)
