@@ -317,6 +317,7 @@ CALLS = {  # what is called with a value of a wrong type -> the values that it t
     "load": (lambda vit, w: tm.load(w), [None]),
     "load checkpoint": (lambda vit, w: tm.load(checkpoint=w), [None]),
     "open_maps": (lambda vit, w: tm.open_maps(w), []),
+    "export_maps": (lambda vit, w: tm.export_maps("nowhere", w), []),
     "read_checkpoint": (lambda vit, w: tm.models.read_checkpoint(vit.module, w), []),
     "write_checkpoint": (lambda vit, w: tm.models.write_checkpoint(w, vit.module, vit.params, vit.preprocessing), []),
     "read": (lambda vit, w: vit.read(w), []),

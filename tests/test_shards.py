@@ -14,18 +14,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 from conftest import tiny_vit
 from PIL import Image
 
 import tokentm_jax as tm
+from tokentm_jax.cli.main import main
 from tokentm_jax.data.shards import find_shards, slices
 from tokentm_jax.data.sources import Example, open_source
 from tokentm_jax.errors import InputError
 from tokentm_jax.inputs.decoding import Setup, decode_all, submit
 from tokentm_jax.models.checkpoint import write_checkpoint
-from tokentm_jax.runs.dataset import begin, explain_dataset, run_shard
+from tokentm_jax.runs.dataset import explain_dataset
 from tokentm_jax.runs.explainer import Explainer
-from tokentm_jax.runs.store import export, open_maps
+from tokentm_jax.runs.job import begin, run_shard
+from tokentm_jax.runs.store import open_maps
 
 ROWS = 5  # of a shard
 
@@ -288,24 +291,48 @@ def test_reading_across_shards_opens_only_what_is_needed(explainer, tmp_path):
         found.read("gae", 15)
 
 
-def test_export(explainer, tmp_path):
-    write_tar(tmp_path / "x.tar", range(ROWS))
-    explain_dataset(explainer, str(tmp_path / "x.tar"), str(tmp_path / "maps"))
-    found = open_maps(tmp_path / "maps")
-    for to, file in (("parquet", "00000.parquet"), ("huggingface", "data/train-00000-of-00001.parquet")):
-        assert export(tmp_path / "maps", tmp_path / to, to) == 1
-        table = pq.read_table(tmp_path / to / file)
-        np.testing.assert_array_equal(np.array(table["gae"].to_pylist(), np.float32), found.read("gae"))
-        assert table["key"].to_pylist() == list(found.keys) and table["label"].to_pylist()[:5] == [0, 1, 2, 3, 4]
-        assert table["status"].to_pylist() == found.status[:].tolist()
-    assert (tmp_path / "huggingface/README.md").read_text().startswith("---\nconfigs:\n")
-    with pytest.raises(InputError, match="is not empty"):
-        export(tmp_path / "maps", tmp_path / "parquet")
-    with pytest.raises(InputError, match="unknown format 'csv'"):
-        export(tmp_path / "maps", tmp_path / "other", "csv")
-    if (datasets := sys.modules.get("datasets")) is not None:
-        loaded = datasets.load_dataset(str(tmp_path / "huggingface"), split="train")
-        assert loaded[2]["key"] == found.keys[2]
+def test_export(explainer, tmp_path, monkeypatch):
+    """Files with the method's own values of what is finished, and the layout of `datasets`."""
+    (tmp_path / "photos").mkdir()
+    for i in range(12):
+        (tmp_path / f"photos/{i:02}.png").write_bytes(b"none" if i == 11 else encoded(i))
+    out, photos = tmp_path / "maps", str(tmp_path / "photos")
+    explain_dataset(dataclasses.replace(explainer, dtype="float16"), photos, str(out), shard_size=4)
+    (out / "shards/00000/00000001-4-0.parquet").unlink()
+    found = open_maps(out)
+    done = np.flatnonzero(found.status[:])
+    assert len(found) == 12 and len(done) == 8
+    row = sum(int(np.prod(array.shape[1:])) * 4 for array in found.columns.values())
+    monkeypatch.setattr("tokentm_jax.runs.export.LARGEST_FILE", 3 * row)
+    for to, files in (
+        ("parquet", [f"{i:05}.parquet" for i in range(4)]),
+        ("huggingface", ["README.md", *(f"data/train-{i:05}.parquet" for i in range(4))]),
+    ):
+        assert tm.export_maps(out, tmp_path / to, to) == 4
+        assert sorted(str(p.relative_to(tmp_path / to)) for p in (tmp_path / to).rglob("*.*")) == sorted(files)
+        table = pa.concat_tables(pq.read_table(tmp_path / to / file) for file in files if file != "README.md")
+        own = np.array(table["gae"].to_pylist(), np.float32)
+        np.testing.assert_array_equal(own, found.read("gae", done))
+        np.testing.assert_array_equal(np.array(table["logits"].to_pylist(), np.float32), found.logits[done])
+        for name in ("key", "label", "prediction", "target", "status", "reason"):
+            assert table[name].to_pylist() == found.columns[name][done].tolist()
+        assert table["status"].to_pylist() == [*[1] * 7, 2]
+    header, text = (tmp_path / "huggingface/README.md").read_text().split("---\n")[1:]
+    assert "".join(header.split()) == "configs:-config_name:defaultdata_files:-split:trainpath:data/*.parquet"
+    assert f"Maps of tiny on the folder {photos}, by gae" in text
+    for name, to, sentence in (
+        ("parquet", "parquet", "parquet is not empty; choose another --out"),
+        ("other", "csv", "unknown format 'csv'"),
+        ("maps/tokentm.json", "parquet", "is a file"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            tm.export_maps(out, tmp_path / name, to)
+    (out / "shards/00000/00000002-4-1.parquet").write_bytes(b"damaged")
+    with pytest.raises(InputError, match=r"00000002-4-1\.parquet cannot be read"):
+        tm.export_maps(out, tmp_path / "partly")
+    assert not list((tmp_path / "partly").iterdir())
+    result = CliRunner().invoke(main, ["export", str(out), "--out", str(tmp_path / "partly")])
+    assert result.exit_code == 2 and "00000002-4-1.parquet cannot be read" in result.output
 
 
 # ---- decoding -------------------------------------------------------------------------------------------------------
@@ -357,7 +384,7 @@ def test_drafts_of_jpegs(vit):
 START = """
 import json, resource, sys, time
 began = time.process_time()
-from tokentm_jax.runs.dataset import begin
+from tokentm_jax.runs.job import begin
 from tokentm_jax.runs.explainer import Explainer
 from tokentm_jax.runs.store import open_maps
 import jax

@@ -49,6 +49,7 @@ def explaining(vit: tm.Model, path: Path) -> jax.Array:
     figure.save(path)
     stored = tm.open_maps(path)
     assert_type(len(stored), int)
+    assert_type(tm.export_maps(path, path), int)
     return both
 
 

@@ -29,6 +29,7 @@ from .programs.capture import capture as capture
 from .runs.dataset import explain_dataset as explain_dataset
 from .runs.evaluate import evaluate as evaluate
 from .runs.explainer import Explainer as Explainer
+from .runs.export import export_maps as export_maps
 from .runs.leaderboard import LeaderboardConfig as LeaderboardConfig
 from .runs.leaderboard import leaderboard as leaderboard
 from .runs.report import compare as compare

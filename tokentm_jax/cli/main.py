@@ -16,6 +16,7 @@ from tokentm_jax.cli.data import data
 from tokentm_jax.cli.dataset import dataset
 from tokentm_jax.cli.evaluate import evaluate
 from tokentm_jax.cli.explain import explain, explain_audio, explain_text
+from tokentm_jax.cli.export import export
 from tokentm_jax.cli.leaderboard import leaderboard
 from tokentm_jax.cli.report import report
 from tokentm_jax.cli.serve import serve
@@ -105,6 +106,7 @@ COMMANDS = {
     methods: "List the explanation methods.",
     data: "List and fetch the sample data of the configs.",
     dataset: "Write the maps of a whole data set to a store.",
+    export: "Write the maps of a store as plain Parquet files.",
     evaluate: "Measure explanation methods by a recipe.",
     compare: "Compare finished evaluations, with intervals.",
     leaderboard: "Rank methods by many metrics.",

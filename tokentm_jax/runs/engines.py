@@ -17,8 +17,8 @@ from tokentm_jax.data.sources import Source
 from tokentm_jax.errors import InputError, require, suggest
 from tokentm_jax.files import reason
 from tokentm_jax.runs.beam import LOSSES, beam
-from tokentm_jax.runs.dataset import begin, run_shard
 from tokentm_jax.runs.explainer import Explainer
+from tokentm_jax.runs.job import begin, run_shard
 from tokentm_jax.runs.place import Place
 from tokentm_jax.runs.store import AGAIN, PartName, store_at
 

@@ -4,12 +4,27 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+from pydantic import StringConstraints
 
 from tokentm_jax.errors import InputError
 from tokentm_jax.runs.explainer import DONE, SKIPPED
+from tokentm_jax.validation import checked
+
+MethodName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,99}$")]  # it may name a folder
+
+
+def check_provenance(where: str, fields: Mapping[str, Any], provenance: Any) -> None:
+    """InputError that names the missing or wrong field; `fields` are types by "name" or "name.name"."""
+    for name, annotation in fields.items():
+        value: Any = provenance
+        for part in name.split("."):
+            if not isinstance(value, Mapping) or part not in value:
+                raise InputError(f"{where}: {name!r} is missing")
+            value = value[part]
+        checked(f"{where}: {name!r}", annotation, value)
 
 
 class Counts(NamedTuple):

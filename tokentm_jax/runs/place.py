@@ -13,15 +13,17 @@ from tokentm_jax.errors import InputError, require
 from tokentm_jax.files import as_path, opened, read_bytes, reason
 
 UNFINISHED = ".part"
+STORE = "the store"
 LARGEST_DESCRIPTION = 2**24  # bytes of tokentm.json
-_KEPT = "what was finished is kept, and the same command resumes there"
+_KEPT = "; what was finished is kept, and the same command resumes there"
 
 
 class Place:
     """Where a store is: a folder, or a URL. InputError for anything else, and for errors of reading and writing."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], what: str = STORE) -> None:
         as_path(path, "a store of maps")
+        self.what = what
         self.path = os.fspath(path).rstrip("/") or os.fspath(path)
         self.files, self.root = filesystem(self.path, "a store")
         self.folder = Path(self.root) if "file" in self.files.protocol else None
@@ -39,8 +41,8 @@ class Place:
             raise
         except Exception as error:
             number = error.errno if isinstance(error, OSError) else None  # Arrow's own text has more than that
-            cause, kept = os.strerror(number) if number else reason(error), f"; {_KEPT}" if what == "written" else ""
-            raise InputError(f"the store {self.path} cannot be {what}: {cause}{kept}") from None
+            cause, kept = os.strerror(number) if number else reason(error), what == "written" and self.what == STORE
+            raise InputError(f"{self.what} {self.path} cannot be {what}: {cause}{_KEPT if kept else ''}") from None
 
     def read(self, name: str) -> bytes | None:
         """A small file, None without one."""

@@ -22,34 +22,29 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from annotated_types import Interval, MaxLen, MinLen
-from pydantic import StringConstraints
 from typing_extensions import TypedDict
 
 from tokentm_jax.data.shards import Shard
-from tokentm_jax.errors import InputError, require, suggest
+from tokentm_jax.errors import InputError, require
 from tokentm_jax.files import MARK, errors_as, reason
 from tokentm_jax.runs import zarr
-from tokentm_jax.runs.explainer import FILL, OPEN, SKIPPED, Layout, layout, numpy_type
-from tokentm_jax.runs.maps import Counts, LazyArray, Maps
+from tokentm_jax.runs.explainer import FILL, SKIPPED, BatchSize, Layout, layout, numpy_type
+from tokentm_jax.runs.maps import Counts, LazyArray, Maps, MethodName, check_provenance
 from tokentm_jax.runs.place import UNFINISHED, Place
-from tokentm_jax.validation import checked
 
 FORMAT = 3  # 2 was a zarr group, see `zarr.py`
 ROOT, MANIFEST, KEYS, PARTS = "tokentm.json", "manifest.parquet", "keys.parquet", "shards"
 GROUP = 256  # examples of a row group, or a little more so that batches divide it
 AGAIN = "run the same `tokentm dataset` command again"
 DAMAGED = f"{AGAIN} with --verify, and it is computed again"
-EXPORTS = ("parquet", "huggingface")
-_EXPORTED = 2**28  # bytes of a file before it is compressed
 _PART = re.compile(r"(\d{8,})-(\d{1,10})-(\d{1,10})\.parquet")
 _OPEN_PARTS = 32  # files that are kept open for reading
 _PAGES = {"compression": "zstd", "compression_level": 3, "write_page_checksum": True, "use_dictionary": False}
 _PAGES |= {"write_statistics": False}
 # Names of files that are not UTF-8 are kept in the private use area, because a column of strings is.
-_TO_UTF8 = {0xDC80 + i: 0xF780 + i for i in range(128)}
-_FROM_UTF8 = {new: old for old, new in _TO_UTF8.items()}
+TO_UTF8 = {0xDC80 + i: 0xF780 + i for i in range(128)}
+FROM_UTF8 = {new: old for old, new in TO_UTF8.items()}
 
-_METHOD = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,99}$")]
 _SHAPE = Annotated[list[Annotated[int, Interval(ge=1, le=2**30)]], MaxLen(2)]
 
 
@@ -67,13 +62,13 @@ _FIELDS: dict[str, Any] = {
     "shards": Annotated[int, Interval(ge=1, le=10**8)],
     "manifest": str,
     "explainer": str,
-    "methods": Annotated[list[_METHOD], MinLen(1)],
+    "methods": Annotated[list[MethodName], MinLen(1)],
     "options": dict[str, bool | int | float | str | None],
     "target": str,
     "dtype": Literal["float32", "float16"],
     "profile": str,
     "logits": Literal["all", "top5", "none"],
-    "batch_size": Annotated[int, Interval(ge=1, le=4096)],
+    "batch_size": BatchSize,
     "device": str,
     "versions": dict[str, str],
     "columns": dict[str, _Column],
@@ -101,13 +96,7 @@ def understood(content: bytes, path: str) -> dict[str, Any]:
         found = made["format"] if isinstance(made["format"], int) else "of another kind"
         raise InputError(f"{path} has the layout {found}, and this version has {FORMAT}: make it again")
     where = f"{path}/{ROOT}"
-    for name, annotation in _FIELDS.items():
-        value: Any = made
-        for part in name.split("."):
-            if not isinstance(value, Mapping) or part not in value:
-                raise InputError(f"{where}: {name!r} is missing")
-            value = value[part]
-        checked(f"{where}: {name!r}", annotation, value)
+    check_provenance(where, _FIELDS, made)
     found = columns_of(made)
     shapes = {method: found.get(f"maps/{method}", ((), ""))[0] for method in made["methods"]}
     outputs = found.get("logits", found.get("logits/top5", ((0,), "")))[0]
@@ -202,7 +191,7 @@ def write_manifest(place: Place, shards: Sequence[Shard]) -> None:
 
 def write_keys(place: Place, keys: Sequence[str], size: int) -> None:
     """The names of the examples of slices, a row group for each slice."""
-    table = _arrow().table({"key": [key.translate(_TO_UTF8) for key in keys]})
+    table = _arrow().table({"key": [key.translate(TO_UTF8) for key in keys]})
     place.write(KEYS, lambda path: _parquet().write_table(table, path, row_group_size=size, **_PAGES))
 
 
@@ -210,7 +199,7 @@ def read_keys(place: Place, shard: Shard) -> list[str]:
     """The names of the examples of a slice."""
     with errors_as(f"{place.path}/{KEYS} is damaged, choose another --out"), place.open(KEYS) as file:
         table = _parquet().ParquetFile(file, page_checksum_verification=True).read_row_group(shard.index)
-        return [key.translate(_FROM_UTF8) for key in table.column("key").to_pylist()]
+        return [key.translate(FROM_UTF8) for key in table.column("key").to_pylist()]
 
 
 # ---- parts ----------------------------------------------------------------------------------------------------------
@@ -239,7 +228,7 @@ class PartWriter:
         for name, (shape, kind) in self._store.layout.items() if waiting else ():
             whole = np.ascontiguousarray(np.concatenate([columns[name] for columns in waiting]))
             if kind == "string":
-                arrays.append(arrow.array([text.translate(_TO_UTF8) for text in whole], arrow.string()))
+                arrays.append(arrow.array([text.translate(TO_UTF8) for text in whole], arrow.string()))
             else:
                 arrays.append(arrow.FixedShapeTensorArray.from_numpy_ndarray(whole) if shape else arrow.array(whole))
         with self._store.place.errors("written"):
@@ -250,11 +239,15 @@ class PartWriter:
 
     def finish(self) -> PartName:
         """Write the rest, and let the part appear instead of an earlier one."""
-        self._flush()
-        with self._store.place.errors("written"):
-            self._file.close()
         name = PartName(self._shard.index, self.rows, self.skipped)
-        self._store.place.commit(self._path, name.file)
+        try:
+            self._flush()
+            with self._store.place.errors("written"):
+                self._file.close()
+            self._store.place.commit(self._path, name.file)
+        except InputError:
+            self.discard()
+            raise
         self._store.place.remove(name.pattern, name.file)
         return name
 
@@ -303,7 +296,7 @@ class PartReader:
                 self._require_size(group)
                 array = self._file.read_row_group(group, columns=[column]).column(0).combine_chunks()
                 if kind == "string":
-                    values = np.array([text.translate(_FROM_UTF8) for text in array.to_pylist()], object)
+                    values = np.array([text.translate(FROM_UTF8) for text in array.to_pylist()], object)
                 else:
                     values = array.to_numpy_ndarray() if shape else array.to_numpy(zero_copy_only=False)
                 found[groups == group] = values[rows[groups == group] - self._starts[group]]
@@ -382,14 +375,9 @@ def open_maps(path: str | os.PathLike[str]) -> Maps:
     Raises:
       InputError: nothing there, something else, no answer, or a description that is damaged or of another layout.
     """
-    try:
-        place = Place(path)
-        if place.read(ROOT) is None and place.has("zarr.json"):
-            return zarr.open_zarr(path)
-    except InputError as error:
-        if "cannot be opened" in str(error) and zarr.holds(path):  # by TensorStore, without a driver of fsspec
-            return zarr.open_zarr(path)
-        raise
+    place = Place(path)
+    if place.read(ROOT) is None and place.has(zarr.ROOT):
+        return zarr.open_zarr(place)
     store = store_at(place)
     reader = Reader(store)
     columns = {
@@ -402,45 +390,3 @@ def open_maps(path: str | os.PathLike[str]) -> Maps:
     done = sum(part.rows for part in store.parts.values()) - skipped
     counts = Counts(done, skipped, len(store.shards) - len(store.parts), len(store.shards))
     return Maps(place.path, store.made, columns, lambda: counts)
-
-
-def export(path: str | os.PathLike[str], out: str | os.PathLike[str], to: str = "parquet") -> int:
-    """Write the finished maps of a store as plain Parquet: the method's own values as lists of lists of float32.
-
-    Args:
-      to: "parquet", or "huggingface" for a folder that `datasets.load_dataset` reads, with a README.md.
-
-    Returns:
-      The number of files, one for each part.
-
-    Raises:
-      InputError: not a store of this version, or `out` is not empty.
-    """
-    if to not in EXPORTS:
-        raise suggest("format", to, EXPORTS)
-    arrow, parquet, maps = _arrow(), _parquet(), open_maps(path)
-    target = Place(out)
-    if not target.is_empty():
-        raise InputError(f"{target.path} is not empty; choose another --out")
-    row = sum(int(np.prod(array.shape[1:])) * 4 for array in maps.columns.values())
-    unit = max(1, min(8192, _EXPORTED // row))
-    total = -(-len(maps) // unit)
-    for number, start in enumerate(range(0, len(maps), unit)):
-        rows = np.arange(start, min(start + unit, len(maps)))
-        rows = rows[maps.status[rows] != OPEN]
-        table = {name: arrow.array(array[rows].tolist()) for name, array in maps.columns.items()
-            if not name.startswith(("maps/", "scale/"))}  # fmt: skip
-        for method in maps.maps:
-            values = maps.read(method, rows)
-            flat = arrow.array(values.ravel())
-            for length in values.shape[:0:-1]:
-                flat = arrow.FixedSizeListArray.from_arrays(flat, length)
-            table[method] = flat
-        name = f"{number:05}.parquet" if to == "parquet" else f"data/train-{number:05}-of-{total:05}.parquet"
-        target.write(name, lambda file, table=table: parquet.write_table(arrow.table(table), file, compression="zstd"))
-    if to == "huggingface":
-        made = maps.provenance
-        about = f"Maps of {made['model']['name']} on {made['data']['name']}, by {', '.join(made['methods'])}."
-        card = f"---\nconfigs:\n- config_name: default\n  data_files: data/*.parquet\n---\n\n# Maps\n\n{about}\n"
-        target.write("README.md", lambda file: file.write_text(card, encoding="utf-8"))
-    return total
