@@ -146,7 +146,9 @@ def test_the_share_of_a_job_in_an_array(variables, expected, monkeypatch):
 def test_shares_that_are_none(monkeypatch, capsys):
     assert _share(None, None, None, None) == (0, 1) and _share(None, None, 3, 2) == (2, 3)
     assert _share(None, "10.0.0.1:1234", 3, 2) == (2, 3)
-    assert "--coordinator is not needed any more" in capsys.readouterr().err
+    warnings = capsys.readouterr().err.splitlines()
+    assert warnings[0] == warnings[2] == "Warning: --processes and --process are deprecated: use --shard 2/3"
+    assert "--coordinator is not needed any more" in warnings[1] and len(warnings) == 3
     for shard in ("", "1", "1/", "/2", "2/2", "-1/2", "a/b", "1/2/3", "١/٢x", "auto/x"):
         with pytest.raises(InputError, match=r"--shard"):
             _share(shard, None, None, None)

@@ -281,6 +281,20 @@ def test_a_page_of_a_store(place, tmp_path):
         expected = stored.read("rollout", np.array([row]))[0]
         np.testing.assert_allclose(unpacked(entry["maps"]["rollout"][klass]), expected, atol=1e-4 * expected.max())
         assert settings["classes"][klass] in "vwxyz"
+    for kept, shown in (("top5", 5), ("none", 1)):
+        less = tmp_path / kept
+        run("dataset", place / "photos", "--out", less, "--checkpoint", place / "tiny.safetensors", "--methods",
+            "tokentm,rollout", "--batch-size", 4, "--logits", kept)  # fmt: skip
+        found = run("report", less, "--out", page, "--classes", names, "--limit", 2)
+        assert found.exit_code == 0 and f"No probabilities: the store was made with --logits {kept}." in found.stderr
+        other, without = content(page)
+        assert other["classes"].items() <= settings["classes"].items()
+        for place_of, entry in details.items():
+            known = entry | {
+                "probability": {},
+                "probabilities": [[c, None] for c, _ in entry["probabilities"][:shown]],
+            }
+            assert without[place_of] == known and "probability" not in other["photos"][place_of]
     # Without the checksum of its class names, which a store need not have, classes are shown by their numbers.
     root = json.loads((store / "tokentm.json").read_text())
     del root["classes"]

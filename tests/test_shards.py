@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +32,7 @@ from tokentm_jax.runs.job import begin, run_shard
 from tokentm_jax.runs.store import open_maps
 
 ROWS = 5  # of a shard
+TEXTS = Path(__file__).parent / "goldens/texts/distilbert"
 
 
 @pytest.fixture(scope="module")
@@ -333,6 +335,32 @@ def test_export(explainer, tmp_path, monkeypatch):
     assert not list((tmp_path / "partly").iterdir())
     result = CliRunner().invoke(main, ["export", str(out), "--out", str(tmp_path / "partly")])
     assert result.exit_code == 2 and "00000002-4-1.parquet cannot be read" in result.output
+
+
+def test_texts_are_padded_to_a_length(vit, tmp_path):
+    """In shards to the most that the model takes, unless a length is given; longer texts are skipped."""
+    pytest.importorskip("tokenizers")
+    model, texts = tm.load(TEXTS), ["a funny film", "dull", "word " * 30]
+    pq.write_table(pa.table({"text": texts, "label": [1, 0, 1]}), tmp_path / "x.parquet")
+    explainer = Explainer(model, methods=["gae"], dtype="float32", batch_size=2)
+    for length, maps in ((None, model.preprocessing.length), (16, 16)):
+        out = tmp_path / f"maps-{length}"
+        explain_dataset(dataclasses.replace(explainer, length=length), str(tmp_path / "x.parquet"), str(out))
+        found = open_maps(out)
+        assert found.maps["gae"].shape == (3, 1, maps)
+        for i, text in enumerate(texts[:2]):
+            own = tm.explain(model, model.read(text), "gae")[0]
+            np.testing.assert_allclose(found.read("gae", i)[0, :16], own[:16], rtol=1e-4, atol=1e-6)
+        reasons = [] if length is None else ["x.parquet/0000002 has more than 16 tokens"]
+        assert [*found.skipped.values()] == reasons and found.label[:2].tolist() == [1, 0]
+    with pytest.raises(InputError, match=r"was made with length 16, and this command has 20"):
+        explain_dataset(dataclasses.replace(explainer, length=20), str(tmp_path / "x.parquet"), str(out))
+    for own, sentence in (
+        (dataclasses.replace(explainer, length=10_000), r"takes at most \d+ tokens, and the length is 10000"),
+        (Explainer(vit, length=16), "a length is for texts, and tiny takes photos"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            own({"text": ["x"]})
 
 
 # ---- decoding -------------------------------------------------------------------------------------------------------

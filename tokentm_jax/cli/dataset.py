@@ -37,6 +37,7 @@ SCHEDULERS = (
 @click.option("--logits", default="all", show_default=True, help="What is stored of the logits: all, top5 or none.")
 @click.option("--profile", default="default", show_default=True, help="Preprocessing: the model's, or reference.")
 @click.option("--decoding", default="exact", show_default=True, help="draft: decode JPEGs only as finely as needed.")
+@click.option("--length", type=click.IntRange(1), help="Of texts: tokens that each is padded to; longer are skipped.")
 @click.option("--limit", type=click.IntRange(1), help="Number of images, taken at even intervals.")
 @click.option("--batch-size", type=click.IntRange(1, 4096), default=32, show_default=True, help="Per device.")
 @click.option(
@@ -151,6 +152,7 @@ def _share(shard: str | None, coordinator: str | None, processes: int | None, pr
         if shard is not None or processes is None or process is None:
             raise InputError("--processes N and --process I are now --shard I/N, and need each other")
         shard = f"{process}/{processes}"
+        click.echo(f"Warning: --processes and --process are deprecated: use --shard {shard}", err=True)
     if shard is None:
         return 0, 1
     first, _, second = shard.partition("/")

@@ -3,7 +3,7 @@
 Maps are numbers: colours are put on them by the page.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -107,7 +107,10 @@ class Photos(NamedTuple):
         known = (labels >= 0) & (labels < logits.shape[1])
         if known.any() and self.score is None:
             asked.append(np.where(known, labels, order[:, 0]).astype(np.int32))
-        found = [details_of(reader.size, own, np.array(asked)[:, i]) for i, own in enumerate(probabilities)]
+        found = [
+            details_of(reader.size, shares(own, order[i, :5]), shares(own, np.array(asked)[:, i]))
+            for i, own in enumerate(probabilities)
+        ]
         asked = [asked[k] for k in range(len(asked)) if not any((asked[k] == own).all() for own in asked[:k])]
         for row in self.rows:
             try:
@@ -160,15 +163,20 @@ class Photos(NamedTuple):
             entry["blocks"][int(classes[i])] = {name: packed(array) for name, array in shown.items()}
 
 
-def details_of(size: Sequence[int], probabilities: np.ndarray, classes: Iterable[int]) -> Json:
-    """What is read of a photo when it is looked at, before its maps: of a model's probabilities [C], and the classes
-    that are explained (-1: a score that is of no class)."""
-    best = np.argsort(-probabilities, kind="stable")[:5]
+def shares(probabilities: np.ndarray | None, classes: Iterable[int]) -> dict[int, float | None]:
+    """Classes with their probabilities, None where they are unknown."""
+    count = 0 if probabilities is None else len(probabilities)
+    return {c: float(probabilities[c]) if 0 <= c < count else None for c in map(int, classes)}  # pyright: ignore
+
+
+def details_of(size: Sequence[int], best: Mapping[int, float | None], classes: Mapping[int, float | None]) -> Json:
+    """What is read of a photo when it is looked at, before its maps: the model's best classes, and those that are
+    explained (-1: a score that is of no class), with their probabilities where they are known."""
     return {
         "size": list(size),
-        "probabilities": [[int(c), float(probabilities[c])] for c in best],
-        "classes": (own := list(dict.fromkeys(map(int, classes)))),
-        "probability": {c: float(probabilities[c]) for c in own if c >= 0},
+        "probabilities": [*best.items()],
+        "classes": [*classes],
+        "probability": {c: share for c, share in classes.items() if share is not None},
         "maps": {},
         "pixels": [],  # the rows whose maps are of pixels
         "curves": {},

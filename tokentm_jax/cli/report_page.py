@@ -15,7 +15,7 @@ import numpy as np
 
 from tokentm_jax.cli.figure import colour_tables
 from tokentm_jax.cli.heatmaps import softmax
-from tokentm_jax.cli.report_details import LARGE, Json, Photos, details_of, packed_map, panel_of
+from tokentm_jax.cli.report_details import LARGE, Json, Photos, details_of, packed_map, panel_of, shares
 from tokentm_jax.cli.templates import render
 from tokentm_jax.cli.terminal import complain, running_work
 from tokentm_jax.configs import RANDOM, Row
@@ -275,7 +275,9 @@ def store_page(path: str, given: Given) -> Page:
     except InputError as error:
         notices.append(f"No pictures: the data is not available: {error}")
     keys = [stored.keys[place] for place in places]
-    probabilities = softmax(stored.logits[places])
+    probabilities = softmax(stored.logits[places]) if "logits" in stored.columns else None
+    if probabilities is None:
+        notices.append(f"No probabilities: the store was made with --logits {made['logits']}.")
     labels, predicted, target = (a[places].tolist() for a in (stored.label, stored.prediction, stored.target))
     maps = {name: stored.read(name, places) for name in kept}
     seen, reader = Seen({}, {}, {}, {}), None if vit is None else vit.preprocessing
@@ -285,16 +287,23 @@ def store_page(path: str, given: Given) -> Page:
     facts: dict[str, Json] = {}
     for i, key in enumerate(keys):
         text = seen.texts.get(key)
-        details = seen.details[key] = details_of(maps[kept[0]].shape[1:], probabilities[i], [target[i]])
+        own = None if probabilities is None else probabilities[i]
+        best = [predicted[i]] if own is None else np.argsort(-own, kind="stable")[:5]
+        if "classes/top5" in stored.columns:
+            best = stored.columns["classes/top5"][places[i]]
+        details = details_of(maps[kept[0]].shape[1:], shares(own, best), shares(own, [target[i]]))
+        seen.details[key] = details
         details |= {} if text is None else text.page(0)
         for name in kept:
             heatmap = maps[name][i] if text is None else text.values(maps[name][i, 0])
             if vit is not None:
                 heatmap = vit.preprocessing.shown(heatmap, vit.module, True)
             details["maps"][name] = {target[i]: packed_map(heatmap)}
-        facts[key] = {"label": labels[i], "predicted": predicted[i], "probability": float(probabilities[i].max())}
+        facts[key] = {"label": labels[i], "predicted": predicted[i]}
+        facts[key] |= {} if own is None else {"probability": float(own.max())}
     page = seen.photos(facts)
-    names = _names_of_store(made, source, given.classes, probabilities.shape[1]) if vit is None else vit.class_names
+    count = None if probabilities is None else probabilities.shape[1]
+    names = _names_of_store(made, source, given.classes, count) if vit is None else vit.class_names
     kind = "photo" if reader is None else reader.kind
     about = f"{made['model']['name']}, {len(page)} {kind}s of {Path(made['data']['name']).name}"
     notices += seen.notices()
@@ -303,7 +312,7 @@ def store_page(path: str, given: Given) -> Page:
 
 
 def _names_of_store(
-    made: Mapping[str, Any], source: Source | None, given: Path | None, count: int
+    made: Mapping[str, Any], source: Source | None, given: Path | None, count: int | None
 ) -> Sequence[str] | None:
     """The class names of a store: those that are given, or, by its checksum of them, the data set's, a shipped model's
     or ImageNet's. None where they are not known."""

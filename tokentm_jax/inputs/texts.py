@@ -264,6 +264,8 @@ class WordPieces:
         if not isinstance(example.content, str):
             raise InputError(f"{example.key} is a {kind_of(example.content)}, and the model takes texts")
         (encoded,) = self.encode([example.content], example.key)
+        if 0 < self.padded < len(encoded.ids):
+            raise InputError(f"{example.key} has more than {self.padded} tokens")
         if example.mask is None:
             return _sample(encoded), None
         ratings = np.full((len(encoded.ids), 2), (-1.0, 0.0), np.float32)

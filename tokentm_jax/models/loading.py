@@ -352,11 +352,11 @@ def _names(given: Any, found: Folder, path: Path, count: int) -> tuple[tuple[str
     return tuple(names), None if wnids is None else tuple(wnids)
 
 
-def read_class_names(names: Sequence[Any] | str | os.PathLike[str], count: int) -> Names:
+def read_class_names(names: Sequence[Any] | str | os.PathLike[str], count: int | None) -> Names:
     """The names of `count` classes, as `load` takes them. Raises InputError for another form or number."""
     source = str(names) if isinstance(names, str | os.PathLike) else "class_names"
     found = _read_names(Path(names)) if isinstance(names, str | os.PathLike) else _listed(names, source)
-    if len(found[0]) != count:
+    if count not in (None, len(found[0])):
         raise InputError(f"{source} has {len(found[0])} class names; the model has {count} classes")
     return found
 

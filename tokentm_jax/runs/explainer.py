@@ -8,7 +8,7 @@ from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
-from annotated_types import Interval
+from annotated_types import Ge, Interval
 
 from tokentm_jax.data.labels import read_label_map
 from tokentm_jax.data.sources import Example
@@ -57,7 +57,7 @@ class Explainer:
       batch_size: examples computed at a time, on one device; from 1 to 4096. A batch with fewer is filled up.
       label_map: the model's class (name, wnid or number) of classes that the data names otherwise, or the file of
         such a map, see `read_label_map`.
-      length: tokens that texts are padded to; None: as the longest of the batch needs.
+      length: tokens that texts are padded to, and longer ones are skipped; None: as the longest of the batch needs.
 
     Raises:
       InputError: a method, option, name or number that does not exist.
@@ -84,7 +84,7 @@ class Explainer:
     decoding: str = "exact"
     batch_size: BatchSize = 32
     label_map: Mapping[str, str | int] | str | None = None
-    length: int | None = None
+    length: Annotated[int, Ge(1)] | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, "the settings")
@@ -124,7 +124,12 @@ class Explainer:
             vit.require_classes()
         if self.length is None:
             return vit
-        return dataclasses.replace(vit, preprocessing=dataclasses.replace(vit.preprocessing, padded=self.length))
+        reader: Any = vit.preprocessing
+        if not hasattr(reader, "padded"):
+            raise InputError(f"a length is for texts, and {vit.name} takes {reader.kind}s")
+        if self.length > reader.length:
+            raise InputError(f"{vit.name} takes at most {reader.length} tokens, and the length is {self.length}")
+        return dataclasses.replace(vit, preprocessing=dataclasses.replace(reader, padded=self.length))
 
     @functools.cached_property
     def setup(self) -> Setup:

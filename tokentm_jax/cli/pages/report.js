@@ -305,7 +305,7 @@ function open(index) {
   $("photo-name").textContent = photo.name;
   const wrong = photo.label >= 0 && photo.label !== photo.predicted ? ` The data set says ${named(photo.label)}.` : "";
   $("said").textContent = `The model's answer.${wrong}`;
-  $("top").replaceChildren(...details.probabilities.map(([klass, share]) => make("li", { text: `${named(klass)} ${percent(share)}` })));
+  $("top").replaceChildren(...details.probabilities.map(([klass, share]) => make("li", { text: share === null ? named(klass) : `${named(klass)} ${percent(share)}` })));
   options($("class"), details.classes.map((klass) => [klass, named(klass)]), details.classes[0]); // each photo's own first
   options($("curve-method"), methods.filter((name) => details.curves[name]).map((name) => [name, title(name)]), $("curve-method").value || $("method").value);
   $("curve-section").hidden = !Object.keys(details.curves).length;
