@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-kills fuzz bench lint docs lock lowest newest clean
+.PHONY: demo test test-slow test-kills test-engines fuzz bench lint docs lock lowest newest clean
 
 # The environment that was tested: every package at the version of requirements.lock.
 .venv/ready: requirements.lock pyproject.toml
@@ -29,6 +29,17 @@ test-slow: .venv/ready  ## many minutes more: every method on every kind, DeiT-t
 
 test-kills: .venv/ready  ## jobs of `tokentm dataset` killed at random moments, in two processes, on a full disk
 	$(BIN)/pytest -m slow -s tests/test_dataset_kills.py
+
+# Beam needs older versions of some packages than requirements.lock has, so the engines have an environment.
+out/engines/ready: requirements.lock pyproject.toml
+	$(PYTHON) -m venv --clear out/engines
+	grep -E '^(jax|jaxlib|flax)==' requirements.lock > out/engines/constraints.txt
+	out/engines/bin/pip install --quiet --upgrade pip
+	out/engines/bin/pip install --quiet -e . --group engines --constraint out/engines/constraints.txt
+	touch $@
+
+test-engines: out/engines/ready  ## `tokentm dataset` on Ray, on Beam, and on an emulator of an object store; minutes
+	out/engines/bin/python -m pytest -m slow tests/test_engines.py
 
 fuzz: .venv/ready  ## thousands of hostile inputs, each judged; tests/fuzz/__init__.py tells how to repeat or choose cases
 	$(BIN)/pytest -m slow -s tests/fuzz
