@@ -172,7 +172,8 @@ def _several(command, out, count, killed):
 
 
 def test_the_number_of_devices_changes_nothing(command, whole, tmp_path):
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=3"  # other code rounds otherwise
+    # Without the flags of conftest.py, XLA would compile other code, which rounds otherwise.
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=3"
     Job(command, tmp_path / "maps", env={"XLA_FLAGS": flags}).end()
     assert content(tmp_path / "maps") == whole[0]
 

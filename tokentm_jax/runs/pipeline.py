@@ -1,7 +1,7 @@
 """The pipeline of shards: read in threads, decoded in processes, computed on the devices, written in threads.
 
-Its batches have one shape and start at the first example of a shard, so a part has the same bytes whichever devices,
-processes or engines computed it, and whatever was interrupted.
+Its batches have one shape and start at the first example of a shard, so a part has the same bytes whichever devices of
+one kind, processes or engines computed it, and whatever was interrupted.
 """
 
 import functools
