@@ -23,6 +23,7 @@ from tokentm_jax.runs.place import Place
 from tokentm_jax.runs.store import AGAIN, PartName, store_at
 
 ENGINES = ("local", "ray", "beam")
+START = "start"  # what a worker does first
 AT_ONCE = 2  # shards of a worker of Ray: one is read and decoded while another is computed
 
 Run = Callable[[Sequence[int | None]], Generator[Any, None, None]]  # of the numbers of shards, or [None]: begin
@@ -95,43 +96,44 @@ def ray(job: Job, options: Mapping[str, Any]) -> Run:
         options, count = {"scheduling_strategy": "SPREAD", **options}, count or sum("CPU" in node for node in nodes)
     actor = ray.remote(Job).options(max_concurrency=AT_ONCE, **{"num_cpus": 1, **options})
     load: dict[Any, int] = {}  # items of each worker that has started
-    starting: dict[Any, Any] = {}  # reference -> worker
-
-    def start() -> None:
-        worker = actor.remote(**vars(job))
-        starting[worker.start.remote()] = worker
 
     def run(items: Sequence[int | None]) -> Generator[Any, None, None]:
-        waiting, losses = deque(items), Counter[int | str | None]()
-        running: dict[Any, tuple[Any, int | None]] = {}  # reference -> worker and item
-        while len(load) + len(starting) < min(count, len(items)):
+        waiting, left, losses = deque[int | str | None](items), len(items), Counter[int | str | None]()
+        running: dict[Any, tuple[Any, int | str | None]] = {}  # reference -> worker and item
+
+        def start() -> None:
+            worker = actor.remote(**vars(job))
+            running[worker.start.remote()] = worker, START
+
+        for _ in range(len(load), min(count, left)):
             start()
-        while waiting or running:
+        while left:
             while waiting and load and load[free := min(load, key=load.__getitem__)] < AT_ONCE:
                 item = waiting.popleft()
                 running[free.run.remote(item)] = free, item
                 load[free] += 1
-            (ready,), _ = ray.wait([*running, *starting], num_returns=1)
-            worker, item = (starting.pop(ready), "start") if ready in starting else running.pop(ready)
+            (ready,), _ = ray.wait([*running], num_returns=1)
+            worker, item = running.pop(ready)
             try:
                 found = ray.get(ready)
             except ray.exceptions.RayTaskError as error:
                 raise getattr(error, "cause", error) from None
             except ray.exceptions.RayError as error:  # the worker is lost
                 losses[item] += 1
-                if losses[item] > (LOSSES * count if item == "start" else LOSSES):
-                    what = "the workers do not start" if item == "start" else f"shard {item} lost {LOSSES + 1} workers"
+                if losses[item] > (LOSSES * count if item == START else LOSSES):
+                    what = "the workers do not start" if item == START else f"shard {item} lost {LOSSES + 1} workers"
                     raise InputError(f"{what}: {reason(error)}; {AGAIN}") from None
-                if item != "start":
+                if item != START:
                     waiting.append(item)
-                if item == "start" or load.pop(worker, None) is not None:  # its other item comes here, too
+                if item == START or load.pop(worker, None) is not None:  # its other item comes here, too
                     start()
                 continue
-            if item == "start":
-                load[worker], losses["start"] = 0, 0
+            if item == START:
+                load[worker], losses[START] = 0, 0
                 continue
             if worker in load:
                 load[worker] -= 1
+            left -= 1
             yield found
 
     return run
