@@ -55,6 +55,12 @@ RECORDS: dict[str, dict[str, tuple[Any, ...]]] = {  # type and shape per image o
     "shapley": {"agreement": (float,)},
     "eraser": {"log_probability": ("log", 2, 11)},
     "leave_one_out": {"kendall": (float,)},
+    "pointing": {"share": (float,), "auc": (float,), "hit": (float,), "sure": (bool,)},
+    "effects": {
+        **dict.fromkeys(("correlation", "without_effect", "contrast"), (float,)),
+        **dict.fromkeys(("caused", "opposed"), (bool,)),
+        **dict.fromkeys(("drop", "relevance"), (float, 8)),
+    },
     "people": {"rated": (bool,), "top_is_rated": (float,), "agreement": (float,)},
 }
 VALUES: dict[Any, tuple[list[Any], list[Any]]] = {  # those that are right, and those that are wrong

@@ -135,7 +135,7 @@ class EvaluateConfig:
       half: use only the examples at "even" or "odd" positions, see `tokentm_jax.data.sources.open_source`.
       names: use only the examples whose names match this pattern, see `open_source`.
       score: the explained number, which is also measured instead of the class's probability: "log_probability",
-        "versus:CLASS", "channel:NUMBER"; see `Model.score`.
+        "margin", "versus:CLASS", "channel:NUMBER"; see `Model.score`.
       label_map: the model's class (name, wnid or number) for classes with other names in the data set, or the file of
         such a map, see `tokentm_jax.data.labels.read_label_map`.
       mixed_precision: compute outputs for changed images, and for the whole images that they are compared with, faster

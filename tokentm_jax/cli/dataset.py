@@ -31,7 +31,7 @@ SCHEDULERS = (
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Option of the methods; repeatable.")
 @click.option("--target", default="predicted", show_default=True, help="The class to explain: predicted or label.")
 @click.option(
-    "--score", help="What is explained: versus:CLASS, log_probability or channel:NUMBER; default: the logit."
+    "--score", help="What is explained: versus:CLASS, margin, log_probability or channel:NUMBER; default: the logit."
 )
 @click.option("--dtype", default="float16", show_default=True, help="Of the stored maps: float16 or float32.")
 @click.option("--logits", default="all", show_default=True, help="What is stored of the logits: all, top5 or none.")

@@ -30,6 +30,7 @@ LARGEST_LABEL = 2**31 - 1
 _SOUNDS = (b"fLaC", b"OggS")  # the first bytes of a recording; WAV has more
 LARGEST_TEXTS = 256 * 2**20  # bytes of a file of texts
 VADER = "vader:"
+CAUSES = ("scenes:", "mosaic:")
 
 
 Item = TypeVar("Item")
@@ -41,7 +42,9 @@ class Example(NamedTuple):
     key: str
     content: Any  # Image.Image | Recording | str; encoded: bytes | Path
     label: int | str | None = None  # of an encoded example, the name of the class if it has one
-    mask: np.ndarray | None = None  # [H, W], true in the foreground; or the rating of each character of a text
+    # [H, W]: true in the foreground, or the number of a part from 1 on; or the rating of each character of a text.
+    mask: np.ndarray | None = None
+    without: Any = None  # the content without any of these parts, for known causes
 
 
 def kind_of(content: Any) -> str:
@@ -60,6 +63,7 @@ class Source:
     class_names: tuple[str, ...] | None = None
     labelled: bool = True
     masked: bool = False
+    parts: bool = False  # masks are the numbers of parts, and examples have `without`
     named: bool = True  # false if `class_names` are only the numbers of the classes
     sizes: tuple[int, ...] | None = None  # lengths of texts, so that a batch has texts of similar length
     stamp: Callable[[Sequence[str] | None], str] | None = None  # of examples (None: all), by sizes, times, checksums
@@ -115,8 +119,9 @@ def open_source(
         path to rate words by VADER's lexicon; a folder or zip of class folders (`cat/1.jpg` or `train/cat/1.jpg`;
         classes in the order of their names; links to folders are not followed) or of images without labels; a folder
         with `labels.csv` (columns `file` and `class_index`); a `.mat` file in the layout of ImageNet-Segmentation's
-        `gtsegs_ijcv.mat`; or "tfds:NAME:SPLIT" for a prepared TensorFlow data set. A zip is never extracted: its
-        entries are read in memory, so their names are harmless.
+        `gtsegs_ijcv.mat`; "tfds:NAME:SPLIT" for a prepared TensorFlow data set; "scenes:RULE:SPLIT" for rendered
+        scenes (`tokentm_jax.data.scenes`); or "mosaic:K:DATA" for mosaics of K x K photos of one of these. A zip is
+        never extracted: its entries are read in memory, so their names are harmless.
       limit: number of examples.
       seed: choose examples at random, so that a larger limit only adds examples; None: at even intervals.
       half: use only the examples at even (or odd) positions, counted from 0 before the limit, to choose on one half
@@ -137,6 +142,10 @@ def open_source(
         raise InputError("the name of the data set is empty")
     if str(spec).startswith("tfds:"):
         source = _tfds(str(spec))
+    elif str(spec).startswith(CAUSES):
+        from tokentm_jax.data.causes import open_causes  # which opens sources
+
+        source = open_causes(str(spec))
     elif os.path.isdir(path):
         source = _listed(path) if os.path.lexists(path / "labels.csv") else _folder(path)
     else:

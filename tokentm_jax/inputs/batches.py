@@ -9,7 +9,7 @@ import numpy as np
 from annotated_types import Ge
 
 from tokentm_jax.data.photos import decoding
-from tokentm_jax.data.sources import Source
+from tokentm_jax.data.sources import Example, Source
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.inputs.reader import PROFILES, Reader
 from tokentm_jax.validation import checked
@@ -25,6 +25,7 @@ class Batch(NamedTuple):
     inputs: Any  # what `Reader.stacked` gives; None without keys
     labels: np.ndarray  # int32 [size], -1 where unknown
     masks: np.ndarray | None  # [size, ...]
+    without: Any = None  # the inputs without their parts, where the source has them
 
 
 def batches(
@@ -52,7 +53,10 @@ def batches(
         try:
             with decoding.turn():  # until the photo is gone, and only the model's input is left
                 example = source[index]
-                return example.key, (*reader.levels(example, profile), example.label)
+                without = None
+                if example.without is not None:
+                    without, _ = reader.levels(Example(example.key, example.without), profile)
+                return example.key, (*reader.levels(example, profile), example.label, without)
         except InputError as error:
             return source.keys[index], str(error)
 
@@ -76,6 +80,7 @@ def _batch(results: list[tuple[str, Any]], size: int, reader: Reader) -> Batch:
     if not results:
         return Batch((), None, np.full(size, -1, np.int32), None)
     keys, found = zip(*results, strict=True)
-    samples, masks, labels = zip(*(*found, *(found[-1],) * (size - len(found))), strict=True)
+    samples, masks, labels, without = zip(*(*found, *(found[-1],) * (size - len(found))), strict=True)
     known = np.array([-1 if label is None else label for label in labels], np.int32)
-    return Batch(keys, reader.stacked(samples), known, None if masks[0] is None else reader.stacked_masks(masks))
+    masks = None if masks[0] is None else reader.stacked_masks(masks)
+    return Batch(keys, reader.stacked(samples), known, masks, None if without[0] is None else reader.stacked(without))

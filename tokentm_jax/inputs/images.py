@@ -195,7 +195,7 @@ class Preprocessing:
         return heatmap if self.audio is None else recordings.shown(heatmap, self, tiling, squares)
 
     def levels(self, example: Example, profile: str = "default") -> tuple[np.ndarray, np.ndarray | None]:
-        """An example as 256 levels, uint8 [H, W, C], and its mask bool [H, W], cut alike by nearest neighbour.
+        """An example as 256 levels, uint8 [H, W, C], and its mask [H, W], cut alike by nearest neighbour.
 
         Raises InputError for a mask of another size than the image, and for an example of another modality.
         """
@@ -208,7 +208,7 @@ class Preprocessing:
         if mask is None:
             return levels, None
         nearest = dataclasses.replace(used, interpolation="nearest")
-        return levels, photos.fit(Image.fromarray(mask.astype(np.uint8)), nearest) > 0
+        return levels, photos.fit(Image.fromarray(mask.astype(np.uint8)), nearest).astype(mask.dtype)
 
     def stacked(self, samples: Sequence[np.ndarray]) -> np.ndarray:
         return np.stack(samples)

@@ -50,6 +50,20 @@ def log_probability(outputs: Float[Array, "B classes"], target: Integer[AnyArray
     return class_logit(jax.nn.log_softmax(wide(outputs)), target)
 
 
+def margin(outputs: Float[Array, "B classes"], target: Integer[AnyArray, " B"]) -> Float[Array, " B"]:
+    """Why this class and not the next best one: its logit minus the largest logit of another class.
+
+    Args:
+      outputs: logits.
+      target: classes.
+
+    Returns:
+      The difference for each sample; NaN for a number that is not a class.
+    """
+    own = jax.nn.one_hot(target, outputs.shape[-1], dtype=bool)
+    return class_logit(outputs, target) - jnp.where(own, -jnp.inf, outputs).max(-1)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Versus:
@@ -127,7 +141,7 @@ class Question(NamedTuple):
     def of_logits(self) -> bool:
         """Whether the target is a class of the model, and not what else a custom score takes."""
         if isinstance(self.score, Function):
-            return self.score.function in (class_logit, log_probability)
+            return self.score.function in (class_logit, log_probability, margin)
         return self.score.of_class
 
     def of_samples(self, count: Any) -> "Question | None":

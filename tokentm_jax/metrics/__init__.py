@@ -2,6 +2,12 @@
 
 from tokentm_jax.inputs.reader import random_map as random_map
 from tokentm_jax.maths.perturbation import blur as blur
+from tokentm_jax.metrics.causes import auc as auc
+from tokentm_jax.metrics.causes import effects as effects
+from tokentm_jax.metrics.causes import part_drops as part_drops
+from tokentm_jax.metrics.causes import part_relevance as part_relevance
+from tokentm_jax.metrics.causes import patches_of as patches_of
+from tokentm_jax.metrics.causes import pointing as pointing
 from tokentm_jax.metrics.complexity import entropy as entropy
 from tokentm_jax.metrics.complexity import gini as gini
 from tokentm_jax.metrics.infidelity import infidelity as infidelity
@@ -42,6 +48,7 @@ from tokentm_jax.metrics.statistics import bootstrap as bootstrap
 from tokentm_jax.metrics.statistics import magnitude as magnitude
 from tokentm_jax.metrics.statistics import mean as mean
 from tokentm_jax.metrics.statistics import paired as paired
+from tokentm_jax.metrics.statistics import ratio as ratio
 from tokentm_jax.metrics.statistics import unit_area as unit_area
 from tokentm_jax.metrics.task import Column as Column
 from tokentm_jax.metrics.task import Plot as Plot

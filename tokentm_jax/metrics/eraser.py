@@ -18,7 +18,7 @@ from tokentm_jax.maths.primitives import AnyArray
 from tokentm_jax.metrics.insertion import insertion_deletion
 from tokentm_jax.metrics.removal import confidence, plotted
 from tokentm_jax.metrics.statistics import unit_area
-from tokentm_jax.metrics.task import Column, Plot, Predict, Subject, Table, Target, Task, followed_in
+from tokentm_jax.metrics.task import Column, Plot, Predict, Subject, Table, Target, Task, among, followed_in
 
 SHARES = 10  # steps of the curves: 0 %, 10 % ... 100 % of a text's word pieces
 
@@ -116,19 +116,6 @@ def _people(predict: Predict, subject: Subject, maps: Array, *, signs: str = "-1
     return jax.vmap(agreement)(maps[:, 0], words, ratings, sign)
 
 
-def _among_rated(name: str, scale: float, digits: int) -> Column:
-    """The mean over the texts that have a rated word; 0 where none has."""
-
-    def values(table: Table) -> np.ndarray:
-        rated = table["predicted_rated"]
-        return np.stack([scale * rated * table[f"predicted_{name}"], rated], 1)
-
-    def statistic(mean: np.ndarray) -> np.ndarray:
-        return np.divide(mean[..., 0], mean[..., 1], out=np.zeros(mean.shape[:-1]), where=mean[..., 1] > 0)
-
-    return Column(values, statistic, "higher", digits)
-
-
 ERASER = Task(
     _eraser,
     {"comprehensiveness": _drop(1), "sufficiency": _drop(0)},
@@ -145,8 +132,8 @@ LEAVE_ONE_OUT = Task(
 PEOPLE = Task(
     _people,
     {
-        "top_word_rated": _among_rated("top_is_rated", 100.0, 1),
-        "agreement_with_people": _among_rated("agreement", 1.0, 3),
+        "top_word_rated": among("top_is_rated", "rated", 100.0, digits=1),
+        "agreement_with_people": among("agreement", "rated"),
     },
     needs="masks",
     raw=True,

@@ -123,7 +123,7 @@ def precision_recall(histogram: Num[np.ndarray, "n 2 50"]) -> tuple[Float[np.nda
 
 def _segmentation(predict: Predict, subject: Subject, maps: Array) -> dict[str, Array]:
     assert subject.masks is not None
-    return segmentation(maps, subject.masks)
+    return segmentation(maps, subject.masks.astype(bool))
 
 
 def _counts(table: Table) -> np.ndarray:

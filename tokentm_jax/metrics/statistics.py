@@ -38,6 +38,18 @@ def magnitude(average: Float[np.ndarray, "*s k"]) -> Float[np.ndarray, "*s"]:
     return np.asarray(np.abs(average.mean(-1)))
 
 
+def ratio(average: Float[np.ndarray, "*s 2"]) -> Float[np.ndarray, "*s"]:
+    """Mean over the images that count.
+
+    Args:
+      average: means over images of (value where it counts, else 0; 1 where it counts, else 0).
+
+    Returns:
+      One number for each leading axis; 0 where no image counts.
+    """
+    return np.divide(average[..., 0], average[..., 1], out=np.zeros(average.shape[:-1]), where=average[..., 1] > 0)
+
+
 def area(average: Float[np.ndarray, "*s k"]) -> Float[np.ndarray, "*s"]:
     """Trapezoid over x = 0, 0.1 ... 0.9, times 100.
 

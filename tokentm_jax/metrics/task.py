@@ -17,7 +17,7 @@ from tokentm_jax.maths.maps import Tiling
 from tokentm_jax.maths.primitives import AnyArray
 from tokentm_jax.maths.scores import Channel, Question
 from tokentm_jax.methods.table import METHODS
-from tokentm_jax.metrics.statistics import Statistic, mean
+from tokentm_jax.metrics.statistics import Statistic, mean, ratio
 from tokentm_jax.validation import check_options, lists_of, options_of
 
 CLEAN = "clean"  # of whole images
@@ -43,7 +43,8 @@ class Subject(NamedTuple):
     inputs: Input
     target: Target  # classes [B], or the `Question` whose score is explained and followed
     labels: Array  # [B]
-    masks: Array | None = None  # [B, H, W], where the task needs them
+    masks: Array | None = None  # [B, H, W], where the task needs them; for "parts", the number of the part of a pixel
+    without: Any = None  # the inputs without any part, for a task that needs "parts"
     original: Array | None = None  # maps [B, gh, gw] without `Row.random_blocks`, for a task `against_original`
     reference: Array | None = None  # maps [B, h, w] of the task's `reference`
     shared: Any = None  # what the task's `shared` gave
@@ -81,7 +82,26 @@ class Column:
     explained: str = PREDICTED
 
 
-FINITE_MAPS = Column(lambda table: 100.0 * table["predicted_finite"], better="higher")  # of every task
+FINITE_MAPS = Column(  # of every task
+    lambda table: 100.0 * table[next(name for name in table if name.endswith("_finite"))], better="higher"
+)
+
+
+def among(
+    name: str,
+    counts: str,
+    scale: float = 1.0,
+    better: Literal["higher", "lower"] = "higher",
+    digits: int = 3,
+    explained: str = PREDICTED,
+) -> Column:
+    """The mean of the results `name`, times `scale`, over the images that the results `counts` mark; 0 without any."""
+
+    def values(table: Table) -> np.ndarray:
+        counted = table[f"{explained}_{counts}"]
+        return np.stack([scale * counted * table[f"{explained}_{name}"], counted], 1)
+
+    return Column(values, ratio, better, digits, explained)
 
 
 class Plot(NamedTuple):
@@ -108,7 +128,7 @@ class Task:
     compute: Callable[..., dict[str, Array]]
     columns: Mapping[str, Column]
     plot: Plot | None = None  # None: the first column with its interval
-    needs: Literal["", "labels", "masks"] = ""
+    needs: Literal["", "labels", "masks", "parts"] = ""
     regular: bool | None = None  # True: only for images; False: only for inputs whose parts are no grid, such as texts
     raw: bool = False  # `maps` are as the method gives them, [B, gh, gw] or [B, H, W], and not pixel maps in [0, 1]
     against_original: bool = False  # `subject.original` are the maps without `random_blocks`
@@ -156,7 +176,7 @@ class Task:
         def compute(inputs: Any, classes: Array, masks: Array, maps: Array) -> Any:
             target = Question(Channel(0)) if scored else classes
             grid = (maps.shape[1], maps.shape[2])
-            subject = Subject(inputs, target, classes, masks, maps, maps, explain=lambda _: maps, grid=grid)
+            subject = Subject(inputs, target, classes, masks, inputs, maps, maps, explain=lambda _: maps, grid=grid)
             if self.shared is not None:
                 subject = subject._replace(shared=self.shared(predict, subject, **own["shared"]))
             return self.compute(predict, subject, maps, **own["compute"])

@@ -1,5 +1,6 @@
 """The table of tasks. A task of yours is a new row: `TASKS["mine"] = Task(...)`."""
 
+from tokentm_jax.metrics.causes import EFFECTS, POINTING
 from tokentm_jax.metrics.complexity import COMPLEXITY
 from tokentm_jax.metrics.eraser import ERASER, LEAVE_ONE_OUT, PEOPLE
 from tokentm_jax.metrics.infidelity import INFIDELITY
@@ -27,4 +28,6 @@ TASKS: dict[str, Task] = {
     "eraser": ERASER,
     "leave_one_out": LEAVE_ONE_OUT,
     "people": PEOPLE,
+    "pointing": POINTING,
+    "effects": EFFECTS,
 }

@@ -108,8 +108,9 @@ class Model:
         return f"class {index}" if self.class_names is None else self.class_names[index]
 
     def score(self, text: str) -> Callable[..., Array]:
-        """A score by its name, for command lines and configs: "class_logit", "log_probability", "versus:CLASS" or
-        "channel:NUMBER"; see `tokentm_jax.maths.scores`. Raises InputError for another score, or an unknown class.
+        """A score by its name, for command lines and configs: "class_logit", "log_probability", "margin",
+        "versus:CLASS" or "channel:NUMBER"; see `tokentm_jax.maths.scores`. Raises InputError for another score, or an
+        unknown class.
         """
         name, colon, rest = str(text).partition(":")
         if name == "versus" and colon:
@@ -119,7 +120,8 @@ class Model:
             if index is None or not 0 <= index < outputs:
                 raise InputError(f"score {text[:100]!r}: the channel must be a number from 0 to {outputs - 1}")
             return scores.Channel(index)
-        known = {"class_logit": scores.class_logit, "log_probability": scores.log_probability}
+        names = ("class_logit", "log_probability", "margin")
+        known = {name: getattr(scores, name) for name in names}
         if not isinstance(text, str) or text not in known:
             raise suggest("score", text, [*known, "versus:CLASS", "channel:NUMBER"])
         return known[text]

@@ -25,7 +25,7 @@ from tokentm_jax.metrics.tasks import TASKS
 from tokentm_jax.models.classes import translation
 from tokentm_jax.models.loading import Model, load
 from tokentm_jax.runs.maps import Maps
-from tokentm_jax.runs.programs import Programs
+from tokentm_jax.runs.programs import Measured, Programs
 from tokentm_jax.runs.records import EXAMPLES, KEPT, Records, clean_fields, record_file
 from tokentm_jax.runs.report import draw, fields_of, markdown, summarise, with_kept_rows
 
@@ -91,11 +91,13 @@ def evaluate(
     if not any(row.method == RANDOM and not row.options.get("pixels") for row in config.rows):
         config = dataclasses.replace(config, rows=(*config.rows, Row(RANDOM, RANDOM)))
     task = TASKS[config.task]
-    if task.needs and not {"labels": source.labelled, "masks": source.masked}[task.needs]:
-        without = ", ".join(name for name, other in TASKS.items() if not other.needs)
-        raise InputError(
-            f"{source.name} has no {task.needs}, which the task {config.task!r} needs; tasks without: {without}"
-        )
+    present = {"labels": source.labelled, "masks": source.masked, "parts": source.parts}
+    for needs in filter(None, (task.needs, "labels" if TARGET in task.explained else "")):
+        if not present[needs]:
+            without = ", ".join(name for name, other in TASKS.items() if not other.needs)
+            raise InputError(
+                f"{source.name} has no {needs}, which the task {config.task!r} needs; tasks without: {without}"
+            )
     regular = vit.preprocessing.regular
     if task.regular not in (None, regular):
         raise InputError(f"the task {config.task!r} is not for {vit.preprocessing.kind}s, which {vit.name} takes")
@@ -163,7 +165,7 @@ def _evaluate(
     # Groups do not depend on what is done already, so an interrupted run computes the very same batches.
     size = config.batch_size
     groups = [jobs[i : i + size] for i in range(0, len(jobs), size)]
-    groups = [group for group in groups if any(_open(row, records[row.name], group) for row in config.rows)]
+    groups = [group for group in groups if any(_open(config, row, records[row.name], group) for row in config.rows)]
     indices = [job.index for group in groups for job in group]
     stream = batches(source, vit.preprocessing, size, config.profile, indices=indices, skipped=skipped)
     for number, (group, batch) in enumerate(zip(groups, stream, strict=True)):
@@ -171,28 +173,31 @@ def _evaluate(
         if not group:
             continue
         full = group + group[-1:] * (size - len(group))
-        pixels, masks = programs.place(batch.inputs), None
-        if task.needs == "masks":
-            masks = programs.place(batch.masks)
         classes = programs.place(np.array([job.explained_class for job in full], np.int32))
-        labels = programs.place(np.array([job.label for job in full], np.int32))
+        measured = Measured(
+            programs.place(batch.inputs), programs.place(np.array([job.label for job in full], np.int32))
+        )
+        if task.needs in ("masks", "parts"):
+            measured = measured._replace(masks=programs.place(batch.masks))
+        if task.needs == "parts":
+            measured = measured._replace(without=programs.place(batch.without))
         reference = None
         if references is not None:
-            reference = _kept_reference(programs, references, group, full, pixels, classes)
-        shared = programs.shared(pixels, classes, labels)
+            reference = _kept_reference(programs, references, group, full, measured.pixels, classes)
+        shared = programs.shared(measured, classes)
         for row in config.rows:
-            places = _open(row, records[row.name], group)
+            places = _open(config, row, records[row.name], group)
             if places:
                 taken, stored = _stored(maps, config, row, group, places)
                 if len(taken) < len(places):
-                    heatmaps, original = programs.maps(row, [job.key for job in full], pixels, classes)
+                    heatmaps, original = programs.maps(row, [job.key for job in full], measured.pixels, classes)
                 else:
                     heatmaps, original = np.zeros((size, *stored.shape[1:]), np.float32), None
                 if taken:
                     heatmaps = np.array(heatmaps)
                     heatmaps[taken] = stored
                     heatmaps = programs.place(heatmaps)
-                found = programs.score(row, pixels, classes, labels, masks, heatmaps, original, reference, shared)
+                found = programs.score(row, measured, classes, heatmaps, original, reference, shared)
                 found = {name: np.asarray(array)[places] for name, array in found.items()}
                 _require_finite(found, [group[i].key for i in places], f"{vit.name} on changed images ({row.name})")
                 records[row.name].append([(group[i].key, group[i].explained) for i in places], found)
@@ -284,13 +289,15 @@ def _jobs(config: EvaluateConfig, source: Source, clean: Records, asked: Questio
     return jobs
 
 
-def _open(row: Row, records: Records, group: Sequence[Job]) -> list[int]:
+def _open(config: EvaluateConfig, row: Row, records: Records, group: Sequence[Job]) -> list[int]:
     """Places of the jobs that the row still has to do."""
-    return [
-        i
-        for i, job in enumerate(group)
-        if (job.key, job.explained) not in records.places and (job.explained == PREDICTED or row.class_specific)
-    ]
+
+    def wanted(job: Job) -> bool:
+        if job.explained == PREDICTED and (not row.class_specific or job.explained_class == job.label):
+            return True  # one explanation is both
+        return job.explained in config.explained and row.class_specific
+
+    return [i for i, job in enumerate(group) if wanted(job) and (job.key, job.explained) not in records.places]
 
 
 def _check_maps(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,12 +37,22 @@ def _clean_program(module: Any, preprocessing: Reader) -> Callable[..., dict[str
     return jax.jit(program)
 
 
-def _subject(module: Any, reader: Reader, params: Any, batch: Any, target: metrics.Target, labels: Array) -> Subject:
+class Measured(NamedTuple):
+    """A batch of a data set, and what a task asks of it; None for what it does not use."""
+
+    pixels: Any
+    labels: Array
+    masks: Array | None = None
+    without: Any = None
+
+
+def _subject(module: Any, reader: Reader, params: Any, batch: Measured, target: metrics.Target) -> Subject:
     """A batch of a data set as what is measured."""
-    inputs = looked_up(reader.unit(batch), module, params)
+    inputs = looked_up(reader.unit(batch.pixels), module, params)
+    without = None if batch.without is None else looked_up(reader.unit(batch.without), module, params)
     grid = module.grid or (1, of(inputs).values.shape[1])
-    blank = reader.blank(module, params)
-    return Subject(inputs, target, labels, grid=grid, mean=blank, tiling=getattr(module, "tiling", None))
+    tiling, blank = getattr(module, "tiling", None), reader.blank(module, params)
+    return Subject(inputs, target, batch.labels, batch.masks, without, grid=grid, mean=blank, tiling=tiling)
 
 
 def _answers(module: Any, reader: Reader, params: Any, mixed: bool) -> metrics.Predict:
@@ -63,10 +73,10 @@ def _score_program(
     by_patch: bool,
     mixed: bool,
 ) -> Callable[..., dict[str, Array]]:
-    """(params, pixels, target, labels, masks, maps, original, reference, shared, own) -> results per image: everything
-    from map to score.
+    """(params, batch, target, maps, original, reference, shared, own) -> results per image: everything from map to
+    score.
 
-    Masks, `original`, `reference` and `shared` are None if the task does not use them. For a task that explains,
+    `original`, `reference` and `shared` are None if the task does not use them. For a task that explains,
     `row` is the method, or None for maps that no image changes, and `own` are its parameters. With `by_patch`, maps
     finer than the patches become means over them. With `mixed` the model answers in mixed precision, but is explained
     as ever.
@@ -75,17 +85,15 @@ def _score_program(
 
     def program(
         params: Any,
-        pixels: Array,
+        batch: Measured,
         target: metrics.Target,
-        labels: Array,
-        masks: Any,
         maps: Array,
         original: Any,
         reference: Any,
         shared: Any,
         own: Any,
     ) -> dict[str, Array]:
-        subject = _subject(module, preprocessing, params, pixels, target, labels)
+        subject = _subject(module, preprocessing, params, batch, target)
 
         def ready(maps: Array) -> Array:
             maps = as_maps(jnp.where(jnp.isfinite(maps), maps, 0))
@@ -98,7 +106,7 @@ def _score_program(
 
         finite, given = jnp.isfinite(maps).all(tuple(range(1, maps.ndim))), ready(maps)
         original = None if original is None else ready(original)
-        subject = subject._replace(masks=masks, original=original, reference=reference, shared=shared)
+        subject = subject._replace(original=original, reference=reference, shared=shared)
         subject = subject._replace(explain=explain if task.explains else None)
         measured = given if task.raw else preprocessing.to_pixels(given, subject.inputs, module)
         model = _answers(module, preprocessing, params, mixed)
@@ -111,12 +119,12 @@ def _score_program(
 def _shared_program(
     module: Any, preprocessing: Reader, task: Task, options: Options, mixed: bool
 ) -> Callable[..., Any]:
-    """(params, pixels, target, labels) -> what the task needs of the images, and no map changes."""
+    """(params, batch, target) -> what the task needs of the images, and no map changes."""
     shared = task.shared
     assert shared is not None
 
-    def program(params: Any, pixels: Array, target: metrics.Target, labels: Array) -> Any:
-        subject = _subject(module, preprocessing, params, pixels, target, labels)
+    def program(params: Any, batch: Measured, target: metrics.Target) -> Any:
+        subject = _subject(module, preprocessing, params, batch, target)
         model = _answers(module, preprocessing, params, mixed)
         return shared(model, subject, **dict(options))
 
@@ -169,9 +177,8 @@ class Programs:
             self._fresh = init_params(self.vit.module, jax.random.key(self.config.seed))
         return randomised(self.vit.params, self._fresh, row.random_blocks)  # made again: all of them may not fit
 
-    def score(self, row: Row, pixels: Array, classes: Array, *others: Any) -> dict[str, Array]:
-        """Results per image of the row's maps; `others` are labels, masks, maps, original, reference and what
-        is shared."""
+    def score(self, row: Row, batch: Measured, classes: Array, *others: Any) -> dict[str, Array]:
+        """Results per image of the row's maps; `others` are maps, original, reference and what is shared."""
         explained, own = None, None
         if self.task.explains and row.method != RANDOM:
             suited = METHODS[row.method].suited(row.options, self.vit.preprocessing)
@@ -179,15 +186,15 @@ class Programs:
         options = tuple(sorted(self._options["compute"].items()))
         mixed = self.config.mixed_precision
         program = _score_program(*self._model, self.task, options, explained, row.by_patch, mixed)
-        return program(self.vit.params, pixels, self.target(classes), *others, own)
+        return program(self.vit.params, batch, self.target(classes), *others, own)
 
-    def shared(self, pixels: Array, classes: Array, labels: Array) -> Any:
+    def shared(self, batch: Measured, classes: Array) -> Any:
         """What the task's `shared` gives for a batch, None where it has none."""
         if self.task.shared is None:
             return None
         options = tuple(sorted(self._options["shared"].items()))
         program = _shared_program(*self._model, self.task, options, self.config.mixed_precision)
-        return program(self.vit.params, pixels, self.target(classes), labels)
+        return program(self.vit.params, batch, self.target(classes))
 
     def _reference(self) -> Callable[..., Any]:
         methods = {self.task.reference: self._options["reference"]}

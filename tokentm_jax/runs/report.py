@@ -13,7 +13,7 @@ from tokentm_jax import metrics
 from tokentm_jax.configs import RANDOM, EvaluateConfig, Row, check
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.files import generator, ours, read_json
-from tokentm_jax.metrics.task import CLEAN, FINITE_MAPS, PREDICTED, Column, Fields
+from tokentm_jax.metrics.task import CLEAN, FINITE_MAPS, Column, Fields
 from tokentm_jax.metrics.tasks import TASKS
 from tokentm_jax.runs.records import EXAMPLES, Records, clean_fields, record_file, table_of
 from tokentm_jax.validation import check_fields, checked, read_fields
@@ -42,13 +42,13 @@ def summarise(
     if (clean.take("label", own) >= 0).all():
         add(CLEAN, "accuracy", 100.0 * clean.take("hit", own), metrics.mean)
     for row in config.rows:
-        explained = config.explained if final else (PREDICTED,)
+        explained = config.explained if final else config.explained[:1]
         done, table = table_of(row, explained, clean, records[row.name], keys)
         measured[row.name] = done, task.measure(table) if done else {}
         for metric, per_image in measured[row.name][1].items():
             add(row.name, metric, per_image, task.columns[metric].statistic)
-        if done and not table["predicted_finite"].all():
-            add(row.name, "finite_maps", FINITE_MAPS.values(table), FINITE_MAPS.statistic)
+        if done and not (finite := FINITE_MAPS.values(table)).all():
+            add(row.name, "finite_maps", finite, FINITE_MAPS.statistic)
     noise = {row.name for row in config.rows if row.method == RANDOM}
     if final and len(config.rows) - len(noise) > 1:
         for metric, column in task.columns.items():
@@ -156,7 +156,8 @@ def draw(
     from matplotlib.figure import Figure
 
     task = TASKS[config.task]
-    tables = {row.name: table_of(row, (PREDICTED,), clean, records[row.name], keys)[1] for row in config.rows}
+    shown = config.explained[:1]
+    tables = {row.name: table_of(row, shown, clean, records[row.name], keys)[1] for row in config.rows}
     tables = {name: table for name, table in tables.items() if table}
     many = len(config.rows) > 12
     colours = colormaps["viridis" if many else "tab10"]

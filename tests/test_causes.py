@@ -1,0 +1,284 @@
+"""Known causes: the sources, and the tasks that compare relevance with their truth."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import tiny_vit
+from PIL import Image
+
+import tokentm_jax as tm
+from tokentm_jax import metrics
+from tokentm_jax.configs import EvaluateConfig, rows
+from tokentm_jax.data.scenes import FEWEST, RULES, A, B, C, rendered, scene
+from tokentm_jax.data.sources import open_source
+from tokentm_jax.errors import InputError
+from tokentm_jax.inputs.images import HALF, Preprocessing
+from tokentm_jax.maths.scores import margin
+from tokentm_jax.models.loading import Model
+from tokentm_jax.models.vit import init_params
+from tokentm_jax.runs.evaluate import evaluate
+
+
+def recorded(folder, row, field):
+    """A field of the records of a row: example -> value."""
+    (file,) = (folder / "records").glob(f"{row}-*.jsonl")
+    found = [
+        (key, value)
+        for line in map(json.loads, file.read_text().splitlines())
+        for (key, _), value in zip(line["keys"], line["fields"][field], strict=True)
+    ]
+    assert len(found) == len(dict(found))  # no example is explained twice
+    return dict(found)
+
+
+# ---- rendered scenes ------------------------------------------------------------------------------------------------
+
+LABELS = {  # from the numbers of red discs and blue squares, and the column of the first disc
+    "counts": lambda a, b, column: 4 * a + b,
+    "part": lambda a, b, column: a > 0,
+    "conjunction": lambda a, b, column: a > 0 and b > 0,
+    "xor": lambda a, b, column: (a > 0) != (b > 0),
+    "count": lambda a, b, column: a,
+    "more": lambda a, b, column: 1 + (a > b) - (a < b),
+    "position": lambda a, b, column: 0 if a == 0 else 1 if column < 2 else 2,
+    "bystander": lambda a, b, column: a > 0,
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_label_of_a_scene_follows_from_its_parts(rule):
+    labels = set()
+    for index in range(60):
+        found = scene(rule, index)
+        kinds = [part.kind for part in found.parts]
+        column = next((part.place[1] for part in found.parts if part.kind == A), None)
+        if rule == "bystander":
+            assert kinds.count(B) == 0
+        assert found.label == int(LABELS[rule](kinds.count(A), kinds.count(B), column))
+        assert len({part.place for part in found.parts}) == len(found.parts) <= 8
+        labels.add(found.label)
+    assert len(labels) >= len(RULES[rule].classes) - 3  # of 16 classes some are missing in 60 scenes
+
+
+def test_a_part_rendered_away_leaves_the_scene_that_never_had_it():
+    for index in range(5):
+        found = scene("more", index, "test")
+        assert found.image.shape == (64, 64, 3) and sorted({*found.ids.ravel()}) == [*range(len(found.parts) + 1)]
+        for number in range(1, len(found.parts) + 1):
+            others = found.parts[: number - 1] + found.parts[number:]
+            image, _, _ = rendered(others, found.without)
+            expected = np.where((found.ids == number)[..., None], found.without, found.image)
+            np.testing.assert_array_equal(image, expected)
+            rows, columns = np.nonzero(found.ids == number)  # a place has patches of its own
+            assert {(rows.min() // 16, columns.min() // 16), (rows.max() // 16, columns.max() // 16)} == {
+                found.parts[number - 1].place
+            }
+
+
+def test_the_bystander_is_correlated_in_training_and_independent_in_tests():
+    def together(split):
+        found = [scene("bystander", index, split) for index in range(300)]
+        return np.mean([(found.label == 1) == any(part.kind == C for part in found.parts) for found in found])
+
+    assert together("train") > 0.85 and 0.4 < together("test") < 0.6
+
+
+def test_scenes_are_a_source_that_is_never_stored():
+    source = open_source("scenes:count:test", limit=3)
+    assert len(source) == 3 and source.class_names == ("0", "1", "2", "3") and source.masked and source.parts
+    assert source.identity == open_source("scenes:count:test").identity != open_source("scenes:count:train").identity
+    example, expected = source[1], scene("count", int(source.keys[1]), "test")
+    np.testing.assert_array_equal(np.asarray(example.content), expected.image)
+    np.testing.assert_array_equal(np.asarray(example.without), expected.without)
+    np.testing.assert_array_equal(example.mask, expected.ids)
+    assert example.label == expected.label and len(expected.parts) >= FEWEST["test"]
+    for wrong, said in {"scenes:cuont:test": "did you mean 'count'", "scenes:count:dev": "scenes:RULE:train"}.items():
+        with pytest.raises(InputError, match=said):
+            open_source(wrong)
+
+
+# ---- mosaics --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory):
+    """A folder of 8 classes with 3 photos each: class k is grey of level 30 k, number i has i + 1 dark columns."""
+    folder = tmp_path_factory.mktemp("colours")
+    for k in range(8):
+        (folder / str(k)).mkdir()
+        for i in range(3):
+            photo = np.full((20, 24, 3), 30 * k, np.uint8)
+            photo[:, 4 : 5 + i] = 255
+            Image.fromarray(photo).save(folder / str(k) / f"{i}.png")
+    return folder
+
+
+def test_mosaics_have_photos_of_different_classes_and_halves_without_a_common_photo(colours):
+    source = open_source(f"mosaic:2:{colours}")
+    assert len(source) == 24 and source.masked and source.labelled and not source.parts
+    assert source.class_names == tuple(map(str, range(8)))
+    photos = {half: set() for half in ("even", "odd")}
+    for half, seen in photos.items():
+        part = open_source(f"mosaic:2:{colours}", half=half)
+        for index in range(len(part)):
+            example = part[index]
+            pixels = np.asarray(example.content)
+            assert pixels.shape == (40, 40, 3) and example.mask.shape == (40, 40) and example.mask.sum() == 400
+            cells = pixels.reshape(2, 20, 2, 20, 3).transpose(0, 2, 1, 3, 4).reshape(4, 20, 20, 3)
+            levels = cells[:, 0, -1, 0]
+            assert len({*levels}) == 4
+            cell = example.key.partition("/")[2]
+            row, column = divmod(int(cell), 2)
+            assert example.mask[20 * row :, 20 * column :][:20, :20].all()
+            assert levels[int(cell)] == 30 * example.label
+            seen |= {cell.tobytes() for cell in cells}
+    assert photos["even"] and not photos["even"] & photos["odd"]
+    for wrong, said in {"mosaic:1:x": "K from 2 to 4", f"mosaic:3:{colours}": "different classes"}.items():
+        with pytest.raises(InputError, match=said):
+            open_source(wrong)
+
+
+def test_pointing_explains_the_class_of_each_cell(colours, tmp_path):
+    vit = tiny_vit(1)
+    module = vit.module.clone(num_classes=8)
+    params = init_params(module, jax.random.key(1))
+    vit = dataclasses.replace(vit, module=module, params=params, class_names=(*"01234567",))
+    config = EvaluateConfig(
+        "p", "pointing", f"mosaic:2:{colours}", rows("gae"), profile="reference", limit=5, batch_size=4, score="margin"
+    )
+    results = evaluate(config, vit, out=tmp_path / "p")
+    found = recorded(tmp_path / "p", "gae", "share")
+    source = open_source(config.data, limit=5, seed=0)
+    assert {*found} == {*source.keys}
+    for key, share in found.items():
+        example = source.read(key)
+        levels, mask = vit.preprocessing.levels(example, "reference")
+        heat = np.asarray(
+            tm.explain(vit, levels[None] / np.float32(255), "gae", target=[example.label], score=margin)
+        )[0]
+        inside = mask.reshape(2, 8, 3, 8).mean((1, 3))
+        assert share == pytest.approx((heat.clip(0) * inside).sum() / heat.clip(0).sum(), abs=1e-4)
+    own = {row["metric"]: row for row in results["rows"] if row["method"] == "gae"}
+    assert own["share"]["value"] == pytest.approx(np.mean([*found.values()]), abs=1e-6)
+    assert own["counted"]["value"] == 100 and own["share"]["images"] == 5
+
+
+def test_the_margin_is_the_lead_over_the_next_best_class():
+    logits = np.array([[3.0, 1.0, 2.0], [3.0, 1.0, 2.0], [3.0, 1.0, 2.0]], np.float32)
+    np.testing.assert_allclose(margin(logits, np.array([0, 1, 5])), [1, -2, np.nan])
+
+
+# ---- the numbers ----------------------------------------------------------------------------------------------------
+
+
+def slow_auc(values, positive):
+    pairs = [(p, n) for p in values[positive] for n in values[~positive]]
+    return np.mean([(p > n) + (p == n) / 2 for p, n in pairs]) if pairs else 0.5
+
+
+def test_the_area_under_the_roc_curve_is_the_share_of_right_pairs():
+    random = np.random.default_rng(0)
+    values = random.integers(0, 4, (6, 3, 5)).astype(np.float32)  # with ties
+    positive, where = random.random((2, 6, 3, 5)) < 0.5
+    positive[4], positive[5] = True, False  # no pairs
+    found, among = metrics.auc(values, positive), metrics.auc(values, positive, where)
+    for i in range(6):
+        assert found[i] == pytest.approx(slow_auc(values[i], positive[i]))
+        assert among[i] == pytest.approx(slow_auc(values[i][where[i]], positive[i][where[i]]))
+
+
+def test_a_map_on_the_cause_points_at_it():
+    inside = np.zeros((4, 4, 4), np.float32)
+    inside[:, :2, :2] = 1
+    inside[:, 2, :2] = 0.25  # covered by less than a half: outside for the order, a quarter inside for the share
+    maps = np.stack([inside[0] == 1, np.ones((4, 4)), inside[0] != 1, np.zeros((4, 4))]).astype(np.float32)
+    maps[0, 3, 3] = -5  # relevance against the class is no relevance for it
+    found = {name: np.asarray(values) for name, values in metrics.pointing(maps, inside).items()}
+    np.testing.assert_allclose(found["share"], [1, 4.5 / 16, 0.5 / 12, 0], rtol=1e-6)
+    np.testing.assert_allclose(found["auc"], [1, 0.5, 0, 0.5], rtol=1e-6)
+    np.testing.assert_allclose(found["hit"], [1, 1, 0, 1])  # of equal values the first one counts
+
+
+def test_a_cause_smaller_than_a_patch_has_the_patches_that_it_covers_most():
+    inside = np.array([[[0.0, 0.1], [0.05, 0.04]]], np.float32)
+    np.testing.assert_array_equal(metrics.patches_of(inside), [[[False, True], [True, False]]])
+
+
+def test_exact_contributions_have_the_measured_effects_of_a_linear_model():
+    """A closed form: a linear score drops by what a part adds to it, and its contributions are the best map."""
+    random = np.random.default_rng(0)
+    scenes = [scene("more", index, "test") for index in range(4)]
+    images, without = (np.stack([getattr(s, name) for s in scenes]) / np.float32(255) for name in ("image", "without"))
+    ids = np.stack([s.ids for s in scenes])
+    weights = random.normal(size=(64, 64, 3, 2)).astype(np.float32)
+
+    def predict(images):
+        return jnp.einsum("bhwc,hwck->bk", images, weights, precision="highest")
+
+    target = np.array([0, 1, 1, 0])
+    drops = np.asarray(metrics.part_drops(predict, images, without, ids, target, 8))
+    for i in range(4):
+        for part in range(1, 9):
+            change = (images[i] - without[i]) * (ids[i] == part)[..., None]
+            assert drops[i, part - 1] == pytest.approx((change * weights[..., target[i]]).sum(), abs=2e-3)
+    contributions = np.stack([((images - without)[i] * weights[..., target[i]]).sum(-1) for i in range(4)])
+    maps = contributions.reshape(4, 8, 8, 8, 8).sum((2, 4))
+    relevance = np.asarray(metrics.part_relevance(maps, ids, 8))
+    np.testing.assert_allclose(relevance, drops, atol=2e-3)  # no patch shows two parts
+    present = np.stack([(ids == k).any((1, 2)) for k in range(1, 9)], 1)
+    found = metrics.effects(relevance, drops, present, 0.5)
+    np.testing.assert_allclose(found["correlation"], 1, rtol=1e-6)
+    np.testing.assert_allclose(found["contrast"], 1)
+    opposite = metrics.effects(-relevance, drops, present, 0.5)
+    np.testing.assert_allclose(opposite["correlation"], -1, rtol=1e-6)
+    np.testing.assert_allclose(opposite["contrast"], np.where(found["opposed"], 0, 0.5))
+    for i in range(4):
+        effect = abs(drops[i]) >= 0.5
+        expected = abs(relevance[i][~effect]).sum() / abs(relevance[i]).sum()
+        assert found["without_effect"][i] == pytest.approx(expected, rel=1e-5)
+        assert found["caused"][i] == effect.any()
+        assert found["opposed"][i] == ((drops[i] >= 0.5).any() and (drops[i] <= -0.5).any())
+
+
+# ---- as tasks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def seer():
+    """A random model for scenes."""
+    vit = tiny_vit(1)
+    module = vit.module.clone(img_size=(64, 64), num_classes=4)
+    params = init_params(module, jax.random.key(1))
+    return Model(module, params, Preprocessing((64, 64), 1.0, "bilinear", **HALF), None, "seer")
+
+
+def test_the_effects_of_an_evaluation_are_those_of_rendering_each_part_away(seer, tmp_path):
+    config = EvaluateConfig(
+        "e", "effects", "scenes:count:test", rows("rollout"), limit=3, batch_size=2, options={"least": 1e-4}
+    )
+    results = evaluate(config, seer, out=tmp_path / "e")
+    assert {row["metric"] for row in results["rows"]} >= {"correlation", "without_effect", "contrast"}
+    drops = recorded(tmp_path / "e", "rollout", "drop")
+    assert len(drops) == 3
+    for key, found in drops.items():
+        made = scene("count", int(key), "test")
+
+        def logits(*numbers, made=made):
+            parts = tuple(p for i, p in enumerate(made.parts, 1) if i not in numbers)
+            image = rendered(parts, made.without)[0].astype(np.float32) / 255
+            return np.asarray(seer.logits(image[None]))[0]
+
+        predicted = logits().argmax()
+        expected = [logits()[predicted] - logits(number)[predicted] for number in range(1, 9)]
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_source_without_parts_or_labels_is_refused(seer, tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    for task, said in {"effects": "has no parts", "pointing": "has no masks"}.items():
+        with pytest.raises(InputError, match=said):
+            evaluate(EvaluateConfig("e", task, str(tmp_path), rows("gae")), seer, out=tmp_path / task)

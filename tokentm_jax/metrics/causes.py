@@ -1,0 +1,231 @@
+"""Known causes: relevance against a truth that is known, a mask of the cause or the measured effect of each part."""
+
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+from annotated_types import Ge, Gt, Le, Lt
+from jax import Array
+from jaxtyping import Bool, Float, Num, Shaped
+
+from tokentm_jax.inputs.values import of
+from tokentm_jax.maths.maps import ranks
+from tokentm_jax.maths.primitives import AnyArray
+from tokentm_jax.maths.scores import explained
+from tokentm_jax.metrics.removal import by_patch, no_labels, scores
+from tokentm_jax.metrics.similarity import rank_correlation
+from tokentm_jax.metrics.task import TARGET, Column, Input, Predict, Subject, Target, Task, among
+
+# ---- a mask of the cause --------------------------------------------------------------------------------------------
+
+
+def patches_of(inside: Float[AnyArray, "B gh gw"]) -> Bool[Array, "B gh gw"]:
+    """The patches of a cause.
+
+    Args:
+      inside: the share of each patch that the cause covers.
+
+    Returns:
+      True where it covers half as much as of its best covered patch, or more: most of a patch for a large cause, and
+      at least one patch for a cause that is smaller than a patch.
+    """
+    most = inside.max((1, 2), keepdims=True)
+    return (inside >= most / 2) & (inside > 0)
+
+
+def pointing(maps: Float[AnyArray, "B gh gw"], inside: Float[AnyArray, "B gh gw"]) -> dict[str, Float[Array, " B"]]:
+    """How well maps point at a cause.
+
+    Args:
+      maps: of patches, as a method gives them; values above zero are relevance for the class.
+      inside: the share of each patch that the cause covers.
+
+    Returns:
+      For each map, `share` of the positive relevance that is inside (0 without any); `auc`, the area under the ROC
+      curve of the cause's patches (`patches_of`): the probability that a patch inside has more relevance than one
+      outside, where equal ones count half; `hit`, 1 where the largest value is inside. A chance map has the share of
+      the image that the cause covers, and an `auc` of 0.5.
+    """
+    positive = jax.nn.relu(maps)
+    total = positive.sum((1, 2))
+    share = jnp.where(total > 0, (positive * inside).sum((1, 2)) / jnp.where(total > 0, total, 1), 0)
+    truth = patches_of(inside)
+    best = maps.reshape(len(maps), -1).argmax(1)
+    hit = jnp.take_along_axis(truth.reshape(len(maps), -1), best[:, None], 1)[:, 0]
+    return {"share": share, "auc": auc(maps, truth), "hit": hit.astype(maps.dtype)}
+
+
+def auc(
+    values: Float[AnyArray, "B h w"], positive: Bool[AnyArray, "B h w"], where: Bool[AnyArray, "B h w"] | None = None
+) -> Float[Array, " B"]:
+    """Area under the ROC curve (Mann & Whitney, 1947).
+
+    Args:
+      values: larger ones are taken for positive first.
+      positive: which are.
+      where: which values count; None: all.
+
+    Returns:
+      The probability that a positive value is larger than another one, where equal ones count half; 0.5 where there
+      is no such pair.
+    """
+    counted = jnp.ones_like(positive) if where is None else where
+    axes, number = (1, 2), values.dtype
+    found = positive & counted
+    inside, count = found.sum(axes).astype(number), counted.sum(axes).astype(number)
+    below = jnp.where(found, ranks(jnp.asarray(values), counted), 0).sum(axes) * count
+    pairs = inside * (count - inside)
+    return jnp.where(pairs > 0, (below - inside * inside / 2) / jnp.where(pairs > 0, pairs, 1), 0.5)
+
+
+# ---- parts with a measured effect -----------------------------------------------------------------------------------
+
+
+def part_relevance(
+    maps: Float[AnyArray, "B gh gw"], masks: Num[AnyArray, "B H W"], parts: int
+) -> Float[Array, "B {parts}"]:
+    """Relevance of each part.
+
+    Args:
+      maps: of patches.
+      masks: the number of the part that a pixel shows, from 1; 0 for none.
+      parts: the highest number.
+
+    Returns:
+      The sum over the patches that show some of the part.
+    """
+    _, gh, gw = maps.shape
+
+    def one(part: Array) -> Array:
+        shown = by_patch((numbers == part).astype(maps.dtype), (gh, gw)) > 0
+        return jnp.where(shown, maps, 0).sum((1, 2))
+
+    numbers = jnp.asarray(masks).astype(jnp.int32)
+    return jax.lax.map(one, jnp.arange(1, parts + 1, dtype=jnp.int32)).T
+
+
+def part_drops(
+    predict: Predict,
+    images: Input,
+    without: Input,
+    masks: Num[AnyArray, "B H W"],
+    target: Target,
+    parts: int,
+) -> Float[Array, "B {parts}"]:
+    """The truth: how much the explained score drops when a part is rendered away.
+
+    Args:
+      predict, images, target: see `removal`. The explained score is the logit of a class, or a `Question`'s score.
+      without: the same images without any part.
+      masks: the number of the part that a pixel shows, from 1; 0 for none.
+      parts: the highest number.
+
+    Returns:
+      One drop for each part, negative where the score rises without it; 0 for a number that no pixel has.
+    """
+
+    def score(images: Array) -> Array:
+        return explained(predict(images), target)[0]
+
+    pixels, empty = of(images).values, of(without).values
+    numbers = jnp.asarray(masks).astype(jnp.int32)
+
+    def left(part: Array) -> Array:
+        return score(jnp.where((numbers == part)[..., None], empty, pixels))
+
+    return (score(pixels) - jax.lax.map(left, jnp.arange(1, parts + 1, dtype=jnp.int32))).T
+
+
+def effects(
+    relevance: Float[AnyArray, "B K"], drops: Float[AnyArray, "B K"], present: Bool[AnyArray, "B K"], least: float
+) -> dict[str, Shaped[Array, " B"]]:
+    """Whether the relevance of parts follows their measured effects.
+
+    Args:
+      relevance: of each of K parts.
+      drops: of the explained score without the part.
+      present: which parts an image has.
+      least: a part has an effect if its drop is this large, up or down.
+
+    Returns:
+      For each image:
+
+      - `correlation`: Spearman's correlation of the relevance and the drops;
+      - `without_effect`: the share of the parts' absolute relevance that is on parts without an effect;
+      - `contrast`: the probability that a part for the class (a positive drop) has more relevance than one against it
+        (a negative drop), where equal ones count half;
+      - `caused`, whether a part has an effect: else the others say nothing; and `opposed`, whether an image has parts
+        for and parts against the class: else `contrast` says nothing.
+    """
+    effect = present & (jnp.abs(drops) >= least)
+    size = jnp.where(present, jnp.abs(relevance), 0)
+    total = size.sum(1)
+    wasted = jnp.where(effect, 0, size).sum(1) / jnp.where(total > 0, total, 1)
+    opposed = (effect & (drops > 0)).any(1) & (effect & (drops < 0)).any(1)
+    return {
+        "correlation": rank_correlation(relevance, drops, present),
+        "without_effect": jnp.where(total > 0, wasted, 1),
+        "contrast": auc(relevance[:, None], (drops > 0)[:, None], effect[:, None]),
+        "caused": effect.any(1),
+        "opposed": opposed,
+    }
+
+
+# ---- the tasks ------------------------------------------------------------------------------------------------------
+
+Probability = Annotated[float, Ge(0), Lt(1)]
+
+
+def _pointing(predict: Predict, subject: Subject, maps: Array, *, probability: Probability = 0.0) -> dict[str, Array]:
+    """Only images that give the class this `probability` or more count."""
+    assert subject.masks is not None
+    grid, tiling = subject.grid, subject.tiling
+    inside = by_patch(subject.masks.astype(bool).astype(maps.dtype), grid, tiling)
+    found = pointing(by_patch(maps, grid, tiling), inside)
+    known = scores(predict(subject.inputs), subject.labels, no_labels(subject.inputs))
+    sure = (jnp.exp(known["log_probability"]) >= probability) & (inside > 0).any((1, 2))
+    return {**found, "sure": sure}
+
+
+def _drops(predict: Predict, subject: Subject, *, parts: Annotated[int, Ge(1), Le(100)] = 8) -> Array:
+    assert subject.masks is not None and subject.without is not None
+    return part_drops(predict, subject.inputs, subject.without, subject.masks, subject.target, parts)
+
+
+def _effects(
+    predict: Predict, subject: Subject, maps: Array, *, least: Annotated[float, Gt(0)] = 1.0
+) -> dict[str, Array]:
+    masks, drops = subject.masks, subject.shared
+    assert masks is not None
+    parts = drops.shape[1]
+    relevance = part_relevance(by_patch(maps, subject.grid, subject.tiling), masks, parts)
+    numbers = jnp.arange(1, parts + 1, dtype=jnp.int32)
+    present = (masks.astype(jnp.int32)[:, None] == numbers[:, None, None]).any((2, 3))
+    return {**effects(relevance, drops, present, least), "drop": drops, "relevance": relevance}
+
+
+POINTING = Task(
+    _pointing,
+    {
+        "share": among("share", "sure", explained=TARGET),
+        "auc": among("auc", "sure", explained=TARGET),
+        "hit": among("hit", "sure", 100.0, digits=1, explained=TARGET),
+        "counted": Column(lambda table: 100.0 * table["target_sure"], digits=1, explained=TARGET),
+    },
+    needs="masks",
+    regular=True,
+    raw=True,
+)
+EFFECTS = Task(
+    _effects,
+    {
+        "correlation": among("correlation", "caused"),
+        "without_effect": among("without_effect", "caused", better="lower"),
+        "contrast": among("contrast", "opposed"),
+        "counted": Column(lambda table: 100.0 * table["predicted_caused"], digits=1),
+    },
+    needs="parts",
+    regular=True,
+    raw=True,
+    shared=_drops,
+)
