@@ -157,6 +157,17 @@ def test_every_public_function_states_its_arguments_and_its_result():
             if function.__module__.startswith("tokentm_jax.") and not name.startswith("_"):
                 assert "Args:\n" in text or not signature.parameters, name
                 assert "Returns:\n" in text or signature.return_annotation is None, name
+                tree = ast.parse(inspect.getsource(function)).body[0]
+                assert isinstance(tree, ast.FunctionDef)
+                vague = [
+                    each.arg for each in ast.walk(tree.args) if isinstance(each, ast.arg) and "Any" in names_in(each)
+                ]
+                assert vague == (["model"] if name == "words" else []), name  # of a later room
+
+
+def names_in(argument):
+    """The names in the annotation of an argument."""
+    return {node.id for node in ast.walk(argument) if isinstance(node, ast.Name)}
 
 
 def test_every_public_name_is_there_at_first_use():

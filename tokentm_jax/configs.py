@@ -149,7 +149,7 @@ class EvaluateConfig:
     model: Text | None = None
     checkpoint: Text | None = None
     profile: str = "default"
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, object] = dataclasses.field(default_factory=dict)
     paper: Mapping[tuple[str, str], float] = dataclasses.field(default_factory=dict)
     batch_size: Annotated[int, Ge(1), Le(4096)] = 16
     limit: Annotated[int, Ge(1)] | None = None

@@ -19,6 +19,7 @@ from tokentm_jax.errors import InputError, printable
 from tokentm_jax.files import as_path, generator
 from tokentm_jax.identity import write_figure
 from tokentm_jax.inputs.pictures import SIDE, SMOOTH, Look, Panel, look_of, scale_of, shade
+from tokentm_jax.maths.primitives import PyTree
 from tokentm_jax.validation import checked
 
 if TYPE_CHECKING:
@@ -80,12 +81,12 @@ class Figure:
 
 
 def show(
-    what: Any,
+    what: object,
     model: "Model | str | None" = None,
     methods: str | Sequence[str] = "tokentm",
     target: int | str | Sequence[int | str] | None = None,
     *,
-    maps: Any = None,
+    maps: PyTree = None,
     title: str = "",
     colours: str = "inferno",
     squares: bool = False,

@@ -28,6 +28,7 @@ from tokentm_jax.inputs.reader import random_map
 from tokentm_jax.inputs.values import Hide
 from tokentm_jax.inputs.words import Text
 from tokentm_jax.maths.maps import min_max
+from tokentm_jax.maths.primitives import PyTree
 
 LARGEST_TEXT = 1_000_000  # characters
 STEP = 16  # texts are padded to a multiple of this number of tokens, so that few lengths have to be compiled
@@ -39,14 +40,14 @@ _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
 class Tokens(NamedTuple):
-    """Texts as numbers of word pieces, padded at the end to one length. NumPy or JAX arrays."""
+    """Texts as numbers of word pieces, padded at the end to one length. NumPy or JAX arrays, or their shapes."""
 
-    ids: Any  # [B, N] int32
-    mask: Any  # [B, N] bool: a token of the text, and not padding
-    types: Any  # [B, N] int32: of which of two texts
-    special: Any  # [B, N] bool: a mark such as [CLS], or padding; no part of a word
+    ids: PyTree  # [B, N] int32
+    mask: PyTree  # [B, N] bool: a token of the text, and not padding
+    types: PyTree  # [B, N] int32: of which of two texts
+    special: PyTree  # [B, N] bool: a mark such as [CLS], or padding; no part of a word
 
-    def look_up(self, module: Any, params: Any) -> "Texts":
+    def look_up(self, module: Any, params: PyTree) -> "Texts":
         """The embeddings of a module's word pieces. Raises InputError for a function, which takes `Texts`."""
         if module is None:
             raise InputError("Tokens are for a module that looks their embeddings up: give a function Texts")

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from tokentm_jax.errors import InputError
+from tokentm_jax.maths.primitives import AnyArray
 
 Text = str | tuple[str, str]  # or a pair, for models of two texts
 MERGES = {"sum": np.sum, "mean": np.mean, "max": np.max}
@@ -22,7 +23,7 @@ class Word(NamedTuple):
 
 
 def words(
-    model: Any, texts: str | Sequence[Text], scores: Any, merge: Literal["sum", "mean", "max"] = "sum"
+    model: Any, texts: str | Sequence[Text], scores: AnyArray, merge: Literal["sum", "mean", "max"] = "sum"
 ) -> list[list[Word]]:
     """Scores of words, from those of the tokens that a tokenizer made of them.
 

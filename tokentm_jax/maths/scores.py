@@ -119,17 +119,17 @@ class Channel:
 class Function:
     """A score that is a plain function."""
 
-    function: Callable[..., Any] = dataclasses.field(metadata={"static": True})
+    function: Callable[..., Array] = dataclasses.field(metadata={"static": True})
     of_class: bool = dataclasses.field(metadata={"static": True})  # whether it takes the target
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: PyTree) -> Array:
         return self.function(*arguments)
 
 
 class Question(NamedTuple):
     """A score with its target; a pytree that stands wherever a target may."""
 
-    score: Any
+    score: PyTree  # a score of this module
     target: PyTree = None  # class per sample [B], or what else the score takes; None: the predicted class
 
     @property
@@ -144,7 +144,7 @@ class Question(NamedTuple):
             return self.score.function in (class_logit, log_probability, margin)
         return self.score.of_class
 
-    def of_samples(self, count: Any) -> "Question | None":
+    def of_samples(self, count: int) -> "Question | None":
         """The same question with every array per sample, [count, ...]: what holds for all samples is repeated. None
         where only the score itself knows which of its arrays are per sample."""
         score, target = self.score, self.target
@@ -161,7 +161,7 @@ class Question(NamedTuple):
 CLASS_LOGIT = Function(class_logit, True)
 
 
-def question(score: Callable[..., Any] | None, target: Any = None) -> Question:
+def question(score: Callable[..., Array] | None, target: Target = None) -> Question:
     """A score and its target in one.
 
     Args:
@@ -198,7 +198,7 @@ def _binds(signature: inspect.Signature, *arguments: Any) -> bool:
     return True
 
 
-def as_numbers(value: Any) -> Array:
+def as_numbers(value: object) -> Array:
     """The array of a score.
 
     Args:
@@ -216,7 +216,7 @@ def as_numbers(value: Any) -> Array:
         raise InputError(f"the score needs an array of numbers, got {value!r:.80}") from None
 
 
-def listed(classes: Any) -> Any:
+def listed(classes: PyTree) -> PyTree:
     """A list of whole numbers becomes one leaf of a pytree.
 
     Args:
@@ -232,7 +232,7 @@ def listed(classes: Any) -> Any:
     return jnp.stack(classes) if all(isinstance(each, jax.Array) for each in classes) else classes
 
 
-def classes_of(target: Any, samples: Any, what: str = "target") -> Any:
+def classes_of(target: object, samples: int, what: str = "target") -> AnyArray:
     """A class for all samples or one per sample, as an array.
 
     Args:
@@ -256,7 +256,7 @@ def classes_of(target: Any, samples: Any, what: str = "target") -> Any:
     return (np if known else jnp).broadcast_to(found, (samples,))
 
 
-def explained(outputs: Any, target: Any = None) -> tuple[Array, dict[str, Any]]:
+def explained(outputs: PyTree, target: "Target | Question" = None) -> tuple[Array, dict[str, PyTree]]:
     """Each sample's score [B], and what every method reports of it.
 
     Args:
@@ -293,7 +293,7 @@ def explained(outputs: Any, target: Any = None) -> tuple[Array, dict[str, Any]]:
     return own, {"logits": outputs, "target": kept, "score": own}
 
 
-def is_open(target: Any) -> bool:
+def is_open(target: "Target | Question") -> bool:
     """Whether the predicted class is to become the target.
 
     Args:

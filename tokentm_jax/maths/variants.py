@@ -24,7 +24,7 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from tokentm_jax.maths import tokentm
-from tokentm_jax.maths.primitives import ratio, root
+from tokentm_jax.maths.primitives import AnyArray, ratio, root
 from tokentm_jax.maths.weights import WEIGHTS
 
 
@@ -35,45 +35,50 @@ class Blocks(NamedTuple):
     h D/H on.
     """
 
-    attention: Any  # [L, H, N, N] after softmax
-    attention_grad: Any  # [L, H, N, N] gradient of the logit at the attention
-    tokens: Any  # [L, N, D] input tokens x
-    normalised: Any  # [L, N, D] LN1(x)
-    transformed_value: Any  # [L, N, D] x~ of the attention layer: value and output projection, without mixing
-    attention_branch: Any  # [L, N, D] output of the attention layer before the residual sum
-    ffn_branch: Any  # [L, N, D] x~ of the FFN layer: its output before the residual sum
-    value: Any = None  # [L, H, N, D/H] value projection of LN1(x)
-    value_kernel: Any = None  # [L, D, D] W_V of the value projection, without its bias
-    output_kernel: Any = None  # [L, D, D] W_O of the output projection, with the layer's scale
-    middle: Any = None  # [L, N, D] of post-norm blocks: x', LN of the sum behind the attention layer
-    after: Any = None  # [L, N, D] of post-norm blocks: x+, LN of the sum behind the FFN layer
-    output_grad: Any = None  # [L, N, D] gradient of the score at the block's output tokens
-    seen: Any = None  # [L, N] bool: which tokens are there, and not padding; None: all
+    attention: AnyArray | None  # [L, H, N, N] after softmax
+    attention_grad: AnyArray | None  # [L, H, N, N] gradient of the logit at the attention
+    tokens: AnyArray | None  # [L, N, D] input tokens x
+    normalised: AnyArray | None  # [L, N, D] LN1(x)
+    transformed_value: AnyArray | None  # [L, N, D] x~ of the attention layer: value and output projection, no mixing
+    attention_branch: AnyArray | None  # [L, N, D] output of the attention layer before the residual sum
+    ffn_branch: AnyArray | None  # [L, N, D] x~ of the FFN layer: its output before the residual sum
+    value: AnyArray | None = None  # [L, H, N, D/H] value projection of LN1(x)
+    value_kernel: AnyArray | None = None  # [L, D, D] W_V of the value projection, without its bias
+    output_kernel: AnyArray | None = None  # [L, D, D] W_O of the output projection, with the layer's scale
+    middle: AnyArray | None = None  # [L, N, D] of post-norm blocks: x', LN of the sum behind the attention layer
+    after: AnyArray | None = None  # [L, N, D] of post-norm blocks: x+, LN of the sum behind the FFN layer
+    output_grad: AnyArray | None = None  # [L, N, D] gradient of the score at the block's output tokens
+    seen: AnyArray | None = None  # [L, N] bool: which tokens are there, and not padding; None: all
 
     def through(self, x: Float[Array, "N D"]) -> Float[Array, "N D"]:
         """Tokens x through the projections of values and of the output, without biases, of one block."""
-        return x @ self.value_kernel @ self.output_kernel
+        block: Any = self
+        return x @ block.value_kernel @ block.output_kernel
 
     def project(self, x: Float[Array, "N D"]) -> Float[Array, "H N E"]:
         """Values of tokens x, without bias, of one block; E is D / H."""
-        return jnp.swapaxes((x @ self.value_kernel).reshape(len(x), len(self.attention), -1), 0, 1)
+        block: Any = self
+        return jnp.swapaxes((x @ block.value_kernel).reshape(len(x), len(block.attention), -1), 0, 1)
 
-    def ffn_layers(self) -> list[tuple[Any, Any]]:
+    def ffn_layers(self) -> list[tuple[AnyArray | None, AnyArray | None]]:
         """Input x' and output [N, D] of the FFN layer of one block; None where they are not known."""
-        if self.ffn_branch is None:
+        block: Any = self
+        if block.ffn_branch is None:
             return [(None, None)]
-        return [(self.tokens + self.attention_branch if self.middle is None else self.middle, self.ffn_branch)]
+        return [(block.tokens + block.attention_branch if block.middle is None else block.middle, block.ffn_branch)]
 
     def norms(self) -> list[tuple[Array, Array]]:
         """Input and output [N, D] of the norms behind the sums of one block."""
-        if self.after is None:
+        block: Any = self
+        if block.after is None:
             return []
-        return [(self.tokens + self.attention_branch, self.middle), (self.middle + self.ffn_branch, self.after)]
+        return [(block.tokens + block.attention_branch, block.middle), (block.middle + block.ffn_branch, block.after)]
 
 
 def sample_axes(axis: int) -> Blocks:
     """`in_axes` of `jax.vmap` for Blocks whose samples are along `axis`."""
-    return Blocks(**{name: None if name.endswith("_kernel") else axis for name in Blocks._fields})
+    axes: Any = {name: None if name.endswith("_kernel") else axis for name in Blocks._fields}
+    return Blocks(**axes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +116,7 @@ class TokenTM:
     transformed: Literal["value", "linear", "stream"] = "value"
     ffn_transformed: Literal["branch", "stream"] = "branch"
     norms: bool = True
-    weights: Literal["entropy", "alignment", "distance_from_mean"] | Callable[..., Any] | None = None
+    weights: Literal["entropy", "alignment", "distance_from_mean"] | Callable[..., Array] | None = None
     first_block: Annotated[int, Ge(0)] = 0
     end_block: Annotated[int, Ge(1)] | None = None
 
@@ -136,7 +141,7 @@ class TokenTM:
         return self.length or self.direction != "none" or self.weights is not None
 
     @property
-    def weight(self) -> Callable[..., Any] | None:
+    def weight(self) -> Callable[..., Array] | None:
         """The function that `weights` is, or names."""
         return WEIGHTS[self.weights] if isinstance(self.weights, str) else self.weights
 
@@ -289,6 +294,7 @@ def contributions(
     Raises:
       AssertionError: rows of another number of tokens.
     """
+    assert blocks.attention is not None
     chex.assert_axis_dimension(rows, -1, blocks.attention.shape[-1])
     update = lambda rows, block: tokentm.block_update(rows, block_terms(block, options))  # noqa: E731
     rows = tokentm.aggregate(rows, blocks, update, options.first_block, options.end_block)

@@ -139,7 +139,7 @@ def gae(
 
 def grad_cam(model: Model, params: Any, inputs: Any, target: Any) -> Explanation:
     """Grad-CAM on the last block's attention: heads weighted by their mean gradient in the read-out row."""
-    trace = capture(model, params, inputs, target, ["attention", "attention_grad"])
+    trace: Any = capture(model, params, inputs, target, ["attention", "attention_grad"])
 
     def one(attention: Array, gradient: Array, row: Array, there: Array | None) -> Array:
         attention, gradient = row @ wide(attention), row @ wide(gradient)  # [H, N]
@@ -153,7 +153,7 @@ def grad_cam(model: Model, params: Any, inputs: Any, target: Any) -> Explanation
 
 def grad_cam_tokens(model: Model, params: Any, inputs: Any, target: Any) -> Explanation:
     """Grad-CAM on the patch tokens after the last block's first LayerNorm, as usual with CAM libraries."""
-    trace = capture(model, params, inputs, target, ["normalised", "normalised_grads"])
+    trace: Any = capture(model, params, inputs, target, ["normalised", "normalised_grads"])
 
     def one(features: Array, gradient: Array, there: Array | None) -> Array:
         features, gradient = wide(features), wide(gradient)
@@ -165,7 +165,7 @@ def grad_cam_tokens(model: Model, params: Any, inputs: Any, target: Any) -> Expl
 
 def attcat(model: Model, params: Any, inputs: Any, target: Any) -> Explanation:
     """AttCAT (Qiang et al., NeurIPS 2022): token * gradient at each block's input, times the attention it gets."""
-    trace = capture(model, params, inputs, target, ["attention", "tokens", "token_grads"])
+    trace: Any = capture(model, params, inputs, target, ["attention", "tokens", "token_grads"])
     effect = (wide(trace.tokens) * wide(trace.token_grads)).sum(-1)  # [L, B, N]
     per_query = wide(trace.attention).mean(2)  # [L, B, N, N]
     received = jax.vmap(partial(mean_of_seen, axis=-2), (1, 0), 1)(per_query, trace.seen)
@@ -197,7 +197,7 @@ def _legrad_of_pool(model: Model, params: Any, inputs: Any, target: Any, first_b
     module = model.source.module
     if getattr(module, "global_pool", None) != "map":
         raise Unfit("read='pool' reads the attention of a pool, as in SigLIP, and this model has none")
-    trace = capture(model, params, inputs, target, ["tokens", "final_tokens"])
+    trace: Any = capture(model, params, inputs, target, ["tokens", "final_tokens"])
     after = trace.tokens[first_block + 1 :]
     without_norm = module if module.fc_norm else module.clone(final_norm=False)
     pool = Function(Applied(without_norm, "classify")).read(params, after[0])
@@ -241,13 +241,14 @@ def beyond_intuition(
     fourth block (`first_block=3`).
     """
     weighted = ["tokens", "transformed_value"] if variant == "token" else []
-    trace = capture(model, params, inputs, target, ["attention", "attention_grad", *weighted])
+    trace: Any = capture(model, params, inputs, target, ["attention", "attention_grad", *weighted])
     check_blocks(model, first_block)
 
     def gradient_at(share: Array) -> Array:
         numbers = values(inputs)
         point = with_values(inputs, numbers * share.astype(numbers.dtype))
-        return wide(capture(model, params, point, trace.target, ["attention_grad"]).attention_grad[-1])
+        found: Any = capture(model, params, point, trace.target, ["attention_grad"])
+        return wide(found.attention_grad[-1])
 
     shares = jnp.arange(1, steps + 1, dtype=jnp.float32) / steps
     shares = jnp.linspace(0, 1, steps, dtype=jnp.float32) if from_zero else shares
@@ -255,7 +256,7 @@ def beyond_intuition(
     total, _ = jax.lax.scan(lambda total, share: (total + gradient_at(share), None), start, shares)
     feedback = jax.nn.relu(total / steps).mean(1)  # [B, N, N]
 
-    def update(rows: Array, block: Blocks) -> Array:
+    def update(rows: Array, block: Any) -> Array:
         if variant == "token":
             weights = length(block.transformed_value) / jnp.maximum(length(block.tokens), 1e-12)
             return attention_update(rows, block.attention.mean(0) * weights)

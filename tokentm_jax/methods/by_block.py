@@ -10,7 +10,7 @@ from jax import Array
 from tokentm_jax.inputs.values import read_out, token_map
 from tokentm_jax.maths.primitives import ratio
 from tokentm_jax.maths.tokentm import cosine, length, necc, transformation_weight
-from tokentm_jax.maths.variants import Blocks, TokenTM, contributions
+from tokentm_jax.maths.variants import TokenTM, contributions
 from tokentm_jax.programs.capture import capture
 from tokentm_jax.programs.model import function_of
 
@@ -44,7 +44,7 @@ def by_block(module: Any, params: Any, inputs: Array, target: Any = None) -> ByB
     """
     model = function_of(module).read(params, inputs)
     trace = capture(model, params, inputs, target, OPTIONS.uses())
-    blocks = trace.blocks()
+    blocks: Any = trace.blocks()
 
     def maps(rows: Array) -> Array:  # [L, B, N] -> [B, L, gh, gw]
         return jnp.moveaxis(jax.vmap(partial(token_map, model))(rows), 0, 1)
@@ -53,7 +53,7 @@ def by_block(module: Any, params: Any, inputs: Array, target: Any = None) -> ByB
         lengths, direction = ratio(length(transformed), length(original)), necc(cosine(original, transformed))
         return Layer(maps(lengths), maps(direction), maps(transformation_weight(original, transformed)))
 
-    def grown(blocks: Blocks, rows: Array) -> Array:  # one sample's arrays -> [L, N]
+    def grown(blocks: Any, rows: Array) -> Array:  # one sample's arrays -> [L, N]
         depth = len(blocks.attention)
         ends = [TokenTM(end_block=end) for end in range(1, depth + 1)]
         return jnp.stack([contributions(blocks, blocks.tokens[0], rows, options) for options in ends])

@@ -16,10 +16,10 @@ from tokentm_jax.inputs.reader import Reader
 from tokentm_jax.inputs.values import readable, seen
 from tokentm_jax.maths.primitives import PyTree
 from tokentm_jax.maths.scores import Cosine, Question, Target, Versus, as_numbers, classes_of, listed, question
-from tokentm_jax.methods.table import METHODS, Method
+from tokentm_jax.methods.table import METHODS, Explanation, Method
 from tokentm_jax.models.loading import require_loaded
 from tokentm_jax.programs.inspection import Inspection, inspected
-from tokentm_jax.programs.model import Function, Readout, check_model, function_of
+from tokentm_jax.programs.model import Explainable, Function, Readout, check_model, function_of
 from tokentm_jax.programs.running import KINDS
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 
 def explain_fn(
-    module: Any,
-    method: str | Method | Callable[..., Any] = "tokentm",
+    module: Explainable,
+    method: str | Method | Callable[..., Explanation] = "tokentm",
     *,
     score: Callable[..., Array] | None = None,
     details: bool = False,
@@ -36,8 +36,8 @@ def explain_fn(
     grid: tuple[int, int] | None = None,
     prefix: int | None = None,
     readout: Readout = None,
-    **options: Any,
-) -> Callable[..., Any]:
+    **options: object,
+) -> Callable[..., PyTree]:
     """A pure function `(params, inputs, target=None) -> maps` to `jit`, `vmap`, shard, export or differentiate.
 
     Args:
@@ -95,7 +95,7 @@ def _custom_rules(method: str, row: Method, options: dict[str, Any]) -> Mapping[
 
 
 def inspect(
-    function: Callable[..., PyTree],
+    function: Explainable,
     params: PyTree,
     inputs: PyTree,
     *,
@@ -208,7 +208,7 @@ def _explainer(
 
 
 def methods_for(
-    module: Any,
+    module: Explainable,
     params: PyTree,
     inputs: PyTree,
     target: Target = None,
@@ -307,14 +307,14 @@ def _compiled(
 def explain(
     vit: "Model",
     images: PyTree,
-    method: str | Method | Callable[..., Any] = "tokentm",
+    method: str | Method | Callable[..., Explanation] = "tokentm",
     target: Target = None,
     *,
     score: Callable[..., Array] | None = None,
     text: str | Sequence[str] | None = None,
     details: bool = False,
-    **options: Any,
-) -> Any:
+    **options: object,
+) -> PyTree:
     """Heatmaps of a batch of photos, or scores of the tokens of texts.
 
     Args:

@@ -61,7 +61,7 @@ def _maps(model: Model, mask: Array | None, arrays: Any, rule: Callable[[Any, Ar
 def full_lrp(model: Model, params: Any, inputs: Any, target: Any, *, stabiliser: Stabiliser = "signed") -> Explanation:
     """Layer-wise relevance propagation down to the pixels, summed over channels: signed maps [B, H, W]."""
     fields = ("input_grads", *_tokens_of(model))
-    trace = capture(model.by(lrp("lrp", stabiliser)), params, inputs, target, fields)
+    trace: Any = capture(model.by(lrp("lrp", stabiliser)), params, inputs, target, fields)
     return input_map(trace.seen, trace.input_grads.sum(-1)), _details(trace, trace.token_grads)
 
 
@@ -96,7 +96,7 @@ def transformer_attribution(
 def _token_times_gradient(
     model: Model, rules: Rules, params: Any, inputs: Any, target: Any, pixels: bool
 ) -> Explanation:
-    trace = capture(model.by(rules), params, inputs, target, ("input_grads", *_tokens_of(model)))
+    trace: Any = capture(model.by(rules), params, inputs, target, ("input_grads", *_tokens_of(model)))
     relevance: Any = None if trace.tokens is None else wide(trace.tokens) * wide(trace.token_grads)
     at_pixels = (wide(values(inputs)) * wide(trace.input_grads)).sum(-1)
     if not pixels and relevance is None:

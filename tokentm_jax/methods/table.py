@@ -47,13 +47,13 @@ class Method:
     class_specific: bool = True  # with the default options; see `looks_at_class`
     output: str = TOKENS
     differentiable: bool = True  # whether maps have a true derivative (no rule holds values constant)
-    held: Callable[[Mapping[str, Any]], bool] | None = None  # the options with which they have not
+    held: Callable[[Mapping[str, object]], bool] | None = None  # the options with which they have not
     takes_rules: bool = False  # whether the option `rules` sets the backward rules of its gradient, see `RuleNames`
     rules: str = "plain"  # the default rules
     float32: bool = False  # whether it is always computed in float32 at least, because bfloat16 changes the maps
     options: type | None = None  # a frozen dataclass of options, if the function takes one
-    classless: Callable[[Mapping[str, Any]], bool] | None = None  # the options with which the class does not matter
-    suit: Callable[[Mapping[str, Any], Reader], Mapping[str, Any]] | None = None  # see `suited`
+    classless: Callable[[Mapping[str, object]], bool] | None = None  # the options with which the class does not matter
+    suit: Callable[[Mapping[str, object], Reader], Mapping[str, object]] | None = None  # see `suited`
 
     @property
     def summary(self) -> str:
@@ -61,11 +61,11 @@ class Method:
         line = (inspect.getdoc(self.function) or "").splitlines()[0]
         return line if self.rules == "plain" else f"On LibraGrad's pruned backward pass: {line}"
 
-    def looks_at_class(self, options: Mapping[str, Any]) -> bool:
+    def looks_at_class(self, options: Mapping[str, object]) -> bool:
         """Whether a map with these options depends on the explained class."""
         return self.class_specific and not (self.classless is not None and self.classless(options))
 
-    def has_derivative(self, options: Mapping[str, Any]) -> bool:
+    def has_derivative(self, options: Mapping[str, object]) -> bool:
         """Whether a map with these options has a true derivative. Other maps are differentiated only on request."""
         held = self.held is not None and self.held(options)
         return self.differentiable and not held and options.get("rules", self.rules) == "plain"
@@ -76,18 +76,18 @@ class Method:
         rules = {"rules": relevance.RuleNames} if self.takes_rules else {}
         return {**(options_of(self.options) if self.options else {}), **own, **rules}
 
-    def check(self, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    def check(self, name: str, options: Mapping[str, object]) -> dict[str, Any]:
         """The options as plain Python values of the annotated types.
 
         Raises InputError for an unknown option, or a value of another type.
         """
         return check_options(f"the method {name!r}", self.known(), options)
 
-    def suited(self, options: Mapping[str, Any], preprocessing: Reader) -> dict[str, Any]:
+    def suited(self, options: Mapping[str, object], preprocessing: Reader) -> dict[str, Any]:
         """The options for a model with this preprocessing, if an option depends on it."""
         return dict(options if self.suit is None else self.suit(options, preprocessing))
 
-    def bind(self, name: str, options: Mapping[str, Any]) -> Callable[..., Explanation]:
+    def bind(self, name: str, options: Mapping[str, object]) -> Callable[..., Explanation]:
         """The function with its options checked and bound. InputError as `check`, and for conflicts."""
         values = self.check(name, options)
         function = relevance.by_rules(self.function, values.pop("rules", self.rules))
@@ -175,21 +175,22 @@ def _members(methods: str) -> list[str]:
     return names
 
 
-def _classless(options: Mapping[str, Any]) -> bool:
+def _classless(options: Mapping[str, object]) -> bool:
     """Whether no member of a combination depends on the class."""
-    return not any(METHODS[name].looks_at_class({}) for name in _members(options.get("methods", "tokentm")))
+    return not any(METHODS[name].looks_at_class({}) for name in _members(str(options.get("methods", "tokentm"))))
 
 
-def _held(options: Mapping[str, Any]) -> bool:
+def _held(options: Mapping[str, object]) -> bool:
     """Whether a member of a combination, or a shared pass (see `ROWS`), holds values constant."""
-    names = _members(options.get("methods", "tokentm,grad_cam"))
+    names = _members(str(options.get("methods", "tokentm,grad_cam")))
     noted = "legrad" in names and not ROWS.keys().isdisjoint(names)
     return noted or options.get("gradient", "own") != "own" or not all(METHODS[name].differentiable for name in names)
 
 
-def _plain(options: Mapping[str, Any]) -> bool:
+def _plain(options: Mapping[str, object]) -> bool:
     """Whether TokenTM uses no gradient, neither with attention nor in its weights."""
-    return options.get("attention") == "plain" and not TokenTM(weights=options.get("weights")).takes("gradient")
+    weights: Any = options.get("weights")
+    return options.get("attention") == "plain" and not TokenTM(weights=weights).takes("gradient")
 
 
 # Methods that remove pixels, perhaps with black. Changes by one patch are small compared with rounding in bfloat16.

@@ -1,7 +1,7 @@
 """What a task is: a metric of every image, the columns that a table shows of it, and its plot."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ from tokentm_jax.errors import InputError
 from tokentm_jax.inputs.texts import Texts
 from tokentm_jax.inputs.values import Inputs, of
 from tokentm_jax.maths.maps import Tiling
-from tokentm_jax.maths.primitives import AnyArray
+from tokentm_jax.maths.primitives import AnyArray, PyTree
 from tokentm_jax.maths.scores import Channel, Question
 from tokentm_jax.methods.table import METHODS
 from tokentm_jax.metrics.statistics import Statistic, mean, ratio
@@ -25,7 +25,7 @@ PREDICTED, TARGET = "predicted", "target"  # of the explanation of this class
 LARGEST_SEED = 2**31 - 2  # the random row uses the next one too
 
 Input = AnyArray | Inputs  # images [B, H, W, C] in [0, 1], or another modality's inputs such as `Texts`
-Predict = Callable[[Any], Array]  # such inputs -> logits [B, classes]
+Predict = Callable[[Input], Array]  # such inputs -> logits [B, classes]
 Target = AnyArray | Question
 Table = Mapping[str, np.ndarray]  # results per image [n, ...]: "clean_...", "predicted_..." and "target_..."
 Fields = Mapping[str, Any]  # annotations of the arrays in a file of records, as lists; see `lists_of`
@@ -47,10 +47,10 @@ class Subject(NamedTuple):
     without: Any = None  # the inputs without any part, for a task that needs "parts"
     original: Array | None = None  # maps [B, gh, gw] without `Row.random_blocks`, for a task `against_original`
     reference: Array | None = None  # maps [B, h, w] of the task's `reference`
-    shared: Any = None  # what the task's `shared` gave
-    explain: Callable[[Any], Array] | None = None  # images -> maps by the row's method, for a task that `explains`
+    shared: PyTree = None  # what the task's `shared` gave
+    explain: Callable[[Input], Array] | None = None  # images -> maps by the row's method, for a task that `explains`
     grid: tuple[int, int] = (1, 1)  # of the model's patches
-    mean: Any = (0.5, 0.5, 0.5)  # the mean colour of the model's data, or the embedding [D] of its mask
+    mean: AnyArray | Sequence[float] = (0.5, 0.5, 0.5)  # colour of the model's data, or embedding [D] of its mask
     tiling: Tiling | None = None  # of the model's patches, where it has them
 
     def background(self, fill: Background) -> Array:
@@ -133,7 +133,7 @@ class Task:
     raw: bool = False  # `maps` are as the method gives them, [B, gh, gw] or [B, H, W], and not pixel maps in [0, 1]
     against_original: bool = False  # `subject.original` are the maps without `random_blocks`
     reference: str = ""  # a method whose maps, made once for every image and kept in the run, are `subject.reference`
-    shared: Callable[..., Any] | None = None  # (predict, subject, *, options) -> `subject.shared`, once for all rows
+    shared: Callable[..., PyTree] | None = None  # (predict, subject, *, options) -> `subject.shared`, for all rows
     explains: bool = False  # `subject.explain` is there
 
     @property
@@ -141,7 +141,7 @@ class Task:
         """The classes whose explanations are wanted: "predicted", perhaps "target" too."""
         return tuple(dict.fromkeys(column.explained for column in self.columns.values()))
 
-    def check(self, name: str, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    def check(self, name: str, options: Mapping[str, object]) -> dict[str, dict[str, Any]]:
         """The options of `compute`, of `shared` and of the reference, as plain values that meet their annotations.
 
         Raises InputError for an unknown option, or one that does not meet its annotation.
@@ -158,7 +158,7 @@ class Task:
             METHODS[self.reference].bind(self.reference, found["reference"])
         return found
 
-    def records(self, name: str, options: Mapping[str, Any], scored: bool = False) -> Fields:
+    def records(self, name: str, options: Mapping[str, object], scored: bool = False) -> Fields:
         """The annotations of what is recorded per image: the arrays of `compute`, with a score if one is followed
         instead of the probability, and whether the map was finite. No model is needed: they are the shapes for images
         of `SIDE` pixels, each of them a patch.

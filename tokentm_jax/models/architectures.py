@@ -89,7 +89,7 @@ def architecture(name: str, **overrides: Any) -> tuple[Config, Preprocessing]:
 
 
 def build(
-    config: Mapping[str, Any] | str,
+    config: Mapping[str, object] | str,
     img_size: int | tuple[int, int] | None = None,
     num_classes: int | None = None,
     dtype: DTypeLike | None = None,

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from tokentm_jax.errors import InputError
 from tokentm_jax.inputs.texts import Texts, Tokens
@@ -37,7 +38,7 @@ class Bert(nn.Module):
     pool: str = "token"  # the first token, or "avg" of all
     pooler: str | None = "tanh"  # the non-linearity of a layer between pooling and classifier; None: no such layer
     mask_id: int | None = None  # of the word piece that replaces a removed one
-    dtype: Any = None
+    dtype: DTypeLike | None = None
     linear: Linear = primitives.linear
 
     post_norm = True

@@ -38,6 +38,7 @@ from tokentm_jax.files import (
     uninterrupted,
 )
 from tokentm_jax.inputs.images import Preprocessing
+from tokentm_jax.maths.primitives import PyTree
 from tokentm_jax.models.architectures import build, config_of
 from tokentm_jax.models.names import Tensors, current_names, from_google, renamed
 from tokentm_jax.models.params import to_params, to_timm
@@ -51,7 +52,7 @@ LARGEST_FACTOR = 50  # unpacked size / file size; weights hardly compress, so a 
 # ---- reading -------------------------------------------------------------------------------------------------------
 
 
-def read_checkpoint(module: ViT, path: str | os.PathLike[str], reset_head: bool = False) -> dict[str, Any]:
+def read_checkpoint(module: ViT, path: str | os.PathLike[str], reset_head: bool = False) -> PyTree:
     """Parameters for `module.apply({"params": params}, images)` from a file or an Orbax folder.
 
     It reads `.safetensors` and `.pth` with timm's names, `.npz` of Google's ViT and AugReg releases, and folders of
@@ -227,10 +228,10 @@ def _read_orbax(path: Path) -> Tensors:
 def write_checkpoint(
     path: str | os.PathLike[str],
     module: ViT,
-    params: Mapping[str, Any],
+    params: PyTree,
     preprocessing: Preprocessing,
     class_names: list[str] | tuple[str, ...] | None = None,
-    extra: Mapping[str, Any] | None = None,
+    extra: Mapping[str, object] | None = None,
     dtype: Literal["float32", "float16"] = "float32",
     *,
     overwrite: bool = False,

@@ -57,7 +57,7 @@ class Model:
     wnids: tuple[str, ...] | None = None
     text: TextTower | None = None
 
-    def read(self, given: str | os.PathLike[str] | Sequence[Any]) -> Any:
+    def read(self, given: str | os.PathLike[str] | Sequence[object]) -> PyTree:
         """Photos -> float32 [B, H, W, 3] in [0, 1], resized and cropped for this model. Recordings -> spectrograms
         [B, mel bins, frames, 1]. Texts or pairs of texts -> `Tokens` [B, N], padded to a multiple of 16.
 
@@ -178,7 +178,7 @@ _logits = jax.jit(predict, static_argnums=(0, 1))
 
 
 def load(
-    model: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    model: str | os.PathLike[str] | Mapping[str, object] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     *,
     img_size: int | tuple[int, int] | None = None,

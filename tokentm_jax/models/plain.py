@@ -2,8 +2,8 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable
-from typing import Annotated, Any
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -11,6 +11,7 @@ from annotated_types import Ge
 from jax import Array
 
 from tokentm_jax.errors import InputError
+from tokentm_jax.maths.primitives import PyTree
 from tokentm_jax.validation import checked
 
 _Grid = tuple[Annotated[int, Ge(1)], Annotated[int, Ge(1)]]
@@ -42,10 +43,10 @@ class PlainModel:
     Models with equal fields share a compiled program, so make `forward` once.
     """
 
-    forward: Callable[..., Any]
+    forward: Callable[..., PyTree]
     grid: tuple[int, int]
     prefix: int = 0
-    readout: Any = "token"
+    readout: Literal["token", "avg"] | Sequence[float] | Array = "token"
     num_classes: int | None = None
     batched: bool = True
 
@@ -65,7 +66,7 @@ class PlainModel:
             raise InputError(f"readout must have a share for each of {prefix} + {patches} tokens, got {len(shares)}")
         object.__setattr__(self, "readout", tuple(map(float, shares)))
 
-    def apply(self, variables: Any, images: Array) -> Any:
+    def apply(self, variables: PyTree, images: Array) -> PyTree:
         """As `apply` of a Linen module."""
         taps = () if len(inspect.signature(self.forward).parameters) < 3 else (lambda name, array: array,)
         run = lambda images: self.forward(variables["params"], images, *taps)  # noqa: E731

@@ -19,12 +19,12 @@ from tokentm_jax.maths.primitives import PyTree
 BATCH, WIDTH = "batch", "width"
 
 
-def over_batch(devices: Sequence[Any]) -> NamedSharding:
+def over_batch(devices: Sequence[object]) -> NamedSharding:
     """Sharding of an array by its first axis, the batch, over the devices."""
     return NamedSharding(Mesh(np.array(devices), (BATCH,)), PartitionSpec(BATCH))
 
 
-def over_devices(explain: Callable[..., Any], devices: Sequence[Any] | None = None) -> Callable[..., Any]:
+def over_devices(explain: Callable[..., PyTree], devices: Sequence[object] | None = None) -> Callable[..., PyTree]:
     """A method with the batch spread over devices.
 
     Args:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from annotated_types import Ge, Le
 from jax import Array
+from jax.typing import DTypeLike
 
 from tokentm_jax.errors import InputError
 from tokentm_jax.maths import primitives
@@ -69,7 +70,7 @@ class ViT(nn.Module):
     patch_drop: float = 0.0  # share of patch tokens removed in training (with the rng "patch_drop")
     in_chans: Annotated[int, Ge(1), Le(64)] = 3
     stride: Patch | tuple[Patch, Patch] | None = None  # between patches, smaller if they overlap; None: the patch size
-    dtype: Any = None
+    dtype: DTypeLike | None = None
     linear: Linear = primitives.linear
     unroll: int = 1  # blocks per iteration of the loop: more are faster on a CPU, and compile longer
 

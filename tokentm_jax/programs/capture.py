@@ -14,7 +14,7 @@ from tokentm_jax.inputs.values import seen, values, with_values
 from tokentm_jax.maths.primitives import PyTree
 from tokentm_jax.maths.scores import Target
 from tokentm_jax.maths.variants import Blocks
-from tokentm_jax.programs.model import Model, Notes, check_model, function_of
+from tokentm_jax.programs.model import Explainable, Model, Notes, check_model, function_of
 from tokentm_jax.programs.reading import Reading
 from tokentm_jax.programs.running import Evaluation, Plan
 from tokentm_jax.programs.structure import Attention, Layer, normed
@@ -26,33 +26,34 @@ class Trace(NamedTuple):
     Fields that were not requested are None.
     """
 
-    tokens: Any  # [L+1, B, N, D] input of every block, and the output of the last one (with "final_tokens")
-    token_grads: Any  # [L+1, B, N, D] gradient of the score at `tokens`
-    input_grads: Any  # [B, H, W, 3] gradient at the normalised images, or [B, N, D] at the embeddings of texts
-    attention: Any  # [L, B, H, N, N] after softmax
-    attention_grad: Any  # [L, B, H, N, N]
-    normalised: Any  # [L, B, N, D] input of the attention: LN1 of the block's input, or the block's input
-    normalised_grads: Any  # [L, B, N, D]
-    value: Any  # [L, B, H, N, D/H]
-    transformed_value: Any  # [L, B, N, D]
-    attention_branch: Any  # [L, B, N, D]
-    ffn_branch: Any  # [L, B, N, D]
-    value_kernel: Any  # [L, D, D] of the value projection, without its bias; only on request
-    output_kernel: Any  # [L, D, D] of the output projection, with the layer's scale; only on request
-    middle: Any  # [L, B, N, D] x' of post-norm blocks
-    after: Any  # [L, B, N, D] x+ of post-norm blocks
-    seen: Any  # [B, N] true for present tokens of texts; None: all
-    logits: Any  # [B, classes], or other outputs of the model
-    target: Any  # [B] the explained class, or the `Question`
+    tokens: Array | None  # [L+1, B, N, D] input of every block, and output of the last one (with "final_tokens")
+    token_grads: Array | None  # [L+1, B, N, D] gradient of the score at `tokens`
+    input_grads: Array | None  # [B, H, W, 3] gradient at the normalised images, or [B, N, D] at embeddings of texts
+    attention: Array | None  # [L, B, H, N, N] after softmax
+    attention_grad: Array | None  # [L, B, H, N, N]
+    normalised: Array | None  # [L, B, N, D] input of the attention: LN1 of the block's input, or the block's input
+    normalised_grads: Array | None  # [L, B, N, D]
+    value: Array | None  # [L, B, H, N, D/H]
+    transformed_value: Array | None  # [L, B, N, D]
+    attention_branch: Array | None  # [L, B, N, D]
+    ffn_branch: Array | None  # [L, B, N, D]
+    value_kernel: Array | None  # [L, D, D] of the value projection, without its bias; only on request
+    output_kernel: Array | None  # [L, D, D] of the output projection, with the layer's scale; only on request
+    middle: Array | None  # [L, B, N, D] x' of post-norm blocks
+    after: Array | None  # [L, B, N, D] x+ of post-norm blocks
+    seen: Array | None  # [B, N] true for present tokens of texts; None: all
+    logits: PyTree  # [B, classes], or other outputs of the model
+    target: PyTree  # [B] the explained class, or the `Question`
     score: Array  # [B] the explained number: the logit of the class, or the score of the question
 
-    def details(self) -> dict[str, Any]:
+    def details(self) -> dict[str, PyTree]:
         """The details of every method: logits [B, classes], the explained class and its score [B]."""
         return {"logits": self.logits, "target": self.target, "score": self.score}
 
     def blocks(self) -> Blocks:
         """The arrays of all blocks. The batch is the second axis, except for kernels, which have none."""
         found = {name: getattr(self, name, None) for name in Blocks._fields}
+        assert self.attention is not None
         depth = len(self.attention)
         if self.tokens is not None:
             found["tokens"] = self.tokens[:depth]
@@ -73,7 +74,7 @@ FIELDS: Collection[str] = (*Trace._fields, "final_tokens")
 
 
 def capture(
-    module: Any,
+    module: Explainable | Model,
     params: PyTree,
     inputs: PyTree,
     target: Target = None,

@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, Union
 
 import flax.linen as nn
 import jax
@@ -15,6 +15,7 @@ from jax.core import eval_jaxpr
 
 from tokentm_jax.errors import InputError, Unfit
 from tokentm_jax.inputs.values import check_inputs, looked_up, of, values
+from tokentm_jax.maths.primitives import PyTree
 from tokentm_jax.maths.scores import CLASS_LOGIT, Question, explained
 from tokentm_jax.programs.flat import flatten
 from tokentm_jax.programs.reading import Reading, read
@@ -23,6 +24,15 @@ from tokentm_jax.programs.sample import for_one_sample
 from tokentm_jax.programs.structure import Structure, find
 
 Readout = Literal["token", "avg"] | Sequence[float] | Array | None
+
+
+class Module(Protocol):
+    """A Linen module, or another object with its `apply`."""
+
+    def apply(self, variables: PyTree, inputs: PyTree, /) -> PyTree: ...
+
+
+Explainable = Union[Module, Callable[..., PyTree], "Function"]  # a module, or a function `(params, inputs) -> outputs`
 Notes = dict[Any, Any]
 
 
@@ -50,7 +60,7 @@ class Function:
       readout: how the head reads the tokens, if not found: "token", "avg" or a share for each.
     """
 
-    function: Callable[..., Any]
+    function: Callable[..., PyTree]
     grid: tuple[int, int] | None = None
     prefix: int | None = None
     readout: Readout = None

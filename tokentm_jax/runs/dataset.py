@@ -37,7 +37,7 @@ def explain_dataset(
     retry_skipped: bool = False,
     verify: bool = False,
     engine: str = "local",
-    engine_options: Mapping[str, Any] | None = None,
+    engine_options: Mapping[str, object] | None = None,
 ) -> Outcome:
     """Write the maps of a data set to a store, or those that a store still lacks.
 

@@ -70,12 +70,12 @@ class Explainer:
         ((2, 8, 8), (2,), (2, 10))
     """
 
-    model: Any = None
+    model: Model | str | os.PathLike[str] | None = None
     checkpoint: str | os.PathLike[str] | None = None
     img_size: int | None = None
     class_names: Sequence[str] | str | os.PathLike[str] | None = None
     methods: Sequence[str] = ("tokentm",)
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, object] = dataclasses.field(default_factory=dict)
     target: str = "predicted"
     score: str | None = None
     dtype: str = "float16"
@@ -197,7 +197,7 @@ class Explainer:
         found = [self.start(examples[i : i + size], ready[i : i + size]).columns() for i in starts]
         return {name: np.concatenate([columns[name] for columns in found]) for name in found[0]}
 
-    def start(self, examples: Sequence[Example], ready: Sequence[Any], device: int = 0) -> "Started":
+    def start(self, examples: Sequence[Example], ready: Sequence[object], device: int = 0) -> "Started":
         """Begin to compute on a device; `ready` are results of `decode_all` for at most `batch_size` examples."""
         labels = np.array([self.labels[example.label] for example in examples], np.int32)
         reasons = [found if isinstance(found, str) else "" for found in ready]
