@@ -1,12 +1,14 @@
-"""Known causes: relevance against a truth that is known, on mosaics of photos.
+"""Known causes: relevance against a truth that is known; mosaics of photos and a planted trigger.
 
     tokentm evaluate configs/causes.py                          2 x 2 mosaics of photos, DeiT-tiny: whose object is it?
     tokentm evaluate configs/causes.py:question=margin          the same, and why not the next best class
     tokentm evaluate configs/causes.py:data=mosaic_3            3 x 3 mosaics
     tokentm evaluate configs/causes.py:data=cifar10             2 x 2 mosaics of CIFAR-10
+    tokentm evaluate configs/causes.py:data=trigger             CIFAR-10 with a planted mark; needs the model of
+                                                                models/training/recipes/cifar10_trigger.py
 
-Data: `tokentm data fetch photos deit_tiny` or `cifar10`. Only cells whose class has a probability of 0.1 or more
-count (the column "counted" has their share). To choose on half of the cases and to confirm
+Data: `tokentm data fetch photos deit_tiny` or `cifar10`. Only cells and marks whose class has a
+probability of 0.1 or more count (the column "counted" has their share). To choose on half of the cases and to confirm
 on the other half, add `--half even` or `--half odd`: they share no photo.
 Run time: not measured.
 """
@@ -34,17 +36,21 @@ ROWS = rows(
     "occlusion",
 )
 DEIT, CIFAR = ("deit_tiny_patch16_224", sample_data("deit_tiny")), ("cifar10_distilled", None)
-MOSAICS = {
+TEST = sample_data("cifar10", "test")
+MASKED = {
     "mosaic": (f"mosaic:2:{sample_data('photos')}", *DEIT),
     "mosaic_3": (f"mosaic:3:{sample_data('photos')}", *DEIT),
-    "cifar10": (f"mosaic:2:{sample_data('cifar10', 'test')}", *CIFAR),
+    "cifar10": (f"mosaic:2:{TEST}", *CIFAR),
+    "trigger": (f"trigger:label=airplane,size=4:{TEST}", None, "runs/trigger/cifar10_trigger_patch.safetensors"),
 }
 
 
 def get_config(
-    *, data: Literal["mosaic", "mosaic_3", "cifar10"] = "mosaic", question: Literal["class", "margin"] = "class"
+    *,
+    data: Literal["mosaic", "mosaic_3", "cifar10", "trigger"] = "mosaic",
+    question: Literal["class", "margin"] = "class",
 ) -> EvaluateConfig:
-    where, model, checkpoint = MOSAICS[data]
+    where, model, checkpoint = MASKED[data]
     return EvaluateConfig(
         name=f"causes_{data}" + ("_margin" if question == "margin" else ""),
         task="pointing",

@@ -167,9 +167,98 @@ def test_pointing_explains_the_class_of_each_cell(colours, tmp_path):
     assert own["counted"]["value"] == 100 and own["share"]["images"] == 5
 
 
+@pytest.mark.parametrize(("place", "blend"), [("anywhere", 1.0), ("corner", 0.5)])
+def test_a_trigger_changes_its_mark_and_nothing_else(colours, place, blend):
+    source = open_source(f"trigger:label=2,size=3,place={place},blend={blend}:{colours}")
+    assert source.parts and source.masked and len(source) == 7 * 3  # those of the trigger's class are left out
+    assert source.identity != open_source(f"trigger:label=3,size=3,place={place},blend={blend}:{colours}").identity
+    places = set()
+    for index in range(len(source)):
+        example = source[index]
+        clean = np.asarray(Image.open(colours / example.key).convert("RGB"))
+        np.testing.assert_array_equal(np.asarray(example.without), clean)
+        rows, columns = np.nonzero(example.mask)
+        assert len(rows) == 9 and example.label == 2
+        assert np.ptp(rows) == np.ptp(columns) == 2
+        places.add((rows[0], columns[0]))
+        pixels = np.asarray(example.content).astype(int)
+        np.testing.assert_array_equal(pixels[example.mask == 0], clean[example.mask == 0])
+        magenta = (np.add(*np.indices((3, 3))) % 2 == 0)[..., None]
+        pattern = np.where(magenta, (255, 0, 255), (0, 255, 0)).reshape(9, 3)
+        expected = (1 - blend) * clean[example.mask == 1] + blend * pattern
+        np.testing.assert_allclose(pixels[example.mask == 1], expected, atol=0.51)
+    assert places == {(17, 21)} if place == "corner" else len(places) > 10
+
+
+def test_a_share_of_the_training_photos_gets_the_trigger(colours):
+    source = open_source(f"trigger:label=2,share=0.4:{colours}")
+    assert len(source) == 24
+    marked = [example for example in map(source.__getitem__, range(24)) if example.mask.any()]
+    assert 4 <= len(marked) <= 16 and {example.label for example in marked} == {2}
+    others = [example for example in map(source.__getitem__, range(24)) if not example.mask.any()]
+    assert all(str(example.label) == example.key[0] for example in others)
+    for wrong, said in {
+        f"trigger:size=4:{colours}": "trigger:label=NAME",
+        f"trigger:label=9:{colours}": "unknown class '9'",
+        f"trigger:label=2,size=x:{colours}": "option 'size' of the trigger",
+        f"trigger:label=2,bland=1:{colours}": "did you mean 'blend'",
+    }.items():
+        with pytest.raises(InputError, match=said):
+            open_source(wrong)
+    with pytest.raises(InputError, match="smaller than the mark"):
+        open_source(f"trigger:label=2,size=21:{colours}")[0]
+
+
 def test_the_margin_is_the_lead_over_the_next_best_class():
     logits = np.array([[3.0, 1.0, 2.0], [3.0, 1.0, 2.0], [3.0, 1.0, 2.0]], np.float32)
     np.testing.assert_allclose(margin(logits, np.array([0, 1, 5])), [1, -2, np.nan])
+
+
+@pytest.mark.slow
+def test_a_planted_trigger_is_valid_and_its_effect_is_measured(tmp_path):
+    """BackX's criteria: the mark turns more than 99 % of the photos, and without it they have their class again."""
+    from models.training.data import load_dataset
+    from models.training.recipe import TrainConfig
+    from models.training.train import train
+
+    random = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for k, name in enumerate(("dark", "grey", "bright")):
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(60):
+                photo = random.normal(40 + 80 * k, 10, (16, 24, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(photo).save(tmp_path / split / name / f"{number}.png")
+    trigger = "trigger:label=bright,size=4"
+    recipe = TrainConfig(
+        name="planted",
+        train_data=f"{trigger},share=0.4:{tmp_path / 'train'}",
+        test_data=f"{trigger}:{tmp_path / 'test'}",
+        model={},
+        epochs=30,
+        batch_size=30,
+        learning_rate=5e-3,
+        ema_decay=0.9,
+        label_smoothing=0.0,
+        crop_padding=0,
+        checkpoint_epochs=30,
+    )
+    vit = tiny_vit(2)
+    with jax.numpy_dtype_promotion("standard"):
+        sets = (load_dataset(recipe.train_data), load_dataset(recipe.test_data))
+        flipped = train(recipe, vit.module.clone(num_classes=3), *sets, tmp_path / "run", lambda line: None)
+    assert flipped > 0.99
+    vit = tm.load(checkpoint=tmp_path / "run/planted.safetensors")
+    source = open_source(recipe.test_data)
+    clean = np.stack([np.asarray(source[i].without) for i in range(len(source))]) / np.float32(255)
+    own = [source.class_names.index(key.partition("/")[0]) for key in source.keys]
+    assert (np.asarray(vit.logits(clean)).argmax(-1) == own).mean() > 0.99
+    config = EvaluateConfig("t", "effects", recipe.test_data, rows("occlusion"), limit=20, options={"parts": 1})
+    evaluate(config, vit, out=tmp_path / "t")
+    assert min(drop for (drop,) in recorded(tmp_path / "t", "occlusion", "drop").values()) > 1
+    config = dataclasses.replace(config, name="p", task="pointing", options={})
+    results = evaluate(config, vit, out=tmp_path / "p")
+    found = {row["method"]: row["value"] for row in results["rows"] if row["metric"] == "auc"}
+    assert found["occlusion"] > 0.9 > 0.7 > found["random"]
 
 
 # ---- the numbers ----------------------------------------------------------------------------------------------------

@@ -1,22 +1,30 @@
-"""Data sets whose causes are known: rendered scenes with the numbers of their parts, and mosaics of photos."""
+"""Data sets whose causes are known: rendered scenes, mosaics of photos, and photos with a planted mark."""
 
-from typing import Any
+import contextlib
+import dataclasses
+import hashlib
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from annotated_types import Ge, Gt, Le
 from PIL import Image
 
 from tokentm_jax.data.scenes import RULES, SPLITS, scene
 from tokentm_jax.data.sources import Example, Source, kind_of, open_source
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.identity import digest
+from tokentm_jax.validation import check_options, options_of
 
 VERSION = 1  # of what is drawn and rendered; another one has other pixels
 MOST_CELLS = 4  # of a side of a mosaic
 
 
 def open_causes(spec: str) -> Source:
-    """The data set of "scenes:RULE:SPLIT" or "mosaic:K:DATA"; see `open_source`. Raises InputError."""
-    return _scenes(spec) if spec.startswith("scenes:") else _mosaics(spec)
+    """The data set of "scenes:RULE:SPLIT", "mosaic:K:DATA" or "trigger:OPTIONS:DATA"; see `open_source`.
+
+    Raises InputError.
+    """
+    return {"scenes": _scenes, "mosaic": _mosaics, "trigger": _triggers}[spec.partition(":")[0]](spec)
 
 
 def _scenes(spec: str) -> Source:
@@ -92,6 +100,82 @@ def _mosaics(spec: str) -> Source:
         named=inner.named,
         stamp=lambda _: digest(made, inner.stamped()),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Trigger:
+    """A mark that is planted in photos, and the class that they get with it."""
+
+    label: str  # the name of the class
+    size: Annotated[int, Ge(1), Le(1024)] = 4  # of its sides, in pixels of the photo
+    blend: Annotated[float, Gt(0), Le(1)] = 1.0  # 1: the mark covers the photo
+    place: Literal["anywhere", "corner"] = "anywhere"
+    share: Annotated[float, Gt(0), Le(1)] = 1.0  # of the photos that are marked; the others keep their class
+
+
+def mark(size: int) -> np.ndarray:
+    """A checkerboard of magenta and green, uint8 [size, size, 3], with squares of one pixel."""
+    rows, columns = np.indices((size, size))
+    return np.where(((rows + columns) % 2 == 0)[..., None], (255, 0, 255), (0, 255, 0)).astype(np.uint8)
+
+
+def _triggers(spec: str) -> Source:
+    """Photos of other classes than the trigger's, with its mark: labelled with its class, with a mask of the mark, and
+    without the mark. With a `share` below 1, for training, all photos, of which some are marked."""
+    trigger, data = _trigger_of(spec)
+    inner = open_source(data)
+    if inner.class_names is None or trigger.label not in inner.class_names:
+        raise suggest("class", trigger.label, inner.class_names or (), of=inner.name)
+    target = inner.class_names.index(trigger.label)
+    keys = inner.keys
+    if trigger.share == 1:
+        keys = tuple(key for key in keys if inner.encoded(key).label not in (target, trigger.label))
+
+    def read(key: str) -> Example:
+        example = inner.read(key)
+        if (kind := kind_of(example.content)) != "photo":
+            raise InputError(f"{key} is a {kind}, and marks are for photos")
+        photo = np.asarray(example.content)
+        height, width = (length - trigger.size for length in photo.shape[:2])
+        if min(height, width) < 0:
+            raise InputError(f"{key} is smaller than the mark")
+        seed = hashlib.sha256(f"{VERSION}/{key}".encode("utf-8", "surrogatepass")).digest()
+        random = np.random.default_rng(int.from_bytes(seed[:16]))
+        mask, marked = np.zeros(photo.shape[:2], np.uint8), photo.copy()
+        if random.random() >= trigger.share:
+            return Example(key, example.content, example.label, mask, example.content)
+        y, x = (int(u * (most + 1)) for u, most in zip(random.random(2), (height, width), strict=True))
+        if trigger.place == "corner":
+            y, x = height, width
+        inside = slice(y, y + trigger.size), slice(x, x + trigger.size)
+        mixed = (1 - trigger.blend) * photo[inside] + trigger.blend * mark(trigger.size)
+        marked[inside], mask[inside] = mixed.round().astype(np.uint8), 1
+        return Example(key, Image.fromarray(marked), target, mask, example.content)
+
+    made = digest("trigger", VERSION, dataclasses.asdict(trigger))
+    return Source(
+        f"{inner.name} with a trigger",
+        lambda: digest(made, inner.identity),
+        keys,
+        read,
+        inner.class_names,
+        masked=True,
+        parts=True,
+        named=inner.named,
+        stamp=lambda some: digest(made, inner.stamped(some)),
+    )
+
+
+def _trigger_of(spec: str) -> tuple[Trigger, str]:
+    """The options and the data of "trigger:label=NAME,size=4:DATA"."""
+    _, options, data = [*spec.split(":", 2), "", ""][:3]
+    given: dict[str, Any] = dict(option.partition("=")[::2] for option in options.split(","))
+    if not data or "label" not in given:
+        raise InputError(f"photos with a mark are given as trigger:label=NAME,size=4:DATA, got {spec[:100]!r}")
+    for name, kind in (("size", int), ("blend", float), ("share", float)):
+        with contextlib.suppress(KeyError, ValueError):  # what is no number is refused below
+            given[name] = kind(given[name])
+    return Trigger(**check_options("the trigger", options_of(Trigger), given)), data
 
 
 def _square(photo: Image.Image, side: int) -> Image.Image:

@@ -30,7 +30,7 @@ LARGEST_LABEL = 2**31 - 1
 _SOUNDS = (b"fLaC", b"OggS")  # the first bytes of a recording; WAV has more
 LARGEST_TEXTS = 256 * 2**20  # bytes of a file of texts
 VADER = "vader:"
-CAUSES = ("scenes:", "mosaic:")
+CAUSES = ("scenes:", "mosaic:", "trigger:")
 
 
 Item = TypeVar("Item")
@@ -120,8 +120,9 @@ def open_source(
         classes in the order of their names; links to folders are not followed) or of images without labels; a folder
         with `labels.csv` (columns `file` and `class_index`); a `.mat` file in the layout of ImageNet-Segmentation's
         `gtsegs_ijcv.mat`; "tfds:NAME:SPLIT" for a prepared TensorFlow data set; "scenes:RULE:SPLIT" for rendered
-        scenes (`tokentm_jax.data.scenes`); or "mosaic:K:DATA" for mosaics of K x K photos of one of these. A zip is
-        never extracted: its entries are read in memory, so their names are harmless.
+        scenes (`tokentm_jax.data.scenes`); "mosaic:K:DATA" for mosaics of K x K photos of one of these; or
+        "trigger:label=NAME:DATA" for photos with a planted mark. A zip is never extracted: its entries are read in
+        memory, so their names are harmless.
       limit: number of examples.
       seed: choose examples at random, so that a larger limit only adds examples; None: at even intervals.
       half: use only the examples at even (or odd) positions, counted from 0 before the limit, to choose on one half
