@@ -179,9 +179,11 @@ def read_manifest(place: Place) -> list[Shard] | None:
     if not place.has(MANIFEST):
         return None
     with errors_as(f"{place.path}/{MANIFEST} is damaged, remove it, and {AGAIN}"), place.open(MANIFEST) as file:
-        table = _parquet().read_table(file, page_checksum_verification=True)
-        columns = [table.column(name).to_pylist() for name in Shard._fields]
-    return [Shard(*row) for row in zip(*columns, strict=True)]
+        known = _parquet().ParquetFile(file, page_checksum_verification=True)
+        shards: list[Shard] = []
+        for batch in known.iter_batches(8192, use_threads=False):  # a whole table, and threads, take 40 MB more
+            shards += map(Shard, *(batch.column(name).to_pylist() for name in Shard._fields))
+        return shards
 
 
 def write_manifest(place: Place, shards: Sequence[Shard]) -> None:
