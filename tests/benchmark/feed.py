@@ -1,6 +1,6 @@
 """Whether `tokentm dataset` keeps a machine busy: its speed, and that of its stages by themselves.
 
-    python tests/benchmark/feed.py          # 6 minutes on 2 idle cores
+    python tests/benchmark/feed.py          # 3 minutes on 2 idle cores
 
 JPEGs of 500 x 375 in tars are read and decoded only, computed only (from what was decoded before), and explained by
 `explain_dataset`, in turns. Where devices compute and cores decode, the slower stage is the bound. Here the cores do
@@ -29,11 +29,11 @@ from tokentm_jax.runs import pipeline
 from tokentm_jax.runs.dataset import explain_dataset
 from tokentm_jax.runs.explainer import Explainer
 
-SHARDS, ROUNDS = 4, 1
+SHARDS, ROUNDS, BATCH = 4, 5, 16
 MODELS: dict[str, tuple[Any, int]] = {  # and the number of photos that take some seconds
-    "1 block of width 64, 32 x 32": (dict(img_size=32, patch_size=16, embed_dim=64, depth=1, num_heads=2), 2000),
-    "4 blocks of width 64, 96 x 96": (dict(img_size=96, patch_size=8, embed_dim=64, depth=4, num_heads=2), 2000),
-    "DeiT-tiny, 224 x 224": (architecture("deit_tiny_patch16_224")[0], 200),
+    "1 block of width 64, 32 x 32": (dict(img_size=32, patch_size=16, embed_dim=64, depth=1, num_heads=2), 1024),
+    "2 blocks of width 64, 64 x 64": (dict(img_size=64, patch_size=8, embed_dim=64, depth=2, num_heads=2), 1024),
+    "DeiT-tiny, 224 x 224": (architecture("deit_tiny_patch16_224")[0], 128),
 }
 
 
@@ -43,7 +43,7 @@ def explainer(name: str) -> Explainer:
     vit = Model(
         module, init_params(module, jax.random.key(0)), Preprocessing(module.img_size, **IMAGENET), None, "random"
     )
-    return Explainer(vit, logits="top5")
+    return Explainer(vit, logits="top5", batch_size=BATCH)
 
 
 def write_tars(folder: Path, count: int) -> None:
@@ -89,7 +89,7 @@ def main(out: Path | None) -> None:
         row = [*(spread(found[stage], 0 if speed.min() > 50 else 1) for stage in found)]
         rows.append([name, *row, spread(speed / np.minimum(decoding, computing)), spread(speed / both)])
     header = ["model", "decoding", "computing", "everything", "of the slower stage", "of the sum of the work"]
-    notes = f"Photos/s, median of {ROUNDS} rounds (the middle half of them). `tokentm`, logits of the top 5, batch 32."
+    notes = f"Photos/s, median of {ROUNDS} rounds (the middle half of them). `tokentm`, the top 5, batches of {BATCH}."
     publish(out, "# Feeding", table(header, rows), notes)
 
 
