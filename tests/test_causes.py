@@ -148,21 +148,27 @@ def test_pointing_explains_the_class_of_each_cell(colours, tmp_path):
     params = init_params(module, jax.random.key(1))
     vit = dataclasses.replace(vit, module=module, params=params, class_names=(*"01234567",))
     config = EvaluateConfig(
-        "p", "pointing", f"mosaic:2:{colours}", rows("gae"), profile="reference", limit=5, batch_size=4, score="margin"
+        "p",
+        "pointing",
+        f"mosaic:2:{colours}",
+        rows("input_gradient"),
+        profile="reference",
+        limit=5,
+        batch_size=5,
+        score="margin",
     )
     results = evaluate(config, vit, out=tmp_path / "p")
-    found = recorded(tmp_path / "p", "gae", "share")
+    found = recorded(tmp_path / "p", "input-gradient", "share")
     source = open_source(config.data, limit=5, seed=0)
     assert {*found} == {*source.keys}
-    for key, share in found.items():
-        example = source.read(key)
-        levels, mask = vit.preprocessing.levels(example, "reference")
-        heat = np.asarray(
-            tm.explain(vit, levels[None] / np.float32(255), "gae", target=[example.label], score=margin)
-        )[0]
-        inside = mask.reshape(2, 8, 3, 8).mean((1, 3))
-        assert share == pytest.approx((heat.clip(0) * inside).sum() / heat.clip(0).sum(), abs=1e-4)
-    own = {row["metric"]: row for row in results["rows"] if row["method"] == "gae"}
+    examples = [source.read(key) for key in found]
+    images, masks = zip(*(vit.preprocessing.levels(each, "reference") for each in examples), strict=True)
+    labels = [each.label for each in examples]
+    images = np.stack(images) / np.float32(255)
+    heat = np.asarray(tm.explain(vit, images, "input_gradient", target=labels, score=margin))
+    heat, inside = (np.asarray(a).reshape(5, 2, 8, 3, 8).mean((2, 4)) for a in (heat, masks))
+    np.testing.assert_allclose([*found.values()], (heat * inside).sum((1, 2)) / heat.sum((1, 2)), atol=1e-5)
+    own = {row["metric"]: row for row in results["rows"] if row["method"] == "input_gradient"}
     assert own["share"]["value"] == pytest.approx(np.mean([*found.values()]), abs=1e-6)
     assert own["counted"]["value"] == 100 and own["share"]["images"] == 5
 
@@ -274,7 +280,8 @@ def test_the_area_under_the_roc_curve_is_the_share_of_right_pairs():
     values = random.integers(0, 4, (6, 3, 5)).astype(np.float32)  # with ties
     positive, where = random.random((2, 6, 3, 5)) < 0.5
     positive[4], positive[5] = True, False  # no pairs
-    found, among = metrics.auc(values, positive), metrics.auc(values, positive, where)
+    auc = jax.jit(metrics.auc)
+    found, among = auc(values, positive, np.ones_like(where)), auc(values, positive, where)
     for i in range(6):
         assert found[i] == pytest.approx(slow_auc(values[i], positive[i]))
         assert among[i] == pytest.approx(slow_auc(values[i][where[i]], positive[i][where[i]]))
@@ -286,7 +293,7 @@ def test_a_map_on_the_cause_points_at_it():
     inside[:, 2, :2] = 0.25  # covered by less than a half: outside for the order, a quarter inside for the share
     maps = np.stack([inside[0] == 1, np.ones((4, 4)), inside[0] != 1, np.zeros((4, 4))]).astype(np.float32)
     maps[0, 3, 3] = -5  # relevance against the class is no relevance for it
-    found = {name: np.asarray(values) for name, values in metrics.pointing(maps, inside).items()}
+    found = {name: np.asarray(values) for name, values in jax.jit(metrics.pointing)(maps, inside).items()}
     np.testing.assert_allclose(found["share"], [1, 4.5 / 16, 0.5 / 12, 0], rtol=1e-6)
     np.testing.assert_allclose(found["auc"], [1, 0.5, 0, 0.5], rtol=1e-6)
     np.testing.assert_allclose(found["hit"], [1, 1, 0, 1])  # of equal values the first one counts
@@ -309,20 +316,22 @@ def test_exact_contributions_have_the_measured_effects_of_a_linear_model():
         return jnp.einsum("bhwc,hwck->bk", images, weights, precision="highest")
 
     target = np.array([0, 1, 1, 0])
-    drops = np.asarray(metrics.part_drops(predict, images, without, ids, target, 8))
+    measure = jax.jit(metrics.part_drops, static_argnums=(0, 5))
+    drops = np.asarray(measure(predict, images, without, ids, target, 8))
     for i in range(4):
         for part in range(1, 9):
             change = (images[i] - without[i]) * (ids[i] == part)[..., None]
             assert drops[i, part - 1] == pytest.approx((change * weights[..., target[i]]).sum(), abs=2e-3)
     contributions = np.stack([((images - without)[i] * weights[..., target[i]]).sum(-1) for i in range(4)])
     maps = contributions.reshape(4, 8, 8, 8, 8).sum((2, 4))
-    relevance = np.asarray(metrics.part_relevance(maps, ids, 8))
+    relevance = np.asarray(jax.jit(metrics.part_relevance, static_argnums=2)(maps, ids, 8))
     np.testing.assert_allclose(relevance, drops, atol=2e-3)  # no patch shows two parts
     present = np.stack([(ids == k).any((1, 2)) for k in range(1, 9)], 1)
-    found = metrics.effects(relevance, drops, present, 0.5)
+    effects = jax.jit(metrics.effects)
+    found = effects(relevance, drops, present, 0.5)
     np.testing.assert_allclose(found["correlation"], 1, rtol=1e-6)
     np.testing.assert_allclose(found["contrast"], 1)
-    opposite = metrics.effects(-relevance, drops, present, 0.5)
+    opposite = effects(-relevance, drops, present, 0.5)
     np.testing.assert_allclose(opposite["correlation"], -1, rtol=1e-6)
     np.testing.assert_allclose(opposite["contrast"], np.where(found["opposed"], 0, 0.5))
     for i in range(4):

@@ -29,6 +29,7 @@ def patches_of(inside: Float[AnyArray, "B gh gw"]) -> Bool[Array, "B gh gw"]:
       True where it covers half as much as of its best covered patch, or more: most of a patch for a large cause, and
       at least one patch for a cause that is smaller than a patch.
     """
+    inside = jnp.asarray(inside)
     most = inside.max((1, 2), keepdims=True)
     return (inside >= most / 2) & (inside > 0)
 
@@ -69,7 +70,8 @@ def auc(
       The probability that a positive value is larger than another one, where equal ones count half; 0.5 where there
       is no such pair.
     """
-    counted = jnp.ones_like(positive) if where is None else where
+    positive = jnp.asarray(positive)
+    counted = jnp.ones_like(positive) if where is None else jnp.asarray(where)
     axes, number = (1, 2), values.dtype
     found = positive & counted
     inside, count = found.sum(axes).astype(number), counted.sum(axes).astype(number)
@@ -157,6 +159,7 @@ def effects(
       - `caused`, whether a part has an effect: else the others say nothing; and `opposed`, whether an image has parts
         for and parts against the class: else `contrast` says nothing.
     """
+    relevance, drops, present = (jnp.asarray(array) for array in (relevance, drops, present))
     effect = present & (jnp.abs(drops) >= least)
     size = jnp.where(present, jnp.abs(relevance), 0)
     total = size.sum(1)
