@@ -329,10 +329,14 @@ def test_exact_contributions_have_the_measured_effects_of_a_linear_model():
     present = np.stack([(ids == k).any((1, 2)) for k in range(1, 9)], 1)
     effects = jax.jit(metrics.effects)
     found = effects(relevance, drops, present, 0.5)
-    np.testing.assert_allclose(found["correlation"], 1, rtol=1e-6)
+    np.testing.assert_allclose(found["rank_correlation"], 1, rtol=1e-6)
     np.testing.assert_allclose(found["contrast"], 1)
     opposite = effects(-relevance, drops, present, 0.5)
-    np.testing.assert_allclose(opposite["correlation"], -1, rtol=1e-6)
+    np.testing.assert_allclose(opposite["rank_correlation"], -1, rtol=1e-6)
+    noisy = effects((relevance**2).astype(np.float32), drops, present, 0.5)["linear_correlation"]
+    for i in range(4):
+        expected = np.corrcoef(relevance[i][present[i]] ** 2, drops[i][present[i]])[0, 1]
+        assert noisy[i] == pytest.approx(expected, abs=1e-4)
     np.testing.assert_allclose(opposite["contrast"], np.where(found["opposed"], 0, 0.5))
     for i in range(4):
         effect = abs(drops[i]) >= 0.5
@@ -359,7 +363,12 @@ def test_the_effects_of_an_evaluation_are_those_of_rendering_each_part_away(seer
         "e", "effects", "scenes:count:test", rows("rollout"), limit=3, batch_size=2, options={"least": 1e-4}
     )
     results = evaluate(config, seer, out=tmp_path / "e")
-    assert {row["metric"] for row in results["rows"]} >= {"correlation", "without_effect", "contrast"}
+    assert {row["metric"] for row in results["rows"]} >= {
+        "rank_correlation",
+        "linear_correlation",
+        "without_effect",
+        "contrast",
+    }
     drops = recorded(tmp_path / "e", "rollout", "drop")
     assert len(drops) == 3
     for key, found in drops.items():

@@ -57,7 +57,7 @@ RECORDS: dict[str, dict[str, tuple[Any, ...]]] = {  # type and shape per image o
     "leave_one_out": {"kendall": (float,)},
     "pointing": {"share": (float,), "auc": (float,), "hit": (float,), "sure": (bool,)},
     "effects": {
-        **dict.fromkeys(("correlation", "without_effect", "contrast"), (float,)),
+        **dict.fromkeys(("rank_correlation", "linear_correlation", "without_effect", "contrast"), (float,)),
         **dict.fromkeys(("caused", "opposed"), (bool,)),
         **dict.fromkeys(("drop", "relevance"), (float, 8)),
     },

@@ -152,7 +152,8 @@ def effects(
     Returns:
       For each image:
 
-      - `correlation`: Spearman's correlation of the relevance and the drops;
+      - `rank_correlation` (Spearman's) and `linear_correlation` (Pearson's) of the relevance and the drops. Parts
+        without an effect have small drops in a random order, which only the ranks notice;
       - `without_effect`: the share of the parts' absolute relevance that is on parts without an effect;
       - `contrast`: the probability that a part for the class (a positive drop) has more relevance than one against it
         (a negative drop), where equal ones count half;
@@ -166,12 +167,20 @@ def effects(
     wasted = jnp.where(effect, 0, size).sum(1) / jnp.where(total > 0, total, 1)
     opposed = (effect & (drops > 0)).any(1) & (effect & (drops < 0)).any(1)
     return {
-        "correlation": rank_correlation(relevance, drops, present),
+        "rank_correlation": rank_correlation(relevance, drops, present),
+        "linear_correlation": _pearson(relevance, drops, present),
         "without_effect": jnp.where(total > 0, wasted, 1),
         "contrast": auc(relevance[:, None], (drops > 0)[:, None], effect[:, None]),
         "caused": effect.any(1),
         "opposed": opposed,
     }
+
+
+def _pearson(a: Array, b: Array, where: Array) -> Array:
+    """Pearson's correlation of each pair of rows [B, K]; 0 for a constant one."""
+    a, b = (jnp.where(where, x - x.mean(1, where=where, keepdims=True), 0) for x in (a, b))
+    norm = jnp.sqrt(jnp.square(a).sum(1) * jnp.square(b).sum(1))
+    return jnp.where(norm > 0, (a * b).sum(1) / jnp.where(norm > 0, norm, 1), 0)
 
 
 # ---- the tasks ------------------------------------------------------------------------------------------------------
@@ -222,7 +231,8 @@ POINTING = Task(
 EFFECTS = Task(
     _effects,
     {
-        "correlation": among("correlation", "caused"),
+        "rank_correlation": among("rank_correlation", "caused"),
+        "linear_correlation": among("linear_correlation", "caused"),
         "without_effect": among("without_effect", "caused", better="lower"),
         "contrast": among("contrast", "opposed"),
         "counted": Column(lambda table: 100.0 * table["predicted_caused"], digits=1),

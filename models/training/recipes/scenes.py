@@ -37,7 +37,7 @@ def get_config(
             "num_classes": CLASSES.get(rule, 2),
         },
         fine_tune=None if first else ("scenes_counts", str(START)),
-        epochs=5 if first else 1,
+        epochs={"counts": 5, "more": 3}.get(rule, 1),
         warmup_epochs=1 if first else 0.1,
         batch_size=64,
         optimiser="muon",
