@@ -1,4 +1,4 @@
-"""Known causes: relevance against a truth that is known; mosaics of photos and a planted trigger.
+"""Known causes: relevance against a truth that is known; mosaics of photos, a planted trigger, rendered scenes.
 
     tokentm evaluate configs/causes.py                          2 x 2 mosaics of photos, DeiT-tiny: whose object is it?
     tokentm evaluate configs/causes.py:question=margin          the same, and why not the next best class
@@ -6,8 +6,10 @@
     tokentm evaluate configs/causes.py:data=cifar10             2 x 2 mosaics of CIFAR-10
     tokentm evaluate configs/causes.py:data=trigger             CIFAR-10 with a planted mark; needs the model of
                                                                 models/training/recipes/cifar10_trigger.py
+    tokentm evaluate configs/causes.py:data=xor                 rendered scenes and the effects of their parts; also
+                                                                conjunction, count, counts, position, bystander
 
-Data: `tokentm data fetch photos deit_tiny` or `cifar10`. Only cells and marks whose class has a
+Data: `tokentm data fetch photos deit_tiny` or `cifar10`; scenes are rendered. Only cells and marks whose class has a
 probability of 0.1 or more count (the column "counted" has their share). To choose on half of the cases and to confirm
 on the other half, add `--half even` or `--half odd`: they share no photo.
 Run time: not measured.
@@ -47,19 +49,31 @@ MASKED = {
 
 def get_config(
     *,
-    data: Literal["mosaic", "mosaic_3", "cifar10", "trigger"] = "mosaic",
+    data: Literal[
+        "mosaic",
+        "mosaic_3",
+        "cifar10",
+        "trigger",
+        "conjunction",
+        "xor",
+        "count",
+        "counts",
+        "position",
+        "bystander",
+    ] = "mosaic",
     question: Literal["class", "margin"] = "class",
 ) -> EvaluateConfig:
-    where, model, checkpoint = MASKED[data]
+    masked = data in MASKED
+    where, model, checkpoint = MASKED[data] if masked else (f"scenes:{data}:test", f"scenes_{data}", None)
     return EvaluateConfig(
         name=f"causes_{data}" + ("_margin" if question == "margin" else ""),
-        task="pointing",
+        task="pointing" if masked else "effects",
         data=where,
         model=model,
         checkpoint=checkpoint,
         rows=ROWS,
         profile="reference",
-        options={"probability": 0.1},
+        options={"probability": 0.1} if masked else {},
         score=None if question == "class" else "margin",
         limit=400,
     )
