@@ -39,6 +39,7 @@ AREAS = {  # cases of each
     "recipes": 420,
     "runs": 300,
     "stores": 500,
+    "shards": 440,
     "arguments": 400,
     "library": 540,
     "processes": 100,

@@ -20,11 +20,14 @@ AGAIN = ("dataset", "data", "--out", "store", "--checkpoint", CHECKPOINT, "--met
     "--batch-size", "2", "--shard-size", "4")
 
 
-def read() -> None:
+ZARR = Path(__file__).parents[1] / "goldens" / "zarr_store"
+
+
+def read(undamaged: Path = BASE / "store") -> None:
     """Read everything of the folder `store`: an InputError, or what the undamaged store has, where it says "done"."""
     from tokentm_jax import open_maps
 
-    good, found = open_maps(BASE / "store"), open_maps("store")
+    good, found = open_maps(undamaged), open_maps("store")
     done = np.flatnonzero(found.status[:])
     for name in ("status", "logits", "label", "prediction", "target", "key", "reason"):
         np.testing.assert_array_equal(getattr(found, name)[:][done], getattr(good, name)[:][done], err_msg=name)
@@ -43,14 +46,6 @@ def some() -> None:
         np.testing.assert_array_equal(found.read("tokentm", [i]), good.read("tokentm", [i]), err_msg=str(i))
     rows, maps = found.find("rollout", {}, [(key, None) for key in good.keys])
     np.testing.assert_array_equal(maps, good.read("rollout", rows))
-
-
-def anything() -> None:
-    """Read everything, whatever it is: whoever changes files so that their checksums hold can write any."""
-    from tokentm_jax import open_maps
-
-    found = open_maps("store")
-    repr(found), found.keys, found.skipped, [found.read(method) for method in found.maps]
 
 
 def each(note: str, *changes: Callable[[Path], object], expect: str = EITHER) -> Iterator[Case]:
@@ -154,10 +149,30 @@ def cases(rng: random.Random) -> Iterator[Case]:
     rng.shuffle(rest)
     yield from rest[:70]
     files = sorted(p.relative_to(BASE / "store") for p in (BASE / "store").rglob("*") if p.is_file())
+    old = zarr(rng)
     while True:
+        yield next(old)
         name = rng.choice(files)
         content = damage((BASE / "store" / name).read_bytes(), rng)
         yield rng.choice(list(each(f"{name} damaged", lambda p, n=name, c=content: (p / n).write_bytes(c))))
+
+
+def zarr(rng: random.Random) -> Iterator[Case]:
+    """A store of version 0.1 with one file changed."""
+    files = sorted(path.relative_to(ZARR) for path in ZARR.rglob("*") if path.is_file())
+    changes: tuple[Callable[[Path], object], ...] = (
+        Path.unlink, lambda p: os.truncate(p, 10), lambda p: os.truncate(p, 0), lambda p: (p.unlink(), fifo(p)),
+        lambda p: (p.unlink(), p.symlink_to("/dev/zero")), lambda p: sparse(p.read_bytes(), 10**10)(p), flip_bit,
+        lambda p: p.write_text("[" * 200_000), lambda p: p.write_text("null"))
+    while True:
+        name, change = rng.choice(files), rng.choice([*changes, None, None])
+        content = damage((ZARR / name).read_bytes(), rng)
+
+        def make(path: Path, name: Path = name, change: Any = change, content: bytes = content) -> None:
+            shutil.copytree(ZARR, path)
+            (path / name).write_bytes(content) if change is None else change(path / name)
+
+        yield Case(f"zarr: {name} changed", call=lambda: read(ZARR), files={"store": make}, expect=EITHER)
 
 
 def flip_bit(path: Path) -> None:

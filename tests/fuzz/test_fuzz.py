@@ -8,7 +8,7 @@ import pytest
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:os.fork")]
 
 AREAS = (
-    *("photos", "checkpoints", "mat", "zips", "tables", "recipes", "runs", "stores", "arguments", "library"),
+    *("photos", "checkpoints", "mat", "zips", "tables", "recipes", "runs", "stores", "shards", "arguments", "library"),
     "processes",
 )
 

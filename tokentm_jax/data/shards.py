@@ -27,9 +27,16 @@ _KINDS = {"tar": r"\.tar$", "parquet": r"\.parquet$", "array_record": r"\.array_
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _STAMPS = ("mtime", "ETag", "etag", "md5Hash", "crc32c", "LastModified", "created")  # fields of fsspec, by rank
 _READ = 32  # records at a time
+LONGEST_KEY = 4096  # characters
+_BUFFER = 2**22  # bytes that are read at a time of a column
+_RATIO = 100  # by which columns may be compressed: images hardly are
+LARGEST_MEMBER = 2**36  # bytes of a member of a tar, whatever it is
+LARGEST_HEADER = 2**20  # bytes of a long name or of other fields of a member of a tar
+_HEADERS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, b"X")
 _IMAGES = {suffix[1:] for suffix in photos.SUFFIXES}
 _SOUNDS = {suffix[1:] for suffix in audio.SUFFIXES}
-_CONTENT = ("image", *sorted(_IMAGES), "img", "audio", *sorted(_SOUNDS), "txt", "text", "sentence")  # columns, by rank
+_TEXTS = ("txt", "text", "sentence")
+_CONTENT = ("image", *sorted(_IMAGES), "img", "audio", *sorted(_SOUNDS), *_TEXTS)  # columns, by rank
 _LABEL = ("label", "cls", "class_index", "labels")
 _KEY = ("__key__", "key", "id")
 
@@ -157,14 +164,14 @@ def examples(shard: Shard) -> Iterator[Example]:
         with contextlib.ExitStack() as stack:
             file: Any = stack.enter_context(files.open(path, "rb"))
             if shard.kind == "array_record":
-                file = stack.enter_context(_local(file))
+                file = path if "file" in files.protocol else stack.enter_context(_local(file))
             count = 0
             try:
                 for example in _READERS[shard.kind](file, PurePosixPath(path).name):
-                    yield example
+                    yield example._replace(key=example.key[:LONGEST_KEY])
                     count += 1
-            except InputError:
-                raise
+            except InputError as error:
+                raise InputError(f"{shard.url}: {error}") from None
             except Exception as error:  # what the readers of damaged files raise has no common type
                 if isinstance(error, OSError) and error.errno is not None:
                     raise
@@ -195,50 +202,69 @@ def _label(value: Any) -> int | str | None:
     return int(value) if isinstance(value, int) and -LARGEST_LABEL <= value <= LARGEST_LABEL else None
 
 
+class _Member(tarfile.TarInfo):
+    """A member of a tar whose headers take little memory; `tarfile` itself reads headers of any size."""
+
+    def _proc_member(self, archive: Any) -> Any:
+        if self.type == tarfile.GNUTYPE_SPARSE or (self.type in _HEADERS and self.size > LARGEST_HEADER):
+            raise tarfile.ReadError("a member is sparse, or has a header that is too large")
+        return super()._proc_member(archive)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _proc_gnusparse_10(self, *_: Any) -> None:
+        raise tarfile.ReadError("a member is sparse")
+
+
 def _tar(file: Any, name: str) -> Iterator[Example]:
     """WebDataset: files with the same path up to the first dot of the name are one example. Nothing is extracted."""
-    key, members = "", {}
+    key, found = None, {}
 
     def example() -> Example:
-        suffix = next((suffix for suffix in _CONTENT if suffix in members), None)
         missing = InputError(f"{key} of {name} has no image, sound or text")
-        content: Any = missing if suffix is None else members[suffix]
-        if suffix in ("txt", "text", "sentence") and isinstance(content, bytes):
-            content = content.decode("utf-8", "replace")
-        return Example(key, content, _label(members.get("cls")))
+        return Example(str(key), found.get("content", missing), _label(found.get("label")))
 
-    with tarfile.open(fileobj=file, mode="r|") as archive:
+    with tarfile.open(fileobj=file, mode="r|", tarinfo=_Member) as archive:
         for member in archive:
+            archive.members.clear()  # else it keeps all of them  # pyright: ignore[reportAttributeAccessIssue]
+            if member.size > LARGEST_MEMBER:  # it would be skipped in small steps, also beyond the end of the file
+                raise tarfile.ReadError(f"a member has {member.size} bytes")
             if not member.isfile():
                 continue
             folder, slash, base = member.name.rpartition("/")
             stem, _, suffix = base.partition(".")
-            if members and folder + slash + stem != key:
+            if key not in (None, folder + slash + stem):
                 yield example()
-                members = {}
-            key = folder + slash + stem
-            suffix = suffix.lower()
-            members[""] = True  # also an example without anything that is read
-            if suffix in (*_CONTENT, "cls"):
-                content = archive.extractfile(member)
-                if content is None or member.size > MAX_ENTRY:
-                    members[suffix] = InputError(f"{member.name} is larger than {MAX_ENTRY >> 20} MiB")
-                else:
-                    members[suffix] = content.read()
-    if members:
+                found = {}
+            key, suffix = folder + slash + stem, suffix.lower()
+            rank = _CONTENT.index(suffix) if suffix in _CONTENT else len(_CONTENT)
+            if suffix == "cls" or rank < found.get("rank", len(_CONTENT)):
+                stream = archive.extractfile(member)
+                content: Any = InputError(f"{member.name} is larger than {MAX_ENTRY >> 20} MiB")
+                if stream is not None and member.size <= MAX_ENTRY:
+                    content = stream.read()
+                if suffix in _TEXTS and isinstance(content, bytes):
+                    content = content.decode("utf-8", "replace")
+                found |= {"label": content} if suffix == "cls" else {"content": content, "rank": rank}
+    if key is not None:
         yield example()
 
 
 def _parquet(file: Any, name: str) -> Iterator[Example]:
     """A column of encoded files, or of structs {bytes, path} as Hugging Face writes them, or of texts."""
     parquet = require("pyarrow.parquet", "stores", "a shard of Parquet")
-    table = parquet.ParquetFile(file)
+    table = parquet.ParquetFile(file, buffer_size=_BUFFER)  # else a whole row group is read
     present, known = table.schema_arrow.names, {"content": _CONTENT, "label": _LABEL, "key": _KEY}
     columns = {what: next((name for name in names if name in present), None) for what, names in known.items()}
     if columns["content"] is None:
         raise InputError(f"it has no column named {', '.join(_CONTENT)}; it has {', '.join(present)[:200]}")
-    row = 0
-    for batch in table.iter_batches(_READ, columns=[name for name in columns.values() if name is not None]):
+    wanted, row = [name for name in columns.values() if name is not None], 0
+    for i in range(table.num_row_groups):
+        group = table.metadata.row_group(i)
+        for j in range(group.num_columns):
+            column = group.column(j)
+            packed, unpacked = column.total_compressed_size, column.total_uncompressed_size
+            if column.path_in_schema.split(".")[0] in wanted and unpacked > MAX_ENTRY + _RATIO * packed:
+                raise ValueError(f"row group {i} has {packed:,} bytes, which unpack to {unpacked:,}")
+    for batch in table.iter_batches(_READ, columns=wanted):
         found = {what: batch.column(name) for what, name in columns.items() if name is not None}
         for i in range(batch.num_rows):
             value = {what: column[i].as_py() for what, column in found.items()}
@@ -269,7 +295,7 @@ _MAGIC = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", 
 
 
 def _record(record: bytes, key: str) -> Example:
-    if record.startswith(_MAGIC):
+    if record.startswith(_MAGIC) or len(record) > MAX_ENTRY:  # which is refused when it is decoded
         return Example(key, record)
     protocol = require("tensorflow_datasets.proto", "data", "a record of tf.train.Example").tf_example_pb2
     try:

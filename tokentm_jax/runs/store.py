@@ -38,6 +38,7 @@ GROUP = 256  # examples of a row group, or a little more so that batches divide 
 AGAIN = "run the same `tokentm dataset` command again"
 DAMAGED = f"{AGAIN} with --verify, and it is computed again"
 _PART = re.compile(r"(\d{8,})-(\d{1,10})-(\d{1,10})\.parquet")
+_TEXT = 2**18  # bytes of a key and a reason at most: an entry of a zip has a name of 2**16
 _OPEN_PARTS = 32  # files that are kept open for reading
 _PAGES = {"compression": "zstd", "compression_level": 3, "write_page_checksum": True, "use_dictionary": False}
 _PAGES |= {"write_statistics": False}
@@ -307,7 +308,7 @@ class PartReader:
     def _require_size(self, group: int) -> None:
         """InputError for a row group that would unpack to more than its rows can have."""
         known = self._file.metadata.row_group(group)
-        row = sum(int(np.prod(shape)) * 8 + 4096 for shape, _ in self._store.layout.values())
+        row = sum(int(np.prod(shape)) * 8 + _TEXT for shape, _ in self._store.layout.values())
         if known.num_rows > self._store.group or known.total_byte_size > known.num_rows * row + 2**20:
             raise InputError("its row groups are larger than they can be")
 
