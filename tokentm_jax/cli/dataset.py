@@ -152,7 +152,6 @@ def _share(shard: str | None, coordinator: str | None, processes: int | None, pr
         if shard is not None or processes is None or process is None:
             raise InputError("--processes N and --process I are now --shard I/N, and need each other")
         shard = f"{process}/{processes}"
-        click.echo(f"Warning: --processes and --process are deprecated: use --shard {shard}", err=True)
     if shard is None:
         return 0, 1
     first, _, second = shard.partition("/")
@@ -168,4 +167,6 @@ def _share(shard: str | None, coordinator: str | None, processes: int | None, pr
             raise InputError(f"--shard auto found {found[0]}={index}, but not how many jobs there are: use auto/N")
     if not (first.isdecimal() and second.isdecimal() and int(first) < int(second)):
         raise InputError(f"--shard must be I/N with I from 0 to N - 1, got {shard!r:.80}")
+    if processes is not None:
+        click.echo(f"Warning: --processes and --process are deprecated: use --shard {shard}", err=True)
     return int(first), int(second)

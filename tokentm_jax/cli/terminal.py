@@ -88,20 +88,21 @@ def running_work(title: str = "Batches", unit: str = "batches") -> Iterator[Any]
     with Live(bar, console=console, transient=True) as live:
 
         def report(done: int, total: int, more: Any) -> None:
-            """`more`: how many are skipped, or a function that gives the figures."""
+            """`total` 0: unknown. `more`: how many are skipped, or a function that gives the figures."""
             nonlocal printed
             now = time.monotonic()
             began.append((now, done)) if not began else None
             speed = (done - began[0][1]) / max(now - began[0][0], 1e-9)
-            text = f"{speed:.1f} {unit}/s, {_duration((total - done) / speed)} left" if speed else "starting"
+            text = f"{speed:.1f} {unit}/s" if speed else "starting"
+            text += f", {_duration((total - done) / speed)} left" if speed and total else ""
             text += f", {more} skipped" if more and not callable(more) else ""
-            bar.update(task, completed=done, total=total, speed=text)
+            bar.update(task, completed=done, total=total or None, speed=text)
             every = 2 if console.is_terminal else 30  # figures of a large run take a while themselves
-            if now - printed <= every and (done < total or callable(more)):
+            if now - printed <= every and (done != total or callable(more)):
                 return
             printed = now
             if not console.is_terminal:
-                click.echo(printable(f"{title}: {done} of {total} {unit}, {text}"), err=True)
+                click.echo(printable(f"{title}: {done} of {total or 'unknown'} {unit}, {text}"), err=True)
             elif callable(more):
                 live.update(Group(bar, _figures(more())))
 

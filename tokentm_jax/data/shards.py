@@ -158,8 +158,8 @@ def examples(shard: Shard) -> Iterator[Example]:
         found = _identity(files.info(path))[1]
         if shard.identity and found != shard.identity:
             raise InputError(
-                f"{shard.url} has changed: its identity was {shard.identity!r} when the manifest was made, and is "
-                f"{found!r}; choose another --out"
+                f"{shard.url} has changed since the store was begun: its size and its time or checksum were "
+                f"{shard.identity!r} and are {found!r}; choose another --out"
             )
         with contextlib.ExitStack() as stack:
             file: Any = stack.enter_context(files.open(path, "rb"))

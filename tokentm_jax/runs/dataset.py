@@ -45,7 +45,7 @@ def explain_dataset(
       source: the data; a path as `tokentm_jax.data.sources.open_source` takes it; or files that are shards, local or
         in an object store: "train-{000000..001281}.tar", "s3://bucket/*.parquet", "data.array_record".
       out: a local folder, or a URL such as s3://bucket/maps.
-      report: called with (examples finished, examples in all as far as known, examples skipped by this run).
+      report: called with (examples finished, examples in all or 0 where unknown, examples skipped by this run).
       process, processes: this process writes every shard whose number has the remainder `process`.
       limit: number of examples, at even intervals; not for files that are shards.
       shard_size: examples of a shard of other sources, a multiple of the batch size; None: 256 or a little more, and
@@ -83,8 +83,9 @@ def explain_dataset(
     known = count + sum(max(shard.rows, 0) for shard in todo)
 
     def say(done: int) -> None:
+        estimate = round(unknown * float(np.mean(rows))) if rows else 0
         if report is not None:
-            report(done, max(done, known + round(unknown * float(np.mean(rows)) if rows else 0)), skipped)
+            report(done, 0 if unknown and not rows else max(done, known + estimate), skipped)
 
     say(count)
     with closing(run(todo) if run else run_shards(explainer, todo, store, data, clock)) as steps:
@@ -95,5 +96,6 @@ def explain_dataset(
             else:
                 new, bad = len(step["status"]), int((step["status"] == stores.SKIPPED).sum())
             count, skipped = count + new, skipped + bad
-            say(count)
+            if new:
+                say(count)
     return Outcome(len(own), len(todo), damaged, "" if run else clock.sentence())

@@ -69,7 +69,8 @@ def begin(
         now = _listed(data, spec, [], size)
         require_same(place.path, made, {name: now[name] for name in ("data", "examples", "keys", "shard_size")})
     elif spec != made["data"]["spec"]:
-        raise InputError(f"{place.path} was made with data {made['data']['spec']}, and this command has {spec}")
+        earlier = f"{place.path} was made with data {made['data']['spec']}"
+        raise InputError(f"{earlier}, and this command has {spec}; choose another --out")
     known = stores.read_manifest(place)
     if known is None:
         known = shards or (find_shards(spec) if data is None else slices(data, size, spec))
