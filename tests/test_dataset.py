@@ -471,7 +471,7 @@ def test_bad_settings_are_named_before_anything_is_written(explainer, source, tm
         ("'methods' ", {"methods": "gae"}, 4, source),
         ("'options' must be", {"options": ["fnf"]}, 4, source),
         ("has no labels to explain", {"target": "label"}, 4, unlabelled),
-        ("expected a loaded model, of tm.load, got int", {"model": 3}, 4, source),
+        ("'model' must be an instance of Model or a valid string", {"model": 3}, 4, source),
     ):
         with pytest.raises(InputError, match=sentence):
             changed = dataclasses.replace(explainer, **change)

@@ -14,8 +14,9 @@ from PIL import Image
 from tokentm_jax.cli.main import main
 from tokentm_jax.configs import EvaluateConfig, rows
 from tokentm_jax.data import labels
+from tokentm_jax.data.examples import Source
 from tokentm_jax.data.labels import read_label_map
-from tokentm_jax.data.sources import Source, open_source
+from tokentm_jax.data.sources import open_source
 from tokentm_jax.errors import InputError
 from tokentm_jax.models.checkpoint import write_checkpoint
 from tokentm_jax.models.classes import known_classes, translation

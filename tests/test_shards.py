@@ -21,8 +21,9 @@ from PIL import Image
 
 import tokentm_jax as tm
 from tokentm_jax.cli.main import main
+from tokentm_jax.data.examples import Example
 from tokentm_jax.data.shards import find_shards, slices
-from tokentm_jax.data.sources import Example, open_source
+from tokentm_jax.data.sources import open_source
 from tokentm_jax.errors import InputError
 from tokentm_jax.inputs.decoding import Setup, decode_all, submit
 from tokentm_jax.models.checkpoint import write_checkpoint

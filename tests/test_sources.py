@@ -20,7 +20,8 @@ from PIL import Image
 
 from tokentm_jax import data, inputs
 from tokentm_jax.data import photos
-from tokentm_jax.data.sources import Example, open_source
+from tokentm_jax.data.examples import Example
+from tokentm_jax.data.sources import open_source
 from tokentm_jax.errors import InputError
 from tokentm_jax.inputs.batches import batches
 from tokentm_jax.inputs.images import HALF, Preprocessing

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from tokentm_jax.data.audio import Recording
-from tokentm_jax.data.sources import Example, open_source
+from tokentm_jax.data.examples import Example
+from tokentm_jax.data.sources import open_source
 from tokentm_jax.errors import InputError
 from tokentm_jax.inputs.images import Preprocessing
 

@@ -15,7 +15,8 @@ from jax import Array
 
 from models.training.loop import Loop, State, adamw, begin, descend, run_steps
 from models.training.recipe import TextTrainConfig
-from tokentm_jax.data.sources import Example, open_source
+from tokentm_jax.data.examples import Example
+from tokentm_jax.data.sources import open_source
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import replace, write_json, write_text
 from tokentm_jax.identity import claimed, digest, digest_files, environment

@@ -16,7 +16,7 @@ from tokentm_jax.cli.figure import Explained, Scales, arranged, grid, overlay_fi
 from tokentm_jax.cli.names import question_of, require_free
 from tokentm_jax.cli.terminal import complain, console, memory_errors, print_table, running
 from tokentm_jax.cli.words import print_words
-from tokentm_jax.data.sources import Example
+from tokentm_jax.data.examples import Example
 from tokentm_jax.errors import InputError, printable
 from tokentm_jax.files import replace, version_of
 from tokentm_jax.identity import write_figure

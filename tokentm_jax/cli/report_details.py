@@ -17,7 +17,7 @@ from tokentm_jax import metrics
 from tokentm_jax.cli.heatmaps import softmax
 from tokentm_jax.cli.terminal import complain, memory_errors
 from tokentm_jax.configs import Row
-from tokentm_jax.data.sources import kind_of
+from tokentm_jax.data.examples import kind_of
 from tokentm_jax.errors import InputError
 from tokentm_jax.inputs.pictures import Panel, as_base64
 from tokentm_jax.inputs.values import looked_up

@@ -19,8 +19,9 @@ from tokentm_jax.cli.report_details import LARGE, Json, Photos, details_of, pack
 from tokentm_jax.cli.templates import render
 from tokentm_jax.cli.terminal import complain, running_work
 from tokentm_jax.configs import RANDOM, Row
+from tokentm_jax.data.examples import Example, Source
 from tokentm_jax.data.labels import IMAGENET_1K
-from tokentm_jax.data.sources import Example, Source, open_source, spread
+from tokentm_jax.data.sources import open_source, spread
 from tokentm_jax.errors import InputError, printable
 from tokentm_jax.files import write_text
 from tokentm_jax.identity import digest

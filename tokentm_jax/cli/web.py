@@ -29,8 +29,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tokentm_jax.cli.figure import colour_tables
 from tokentm_jax.cli.heatmaps import Asked, Column, Job
+from tokentm_jax.data.examples import Example
 from tokentm_jax.data.labels import number
-from tokentm_jax.data.sources import Example
 from tokentm_jax.errors import InputError
 from tokentm_jax.inputs.pictures import as_base64
 from tokentm_jax.methods.table import METHODS

@@ -3,14 +3,15 @@
 import contextlib
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from annotated_types import Ge, Gt, Le
 from PIL import Image
 
+from tokentm_jax.data.examples import Example, Source, kind_of
 from tokentm_jax.data.scenes import RULES, SPLITS, scene
-from tokentm_jax.data.sources import Example, Source, kind_of, open_source
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.identity import digest
 from tokentm_jax.validation import check_options, options_of
@@ -19,12 +20,17 @@ VERSION = 1  # of what is drawn and rendered; another one has other pixels
 MOST_CELLS = 4  # of a side of a mosaic
 
 
-def open_causes(spec: str) -> Source:
-    """The data set of "scenes:RULE:SPLIT", "mosaic:K:DATA" or "trigger:OPTIONS:DATA"; see `open_source`.
+Open = Callable[[str], Source]
+
+
+def open_causes(spec: str, open_source: Open) -> Source:
+    """The data set of "scenes:RULE:SPLIT", "mosaic:K:DATA" or "trigger:OPTIONS:DATA"; `open_source` opens DATA.
 
     Raises InputError.
     """
-    return {"scenes": _scenes, "mosaic": _mosaics, "trigger": _triggers}[spec.partition(":")[0]](spec)
+    if spec.startswith("scenes:"):
+        return _scenes(spec)
+    return (_mosaics if spec.startswith("mosaic:") else _triggers)(spec, open_source)
 
 
 def _scenes(spec: str) -> Source:
@@ -46,7 +52,7 @@ def _scenes(spec: str) -> Source:
     return Source(spec, lambda: identity, keys, read, names, masked=True, parts=True, stamp=lambda _: identity)
 
 
-def _mosaics(spec: str) -> Source:
+def _mosaics(spec: str, open_source: Open) -> Source:
     """Mosaics of k x k photos of different classes. An example is a cell of one: its class, and a mask of the cell.
 
     Mosaics of even numbers have photos at even positions of the data, others those at odd positions, and their cells
@@ -119,7 +125,7 @@ def mark(size: int) -> np.ndarray:
     return np.where(((rows + columns) % 2 == 0)[..., None], (255, 0, 255), (0, 255, 0)).astype(np.uint8)
 
 
-def _triggers(spec: str) -> Source:
+def _triggers(spec: str, open_source: Open) -> Source:
     """Photos of other classes than the trigger's, with its mark: labelled with its class, with a mask of the mark, and
     without the mark. With a `share` below 1, for training, all photos, of which some are marked."""
     trigger, data = _trigger_of(spec)

@@ -16,8 +16,9 @@ from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from tokentm_jax.data import audio, photos
+from tokentm_jax.data.examples import MAX_ENTRY, Example, Source
 from tokentm_jax.data.labels import number
-from tokentm_jax.data.sources import LARGEST_LABEL, MAX_ENTRY, Example, Source
+from tokentm_jax.data.sources import LARGEST_LABEL
 from tokentm_jax.errors import InputError, require
 from tokentm_jax.files import reason
 

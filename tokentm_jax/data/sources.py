@@ -6,99 +6,31 @@ import functools
 import os
 import re
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from io import BytesIO
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from annotated_types import Ge
-from PIL import Image
 
 from tokentm_jax.data import audio
-from tokentm_jax.data.audio import Recording
+from tokentm_jax.data.causes import open_causes
+from tokentm_jax.data.examples import MAX_ENTRY, Example, Source, is_a
 from tokentm_jax.data.labels import csv_rows, number
 from tokentm_jax.data.mat import open_mat
-from tokentm_jax.data.photos import SUFFIXES, check_size, decode, open_photo
+from tokentm_jax.data.photos import SUFFIXES
 from tokentm_jax.errors import InputError, require
 from tokentm_jax.files import errors_as, opened, read_entry, read_text, reason
 from tokentm_jax.identity import digest, digest_files
 from tokentm_jax.validation import checked
 
-MAX_ENTRY = 64 * 2**20  # bytes of one image inside a zip or another file
 LARGEST_LABEL = 2**31 - 1
-_SOUNDS = (b"fLaC", b"OggS")  # the first bytes of a recording; WAV has more
 LARGEST_TEXTS = 256 * 2**20  # bytes of a file of texts
 VADER = "vader:"
 CAUSES = ("scenes:", "mosaic:", "trigger:")
 
 
 Item = TypeVar("Item")
-
-
-class Example(NamedTuple):
-    """One image, recording or text with its label and mask. Before it is `decoded`, its content is encoded."""
-
-    key: str
-    content: Any  # Image.Image | Recording | str; encoded: bytes | Path
-    label: int | str | None = None  # of an encoded example, the name of the class if it has one
-    # [H, W]: true in the foreground, or the number of a part from 1 on; or the rating of each character of a text.
-    mask: np.ndarray | None = None
-    without: Any = None  # the content without any of these parts, for known causes
-
-
-def kind_of(content: Any) -> str:
-    """The kind of the content of an example, for messages."""
-    return "text" if isinstance(content, str) else "recording" if isinstance(content, Recording) else "photo"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Source:
-    """Examples in a fixed order. `source[i]` reads and decodes one; InputError if it cannot be read."""
-
-    name: str
-    identify: Callable[[], str]  # computes `identity`, which a part of the source shares
-    keys: tuple[str, ...]  # unique names
-    fetch: Callable[[str], Example]  # reads an example; its content may be encoded, and its label the name of a class
-    class_names: tuple[str, ...] | None = None
-    labelled: bool = True
-    masked: bool = False
-    parts: bool = False  # masks are the numbers of parts, and examples have `without`
-    named: bool = True  # false if `class_names` are only the numbers of the classes
-    sizes: tuple[int, ...] | None = None  # lengths of texts, so that a batch has texts of similar length
-    stamp: Callable[[Sequence[str] | None], str] | None = None  # of examples (None: all), by sizes, times, checksums
-
-    def stamped(self, keys: Sequence[str] | None = None) -> str:
-        """`stamp`; where there is none, the identity."""
-        return self.identity if self.stamp is None else self.stamp(keys)
-
-    @functools.cached_property
-    def identity(self) -> str:
-        """A hash of the content of the whole data set, also for a part of it. This reads all files."""
-        return self.identify()
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.read(self.keys[index])
-
-    def read(self, key: str) -> Example:
-        """An example, decoded, with the number of its class."""
-        example = decoded(self.fetch(key))
-        label = example.label
-        return example._replace(label=self._classes[label]) if isinstance(label, str) else example
-
-    def encoded(self, key: str) -> Example:
-        """An example as `fetch` reads it, with the name of its class if it has one."""
-        example = self.fetch(key)
-        if self.named and self.class_names is not None and isinstance(example.label, int):
-            return example._replace(label=self.class_names[example.label])
-        return example
-
-    @functools.cached_property
-    def _classes(self) -> dict[str, int]:
-        return {name: i for i, name in reversed([*enumerate(self.class_names or ())])}
 
 
 Half = Literal["even", "odd"]
@@ -144,9 +76,7 @@ def open_source(
     if str(spec).startswith("tfds:"):
         source = _tfds(str(spec))
     elif str(spec).startswith(CAUSES):
-        from tokentm_jax.data.causes import open_causes  # which opens sources
-
-        source = open_causes(str(spec))
+        source = open_causes(str(spec), open_source)
     elif os.path.isdir(path):
         source = _listed(path) if os.path.lexists(path / "labels.csv") else _folder(path)
     else:
@@ -183,28 +113,6 @@ def spread(items: Sequence[Item], limit: int | None) -> Sequence[Item]:
     return [items[i * len(items) // limit] for i in range(limit)]
 
 
-def decoded(example: Example, least: int | None = None) -> Example:
-    """An example of `Source.fetch` with its content as an image, recording or text. Raises InputError.
-
-    Args:
-      least: decode a JPEG only as finely as its short side needs to have this many pixels; see `photos.decode`.
-    """
-    content: Any = example.content
-    name = f"record {example.key}" if example.key.isdecimal() else example.key or "the image"
-    if isinstance(content, InputError):
-        raise content
-    if isinstance(content, Path):
-        content = _open(content, least)
-    elif isinstance(content, bytes):
-        content = _decode_entry(content, name, least)
-    elif isinstance(content, np.ndarray):
-        if content.ndim != 3 or content.dtype != np.uint8 or content.shape[2] not in (1, 3):
-            raise InputError(f"{name} is no image [H, W, 3] of type uint8")
-        check_size(content.shape[1], content.shape[0], name)
-        content = Image.fromarray(np.ascontiguousarray(np.broadcast_to(content, (*content.shape[:2], 3))))
-    return example._replace(content=content)
-
-
 def reopened(spec: str) -> Source:
     """A source whose keys are known: `fetch` and `stamp` work as those of `open_source`, and no folder is listed."""
     path = Path(spec)
@@ -227,7 +135,7 @@ def _in_classes(
     stamp: Callable[[Sequence[str]], str],
 ) -> Source:
     """A source of "…/class/image" names, or without labels if no image is in a folder."""
-    found = [n for n in names if _is_a(n, SUFFIXES)] or [n for n in names if _is_a(n, audio.SUFFIXES)]
+    found = [n for n in names if is_a(n, SUFFIXES)] or [n for n in names if is_a(n, audio.SUFFIXES)]
     if not found:
         raise InputError(f"{name} has no images and no recordings")
     labels = {n: label for n in sorted(found) if (label := _class_of(n)) is not None}
@@ -242,12 +150,6 @@ def _in_classes(
         labelled=bool(labels),
         stamp=lambda some: stamp(keys if some is None else some),
     )
-
-
-def _is_a(name: str, suffixes: Collection[str]) -> bool:
-    path = PurePosixPath(name)
-    hidden = any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in path.parts)
-    return path.suffix.lower() in suffixes and not hidden
 
 
 def _folder(path: Path) -> Source:
@@ -283,10 +185,6 @@ def _stamp(folder: Path, names: Iterable[str]) -> str:
     return digest([one(name) for name in names])
 
 
-def _open(path: Path, least: int | None = None) -> Image.Image | Recording:
-    return audio.open_recording(path) if _is_a(path.name, audio.SUFFIXES) else open_photo(path, least)
-
-
 def _zip(path: Path) -> Source:
     try:
         archive = zipfile.ZipFile(path)
@@ -306,14 +204,6 @@ def _zip(path: Path) -> Source:
         return digest([(key, archive.getinfo(key).file_size, archive.getinfo(key).CRC) for key in keys])
 
     return _in_classes(f"the zip file {path}", [info.filename for info in entries], identify, content, stamp)
-
-
-def _decode_entry(content: bytes, name: str, least: int | None = None) -> Image.Image | Recording:
-    if len(content) > MAX_ENTRY:
-        raise InputError(f"{name} is larger than {MAX_ENTRY >> 20} MiB")
-    if _is_a(name, audio.SUFFIXES) or content[:4] in _SOUNDS or (content[:4], content[8:12]) == (b"RIFF", b"WAVE"):
-        return audio.decode(BytesIO(content), name)
-    return decode(BytesIO(content), name, least)
 
 
 def _listed(path: Path) -> Source:

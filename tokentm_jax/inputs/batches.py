@@ -8,8 +8,8 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from annotated_types import Ge
 
+from tokentm_jax.data.examples import Example, Source
 from tokentm_jax.data.photos import decoding
-from tokentm_jax.data.sources import Example, Source
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.inputs.reader import PROFILES, Reader
 from tokentm_jax.validation import checked

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tokentm_jax.data.examples import Example, decoded
 from tokentm_jax.data.photos import decoding
-from tokentm_jax.data.sources import Example, decoded
 from tokentm_jax.errors import InputError
 from tokentm_jax.inputs.reader import Reader
 
@@ -29,7 +29,7 @@ _SENT = (bytes, str, Path, np.ndarray, InputError)  # contents that another proc
 
 
 class Setup(NamedTuple):
-    """How examples are decoded: `least` is as in `sources.decoded`."""
+    """How examples are decoded: `least` is as in `examples.decoded`."""
 
     reader: Reader
     profile: str

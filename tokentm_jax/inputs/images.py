@@ -19,8 +19,8 @@ from PIL import Image
 
 from tokentm_jax.data.audio import LONGEST, MOST
 from tokentm_jax.data.audio import Spectrogram as Spectrogram
+from tokentm_jax.data.examples import Example, Source, kind_of
 from tokentm_jax.data.photos import find_photos
-from tokentm_jax.data.sources import Example, Source, kind_of
 from tokentm_jax.errors import InputError, printable
 from tokentm_jax.files import as_path
 from tokentm_jax.inputs import photos, recordings

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from jax import Array
 
-from tokentm_jax.data.sources import Example, Source
+from tokentm_jax.data.examples import Example, Source
 from tokentm_jax.inputs.pictures import Panel
 
 PROFILES = ("default", "reference")

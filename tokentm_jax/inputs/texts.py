@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tokentm_jax.data.sources import Example, Source, kind_of
+from tokentm_jax.data.examples import Example, Source, kind_of
 from tokentm_jax.errors import InputError, Unfit, require
 from tokentm_jax.files import read_text, reason
 from tokentm_jax.inputs.passages import Passage

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from tokentm_jax.data.examples import Source
 from tokentm_jax.data.labels import LabelMap, alike, number, read_label_map
-from tokentm_jax.data.sources import Source
 from tokentm_jax.errors import InputError
 from tokentm_jax.models.loading import Model
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from tokentm_jax.data.sources import Source
+from tokentm_jax.data.examples import Source
 from tokentm_jax.runs import store as stores
 from tokentm_jax.runs.explainer import Explainer
 from tokentm_jax.runs.job import begin

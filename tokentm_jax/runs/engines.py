@@ -12,8 +12,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
+from tokentm_jax.data.examples import Source
 from tokentm_jax.data.shards import Shard
-from tokentm_jax.data.sources import Source
 from tokentm_jax.errors import InputError, require, suggest
 from tokentm_jax.files import reason
 from tokentm_jax.runs.beam import LOSSES, beam

@@ -11,8 +11,9 @@ import numpy as np
 from jax import Array
 
 from tokentm_jax.configs import RANDOM, EvaluateConfig, Row, check
+from tokentm_jax.data.examples import Source
 from tokentm_jax.data.labels import read_label_map
-from tokentm_jax.data.sources import Source, open_source
+from tokentm_jax.data.sources import open_source
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import reason, require_ours, write_json, write_text
 from tokentm_jax.identity import claimed, digest, environment, write_figure

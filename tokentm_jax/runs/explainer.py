@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from annotated_types import Ge, Interval
 
+from tokentm_jax.data.examples import Example
 from tokentm_jax.data.labels import read_label_map
-from tokentm_jax.data.sources import Example
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.identity import digest
 from tokentm_jax.inputs.decoding import Setup, submit

@@ -6,9 +6,10 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from tokentm_jax.data.examples import Source
 from tokentm_jax.data.labels import read_label_map
 from tokentm_jax.data.shards import Shard, find_shards, kind_of_shards, slices
-from tokentm_jax.data.sources import Source, open_source
+from tokentm_jax.data.sources import open_source
 from tokentm_jax.errors import InputError
 from tokentm_jax.identity import digest, environment, require_same
 from tokentm_jax.models.classes import known_classes, translation

@@ -20,7 +20,7 @@ from typing_extensions import TypedDict
 
 from tokentm_jax import configs
 from tokentm_jax.configs import RANDOM, EvaluateConfig, Row
-from tokentm_jax.data.sources import Source
+from tokentm_jax.data.examples import Source
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.files import ours, read_json, require_ours, write_json, write_text
 from tokentm_jax.identity import claimed, digest, environment, write_figure

@@ -17,8 +17,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from tokentm_jax.data.examples import Example, Source
 from tokentm_jax.data.shards import Shard, examples
-from tokentm_jax.data.sources import Example, Source, reopened
+from tokentm_jax.data.sources import reopened
 from tokentm_jax.errors import InputError
 from tokentm_jax.inputs.decoding import cores, submit
 from tokentm_jax.runs.explainer import Explainer, Started
