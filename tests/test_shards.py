@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,8 @@ from tokentm_jax.models.checkpoint import write_checkpoint
 from tokentm_jax.runs.dataset import explain_dataset
 from tokentm_jax.runs.explainer import Explainer
 from tokentm_jax.runs.job import begin, run_shard
-from tokentm_jax.runs.store import open_maps
+from tokentm_jax.runs.place import Place
+from tokentm_jax.runs.store import open_maps, read_manifest, write_manifest
 
 ROWS = 5  # of a shard
 TEXTS = Path(__file__).parent / "goldens/texts/distilbert"
@@ -428,6 +430,30 @@ opened = time.process_time() - began - seconds
 memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 print(json.dumps([len(store.shards), len(todo), len(maps), imported, seconds, opened, memory]))
 """
+
+
+def test_a_billion_rows_are_read_where_they_are_indexed(explainer, tmp_path):
+    """A real part, and 100,000 shards that are not done yet."""
+    (tmp_path / "photos").mkdir()
+    for i in range(4):
+        (tmp_path / f"photos/{i}.png").write_bytes(encoded(i))
+    out, photos = tmp_path / "maps", str(tmp_path / "photos")
+    explain_dataset(explainer, photos, str(out), shard_size=4)
+    expected, place = open_maps(out).read("gae"), Place(out)
+    (first,) = read_manifest(place) or ()
+    more = [first._replace(index=i, first=4 + 10_000 * (i - 1), rows=10_000) for i in range(1, 100_001)]
+    write_manifest(place, [first, *more])
+    made = json.loads((out / "tokentm.json").read_text())
+    (out / "tokentm.json").write_text(json.dumps({**made, "shards": 100_001}))
+    found = open_maps(out)
+    tracemalloc.start()
+    assert len(found) == 10**9 + 4 and found.missing == 100_000
+    assert "1000000004 examples, 4 done, 0 skipped, 100000 of 100001 shards missing" in repr(found)
+    maps = found.read("gae", [3, 10**9, 0, 5 * 10**8])
+    np.testing.assert_array_equal(maps[[0, 2]], expected[[3, 0]])
+    assert np.isnan(maps[[1, 3]]).all() and found.key[-1] == "" and found.maps["gae"][2:5, 0].shape == (3, 3)
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
 
 
 @pytest.mark.slow
