@@ -21,6 +21,7 @@ from tokentm_jax.cli.terminal import complain, running_work
 from tokentm_jax.configs import RANDOM, Row
 from tokentm_jax.data.examples import Example, Source
 from tokentm_jax.data.labels import IMAGENET_1K
+from tokentm_jax.data.shards import kind_of_shards
 from tokentm_jax.data.sources import open_source, spread
 from tokentm_jax.errors import InputError, printable
 from tokentm_jax.files import write_text
@@ -271,8 +272,11 @@ def store_page(path: str, given: Given) -> Page:
             raise InputError(f"{vit.name} prepares its inputs in another way than the model of {path}")
     elif "tokenizer" in preprocessing:
         raise InputError(f"{path} has maps of texts, whose words need their model: name it with --model")
+    data = given.data or re.sub(r"^the (folder|zip file) ", "", made["data"]["name"])
     try:
-        source = open_source(given.data or re.sub(r"^the (folder|zip file) ", "", made["data"]["name"]))
+        if kind_of_shards(data) is not None:
+            raise InputError(f"a report reads no pictures from shards, such as {data}")
+        source = open_source(data)
     except InputError as error:
         notices.append(f"No pictures: the data is not available: {error}")
     keys = [stored.keys[place] for place in places]
