@@ -6,8 +6,8 @@
     tokentm evaluate configs/causes.py:data=cifar10             2 x 2 mosaics of CIFAR-10
     tokentm evaluate configs/causes.py:data=trigger             CIFAR-10 with a planted mark; needs the model of
                                                                 models/training/recipes/cifar10_trigger.py
-    tokentm evaluate configs/causes.py:data=xor                 rendered scenes and the effects of their parts; also
-                                                                conjunction, count, counts, position, bystander
+    tokentm evaluate configs/causes.py:data=more                rendered scenes and the effects of their parts; also
+                                                                xor, conjunction, count, counts, position, bystander
 
 Data: `tokentm data fetch photos deit_tiny` or `cifar10`; scenes are rendered. Only cells and marks whose class has a
 probability of 0.1 or more count (the column "counted" has their share). To choose on half of the cases and to confirm
@@ -58,6 +58,7 @@ def get_config(
         "xor",
         "count",
         "counts",
+        "more",
         "position",
         "bystander",
     ] = "mosaic",
