@@ -343,7 +343,7 @@ def test_export(explainer, tmp_path, monkeypatch):
 def test_texts_are_padded_to_a_length(vit, tmp_path):
     """In shards to the most that the model takes, unless a length is given; longer texts are skipped."""
     pytest.importorskip("tokenizers")
-    model, texts = tm.load(TEXTS), ["a funny film", "dull", "word " * 30]
+    model, texts = tm.load(TEXTS), ["a funny film", "dull", "word " * 20]
     pq.write_table(pa.table({"text": texts, "label": [1, 0, 1]}), tmp_path / "x.parquet")
     explainer = Explainer(model, methods=["gae"], dtype="float32", batch_size=2)
     for length, maps in ((None, model.preprocessing.length), (16, 16)):
@@ -356,6 +356,12 @@ def test_texts_are_padded_to_a_length(vit, tmp_path):
             np.testing.assert_allclose(found.read("gae", i)[0, :16], own[:16], rtol=1e-4, atol=1e-6)
         reasons = [] if length is None else ["x.parquet/0000002 has more than 16 tokens"]
         assert [*found.skipped.values()] == reasons and found.label[:2].tolist() == [1, 0]
+    batches = [texts[0], texts[1], texts[1], texts[2], " ", " "]  # of two lengths, and without any
+    found = explainer({"text": batches})
+    assert found["maps/gae"].shape == (6, 1, 24) and found["status"].tolist() == [1, 1, 1, 1, 2, 2]
+    for i, text in enumerate(batches):
+        own = np.full(24, np.nan) if i > 3 else np.pad(tm.explain(model, model.read(text), "gae")[0], (0, 8))[:24]
+        np.testing.assert_allclose(found["maps/gae"][i, 0], own, rtol=1e-4, atol=1e-6)
     with pytest.raises(InputError, match=r"was made with length 16, and this command has 20"):
         explain_dataset(dataclasses.replace(explainer, length=20), str(tmp_path / "x.parquet"), str(out))
     for own, sentence in (

@@ -195,6 +195,12 @@ class Explainer:
         size = self.batch_size
         starts = range(0, len(examples), size)
         found = [self.start(examples[i : i + size], ready[i : i + size]).columns() for i in starts]
+        for name in [f"maps/{method}" for method in self.methods]:  # those of texts may have several lengths
+            longest = max(columns[name].shape[-1] for columns in found)
+            for columns in found:
+                maps = columns[name]
+                columns[name] = np.pad(maps, ((0, 0), (0, 0), (0, longest - maps.shape[-1])))
+                columns[name][columns["status"] == SKIPPED] = np.nan
         return {name: np.concatenate([columns[name] for columns in found]) for name in found[0]}
 
     def start(self, examples: Sequence[Example], ready: Sequence[object], device: int = 0) -> "Started":
