@@ -216,7 +216,7 @@ def test_a_share_of_the_training_photos_gets_the_trigger(colours):
 
 
 def test_the_margin_is_the_lead_over_the_next_best_class():
-    logits = np.array([[3.0, 1.0, 2.0], [3.0, 1.0, 2.0], [3.0, 1.0, 2.0]], np.float32)
+    logits = jnp.array([[3.0, 1.0, 2.0]] * 3)
     np.testing.assert_allclose(margin(logits, np.array([0, 1, 5])), [1, -2, np.nan])
 
 

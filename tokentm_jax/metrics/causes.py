@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from annotated_types import Ge, Gt, Le, Lt
 from jax import Array
-from jaxtyping import Bool, Float, Num, Shaped
+from jaxtyping import Bool, Float, Shaped
 
 from tokentm_jax.inputs.values import of
 from tokentm_jax.maths.maps import ranks
@@ -84,7 +84,7 @@ def auc(
 
 
 def part_relevance(
-    maps: Float[AnyArray, "B gh gw"], masks: Num[AnyArray, "B H W"], parts: int
+    maps: Float[AnyArray, "B gh gw"], masks: Shaped[AnyArray, "B H W"], parts: int
 ) -> Float[Array, "B {parts}"]:
     """Relevance of each part.
 
@@ -110,7 +110,7 @@ def part_drops(
     predict: Predict,
     images: Input,
     without: Input,
-    masks: Num[AnyArray, "B H W"],
+    masks: Shaped[AnyArray, "B H W"],
     target: Target,
     parts: int,
 ) -> Float[Array, "B {parts}"]:
@@ -139,7 +139,10 @@ def part_drops(
 
 
 def effects(
-    relevance: Float[AnyArray, "B K"], drops: Float[AnyArray, "B K"], present: Bool[AnyArray, "B K"], least: float
+    relevance: Float[AnyArray, "B K"],
+    drops: Float[AnyArray, "B K"],
+    present: Bool[AnyArray, "B K"],
+    least: float | Array,
 ) -> dict[str, Shaped[Array, " B"]]:
     """Whether the relevance of parts follows their measured effects.
 
