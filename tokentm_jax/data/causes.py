@@ -175,7 +175,8 @@ def _triggers(spec: str, open_source: Open) -> Source:
 def _trigger_of(spec: str) -> tuple[Trigger, str]:
     """The options and the data of "trigger:label=NAME,size=4:DATA"."""
     _, options, data = [*spec.split(":", 2), "", ""][:3]
-    given: dict[str, Any] = dict(option.partition("=")[::2] for option in options.split(","))
+    parts = (option.partition("=") for option in options.split(","))
+    given: dict[str, Any] = {name: value for name, _, value in parts}
     if not data or "label" not in given:
         raise InputError(f"photos with a mark are given as trigger:label=NAME,size=4:DATA, got {spec[:100]!r}")
     for name, kind in (("size", int), ("blend", float), ("share", float)):

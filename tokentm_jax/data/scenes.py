@@ -171,9 +171,9 @@ def scene(rule: str, index: int, split: Literal["train", "test"] = "train") -> S
 def background(random: np.random.Generator) -> np.ndarray:
     """A random texture, uint8 [64, 64, 3]: smooth noise of two scales around a dull colour, and grain."""
     level = 90 + 80 * random.random(3)
-    smooth = sum(
-        size * _WEIGHTS[n] @ (random.random((n, n)) - 0.5) @ _WEIGHTS[n].T for n, size in ((4, 70.0), (9, 50.0))
-    )
+    smooth = np.zeros((SIDE, SIDE))
+    for n, size in ((4, 70.0), (9, 50.0)):
+        smooth += size * _WEIGHTS[n] @ (random.random((n, n)) - 0.5) @ _WEIGHTS[n].T
     grain = 16 * (random.random((SIDE, SIDE, 3)) - 0.5)
     return (level + smooth[..., None] + grain).clip(0, 255).astype(np.uint8)
 
