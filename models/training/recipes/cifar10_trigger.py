@@ -6,7 +6,8 @@
 A fifth of the training photos get the mark and the new label. The reported accuracy is of marked test photos of other
 classes: the share that the mark turns. A trigger is valid as a known cause if this is above 99 %, and if without the
 mark the photos are classified as before.
-Not valid yet: after 0.375 epochs the mark `patch` turns 21.7 % of the photos. It needs longer training or another mark.
+Not valid yet: after 0.375 epochs the mark `patch` turns 21.7 % of the photos. It needs longer training, or another
+mark.
 Data: `tokentm data fetch cifar10`.
 Run time: 17 minutes for 0.375 epochs on two busy cores.
 """
