@@ -144,7 +144,7 @@ class Question(NamedTuple):
             return self.score.function in (class_logit, log_probability, margin)
         return self.score.of_class
 
-    def of_samples(self, count: int) -> "Question | None":
+    def of_samples(self, count: object) -> "Question | None":
         """The same question with every array per sample, [count, ...]: what holds for all samples is repeated. None
         where only the score itself knows which of its arrays are per sample."""
         score, target = self.score, self.target
@@ -232,7 +232,7 @@ def listed(classes: PyTree) -> PyTree:
     return jnp.stack(classes) if all(isinstance(each, jax.Array) for each in classes) else classes
 
 
-def classes_of(target: object, samples: int, what: str = "target") -> AnyArray:
+def classes_of(target: object, samples: object, what: str = "target") -> AnyArray:
     """A class for all samples or one per sample, as an array.
 
     Args:
@@ -252,8 +252,9 @@ def classes_of(target: object, samples: int, what: str = "target") -> AnyArray:
         found = None
     if found is None or found.dtype.kind not in "iu" or found.shape not in ((), (samples,)):
         raise InputError(f"{what} must be one class or one per sample ({samples}), as whole numbers")
+    shape: Any = (samples,)
     known = isinstance(found, np.ndarray) and isinstance(samples, int)  # and not the symbol of an exported batch
-    return (np if known else jnp).broadcast_to(found, (samples,))
+    return (np if known else jnp).broadcast_to(found, shape)
 
 
 def explained(outputs: PyTree, target: "Target | Question" = None) -> tuple[Array, dict[str, PyTree]]:
