@@ -1,6 +1,7 @@
 """A data set's maps: what is stored, what is found damaged, what is refused, and how it is read back."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -25,8 +26,9 @@ from tokentm_jax.models.checkpoint import write_checkpoint
 from tokentm_jax.runs import evaluate as evaluation
 from tokentm_jax.runs.dataset import explain_dataset
 from tokentm_jax.runs.explainer import Explainer, scaled
+from tokentm_jax.runs.job import begin
 from tokentm_jax.runs.place import Place
-from tokentm_jax.runs.store import open_maps
+from tokentm_jax.runs.store import PartWriter, open_maps
 
 COUNT = 10  # with one that is damaged
 SIZE = 4
@@ -157,6 +159,26 @@ def test_an_interrupted_job_goes_on(whole, explainer, source, tmp_path, processe
     explain_dataset(explainer, source, str(out))  # the size of shards is that of the store
     with pytest.raises(InputError, match="was made with shard_size 4, and this command has 8"):
         explain_dataset(explainer, source, str(out), shard_size=8)
+
+
+def test_a_part_without_one_of_its_batches_never_appears(explainer, source, tmp_path, monkeypatch):
+    """The disk is full for the first batch of a shard, and no longer for the second one."""
+    monkeypatch.setattr("tokentm_jax.runs.store.GROUP", 2)
+    store, explainer, _ = begin(explainer, source, str(tmp_path / "maps"), shard_size=4)
+    columns = explainer({"image": np.zeros((2, 16, 24, 3), np.uint8)})
+    writer = PartWriter(store, store.shards[0])
+    with monkeypatch.context() as patched:
+
+        def full(*_):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        patched.setattr("pyarrow.parquet.ParquetWriter.write_table", full)
+        with pytest.raises(InputError, match="No space left"):
+            writer.write(columns)
+    for call in (lambda: writer.write(columns), writer.finish):
+        with pytest.raises(InputError, match="shard 0 lacks a batch that could not be written"):
+            call()
+    assert not [*(tmp_path / "maps/shards").rglob("*.*")]
 
 
 def part(folder, shard):

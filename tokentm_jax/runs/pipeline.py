@@ -101,7 +101,7 @@ def run_shards(
             yield from written(0)
     finally:
         for pool in pools:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown()  # what was computed is written, also after an interruption
         for part in parts.values():
             part.discard()
 

@@ -217,6 +217,7 @@ class PartWriter:
         self._waiting: list[Mapping[str, np.ndarray]] = []
         self.rows = self.skipped = 0
         self._file: Any = None
+        self._failed = False  # whether an earlier batch could not be written
 
     def write(self, columns: Mapping[str, np.ndarray]) -> None:
         self._waiting.append(columns)
@@ -226,7 +227,9 @@ class PartWriter:
             self._flush()
 
     def _flush(self) -> None:
-        arrow, arrays = _arrow(), []
+        if self._failed:
+            raise InputError(f"the part of shard {self._shard.index} lacks a batch that could not be written")
+        arrow, arrays, self._failed = _arrow(), [], True
         waiting, self._waiting = self._waiting, []
         for name, (shape, kind) in self._store.layout.items() if waiting else ():
             whole = np.ascontiguousarray(np.concatenate([columns[name] for columns in waiting]))
@@ -239,6 +242,7 @@ class PartWriter:
                 self._file = _parquet().ParquetWriter(self._path, self._schema, **_PAGES)
             if arrays:
                 self._file.write_table(arrow.Table.from_arrays(arrays, schema=self._schema))
+        self._failed = False
 
     def finish(self) -> PartName:
         """Write the rest, and let the part appear instead of an earlier one."""
