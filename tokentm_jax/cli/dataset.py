@@ -92,10 +92,9 @@ def dataset(
       tokentm dataset "s3://bucket/train-{000000..001281}.tar" --out s3://bucket/maps --shard auto \\
         --model deit_base_patch16_224 --checkpoint deit_base.safetensors --logits top5
     """
-    from tokentm_jax.data.shards import kind_of_shards
-    from tokentm_jax.data.sources import open_source
-    from tokentm_jax.runs.dataset import begin, explain_dataset
+    from tokentm_jax.runs.dataset import explain_dataset
     from tokentm_jax.runs.explainer import Explainer
+    from tokentm_jax.runs.job import begin
     from tokentm_jax.runs.store import open_maps
 
     number, count = _share(shard, coordinator, processes, process)
@@ -103,8 +102,6 @@ def dataset(
     explainer = Explainer(
         checkpoint=checkpoint, methods=named, options=parse_options(options), class_names=classes, **settings
     )
-    if kind_of_shards(data) is None and count == 1 and engine == "local":
-        open_source(data, limit=limit)  # its errors come before the model is loaded
     if plan or engine == "local":
         start_jax()
     if plan:

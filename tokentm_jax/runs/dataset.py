@@ -42,6 +42,7 @@ def explain_dataset(
     """Write the maps of a data set to a store, or those that a store still lacks.
 
     Args:
+      explainer: the model and its methods.
       source: the data; a path as `tokentm_jax.data.sources.open_source` takes it; or files that are shards, local or
         in an object store: "train-{000000..001281}.tar", "s3://bucket/*.parquet", "data.array_record".
       out: a local folder, or a URL such as s3://bucket/maps.

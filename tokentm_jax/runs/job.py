@@ -60,7 +60,10 @@ def begin(
         if not place.is_empty():
             raise InputError(f"{place.path} is not empty and holds no maps; choose another --out")
         shards = find_shards(spec) if data is None else slices(data, size, spec)
-        made = {"format": stores.FORMAT, **described(explainer), **_listed(data, spec, shards, size)}
+        what = explainer.described()
+        columns = {name: {"shape": shape, "dtype": kind} for name, (shape, kind) in explainer.layout().items()}
+        made = {"format": stores.FORMAT, **what, "explainer": digest(what), **environment(), "columns": columns}
+        made |= _listed(data, spec, shards, size)  # no times: equal runs give equal bytes
         place.write(stores.ROOT, lambda path: path.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8"))
         content = place.read(stores.ROOT) or b""
     made = understood(content, place.path)
@@ -92,20 +95,12 @@ def _listed(data: Source | None, spec: str, shards: Sequence[Shard], size: int) 
     return {**known, "keys": digest(*data.keys), "shard_size": size, **found}
 
 
-def described(explainer: Explainer) -> dict[str, Any]:
-    """What an explainer computes here, as JSON. It has no times, so that equal runs give equal bytes."""
-    what = explainer.described()
-    columns = {name: {"shape": shape, "dtype": kind} for name, (shape, kind) in explainer.layout().items()}
-    return {**what, "explainer": digest(what), **environment(), "columns": columns}
-
-
 def _joined(explainer: Explainer, store: Store) -> tuple[Store, Explainer]:
     """The explainer of a store, with the store's length of texts. InputError if it computes something else."""
     made = store.made
     if explainer.length is None and made.get("length") is not None:
         explainer = dataclasses.replace(explainer, length=made["length"])
-    what = {name: value for name, value in described(explainer).items() if name not in ("explainer", "columns")}
-    wanted = json.loads(json.dumps(what))
+    wanted = json.loads(json.dumps({**explainer.described(), **environment()}))
     require_same(store.place.path, {**made, **made["versions"]}, {**wanted, **wanted.pop("versions")})
     return store, explainer
 
