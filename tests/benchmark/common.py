@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tokentm_jax.inputs.decoding import cores
 from tokentm_jax.models.architectures import architecture, build
 from tokentm_jax.models.vit import ViT, init_params
 
@@ -110,10 +110,9 @@ def machine() -> str:
     if Path("/proc/cpuinfo").is_file():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), cpu)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     device = jax.devices()[0]
     kind = "" if device.platform == "cpu" else f", {device.device_kind}"
-    return f"Machine: {cores} cores ({cpu}){kind}; Python {platform.python_version()}, JAX {jax.__version__}."
+    return f"Machine: {cores()} cores ({cpu}){kind}; Python {platform.python_version()}, JAX {jax.__version__}."
 
 
 def publish(out: Path | None, *parts: str) -> None:

@@ -37,6 +37,7 @@ from common import (
 
 import tokentm_jax as tm
 from tokentm_jax import metrics
+from tokentm_jax.inputs.decoding import cores
 from tokentm_jax.models.checkpoint import read_tensors
 from tokentm_jax.models.params import to_params, to_timm
 from tokentm_jax.models.vit import ViT, init_params
@@ -163,8 +164,7 @@ def main(chosen: Any) -> None:
             sys.exit("JAX and PyTorch must run on the same device: one sees a GPU and the other does not")
         if gpu:
             pytorch.torch.cuda.set_per_process_memory_fraction(0.45)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        pytorch.torch.set_num_threads(cores or 1)
+        pytorch.torch.set_num_threads(cores())
         versions = f"PyTorch {pytorch.torch.__version__}, timm {pytorch.timm.__version__}"
         sides = f"{versions}, eager; both sides use all cores."
     else:

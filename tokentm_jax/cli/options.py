@@ -121,15 +121,15 @@ def start_jax(batch_size: int | None = None) -> None:
     """
     import jax
 
+    from tokentm_jax.inputs.decoding import cores
+
     if resource is not None and 0 <= (most := resource.getrlimit(resource.RLIMIT_AS)[0]) < LEAST_ADDRESSES:
         needed = LEAST_ADDRESSES // 2**20
         raise InputError(f"this process may use {most // 2**20} MiB of addresses (ulimit -v), and JAX needs {needed}")
-    flags, cores = os.environ.get("XLA_FLAGS", ""), os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        cores = len(os.sched_getaffinity(0))
+    flags = os.environ.get("XLA_FLAGS", "")
     told = jax.config.values["jax_num_cpu_devices"] > 0 or "host_platform_device_count" in flags
     if batch_size is not None and not told:
-        most = min(SHARES, cores)
+        most = min(SHARES, cores())
         with suppress(RuntimeError):  # JAX has started
             jax.config.update("jax_num_cpu_devices", max(n for n in range(1, most + 1) if batch_size % n == 0))
     try:
