@@ -70,7 +70,7 @@ def test_a_part_rendered_away_leaves_the_scene_that_never_had_it():
         assert found.image.shape == (64, 64, 3) and sorted({*found.ids.ravel()}) == [*range(len(found.parts) + 1)]
         for number in range(1, len(found.parts) + 1):
             others = found.parts[: number - 1] + found.parts[number:]
-            image, _, _ = rendered(others, found.without)
+            image, _ = rendered(others, found.without)
             expected = np.where((found.ids == number)[..., None], found.without, found.image)
             np.testing.assert_array_equal(image, expected)
             rows, columns = np.nonzero(found.ids == number)  # a place has patches of its own

@@ -75,7 +75,7 @@ class Job:
                     self.started.set()
 
     def wait_for(self, out, shards):
-        """Wait until so many shards are finished."""
+        """Wait until this number of shards is finished."""
         while self.process.poll() is None and len(finished(out)) < shards:
             time.sleep(0.002)
 
@@ -155,7 +155,7 @@ def test_two_processes_and_a_lost_one(command, whole, tmp_path):
 
 
 def _several(command, out, count, killed):
-    """Run so many processes, killing some of them after twenty shards; the number of shards missing."""
+    """Run this number of processes, killing some of them after twenty shards; the number of shards missing."""
     jobs = [Job(command, out, "--shard", f"{i}/{count}") for i in range(count)]
     try:
         if killed:

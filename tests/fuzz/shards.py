@@ -19,7 +19,7 @@ COMMAND = ("--out", "out", "--checkpoint", CHECKPOINT, "--batch-size", "2", "--m
 
 
 def each(note: str, name: str, content: Any, expect: str = EITHER, **more: Any) -> Iterator[Case]:
-    """The file alone, and as a shard after a good one: whatever is in it, the good one is explained."""
+    """The file by itself, and as a shard after a good one: whatever is in it, the good one is explained."""
     yield Case(note, ("dataset", name, *COMMAND), files={name: content}, expect=expect, **more)
     suffix = name.partition(".")[2]
     files = {f"s-0.{suffix}": GOODS[suffix](), f"s-1.{suffix}": content}

@@ -80,10 +80,7 @@ def _mosaics(spec: str, open_source: Open) -> Source:
 
     def read(key: str) -> Example:
         number, cell = map(int, key.split("/"))
-        examples = [inner.read(name) for name in chosen(number)]
-        for example in examples:
-            if (kind := kind_of(example.content)) != "photo":
-                raise InputError(f"{example.key} is a {kind}, and mosaics are of photos")
+        examples = [_photo(inner, name, "mosaics are of photos") for name in chosen(number)]
         length = min(min(example.content.size) for example in examples)
         picture, mask = Image.new("RGB", (k * length, k * length)), np.zeros((k * length, k * length), bool)
         for place, example in enumerate(examples):
@@ -138,9 +135,7 @@ def _triggers(spec: str, open_source: Open) -> Source:
         keys = tuple(key for key in keys if inner.encoded(key).label not in (target, trigger.label))
 
     def read(key: str) -> Example:
-        example = inner.read(key)
-        if (kind := kind_of(example.content)) != "photo":
-            raise InputError(f"{key} is a {kind}, and marks are for photos")
+        example = _photo(inner, key, "marks are for photos")
         photo = np.asarray(example.content)
         height, width = (length - trigger.size for length in photo.shape[:2])
         if min(height, width) < 0:
@@ -183,6 +178,14 @@ def _trigger_of(spec: str) -> tuple[Trigger, str]:
         with contextlib.suppress(KeyError, ValueError):  # what is no number is refused below
             given[name] = kind(given[name])
     return Trigger(**check_options("the trigger", options_of(Trigger), given)), data
+
+
+def _photo(source: Source, key: str, wanted: str) -> Example:
+    """An example of a source. InputError for anything but a photo."""
+    example = source.read(key)
+    if (kind := kind_of(example.content)) != "photo":
+        raise InputError(f"{example.key} is a {kind}, and {wanted}")
+    return example
 
 
 def _square(photo: Image.Image, side: int) -> Image.Image:

@@ -165,7 +165,8 @@ def scene(rule: str, index: int, split: Literal["train", "test"] = "train") -> S
         parts.append(Part(kind, place, half, (float(y), float(x)), 0.8 + 0.2 * random.random()))
     parts = tuple(parts[int(i)] for i in random.permutation(len(parts)))  # numbers do not depend on causes
     without = background(random)
-    return Scene(*rendered(parts, without), parts, label)
+    image, ids = rendered(parts, without)
+    return Scene(image, without, ids, parts, label)
 
 
 def background(random: np.random.Generator) -> np.ndarray:
@@ -187,7 +188,7 @@ def _interpolation(points: int) -> np.ndarray:
 _WEIGHTS = {n: _interpolation(n) for n in (4, 9)}
 
 
-def rendered(parts: tuple[Part, ...], without: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def rendered(parts: tuple[Part, ...], without: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Parts on a background.
 
     Args:
@@ -195,7 +196,7 @@ def rendered(parts: tuple[Part, ...], without: np.ndarray) -> tuple[np.ndarray, 
       without: the background, uint8 [64, 64, 3].
 
     Returns:
-      `image`, `without` and `ids` of a `Scene`.
+      `image` and `ids` of a `Scene`.
     """
     image, ids = without.copy(), np.zeros((SIDE, SIDE), np.uint8)
     y, x = np.mgrid[:PLACE, :PLACE] + 0.5
@@ -204,4 +205,4 @@ def rendered(parts: tuple[Part, ...], without: np.ndarray) -> tuple[np.ndarray, 
         rows, columns = (slice(PLACE * p, PLACE * (p + 1)) for p in part.place)
         image[rows, columns][inside] = np.array(COLOURS[part.kind.colour]) * part.shade
         ids[rows, columns][inside] = number
-    return image, without, ids
+    return image, ids

@@ -13,7 +13,7 @@ from tokentm_jax.maths.maps import ranks
 from tokentm_jax.maths.primitives import AnyArray
 from tokentm_jax.maths.scores import explained
 from tokentm_jax.metrics.removal import by_patch, no_labels, scores
-from tokentm_jax.metrics.similarity import rank_correlation
+from tokentm_jax.metrics.similarity import linear_correlation, rank_correlation
 from tokentm_jax.metrics.task import TARGET, Column, Input, Predict, Subject, Target, Task, among
 
 # ---- a mask of the cause --------------------------------------------------------------------------------------------
@@ -171,19 +171,12 @@ def effects(
     opposed = (effect & (drops > 0)).any(1) & (effect & (drops < 0)).any(1)
     return {
         "rank_correlation": rank_correlation(relevance, drops, present),
-        "linear_correlation": _pearson(relevance, drops, present),
+        "linear_correlation": linear_correlation(relevance, drops, present),
         "without_effect": jnp.where(total > 0, wasted, 1),
         "contrast": auc(relevance[:, None], (drops > 0)[:, None], effect[:, None]),
         "caused": effect.any(1),
         "opposed": opposed,
     }
-
-
-def _pearson(a: Array, b: Array, where: Array) -> Array:
-    """Pearson's correlation of each pair of rows [B, K]; 0 for a constant one."""
-    a, b = (jnp.where(where, x - x.mean(1, where=where, keepdims=True), 0) for x in (a, b))
-    norm = jnp.sqrt(jnp.square(a).sum(1) * jnp.square(b).sum(1))
-    return jnp.where(norm > 0, (a * b).sum(1) / jnp.where(norm > 0, norm, 1), 0)
 
 
 # ---- the tasks ------------------------------------------------------------------------------------------------------

@@ -32,11 +32,31 @@ def rank_correlation(
         return jnp.where(counted, found - found.mean(where=counted), 0)
 
     def one(x: AnyArray, y: AnyArray, counted: Array) -> Array:
-        x, y = (ranks(values.ravel(), counted.ravel()) for values in (x, y))
-        norm = jnp.sqrt(jnp.square(x).sum() * jnp.square(y).sum())
-        return jnp.where(norm > 0, (x * y).sum() / jnp.where(norm > 0, norm, 1), 0)
+        return _correlation(*(ranks(values.ravel(), counted.ravel()) for values in (x, y)))
 
     return jax.vmap(one)(a, b, counted)
+
+
+def linear_correlation(
+    a: Float[AnyArray, "B K"], b: Float[AnyArray, "B K"], where: Bool[AnyArray, "B K"]
+) -> Float[Array, " B"]:
+    """Pearson's correlation of each pair of rows.
+
+    Args:
+      a, b: numbers.
+      where: which numbers count.
+
+    Returns:
+      The correlation in [-1, 1]; 0 for a constant row.
+    """
+    a, b = (jnp.where(where, x - x.mean(1, where=where, keepdims=True), 0) for x in (a, b))
+    return _correlation(a, b)
+
+
+def _correlation(x: Array, y: Array) -> Array:
+    """Of numbers along the last axis, whose mean is zero."""
+    norm = jnp.sqrt(jnp.square(x).sum(-1) * jnp.square(y).sum(-1))
+    return jnp.where(norm > 0, (x * y).sum(-1) / jnp.where(norm > 0, norm, 1), 0)
 
 
 def _sanity(predict: Predict, subject: Subject, maps: Array) -> dict[str, Array]:
