@@ -419,7 +419,7 @@ def test_drafts_of_jpegs(vit):
 # ---- a billion images -----------------------------------------------------------------------------------------------
 
 START = """
-import json, resource, sys, time
+import json, sys, time
 began = time.process_time()
 from tokentm_jax.runs.job import begin
 from tokentm_jax.runs.explainer import Explainer
@@ -433,7 +433,7 @@ todo = [shard for shard in store.shards if shard.index not in store.parts]
 seconds = time.process_time() - began
 maps = open_maps(sys.argv[3])
 opened = time.process_time() - began - seconds
-memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+memory = int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 2**10  # not that of its parent
 print(json.dumps([len(store.shards), len(todo), len(maps), imported, seconds, opened, memory]))
 """
 
