@@ -147,7 +147,8 @@ def test_errors_of_workers_are_one_sentence(engine, request, explainer, tars, tm
     run = partial(explain_dataset, explainer, f"{own}/*.tar", str(tmp_path / "maps"), engine=engine)
     run(process=0, processes=2, engine_options=TWO[engine])
     (own / NAME.format(1)).write_bytes(b"changed")
-    with pytest.raises(InputError, match=r"000001\.tar has changed: its identity was '.*; choose another --out$"):
+    stamps = "its size and its time or checksum were '.*' and are '.*'; choose another --out$"
+    with pytest.raises(InputError, match=rf"000001\.tar has changed since the store was begun: {stamps}"):
         run(engine_options=TWO[engine])
     with pytest.raises(InputError, match="was made with methods"):
         other = tm.Explainer(checkpoint=explainer.checkpoint, methods=("gae",), batch_size=4)

@@ -211,7 +211,7 @@ def judge(case: Case, answer: dict[str, Any], before: dict[str, str], after: dic
     elif "raised" in answer:
         problems.append(f"raises {answer['raised'].strip().splitlines()[-1][:300]}")
     elif "Traceback (most recent" in answer["out"] + answer["err"]:
-        problems.append("prints a traceback")
+        problems.append(f"prints a traceback: {(answer['out'] + answer['err'])[-700:]}")
     else:
         wanted = {GOOD: (0,), BAD: (2,), EITHER: (0, 2)}[case.expect]
         errors = [line for line in answer["err"].splitlines() if line.startswith("Error: ")]
