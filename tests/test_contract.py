@@ -48,10 +48,11 @@ METHODS = {
     "rise": {"samples": 6, "chunk": 4},
     "shapley": {"pairs": 2, "chunk": 20},
     "kernel_shap": {"pairs": 13},
+    "caap": {"chunk": 4},
     "tokentm_mix": {},
     "combination": {"methods": "gae,grad_cam"},
 }
-SLOW = ("rise", "shapley", "kernel_shap")  # play the game of occlusion with other coalitions: see test_perturbation.py
+SLOW = ("rise", "shapley", "kernel_shap", "caap")  # forward passes, as those of occlusion: see test_perturbation.py
 FAMILIES = ("tokentm", "rollout", "partial_lrp", "input_gradient")  # one of each; `.ci/run` names them, too
 QUICK = ("tokentm",)  # by default, where all would take long
 BASE = {"img_size": (16, 24), "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5}

@@ -273,6 +273,45 @@ def test_standard_errors_are_the_spread_over_seeds():
     np.testing.assert_allclose(sizes / 20000, kernel / kernel.sum(), atol=0.015)
 
 
+# ---- activations of one patch in another pass -----------------------------------------------------------------------
+
+
+def inserted(small, patch, first, end, fill=0.0):
+    """Logits of the neutral image, where the token of a patch is the source's at the input of some blocks; every block
+    in a run of its own."""
+    module, params, image = small
+    source = oracle.vit(module, params, image)[1]
+    neutral, change = np.broadcast_to(fill, image.shape), {}
+    for block in range(first, end):
+        before = oracle.vit(module, params, neutral, change)[1]["tokens", block]
+        change["tokens", block] = np.zeros_like(before)
+        change["tokens", block][1 + patch] = source["tokens", block][1 + patch] - before[1 + patch]
+    return oracle.vit(module, params, neutral, change)[0]
+
+
+@pytest.mark.parametrize("blocks", [(0, 2), pytest.param((1, 2), marks=pytest.mark.slow)])
+def test_caap(small, blocks):
+    first, end = blocks
+    options = {} if blocks == (0, 2) else {"first_block": 1, "fill": "black", "black": (-2.0, -1.5, -1.0)}
+    fill = options.get("black", 0.0)
+    expected = np.array([inserted(small, j, first, end, fill) for j in range(N)])
+    found, details = run(small, "caap", chunk=4, **options)
+    np.testing.assert_allclose(found, expected[:, TARGET], rtol=1e-7, atol=1e-10)
+    np.testing.assert_allclose(details["empty_value"], answer(small, np.zeros(N), fill), rtol=1e-9)
+    assert np.ptp(found) > 1e-2
+    if options:
+        share = np.exp(expected) / np.exp(expected).sum(1, keepdims=True)
+        np.testing.assert_allclose(run(small, "caap", value="probability", **options)[0], share[:, TARGET], rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_caap_in_the_first_block_shows_a_patch_to_the_model(small, values):
+    """The embedded token depends only on the patch, so the pass is that of the image with this patch only."""
+    found, details = run(small, "caap", end_block=1)
+    np.testing.assert_allclose(found, [values[tuple(np.eye(N, dtype=int)[j])] for j in range(N)], rtol=1e-7)
+    np.testing.assert_allclose(details["logits"][TARGET], values[FULL], rtol=1e-9)
+
+
 # ---- any model, any batch -------------------------------------------------------------------------------------------
 
 
@@ -334,6 +373,7 @@ def test_chunks_change_nothing(convolutions, monkeypatch):
 def test_options_at_odds_are_refused(convolutions):
     module, params, images = convolutions
     for method, options, message in (
+        ("caap", {}, "no attention was found"),
         ("rise", {}, "Convolutions has no 'grid' of patches: give the option 'patch'"),
         ("rise", {"patch": 5}, "'patch' must divide the image of 8 x 12 pixels, got 5"),
         ("occlusion", {"patch": 4, "window": 3}, "'window' must be at most 2 for 2 x 3 patches, got 3"),
@@ -351,6 +391,8 @@ def test_options_at_odds_are_refused(convolutions):
     weights = init_params(square, jax.random.key(0))
     for method, options, message in (
         ("token_dropping", {}, "must leave a patch"),
+        ("caap", {"end_block": 2}, "'end_block' must be at most 1"),
+        ("caap", {"end_block": 0}, "'end_block' must be more than 'first_block'"),
         ("shapley", {}, "at least two patches"),
         ("occlusion", {"window": 2}, "'window' must be at most 1 for 1 x 1 patches, got 2"),
     ):

@@ -31,10 +31,13 @@ from tokentm_jax.maths.perturbation import (
 )
 from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.scores import Question, explained
+from tokentm_jax.methods.attention import Block, check_blocks
 from tokentm_jax.methods.gradient import MOST, Explanation
 from tokentm_jax.models.bert import Bert
 from tokentm_jax.models.vit import ViT
+from tokentm_jax.programs.capture import capture
 from tokentm_jax.programs.model import Model
+from tokentm_jax.programs.passes import with_tokens
 
 Count = Annotated[int, Ge(1), Le(MOST)]
 Chunk = Annotated[int, Ge(1), Le(4096)]
@@ -42,6 +45,7 @@ Seed = Annotated[int, Ge(0), Lt(2**31)]
 FORWARD = ("__call__", "setup", "block")  # a subclass that changes these has another forward pass
 CACHED = 2048  # patches of all samples together that a CPU computes at a time
 Value = Literal["logit", "probability"]
+Fill = Literal["mean", "black", "blur"]
 
 
 def _black(mean: Sequence[float], std: Sequence[float]) -> tuple[float, ...]:
@@ -64,7 +68,7 @@ class Removal:
     """
 
     value: Value = "logit"
-    fill: Literal["mean", "black", "blur"] = "mean"
+    fill: Fill = "mean"
     black: tuple[float, ...] = _black(**IMAGENET)
     patch: Annotated[int, Ge(1)] | None = None
     chunk: Chunk | None = None
@@ -327,3 +331,48 @@ def shapley_by_kernel(
     values = played.values(jnp.concatenate([masks, ~masks])).reshape(-1, 2, len(masks)).swapaxes(1, 2)
     rows, errors = jax.vmap(kernel_shap, (None, None, 0, 0, 0))(masks, weights, values, empty, played.full)
     return _with_errors(played, empty, rows, jnp.zeros_like(errors) if exact else errors)
+
+
+def caap(
+    model: Model,
+    params: Any,
+    inputs: Any,
+    target: Any,
+    *,
+    first_block: Block | None = None,
+    end_block: Block | None = None,
+    value: Value = "logit",
+    fill: Fill = "mean",
+    black: tuple[float, ...] = _black(**IMAGENET),
+    chunk: Chunk | None = None,
+) -> Explanation:
+    """CAAP (Izadi et al., 2026): the score of a neutral input when the activations of one patch are put into it.
+
+    The neutral input is the `fill` everywhere. From `first_block` to before `end_block`, the token that enters a block
+    at the patch is that of the explained input; all other values follow. None leaves out the first and last quarter of
+    the blocks. `details["empty_value"]` [B] is the score of the neutral input.
+    """
+    depth = model.structure.depth
+    first = depth // 4 if first_block is None else first_block
+    end = max(depth - depth // 4, first + 1) if end_block is None else end_block
+    check_blocks(model, first, end)
+    if first >= end:
+        raise InputError(f"option 'end_block' must be more than 'first_block' ({first}), got {end}")
+    grid, hide = of(inputs).parts(model, params, Removal(value, fill, black, None, chunk))
+    trace: Any = capture(model, params, inputs, target, ["tokens"])
+    patches, prefix = math.prod(grid), model.prefix
+    neutral, tokens = hide(jnp.zeros(patches, bool)), jnp.moveaxis(trace.tokens, 0, 1)
+    kept = of(inputs).removable
+    kept = jnp.ones((tokens.shape[0], patches), bool) if kept is None else kept.reshape(-1, patches)
+    blocks = (jnp.arange(depth) >= first) & (jnp.arange(depth) < end)
+
+    def inserted(patch: Array) -> Array:
+        def one(sample: Any, tokens: Array, kept: Array) -> Any:
+            placed = jnp.zeros(tokens.shape[1], bool).at[prefix : prefix + patches].set(patch & kept)
+            return with_tokens(model, params, sample, tokens, blocks[:, None] & placed)
+
+        return _valued(jax.vmap(one)(neutral, tokens, kept), trace.target, value)
+
+    each = jnp.concatenate([jnp.eye(patches, dtype=bool), jnp.zeros((1, patches), bool)])
+    values = in_chunks(inserted, each, _suited(chunk, tokens.shape[0], patches)).T
+    return values[:, :-1].reshape(-1, *grid), {**trace.details(), "empty_value": values[:, -1]}

@@ -359,3 +359,25 @@ def _with_factor(
     else:
         factor = (jnp.asarray(rows, u.dtype) if readout is None else readout) @ u
     return (wide(value) + wide(bias) * (factor * share)).astype(value.dtype), state, None
+
+
+def with_tokens(model: Model, params: Any, sample: Any, tokens: Array, placed: Array) -> Any:
+    """The outputs for a sample when other `tokens` [L, N, D] enter the blocks where `placed` [L, N]."""
+    taps: dict[int, Any] = {}
+    extra: dict[int, Any] = {}
+    begun = 0
+    for stage in model.structure.stages:
+        for place, block in enumerate(stage.blocks, begun):
+            turns = slice(place, place + stage.length * len(stage.blocks), len(stage.blocks))
+            every = tokens[turns], placed[turns]
+            taps[block[0].stream] = _replaced
+            extra[block[0].stream] = jax.tree.map(lambda a: a[0], every) if stage.scan is None else every
+        begun += stage.length * len(stage.blocks)
+    return model.evaluate(params, sample, Plan(model.rules, taps), extra, None)[0]
+
+
+def _replaced(evaluation: Evaluation, value: Array, state: Any, extra: tuple[Array, Array]) -> Any:
+    """A tap that replaces some tokens of a stream."""
+    tokens, placed = extra
+    after = jnp.where(placed[:, None], tokens.astype(value.dtype), value.reshape(tokens.shape))
+    return after.reshape(value.shape), state, None
