@@ -6,6 +6,8 @@
     tokentm evaluate configs/causes.py:data=cifar10             2 x 2 mosaics of CIFAR-10
     tokentm evaluate configs/causes.py:data=trigger             CIFAR-10 with a planted mark; needs the model of
                                                                 models/training/recipes/cifar10_trigger.py
+    tokentm evaluate configs/causes.py:data=deletion            CIFAR-10 without a patch; needs the model of
+                                                                models/training/recipes/cifar10_missing.py
     tokentm evaluate configs/causes.py:data=more                rendered scenes and the effects of their parts; also
                                                                 xor, conjunction, count, counts, position, bystander
 
@@ -39,11 +41,17 @@ ROWS = rows(
 )
 DEIT, CIFAR = ("deit_tiny_patch16_224", sample_data("deit_tiny")), ("cifar10_distilled", None)
 TEST = sample_data("cifar10", "test")
-MASKED = {
-    "mosaic": (f"mosaic:2:{sample_data('photos')}", *DEIT),
-    "mosaic_3": (f"mosaic:3:{sample_data('photos')}", *DEIT),
-    "cifar10": (f"mosaic:2:{TEST}", *CIFAR),
-    "trigger": (f"trigger:label=airplane,size=4:{TEST}", None, "runs/trigger/cifar10_trigger_patch.safetensors"),
+CASES = {  # the task, the data, the model and its checkpoint
+    "mosaic": ("pointing", f"mosaic:2:{sample_data('photos')}", *DEIT),
+    "mosaic_3": ("pointing", f"mosaic:3:{sample_data('photos')}", *DEIT),
+    "cifar10": ("pointing", f"mosaic:2:{TEST}", *CIFAR),
+    "trigger": (
+        "pointing",
+        f"trigger:label=airplane,size=4:{TEST}",
+        None,
+        "runs/trigger/cifar10_trigger_patch.safetensors",
+    ),
+    "deletion": ("deletion", TEST, None, "runs/missing/cifar10_missing.safetensors"),
 }
 
 
@@ -54,6 +62,7 @@ def get_config(
         "mosaic_3",
         "cifar10",
         "trigger",
+        "deletion",
         "conjunction",
         "xor",
         "count",
@@ -64,17 +73,17 @@ def get_config(
     ] = "mosaic",
     question: Literal["class", "margin"] = "class",
 ) -> EvaluateConfig:
-    masked = data in MASKED
-    where, model, checkpoint = MASKED[data] if masked else (f"scenes:{data}:test", f"scenes_{data}", None)
+    scenes = ("effects", f"scenes:{data}:test", f"scenes_{data}", None)
+    task, where, model, checkpoint = CASES.get(data, scenes)
     return EvaluateConfig(
         name=f"causes_{data}" + ("_margin" if question == "margin" else ""),
-        task="pointing" if masked else "effects",
+        task=task,
         data=where,
         model=model,
         checkpoint=checkpoint,
         rows=ROWS,
         profile="reference",
-        options={"probability": 0.1} if masked else {},
+        options={"probability": 0.1} if task == "pointing" else {},
         score=None if question == "class" else "margin",
         limit=400,
     )

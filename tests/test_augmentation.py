@@ -14,6 +14,7 @@ from models.training.augmentation import (
     OPERATIONS,
     crop_box,
     cutmix,
+    missing,
     mixup,
     rand_augment,
     random_resized_crop,
@@ -179,3 +180,16 @@ def test_mixtures_are_those_of_a_loop():
     own = (mixed == images).all(-1).mean((1, 2))
     np.testing.assert_allclose(found[jnp.arange(5), jnp.arange(5)], own, atol=1e-6)
     np.testing.assert_allclose(found.sum(-1), 1, atol=1e-6)
+
+
+def test_missing_patches_are_whole_and_of_every_number():
+    images = np.random.default_rng(0).uniform(1, 2, (400, 8, 12, 3)).astype(np.float32)
+    filled = jax.jit(missing, static_argnums=(0, 1))
+    found = np.asarray(filled(1.0, (2, 3), jax.random.key(0), images))
+    gone = (found == 0).reshape(400, 2, 4, 3, 4, 3)
+    assert (gone.all((2, 4, 5)) == gone.any((2, 4, 5))).all()
+    np.testing.assert_array_equal(found[found != 0], images[found != 0])
+    numbers = np.bincount(gone.all((2, 4, 5)).sum((1, 2)), minlength=7)
+    assert numbers.min() > 30 and numbers.max() < 90  # the probability is uniform, so each number is as likely
+    half = np.asarray(filled(0.5, (2, 3), jax.random.key(0), images))
+    assert abs((half == 0).mean() - 0.25) < 0.03

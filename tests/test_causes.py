@@ -382,6 +382,18 @@ def test_the_effects_of_an_evaluation_are_those_of_rendering_each_part_away(seer
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+def test_occlusion_is_the_measured_drop_of_each_patch(tmp_path):
+    """Occlusion removes the same patches by other code, with the same colour; the noise map knows nothing of them."""
+    random = np.random.default_rng(0)
+    for number in range(3):
+        Image.fromarray(random.integers(0, 256, (16, 24, 3), np.uint8)).save(tmp_path / f"{number}.png")
+    config = EvaluateConfig("d", "deletion", str(tmp_path), rows("occlusion"), batch_size=3)
+    results = evaluate(config, tiny_vit(2), out=tmp_path / "d")
+    found = {(row["method"], row["metric"]): row["value"] for row in results["rows"]}
+    for metric in ("rank_correlation", "linear_correlation"):
+        assert found["occlusion", metric] == pytest.approx(1, abs=1e-3) and abs(found["random", metric]) < 0.9
+
+
 def test_a_source_without_parts_or_labels_is_refused(seer, tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     for task, said in {"effects": "has no parts", "pointing": "has no masks"}.items():

@@ -61,6 +61,7 @@ RECORDS: dict[str, dict[str, tuple[Any, ...]]] = {  # type and shape per image o
         **dict.fromkeys(("caused", "opposed"), (bool,)),
         **dict.fromkeys(("drop", "relevance"), (float, 8)),
     },
+    "deletion": dict.fromkeys(("rank_correlation", "linear_correlation"), (float,)),
     "people": {"rated": (bool,), "top_is_rated": (float,), "agreement": (float,)},
 }
 VALUES: dict[Any, tuple[list[Any], list[Any]]] = {  # those that are right, and those that are wrong

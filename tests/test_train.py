@@ -301,6 +301,7 @@ def test_fine_tuning_starts_from_a_checkpoint_with_a_fresh_head(data, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, initial_params(again, module, data.class_names), own)
     # Images of another size are resized to the model's.
     larger = data._replace(images=np.repeat(np.repeat(data.images, 2, 1), 2, 2))
+    config = dataclasses.replace(config, missing=0.5)
     assert train(config, module, larger, larger, tmp_path / "run", lambda _: None) > 0.4
 
 

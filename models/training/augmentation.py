@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from tokentm_jax.maths.maps import spread
+
 ASPECT = (3 / 4, 4 / 3)  # width to height of random resized crops
 STRONGEST = 10  # magnitude of RandAugment
 GREY = 128.0  # fills what a geometric operation uncovers, of 255
@@ -343,3 +345,17 @@ def mixup(key: Array, images: Array, targets: Array) -> tuple[Array, Array]:
     share = jax.random.uniform(key)
     images, targets = ((1 - share) * a + share * jnp.roll(a, 1, 0) for a in (images, targets))
     return images, targets
+
+
+# ---- missing patches ------------------------------------------------------------------------------------------------
+
+
+def missing(most: float, grid: tuple[int, int], key: Array, images: Array) -> Array:
+    """Fill random patches of normalised images [B, H, W, C] with 0, the mean of the data.
+
+    Each patch of an image is filled with the same probability, which is uniform up to `most`.
+    """
+    k_share, k_patches = jax.random.split(key)
+    share = most * jax.random.uniform(k_share, (len(images), 1, 1))
+    filled = jax.random.uniform(k_patches, (len(images), *grid)) < share
+    return jnp.where(spread(filled, images.shape[1:3])[..., None], 0, images)

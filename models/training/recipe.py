@@ -59,6 +59,7 @@ class TrainConfig:
     mixup: Share = 0.0  # ... or by Mixup
     patch_drop: NotAll = 0.0  # share of patches left out ...
     patch_drop_epochs: NotNegative = 0.0  # ... in the first so many epochs
+    missing: Share = 0.0  # most share of an image's patches that are filled with the mean colour
     mixed_precision: bool = False  # linear maps read bfloat16, the teacher's, too; the test accuracy is float32's
     mimetic_init: bool = False
     fine_tune: Annotated[tuple[Text, Text], Lax] | None = None  # (model name, checkpoint) to start from

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from jax import Array
 
+from models.training.augmentation import missing
 from models.training.data import Data
 from models.training.distil import Teacher, TeacherFunction, answers, distillation_loss, load_teacher
 from models.training.loop import OPTIMISERS, Loop, State, begin, descend, run_steps
@@ -105,11 +106,14 @@ def make_step(
             said = teacher(soft, inputs)
             targets = jnp.concatenate([targets, jax.nn.softmax(said / config.temperature)], 1)
         hard, soft_targets = targets[:, :classes], targets[:, classes:]
+        inputs = normalise(inputs)
+        if config.missing:  # after the teacher, which sees whole images
+            inputs = missing(config.missing, module.grid, jax.random.fold_in(k_drop, 0), inputs)
         training = module.clone(linear=linear) if config.mixed_precision else module
         training = training.clone(patch_drop=patch_drop, unroll=module.depth)
 
         def loss_of(params: Any) -> Array:
-            logits: Any = training.apply({"params": params}, normalise(inputs), rngs={"patch_drop": k_drop})
+            logits: Any = training.apply({"params": params}, inputs, rngs={"patch_drop": k_drop})
             if teacher is None:
                 return optax.softmax_cross_entropy(logits, hard).mean()
             return distillation_loss(logits, hard, soft_targets, config.teacher_weight, config.temperature)

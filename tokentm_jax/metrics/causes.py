@@ -9,12 +9,12 @@ from jax import Array
 from jaxtyping import Bool, Float, Shaped
 
 from tokentm_jax.inputs.values import of
-from tokentm_jax.maths.maps import ranks
+from tokentm_jax.maths.maps import ranks, spread
 from tokentm_jax.maths.primitives import AnyArray
 from tokentm_jax.maths.scores import explained
 from tokentm_jax.metrics.removal import by_patch, no_labels, scores
 from tokentm_jax.metrics.similarity import linear_correlation, rank_correlation
-from tokentm_jax.metrics.task import TARGET, Column, Input, Predict, Subject, Target, Task, among
+from tokentm_jax.metrics.task import TARGET, Background, Column, Input, Predict, Subject, Target, Task, among
 
 # ---- a mask of the cause --------------------------------------------------------------------------------------------
 
@@ -200,6 +200,24 @@ def _drops(predict: Predict, subject: Subject, *, parts: Annotated[int, Ge(1), L
     return part_drops(predict, subject.inputs, subject.without, subject.masks, subject.target, parts)
 
 
+def _patch_drops(predict: Predict, subject: Subject, *, fill: Background = "mean") -> Array:
+    """`part_drops` where each patch is a part."""
+    pixels = of(subject.inputs).values
+    gh, gw = subject.grid
+    patches = jnp.arange(1, gh * gw + 1, dtype=jnp.int32).reshape(1, gh, gw)
+    numbers = spread(patches, pixels.shape[1:3], subject.tiling)
+    return part_drops(predict, pixels, subject.background(fill), numbers, subject.target, gh * gw)
+
+
+def _deletion(predict: Predict, subject: Subject, maps: Array) -> dict[str, Array]:
+    relevance = by_patch(maps, subject.grid, subject.tiling).reshape(subject.shared.shape)
+    every = jnp.ones(relevance.shape, bool)
+    return {
+        "rank_correlation": rank_correlation(relevance, subject.shared),
+        "linear_correlation": linear_correlation(relevance, subject.shared, every),
+    }
+
+
 def _effects(
     predict: Predict, subject: Subject, maps: Array, *, least: Annotated[float, Gt(0)] = 1.0
 ) -> dict[str, Array]:
@@ -237,4 +255,14 @@ EFFECTS = Task(
     regular=True,
     raw=True,
     shared=_drops,
+)
+DELETION = Task(
+    _deletion,
+    {
+        "rank_correlation": Column(lambda table: table["predicted_rank_correlation"], better="higher", digits=3),
+        "linear_correlation": Column(lambda table: table["predicted_linear_correlation"], better="higher", digits=3),
+    },
+    regular=True,
+    raw=True,
+    shared=_patch_drops,
 )

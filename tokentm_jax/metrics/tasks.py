@@ -1,6 +1,6 @@
 """The table of tasks. A task of yours is a new row: `TASKS["mine"] = Task(...)`."""
 
-from tokentm_jax.metrics.causes import EFFECTS, POINTING
+from tokentm_jax.metrics.causes import DELETION, EFFECTS, POINTING
 from tokentm_jax.metrics.complexity import COMPLEXITY
 from tokentm_jax.metrics.eraser import ERASER, LEAVE_ONE_OUT, PEOPLE
 from tokentm_jax.metrics.infidelity import INFIDELITY
@@ -30,4 +30,5 @@ TASKS: dict[str, Task] = {
     "people": PEOPLE,
     "pointing": POINTING,
     "effects": EFFECTS,
+    "deletion": DELETION,
 }
