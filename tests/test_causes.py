@@ -147,6 +147,13 @@ def test_pointing_explains_the_class_of_each_cell(colours, tmp_path):
     module = vit.module.clone(num_classes=8)
     params = init_params(module, jax.random.key(1))
     vit = dataclasses.replace(vit, module=module, params=params, class_names=(*"01234567",))
+    source = open_source(f"mosaic:2:{colours}", limit=5, seed=0)
+    examples = [source[i] for i in range(5)]
+    images, masks = zip(*(vit.preprocessing.levels(each, "reference") for each in examples), strict=True)
+    images, masks = np.stack(images) / np.float32(255), np.stack(masks)
+    labels = np.array([each.label for each in examples])
+    sure = np.asarray(jax.nn.softmax(vit.logits(images)))[range(5), labels]
+    least = float(np.median(sure)) - 1e-6
     config = EvaluateConfig(
         "p",
         "pointing",
@@ -156,21 +163,23 @@ def test_pointing_explains_the_class_of_each_cell(colours, tmp_path):
         limit=5,
         batch_size=5,
         score="margin",
+        options={"probability": least},
     )
     results = evaluate(config, vit, out=tmp_path / "p")
     found = recorded(tmp_path / "p", "input-gradient", "share")
-    source = open_source(config.data, limit=5, seed=0)
-    assert {*found} == {*source.keys}
-    examples = [source.read(key) for key in found]
-    images, masks = zip(*(vit.preprocessing.levels(each, "reference") for each in examples), strict=True)
-    labels = [each.label for each in examples]
-    images = np.stack(images) / np.float32(255)
+    counts = np.array([example.key in found for example in examples])
+    np.testing.assert_array_equal(counts, sure >= least)  # only they are explained
     heat = np.asarray(tm.explain(vit, images, "input_gradient", target=labels, score=margin))
     heat, inside = (np.asarray(a).reshape(5, 2, 8, 3, 8).mean((2, 4)) for a in (heat, masks))
-    np.testing.assert_allclose([*found.values()], (heat * inside).sum((1, 2)) / heat.sum((1, 2)), atol=1e-5)
-    own = {row["metric"]: row for row in results["rows"] if row["method"] == "input_gradient"}
-    assert own["share"]["value"] == pytest.approx(np.mean([*found.values()]), abs=1e-6)
-    assert own["counted"]["value"] == 100 and own["share"]["images"] == 5
+    expected = ((heat * inside).sum((1, 2)) / heat.sum((1, 2)))[counts]
+    np.testing.assert_allclose(
+        [found[example.key] for example in examples if example.key in found], expected, atol=1e-5
+    )
+    figures = {(row["method"], row["metric"]): row for row in results["rows"]}
+    assert figures["clean", "counted"]["value"] == 60 and figures["input_gradient", "share"]["images"] == 3
+    assert figures["input_gradient", "share"]["value"] == pytest.approx(expected.mean(), abs=1e-6)
+    with pytest.raises(InputError, match="no image of .* counts by the options of the task 'pointing'"):
+        evaluate(dataclasses.replace(config, options={"probability": 0.99}), vit, out=tmp_path / "none")
 
 
 @pytest.mark.parametrize(("place", "blend"), [("anywhere", 1.0), ("corner", 0.5)])

@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float, Shaped
 from tokentm_jax.inputs.values import of
 from tokentm_jax.maths.maps import ranks, spread
 from tokentm_jax.maths.primitives import AnyArray
-from tokentm_jax.maths.scores import explained
-from tokentm_jax.metrics.removal import by_patch, no_labels, scores
+from tokentm_jax.maths.scores import explained, log_probability
+from tokentm_jax.metrics.removal import by_patch
 from tokentm_jax.metrics.similarity import linear_correlation, rank_correlation
 from tokentm_jax.metrics.task import TARGET, Background, Column, Input, Predict, Subject, Target, Task, among
 
@@ -184,15 +184,16 @@ def effects(
 Probability = Annotated[float, Ge(0), Lt(1)]
 
 
-def _pointing(predict: Predict, subject: Subject, maps: Array, *, probability: Probability = 0.0) -> dict[str, Array]:
+def _sure(logits: Array, labels: Array, *, probability: Probability = 0.0) -> Array:
     """Only images that give the class this `probability` or more count."""
+    return jnp.exp(log_probability(logits, labels)) >= probability
+
+
+def _pointing(predict: Predict, subject: Subject, maps: Array) -> dict[str, Array]:
     assert subject.masks is not None
     grid, tiling = subject.grid, subject.tiling
     inside = by_patch(subject.masks.astype(bool).astype(maps.dtype), grid, tiling)
-    found = pointing(by_patch(maps, grid, tiling), inside)
-    known = scores(predict(subject.inputs), subject.labels, no_labels(subject.inputs))
-    sure = (jnp.exp(known["log_probability"]) >= probability) & (inside > 0).any((1, 2))
-    return {**found, "sure": sure}
+    return {**pointing(by_patch(maps, grid, tiling), inside), "marked": (inside > 0).any((1, 2))}
 
 
 def _drops(predict: Predict, subject: Subject, *, parts: Annotated[int, Ge(1), Le(100)] = 8) -> Array:
@@ -233,14 +234,14 @@ def _effects(
 POINTING = Task(
     _pointing,
     {
-        "share": among("share", "sure", explained=TARGET),
-        "auc": among("auc", "sure", explained=TARGET),
-        "hit": among("hit", "sure", 100.0, digits=1, explained=TARGET),
-        "counted": Column(lambda table: 100.0 * table["target_sure"], digits=1, explained=TARGET),
+        "share": among("share", "marked", explained=TARGET),
+        "auc": among("auc", "marked", explained=TARGET),
+        "hit": among("hit", "marked", 100.0, digits=1, explained=TARGET),
     },
     needs="masks",
     regular=True,
     raw=True,
+    counts=_sure,
 )
 EFFECTS = Task(
     _effects,

@@ -135,6 +135,7 @@ class Task:
     reference: str = ""  # a method whose maps, made once for every image and kept in the run, are `subject.reference`
     shared: Callable[..., PyTree] | None = None  # (predict, subject, *, options) -> `subject.shared`, for all rows
     explains: bool = False  # `subject.explain` is there
+    counts: Callable[..., Array] | None = None  # (logits, labels, *, options) -> which images it is of; None: all
 
     @property
     def explained(self) -> tuple[str, ...]:
@@ -142,7 +143,7 @@ class Task:
         return tuple(dict.fromkeys(column.explained for column in self.columns.values()))
 
     def check(self, name: str, options: Mapping[str, object]) -> dict[str, dict[str, Any]]:
-        """The options of `compute`, of `shared` and of the reference, as plain values that meet their annotations.
+        """The options of each part, and of the reference, as plain values that meet their annotations.
 
         Raises InputError for an unknown option, or one that does not meet its annotation.
         """
@@ -150,8 +151,9 @@ class Task:
             "compute": options_of(self.compute),
             "shared": options_of(self.shared) if self.shared else {},
             "reference": METHODS[self.reference].known() if self.reference else {},
+            "counts": options_of(self.counts) if self.counts else {},
         }
-        every = {**known["compute"], **known["shared"], **known["reference"]}
+        every = {key: value for own in known.values() for key, value in own.items()}
         values = check_options(f"the task {name!r}", every, options)
         found = {part: {key: value for key, value in values.items() if key in own} for part, own in known.items()}
         if self.reference:

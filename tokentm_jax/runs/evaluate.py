@@ -243,7 +243,7 @@ def _predictions(
 ) -> Records:
     """The model's own predictions: they say which classes there are to explain."""
     vit, config = programs.vit, programs.config
-    clean = Records(out / "records" / "clean.jsonl", clean_fields(programs.asked is not None), (CLEAN,))
+    clean = Records(out / "records" / "clean.jsonl", clean_fields(config), (CLEAN,))
     indices = [i for i, key in enumerate(source.keys) if (key, CLEAN) not in clean.places]
     stream = batches(source, vit.preprocessing, config.batch_size, config.profile, indices=indices, skipped=skipped)
     for batch in stream:
@@ -270,6 +270,11 @@ def _jobs(config: EvaluateConfig, source: Source, clean: Records, asked: Questio
     good = [i for i, key in enumerate(source.keys) if (key, CLEAN) in clean.places]
     if not good:
         return []
+    if TASKS[config.task].counts:
+        counted = clean.take("counted", [(source.keys[i], CLEAN) for i in good])
+        good = [i for i, counts in zip(good, counted, strict=True) if counts]
+        if not good:
+            raise InputError(f"no image of {source.name} counts by the options of the task {config.task!r}")
     own = [(source.keys[i], CLEAN) for i in good]
     predicted, labels = clean.take("predicted", own).tolist(), clean.take("label", own).tolist()
     targets = TARGET in config.explained and any(row.class_specific for row in config.rows)

@@ -22,17 +22,22 @@ from tokentm_jax.models.loading import Model, predict
 from tokentm_jax.models.sharding import over_batch
 from tokentm_jax.models.vit import init_params
 
+Options = tuple[tuple[str, Any], ...]
+
 
 @lru_cache(maxsize=16)
-def _clean_program(module: Any, preprocessing: Reader) -> Callable[..., dict[str, Array]]:
+def _clean_program(
+    module: Any, preprocessing: Reader, counts: Callable[..., Array] | None, options: Options
+) -> Callable[..., dict[str, Array]]:
     """(params, pixels, labels, question) -> predictions for whole examples; the question is None, or has no target
-    yet."""
+    yet. `counts` and its options are those of the task."""
 
     def program(params: Any, pixels: Array, labels: Array, asked: Question | None) -> dict[str, Array]:
         logits = predict(module, preprocessing, params, preprocessing.unit(pixels))
         predicted = logits.argmax(-1).astype(jnp.int32)
         target = predicted if asked is None else asked._replace(target=predicted)
-        return {"predicted": predicted, "label": labels, **metrics.scores(logits, target, labels)}
+        counted = {"counted": counts(logits, labels, **dict(options))} if counts else {}
+        return {"predicted": predicted, "label": labels, **metrics.scores(logits, target, labels), **counted}
 
     return jax.jit(program)
 
@@ -58,9 +63,6 @@ def _subject(module: Any, reader: Reader, params: Any, batch: Measured, target: 
 def _answers(module: Any, reader: Reader, params: Any, mixed: bool) -> metrics.Predict:
     """What changed inputs are answered by, perhaps in mixed precision."""
     return partial(predict, module.clone(linear=linear) if mixed else module, reader, params)
-
-
-Options = tuple[tuple[str, Any], ...]
 
 
 @lru_cache(maxsize=64)
@@ -148,7 +150,9 @@ class Programs:
 
     def clean(self, pixels: Array, labels: Array) -> dict[str, Array]:
         """Predictions for whole examples, and what is followed of the predicted class."""
-        return _clean_program(*self._model)(self.vit.params, pixels, labels, self.asked)
+        options = tuple(sorted(self._options["counts"].items()))
+        program = _clean_program(*self._model, self.task.counts, options)
+        return program(self.vit.params, pixels, labels, self.asked)
 
     def target(self, classes: Array) -> metrics.Target:
         """What is explained, and followed: the classes [B], or the config's score of them."""

@@ -10,11 +10,12 @@ import numpy as np
 from annotated_types import Ge, Le, Len
 from typing_extensions import TypedDict
 
-from tokentm_jax.configs import Row
+from tokentm_jax.configs import EvaluateConfig, Row
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import opened, reason, require_ours
 from tokentm_jax.identity import digest
 from tokentm_jax.metrics.task import CLEAN, PREDICTED, TARGET, Fields, LogProbability, Number
+from tokentm_jax.metrics.tasks import TASKS
 from tokentm_jax.validation import checked, lists_of
 
 LONGEST_LINE = 64 * 2**20  # bytes
@@ -26,11 +27,13 @@ KEPT = "; what was finished is kept, and the same command goes on from there"
 Count = Annotated[int, Ge(0), Le(2**31 - 1)]
 
 
-def clean_fields(scored: bool = False) -> Fields:
-    """What is recorded of whole images."""
+def clean_fields(config: EvaluateConfig) -> Fields:
+    """What is recorded of whole images; `counted` where a task is not of all of them."""
     label = lists_of(Annotated[int, Ge(-1), Le(2**31 - 1)])
+    scored = config.score is not None
     followed = {"score": lists_of(Number)} if scored else {"log_probability": lists_of(LogProbability)}
-    return {"predicted": lists_of(Count), "label": label, **followed, "hit": lists_of(bool)}
+    counted = {"counted": lists_of(bool)} if TASKS[config.task].counts else {}
+    return {"predicted": lists_of(Count), "label": label, **followed, "hit": lists_of(bool), **counted}
 
 
 class Line(TypedDict):

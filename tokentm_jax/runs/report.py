@@ -41,6 +41,8 @@ def summarise(
     own = sorted((key, CLEAN) for key in keys)
     if (clean.take("label", own) >= 0).all():
         add(CLEAN, "accuracy", 100.0 * clean.take("hit", own), metrics.mean)
+    if task.counts:
+        add(CLEAN, "counted", 100.0 * clean.take("counted", list(clean.places)), metrics.mean)
     for row in config.rows:
         explained = config.explained if final else config.explained[:1]
         done, table = table_of(row, explained, clean, records[row.name], keys)
@@ -115,7 +117,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"{run['model']['name']} on {run['data']['name']}: {run['data']['examples']} {images}, profile "
         f"{config['profile']}, seed {run['seed']}, {run['skipped']['count']} skipped. "
         f"{asked}In brackets: 95 % intervals over {images}.",
-        *(f"Clean accuracy: {_cell(row)} %." for row in clean),
+        *(f"Clean {row['metric']}: {_cell(row)} %." for row in clean),
         *([LEGEND] if any(row.get("mark") for row in others) else []),
         "",
         f"| method | {' | '.join(heads.values())} |",
@@ -267,7 +269,7 @@ def open_finished(out: Path) -> Finished:
         config = check(read_fields(EvaluateConfig, given, "the config"))
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    clean = Records(out / "records" / "clean.jsonl", clean_fields(config.score is not None), (CLEAN,))
+    clean = Records(out / "records" / "clean.jsonl", clean_fields(config), (CLEAN,))
     if not clean.places:
         raise InputError(f"{clean.path} holds no results")
     listed = out / EXAMPLES
