@@ -857,7 +857,7 @@ def test_results_and_comparisons_show_directions_and_significance(whole, tmp_pat
         for explained in ("predicted", "target"):
             found = {"log_probability": log, "hit": hit, "finite": finite}
             records[row.name].append([(key, explained) for key in keys], found)
-    clean = records_module.Records(out / "records/clean.jsonl", records_module.clean_fields(), ("clean",))
+    clean = records_module.Records(out / "records/clean.jsonl", records_module.clean_fields(config), ("clean",))
     results["rows"] = evaluation.summarise(config, clean, records, keys)
     marks = {(row["method"], row["metric"]): row.get("mark") for row in results["rows"]}
     # AOPC is better where it is higher, and the log-odds where they are lower; the accuracies are all the same.

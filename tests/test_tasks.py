@@ -55,7 +55,7 @@ RECORDS: dict[str, dict[str, tuple[Any, ...]]] = {  # type and shape per image o
     "shapley": {"agreement": (float,)},
     "eraser": {"log_probability": ("log", 2, 11)},
     "leave_one_out": {"kendall": (float,)},
-    "pointing": {"share": (float,), "auc": (float,), "hit": (float,), "sure": (bool,)},
+    "pointing": {"share": (float,), "auc": (float,), "hit": (float,), "marked": (bool,)},
     "effects": {
         **dict.fromkeys(("rank_correlation", "linear_correlation", "without_effect", "contrast"), (float,)),
         **dict.fromkeys(("caused", "opposed"), (bool,)),
