@@ -32,6 +32,7 @@ METHODS = {
     "grad_cam_tokens": {},
     "attn_lrp": {},
     "res_lrp": {},
+    "pa_lrp": {},
     "libra_full_grad": {},
     "libra_attcat": {},
     "libra_tokentm": {},
@@ -52,7 +53,8 @@ METHODS = {
     "tokentm_mix": {},
     "combination": {"methods": "gae,grad_cam"},
 }
-SLOW = ("rise", "shapley", "kernel_shap", "caap")  # forward passes, as those of occlusion: see test_perturbation.py
+# Forward passes, as those of occlusion (see test_perturbation.py), and another reading of AttnLRP (test_rules.py).
+SLOW = ("rise", "shapley", "kernel_shap", "caap", "pa_lrp")
 FAMILIES = ("tokentm", "rollout", "partial_lrp", "input_gradient")  # one of each; `.ci/run` names them, too
 QUICK = ("tokentm",)  # by default, where all would take long
 BASE = {"img_size": (16, 24), "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5}

@@ -271,6 +271,19 @@ def test_integrated_gradients(small):
     np.testing.assert_allclose(details["completeness_gap"], expected.sum() - change, rtol=1e-6)
 
 
+def test_pa_lrp(small):
+    """With all factors constant: pixels and positions times their slopes, one at a time."""
+    module, params, image = small
+    seen = oracle.vit(module, params, image)[1]
+    answer = lambda delta: oracle.vit(module, params, image + delta, held=seen)[0][TARGET]  # noqa: E731
+    pixels = (image * oracle.difference_quotients(answer, image.shape)).sum(-1)
+    positions = (params["pos_embed"][0] * slope(small, "tokens", 0, held=seen)).sum(-1)
+    maps, details = run(small, "pa_lrp", details=True, rules="conservative")
+    np.testing.assert_allclose(details["position_relevance"], positions, rtol=1e-6, atol=1e-9)
+    shown = positions[1:].reshape(2, 3).repeat(2, 0).repeat(2, 1) / 4
+    np.testing.assert_allclose(maps, pixels + shown, rtol=1e-6, atol=1e-9)
+
+
 def test_combination_and_maps():
     a = jnp.array([[[0.0, 1.0], [2.0, 4.0]]])
     b = jnp.array([[[3.0, 3.0], [3.0, 3.0]]])  # constant: zeros, not NaN

@@ -27,6 +27,7 @@ LEFT_OUT = {
         "rise",
         "shapley",
         "kernel_shap",
+        "pa_lrp",
     ),  # overlap is seen of a convolution, not of a gather
     # Ties among discarded attentions; differences of rounded numbers.
     "bfloat16": ("rollout", "grad_cam_tokens"),

@@ -9,6 +9,7 @@ from conftest import mostly_slow
 import tokentm_jax as tm
 from tokentm_jax.maths import primitives
 from tokentm_jax.methods.explain import explain_fn
+from tokentm_jax.metrics.removal import by_patch
 from tokentm_jax.models.vit import ViT, init_params
 from tokentm_jax.programs.capture import capture
 from tokentm_jax.programs.flat import flatten
@@ -215,6 +216,59 @@ def test_conservative_lrp_conserves_the_logit_without_biases(small, options):
     _, details = run(without_biases(params), inputs)
     logit = details["logits"][jnp.arange(2), details["target"]]
     np.testing.assert_allclose(details["relevance"], np.broadcast_to(logit[:, None], (2, 3)), rtol=1e-6)
+
+
+ANYWHERE = {"no_embed_class": True, "class_token": False, "global_pool": "avg", "reg_tokens": 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "options"), [("conservative_lrp", ANYWHERE), ("attn_lrp", {}), ("attn_lrp", ANYWHERE)]
+)
+def test_pa_lrp_conserves_without_biases(small, method, options):
+    """Pixels and position of a patch have together what its token has; registers, which have no position, the rest."""
+    module, params = small
+    if options:
+        module = module.clone(**options)
+        params = jax.tree.map(lambda a: a * 10 if a.ndim > 1 else a, init_params(module, jax.random.key(0)))
+    params, inputs = without_biases(params), jnp.asarray(normal(2, 16, 16, 3))
+    function = lambda params, images: module.apply({"params": params}, images)  # noqa: E731
+    pa_lrp = explain_fn(function, "pa_lrp", rules=method.removesuffix("_lrp") if method != "attn_lrp" else method)
+    maps, (tokens, details) = jax.jit(
+        lambda *given: (pa_lrp(*given), explain_fn(module, method, details=True)(*given))
+    )(params, inputs)
+    np.testing.assert_allclose(by_patch(maps, (2, 2)) * 64, tokens, rtol=1e-6, atol=1e-9)
+    assert np.abs(maps.sum((1, 2)) - details["relevance"][:, 0]).min() > 1e-3  # what the prefix has
+
+
+def test_half_of_a_rotation_is_kept_by_its_position():
+    """One attention without norms, with AttnLRP's rules, in closed form."""
+    n, d = 4, 4
+    embed, key, query, value, read = (
+        normal(*s, seed=k) for k, s in enumerate(((12, d), (d, d), (d, d), (d, d), (d,)))
+    )
+    angles = np.outer(np.arange(n), [1, 0.3]).repeat(2, -1)
+    cosine, sine = np.cos(angles), np.sin(angles) * np.tile([-1, 1], 2)
+
+    def function(params, images):
+        x = images.reshape(-1, 2, 2, 2, 2, 3).transpose(0, 1, 3, 2, 4, 5).reshape(-1, n, 12) @ params
+        q, k = (primitives.rotate(x @ w, jnp.asarray(cosine), jnp.asarray(sine), False) for w in (query, key))
+        return (x + jax.nn.softmax(q @ k.swapaxes(1, 2)) @ (x @ value)).mean(1)[:, None] @ read[:, None]
+
+    image = normal(1, 4, 4, 3)
+    run = jax.jit(explain_fn(lambda p, x: function(p, x)[:, 0], "pa_lrp", details=True, prefix=0))
+    maps, details = run(jnp.asarray(embed), jnp.asarray(image))
+
+    x = image.reshape(2, 2, 2, 2, 3).transpose(0, 2, 1, 3, 4).reshape(n, 12) @ embed
+    q, k = ((x @ w) * cosine + (x @ w)[:, [1, 0, 3, 2]] * sine for w in (query, key))
+    scores = q @ k.T
+    attention = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+    slope = np.tile((x @ value) @ read / n / 2, (n, 1))  # at the attention, which has half of the product
+    before = scores * attention * (slope - (attention * slope).sum(1, keepdims=True))
+    np.testing.assert_allclose(details["position_relevance"][0], (before.sum(1) + before.sum(0)) / 4, rtol=1e-9)
+    answer = (x + attention @ x @ value).mean(0) @ read
+    np.testing.assert_allclose(details["logits"][0, 0], answer, rtol=1e-9)
+    np.testing.assert_allclose(maps.sum(), answer - (attention * slope - before).sum(), rtol=1e-9)
 
 
 @pytest.mark.parametrize(("method", "rules"), [("attn_lrp", ATTN_LRP), ("res_lrp", res_lrp(1.0))])

@@ -157,7 +157,7 @@ def _explainer(
     rules: Mapping[str, Any] = MappingProxyType({}),
 ) -> Callable[..., Any]:
     """What `explain_fn` returns, of a method with its options."""
-    bound = row.bind(method, options)
+    bound = row.bind(method, {**options, "rules": "plain"} if rules else options)
     plain = row.has_derivative(options) and not rules
     shown = (lambda found: found) if anyway or plain else partial(_without_derivative, method)
 

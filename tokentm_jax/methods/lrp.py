@@ -11,17 +11,19 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import jax
+import jax.numpy as jnp
 from annotated_types import Ge
 from jax import Array
 
 from tokentm_jax.errors import Unfit
-from tokentm_jax.inputs.values import input_map, read_out, token_map, values
+from tokentm_jax.inputs.values import input_map, read_out, seen, token_map, values
+from tokentm_jax.maths.maps import spread
 from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.tokentm import aggregate, attention_map, attention_update
 from tokentm_jax.methods.attention import Block, Details, Explanation, check_blocks
 from tokentm_jax.programs.capture import Trace, capture
 from tokentm_jax.programs.model import Model
-from tokentm_jax.programs.passes import full_gradient_rows
+from tokentm_jax.programs.passes import full_gradient_rows, position_rows
 from tokentm_jax.programs.rules import ATTN_LRP, LIBRA, RULES, Activation, Stabiliser, conservative, lrp, res_lrp
 from tokentm_jax.programs.running import Rules
 
@@ -136,6 +138,27 @@ def residual_lrp(
     `gamma` 0 is AttnLRP.
     """
     return _token_times_gradient(model, res_lrp(gamma), params, inputs, target, pixels)
+
+
+def position_aware_lrp(model: Model, params: Any, inputs: Any, target: Any) -> Explanation:
+    """PA-LRP (Bakish et al., 2025): LRP to the pixels, with the relevance of positions kept at their tokens; signed.
+
+    The relevance of a patch's position is spread evenly over its pixels. `details["position_relevance"]` [B, N] is
+    that of all tokens: of tables that are added, and half of each product with a rotary position.
+    """
+    (row, gradient), details = model.per_sample(partial(position_rows, model, params), inputs, target)
+    mask, array = seen(inputs), values(inputs)
+    maps = (wide(array) * wide(gradient)).sum(-1)
+    if mask is None:
+        if array.ndim != 4:
+            raise Unfit(f"this method explains images [B, H, W, C] and texts, and the inputs are {list(array.shape)}")
+        own = lambda patches: spread(patches, array.shape[1:3], model.tiling)  # noqa: E731
+        kept = token_map(model, row)
+        pixels = jax.grad(lambda patches: own(patches).sum())(jnp.ones_like(kept))  # that show each patch
+        shown = own(kept / jnp.maximum(pixels, 1))
+    else:
+        shown = row
+    return input_map(mask, maps + shown), {**details, "position_relevance": row}
 
 
 def libra_full_grad(model: Model, params: Any, inputs: Any, target: Any) -> Explanation:

@@ -59,7 +59,7 @@ class Method:
     def summary(self) -> str:
         """The method in one line: the first line of its function's docstring."""
         line = (inspect.getdoc(self.function) or "").splitlines()[0]
-        return line if self.rules == "plain" else f"On LibraGrad's pruned backward pass: {line}"
+        return line if self.rules != "libra" else f"On LibraGrad's pruned backward pass: {line}"
 
     def looks_at_class(self, options: Mapping[str, object]) -> bool:
         """Whether a map with these options depends on the explained class."""
@@ -220,6 +220,15 @@ METHODS: dict[str, Method] = {
     "grad_cam_tokens": _gradient(attention.grad_cam_tokens, "Selvaraju et al., ICCV", 2017),
     "attn_lrp": Method(relevance.attention_lrp, "Achtibat et al., ICML", 2024, differentiable=False),
     "res_lrp": Method(relevance.residual_lrp, "ResLRP, arXiv", 2026, differentiable=False),
+    "pa_lrp": _gradient(
+        relevance.position_aware_lrp,
+        "Bakish et al., arXiv",
+        2025,
+        output=PIXELS,
+        differentiable=False,
+        rules="attn_lrp",
+        float32=True,
+    ),
     "libra_full_grad": Method(relevance.libra_full_grad, "Mehri et al., CVPR", 2025, differentiable=False),
     "libra_attcat": _libra(attention.attcat),
     "libra_tokentm": _libra(

@@ -4,6 +4,7 @@ The row of TokenTM and GAE is the cotangent of a stream of zeros [N] that goes f
 All functions are for one sample.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -15,7 +16,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from tokentm_jax.errors import Unfit
-from tokentm_jax.inputs.values import mean_of_seen, read_out, seen
+from tokentm_jax.inputs.values import mean_of_seen, read_out, seen, values, with_values
 from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.tokentm import aggregate, block_update
 from tokentm_jax.maths.variants import TokenTM, attention_layer, attention_weights, ffn_layer, ffn_weights, norm_gain
@@ -359,6 +360,63 @@ def _with_factor(
     else:
         factor = (jnp.asarray(rows, u.dtype) if readout is None else readout) @ u
     return (wide(value) + wide(bias) * (factor * share)).astype(value.dtype), state, None
+
+
+def position_rows(model: Model, params: Any, sample: Any, score: Score) -> tuple[tuple[Array, Array], Any]:
+    """The relevance of positions by the model's rules, for one sample: the row [N], the gradient at the input, and the
+    outputs.
+
+    A position that is added has a factor 1 + u of its token; the derivative by u is its relevance. A rotation is a
+    product of a query or key with its angle, so each gets half.
+    """
+    structure, taps = model.structure, {}
+    n, patches = structure.tokens, math.prod(model.grid or (structure.tokens,))
+    for reading in {structure.reading, *(stage.reading for stage in structure.stages)}:
+        turned = {number for step in reading.flat.steps if step.kind == "turn" for number in step.inputs}
+        for step in reading.flat.steps:
+            out = step.outputs[0]
+            rows = structure.rows.get(out)
+            if rows is None and reading.descends(structure.embedded, out):  # before the first block, with D last
+                shape = reading.flat.types[out].shape[:-1]
+                first = {n: 0, patches: model.prefix}.get(math.prod(shape))
+                rows = None if first is None else (slice(first, first + math.prod(shape)), (*shape, 1))
+            if not isinstance(rows, tuple):  # not tokens, but mixtures of them
+                continue
+            if step.kind == "position":
+                taps[out] = partial(_with_position, step, rows)
+            elif step.kind == "scale" and out in turned:
+                taps[out] = partial(_turned, rows)
+
+    def run(u: Array, numbers: Array) -> tuple[Array, Any]:
+        plan = Plan(model.rules, taps)
+        outputs = model.evaluate(params, with_values(sample, numbers), plan, None, u)[0]
+        return score(outputs), outputs
+
+    kind = _wide_type(structure.reading.flat.types[structure.embedded])
+    return jax.grad(run, (0, 1), has_aux=True)(jnp.zeros(n, kind), values(sample))
+
+
+def _at_tokens(rows: tuple[Any, Any], u: Array, value: Array) -> Array:
+    """Factors u [N] of the tokens at their places in a value."""
+    axis, shares = rows
+    if isinstance(axis, slice):
+        return u[axis].reshape(shares)
+    shape = [1] * value.ndim
+    shape[axis] = len(shares)
+    return (jnp.asarray(shares, u.dtype) @ u).reshape(shape)
+
+
+def _with_position(step: Step, rows: Any, evaluation: Evaluation, value: Array, u: Any, extra: Any) -> Any:
+    """A sum with a position, which has its factor."""
+    position = wide(evaluation.get(step.inputs[1 - step.of]))
+    position = -position if step.name == "sub" and step.of == 0 else position
+    return (wide(value) + position * _at_tokens(rows, u, value)).astype(value.dtype), u, None
+
+
+def _turned(rows: Any, evaluation: Evaluation, value: Array, u: Any, extra: Any) -> Any:
+    """A product with a rotary position: half of its relevance is for the position."""
+    half, factor = wide(value) / 2, _at_tokens(rows, u, value)
+    return (half + jax.lax.stop_gradient(half) * (1 + factor)).astype(value.dtype), u, None
 
 
 def with_tokens(model: Model, params: Any, sample: Any, tokens: Array, placed: Array) -> Any:
