@@ -178,7 +178,7 @@ def test_pointing_explains_the_class_of_each_cell(colours, tmp_path):
     figures = {(row["method"], row["metric"]): row for row in results["rows"]}
     assert figures["clean", "counted"]["value"] == 60 and figures["input_gradient", "share"]["images"] == 3
     assert figures["input_gradient", "share"]["value"] == pytest.approx(expected.mean(), abs=1e-6)
-    with pytest.raises(InputError, match="no image of .* counts by the options of the task 'pointing'"):
+    with pytest.raises(InputError, match=r"no image of .* counts by the options of the task 'pointing'"):
         evaluate(dataclasses.replace(config, options={"probability": 0.99}), vit, out=tmp_path / "none")
 
 
