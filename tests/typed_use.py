@@ -41,6 +41,7 @@ def explaining(vit: tm.Model, path: Path) -> jax.Array:
     found = tm.inspect(network, vit.params, images, grid=(8, 8))
     assert_type(found.blocks, int)
     row: tm.Method = tm.METHODS["tokentm"]
+    assert_type(tm.amortised(path), tm.Method)
     assert_type(row.passes, str)
     assert_type(tm.to_pixels(maps, (32, 32)), jax.Array)
     both = tm.combine([maps, maps], "mean")

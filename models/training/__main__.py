@@ -35,24 +35,28 @@ def train(
     """Train a model by a recipe; started again with the same folder, it goes on where it stopped.
 
     RECIPE.py is a Python file that is run, and whose `config`, or what its `get_config(KEY=VALUE, ...)` returns, is a
-    TrainConfig, or a TextTrainConfig for sentences.
+    TrainConfig, a TextTrainConfig for sentences, or an AmortiseConfig for an explainer.
 
     \b
     Example:
       python -m models.training models/training/recipes/cifar10_vit_cpu.py --out runs/cifar10
     """
     from models.training import train as photos
+    from models.training.amortise import train_explainer
     from models.training.data import load_dataset
-    from models.training.recipe import TextTrainConfig, TrainConfig
+    from models.training.recipe import AmortiseConfig, TextTrainConfig, TrainConfig
     from models.training.train_text import read_sentences, train_text
     from tokentm_jax.models.architectures import build
 
     given = {"train_data": train_data, "test_data": test_data, "epochs": epochs}
-    config = read_recipe(recipe, TrainConfig, TextTrainConfig)
+    config = read_recipe(recipe, TrainConfig, TextTrainConfig, AmortiseConfig)
     config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
     if isinstance(config, TextTrainConfig):
         sets = (read_sentences(p, len(config.class_names), limit) for p in (config.train_data, config.test_data))
         job = partial(train_text, config, *sets)
+    elif isinstance(config, AmortiseConfig):
+        data = load_dataset(config.train_data, limit or config.images)
+        job = partial(train_explainer, config, data, load_dataset(config.test_data, limit or config.test_images))
     else:
         module = build(config.model)
         made = photos.preprocessing_of(config, module)
@@ -68,7 +72,8 @@ def train(
         raise
     except ValueError as error:  # numbers of the recipe that do not go together
         raise InputError(f"the recipe {recipe}: {error}") from error
-    click.echo(f"test accuracy {top_1:.2%}; the model is in {printable(folder)}")
+    found = "correlation with held-out samples" if isinstance(config, AmortiseConfig) else "test accuracy"
+    click.echo(f"{found} {top_1:.2%}; the model is in {printable(folder)}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Training of an amortised explainer against sampled Shapley values, whose noise is zero on average.
 
-The samples cost hundreds of passes an image and are kept in a file, which is written as they come; the explainer reads
-the tokens of the explained model, which stays as it is, so its own training takes minutes.
+The samples cost hundreds of passes an image. They are kept in a file, which grows as they come, so a run that stops
+goes on. The explainer reads what the explained model, which stays as it is, has computed: its own training is fast.
 """
 
+import dataclasses
+import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -13,16 +15,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 from jax import Array
 
-from models.training.recipe import resize
+from models.training.data import Data
+from models.training.loop import Loop, State, adamw, begin, descend, run_steps
+from models.training.recipe import AmortiseConfig, resize
+from models.training.train import Batch, batches
 from tokentm_jax.errors import InputError
-from tokentm_jax.files import reason, replace
+from tokentm_jax.files import MARK, reason, replace, require_ours
+from tokentm_jax.identity import claimed, digest, environment
 from tokentm_jax.maths.maps import unit
 from tokentm_jax.maths.mixed import linear
+from tokentm_jax.methods.amortised import features, values
 from tokentm_jax.methods.perturbation import Removal, shapley
-from tokentm_jax.models.loading import Model
+from tokentm_jax.models.loading import Model, load
 from tokentm_jax.programs.model import function_of
+from tokentm_jax.validation import check_fields
 
 _BATCH = 8  # images at a time
 
@@ -56,7 +65,7 @@ def sampled(vit: Model, images: np.ndarray, pairs: int, path: Path, identity: st
         return jax.vmap(lambda c: play(target=c[None])[0][0])(classes)  # the passes are shared
 
     @jax.jit
-    def values(params: Any, images: Array, seeds: Array) -> Array:
+    def sample(params: Any, images: Array, seeds: Array) -> Array:
         found = jax.vmap(one, (None, 0, 0))(params, inputs_of(vit, images), seeds)
         return found.astype(jnp.float16)
 
@@ -65,7 +74,7 @@ def sampled(vit: Model, images: np.ndarray, pairs: int, path: Path, identity: st
     began, first, saved = time.monotonic(), len(found), time.monotonic()
     while len(found) < len(images):
         rows = np.arange(len(found), len(found) + _BATCH) % len(images)  # one shape for all batches
-        found += [*np.asarray(values(vit.params, images[rows], rows.astype(np.int32)))]
+        found += [*np.asarray(sample(vit.params, images[rows], rows.astype(np.int32)))]
         done = time.monotonic()
         if done - saved > 60 or len(found) >= len(images):
             replace(path, partial(_write, identity, np.stack(found[: len(images)])), overwrite=True)
@@ -91,3 +100,131 @@ def _read(path: Path, identity: str, shape: tuple[int, ...]) -> np.ndarray:
     if made != identity:
         raise InputError(f"{path} holds values of another model, other images or by other versions; remove it")
     return values
+
+
+def read_all(vit: Model, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`features` of photos: float32 [images, n, F], and the logits [images, classes]."""
+
+    @jax.jit
+    def read(params: Any, images: Array) -> tuple[Array, Array]:
+        inputs = inputs_of(vit, images)
+        return features(function_of(vit.module).read(params, inputs), params, inputs)
+
+    found = []
+    for start in range(0, len(images), _BATCH):
+        rows = np.arange(start, start + _BATCH) % len(images)
+        found.append(jax.device_get(read(vit.params, images[rows])))
+    tokens, logits = (np.concatenate(arrays)[: len(images)] for arrays in zip(*found, strict=True))
+    return tokens, logits
+
+
+def initial(key: Array, count: int, hidden: int, places: int, classes: int) -> dict[str, Any]:
+    """Weights of an explainer that gives each patch the same share; as the optimiser takes them."""
+    kernel = jax.random.normal(key, (count, hidden)) / count**0.5
+    return {
+        "hidden": {"kernel": kernel, "bias": jnp.zeros(hidden)},
+        "out": {"kernel": jnp.zeros((hidden, classes))},
+        "direct": {"kernel": jnp.zeros((count, classes))},
+        "places": {"bias": jnp.zeros((places, classes))},
+    }
+
+
+def weights_of(params: Any, mean: Any, std: Any, empty: Any) -> dict[str, Any]:
+    """The weights for `methods.amortised.values`, of parameters that were trained on (features - mean) / std."""
+    hidden, direct = (params[name]["kernel"] / std[:, None] for name in ("hidden", "direct"))
+    places = params["places"]["bias"]  # a number that all patches have changes nothing: the one of `direct` goes
+    return {
+        "hidden": hidden,
+        "bias": params["hidden"]["bias"] - mean @ hidden,
+        "out": params["out"]["kernel"],
+        "direct": direct,
+        "places": places - places.mean(0),
+        "empty": empty,
+    }
+
+
+def train_explainer(
+    config: AmortiseConfig,
+    data: Data,
+    test: Data,
+    out: Path,
+    log: Callable[[str], None],
+    *,
+    overwrite: bool = False,
+) -> float:
+    """Train an explainer to the end, or from where `out` stopped on.
+
+    `out` holds the samples, the Orbax checkpoints, `log.jsonl` and, at the end, `<name>.safetensors` in half precision
+    for `tm.amortised`. `overwrite` also replaces files of these names that this program did not write.
+
+    Returns:
+      The correlation with held-out samples, whose noise limits it.
+
+    Raises:
+      InputError: a model that has no features, images that do not fill a batch, and what `train` raises.
+    """
+    config = check_fields(config, "the recipe")
+    vit = load(config.model, config.checkpoint)
+    per_epoch = len(data.images) // config.batch_size
+    if per_epoch == 0:
+        raise InputError(f"{config.train_data}: {len(data.images)} images do not fill a batch of {config.batch_size}")
+    file, described = out.absolute() / f"{config.name}.safetensors", vit.described()["identity"]
+    terms = {**dataclasses.asdict(config), "model": {"name": vit.name, "identity": described}, **environment()}
+    of_images = {"train_data": data.images, "test_data": test.images}
+    for name, images in of_images.items():
+        terms[name] = {"name": f"{terms[name]}, {len(images)} images", "identity": digest(images.tobytes().hex())}
+    written = ("shapley.npz", "test_shapley.npz", "checkpoints", "log.jsonl", file.name)
+    with claimed(out := out.absolute(), json.loads(json.dumps(terms)), written, overwrite):
+        require_ours(file, overwrite)
+        made = [digest(described, config.pairs, terms[name]["identity"], environment()) for name in of_images]
+        held_out = sampled(vit, test.images, config.pairs, out / "test_shapley.npz", made[1], log)
+        samples = sampled(vit, data.images, config.pairs, out / "shapley.npz", made[0], log)
+        params, top = fit(config, vit, (data.images, samples), (test.images, held_out), out, log)
+        tensors = {name: np.asarray(array, np.float16) for name, array in params.items()}
+        about = {"model": vit.name, "identity": described, "correlation": top, "images": len(data.images)}
+        content = safetensors.numpy.save(tensors, {MARK: json.dumps(about), "format": "pt"})
+        replace(file, lambda part: part.write_bytes(content), overwrite=overwrite)
+    return top
+
+
+Samples = tuple[np.ndarray, np.ndarray]  # photos uint8 [images, h, w, C], and their sampled values
+
+
+def fit(
+    config: AmortiseConfig, vit: Model, train: Samples, test: Samples, out: Path, log: Callable[[str], None]
+) -> tuple[dict[str, Any], float]:
+    """The weights of an explainer that is fitted to samples, and its correlation with those of `test`."""
+    (read, logits), (test_read, test_logits) = read_all(vit, train[0]), read_all(vit, test[0])
+    targets, held_out = (np.moveaxis(s.reshape(*s.shape[:2], -1), 1, 2).astype(np.float32) for _, s in (train, test))
+    mean, std = read.mean((0, 1)), np.maximum(read.std((0, 1)), 1e-3)
+    read, test_read = ((array - mean) / std for array in (read, test_read))
+    empty = vit.module.apply({"params": vit.params}, jnp.zeros_like(inputs_of(vit, train[0][:1])))[0]
+    scale = float(np.square(targets).mean())
+    per_epoch = len(read) // config.batch_size
+    optimiser = adamw(config, per_epoch)
+
+    def plain(params: Any) -> dict[str, Any]:
+        return weights_of(params, np.zeros_like(mean), np.ones_like(std), empty)
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state: State, batch: Batch, logits: Array) -> tuple[State, Array]:
+        def loss_of(params: Any) -> Array:
+            return jnp.square(values(plain(params), batch.images, logits) - batch.labels).mean() / scale
+
+        return descend(optimiser, state, loss_of, config.ema_decay)
+
+    def correlation(state: State) -> float:
+        found = values(plain(state.average), test_read, test_logits)
+        return float(np.corrcoef(np.ravel(found), held_out.ravel())[0, 1])
+
+    first = initial(jax.random.key(config.seed), read.shape[-1], config.hidden, read.shape[1], len(empty))
+    state, top = run_steps(
+        Loop(round(config.epochs * per_epoch), per_epoch, config.checkpoint_epochs),
+        begin(optimiser, first, averaged=True),
+        partial(batches, config, Data(read, targets, ())),  # type: ignore[arg-type]
+        lambda state, _, batch: step(state, batch, logits[batch.rows]),
+        correlation,
+        out,
+        log,
+    )
+    return weights_of(jax.device_get(state.average), mean, std, empty), top

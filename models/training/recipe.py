@@ -103,6 +103,31 @@ class TextTrainConfig:
     checkpoint_epochs: Positive = 0.5
 
 
+@dataclasses.dataclass(frozen=True)
+class AmortiseConfig:
+    """One recipe: the model that is explained, photos, and how an explainer is fitted to sampled Shapley values."""
+
+    name: Name
+    train_data: Text  # photos of the size that the model takes; their labels are not used
+    test_data: Text
+    model: Text | None = None  # as for `tm.load`
+    checkpoint: Text | None = None
+    images: Annotated[int, Ge(1)] = 4000
+    test_images: Annotated[int, Ge(1)] = 200
+    pairs: Annotated[int, Ge(2), Le(1000)] = 2  # of orders, for each image; see the method `shapley`
+    hidden: Annotated[int, Ge(1), Le(4096)] = 32  # units of the explainer
+    epochs: Annotated[float, Gt(0), Le(1_000_000)] = 60.0
+    warmup_epochs: NotNegative = 1.0
+    batch_size: Annotated[int, Ge(1), Le(2**20)] = 32
+    learning_rate: Positive = 3e-3
+    weight_decay: NotNegative = 0.1
+    beta_2: NotAll = 0.99
+    clip_norm: Positive = 1.0
+    ema_decay: NotAll = 0.99
+    seed: Annotated[int, Ge(0), Le(2**31 - 1)] = 0
+    checkpoint_epochs: Positive = 10.0
+
+
 def augment(config: TrainConfig, key: Array, images: Array, size: tuple[int, int]) -> Array:
     """What a recipe does to images [B, h, w, C] in [0, 1]: in the order below, to [B, H, W, C] of so many pixels."""
     k_shift, k_flip, k_affine, k_colour = jax.random.split(key, 4)

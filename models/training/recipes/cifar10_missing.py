@@ -30,7 +30,7 @@ config = TrainConfig(
         "num_classes": 10,
     },
     fine_tune=("cifar10_distilled", str(START)),
-    epochs=1,
+    epochs=0.5,
     warmup_epochs=0.05,
     batch_size=128,
     learning_rate=3e-4,
