@@ -50,10 +50,10 @@ def test_an_explainer_owes_what_every_method_does(tmp_path):
     assert np.abs(same[0] - maps[0]).max() > 1e-3
     np.testing.assert_allclose(same[2], maps[0], rtol=1e-4, atol=1e-6)
     with pytest.raises(tm.InputError, match="leave out the score"):
-        tm.explain_fn(vit.module, method, score=tm.scores.Versus(1))(vit.params, images, target)
+        jax.eval_shape(tm.explain_fn(vit.module, method, score=tm.scores.Versus(1)), vit.params, images, target)
     with pytest.raises(tm.InputError, match="another model: its 'places' is"):
         wrong = Method(Amortised({**weights, "places": weights["places"][1:]}))
-        tm.explain_fn(vit.module, wrong)(vit.params, images, target)
+        jax.eval_shape(tm.explain_fn(vit.module, wrong), vit.params, images, target)
 
 
 def test_what_is_not_an_explainer_is_refused(tmp_path):
@@ -62,6 +62,10 @@ def test_what_is_not_an_explainer_is_refused(tmp_path):
         path.write_bytes(safetensors.numpy.save(wrong))
         with pytest.raises(tm.InputError, match="is not an explainer"):
             tm.amortised(path)
+
+
+@pytest.mark.slow
+def test_texts_are_refused():
     module, params = tiny_bert()
     texts = batch([5], 8).look_up(module, params)
     with pytest.raises(tm.InputError, match="is for images"):
