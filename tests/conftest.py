@@ -32,6 +32,7 @@ SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 CHEAP = {  # options of methods that take many passes
     "smooth_grad": {"samples": 2},
     "integrated_gradients": {"steps": 2},
+    "expected_gradients": {"samples": 2},
     "beyond_intuition": {"steps": 2},
     "rise": {"samples": 6},
     "shapley": {"pairs": 2},

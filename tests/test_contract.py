@@ -44,6 +44,7 @@ METHODS = {
     "gradient_x_input": {},
     "smooth_grad": {"samples": 2},
     "integrated_gradients": {"steps": 2},
+    "expected_gradients": {"samples": 2},
     "occlusion": {"window": 2, "chunk": 4},
     "token_dropping": {"window": 2},
     "rise": {"samples": 6, "chunk": 4},
@@ -53,8 +54,8 @@ METHODS = {
     "tokentm_mix": {},
     "combination": {"methods": "gae,grad_cam"},
 }
-# Forward passes, as those of occlusion (see test_perturbation.py), and another reading of AttnLRP (test_rules.py).
-SLOW = ("rise", "shapley", "kernel_shap", "caap", "pa_lrp")
+# Forward passes, as those of occlusion (see test_perturbation.py); variants of AttnLRP and of Integrated Gradients.
+SLOW = ("rise", "shapley", "kernel_shap", "caap", "pa_lrp", "expected_gradients")
 FAMILIES = ("tokentm", "rollout", "partial_lrp", "input_gradient")  # one of each; `.ci/run` names them, too
 QUICK = ("tokentm",)  # by default, where all would take long
 BASE = {"img_size": (16, 24), "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
@@ -339,6 +340,7 @@ def test_options_are_checked(plain):
         ("beyond_intuition", {"variant": "both"}, "must be 'head' or 'token'"),
         ("beyond_intuition", {"steps": 0}, "'steps' .* must be greater than or equal to 1"),
         ("smooth_grad", {"samples": 0}, "'samples' .* must be greater than or equal to 1"),
+        ("expected_gradients", {"references": "photos"}, "'references' .* must be an array of finite numbers"),
         ("integrated_gradients", {"steps": 0}, "'steps' .* must be greater than or equal to 1"),
         ("combination", {"methods": "gae,gea"}, "did you mean 'gae'"),
         ("tokentm_mix", {"methods": "gae,combination"}, "unknown method 'combination'"),

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from conftest import tiny_vit
 
 import tokentm_jax as tm
 from tokentm_jax.methods.explain import explain_fn
@@ -269,6 +270,71 @@ def test_integrated_gradients(small):
     np.testing.assert_allclose(maps, expected, rtol=1e-6, atol=1e-9)
     change = oracle.vit(module, params, image)[0][TARGET] - oracle.vit(module, params, base)[0][TARGET]
     np.testing.assert_allclose(details["completeness_gap"], expected.sum() - change, rtol=1e-6)
+
+
+def drawn(seed, samples):
+    """The numbers of each draw: the key of its reference, and its share."""
+    for key in jax.random.split(jax.random.key(seed), samples):
+        first, second = jax.random.split(key)
+        yield first, float(jax.random.uniform(second, dtype=jnp.float64))
+
+
+@pytest.mark.parametrize("given", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_expected_gradients_are_the_mean_over_their_draws(small, given):
+    image = small[2]
+    references = np.random.default_rng(1).normal(size=(3, *image.shape)) if given else None
+    terms = []
+    with jax.enable_x64(True):
+        for key, share in drawn(4, 2):
+            if given:
+                reference = references[int(jax.random.randint(key, (), 0, 3))]
+            else:
+                colours = image.reshape(-1, 3)
+                reference = np.broadcast_to(
+                    colours[int(jax.random.uniform(key, dtype=jnp.float32) * len(colours))], image.shape
+                )
+            slope = pixel_gradient(small, reference + share * (image - reference))
+            terms.append(((image - reference) * slope).sum(-1))
+    maps, details = run(small, "expected_gradients", details=True, samples=2, seed=4, references=references)
+    np.testing.assert_allclose(maps, np.mean(terms, 0), rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(details["standard_error"], np.std(terms, 0, ddof=1) / 2**0.5, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_expected_gradients_of_a_quadratic_in_closed_form(given):
+    """`f(x) = x A x / 2 + b x`: a reference r gives `(x - r) * (A (x + r) / 2 + b)`, which sums to `f(x) - f(r)`."""
+    rng = np.random.default_rng(0)
+    a, b, images, references = (rng.normal(size=shape) for shape in ((48, 48), 48, (2, 4, 4, 3), (5, 4, 4, 3)))
+    a = (a + a.T) / 2
+    value = lambda flat: ((flat @ a) * flat).sum(-1) / 2 + flat @ b  # noqa: E731
+
+    def function(params, images):
+        return value(images.reshape(len(images), 48))[:, None]
+
+    options = {"references": references} if given else {}
+    with jax.enable_x64(True):
+        run = jax.jit(explain_fn(function, "expected_gradients", details=True, samples=4000, **options))
+        maps, details = jax.tree.map(np.asarray, run({}, jnp.asarray(images)))
+    for i, x in enumerate(images):
+        own = references if given else np.broadcast_to(x.reshape(16, 1, 1, 3), (16, 4, 4, 3))
+        x, own = x.reshape(48), own.reshape(-1, 48)
+        expected = ((x - own) * ((x + own) @ a / 2 + b)).mean(0)
+        np.testing.assert_allclose(expected.sum(), value(x) - value(own).mean(), rtol=1e-9)
+        off = np.abs(maps[i].ravel() - expected.reshape(16, 3).sum(-1)) / details["standard_error"][i].ravel()
+        assert 0.5 < off.max() < 4.5, off
+    assert details["standard_error"].max() < 0.05 * np.abs(maps).max()
+
+
+@pytest.mark.slow
+def test_references_are_images_as_users_have_them():
+    vit = tiny_vit(1)
+    images, references = (np.random.default_rng(k).random((2, 16, 24, 3)).astype(np.float32) for k in range(2))
+    maps = tm.explain(vit, images, "expected_gradients", samples=3, references=references)
+    inputs, own = (vit.preprocessing.normalise(a) for a in (images, references))
+    explain = tm.explain_fn(vit.module, "expected_gradients", samples=3, references=own)
+    np.testing.assert_allclose(maps, jax.jit(explain)(vit.params, inputs), rtol=1e-5, atol=1e-7)
+    with pytest.raises(tm.InputError, match=r"'references' must be \[R, 16, 24, 3\]"):
+        tm.explain_fn(vit.module, "expected_gradients", references=own[:, :8])(vit.params, inputs)
 
 
 def test_pa_lrp(small):

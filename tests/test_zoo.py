@@ -289,7 +289,7 @@ def check_without_attention(function, params, inputs, message, conserved):
     """The methods that need nothing of attention are right, and the others are refused with the reason."""
     found = tm.inspect(function, params, inputs)
     assert found.blocks == 0 and any(message in line for line in found.unknown)
-    works = ("lrp", "input_gradient", "gradient_x_input", "smooth_grad", "integrated_gradients")
+    works = ("lrp", "input_gradient", "gradient_x_input", "smooth_grad", "integrated_gradients", "expected_gradients")
     assert found.methods == works
     text = str(found)
     assert "none" in text.splitlines()[0] and message in text and "occlusion" in text and "give it" not in text

@@ -246,6 +246,15 @@ METHODS: dict[str, Method] = {
     "integrated_gradients": _gradient(
         gradient.integrated_gradients, "Sundararajan et al., ICML", 2017, "34 F + 33 B", output=PIXELS, float32=True
     ),
+    "expected_gradients": _gradient(
+        gradient.expected_gradients,
+        "Erion et al., Nature Machine Intelligence",
+        2021,
+        "51 F + 50 B",
+        output=PIXELS,
+        float32=True,
+        suit=gradient.with_normalised,
+    ),
     "occlusion": _removal(perturbation.occlusion, "Zeiler & Fergus, ECCV", 2014, "n + 1 F"),
     "token_dropping": Method(perturbation.token_dropping, "Jain et al., ICLR", 2022, "n + 1 F", float32=True),
     "rise": _removal(perturbation.rise, "Petsiuk et al., BMVC", 2018, "1001 F"),
