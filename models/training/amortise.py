@@ -103,12 +103,13 @@ def _read(path: Path, identity: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def read_all(vit: Model, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`features` of photos: float32 [images, n, F], and the logits [images, classes]."""
+    """`features` of photos: float16 [images, n, F], and the logits [images, classes]."""
 
     @jax.jit
     def read(params: Any, images: Array) -> tuple[Array, Array]:
         inputs = inputs_of(vit, images)
-        return features(function_of(vit.module).read(params, inputs), params, inputs)
+        tokens, logits = features(function_of(vit.module).read(params, inputs), params, inputs)
+        return tokens.astype(jnp.float16), logits
 
     found = []
     for start in range(0, len(images), _BATCH):
@@ -132,7 +133,7 @@ def initial(key: Array, count: int, hidden: int, places: int, classes: int) -> d
 def weights_of(params: Any, mean: Any, std: Any, empty: Any) -> dict[str, Any]:
     """The weights for `methods.amortised.values`, of parameters that were trained on (features - mean) / std."""
     hidden, direct = (params[name]["kernel"] / std[:, None] for name in ("hidden", "direct"))
-    places = params["places"]["bias"]  # a number that all patches have changes nothing: the one of `direct` goes
+    places = params["places"]["bias"]  # what all patches have alike, such as `mean @ direct`, changes no value
     return {
         "hidden": hidden,
         "bias": params["hidden"]["bias"] - mean @ hidden,
@@ -165,6 +166,8 @@ def train_explainer(
     """
     config = check_fields(config, "the recipe")
     vit = load(config.model, config.checkpoint)
+    order = np.random.default_rng(config.seed).permutation(len(data.images))  # the first samples are of all classes
+    data = data._replace(images=data.images[order], labels=data.labels[order])
     per_epoch = len(data.images) // config.batch_size
     if per_epoch == 0:
         raise InputError(f"{config.train_data}: {len(data.images)} images do not fill a batch of {config.batch_size}")
@@ -196,25 +199,25 @@ def fit(
     """The weights of an explainer that is fitted to samples, and its correlation with those of `test`."""
     (read, logits), (test_read, test_logits) = read_all(vit, train[0]), read_all(vit, test[0])
     targets, held_out = (np.moveaxis(s.reshape(*s.shape[:2], -1), 1, 2).astype(np.float32) for _, s in (train, test))
-    mean, std = read.mean((0, 1)), np.maximum(read.std((0, 1)), 1e-3)
-    read, test_read = ((array - mean) / std for array in (read, test_read))
+    sample = read[:: -(-len(read) // 500)].astype(np.float32)
+    mean, std = sample.mean((0, 1)), np.maximum(sample.std((0, 1)), 1e-3)
     empty = vit.module.apply({"params": vit.params}, jnp.zeros_like(inputs_of(vit, train[0][:1])))[0]
     scale = float(np.square(targets).mean())
     per_epoch = len(read) // config.batch_size
     optimiser = adamw(config, per_epoch)
 
-    def plain(params: Any) -> dict[str, Any]:
-        return weights_of(params, np.zeros_like(mean), np.ones_like(std), empty)
+    def given(params: Any, read: Array, logits: Array) -> Array:
+        return values(weights_of(params, mean, std, empty), read.astype(jnp.float32), logits)
 
     @partial(jax.jit, donate_argnums=0)
     def step(state: State, batch: Batch, logits: Array) -> tuple[State, Array]:
         def loss_of(params: Any) -> Array:
-            return jnp.square(values(plain(params), batch.images, logits) - batch.labels).mean() / scale
+            return jnp.square(given(params, batch.images, logits) - batch.labels).mean() / scale
 
         return descend(optimiser, state, loss_of, config.ema_decay)
 
     def correlation(state: State) -> float:
-        found = values(plain(state.average), test_read, test_logits)
+        found = given(state.average, jnp.asarray(test_read), test_logits)
         return float(np.corrcoef(np.ravel(found), held_out.ravel())[0, 1])
 
     first = initial(jax.random.key(config.seed), read.shape[-1], config.hidden, read.shape[1], len(empty))
