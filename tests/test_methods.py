@@ -371,10 +371,10 @@ def test_normalisations_and_weights_of_a_combination():
     np.testing.assert_allclose(tm.combine([a], "mean", "rank")[0], [[0.375, 0.75], [0.75, 0.125]])
     np.testing.assert_allclose(tm.combine([a], "mean", "sum")[0], [[0, 0.125], [0.125, -0.75]])
     np.testing.assert_allclose(tm.combine([a, b], "mean", "sum", [3, 1])[0], 0.75 * np.asarray(a[0]) / 8)
-    np.testing.assert_allclose(tm.combine([a], "mean", "centred")[0], [[0.2, 0.4], [0.4, -1]], atol=1e-6)
+    np.testing.assert_allclose(tm.combine([a], "mean", "centred")[0], np.array([[1, 2], [2, -5]]) / 7, atol=1e-6)
     where = np.array([[[True, True], [True, False]]])
     found = tm.combine([a], "mean", "centred", where=where)[0]
-    np.testing.assert_allclose(found[where[0]], [-1, 0.5, 0.5], atol=1e-6)
+    np.testing.assert_allclose(found, np.array([[-2, 1], [1, 0]]) / 3, atol=1e-6)
     for normalisation in ("min_max", "centred", "rank", "sum"):
         constant = tm.combine([b], "mean", normalisation)
         assert np.ptp(constant) == 0 and np.isfinite(constant).all()

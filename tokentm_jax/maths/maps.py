@@ -155,17 +155,13 @@ def shares(maps: Float[Array, "B h w"], where: Bool[Array, "B h w"] | None = Non
 
 
 def centred(maps: Float[Array, "B h w"], where: Bool[Array, "B h w"] | None = None) -> Float[Array, "B h w"]:
-    """Each map less its mean, over the largest difference from it, of the values `where` (None: of all).
+    """`min_max` less the mean of the values `where` (None: of all), so that zero is the relevance of an average patch.
 
-    So zero is the relevance of an average patch. A constant map becomes zeros, and a map with a value that is not
-    finite becomes NaN.
+    Other values become zero. A constant map becomes zeros, and a map with a value that is not finite becomes NaN.
     """
-    maps = _in_range(maps)
-    least = maps.min((1, 2), keepdims=True, where=where, initial=None if where is None else jnp.inf)
-    off = maps - least  # so that a constant map has a mean of zero
-    off = off - off.mean((1, 2), keepdims=True, where=where)
-    largest = jnp.abs(off).max((1, 2), keepdims=True, where=where, initial=0)
-    return off / jnp.where(largest == 0, 1, largest)
+    scaled = min_max(maps, where)
+    off = scaled - scaled.mean((1, 2), keepdims=True, where=where)
+    return off if where is None else jnp.where(where, off, 0)
 
 
 Normalisation = Literal["min_max", "centred", "rank", "sum"]
@@ -189,9 +185,8 @@ def combine(
     Args:
       maps: of one batch; those of different grids are resized to the largest one.
       how: "product", or "mean".
-      normalisation: "min_max" scales each map to [0, 1]; "centred" subtracts the mean and divides by the largest
-        difference from it; "rank" takes ranks among the map's values, in (0, 1); "sum" divides by the sum of absolute
-        values.
+      normalisation: "min_max" scales each map to [0, 1]; "centred" then subtracts the mean; "rank" takes ranks among
+        the map's values, in (0, 1); "sum" divides by the sum of absolute values.
       weights: of the mean, one for each of `maps`; None for equal ones.
       where: which values count when a map is normalised, for maps of one grid; None for all.
 
