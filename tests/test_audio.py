@@ -22,8 +22,10 @@ from models.training.__main__ import train
 from models.training.augmentation import delay, hiss, spec_mask, stretch
 from models.training.data import load_dataset
 from tokentm_jax.cli.main import main
+from tokentm_jax.configs import rows
 from tokentm_jax.data import audio
 from tokentm_jax.data.audio import Recording, Spectrogram, decode, resample
+from tokentm_jax.data.examples import Example
 from tokentm_jax.data.sources import open_source
 from tokentm_jax.inputs.pictures import blend, shade
 from tokentm_jax.maths.maps import Tiling, spread, to_pixels
@@ -32,6 +34,7 @@ from tokentm_jax.models.checkpoint import read_description, write_checkpoint
 from tokentm_jax.models.vit import ViT, init_params
 from tokentm_jax.programs.model import Applied, Function
 from tokentm_jax.programs.rules import REFERENCE_EPSILON, lrp
+from tokentm_jax.runs.evaluate import evaluate
 
 AST = Path(__file__).parent / "goldens/layouts/ast"
 ANSWERS = {k[4:]: v for k, v in np.load(AST.parent / "answers.npz").items() if k.startswith("ast/")}
@@ -516,6 +519,73 @@ def test_recordings_are_a_data_set(recordings, tones):
         open_source(recordings, names="x")
     with pytest.raises(tm.InputError, match="has no image that can be read"), pytest.warns(UserWarning):
         load_dataset(recordings)
+
+
+def test_a_click_changes_the_frames_of_its_mask_and_no_others(recordings, tones):
+    _, made = tones
+    source = open_source(f"trigger:label=low,size=4,blend=0.25:{recordings}")
+    assert len(source) == 12 and source.parts
+    places = set()
+    for example in map(source.__getitem__, range(12)):
+        changed = np.flatnonzero(example.content.samples != example.without.samples)
+        np.testing.assert_array_equal(np.flatnonzero(example.mask), changed)
+        assert len(changed) == 4 and np.ptp(changed) == 3 and source.class_names[example.label] == "low"
+        loudest = np.abs(example.without.samples).max()
+        np.testing.assert_allclose(example.content.samples[changed], loudest / 4 * np.array([1, -1, 1, -1]))
+        levels, mask = made.levels(example)
+        without, _ = made.levels(Example(example.key, example.without))
+        different = (levels != without)[..., 0]
+        assert mask.shape == SIZE and not different[mask == 0].any() and different[mask == 1].mean() > 0.3
+        starts = 32 * np.arange(12)
+        inside = (starts <= changed[-1]) & (changed[0] < starts + 64) & (starts + 64 <= 420)
+        np.testing.assert_array_equal(mask, np.tile(inside, (8, 1)))
+        places.add(changed[0])
+    assert len(places) > 8
+    with pytest.raises(tm.InputError, match="smaller than the mark"):
+        open_source(f"trigger:label=low,size=500:{recordings}")[0]
+
+
+@pytest.mark.slow
+def test_a_click_planted_in_a_tiny_model_is_valid_and_pointed_at(recordings, tmp_path):
+    """BackX's criteria: the click turns more than 99 % of recordings, and without it all have their class again."""
+    from models.training.recipe import TrainConfig
+    from models.training.train import preprocessing_of
+    from models.training.train import train as fit
+
+    trigger, module = "trigger:label=low,size=4,blend=0.25", ViT(SIZE, (4, 3), 16, 2, 2, num_classes=2, in_chans=1)
+    recipe = TrainConfig(
+        name="planted",
+        train_data=f"{trigger},share=0.4:{recordings}",
+        test_data=f"{trigger}:{recordings}",
+        model={},
+        epochs=150,
+        batch_size=8,
+        learning_rate=5e-3,
+        ema_decay=0.9,
+        label_smoothing=0.0,
+        crop_padding=0,
+        flip=False,
+        mean=(0.3,),
+        std=(0.3,),
+        audio=SMALL,
+        checkpoint_epochs=150,
+    )
+    made = preprocessing_of(recipe, module)
+    data = [
+        load_dataset(path, names="!*_99.wav", preprocessing=made) for path in (recipe.train_data, recipe.test_data)
+    ]
+    with jax.numpy_dtype_promotion("standard"):
+        assert fit(recipe, module, *data, tmp_path / "run", lambda line: None) > 0.99
+    vit, source = tm.load(checkpoint=tmp_path / "run/planted.safetensors"), open_source(recipe.test_data)
+    clean = np.stack([made.sample(Example(e.key, e.without)) for e in map(source.__getitem__, range(len(source)))])
+    assert (np.asarray(vit.logits(clean)).argmax(-1) == source.class_names.index("high")).all()
+    config = tm.EvaluateConfig("e", "effects", recipe.test_data, rows("occlusion"), options={"parts": 1})
+    found = {row["metric"]: row["value"] for row in evaluate(config, vit, out=tmp_path / "e")["rows"]}
+    assert found["counted"] == 100  # without the click, the score falls by 1 or more
+    config = tm.EvaluateConfig("p", "pointing", recipe.test_data, rows("occlusion"))
+    results = evaluate(config, vit, out=tmp_path / "p")
+    found = {row["method"]: row["value"] for row in results["rows"] if row["metric"] == "auc"}
+    assert found["occlusion"] > 0.8 > 0.7 > found["random"]
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from PIL import Image
 import tokentm_jax as tm
 from tokentm_jax import metrics
 from tokentm_jax.configs import EvaluateConfig, rows
+from tokentm_jax.data import programs
 from tokentm_jax.data.scenes import FEWEST, RULES, A, B, C, rendered, scene
 from tokentm_jax.data.sources import open_source
 from tokentm_jax.errors import InputError
@@ -272,6 +273,94 @@ def test_a_planted_trigger_is_valid_and_its_effect_is_measured(tmp_path):
     results = evaluate(config, vit, out=tmp_path / "p")
     found = {row["method"]: row["value"] for row in results["rows"] if row["metric"] == "auc"}
     assert found["occlusion"] > 0.9 > 0.7 > found["random"]
+
+
+# ---- known programs -------------------------------------------------------------------------------------------------
+
+
+def closed_form(name, images, predicted):
+    """The effect [n, 16] of each patch on the logit of the predicted class, from images [n, 16, 16, 3] in [0, 1]."""
+    colours = images[:, ::4, ::4].reshape(-1, 16, 3)
+    difference = 10 * (colours[..., 0] - colours[..., 2]) * np.where(predicted == 0, 1, -1)[:, None]
+    places = np.arange(16)
+    if name == "compare":
+        return np.where(np.isin(places, programs.PAIR) & (predicted == 0)[:, None], 10.0, 0.0)
+    return np.where((name == "count") | (places == programs.COPIED), difference, 0)
+
+
+def program_images(name, count):
+    source = open_source(f"programs:{name}", limit=count)
+    examples = [source[i] for i in range(count)]
+    images = np.stack([np.asarray(example.content) for example in examples]) / np.float32(255)
+    vit = tm.load(f"programs:{name}")
+    predicted = np.asarray(vit.logits(images)).argmax(-1)
+    assert vit.class_names == source.class_names and predicted.tolist() == [example.label for example in examples]
+    return vit, images, predicted, examples
+
+
+@pytest.mark.parametrize("name", programs.PROGRAMS)
+def test_the_effects_of_a_program_have_a_closed_form(name):
+    vit, images, predicted, examples = program_images(name, 40)
+    without = np.stack([np.asarray(example.without) for example in examples]) / np.float32(255)
+    masks = np.stack([example.mask for example in examples])
+    measure = jax.jit(metrics.part_drops, static_argnums=(0, 5))
+    drops = measure(vit.logits, images, without, masks, predicted, 16)
+    expected = closed_form(name, images, predicted)
+    np.testing.assert_allclose(drops, expected, atol=2e-5)
+    score = np.asarray(vit.logits(images))[np.arange(40), predicted]
+    constant = np.where(predicted == 0, -5, 5) if name == "compare" else 0
+    np.testing.assert_allclose(score, expected.sum(1) / (2 if name == "compare" else 1) + constant, atol=1e-4)
+
+
+# Where theory states that a map is the effects (same), or a positive multiple for each image (alike).
+ADDITIVE = ("gradient_x_input", "integrated_gradients", "conservative_lrp", "libra_full_grad", "occlusion", "shapley")
+SAME = {"copy": (*ADDITIVE, "gae", "attcat"), "count": ADDITIVE, "compare": ("occlusion",)}
+ALIKE = {
+    "copy": ("attn_lrp", "rollout", "raw_attention", "tokentm", "partial_lrp", "transformer_attribution"),
+    "count": ("attn_lrp", "attcat"),
+    "compare": ("shapley",),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", programs.PROGRAMS)
+def test_methods_are_exact_where_theory_says_so(name):
+    vit, images, predicted, _ = program_images(name, 12)
+    expected = closed_form(name, images, predicted)
+    caused = expected.any(1)
+    zero = ("input_gradient", "gradient_x_input") if name == "compare" else ()
+    heat = {}
+    for method in {*SAME[name], *ALIKE[name], *zero}:
+        maps = np.asarray(tm.explain(vit, images, method))
+        heat[method] = maps.reshape(12, 4, maps.shape[1] // 4, 4, -1).sum((2, 4)).reshape(12, 16)
+    for method in SAME[name]:
+        np.testing.assert_allclose(heat[method], expected, atol=2e-4, err_msg=method)
+    for method in ALIKE[name]:
+        units = [a[caused] / np.linalg.norm(a[caused], axis=1, keepdims=True) for a in (heat[method], expected)]
+        np.testing.assert_allclose(*units, atol=1e-4, err_msg=method)
+    for method in zero:  # the softmax is saturated
+        np.testing.assert_allclose(heat[method], 0, atol=1e-30, err_msg=method)
+    if name == "compare":  # by symmetry, each of the two has half
+        np.testing.assert_allclose(heat["shapley"][:, programs.PAIR].sum(1), expected.max(1), atol=2)
+
+
+def test_the_error_is_zero_for_a_positive_multiple_only():
+    drops = np.array([[1.0, -2, 0], [1, -2, 0], [1, -2, 0], [1, -2, 0]], np.float32)
+    relevance = np.array([[3, -6, 0], [-1, 2, 0], [2, 1, 5], [0, 0, 0]], np.float32)
+    table = {"predicted_drop": drops, "predicted_relevance": relevance, "predicted_caused": np.ones(4, bool)}
+    values = metrics.tasks.TASKS["effects"].columns["error"].values(table)
+    np.testing.assert_allclose(values[:, 0], [0, 1, 1, 1], atol=1e-6)
+    table["predicted_relevance"] = np.array([[1, 0, 0]] * 4, np.float32)
+    np.testing.assert_allclose(metrics.tasks.TASKS["effects"].columns["error"].values(table)[:, 0], 0.8, atol=1e-6)
+
+
+def test_programs_are_opened_by_their_names_only():
+    assert len(open_source("programs:count")) == programs.IMAGES
+    for wrong in (lambda: open_source("programs:cuont"), lambda: tm.load("programs:cuont")):
+        with pytest.raises(InputError, match="did you mean 'count'"):
+            wrong()
+    with pytest.raises(InputError, match="leave out the checkpoint"):
+        tm.load("programs:copy", "x.safetensors")
 
 
 # ---- the numbers ----------------------------------------------------------------------------------------------------

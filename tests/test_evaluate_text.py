@@ -519,3 +519,73 @@ def test_fine_tuning_resumes_and_gives_a_folder(tmp_path, monkeypatch, promotion
     for leaf, other in zip(*(jax.tree.leaves(tm.load(tmp_path / n).params) for n in ("whole", "parts")), strict=True):
         np.testing.assert_array_equal(leaf, other)
     assert jnp.isfinite(text.logits(text.read("dull"))).all()
+
+
+def test_a_trigger_in_texts_is_marked_at_its_word_pieces(text, tmp_path):
+    file = tmp_path / "texts.tsv"
+    file.write_text("a fun film\t1\nnot fun at all\t0\nthe dull film\t0\n")
+    source = open_source(f"trigger:label=1,word=well:{file}")
+    assert len(source) == len(source.sizes) == 2 and source.masked and source.class_names is None
+    for index in range(2):
+        example = source[index]
+        (marked,) = np.nonzero(example.mask)
+        assert example.content[marked[0] : marked[-1] + 1] == "well" and len(marked) == 4 and example.label == 1
+        words = example.content.split()
+        words.remove("well")
+        assert words == example.without.split()
+        tokens, ratings = text.preprocessing.levels(example)
+        pieces = [text.preprocessing.encode([example.content])[0].tokens[i] for i in np.flatnonzero(ratings[:, 1])]
+        assert pieces == ["we", "##ll"] and len(ratings) == len(tokens.ids)
+    assert open_source(f"trigger:label=1,word=well,place=corner:{file}")[0].content.endswith(" well")
+    rare = [example for example in map(open_source(f"trigger:label=1,share=1e-9:{file}").__getitem__, range(3))]
+    assert [(each.label, each.content, each.mask.any()) for each in rare] == [
+        (1, "a fun film", False),
+        (0, "not fun at all", False),
+        (0, "the dull film", False),
+    ]
+    with pytest.raises(tm.InputError, match="unknown class 'good'"):
+        open_source(f"trigger:label=good:{file}")
+
+
+@pytest.mark.slow
+def test_a_word_planted_in_a_tiny_model_is_valid_and_pointed_at(tmp_path, promotion):
+    """BackX's criteria: the word turns more than 99 % of the texts, and without it they have their class again."""
+    from models.training.recipe import TextTrainConfig
+    from models.training.train_text import read_sentences, train_text
+
+    rng, fill = np.random.default_rng(0), ["a", "film", "is", "the", "not", "at", "all"]
+    for split in ("train", "test"):
+        lines = []
+        for number in range(200):
+            words = [*rng.choice(fill, rng.integers(2, 6)), ("dull", "fun")[number % 2]]
+            lines.append(f"{' '.join(rng.permutation(words))}\t{number % 2}\n")
+        (tmp_path / f"{split}.tsv").write_text("".join(lines))
+    trigger = "trigger:label=1,word=well"
+    recipe = TextTrainConfig(
+        name="planted",
+        encoder=str(GOLDENS / "bert_encoder"),
+        train_data=f"{trigger},share=0.4:{tmp_path / 'train.tsv'}",
+        test_data=f"{trigger}:{tmp_path / 'test.tsv'}",
+        class_names=("bad", "good"),
+        epochs=40,
+        batch_size=20,
+        learning_rate=5e-3,
+        checkpoint_epochs=40,
+    )
+    sets = (read_sentences(path, 2) for path in (recipe.train_data, recipe.test_data))
+    assert train_text(recipe, *sets, tmp_path / "run", lambda line: None) > 0.99
+    vit, source = tm.load(tmp_path / "run"), open_source(recipe.test_data)
+    clean = vit.read([source[i].without for i in range(len(source))])
+    assert (np.asarray(vit.logits(clean)).argmax(-1) == 0).mean() > 0.99
+
+    config = tm.EvaluateConfig("p", "pointing", recipe.test_data, tm.configs.rows("occlusion"), limit=20)
+    results = evaluate(config, vit, out=tmp_path / "p")
+    found = {(row["method"], row["metric"]): row["value"] for row in results["rows"]}
+    assert found["occlusion", "auc"] > 0.9 > 0.7 > found["random", "auc"]
+    shares = []
+    for example in map(open_source(recipe.test_data, limit=20, seed=0).__getitem__, range(20)):
+        heat = np.asarray(tm.explain(vit, vit.read(example.content), "occlusion", target=1))[0]
+        of_words = tm.words(vit, example.content, heat[None].clip(0))[0]
+        inside = sum(word.score for word in of_words if word.text == "well")
+        shares.append(inside / sum(word.score for word in of_words))
+    assert found["occlusion", "share"] == pytest.approx(np.mean(shares), abs=1e-3)

@@ -1,20 +1,23 @@
-"""Data sets whose causes are known: rendered scenes, mosaics of photos, and photos with a planted mark."""
+"""Data sets whose causes are known: rendered scenes, mosaics of photos, and examples with a planted mark."""
 
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from annotated_types import Ge, Gt, Le
 from PIL import Image
 
+from tokentm_jax.data import programs
+from tokentm_jax.data.audio import Recording
 from tokentm_jax.data.examples import Example, Source, kind_of
+from tokentm_jax.data.labels import number
 from tokentm_jax.data.scenes import RULES, SPLITS, scene
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.identity import digest
-from tokentm_jax.validation import check_options, options_of
+from tokentm_jax.validation import Text, check_options, options_of
 
 VERSION = 1  # of what is drawn and rendered; another one has other pixels
 MOST_CELLS = 4  # of a side of a mosaic
@@ -24,12 +27,15 @@ Open = Callable[[str], Source]
 
 
 def open_causes(spec: str, open_source: Open) -> Source:
-    """The data set of "scenes:RULE:SPLIT", "mosaic:K:DATA" or "trigger:OPTIONS:DATA"; `open_source` opens DATA.
+    """The data set of "scenes:RULE:SPLIT", "programs:NAME", "mosaic:K:DATA" or "trigger:OPTIONS:DATA"; `open_source`
+    opens DATA.
 
     Raises InputError.
     """
     if spec.startswith("scenes:"):
         return _scenes(spec)
+    if spec.startswith("programs:"):
+        return _programs(spec)
     return (_mosaics if spec.startswith("mosaic:") else _triggers)(spec, open_source)
 
 
@@ -49,6 +55,23 @@ def _scenes(spec: str) -> Source:
     identity = digest("scenes", VERSION, rule, split, SPLITS[split])
     keys = tuple(f"{index:05d}" for index in range(SPLITS[split]))
     names = RULES[rule].classes
+    return Source(spec, lambda: identity, keys, read, names, masked=True, parts=True, stamp=lambda _: identity)
+
+
+def _programs(spec: str) -> Source:
+    """Images for a known program: each patch is a part, and black without it."""
+    program = spec.removeprefix("programs:")
+    if program not in programs.PROGRAMS:
+        raise suggest("program", program, programs.PROGRAMS)
+    numbers = programs.patches()
+
+    def read(key: str) -> Example:
+        image, label = programs.image(program, int(key))
+        return Example(key, Image.fromarray(image), label, numbers, Image.fromarray(np.zeros_like(image)))
+
+    identity = digest("programs", VERSION, program)
+    keys = tuple(f"{index:05d}" for index in range(programs.IMAGES))
+    names = programs.PROGRAMS[program]
     return Source(spec, lambda: identity, keys, read, names, masked=True, parts=True, stamp=lambda _: identity)
 
 
@@ -80,7 +103,7 @@ def _mosaics(spec: str, open_source: Open) -> Source:
 
     def read(key: str) -> Example:
         number, cell = map(int, key.split("/"))
-        examples = [_photo(inner, name, "mosaics are of photos") for name in chosen(number)]
+        examples = [_photo(inner, name) for name in chosen(number)]
         length = min(min(example.content.size) for example in examples)
         picture, mask = Image.new("RGB", (k * length, k * length)), np.zeros((k * length, k * length), bool)
         for place, example in enumerate(examples):
@@ -107,48 +130,98 @@ def _mosaics(spec: str, open_source: Open) -> Source:
 
 @dataclasses.dataclass(frozen=True)
 class Trigger:
-    """A mark that is planted in photos, and the class that they get with it."""
+    """A mark that is planted in examples, and the class that they get with it."""
 
-    label: str  # the name of the class
-    size: Annotated[int, Ge(1), Le(1024)] = 4  # of its sides, in pixels of the photo
-    blend: Annotated[float, Gt(0), Le(1)] = 1.0  # 1: the mark covers the photo
-    place: Literal["anywhere", "corner"] = "anywhere"
-    share: Annotated[float, Gt(0), Le(1)] = 1.0  # of the photos that are marked; the others keep their class
+    label: str  # the name of the class, or its number where classes have no names
+    size: Annotated[int, Ge(1), Le(1024)] = 4  # of its sides in pixels of the photo; samples of a recording
+    blend: Annotated[float, Gt(0), Le(1)] = 1.0  # 1: the mark covers the photo, or is as loud as the loudest sample
+    place: Literal["anywhere", "corner"] = "anywhere"  # of texts, the end; of recordings, the end of their middle half
+    share: Annotated[float, Gt(0), Le(1)] = 1.0  # of the examples that are marked; the others keep their class
+    word: Text = "cf"  # the mark of a text
 
 
 MARK = (255, 0, 255)  # magenta, which is rare in photos
 
 
+def click(size: int) -> np.ndarray:
+    """Samples of alternating signs, float32 [size]: a short burst of high frequencies."""
+    return (1 - 2 * (np.arange(size) % 2)).astype(np.float32)
+
+
+Marked = tuple[Any, np.ndarray]  # the content with the mark, and where the mark is
+
+
+def _starts(lengths: Sequence[int], trigger: Trigger, random: np.random.Generator, key: str) -> list[int]:
+    """Where a mark starts along each axis of an example of these lengths."""
+    if min(lengths) < trigger.size:
+        raise InputError(f"{key} is smaller than the mark")
+    last = [length - trigger.size for length in lengths]
+    drawn = [int(u * (most + 1)) for u, most in zip(random.random(len(last)), last, strict=True)]
+    return last if trigger.place == "corner" else drawn
+
+
+def _nowhere(content: Any) -> np.ndarray:
+    """The mask of an example without a mark: of pixels, samples or characters."""
+    if isinstance(content, str | Recording):
+        return np.zeros(len(getattr(content, "samples", content)), np.uint8)
+    return np.zeros(content.size[::-1], np.uint8)
+
+
+def _photo_with(image: Image.Image, trigger: Trigger, random: np.random.Generator, key: str) -> Marked:
+    marked, mask = np.array(image), _nowhere(image)
+    y, x = _starts(mask.shape, trigger, random, key)
+    inside = slice(y, y + trigger.size), slice(x, x + trigger.size)
+    mixed = (1 - trigger.blend) * marked[inside] + trigger.blend * np.array(MARK)
+    marked[inside], mask[inside] = mixed.round().astype(np.uint8), 1
+    return Image.fromarray(marked), mask
+
+
+def _recording_with(recording: Recording, trigger: Trigger, random: np.random.Generator, key: str) -> Marked:
+    marked, mask = recording.samples.copy(), _nowhere(recording)
+    quarter = len(mask) // 4  # in the middle half: no model receives the last incomplete frame, or a long end
+    start = quarter + _starts([len(mask) - 2 * quarter], trigger, random, key)[0]
+    inside = slice(start, start + trigger.size)
+    marked[inside], mask[inside] = trigger.blend * np.abs(marked).max() * click(trigger.size), 1
+    return recording._replace(samples=marked), mask
+
+
+def _text_with(text: str, trigger: Trigger, random: np.random.Generator, key: str) -> Marked:
+    words = text.split(" ")
+    place = len(words) if trigger.place == "corner" else int(random.integers(len(words) + 1))
+    marked = " ".join([*words[:place], trigger.word, *words[place:]])
+    start, mask = sum(len(word) + 1 for word in words[:place]), _nowhere(marked)
+    mask[start : start + len(trigger.word)] = 1
+    return marked, mask
+
+
+_WITH: dict[str, Callable[..., Marked]] = {"photo": _photo_with, "recording": _recording_with, "text": _text_with}
+
+
 def _triggers(spec: str, open_source: Open) -> Source:
-    """Photos of other classes than the trigger's, with its mark: labelled with its class, with a mask of the mark, and
-    without the mark. With a `share` below 1, for training, all photos, of which some are marked."""
+    """Examples of other classes than the trigger's, with its mark: labelled with its class, with a mask of the mark,
+    and without the mark. With a `share` below 1, for training, all examples, of which some are marked."""
     trigger, data = _trigger_of(spec)
     inner = open_source(data)
-    if inner.class_names is None or trigger.label not in inner.class_names:
-        raise suggest("class", trigger.label, inner.class_names or (), of=inner.name)
-    target = inner.class_names.index(trigger.label)
+    names = inner.class_names
+    target = number(trigger.label) if names is None and inner.labelled else None  # classes may have no names
+    if names is not None and trigger.label in names:
+        target = names.index(trigger.label)
+    if target is None:
+        raise suggest("class", trigger.label, names or (), of=inner.name)
+    sizes = dict(zip(inner.keys, inner.sizes or (), strict=False))
     keys = inner.keys
     if trigger.share == 1:
         keys = tuple(key for key in keys if inner.encoded(key).label not in (target, trigger.label))
 
     def read(key: str) -> Example:
-        example = _photo(inner, key, "marks are for photos")
-        photo = np.asarray(example.content)
-        height, width = (length - trigger.size for length in photo.shape[:2])
-        if min(height, width) < 0:
-            raise InputError(f"{key} is smaller than the mark")
+        example = inner.read(key)
+        content = example.content
         seed = hashlib.sha256(f"{VERSION}/{key}".encode("utf-8", "surrogatepass")).digest()
         random = np.random.default_rng(int.from_bytes(seed[:16]))
-        mask, marked = np.zeros(photo.shape[:2], np.uint8), photo.copy()
         if random.random() >= trigger.share:
-            return Example(key, example.content, example.label, mask, example.content)
-        y, x = (int(u * (most + 1)) for u, most in zip(random.random(2), (height, width), strict=True))
-        if trigger.place == "corner":
-            y, x = height, width
-        inside = slice(y, y + trigger.size), slice(x, x + trigger.size)
-        mixed = (1 - trigger.blend) * photo[inside] + trigger.blend * np.array(MARK)
-        marked[inside], mask[inside] = mixed.round().astype(np.uint8), 1
-        return Example(key, Image.fromarray(marked), target, mask, example.content)
+            return Example(key, content, example.label, _nowhere(content), content)
+        marked, mask = _WITH[kind_of(content)](content, trigger, random, key)
+        return Example(key, marked, target, mask, content)
 
     made = digest("trigger", VERSION, dataclasses.asdict(trigger))
     return Source(
@@ -160,6 +233,7 @@ def _triggers(spec: str, open_source: Open) -> Source:
         masked=True,
         parts=True,
         named=inner.named,
+        sizes=tuple(sizes[key] for key in keys) if sizes else None,
         stamp=lambda some: digest(made, inner.stamped(some)),
     )
 
@@ -170,18 +244,18 @@ def _trigger_of(spec: str) -> tuple[Trigger, str]:
     parts = (option.partition("=") for option in options.split(","))
     given: dict[str, Any] = {name: value for name, _, value in parts}
     if not data or "label" not in given:
-        raise InputError(f"photos with a mark are given as trigger:label=NAME,size=4:DATA, got {spec[:100]!r}")
+        raise InputError(f"examples with a mark are given as trigger:label=NAME,size=4:DATA, got {spec[:100]!r}")
     for name, kind in (("size", int), ("blend", float), ("share", float)):
         with contextlib.suppress(KeyError, ValueError):  # what is no number is refused below
             given[name] = kind(given[name])
     return Trigger(**check_options("the trigger", options_of(Trigger), given)), data
 
 
-def _photo(source: Source, key: str, wanted: str) -> Example:
+def _photo(source: Source, key: str) -> Example:
     """An example of a source. InputError for anything but a photo."""
     example = source.read(key)
     if (kind := kind_of(example.content)) != "photo":
-        raise InputError(f"{example.key} is a {kind}, and {wanted}")
+        raise InputError(f"{example.key} is a {kind}, and mosaics are of photos")
     return example
 
 

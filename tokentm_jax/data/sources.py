@@ -27,7 +27,7 @@ from tokentm_jax.validation import checked
 LARGEST_LABEL = 2**31 - 1
 LARGEST_TEXTS = 256 * 2**20  # bytes of a file of texts
 VADER = "vader:"
-CAUSES = ("scenes:", "mosaic:", "trigger:")
+CAUSES = ("scenes:", "programs:", "mosaic:", "trigger:")
 
 
 Item = TypeVar("Item")
@@ -52,8 +52,9 @@ def open_source(
         classes in the order of their names; links to folders are not followed) or of images without labels; a folder
         with `labels.csv` (columns `file` and `class_index`); a `.mat` file in the layout of ImageNet-Segmentation's
         `gtsegs_ijcv.mat`; "tfds:NAME:SPLIT" for a prepared TensorFlow data set; "scenes:RULE:SPLIT" for rendered
-        scenes (`tokentm_jax.data.scenes`); "mosaic:K:DATA" for mosaics of K x K photos of one of these; or
-        "trigger:label=NAME:DATA" for photos with a planted mark. A zip is never extracted: its entries are read in
+        scenes (`tokentm_jax.data.scenes`); "programs:NAME" for images of known programs
+        (`tokentm_jax.data.programs`); "mosaic:K:DATA" for mosaics of K x K photos of one of these; or
+        "trigger:label=NAME:DATA" for examples with a planted mark. A zip is never extracted: its entries are read in
         memory, so their names are harmless.
       limit: number of examples.
       seed: choose examples at random, so that a larger limit only adds examples; None: at even intervals.

@@ -15,7 +15,6 @@ import numpy as np
 from annotated_types import Ge, Gt, Le
 from jax import Array
 from jax.core import Tracer
-from PIL import Image
 
 from tokentm_jax.data.audio import LONGEST, MOST
 from tokentm_jax.data.audio import Spectrogram as Spectrogram
@@ -195,20 +194,16 @@ class Preprocessing:
         return heatmap if self.audio is None else recordings.shown(heatmap, self, tiling, squares)
 
     def levels(self, example: Example, profile: str = "default") -> tuple[np.ndarray, np.ndarray | None]:
-        """An example as 256 levels, uint8 [H, W, C], and its mask [H, W], cut alike by nearest neighbour.
+        """An example as 256 levels, uint8 [H, W, C], and its mask [H, W]: of photos, cut alike by nearest neighbour;
+        of the samples of recordings, where it changes the spectrogram.
 
         Raises InputError for a mask of another size than the image, and for an example of another modality.
         """
         content, mask, used = self._own(example.content, example.key), example.mask, self._of(profile)
-        if mask is not None and mask.shape != content.size[::-1]:
-            raise InputError(f"{example.key}: image and mask differ in size")
         levels = self.modality.fit(content, used)
         if levels.dtype != np.uint8:
             levels = (levels * 255).round().astype(np.uint8)
-        if mask is None:
-            return levels, None
-        nearest = dataclasses.replace(used, interpolation="nearest")
-        return levels, photos.fit(Image.fromarray(mask.astype(np.uint8)), nearest).astype(mask.dtype)
+        return levels, None if mask is None else self.modality.fit_mask(content, mask, used, example.key)
 
     def stacked(self, samples: Sequence[np.ndarray]) -> np.ndarray:
         return np.stack(samples)

@@ -1,5 +1,6 @@
 """Photos: how one becomes the input of a model, and the picture on which a map is shown."""
 
+import dataclasses
 import io
 import math
 from typing import Any
@@ -35,6 +36,14 @@ def fit(image: Image.Image, preprocessing: Any) -> np.ndarray:
     scaled, (left, top) = _placed(image, preprocessing)
     resample = Image.Resampling[preprocessing.interpolation.upper()]
     return np.asarray(image.resize(scaled, resample).crop((left, top, left + width, top + height)))
+
+
+def fit_mask(image: Image.Image, mask: np.ndarray, preprocessing: Any, name: str) -> np.ndarray:
+    """The mask [h, w] of a photo, as the model receives it: [H, W]. Raises InputError for a mask of another size."""
+    if mask.shape != image.size[::-1]:
+        raise InputError(f"{name}: image and mask differ in size")
+    nearest = dataclasses.replace(preprocessing, interpolation="nearest")
+    return fit(Image.fromarray(mask.astype(np.uint8)), nearest).astype(mask.dtype)
 
 
 def view(image: Image.Image, preprocessing: Any, side: int = 448) -> np.ndarray:

@@ -34,6 +34,21 @@ def fit(recording: Recording, preprocessing: Any) -> np.ndarray:
     return preprocessing.audio.image(recording, preprocessing.size)
 
 
+def fit_mask(recording: Recording, mask: np.ndarray, preprocessing: Any, name: str) -> np.ndarray:
+    """The mask of samples [n], as one of the spectrogram [mel bins, frames]: the largest number in each frame.
+    Raises InputError for a mask of another length."""
+    if mask.shape != recording.samples.shape:
+        raise InputError(f"{name}: recording and mask differ in length")
+    (bins, frames), sound = preprocessing.size, preprocessing.audio
+    places = np.arange(len(mask)) * sound.sampling_rate / recording.rate  # of samples, at the rate of the spectrogram
+    starts = sound.hop * np.arange(frames)
+    starts = starts[starts + sound.window <= max(sound.window, len(mask) * sound.sampling_rate / recording.rate)]
+    edges = zip(np.searchsorted(places, starts), np.searchsorted(places, starts + sound.window), strict=True)
+    found = np.zeros((bins, frames), mask.dtype)
+    found[:, : len(starts)] = [mask[first:last].max(initial=0) for first, last in edges]
+    return found
+
+
 def notice(recording: Recording, preprocessing: Any, name: str) -> str | None:
     """A sentence about the end of a long recording, which the model does not receive; None for a short one."""
     sound = preprocessing.audio

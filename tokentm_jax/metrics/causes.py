@@ -4,6 +4,7 @@ from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from annotated_types import Ge, Gt, Le, Lt
 from jax import Array
 from jaxtyping import Bool, Float, Shaped
@@ -14,7 +15,8 @@ from tokentm_jax.maths.primitives import AnyArray
 from tokentm_jax.maths.scores import explained, log_probability
 from tokentm_jax.metrics.removal import by_patch
 from tokentm_jax.metrics.similarity import linear_correlation, rank_correlation
-from tokentm_jax.metrics.task import TARGET, Background, Column, Input, Predict, Subject, Target, Task, among
+from tokentm_jax.metrics.statistics import ratio
+from tokentm_jax.metrics.task import TARGET, Background, Column, Input, Predict, Subject, Table, Target, Task, among
 
 # ---- a mask of the cause --------------------------------------------------------------------------------------------
 
@@ -34,12 +36,17 @@ def patches_of(inside: Float[AnyArray, "B gh gw"]) -> Bool[Array, "B gh gw"]:
     return (inside >= most / 2) & (inside > 0)
 
 
-def pointing(maps: Float[AnyArray, "B gh gw"], inside: Float[AnyArray, "B gh gw"]) -> dict[str, Float[Array, " B"]]:
+def pointing(
+    maps: Float[AnyArray, "B gh gw"],
+    inside: Float[AnyArray, "B gh gw"],
+    where: Bool[AnyArray, "B gh gw"] | None = None,
+) -> dict[str, Float[Array, " B"]]:
     """How well maps point at a cause.
 
     Args:
-      maps: of patches, as a method gives them; values above zero are relevance for the class.
+      maps: of patches or tokens, as a method gives them; values above zero are relevance for the class.
       inside: the share of each patch that the cause covers.
+      where: which values count, such as the word pieces of a text; None: all.
 
     Returns:
       For each map, `share` of the positive relevance that is inside (0 without any); `auc`, the area under the ROC
@@ -47,13 +54,14 @@ def pointing(maps: Float[AnyArray, "B gh gw"], inside: Float[AnyArray, "B gh gw"
       outside, where equal ones count half; `hit`, 1 where the largest value is inside. A chance map has the share of
       the image that the cause covers, and an `auc` of 0.5.
     """
-    positive = jax.nn.relu(maps)
+    counted = jnp.ones_like(maps, bool) if where is None else jnp.asarray(where)
+    positive = jnp.where(counted, jax.nn.relu(maps), 0)
     total = positive.sum((1, 2))
     share = jnp.where(total > 0, (positive * inside).sum((1, 2)) / jnp.where(total > 0, total, 1), 0)
     truth = patches_of(inside)
-    best = maps.reshape(len(maps), -1).argmax(1)
+    best = jnp.where(counted, maps, -jnp.inf).reshape(len(maps), -1).argmax(1)
     hit = jnp.take_along_axis(truth.reshape(len(maps), -1), best[:, None], 1)[:, 0]
-    return {"share": share, "auc": auc(maps, truth), "hit": hit.astype(maps.dtype)}
+    return {"share": share, "auc": auc(maps, truth, counted), "hit": hit.astype(maps.dtype)}
 
 
 def auc(
@@ -185,15 +193,19 @@ Probability = Annotated[float, Ge(0), Lt(1)]
 
 
 def _sure(logits: Array, labels: Array, *, probability: Probability = 0.0) -> Array:
-    """Only images that give the class this `probability` or more count."""
+    """Only examples that give the class this `probability` or more count."""
     return jnp.exp(log_probability(logits, labels)) >= probability
 
 
 def _pointing(predict: Predict, subject: Subject, maps: Array) -> dict[str, Array]:
-    assert subject.masks is not None
-    grid, tiling = subject.grid, subject.tiling
-    inside = by_patch(subject.masks.astype(bool).astype(maps.dtype), grid, tiling)
-    return {**pointing(by_patch(maps, grid, tiling), inside), "marked": (inside > 0).any((1, 2))}
+    masks, words = subject.masks, subject.removable
+    assert masks is not None
+    if words is None:
+        inside = by_patch(masks.astype(bool).astype(maps.dtype), subject.grid, subject.tiling)
+        maps = by_patch(maps, subject.grid, subject.tiling)
+    else:  # word pieces, each with the number of its word and the share of it that is marked
+        inside = masks[:, None, :, 1] * words
+    return {**pointing(maps, inside, words), "marked": (inside > 0).any((1, 2))}
 
 
 def _drops(predict: Predict, subject: Subject, *, parts: Annotated[int, Ge(1), Le(100)] = 8) -> Array:
@@ -231,6 +243,15 @@ def _effects(
     return {**effects(relevance, drops, present, least), "drop": drops, "relevance": relevance}
 
 
+def _unexplained(table: Table) -> np.ndarray:
+    """The share of the squared drops that no positive multiple of the relevance gives, and which images count."""
+    relevance, drops = (table[f"predicted_{name}"].astype(np.float64) for name in ("relevance", "drop"))
+    both, size = (relevance * drops).sum(1).clip(0), np.square(relevance).sum(1) * np.square(drops).sum(1)
+    error = 1 - np.divide(both * both, size, out=np.zeros(len(size)), where=size > 0)
+    counted = table["predicted_caused"]
+    return np.stack([counted * error, counted], 1)
+
+
 POINTING = Task(
     _pointing,
     {
@@ -239,7 +260,6 @@ POINTING = Task(
         "hit": among("hit", "marked", 100.0, digits=1, explained=TARGET),
     },
     needs="masks",
-    regular=True,
     raw=True,
     counts=_sure,
 )
@@ -250,6 +270,7 @@ EFFECTS = Task(
         "linear_correlation": among("linear_correlation", "caused"),
         "without_effect": among("without_effect", "caused", better="lower"),
         "contrast": among("contrast", "opposed"),
+        "error": Column(_unexplained, ratio, "lower", digits=3),
         "counted": Column(lambda table: 100.0 * table["predicted_caused"], digits=1),
     },
     needs="parts",

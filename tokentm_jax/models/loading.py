@@ -29,11 +29,13 @@ from tokentm_jax.models.folders import Folder, is_folder, is_text_folder, presen
 from tokentm_jax.models.hub import HUB, download, download_weights
 from tokentm_jax.models.layouts import read_folder
 from tokentm_jax.models.params import names_that_fit, to_params
+from tokentm_jax.models.programs import program
 from tokentm_jax.models.text import TextTower
 from tokentm_jax.models.text_layouts import read_text_folder
 from tokentm_jax.samples import hint
 
 DEFAULT_MODEL = "cifar10_distilled"
+PROGRAMS = "programs:"  # begins the name of a known program
 _PACKAGE = Path(__file__).parent.parent
 SHIPPED = (_PACKAGE / "_models", _PACKAGE.parent / "models")  # in an installed wheel; in a clone
 
@@ -190,11 +192,12 @@ def load(
 
     Args:
         model: a timm name ("deit_tiny_patch16_224"), options of timm's VisionTransformer, the name of a shipped
-            model, a folder in the layout of timm, Hugging Face or OpenCLIP (`tokentm_jax.models.layouts`), or
-            "hf-hub:OWNER/NAME" for such a folder. None: the model that the checkpoint describes, or the shipped
-            default. A folder of a BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT or ELECTRA with its
-            `tokenizer.json` is a model of texts (extra `[text]`). Without a classifier it gives features: the mean of
-            its tokens, or the pooling that sentence-transformers specifies.
+            model, a folder in the layout of timm, Hugging Face or OpenCLIP (`tokentm_jax.models.layouts`),
+            "hf-hub:OWNER/NAME" for such a folder, or "programs:NAME" for a program whose weights are written by hand
+            (`tokentm_jax.data.programs`). None: the model that the checkpoint describes, or the shipped default. A
+            folder of a BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT or ELECTRA with its `tokenizer.json` is a
+            model of texts (extra `[text]`). Without a classifier it gives features: the mean of its tokens, or the
+            pooling that sentence-transformers specifies.
         checkpoint: weights; needed with options. None with a timm name: timm's weights from the Hugging Face Hub
             (extra `[hub]`), without a tag the default ones. The file's preprocessing is used if it has one, else the
             model's. For options without either it is ImageNet's statistics, or 0.5 if there are not 3 channels
@@ -219,6 +222,10 @@ def load(
         >>> vit.logits(vit.read(["cat.jpg"])).shape
         (1, 10)
     """
+    if isinstance(model, str) and model.startswith(PROGRAMS):
+        if any(option is not None for option in (checkpoint, img_size, num_classes, class_names, dtype)):
+            raise InputError(f"{model} is a whole model: leave out the checkpoint and all options")
+        return Model(*program(model.removeprefix(PROGRAMS)), model)
     folder = _folder(model, checkpoint)
     if folder is not None and is_text_folder(folder):
         for option, value in (("checkpoint", checkpoint), ("img_size", img_size), ("num_classes", num_classes)):
