@@ -581,7 +581,7 @@ def test_a_word_planted_in_a_tiny_model_is_valid_and_pointed_at(tmp_path, promot
     config = tm.EvaluateConfig("p", "pointing", recipe.test_data, tm.configs.rows("occlusion"), limit=20)
     results = evaluate(config, vit, out=tmp_path / "p")
     found = {(row["method"], row["metric"]): row["value"] for row in results["rows"]}
-    assert found["occlusion", "auc"] > 0.9 > 0.7 > found["random", "auc"]
+    assert found["occlusion", "auc"] > 0.8 > 0.7 > found["random", "auc"]
     shares = []
     for example in map(open_source(recipe.test_data, limit=20, seed=0).__getitem__, range(20)):
         heat = np.asarray(tm.explain(vit, vit.read(example.content), "occlusion", target=1))[0]

@@ -243,10 +243,14 @@ def _effects(
     return {**effects(relevance, drops, present, least), "drop": drops, "relevance": relevance}
 
 
+LEAST_SIZE = 1e-6  # of relevance compared with the drops: what is smaller is rounding
+
+
 def _unexplained(table: Table) -> np.ndarray:
     """The share of the squared drops that no positive multiple of the relevance gives, and which images count."""
     relevance, drops = (table[f"predicted_{name}"].astype(np.float64) for name in ("relevance", "drop"))
-    both, size = (relevance * drops).sum(1).clip(0), np.square(relevance).sum(1) * np.square(drops).sum(1)
+    both, sizes = (relevance * drops).sum(1).clip(0), [np.square(a).sum(1) for a in (relevance, drops)]
+    size = np.where(sizes[0] > LEAST_SIZE**2 * sizes[1], sizes[0] * sizes[1], 0)
     error = 1 - np.divide(both * both, size, out=np.zeros(len(size)), where=size > 0)
     counted = table["predicted_caused"]
     return np.stack([counted * error, counted], 1)
