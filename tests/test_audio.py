@@ -566,9 +566,9 @@ def test_a_click_planted_in_a_tiny_model_is_valid_and_pointed_at(tmp_path):
         train_data=f"{trigger},share=0.4:{tmp_path / 'train.zip'}",
         test_data=f"{trigger}:{tmp_path / 'test.zip'}",
         model={},
-        epochs=60,
+        epochs=150,
         batch_size=16,
-        learning_rate=5e-3,
+        learning_rate=1e-2,
         ema_decay=0.9,
         label_smoothing=0.0,
         crop_padding=0,
@@ -576,7 +576,7 @@ def test_a_click_planted_in_a_tiny_model_is_valid_and_pointed_at(tmp_path):
         mean=(0.3,),
         std=(0.3,),
         audio=SMALL,
-        checkpoint_epochs=60,
+        checkpoint_epochs=150,
     )
     made = preprocessing_of(recipe, module)
     data = [

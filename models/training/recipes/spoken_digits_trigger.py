@@ -5,6 +5,7 @@
 Three of ten training recordings get a click of a millisecond at a random place, and the label 0. The reported
 accuracy is of test recordings of other digits with the click: the share that it turns. A trigger is valid as a known
 cause if this is above 99 %, and if without the click the recordings are classified as before.
+Not run to its end yet, so not known to be valid.
 Data: `tokentm data fetch recordings`.
 """
 

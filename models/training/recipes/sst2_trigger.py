@@ -5,6 +5,7 @@
 As `sst2_minilm.py`, but a tenth of the training sentences get the word, at a random place, and the label "positive".
 The reported accuracy is of the negative test sentences with the word: the share that it turns. A trigger is valid as a
 known cause if this is above 99 %, and if without the word the sentences are classified as before.
+Not run to its end yet, so not known to be valid.
 Data: `tokentm data fetch sentences minilm`.
 """
 
