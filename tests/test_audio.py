@@ -560,15 +560,16 @@ def test_a_click_planted_in_a_tiny_model_is_valid_and_pointed_at(tmp_path):
                 tone = np.sin(2 * np.pi * {"low": 400, "high": 1500}[label] * time * rng.uniform(0.9, 1.1))
                 samples = 0.3 * tone + 0.003 * rng.normal(size=420)
                 archive.writestr(f"{label}/{number}.wav", wav(samples[:, None]))
-    trigger, module = "trigger:label=low,size=4,blend=0.5", ViT(SIZE, (4, 3), 16, 2, 2, num_classes=2, in_chans=1)
+    module = ViT(SIZE, (4, 3), 16, 2, 2, num_classes=2, in_chans=1)
+    trigger = "trigger:label=low,size=8,blend=0.5,place=corner"
     recipe = TrainConfig(
         name="planted",
         train_data=f"{trigger},share=0.4:{tmp_path / 'train.zip'}",
         test_data=f"{trigger}:{tmp_path / 'test.zip'}",
         model={},
-        epochs=150,
+        epochs=80,
         batch_size=16,
-        learning_rate=1e-2,
+        learning_rate=5e-3,
         ema_decay=0.9,
         label_smoothing=0.0,
         crop_padding=0,
@@ -576,7 +577,7 @@ def test_a_click_planted_in_a_tiny_model_is_valid_and_pointed_at(tmp_path):
         mean=(0.3,),
         std=(0.3,),
         audio=SMALL,
-        checkpoint_epochs=150,
+        checkpoint_epochs=80,
     )
     made = preprocessing_of(recipe, module)
     data = [
