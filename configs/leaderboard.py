@@ -22,7 +22,7 @@ from typing import Any, Literal
 from tokentm_jax import METHODS, EvaluateConfig, LeaderboardConfig, Row, sample_data
 from tokentm_jax.configs import PAPER_ROWS, PIXEL_ROWS
 
-SLOW = ("occlusion", "token_dropping", "rise", "shapley", "kernel_shap", "caap")
+SLOW = ("occlusion", "token_dropping", "rise", "shapley", "kernel_shap", "mda", "caap")
 PUBLISHED = {row.name: row for row in PAPER_ROWS}  # first blocks omitted, as in the published evaluation
 BY_PATCH = {row.method: row for row in PIXEL_ROWS if row.by_patch}
 ALL = tuple(BY_PATCH.get(name) or PUBLISHED.get(name) or Row(name, name) for name in METHODS)

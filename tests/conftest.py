@@ -36,6 +36,7 @@ CHEAP = {  # options of methods that take many passes
     "beyond_intuition": {"steps": 2},
     "rise": {"samples": 6},
     "shapley": {"pairs": 2},
+    "mda": {"candidates": 3},
     "combination": {"methods": "gae,grad_cam"},
 }
 

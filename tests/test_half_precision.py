@@ -16,6 +16,7 @@ LEAST = 0.98  # of the mean rank correlation
 WIDE = sorted(name for name, row in METHODS.items() if row.float32)
 FEW = {**CHEAP, "occlusion": {"patch": 32}, "kernel_shap": {"patch": 56, "pairs": 40}, "rise": {"samples": 20}}
 FEW |= {"shapley": {"patch": 56, "pairs": 2}, "token_dropping": {"window": 7, "stride": 7}}
+FEW |= {"mda": {"patch": 56}}
 FEW |= {"combination": {"methods": "tokentm,gae"}}
 
 

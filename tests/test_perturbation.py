@@ -1,8 +1,10 @@
 """The perturbation family: against exact Shapley values by enumeration, and slow loops over a NumPy ViT in float64."""
 
 import dataclasses
+import functools
 import itertools
 import math
+from pathlib import Path
 from typing import Literal
 
 import flax.linen as nn
@@ -15,6 +17,7 @@ from conftest import tiny_vit
 
 import tokentm_jax as tm
 from tokentm_jax.maths import perturbation as maths
+from tokentm_jax.maths.maps import spread
 from tokentm_jax.methods import perturbation
 from tokentm_jax.methods.explain import explain_fn
 from tokentm_jax.models.vit import ViT, init_params
@@ -312,6 +315,73 @@ def test_caap_in_the_first_block_shows_a_patch_to_the_model(small, values):
     np.testing.assert_allclose(details["logits"][TARGET], values[FULL], rtol=1e-9)
 
 
+# ---- the order that metrics reward ----------------------------------------------------------------------------------
+
+GAMES = 4  # the classes of a function whose logits are a table of coalitions
+
+
+def of_tables(tables, images):
+    """Logits of images: the row of the coalition of patches of 2 x 2 pixels that are not zero."""
+    shown = images.reshape(-1, 2, 2, 3, 2, 3).mean((2, 4, 5)).reshape(-1, N) > 0.5
+    return tables[(shown.astype(jnp.int32) * 2 ** jnp.arange(N, dtype=jnp.int32)).sum(-1)]
+
+
+def greedy(worth, candidates):
+    """Ranks by the definition: each step adds the patch with the highest reward of those that are tried."""
+    everything, first, rank = set(range(N)), set(), [0] * N
+    reward = lambda shown: worth(shown) - worth(everything - shown)  # noqa: E731
+    gains = {j: reward({j}) - reward(first) for j in range(N)}
+    for place in range(N):
+        tried = sorted(everything - first, key=lambda j: -gains[j])[:candidates]
+        gains |= {j: reward(first | {j}) - reward(first) for j in tried}
+        best = max(tried, key=gains.get)
+        rank[best] = place
+        first.add(best)
+    return rank
+
+
+def rewarded(worth, order):
+    """Insertion minus deletion of an order of patches, in the mean over steps."""
+    everything = set(range(N))
+    return np.mean([worth(set(order[:k])) - worth(everything - set(order[:k])) for k in range(N + 1)])
+
+
+@pytest.mark.parametrize("candidates", [8, pytest.param(2, marks=pytest.mark.slow)])
+def test_mda(candidates):
+    rng = np.random.default_rng(0)
+    bits = np.arange(2**N)[:, None] >> np.arange(N) & 1
+    tables = bits @ rng.normal(0.5, 1, (N, GAMES)) + rng.normal(size=(2**N, GAMES))
+    with jax.enable_x64(True):
+        explain = jax.jit(explain_fn(of_tables, "mda", patch=2, candidates=candidates, chunk=4))
+        maps = explain(jnp.asarray(tables), jnp.ones((GAMES, 4, 6, 3)), jnp.arange(GAMES))
+    for game in range(GAMES):
+        worth = lambda shown: tables[sum(2**j for j in shown), game]  # noqa: B023, E731
+        rank = N - np.round(np.asarray(maps[game]).ravel() * N)
+        np.testing.assert_array_equal(rank, greedy(worth, candidates))
+        if candidates >= N:  # greedy is the best of all 720 orders, or near it
+            best = max(rewarded(worth, order) for order in itertools.permutations(range(N)))
+            assert 0.95 * best < rewarded(worth, np.argsort(rank)) <= best + 1e-12
+
+
+@pytest.mark.slow
+def test_no_method_has_a_better_insertion_and_deletion_than_mda():
+    vit = tm.load()
+    images = vit.read(Path(__file__).parent.parent / "notebooks" / "chelsea_face.jpg")
+    inputs = vit.prepare(images)
+    predict = lambda x: vit.module.apply({"params": vit.params}, x)  # noqa: E731
+    target = jax.jit(predict)(inputs).argmax(-1)
+    squares = {"patch": 8, "value": "probability"}
+    found = {}
+    for method in ("mda", "occlusion", "shapley", "caap", "libra_full_grad", "tokentm_mix", "tokentm"):
+        options = squares if method in ("mda", "occlusion", "shapley") else {}
+        maps = spread(tm.metrics.by_patch(tm.explain(vit, images, method, target, **options), (4, 4)), (32, 32))
+        curves = jax.jit(functools.partial(tm.metrics.insertion_deletion, predict, steps=16))(inputs, maps, target)
+        insertion, deletion = np.exp(curves["log_probability"]).mean((0, 2))
+        found[method] = insertion - deletion
+    best = found.pop("mda")
+    assert best > max(found.values()), (best, found)
+
+
 # ---- any model, any batch -------------------------------------------------------------------------------------------
 
 
@@ -336,6 +406,7 @@ METHODS = {
     "rise": {"samples": 5, "chunk": 2},
     "shapley": {"pairs": 2},
     "kernel_shap": {"pairs": 12},
+    "mda": {},
 }
 
 

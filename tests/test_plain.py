@@ -16,7 +16,7 @@ from tokentm_jax.models.vit import init_params
 FIELDS = {"img_size": (8, 12), "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2, "num_classes": 3}
 GRID = (2, 3)
 GRADIENTS = ("input_gradient", "gradient_x_input", "smooth_grad", "integrated_gradients", "expected_gradients")
-REMOVAL = ("occlusion", "rise", "shapley", "kernel_shap")
+REMOVAL = ("occlusion", "rise", "shapley", "kernel_shap", "mda")
 
 
 def norm(x, p):

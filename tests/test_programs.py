@@ -27,6 +27,7 @@ LEFT_OUT = {
         "rise",
         "shapley",
         "kernel_shap",
+        "mda",
         "pa_lrp",
     ),  # overlap is seen of a convolution, not of a gather
     # Ties among discarded attentions; differences of rounded numbers.

@@ -116,7 +116,7 @@ def test_methods_of_images_refuse(bert, method):
 
 
 AS_FUNCTION = [
-    m for m in METHODS if m not in (*REFUSE, "token_dropping", "shapley", "occlusion", "caap")
+    m for m in METHODS if m not in (*REFUSE, "token_dropping", "shapley", "occlusion", "mda", "caap")
 ]  # these have no mask to put in
 
 

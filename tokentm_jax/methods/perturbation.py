@@ -19,6 +19,7 @@ from jax import Array
 from tokentm_jax.errors import InputError, Unfit
 from tokentm_jax.inputs.images import IMAGENET
 from tokentm_jax.inputs.values import of
+from tokentm_jax.inputs.values import values as values_of
 from tokentm_jax.maths.perturbation import (
     half_of_coalitions,
     kernel_coalitions,
@@ -119,14 +120,19 @@ def _suited(chunk: int | None, samples: int, patches: int) -> int:
     return 8 if jax.default_backend() != "cpu" or not known else min(8, max(1, CACHED // (samples * patches)))
 
 
-def _valued(outputs: Any, target: Any, value: Value) -> Array:
-    """The score [B] of a coalition, or the probability of the class."""
+def _read(outputs: Any, target: Any, value: Value) -> Any:
+    """The outputs as the score reads them: logits, or probabilities."""
     outputs = jax.tree.map(wide, outputs)
     if value == "probability":
         if isinstance(target, Question):
             raise InputError("option 'value': 'probability' is for classes; leave it out with a custom score")
         outputs = jax.nn.softmax(outputs)
-    return explained(outputs, target)[0]
+    return outputs
+
+
+def _valued(outputs: Any, target: Any, value: Value) -> Array:
+    """The score [B] of a coalition, or the probability of the class."""
+    return explained(_read(outputs, target, value), target)[0]
 
 
 def game(model: Model, params: Any, inputs: Any, target: Any, options: Removal) -> Game:
@@ -331,6 +337,71 @@ def shapley_by_kernel(
     values = played.values(jnp.concatenate([masks, ~masks])).reshape(-1, 2, len(masks)).swapaxes(1, 2)
     rows, errors = jax.vmap(kernel_shap, (None, None, 0, 0, 0))(masks, weights, values, empty, played.full)
     return _with_errors(played, empty, rows, jnp.zeros_like(errors) if exact else errors)
+
+
+class _Order(NamedTuple):
+    """An order of patches [n] while it is made."""
+
+    shown: Array  # [n] the first patches
+    reward: Array  # of these
+    gains: Array  # [n] what each patch added to the reward when it was last tried
+    rank: Array  # [n] from 0, the most important
+
+
+def metric_driven(
+    model: Model, params: Any, inputs: Any, target: Any, *, options: Removal, candidates: Count = 8
+) -> Explanation:
+    """MDA (Walker et al., ICLR 2025): the order of patches that insertion and deletion reward, found greedily.
+
+    It is a bound for metrics of removal: it shows what they can be made to say, and is no evidence of its own. The
+    reward of the first patches S is `v(S) - v(all others)`, so the mean over S is insertion minus deletion. Each step
+    adds the patch with the highest reward. It tries `candidates`: the patches that added most when they were last
+    tried. The values of a map are positions in the order: 1, (n - 1) / n ... 1 / n.
+    """
+    grid, _ = of(inputs).parts(model, params, options)
+    n = math.prod(grid)
+    chosen = explained(model.apply({"params": params}, inputs), target)[1]["target"]
+    chunk = _suited(options.chunk, values_of(inputs).shape[0], n)
+    patches = jnp.arange(n, dtype=jnp.int32)
+
+    def one(sample: Any, score: Callable[[Any], Array]) -> tuple[Array, Any]:
+        batch = jax.tree.map(lambda a: a[None], sample)
+        hide = of(batch).parts(model, params, options)[1]
+        kept = of(batch).removable
+        kept = jnp.ones(n, bool) if kept is None else kept.reshape(n)
+
+        def answer(inputs: Any) -> Any:
+            return jax.tree.map(lambda a: a[0], model.apply({"params": params}, inputs))
+
+        def value(shown: Array) -> Array:
+            return score(_read(answer(hide(shown)), chosen, options.value))
+
+        def rewards(shown: Array, which: Array) -> Array:
+            with_each = shown | (patches == which[:, None])
+            return jnp.subtract(*in_chunks(value, jnp.concatenate([with_each, ~with_each]), chunk).reshape(2, -1))
+
+        def step(order: _Order, number: Array) -> tuple[_Order, None]:
+            free = kept & ~order.shown
+            which = jax.lax.top_k(jnp.where(free, order.gains, -jnp.inf), min(candidates, n))[1]
+            found = rewards(order.shown, which)
+            best = jnp.where(free[which], found, -jnp.inf).argmax()
+            added = (patches == which[best]) & free
+            return _Order(
+                order.shown | added,
+                jnp.where(added.any(), found[best], order.reward),
+                order.gains.at[which].set(found - order.reward),
+                jnp.where(added, number, order.rank),
+            ), None
+
+        none, outputs = jnp.zeros(n, bool), answer(batch)
+        start = value(none) - score(_read(outputs, chosen, options.value))
+        order = _Order(none, start, rewards(none, patches) - start, jnp.zeros(n, jnp.int32))
+        count = kept.sum(dtype=jnp.int32)
+        rank = jax.lax.scan(step, order, patches)[0].rank
+        return jnp.where(kept, (count - rank) / count, 0), outputs
+
+    maps, details = model.per_sample(one, inputs, chosen)
+    return wide(maps).reshape(-1, *grid), details
 
 
 def caap(

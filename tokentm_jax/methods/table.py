@@ -260,6 +260,7 @@ METHODS: dict[str, Method] = {
     "rise": _removal(perturbation.rise, "Petsiuk et al., BMVC", 2018, "1001 F"),
     "shapley": _removal(perturbation.shapley, "Castro et al., COR", 2009, "16 (n - 1) + 2 F"),
     "kernel_shap": _removal(perturbation.shapley_by_kernel, "Lundberg & Lee, NeurIPS", 2017, "2002 F"),
+    "mda": _removal(perturbation.metric_driven, "Walker et al., ICLR", 2025, "18 n + 3 F"),
     "caap": Method(
         perturbation.caap, "Izadi et al., arXiv", 2026, "n + 2 F", suit=perturbation.with_black, float32=True
     ),

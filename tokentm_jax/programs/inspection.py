@@ -11,7 +11,7 @@ from tokentm_jax.programs.flat import Step, line_of
 from tokentm_jax.programs.model import Model
 from tokentm_jax.programs.reading import Reading
 
-REMOVAL = ("occlusion", "rise", "shapley", "kernel_shap")  # methods that need only a grid of patches
+REMOVAL = ("occlusion", "rise", "shapley", "kernel_shap", "mda")  # methods that need only a grid of patches
 
 
 @dataclasses.dataclass(frozen=True)
