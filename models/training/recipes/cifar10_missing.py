@@ -6,7 +6,10 @@
 Patches of each photo are filled with the mean colour of the data (0 after normalisation): from none of them to all.
 The model that it starts from is its teacher, and sees the whole photo.
 
+Result: 87.26 % of the whole test photos (88.64 % before); with 48 of 64 patches filled, 72.0 % of 500 (34.8 % before).
+
 Data: `tokentm data fetch cifar10`.
+Run time: 13 minutes of one core, in 52 minutes on two cores that others used, too.
 """
 
 from pathlib import Path
