@@ -21,7 +21,7 @@ from tokentm_jax.metrics.tasks import TASKS
 from tokentm_jax.runs.records import table_of
 from tokentm_jax.runs.report import Finished, open_finished
 
-CAUSES = {"pointing": ("share", "auc"), "effects": ("linear_correlation", "without_effect")}
+CAUSES = {"pointing": ("share", "auc"), "effects": ("linear_correlation",)}
 RESAMPLES = 1000
 NOTES = f"""Kendall's tau-b. In brackets: 95 % of its values when the images of every run are drawn again {RESAMPLES}
 times, with replacement, and all methods are ranked again. `random`, whose last place says nothing of the others, is
