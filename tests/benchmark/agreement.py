@@ -8,18 +8,20 @@ metric and by every known cause, and tau is their agreement: 1 for the same orde
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from common import parser, publish, table
 from matplotlib.figure import Figure
 from scipy.stats import kendalltau
 
-from tokentm_jax.configs import RANDOM
+from tokentm_jax.configs import RANDOM, Row
 from tokentm_jax.metrics.statistics import Statistic, unit_area
 from tokentm_jax.metrics.task import Table, followed_in
 from tokentm_jax.metrics.tasks import TASKS
 from tokentm_jax.runs.records import table_of
 from tokentm_jax.runs.report import Finished, open_finished
+from tokentm_jax.runs.standings import pareto
 
 CAUSES = {"pointing": ("share", "auc"), "effects": ("linear_correlation",)}
 RESAMPLES = 1000
@@ -40,11 +42,15 @@ ORDERS: dict[str, tuple[Callable[[Table], np.ndarray], Statistic, str]] = {
 }
 
 
+def rows_of(run: Finished) -> list[Row]:
+    return [row for row in run.config.rows if row.method != RANDOM]
+
+
 def values(run: Finished) -> Ranked:
     """Of every column of a run: the value of each row, of all images and of each draw of them."""
-    task, rows = TASKS[run.config.task], [row for row in run.config.rows if row.method != RANDOM]
+    task, rows = TASKS[run.config.task], rows_of(run)
     columns = {name: (column.values, column.statistic, column.better) for name, column in task.columns.items()}
-    columns = {name: column for name, column in columns.items() if column[2]}
+    columns = {name: column for name, column in columns.items() if column[2] and "target" not in name}
     if run.config.task == "srg":
         columns |= ORDERS
     tables = [table_of(row, run.config.explained, run.clean, run.records(row), run.keys) for row in rows]
@@ -66,20 +72,29 @@ def agreement(metric: np.ndarray, cause: np.ndarray) -> np.ndarray:
     return np.array([kendalltau(a, b)[0] for a, b in zip(metric, cause, strict=True)])
 
 
-def measured(folder: Path) -> tuple[Ranked, Ranked]:
-    """The metrics of removal and the known causes of one model."""
-    names = [path.parent.name for path in sorted(folder.glob("*/results.json"))]
+class Model(NamedTuple):
+    """What was measured of one model."""
+
+    name: str
+    methods: list[str]
+    metrics: Ranked
+    causes: Ranked
+
+
+def measured(folder: Path) -> Model:
     metrics: Ranked = {}
     causes: Ranked = {}
-    for name in names:
-        run = open_finished(folder / name)
+    methods: list[str] = []
+    for path in sorted(folder.glob("*/results.json")):
+        name, run = path.parent.name, open_finished(path.parent)
+        methods = [row.name for row in rows_of(run)]
         for column, ranked in values(run).items():
             if run.config.task not in CAUSES:
                 fill = name.partition("_")[2]
                 metrics[f"{column} ({fill})" if fill and not column.startswith("road") else column] = ranked
             elif column in CAUSES[run.config.task]:
-                causes[f"{name.replace('_', ' ')}: {column.replace('_', ' ')}"] = ranked
-    return metrics, causes
+                causes["" if run.config.task == "effects" else f", {name}, {column}".replace("_", " ")] = ranked
+    return Model(folder.name.removeprefix("agreement_"), methods, metrics, causes)
 
 
 def spread(tau: np.ndarray) -> str:
@@ -89,7 +104,7 @@ def spread(tau: np.ndarray) -> str:
 
 def drawn(taus: dict[str, dict[str, np.ndarray]], columns: list[str]) -> Figure:
     """One cell for each metric and known cause, grey where the interval includes zero."""
-    figure = Figure(layout="constrained", dpi=120, figsize=(2.5 + 0.75 * len(columns), 2 + 0.3 * len(taus)))
+    figure = Figure(layout="constrained", dpi=120, figsize=(4 + 0.6 * len(columns), 1.5 + 0.27 * len(taus)))
     axes = figure.add_subplot()
     shown = np.array([[row[c][0] if c in row else np.nan for c in columns] for row in taus.values()])
     picture = axes.imshow(shown, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
@@ -98,7 +113,8 @@ def drawn(taus: dict[str, dict[str, np.ndarray]], columns: list[str]) -> Figure:
             if column in row:
                 low, high = np.nanpercentile(row[column][1:], [2.5, 97.5])
                 sure = low > 0 or high < 0
-                style = {"weight": "bold"} if sure else {"color": "0.35"}
+                style: dict[str, Any] = {"weight": "bold" if sure else "normal", "alpha": 1 if sure else 0.6}
+                style["color"] = "white" if abs(row[column][0]) > 0.6 else "black"
                 axes.text(x, y, f"{row[column][0]:.2f}", ha="center", va="center", fontsize=8, **style)
     axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right", rotation_mode="anchor", fontsize=8)
     axes.set_yticks(range(len(taus)), list(taus), fontsize=8)
@@ -106,15 +122,41 @@ def drawn(taus: dict[str, dict[str, np.ndarray]], columns: list[str]) -> Figure:
     return figure
 
 
-def main(folders: list[Path], out: Path | None, figure: Path | None) -> None:
+def traded(models: list[Model], metric: str) -> Figure:
+    """Every method by the metric and by the known causes, both in the mean over the models, with the front of both."""
+    x = np.mean([model.metrics[metric][0] for model in models], 0)
+    y = np.mean([np.mean([cause[0] for cause in model.causes.values()], 0) for model in models], 0)
+    figure = Figure(layout="constrained", dpi=120, figsize=(7, 5))
+    axes = figure.add_subplot(xlabel=f"{metric}, higher is better", ylabel="known causes, higher is better")
+    best = pareto(-x, y)
+    axes.scatter(x, y, c=np.where(best, "black", "0.6"))
+    order = np.flatnonzero(best)[np.argsort(x[best])]
+    axes.plot(x[order], y[order], color="black", linewidth=0.8)
+    heights = np.linspace(0.02, 0.98, len(x))  # of the names, at the right, in the order of the points
+    for i, height in zip(np.argsort(y), heights, strict=True):
+        line = {"arrowstyle": "-", "color": "0.8", "linewidth": 0.6, "relpos": (0, 0.5)}
+        axes.annotate(
+            models[0].methods[i],
+            (x[i], y[i]),
+            (1.04, height),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=8,
+            weight="bold" if best[i] else "normal",
+            arrowprops=line,
+        )
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def main(folders: list[Path], out: Path | None, figure: Path | None, trade: Path | None) -> None:
     taus: dict[str, dict[str, np.ndarray]] = {}
     columns: list[str] = []
-    for folder in folders:
-        metrics, causes = measured(folder)
-        model = folder.name.removeprefix("agreement_")
-        for cause, by_cause in causes.items():
-            columns.append(f"{model}, {cause}")
-            for metric, by_metric in metrics.items():
+    models = [measured(folder) for folder in folders]
+    for model in models:
+        for cause, by_cause in model.causes.items():
+            columns.append(model.name + cause)
+            for metric, by_metric in model.metrics.items():
                 taus.setdefault(metric, {})[columns[-1]] = agreement(by_metric, by_cause)
     everywhere = {m: np.mean([row[c] for c in columns], 0) for m, row in taus.items() if row.keys() >= {*columns}}
     taus = {m: {"mean": everywhere[m], **taus[m]} for m in sorted(everywhere, key=lambda m: -everywhere[m][0])}
@@ -123,11 +165,16 @@ def main(folders: list[Path], out: Path | None, figure: Path | None) -> None:
     publish(out, "# Which metrics agree with known causes", table(["metric", *columns], rows), NOTES)
     if figure:
         drawn({metric.replace("_", " "): row for metric, row in taus.items()}, columns).savefig(figure)
+    if trade:
+        traded(models, "srg (mean)").savefig(trade)
 
 
 if __name__ == "__main__":
     arguments = parser(__doc__)
     arguments.add_argument("folders", nargs="+", type=Path, help="of tokentm leaderboard configs/agreement.py")
     arguments.add_argument("--figure", type=Path, metavar="FILE", help="draw the table to this PNG file")
+    arguments.add_argument(
+        "--trade", type=Path, metavar="FILE", help="draw removal against known causes to this PNG file"
+    )
     given = arguments.parse_args()
-    main(given.folders, given.out, given.figure)
+    main(given.folders, given.out, given.figure, given.trade)
