@@ -115,8 +115,6 @@ def parameters(tree):
 def results(name, dtype, params):
     """name of an array -> the array of a case: maps of all samples, but of images' pixels those of one, for space."""
     kind, method, options = CASES[name]
-    if method == "tokentm_mix":  # the saved maps are not centred
-        options = {"normalisation": "min_max", **options}
     module, _, inputs = model(kind)
     target = np.array([0, 1, 2], np.int32) if kind in TEXTS else TARGET
     # In float64 a few constants are of 32 bits (the angles of rotary positions, counts of tokens).

@@ -152,7 +152,7 @@ def tokentm_mix(
     target: Any,
     *,
     methods: str = "libra_tokentm,conservative_lrp,libra_full_grad,legrad",
-    normalisation: Normalisation = "centred",
+    normalisation: Normalisation = "min_max",
     weights: str = "",
     gradient: Gradient = "own",
 ) -> Explanation:
