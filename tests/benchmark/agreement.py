@@ -123,9 +123,14 @@ def drawn(taus: dict[str, dict[str, np.ndarray]], columns: list[str]) -> Figure:
 
 
 def traded(models: list[Model], metric: str) -> Figure:
-    """Every method by the metric and by the known causes, both in the mean over the models, with the front of both."""
+    """Methods by the metric and by the known causes, both in the mean over the models, with the front of both.
+
+    Those far behind the others, by more than three times the middle half's width, are left out.
+    """
     x = np.mean([model.metrics[metric][0] for model in models], 0)
     y = np.mean([np.mean([cause[0] for cause in model.causes.values()], 0) for model in models], 0)
+    near = np.all([v > np.median(v) - 3 * np.ptp(np.quantile(v, [0.25, 0.75])) for v in (x, y)], 0)
+    x, y, names = x[near], y[near], [name for name, shown in zip(models[0].methods, near, strict=True) if shown]
     figure = Figure(layout="constrained", dpi=120, figsize=(7, 5))
     axes = figure.add_subplot(xlabel=f"{metric}, higher is better", ylabel="known causes, higher is better")
     best = pareto(-x, y)
@@ -136,7 +141,7 @@ def traded(models: list[Model], metric: str) -> Figure:
     for i, height in zip(np.argsort(y), heights, strict=True):
         line = {"arrowstyle": "-", "color": "0.8", "linewidth": 0.6, "relpos": (0, 0.5)}
         axes.annotate(
-            models[0].methods[i],
+            names[i],
             (x[i], y[i]),
             (1.04, height),
             textcoords="axes fraction",
