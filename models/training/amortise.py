@@ -201,7 +201,7 @@ def fit(
     targets, held_out = (np.moveaxis(s.reshape(*s.shape[:2], -1), 1, 2).astype(np.float32) for _, s in (train, test))
     sample = read[:: -(-len(read) // 500)].astype(np.float32)
     mean, std = sample.mean((0, 1)), np.maximum(sample.std((0, 1)), 1e-3)
-    empty = vit.module.apply({"params": vit.params}, jnp.zeros_like(inputs_of(vit, train[0][:1])))[0]
+    empty = vit.module.apply({"params": vit.params}, jnp.zeros_like(inputs_of(vit, jnp.asarray(train[0][:1]))))[0]
     scale = float(np.square(targets).mean())
     per_epoch = len(read) // config.batch_size
     optimiser = adamw(config, per_epoch)
@@ -217,7 +217,7 @@ def fit(
         return descend(optimiser, state, loss_of, config.ema_decay)
 
     def correlation(state: State) -> float:
-        found = given(state.average, jnp.asarray(test_read), test_logits)
+        found = given(state.average, jnp.asarray(test_read), jnp.asarray(test_logits))
         return float(np.corrcoef(np.ravel(found), held_out.ravel())[0, 1])
 
     first = initial(jax.random.key(config.seed), read.shape[-1], config.hidden, read.shape[1], len(empty))

@@ -358,4 +358,4 @@ def missing(most: float, grid: tuple[int, int], key: Array, images: Array) -> Ar
     k_share, k_patches = jax.random.split(key)
     share = most * jax.random.uniform(k_share, (len(images), 1, 1))
     filled = jax.random.uniform(k_patches, (len(images), *grid)) < share
-    return jnp.where(spread(filled, images.shape[1:3])[..., None], 0, images)
+    return jnp.where(spread(filled, (images.shape[1], images.shape[2]))[..., None], 0, images)

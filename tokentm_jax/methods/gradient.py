@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from annotated_types import Ge, Le, Lt
 from jax import Array
+from jax.core import Tracer
 from pydantic import PlainValidator
 from pydantic_core import PydanticCustomError
 
@@ -42,7 +43,7 @@ class References:
 def _references(given: Any) -> References | None:
     if given is None or isinstance(given, References):
         return given
-    if hasattr(given, "__array__") and not isinstance(given, jax.core.Tracer):
+    if hasattr(given, "__array__") and not isinstance(given, Tracer):
         array = np.asarray(given)
         if array.ndim > 1 and len(array) and jnp.issubdtype(array.dtype, jnp.floating) and np.isfinite(array).all():
             return References(array)

@@ -152,7 +152,8 @@ def position_aware_lrp(model: Model, params: Any, inputs: Any, target: Any) -> E
     if mask is None:
         if array.ndim != 4:
             raise Unfit(f"this method explains images [B, H, W, C] and texts, and the inputs are {list(array.shape)}")
-        own = lambda patches: spread(patches, array.shape[1:3], model.tiling)  # noqa: E731
+        size = (array.shape[1], array.shape[2])
+        own = lambda patches: spread(patches, size, model.tiling)  # noqa: E731
         kept = token_map(model, row)
         pixels = jax.grad(lambda patches: own(patches).sum())(jnp.ones_like(kept))  # that show each patch
         shown = own(kept / jnp.maximum(pixels, 1))

@@ -218,7 +218,7 @@ def _patch_drops(predict: Predict, subject: Subject, *, fill: Background = "mean
     pixels = of(subject.inputs).values
     gh, gw = subject.grid
     patches = jnp.arange(1, gh * gw + 1, dtype=jnp.int32).reshape(1, gh, gw)
-    numbers = spread(patches, pixels.shape[1:3], subject.tiling)
+    numbers = spread(patches, (pixels.shape[1], pixels.shape[2]), subject.tiling)
     return part_drops(predict, pixels, subject.background(fill), numbers, subject.target, gh * gw)
 
 

@@ -92,7 +92,7 @@ def _model(
     into = np.concatenate([np.eye(channels), -np.eye(channels)], 1) * TINY  # channels -> stream
     read = into.T / (2 * TINY)  # stream, in the scale of channels, -> channels
     module = ViT(
-        (GRID * PATCH,) * 2,
+        (GRID * PATCH, GRID * PATCH),
         PATCH,
         width,
         depth,
