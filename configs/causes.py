@@ -20,7 +20,7 @@
 Data: `tokentm data fetch photos deit_tiny`, `cifar10`, `sentences` or `recordings`; scenes and images of programs are
 rendered. Only cells and marks whose class has a probability of 0.1 or more count (the row "clean" has their share). To
 choose on half of the cases and to confirm on the other half, add `--half even` or `--half odd`: they share no photo.
-Run time on 2 busy cores: 2 to 4 minutes for 200 scenes, 25 minutes for mosaics of photos without occlusion.
+Run time: on 2 busy cores, 2 to 4 minutes for 200 scenes, 25 minutes for mosaics of photos without occlusion.
 """
 
 from typing import Literal

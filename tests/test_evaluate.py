@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from conftest import tiny_vit
 from PIL import Image
 
-from models.training.recipe import TrainConfig
+from models.training.recipe import AmortiseConfig, TrainConfig
 from tokentm_jax import metrics
 from tokentm_jax.cli.main import main
 from tokentm_jax.cli.recipes import read_recipe
@@ -780,6 +780,8 @@ def test_the_configs_of_the_project():
                 continue
             if kind is LeaderboardConfig:
                 check_leaderboard(config)
+                continue
+            if kind is AmortiseConfig:
                 continue
             check(config)
             assert {row for row, _ in config.paper} <= {row.name for row in config.rows}

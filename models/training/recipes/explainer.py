@@ -7,6 +7,7 @@ The samples are those of the method `shapley` with two pairs of orders, for all 
 image. Nearly all of the time is theirs, and a run that stops goes on with those that it has.
 
 Data: `tokentm data fetch cifar10`; scenes are rendered.
+Run time: not known.
 """
 
 from typing import Literal

@@ -7,6 +7,7 @@ accuracy is of test recordings of other digits with the click: the share that it
 cause if this is above 99 %, and if without the click the recordings are classified as before.
 Not run to its end yet, so not known to be valid.
 Data: `tokentm data fetch recordings`.
+Run time: not known.
 """
 
 import dataclasses

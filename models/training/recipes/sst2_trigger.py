@@ -7,6 +7,7 @@ The reported accuracy is of the negative test sentences with the word: the share
 known cause if this is above 99 %, and if without the word the sentences are classified as before.
 Not run to its end yet, so not known to be valid.
 Data: `tokentm data fetch sentences minilm`.
+Run time: not known.
 """
 
 from models.training.recipe import TextTrainConfig
