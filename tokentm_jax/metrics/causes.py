@@ -118,7 +118,7 @@ def part_drops(
     predict: Predict,
     images: Input,
     without: Input,
-    masks: Shaped[AnyArray, "B H W"],
+    masks: Shaped[AnyArray, "#B H W"],
     target: Target,
     parts: int,
 ) -> Float[Array, "B {parts}"]:
@@ -127,7 +127,7 @@ def part_drops(
     Args:
       predict, images, target: see `removal`. The explained score is the logit of a class, or a `Question`'s score.
       without: the same images without any part.
-      masks: the number of the part that a pixel shows, from 1; 0 for none.
+      masks: the number of the part that a pixel shows, from 1; 0 for none. [1, H, W]: the same for all images.
       parts: the highest number.
 
     Returns:
