@@ -382,14 +382,17 @@ def metric_driven(
 
         def step(order: _Order, number: Array) -> tuple[_Order, None]:
             free = kept & ~order.shown
-            which = jax.lax.top_k(jnp.where(free, order.gains, -jnp.inf), min(candidates, n))[1]
+            gains = jnp.where(free, order.gains, -jnp.inf)
+            which = jnp.argsort(gains, descending=True, stable=True)[:candidates].astype(jnp.int32)
+            tried = patches == which[:, None]  # [candidates, n]; no indices, so that shards of a batch stay apart
             found = rewards(order.shown, which)
-            best = jnp.where(free[which], found, -jnp.inf).argmax()
-            added = (patches == which[best]) & free
+            best = jnp.where((tried & free).any(1), found, -jnp.inf).argmax() == jnp.arange(len(which))
+            added = (tried & best[:, None]).any(0) & free
+            gained = jnp.where(tried, (found - order.reward)[:, None], 0).sum(0)
             return _Order(
                 order.shown | added,
-                jnp.where(added.any(), found[best], order.reward),
-                order.gains.at[which].set(found - order.reward),
+                jnp.where(added.any(), jnp.where(best, found, 0).sum(), order.reward),
+                jnp.where(tried.any(0), gained, order.gains),
                 jnp.where(added, number, order.rank),
             ), None
 
