@@ -142,6 +142,7 @@ def test_explain_a_chosen_class(folder, checkpoint):
     assert str(np.load("explanations/a.npz")["target_name"]) == "cat $x$"
 
 
+@pytest.mark.slow
 def test_several_classes_give_one_figure(folder, checkpoint):
     """Each class has its map, whose file carries the class; a name with commas is one class."""
     import tokentm_jax as tm

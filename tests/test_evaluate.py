@@ -482,6 +482,7 @@ def test_nobody_else_s_files_and_no_other_run(config, vit, folder, whole, tmp_pa
     assert [path.name for path in foreign.iterdir()] == ["results.md"]
 
 
+@pytest.mark.slow
 def test_rows_of_an_earlier_run_stay(config, vit, folder, whole, tmp_path):
     """A run of one row into the folder of all of them changes nothing; a new row, of fewer images, joins the others.
     Its name is no formula to the picture, whatever is in it."""

@@ -378,6 +378,7 @@ def test_a_page_of_texts_in_a_browser(tmp_path):
         chromium.close()
 
 
+@pytest.mark.slow
 def test_words_on_the_command_line_and_on_a_page(tmp_path):
     page = tmp_path / "page.html"
     hostile = "a funny </script><script>alert(1)</script> film <b>well</b> שלום 漢字 😀"

@@ -340,6 +340,7 @@ def program_of(names, seed):
     return f
 
 
+@pytest.mark.slow
 @settings(max_examples=3, deadline=None)
 @given(names=st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=4), seed=st.integers(0, 99))
 def test_rules_leave_the_values_of_random_programs(names, seed):

@@ -305,6 +305,7 @@ def test_a_page_of_a_store(place, tmp_path):
     assert all(re.search(r"\d", name) for name in settings["classes"].values())
 
 
+@pytest.mark.slow
 def test_a_page_of_a_store_of_texts(tmp_path):
     """With their model, the words of texts have the stored scores."""
     pytest.importorskip("tokenizers")

@@ -73,6 +73,7 @@ def test_why_this_and_not_that_is_a_difference_of_weights(model, method):
     assert jnp.isfinite(found).all()
 
 
+@pytest.mark.slow
 def test_the_default_is_the_logit_of_the_class(model):
     vit, params, images, target = model
     explain = tm.explain_fn(vit, "tokentm", details=True)

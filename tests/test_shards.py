@@ -340,6 +340,7 @@ def test_export(explainer, tmp_path, monkeypatch):
     assert result.exit_code == 2 and "00000002-4-1.parquet cannot be read" in result.output
 
 
+@pytest.mark.slow
 def test_texts_are_padded_to_a_length(vit, tmp_path):
     """In shards to the most that the model takes, unless a length is given; longer texts are skipped."""
     pytest.importorskip("tokenizers")
