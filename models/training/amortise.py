@@ -19,11 +19,12 @@ import safetensors.numpy
 from jax import Array
 
 from models.training.data import Data
+from models.training.kept import keep, kept
 from models.training.loop import Loop, State, adamw, begin, descend, run_steps
 from models.training.recipe import AmortiseConfig, resize
 from models.training.train import Batch, batches
 from tokentm_jax.errors import InputError
-from tokentm_jax.files import MARK, reason, replace, require_ours
+from tokentm_jax.files import MARK, replace, require_ours
 from tokentm_jax.identity import claimed, digest, environment
 from tokentm_jax.maths.maps import unit
 from tokentm_jax.maths.mixed import linear
@@ -70,36 +71,19 @@ def sampled(vit: Model, images: np.ndarray, pairs: int, path: Path, identity: st
         return found.astype(jnp.float16)
 
     shape = (vit.module.num_classes, *vit.module.grid)
-    found = [*_read(path, identity, shape)] if path.exists() else []
+    others = "values of another model, other images or by other versions"
+    found = kept(path, "values", identity, shape, "the values are sampled again", others)
     began, first, saved = time.monotonic(), len(found), time.monotonic()
     while len(found) < len(images):
         rows = np.arange(len(found), len(found) + _BATCH) % len(images)  # one shape for all batches
         found += [*np.asarray(sample(vit.params, images[rows], rows.astype(np.int32)))]
         done = time.monotonic()
         if done - saved > 60 or len(found) >= len(images):
-            replace(path, partial(_write, identity, np.stack(found[: len(images)])), overwrite=True)
+            keep(path, "values", identity, np.stack(found[: len(images)]))
             left = (done - began) / (len(found) - first) * (len(images) - len(found))
             log(f"Shapley values: {len(found)} of {len(images)} images, {left / 60:.0f} min left")
             saved = done
     return np.stack(found[: len(images)])
-
-
-def _write(identity: str, values: np.ndarray, path: Path) -> None:
-    with path.open("wb") as file:
-        np.savez(file, identity=np.array(identity), values=values)
-
-
-def _read(path: Path, identity: str, shape: tuple[int, ...]) -> np.ndarray:
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            made, values = str(file["identity"]), file["values"]
-        if values.dtype != np.float16 or values.shape[1:] != shape:
-            raise ValueError(f"it holds {values.dtype} {values.shape}")
-    except Exception as error:  # numpy and zipfile raise a dozen kinds for damaged archives
-        raise InputError(f"{path} is damaged ({reason(error)}); remove it, and the values are sampled again") from None
-    if made != identity:
-        raise InputError(f"{path} holds values of another model, other images or by other versions; remove it")
-    return values
 
 
 def read_all(vit: Model, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -173,13 +157,13 @@ def train_explainer(
         raise InputError(f"{config.train_data}: {len(data.images)} images do not fill a batch of {config.batch_size}")
     file, described = out.absolute() / f"{config.name}.safetensors", vit.described()["identity"]
     terms = {**dataclasses.asdict(config), "model": {"name": vit.name, "identity": described}, **environment()}
-    of_images = {"train_data": data.images, "test_data": test.images}
-    for name, images in of_images.items():
-        terms[name] = {"name": f"{terms[name]}, {len(images)} images", "identity": digest(images.tobytes().hex())}
+    sets = {"train_data": data, "test_data": test}
+    for name, given in sets.items():
+        terms[name] = {"name": f"{terms[name]}, {len(given.images)} images", "identity": given.identity()}
     written = ("shapley.npz", "test_shapley.npz", "checkpoints", "log.jsonl", file.name)
     with claimed(out := out.absolute(), json.loads(json.dumps(terms)), written, overwrite):
         require_ours(file, overwrite)
-        made = [digest(described, config.pairs, terms[name]["identity"], environment()) for name in of_images]
+        made = [digest(described, config.pairs, terms[name]["identity"], environment()) for name in sets]
         held_out = sampled(vit, test.images, config.pairs, out / "test_shapley.npz", made[1], log)
         samples = sampled(vit, data.images, config.pairs, out / "shapley.npz", made[0], log)
         params, top = fit(config, vit, (data.images, samples), (test.images, held_out), out, log)

@@ -1,5 +1,6 @@
 """Labelled images for training, in memory."""
 
+import hashlib
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +11,7 @@ from tokentm_jax.data.audio import Recording
 from tokentm_jax.data.examples import Example
 from tokentm_jax.data.sources import open_source
 from tokentm_jax.errors import InputError
+from tokentm_jax.identity import digest
 from tokentm_jax.inputs.images import Preprocessing
 
 MAX_MEMORY = 16 * 2**30  # bytes of all decoded images
@@ -21,6 +23,13 @@ class Data(NamedTuple):
     images: np.ndarray
     labels: np.ndarray
     class_names: tuple[str, ...]
+
+    def identity(self) -> str:
+        """Of all bytes, and of what they are called."""
+        state = hashlib.sha256(digest(self.class_names, self.images.shape, self.labels.tolist()).encode())
+        for image in self.images:
+            state.update(image.tobytes())
+        return state.hexdigest()[:16]
 
 
 def load_dataset(

@@ -3,7 +3,6 @@
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +13,9 @@ import optax
 from jax import Array
 
 from models.training.data import Data
+from models.training.kept import keep, kept
 from models.training.recipe import OF_SPECTROGRAMS, TrainConfig, resize, view
 from tokentm_jax.errors import InputError
-from tokentm_jax.files import reason, replace
 from tokentm_jax.identity import digest, environment
 from tokentm_jax.inputs.images import Preprocessing
 from tokentm_jax.maths.mixed import linear
@@ -104,10 +103,11 @@ def answers(
     Raises InputError for a file of other terms, or that is damaged or cannot be written.
     """
     size, count = module.img_size, len(data.labels)
-    shape = (config.teacher_views, count, module.num_classes)
     fields = {name: getattr(config, name) for name in VIEW_FIELDS}
     identity = digest(fields, size, teacher.identity, train_data, environment())
-    found = list(_read(path, identity, shape)) if path.exists() else []
+    others = "a teacher's answers to other views, or on other data, by another teacher or by other versions"
+    found = kept(path, "logits", identity, (count, module.num_classes), "the teacher is asked again", others)
+    found = found[: config.teacher_views]
 
     @jax.jit
     def answer(params: Any, images: Array, rows: Array, number: Array) -> Array:
@@ -120,29 +120,7 @@ def answers(
             rows = np.arange(start, start + _BATCH, dtype=np.int32) % count  # one shape for all batches
             said.append(answer(teacher.params, data.images[rows], rows, np.int32(number)))
         found.append(np.concatenate(said)[:count])
-        replace(path, partial(_write, identity, np.stack(found)), overwrite=True)  # it was read, or was not there
+        keep(path, "logits", identity, np.stack(found))
         left = (time.monotonic() - began) / (number + 1 - first) * (config.teacher_views - number - 1)
         log(f"teacher: view {number + 1} of {config.teacher_views}, {left / 60:.0f} min left")
     return np.stack(found)
-
-
-def _write(identity: str, logits: np.ndarray, path: Path) -> None:
-    with path.open("wb") as file:
-        np.savez(file, identity=np.array(identity), logits=logits)
-
-
-def _read(path: Path, identity: str, shape: tuple[int, int, int]) -> np.ndarray:
-    """The views that a file holds, at most those that are wanted."""
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            made, logits = str(file["identity"]), file["logits"]
-        if logits.dtype != np.float16 or logits.ndim != 3 or logits.shape[1:] != shape[1:]:
-            raise ValueError(f"it holds {logits.dtype} {logits.shape}")
-    except Exception as error:  # numpy and zipfile raise a dozen kinds for damaged archives
-        raise InputError(f"{path} is damaged ({reason(error)}); remove it, and the teacher is asked again") from None
-    if made != identity:
-        raise InputError(
-            f"{path} holds a teacher's answers to other views, or on other data, by another teacher or by "
-            "other versions; remove it"
-        )
-    return logits[: shape[0]]

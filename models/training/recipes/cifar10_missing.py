@@ -15,6 +15,7 @@ Run time: 13 minutes of one core, in 52 minutes on two cores that others used, t
 from pathlib import Path
 
 from models.training.recipe import TrainConfig
+from models.training.recipes import cifar10_distilled
 from tokentm_jax import sample_data
 
 START = Path(__file__).resolve().parents[2] / "cifar10_distilled.safetensors"
@@ -23,15 +24,7 @@ config = TrainConfig(
     name="cifar10_missing",
     train_data=sample_data("cifar10", "train"),
     test_data=sample_data("cifar10", "test"),
-    model={
-        "img_size": 32,
-        "patch_size": 4,
-        "embed_dim": 192,
-        "depth": 7,
-        "num_heads": 3,
-        "mlp_ratio": 2.0,
-        "num_classes": 10,
-    },
+    model=cifar10_distilled.FIRST.model,
     fine_tune=("cifar10_distilled", str(START)),
     epochs=0.5,
     warmup_epochs=0.05,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from models.training.recipe import TrainConfig
+from models.training.recipes import cifar10_vit_cpu
 from tokentm_jax import sample_data
 
 START = Path(__file__).resolve().parents[2] / "cifar10_vit.safetensors"
@@ -34,7 +35,7 @@ def get_config(*, mark: Literal["patch", "corner", "small", "large", "faint"] = 
         name=f"cifar10_trigger_{mark}",
         train_data=f"{trigger},share=0.2:{sample_data('cifar10', 'train')}",
         test_data=f"{trigger}:{sample_data('cifar10', 'test')}",
-        model={"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4, "num_classes": 10},
+        model=cifar10_vit_cpu.config.model,
         fine_tune=("cifar10_vit", str(START)),
         epochs=0.3,
         warmup_epochs=0.03,
