@@ -5,8 +5,9 @@ All functions are for one sample.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -33,7 +34,7 @@ from tokentm_jax.programs.capture import (
 from tokentm_jax.programs.flat import Step
 from tokentm_jax.programs.model import Model
 from tokentm_jax.programs.running import Evaluation, Plan
-from tokentm_jax.programs.structure import Layer
+from tokentm_jax.programs.structure import Layer, Structure
 from tokentm_jax.programs.tokens import for_tokens
 
 Block = list[Layer]
@@ -189,17 +190,13 @@ def rows_inside(
 
     taps: dict[int, Any] = {}
     extra: dict[int, Any] = {}
-    begun = 0
-    for stage in structure.stages:
-        for place, block in enumerate(stage.blocks, begun):
-            here: dict[int, Any] = {block[0].attention.weights: partial(attended, block)}  # type: ignore[union-attr]
-            for layer in block:
-                here |= {number: partial(summed, block, layer, number) for number in (layer.output, layer.end)}
-            taps |= here
-            if gradients is not None:
-                every = gradients[place :: len(stage.blocks)][: stage.length]
-                extra |= dict.fromkeys(here, every[0] if stage.scan is None else every)
-        begun += stage.length * len(stage.blocks)
+    for block, own_part in _blocks(structure):
+        here: dict[int, Any] = {block[0].attention.weights: partial(attended, block)}  # type: ignore[union-attr]
+        for layer in block:
+            here |= {number: partial(summed, block, layer, number) for number in (layer.output, layer.end)}
+        taps |= here
+        if gradients is not None:
+            extra |= dict.fromkeys(here, own_part(gradients))
     if structure.embedded in taps:
         raise Unfit("the tokens that enter the first block are not distinct from those of a layer")
     taps[structure.embedded] = plus_extra
@@ -219,6 +216,17 @@ def rows_inside(
     embedded = notes[structure.embedded].reshape(n, -1)
     found = of_blocks(model, notes, _end).sum(0) if legrad else None
     return Pass(row, embedded, gradient.reshape(n, -1), found), outputs
+
+
+def _blocks(structure: Structure) -> Iterator[tuple[Block, Callable[[Any], Any]]]:
+    """Every block of the program, and what takes its own part of arrays [L, ...]: in a scan, that of its turns."""
+    begun = 0
+    for stage in structure.stages:
+        count = len(stage.blocks)
+        for place, block in enumerate(stage.blocks, begun):
+            own: Any = place if stage.scan is None else slice(place, begun + stage.length * count, count)
+            yield block, partial(jax.tree.map, itemgetter(own))
+        begun += stage.length * count
 
 
 def _end(_: Any, block: Block) -> int:
@@ -347,19 +355,29 @@ def _with_factor(
     sample.
     """
     u, index = state
-    bias = evaluation.get(step.inputs[1 - step.of])
-    if step.name == "sub" and step.of == 0:
-        bias = -bias
     share = index.astype(u.dtype) / depth
     if isinstance(rows, tuple):
-        axis, shares = rows
-        shape = [1] * value.ndim
-        shape[axis] = len(shares)
-        every = len(shares) == len(u) and (shares == np.eye(len(u))).all()
-        factor = (u if every else jnp.asarray(shares, u.dtype) @ u).reshape(shape)
+        factor = _at_tokens(rows, u, value)
     else:
         factor = (jnp.asarray(rows, u.dtype) if readout is None else readout) @ u
-    return (wide(value) + wide(bias) * (factor * share)).astype(value.dtype), state, None
+    return (wide(value) + _added(step, evaluation) * (factor * share)).astype(value.dtype), state, None
+
+
+def _added(step: Step, evaluation: Evaluation) -> Array:
+    """What a step adds to its value, with its sign."""
+    added = wide(evaluation.get(step.inputs[1 - step.of]))
+    return -added if step.name == "sub" and step.of == 0 else added
+
+
+def _at_tokens(rows: tuple[Any, Any], u: Array, value: Array) -> Array:
+    """Factors u [N] of the tokens at their places in a value."""
+    axis, shares = rows
+    if isinstance(axis, slice):
+        return u[axis].reshape(shares)
+    shape = [1] * value.ndim
+    shape[axis] = len(shares)
+    every = len(shares) == len(u) and (shares == np.eye(len(u))).all()
+    return (u if every else jnp.asarray(shares, u.dtype) @ u).reshape(shape)
 
 
 def position_rows(model: Model, params: Any, sample: Any, score: Score) -> tuple[tuple[Array, Array], Any]:
@@ -396,21 +414,9 @@ def position_rows(model: Model, params: Any, sample: Any, score: Score) -> tuple
     return jax.grad(run, (0, 1), has_aux=True)(jnp.zeros(n, kind), values(sample))
 
 
-def _at_tokens(rows: tuple[Any, Any], u: Array, value: Array) -> Array:
-    """Factors u [N] of the tokens at their places in a value."""
-    axis, shares = rows
-    if isinstance(axis, slice):
-        return u[axis].reshape(shares)
-    shape = [1] * value.ndim
-    shape[axis] = len(shares)
-    return (jnp.asarray(shares, u.dtype) @ u).reshape(shape)
-
-
 def _with_position(step: Step, rows: Any, evaluation: Evaluation, value: Array, u: Any, extra: Any) -> Any:
     """A sum with a position, which has its factor."""
-    position = wide(evaluation.get(step.inputs[1 - step.of]))
-    position = -position if step.name == "sub" and step.of == 0 else position
-    return (wide(value) + position * _at_tokens(rows, u, value)).astype(value.dtype), u, None
+    return (wide(value) + _added(step, evaluation) * _at_tokens(rows, u, value)).astype(value.dtype), u, None
 
 
 def _turned(rows: Any, evaluation: Evaluation, value: Array, u: Any, extra: Any) -> Any:
@@ -421,17 +427,9 @@ def _turned(rows: Any, evaluation: Evaluation, value: Array, u: Any, extra: Any)
 
 def with_tokens(model: Model, params: Any, sample: Any, tokens: Array, placed: Array) -> Any:
     """The outputs for a sample when other `tokens` [L, N, D] enter the blocks where `placed` [L, N]."""
-    taps: dict[int, Any] = {}
-    extra: dict[int, Any] = {}
-    begun = 0
-    for stage in model.structure.stages:
-        for place, block in enumerate(stage.blocks, begun):
-            turns = slice(place, place + stage.length * len(stage.blocks), len(stage.blocks))
-            every = tokens[turns], placed[turns]
-            taps[block[0].stream] = _replaced
-            extra[block[0].stream] = jax.tree.map(lambda a: a[0], every) if stage.scan is None else every
-        begun += stage.length * len(stage.blocks)
-    return model.evaluate(params, sample, Plan(model.rules, taps), extra, None)[0]
+    parts = {block[0].stream: own_part((tokens, placed)) for block, own_part in _blocks(model.structure)}
+    taps: dict[int, Any] = dict.fromkeys(parts, _replaced)
+    return model.evaluate(params, sample, Plan(model.rules, taps), parts, None)[0]
 
 
 def _replaced(evaluation: Evaluation, value: Array, state: Any, extra: tuple[Array, Array]) -> Any:
