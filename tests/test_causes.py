@@ -179,6 +179,10 @@ def test_pointing_explains_the_class_of_each_cell(colours, tmp_path):
     figures = {(row["method"], row["metric"]): row for row in results["rows"]}
     assert figures["clean", "counted"]["value"] == 60 and figures["input_gradient", "share"]["images"] == 3
     assert figures["input_gradient", "share"]["value"] == pytest.approx(expected.mean(), abs=1e-6)
+    fewer = evaluate(dataclasses.replace(config, limit=3), vit, out=tmp_path / "p")  # of a folder that has more
+    of_these = counts[[example.key in open_source(config.data, limit=3, seed=0).keys for example in examples]]
+    (row,) = (row for row in fewer["rows"] if row["metric"] == "counted")
+    assert row["images"] == 3 and row["value"] == pytest.approx(100 * of_these.mean())
     with pytest.raises(InputError, match=r"no image of .* counts by the options of the task 'pointing'"):
         evaluate(dataclasses.replace(config, options={"probability": 0.99}), vit, out=tmp_path / "none")
 

@@ -154,10 +154,9 @@ def _evaluate(
         raise InputError(f"{out / 'records'} cannot be written: {reason(error)}") from None
     programs, fields, skipped = Programs(config, vit), fields_of(config), {}
     clean = _predictions(programs, source, translate, out, skipped)
-    jobs = _jobs(config, source, clean, programs.asked)
+    keys, jobs = _jobs(config, source, clean, programs.asked)
     if not jobs:
         raise InputError(f"{source.name} has no image that can be read: {next(iter(skipped.values()), 'it is empty')}")
-    keys = [job.key for job in jobs if job.explained == PREDICTED]
     records = {row.name: Records(record_file(out, row), fields) for row in whole.rows}
     references = None
     if task.reference:
@@ -262,19 +261,17 @@ def _predictions(
     return clean
 
 
-def _jobs(config: EvaluateConfig, source: Source, clean: Records, asked: Question | None) -> list[Job]:
-    """All predicted classes, then, if wanted, the targets that are other classes.
+def _jobs(
+    config: EvaluateConfig, source: Source, clean: Records, asked: Question | None
+) -> tuple[list[str], list[Job]]:
+    """The keys of the examples, and what is explained of those that count: all predicted classes, then, if wanted, the
+    targets that are other classes.
 
     No class is compared with itself: an image of which one is the other class of a `Versus` is left out of every row.
     """
     good = [i for i, key in enumerate(source.keys) if (key, CLEAN) in clean.places]
     if not good:
-        return []
-    if TASKS[config.task].counts:
-        counted = clean.take("counted", [(source.keys[i], CLEAN) for i in good])
-        good = [i for i, counts in zip(good, counted, strict=True) if counts]
-        if not good:
-            raise InputError(f"no image of {source.name} counts by the options of the task {config.task!r}")
+        return [], []
     own = [(source.keys[i], CLEAN) for i in good]
     predicted, labels = clean.take("predicted", own).tolist(), clean.take("label", own).tolist()
     targets = TARGET in config.explained and any(row.class_specific for row in config.rows)
@@ -289,10 +286,16 @@ def _jobs(config: EvaluateConfig, source: Source, clean: Records, asked: Questio
     if source.sizes is not None:
         sizes = source.sizes
         examples.sort(key=lambda example: sizes[example[0]])
+    keys = [source.keys[i] for i, _, _ in examples]
+    if TASKS[config.task].counts:
+        counted = clean.take("counted", [(key, CLEAN) for key in keys])
+        examples = [example for example, counts in zip(examples, counted, strict=True) if counts]
+        if not examples:
+            raise InputError(f"no image of {source.name} counts by the options of the task {config.task!r}")
     jobs = [Job(source.keys[i], PREDICTED, i, y, c) for i, c, y in examples]
     if targets:
         jobs += [Job(source.keys[i], TARGET, i, y, y) for i, c, y in examples if c != y]
-    return jobs
+    return keys, jobs
 
 
 def _open(config: EvaluateConfig, row: Row, records: Records, group: Sequence[Job]) -> list[int]:

@@ -42,7 +42,7 @@ def summarise(
     if (clean.take("label", own) >= 0).all():
         add(CLEAN, "accuracy", 100.0 * clean.take("hit", own), metrics.mean)
     if task.counts:
-        add(CLEAN, "counted", 100.0 * clean.take("counted", list(clean.places)), metrics.mean)
+        add(CLEAN, "counted", 100.0 * clean.take("counted", own), metrics.mean)
     for row in config.rows:
         explained = config.explained if final else config.explained[:1]
         done, table = table_of(row, explained, clean, records[row.name], keys)
