@@ -14,26 +14,9 @@ Run time: 5 to 10 minutes on 2 cores for 64 to 100 scenes (--limit); the others 
 from typing import Any, Literal
 
 from tokentm_jax import EvaluateConfig, LeaderboardConfig, sample_data
-from tokentm_jax.configs import rows
+from tokentm_jax.configs import CAUSE_ROWS, rows
 
-ROWS = rows(
-    "tokentm_mix",
-    "tokentm",
-    "gae",
-    "libra_tokentm",
-    "libra_gae",
-    "libra_attcat",
-    "libra_full_grad",
-    "legrad",
-    "conservative_lrp",
-    "attn_lrp",
-    "res_lrp",
-    "transformer_attribution",
-    "attcat",
-    "grad_cam_tokens",
-    "rollout",
-    "raw_attention",
-)
+ROWS = (*CAUSE_ROWS, *rows("raw_attention"))
 IMAGES = {"cifar10": 400, "photos": 40}  # of the metrics of removal; 300 scenes
 CELLS = {"cifar10": 1600, "photos": None}
 

@@ -26,31 +26,10 @@ Run time: on 2 busy cores, 2 to 4 minutes for 200 scenes, 25 minutes for mosaics
 from typing import Literal
 
 from tokentm_jax import METHODS, EvaluateConfig, Row, sample_data
-from tokentm_jax.configs import rows
+from tokentm_jax.configs import CAUSE_ROWS, rows
 
 CENTRED = Row("tokentm_mix, centred", "tokentm_mix", {"normalisation": "centred"})
-ROWS = (
-    CENTRED,
-    *rows(
-        "tokentm_mix",
-        "tokentm",
-        "gae",
-        "libra_tokentm",
-        "libra_gae",
-        "libra_attcat",
-        "libra_full_grad",
-        "legrad",
-        "conservative_lrp",
-        "attn_lrp",
-        "res_lrp",
-        "grad_cam_tokens",
-        "beyond_intuition",
-        "transformer_attribution",
-        "attcat",
-        "rollout",
-        "occlusion",
-    ),
-)
+ROWS = (CENTRED, *CAUSE_ROWS, *rows("beyond_intuition", "occlusion"))
 DEIT, CIFAR = ("deit_tiny_patch16_224", sample_data("deit_tiny")), ("cifar10_distilled", None)
 TEST = sample_data("cifar10", "test")
 CASES = {  # the task, the data, the model and its checkpoint

@@ -11,8 +11,8 @@ __version__ = "0.1.0"
 _public, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 _ROOMS = {
-    "configs": "rows PAPER_ROWS COMPONENT_ROWS CHOICE_ROWS READING_ROWS WEIGHT_ROWS TEXT_ROWS MIX_ROWS PIXEL_ROWS "
-    "READINGS depth_rows sanity_rows",
+    "configs": "rows PAPER_ROWS COMPONENT_ROWS CHOICE_ROWS READING_ROWS WEIGHT_ROWS TEXT_ROWS CAUSE_ROWS MIX_ROWS "
+    "PIXEL_ROWS READINGS depth_rows sanity_rows",
     "inputs": "Preprocessing Spectrogram Tokens Word",
     "maths": "contributions",
     "models": "ViT Bert build init_params ARCHITECTURES PlainModel read_checkpoint write_checkpoint over_devices "

@@ -71,6 +71,24 @@ WEIGHT_ROWS = (
     Row("length alone", "tokentm", {"direction": "none"}),
     *rows("gae"),
 )
+# Methods of a few passes, for what is known to cause an answer.
+CAUSE_ROWS = rows(
+    "tokentm_mix",
+    "tokentm",
+    "gae",
+    "libra_tokentm",
+    "libra_gae",
+    "libra_attcat",
+    "libra_full_grad",
+    "legrad",
+    "conservative_lrp",
+    "attn_lrp",
+    "res_lrp",
+    "grad_cam_tokens",
+    "transformer_attribution",
+    "attcat",
+    "rollout",
+)
 # Methods for texts: all except those that need a grid, in the order of the table.
 TEXT_ROWS = (
     *(row for row in rows(*METHODS) if row.method not in ("rise", "kernel_shap", "combination")),
