@@ -211,6 +211,7 @@ def test_an_interrupted_run_goes_on(whole, config, vit, folder, tmp_path, monkey
     assert {name for name, _ in calls[before:]} == {"raw"}
 
 
+@pytest.mark.slow
 def test_other_tasks(config, vit, folder, tmp_path):
     source = open_source(folder, limit=4)
     for task, options, own, expected in (

@@ -409,6 +409,7 @@ def test_words_on_the_command_line_and_on_a_page(tmp_path):
     assert bars.output.count("%") == 2
 
 
+@pytest.mark.slow
 def test_explain_writes_what_the_library_computes(tmp_path, monkeypatch):
     """The words are printed, and go with their scores to a file for each text, and to one page."""
     monkeypatch.chdir(tmp_path)

@@ -199,7 +199,14 @@ def test_libra_forms_of_other_methods(small):
         np.testing.assert_allclose(run(small, method).ravel(), expected[1:], rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize(("variant", "from_zero"), [("head", False), ("token", False), ("head", True)])
+@pytest.mark.parametrize(
+    ("variant", "from_zero"),
+    [
+        ("head", False),
+        pytest.param("token", False, marks=pytest.mark.slow),
+        pytest.param("head", True, marks=pytest.mark.slow),
+    ],
+)
 def test_beyond_intuition(small, variant, from_zero):
     module, params, image = small
     seen = oracle.vit(module, params, image)[1]

@@ -155,6 +155,7 @@ def test_inspection(images, briefly):
     assert "test_programs.py:" in text and "softmax" in text and "mean of 6 tokens" in text
 
 
+@pytest.mark.slow
 def test_what_cannot_be_told_is_asked_for(images, briefly):
     params, forward = layers_of(2, np.random.default_rng(1))
 

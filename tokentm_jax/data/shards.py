@@ -112,8 +112,8 @@ def _found(files: Any, path: str) -> dict[str, tuple[int, str]]:
     else:  # six times as fast as fsspec's
         matches = re.compile(fnmatch.translate(name)).match
         with os.scandir(folder) as entries:
-            stats = {each.path: each.stat() for each in entries if matches(each.name) and each.is_file()}
-        return {each: _identity({"size": found.st_size, "mtime": found.st_mtime}) for each, found in stats.items()}
+            stats = ((each.path, each.stat()) for each in entries if matches(each.name) and each.is_file())
+            return {each: _identity({"size": found.st_size, "mtime": found.st_mtime}) for each, found in stats}
     return {each: _identity(info) for each, info in infos.items() if info["type"] == "file"}
 
 
