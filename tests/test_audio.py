@@ -125,6 +125,7 @@ def test_square_patches_are_one_case_of_all():
     np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_maps_of_overlapping_patches_stand_at_their_centres():
     tiling, size = Tiling((4, 3), (2, 1)), (10, 6)
     grid = (4, 4)
@@ -618,6 +619,7 @@ def test_training_leaves_a_speaker_out(recordings, tones, tmp_path, monkeypatch)
     assert vit.preprocessing.audio == SMALL and vit.class_names == ("high", "low")
 
 
+@pytest.mark.slow
 def test_augmentation_of_spectrograms():
     image = jnp.asarray(np.random.default_rng(0).random((8, 12, 1)).astype(np.float32))
     np.testing.assert_allclose(stretch((0.0, 0.0), jax.random.key(0), image), image, atol=1e-6)

@@ -91,6 +91,7 @@ def test_explain_writes_what_the_library_computes(folder, checkpoint):
         assert set(json.loads(str(stored["versions"]))) == {"tokentm_jax", "jax", "flax"}
 
 
+@pytest.mark.slow
 def test_why_one_class_and_not_another(folder, checkpoint):
     import tokentm_jax as tm
 

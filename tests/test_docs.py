@@ -103,7 +103,7 @@ def run_shell(example):
 
 
 def parameter(page):
-    slow = "```python" in page.read_text()
+    slow = "```python" in page.read_text() or page.name == "report.md"
     return pytest.param(page, id=str(page.relative_to(ROOT)), marks=[pytest.mark.slow] if slow else [])
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import tiny_vit
+from conftest import mostly_slow, tiny_vit
 from PIL import Image
 
 from models.training.recipe import AmortiseConfig, TrainConfig
@@ -127,6 +127,7 @@ def test_the_numbers_are_those_of_a_slow_evaluation(whole, vit, folder):
         assert picture.width > 1000
 
 
+@pytest.mark.slow
 def test_mixed_precision_gives_nearly_the_same_from_the_same_maps(config, whole, vit, folder, tmp_path):
     mixed = dataclasses.replace(config, mixed_precision=True)
     with pytest.raises(InputError, match="mixed_precision false, and this command has true"):
@@ -237,9 +238,7 @@ def test_other_tasks(config, vit, folder, tmp_path):
     assert len(per_image) == 4 and similarity["random"] == pytest.approx(abs(np.mean(per_image)))
 
 
-@pytest.mark.parametrize(
-    "task", ["perturbation", *(pytest.param(t, marks=pytest.mark.slow) for t in ("sensitivity", "srg"))]
-)
+@pytest.mark.parametrize("task", mostly_slow(["perturbation", "sensitivity", "srg"], ["srg"]))
 def test_maps_of_pixels_as_means_over_patches(config, vit, folder, tmp_path, monkeypatch, task):
     """The same as a method that averages its own map, for every kind of task; maps of patches stay as they are."""
 
@@ -272,7 +271,7 @@ def test_maps_of_pixels_as_means_over_patches(config, vit, folder, tmp_path, mon
 @pytest.mark.parametrize(
     ("task", "options", "expected"),
     [
-        ("srg", {"steps": 3}, {"srg"}),
+        pytest.param("srg", {"steps": 3}, {"srg"}, marks=pytest.mark.slow),
         ("complexity", {}, {"gini", "entropy"}),
         pytest.param("road", {}, {"road_positive_auc", "road_negative_auc"}, marks=pytest.mark.slow),
         pytest.param("infidelity", {"samples": 3, "fill": "blur"}, {"infidelity"}, marks=pytest.mark.slow),

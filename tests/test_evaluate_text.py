@@ -170,7 +170,7 @@ OF_TEXTS = [name for name, task in TASKS.items() if task.regular is not True and
 QUICK = {"sensitivity": {"samples": 2}, "infidelity": {"samples": 3}, "shapley": {"pairs": 2}, "saco": {"groups": 3}}
 
 
-@pytest.mark.parametrize("name", mostly_slow(OF_TEXTS, ["insertion", "eraser"]))
+@pytest.mark.parametrize("name", mostly_slow(OF_TEXTS, ["eraser"]))
 def test_every_task_of_texts_gives_a_text_the_same_in_any_batch(text, data, tmp_path, name):
     """And so whatever the padding behind it: batches of one and of two have other lengths."""
     marked = f"trigger:label=2:{data}" if TASKS[name].needs == "masks" else data
@@ -222,6 +222,7 @@ def test_agreement_with_people_is_of_those_texts_that_have_a_rated_word(text, da
             np.testing.assert_allclose(agrees, tau, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_stored_maps_are_those_that_an_evaluation_computes(text, data, tmp_path):
     source = open_source(data)
     store = str(tmp_path / "maps")

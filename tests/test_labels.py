@@ -133,6 +133,7 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_evaluations_and_stores_use_and_record_the_map(vit, folder, tmp_path):
     data, labelled = open_source(folder), [2, 2, 4, 4]
     config = EvaluateConfig("x", "saco", "", rows("random"), options={"groups": 2}, batch_size=4)

@@ -196,6 +196,7 @@ def test_a_leaderboard(whole, config, vit, tmp_path):
     assert "| rollout |" in (out / "leaderboard.md").read_text() and ours(out / "leaderboard.png")
 
 
+@pytest.mark.slow
 def test_methods_of_an_earlier_run_stay(whole, config, vit, tmp_path, monkeypatch):
     """A run of one method into the folder of all of them measures only its speed, and the table keeps all."""
     out, found = tmp_path / "out", whole[1]
@@ -210,6 +211,7 @@ def test_methods_of_an_earlier_run_stay(whole, config, vit, tmp_path, monkeypatc
     assert "| raw_attention |" in (out / "leaderboard.md").read_text()
 
 
+@pytest.mark.slow
 def test_maps_are_computed_once(whole, config, vit, tmp_path, monkeypatch):
     out, found = whole
     stores = [open_maps(path) for path in sorted((out / "maps").iterdir())]

@@ -212,6 +212,7 @@ def test_road_fills_what_is_removed_from_its_neighbours(maps, images):
     np.testing.assert_allclose(noise, np.where(removed[..., None], grain, 0), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_road_is_the_perturbation_test_with_that_fill(maps, images):
     classes = jnp.array([0, 1, 2], jnp.int32)
     fill = lambda images, removed: metrics.noisy_linear(images, removed, noise=0.0)  # noqa: E731

@@ -86,6 +86,7 @@ def test_few_iterations_fill_nine_tenths_of_an_image():
     np.testing.assert_allclose(found, exact, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_no_library_is_called():
     """Calls of LAPACK on several CPU devices can wait for each other for ever."""
     images, removed = jnp.zeros((2, 24, 24, 3)), jnp.zeros((2, 24, 24), bool)

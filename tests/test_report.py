@@ -122,6 +122,7 @@ def test_a_page_of_photos(place):
 TEXTS = Path(__file__).parent / "goldens" / "texts" / "distilbert"
 
 
+@pytest.mark.slow
 def test_a_page_of_texts(tmp_path):
     """The list has the texts, the details their pieces and the scores of the words."""
     pytest.importorskip("tokenizers")
@@ -150,6 +151,7 @@ def test_a_page_of_texts(tmp_path):
     assert curve[0] == pytest.approx(shares[1].max(), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_page_of_recordings(tmp_path):
     pytest.importorskip("soundfile")
     vit, page = tm.load("spoken_digits"), tmp_path / "sound.html"

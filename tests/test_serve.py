@@ -32,6 +32,7 @@ from PIL import Image
 import tokentm_jax as tm
 from tokentm_jax.cli.main import main
 from tokentm_jax.data.photos import MAX_PIXELS
+from tokentm_jax.inputs.images import HALF, Preprocessing
 from tokentm_jax.inputs.photos import fit, view
 from tokentm_jax.inputs.pictures import COLOURS, shade
 from tokentm_jax.methods.table import METHODS
@@ -870,7 +871,8 @@ def answers():
 class Thousand:
     """What the server asks of a model."""
 
-    name, preprocessing, module = "thousand", tiny_vit(1).preprocessing, SimpleNamespace(num_classes=1000)
+    name, module = "thousand", SimpleNamespace(num_classes=1000)
+    preprocessing = Preprocessing((16, 24), 1.0, "bilinear", **HALF)
 
     def class_name(self, index):
         return CLASSES[index]

@@ -317,6 +317,7 @@ def test_every_epoch_is_a_permutation_that_depends_on_the_step_alone(data):
     assert (np.concatenate(first[:5]) != np.concatenate(first[5:])).any()
 
 
+@pytest.mark.slow
 def test_augmentation_keeps_the_range():
     images = jnp.asarray(np.random.default_rng(0).uniform(size=(4, 8, 8, 3)), jnp.float32)
     plain = dataclasses.replace(CONFIG, crop_padding=0, flip=False)
