@@ -126,6 +126,7 @@ def results(name, dtype, params):
             trace = jax.jit(lambda *arguments: tm.capture(module, *arguments))(params, inputs, target)
             found = {field: array for field, array in trace._asdict().items() if array is not None}
         else:
+            options = {"power": 1.0, **options} if method == "tokentm_mix" else options  # as when they were saved
             maps = jax.jit(explain_fn(module, method, **options))(params, inputs, target)
             found = {"maps": maps[1:2] if maps.shape[1:] == (16, 24) else maps}
     return {field: np.asarray(array) for field, array in found.items()}

@@ -378,11 +378,15 @@ def test_normalisations_and_weights_of_a_combination():
     np.testing.assert_allclose(tm.combine([a], "mean", "rank")[0], [[0.375, 0.75], [0.75, 0.125]])
     np.testing.assert_allclose(tm.combine([a], "mean", "sum")[0], [[0, 0.125], [0.125, -0.75]])
     np.testing.assert_allclose(tm.combine([a, b], "mean", "sum", [3, 1])[0], 0.75 * np.asarray(a[0]) / 8)
-    np.testing.assert_allclose(tm.combine([a], "mean", "centred")[0], np.array([[1, 2], [2, -5]]) / 7, atol=1e-6)
+    squared = tm.combine([a], "mean", "sum", power=2)  # of [6, 7, 7, 0] / 7
+    np.testing.assert_allclose(squared[0], np.array([[36, 49], [49, 0]]) / 49, atol=1e-6)
     where = np.array([[[True, True], [True, False]]])
-    found = tm.combine([a], "mean", "centred", where=where)[0]
-    np.testing.assert_allclose(found, np.array([[-2, 1], [1, 0]]) / 3, atol=1e-6)
-    for normalisation in ("min_max", "centred", "rank", "sum"):
+    found = tm.combine([a, a * 0.5], "product", where=where, power=0.5)[0]
+    np.testing.assert_allclose(found, [[0, 1], [1, 0]], atol=1e-6)
+    for power in (0, -1, float("nan"), "2"):
+        with pytest.raises(tm.InputError, match="power must be"):
+            tm.combine([a], power=power)
+    for normalisation in ("min_max", "rank", "sum"):
         constant = tm.combine([b], "mean", normalisation)
         assert np.ptp(constant) == 0 and np.isfinite(constant).all()
         assert np.isnan(tm.combine([a.at[0, 0, 0].set(jnp.nan)], "mean", normalisation)).any()
@@ -417,7 +421,7 @@ def test_members_that_share_a_pass_have_the_maps_that_they_have_alone(small, met
             )
             for name in methods.split(",")
         ]
-        return mixed(params, images), mixed(params, images, target), tm.combine(alone, "mean", "sum")
+        return mixed(params, images), mixed(params, images, target), tm.combine(alone, "mean", "sum", power=2)
 
     predicted, given, expected = run(params, images, module.apply({"params": params}, images).argmax(-1))
     np.testing.assert_allclose(given, expected, rtol=1e-4, atol=1e-6)

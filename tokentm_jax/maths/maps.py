@@ -3,15 +3,17 @@
 import math
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from annotated_types import Gt, Le
 from jax import Array
 from jaxtyping import Bool, Float, Num, Shaped, UInt8
 
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.maths.primitives import AnyArray, wide
+from tokentm_jax.validation import checked
 
 LARGEST_SIDE = 32768  # pixels of a map
 
@@ -154,20 +156,9 @@ def shares(maps: Float[Array, "B h w"], where: Bool[Array, "B h w"] | None = Non
     return maps / jnp.where(total == 0, 1, total)
 
 
-def centred(maps: Float[Array, "B h w"], where: Bool[Array, "B h w"] | None = None) -> Float[Array, "B h w"]:
-    """`min_max` less the mean of the values `where` (None: of all), so that zero is the relevance of an average patch.
-
-    Other values become zero. A constant map becomes zeros, and a map with a value that is not finite becomes NaN.
-    """
-    scaled = min_max(maps, where)
-    off = scaled - scaled.mean((1, 2), keepdims=True, where=where)
-    return off if where is None else jnp.where(where, off, 0)
-
-
-Normalisation = Literal["min_max", "centred", "rank", "sum"]
+Normalisation = Literal["min_max", "rank", "sum"]
 NORMALISATIONS: dict[str, Callable[..., Array]] = {
     "min_max": min_max,
-    "centred": centred,
     "rank": ranks,
     "sum": shares,
 }
@@ -179,22 +170,24 @@ def combine(
     normalisation: Normalisation = "min_max",
     weights: Sequence[int | float] | None = None,
     where: Bool[Array, "B h w"] | None = None,
+    power: int | float = 1,
 ) -> Float[Array, "B h w"]:
     """Product or mean of several methods' maps, each normalised first.
 
     Args:
       maps: of one batch; those of different grids are resized to the largest one.
       how: "product", or "mean".
-      normalisation: "min_max" scales each map to [0, 1]; "centred" then subtracts the mean; "rank" takes ranks among
-        the map's values, in (0, 1); "sum" divides by the sum of absolute values.
+      normalisation: "min_max" scales each map to [0, 1]; "rank" takes ranks among the map's values, in (0, 1);
+        "sum" divides by the sum of absolute values.
       weights: of the mean, one for each of `maps`; None for equal ones.
       where: which values count when a map is normalised, for maps of one grid; None for all.
+      power: the result, scaled to [0, 1], to this power; the order of the values stays. 1 leaves it as it is.
 
     Returns:
       One map for each of the batch.
 
     Raises:
-      InputError: no maps, an unknown choice, or another number of weights.
+      InputError: no maps, an unknown choice, a power that is not positive, or another number of weights.
     """
     if not isinstance(maps, Sequence) or isinstance(maps, str) or not maps:
         raise InputError(f"combine needs a list of one map at least, got a {type(maps).__name__}")
@@ -212,9 +205,10 @@ def combine(
         raise InputError(
             f"combine needs a weight of at least 0 for each of {len(maps)} maps, not all 0, got {chosen!r:.200}"
         )
+    power = checked("power", Annotated[float, Gt(0), Le(100)], power)
     size = (max(m.shape[1] for m in maps), max(m.shape[2] for m in maps))
     normalise = NORMALISATIONS[normalisation]
     stacked = jnp.stack([normalise(resized(m, size), where) for m in maps])
-    if how == "product":
-        return stacked.prod(0)
-    return jnp.tensordot(jnp.asarray(chosen, stacked.dtype) / sum(chosen), stacked, 1)
+    share = jnp.asarray(chosen, stacked.dtype) / sum(chosen)
+    combined = stacked.prod(0) if how == "product" else jnp.tensordot(share, stacked, 1)
+    return combined if power == 1 else min_max(combined, where) ** power

@@ -126,13 +126,14 @@ def combination(
     how: Literal["product", "mean"] = "product",
     normalisation: Normalisation = "min_max",
     weights: str = "",
+    power: float = 1.0,
     gradient: Gradient = "own",
 ) -> Explanation:
     """Product or mean ("how") of the normalised maps of several methods, named with commas between.
 
-    `normalisation` and `weights` (of the mean) are those of `tokentm_jax.combine`; weights are numbers with commas
-    between. Methods share passes of the model if possible, see `tokentm_jax.methods.mix`. `gradient` names the method
-    whose backward pass gives the gradient of TokenTM and GAE; "own" is the ordinary one.
+    `normalisation`, `power` and `weights` (of the mean) are those of `tokentm_jax.combine`; weights are numbers with
+    commas between. Methods share passes of the model if possible, see `tokentm_jax.methods.mix`. `gradient` names the
+    method whose backward pass gives the gradient of TokenTM and GAE; "own" is the ordinary one.
     """
     names = _members(methods)
     try:
@@ -142,7 +143,7 @@ def combination(
     explain = lambda name, target: METHODS[name].bind(name, {})(model, params, inputs, target)  # noqa: E731
     maps, details = shared_maps(model, params, inputs, target, names, gradient, explain)
     mask = seen(inputs)
-    return combine(maps, how, normalisation, numbers, None if mask is None else mask[:, None]), details
+    return combine(maps, how, normalisation, numbers, None if mask is None else mask[:, None], power), details
 
 
 def tokentm_mix(
@@ -154,11 +155,15 @@ def tokentm_mix(
     methods: str = "libra_tokentm,conservative_lrp,libra_full_grad,legrad",
     normalisation: Normalisation = "min_max",
     weights: str = "",
+    power: float = 2.0,
     gradient: Gradient = "own",
 ) -> Explanation:
-    """The mean of TokenTM's normalised map and those of other methods; `combination` with well-chosen members."""
-    mean = partial(combination, how="mean", normalisation=normalisation, weights=weights, gradient=gradient)
-    return mean(model, params, inputs, target, methods=methods)
+    """The squared mean of TokenTM's normalised map and those of other methods; `combination` with chosen members.
+
+    The square leaves the order of the patches as it is, and takes relevance from those without an effect.
+    """
+    mean = partial(combination, how="mean", normalisation=normalisation, weights=weights, power=power)
+    return mean(model, params, inputs, target, methods=methods, gradient=gradient)
 
 
 COMBINED = ("combination", "tokentm_mix")
