@@ -114,20 +114,17 @@ def in_chunks(function: Callable[[Array], Array], items: Array, chunk: int) -> A
 
 def _suited(chunk: int | None, samples: int, patches: int) -> int:
     """The given chunk, or 8. A CPU is fastest if a batch fits into its caches."""
-    if chunk is not None:
-        return chunk
-    known = isinstance(samples, int)  # not the symbol of an exported batch
-    return 8 if jax.default_backend() != "cpu" or not known else min(8, max(1, CACHED // (samples * patches)))
+    if chunk is None and jax.default_backend() == "cpu" and isinstance(samples, int):  # no symbol of an export
+        return min(8, max(1, CACHED // (samples * patches)))
+    return chunk or 8
 
 
 def _read(outputs: Any, target: Any, value: Value) -> Any:
     """The outputs as the score reads them: logits, or probabilities."""
     outputs = jax.tree.map(wide, outputs)
-    if value == "probability":
-        if isinstance(target, Question):
-            raise InputError("option 'value': 'probability' is for classes; leave it out with a custom score")
-        outputs = jax.nn.softmax(outputs)
-    return outputs
+    if value == "probability" and isinstance(target, Question):
+        raise InputError("option 'value': 'probability' is for classes; leave it out with a custom score")
+    return jax.nn.softmax(outputs) if value == "probability" else outputs
 
 
 def _valued(outputs: Any, target: Any, value: Value) -> Array:
