@@ -14,6 +14,7 @@ import pytest
 if "TEST_TYPES" in os.environ:  # the shapes in annotations hold in every test; this takes 13 % more time
     jaxtyping.install_import_hook(["tokentm_jax.maths", "tokentm_jax.metrics"], "beartype.beartype")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_enable_compilation_cache", False)  # `load` would keep programs in the home folder
 # Compiling is most of the time of these tests; the numbers do not depend on it. (A slow test of the contract checks
 # that: it runs itself with this variable set, on the programs that users run.)
 if "TEST_OPTIMISED" not in os.environ:
@@ -44,6 +45,20 @@ CHEAP = {  # options of methods that take many passes
 def mostly_slow(names, quick):
     """Values of `pytest.mark.parametrize`: those that are in `quick` by default, the others with the slow tests."""
     return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in names]
+
+
+@pytest.fixture
+def compilations():
+    """A list that gets an element for each program that is compiled."""
+    found = []
+
+    def note(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(note)
 
 
 @pytest.fixture

@@ -419,6 +419,16 @@ def test_leftovers_of_killed_writers_go(whole, explainer, source, tmp_path):
     assert content(out) == content(whole)
 
 
+def test_a_store_of_a_version_without_mixed_precision_goes_on(whole, explainer, source, tmp_path):
+    shutil.copytree(whole, out := tmp_path / "maps")
+    made = json.loads((out / "tokentm.json").read_text())
+    assert made.pop("mixed_precision") is False
+    (out / "tokentm.json").write_text(json.dumps(made))
+    assert filled(explainer, source, out) == (3, 0, [])
+    with pytest.raises(InputError, match="was made with mixed_precision false"):
+        filled(dataclasses.replace(explainer, mixed_precision=True), source, out)
+
+
 def test_only_the_same_job_goes_on(whole, vit, explainer, source, folder, tmp_path):
     before = times(whole)
     other = dataclasses.replace(vit, params=jax.tree.map(lambda a: a * 1.5, vit.params))
@@ -439,6 +449,7 @@ def test_only_the_same_job_goes_on(whole, vit, explainer, source, folder, tmp_pa
         ("batch_size 2", {"batch_size": 4}),
         ("logits all", {"logits": "top5"}),
         ("decoding exact", {"decoding": "draft"}),
+        ("mixed_precision false", {"mixed_precision": True}),
     ):
         with pytest.raises(InputError, match=f"was made with {what}.*choose another --out"):
             filled(dataclasses.replace(explainer, **change), source, whole)

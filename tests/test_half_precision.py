@@ -1,5 +1,7 @@
 """Maps of a model in bfloat16, against those of the same model in float32."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +54,37 @@ def pair(shared):
     source = open_source(shared / "data/imagenet_sample", limit=8)
     photos = next(iter(batches(source, single.preprocessing, 8))).images.astype(np.float32) / 255
     return single, half, photos, np.asarray(single.logits(photos)).argmax(-1)
+
+
+def test_maps_in_mixed_precision():
+    """Nearly those of float32; a method that needs float32 has it."""
+    photos = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8).repeat(4, 1).repeat(4, 2)
+    single = tm.Explainer(methods=["tokentm"], dtype="float32", batch_size=4)
+    mixed = dataclasses.replace(single, mixed_precision=True)
+    expected, found = (explainer({"image": photos})["maps/tokentm"] for explainer in (single, mixed))
+    assert np.abs(expected - found).max() > 0
+    assert min(correlation(a, b) for a, b in zip(expected, found, strict=True)) >= 0.998
+    assert mixed.described()["model"]["identity"] == single.described()["model"]["identity"]
+    assert mixed.described()["mixed_precision"] and not single.described()["mixed_precision"]
+
+    vit = tiny_vit(1)
+    inputs = jax.ShapeDtypeStruct((1, 16, 24, 3), jnp.float32)
+    for method in ("lrp", "rollout"):
+        program = str(jax.make_jaxpr(tm.explain_fn(vit.mixed().module, method))(vit.params, inputs))
+        assert ("bf16" in program) != METHODS[method].float32
+    function = tm.Model(lambda params, images: images, {}, vit.preprocessing, None, "mine")
+    with pytest.raises(tm.InputError, match=r"mixed precision needs a module .* and mine has none"):
+        function.mixed()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["tokentm", "gae", "attn_lrp", "rollout", "legrad", "input_gradient"])
+def test_methods_rank_alike_in_mixed_precision(pair, method):
+    single, _, photos, target = pair
+    expected, found = (np.asarray(tm.explain(vit, photos, method, target)) for vit in (single, single.mixed()))
+    mean = np.mean([correlation(a, b) for a, b in zip(expected, found, strict=True)])
+    print(f"{method}: mean rank correlation {mean:.4f}")
+    assert mean >= 0.998
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -147,6 +148,77 @@ def test_photos_and_other_classes_without_another_program():
     assert np.abs(others[0] - maps).max() > 0
     prompt = scores.Cosine(np.ones(5, np.float32))
     assert tm.explain(vit, images, "gae", score=prompt).shape == (2, 2, 3)
+
+
+GLOBAL = 1  # a test changes it
+
+
+def test_one_program_for_the_predicted_and_every_other_class(compilations):
+    vit = tiny_vit(2)
+    images = np.random.default_rng(0).random((2, 16, 24, 3)).astype(np.float32)
+    maps, details = tm.explain(vit, images, "gae", details=True)
+    assert compilations
+    compilations.clear()
+    classes = np.asarray(details["target"])
+    again, found = tm.explain(vit, images, "gae", classes, details=True)
+    np.testing.assert_array_equal(again, maps)
+    np.testing.assert_array_equal(found["target"], classes)
+    np.testing.assert_array_equal(classes, np.asarray(details["logits"]).argmax(1))
+    other = tm.explain(vit, images, "gae", (classes + 1) % 5, details=True)[0]
+    assert np.abs(other - maps).max() > 0 and not compilations
+    assert jnp.isnan(tm.explain(vit, images, "gae", jnp.array([-1, 5]), details=True)[0]).all()  # no classes
+
+
+@pytest.mark.slow
+def test_legrad_with_the_predicted_class_of_some():
+    """It finds the predicted class before its pass, only where it is asked for."""
+    vit = tiny_vit(2)
+    images = np.random.default_rng(0).random((2, 16, 24, 3)).astype(np.float32)
+    for method in ("legrad", "combination"):
+        options = {"methods": "legrad,gae"} if method == "combination" else {}
+        for score in (None, scores.margin):
+            maps, found = tm.explain(vit, images, method, score=score, details=True, **options)
+            again = tm.explain(vit, images, method, found["target"], score=score, **options)
+            np.testing.assert_allclose(again, maps, rtol=1e-5, atol=1e-8)
+
+
+def test_a_score_of_the_same_code_runs_the_same_program(compilations):
+    """As where it is written in a call; other values that it reads make another program, and so do mutable ones."""
+    global GLOBAL
+    vit = tiny_vit(2)
+    images = np.random.default_rng(0).random((2, 16, 24, 3)).astype(np.float32)
+
+    def channel(k):
+        return tm.explain(vit, images, "gae", score=lambda outputs: outputs[:, k + GLOBAL])
+
+    def listed(k):
+        return tm.explain(vit, images, "gae", score=lambda outputs: outputs[:, k[0] + GLOBAL])
+
+    def compiled(call, k):
+        compilations.clear()
+        np.testing.assert_allclose(call(k), expected[np.ravel(k)[0] + GLOBAL], rtol=1e-4, atol=1e-9)
+        return bool(compilations)
+
+    expected = [tm.explain(vit, images, "gae", score=scores.Channel(k)) for k in range(4)]
+    assert [compiled(channel, k) for k in (0, 0, 1, 0, 1)] == [True, False, True, False, False]
+    assert [compiled(listed, k) for k in ([0], [1], [0])] == [True, True, True]
+    GLOBAL = 2
+    assert [compiled(channel, k) for k in (0, 0)] == [True, False]
+    GLOBAL = 1
+    assert not compiled(channel, 0)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (lambda o, k=1: o[:, k], lambda o, k=2: o[:, k]),
+        (lambda o: o[:, 0] * 0.0, lambda o: o[:, 0] * -0.0),
+        (partial(lambda o, k: o[:, k], k=1), partial(lambda o, k: o[:, k], k=True)),
+    ],
+)
+def test_scores_of_other_values_are_others(one, other):
+    assert scores.question(one) == scores.question(one) != scores.question(other)
+    assert hash(scores.question(one).score) == hash(scores.question(one).score)
 
 
 def test_whole_numbers_are_a_target_of_a_score_of_one_s_own():

@@ -2,6 +2,10 @@
 
     python tests/benchmark/startup.py
 
+    python tests/benchmark/startup.py --calls
+
+The second prints the processor seconds of calls that could compile, in two processes with one folder of programs.
+
 Every figure is of a fresh process. "Empty": JAX's cache of compiled programs is an empty folder; "warm": the same
 command once more. The ViT-B has random weights, written to a file first.
 """
@@ -40,6 +44,26 @@ for _ in range(2):
     times.append(time.perf_counter())
 print(*(f"{b - a:.1f}" for a, b in zip(times, times[1:])))
 """
+# Calls of a user, each with its processor seconds.
+CALLS = """
+import sys, time
+import jax
+import tokentm_jax as tm
+vit = tm.load(sys.argv[1], sys.argv[2])
+images = vit.read([sys.argv[3]] * 4)
+def call(name, size=1, **options):
+    start = time.process_time()
+    jax.block_until_ready(tm.explain(vit, images[:size], **options))
+    print(f"{name}: {time.process_time() - start:.1f}", flush=True)
+print(f"start, loading: {time.process_time():.1f}")
+call("first map")
+call("a map")
+call("a class", target=3)
+for name in ("a lambda", "the same lambda"):
+    call(name, score=lambda logits: logits[:, 3])
+for size in (4, 3, 2):
+    call(f"batch of {size}", size)
+"""
 
 
 def run(command: list[str], cache: Path) -> tuple[float, str]:
@@ -54,13 +78,26 @@ def run(command: list[str], cache: Path) -> tuple[float, str]:
     return wall, done.stdout
 
 
+def random_model(folder: str) -> str:
+    """The file of a ViT-B with random weights."""
+    weights = str(Path(folder) / "vit_base.safetensors")
+    config, preprocessing = architecture(MODEL)
+    module = build(config)
+    write_checkpoint(weights, module, init_params(module, jax.random.key(0)), preprocessing)
+    return weights
+
+
+def print_calls() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        words = [sys.executable, "-c", CALLS, MODEL, random_model(folder), str(PHOTO)]
+        for state in ("empty", "warm"):
+            print(f"{state}\n{run(words, Path(folder) / 'cache')[1]}")
+
+
 def main(out: Path | None, repeats: int) -> None:
     command = [sys.executable, "-m", "tokentm_jax"]
     with tempfile.TemporaryDirectory() as folder:
-        weights = str(Path(folder) / "vit_base.safetensors")
-        config, preprocessing = architecture(MODEL)
-        module = build(config)
-        write_checkpoint(weights, module, init_params(module, jax.random.key(0)), preprocessing)
+        weights = random_model(folder)
         subprocess.run(["make", ".venv/ready"], cwd=ROOT, check=True, capture_output=True)  # the set-up is not timed
         explain = ["explain", str(PHOTO), "--model", MODEL, "--checkpoint", weights, "--out", folder]
         waits = {
@@ -89,5 +126,6 @@ def main(out: Path | None, repeats: int) -> None:
 if __name__ == "__main__":
     arguments = parser(__doc__)
     arguments.add_argument("--repeats", type=int, default=3, help="of every command, with either cache")
+    arguments.add_argument("--calls", action="store_true", help="print processor seconds of calls instead")
     chosen = arguments.parse_args()
-    main(chosen.out, chosen.repeats)
+    print_calls() if chosen.calls else main(chosen.out, chosen.repeats)

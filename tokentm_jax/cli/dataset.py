@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from tokentm_jax.cli.options import MODELS_HELP, PATH, TEXT, class_names, parse_options, start_jax
+from tokentm_jax.cli.options import MODELS_HELP, PATH, TEXT, class_names, mixed_precision, parse_options, start_jax
 from tokentm_jax.cli.terminal import complain, running_work
 from tokentm_jax.errors import InputError
 
@@ -45,6 +45,7 @@ SCHEDULERS = (
 )
 @click.option("--label-map", metavar="FILE", help="JSON or CSV: the data set's name of a class, the model's class.")
 @class_names
+@mixed_precision
 @click.option("--retry-skipped", is_flag=True, help="Compute shards again that have skipped images.")
 @click.option("--verify", is_flag=True, help="Read all finished shards, and compute damaged ones again.")
 @click.option("--plan", is_flag=True, help="Only make the store with its list of shards, before many jobs start.")

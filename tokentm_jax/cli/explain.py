@@ -10,7 +10,7 @@ import click
 
 from tokentm_jax.cli import options as shared
 from tokentm_jax.cli.names import output_names, question_of, require_free, sheet_names
-from tokentm_jax.cli.options import MODELS_HELP, PATH, TEXT, class_names, may_overwrite
+from tokentm_jax.cli.options import MODELS_HELP, PATH, TEXT, class_names, may_overwrite, mixed_precision
 from tokentm_jax.errors import InputError, printable
 from tokentm_jax.files import write_text
 from tokentm_jax.identity import digest
@@ -48,6 +48,7 @@ of_option = click.option(
 @of_option
 @click.option("--batch-size", type=click.IntRange(1, 1024), default=BATCH, show_default=True)
 @class_names
+@mixed_precision
 @click.option("--format", "kind", type=KINDS, help="Format of pictures; default: png, and of texts a page, html.")
 @click.option("--title", help="Line above a picture or page; default: what it explains. Empty for none.")
 @click.option(
@@ -68,6 +69,7 @@ def explain(
     options: tuple[str, ...],
     batch_size: int,
     classes: Path | None,
+    mixed_precision: bool,
     kind: str | None,
     title: str | None,
     colours: str,
@@ -114,6 +116,7 @@ def explain(
     look = look_of(colours, squares)
     shared.start_jax()
     vit = load(model, checkpoint, class_names=classes)
+    vit = vit.mixed() if mixed_precision else vit
     reader = vit.preprocessing
     kind = str(kind or reader.figures)
     if kind == "html" and (reader.figures != kind or squares or colours != "inferno"):

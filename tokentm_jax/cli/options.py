@@ -41,6 +41,9 @@ class_names = click.option("--classes", type=PATH, help="Class names: .json, or 
 may_overwrite = click.option(
     "--overwrite", is_flag=True, help="Also replace files that this program did not write; folders never."
 )
+mixed_precision = click.option(
+    "--mixed-precision", is_flag=True, help="Multiply in bfloat16 and sum in float32: faster on recent processors."
+)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
 
 
@@ -122,6 +125,7 @@ def start_jax(batch_size: int | None = None) -> None:
     import jax
 
     from tokentm_jax.inputs.decoding import cores
+    from tokentm_jax.models.kept import keep_programs
 
     if resource is not None and 0 <= (most := resource.getrlimit(resource.RLIMIT_AS)[0]) < LEAST_ADDRESSES:
         needed = LEAST_ADDRESSES // 2**20
@@ -132,17 +136,7 @@ def start_jax(batch_size: int | None = None) -> None:
         most = min(SHARES, cores())
         with suppress(RuntimeError):  # JAX has started
             jax.config.update("jax_num_cpu_devices", max(n for n in range(1, most + 1) if batch_size % n == 0))
-    try:
-        chosen = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-        cache = chosen or str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokentm_jax")
-        if "://" not in cache:
-            os.makedirs(cache, exist_ok=True, mode=0o700)
-            os.listdir(cache)
-        if not chosen:
-            jax.config.update("jax_compilation_cache_dir", cache)
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-    except (OSError, RuntimeError):  # a file, a folder of somebody else, no home
-        jax.config.update("jax_compilation_cache_dir", None)
+    keep_programs()
     try:
         jax.local_devices()
     except (RuntimeError, AssertionError) as error:  # that of a known platform that is not installed

@@ -17,6 +17,7 @@ from jax import Array
 from jaxtyping import Float, Integer
 
 from tokentm_jax.errors import InputError
+from tokentm_jax.maths.code import by_code
 from tokentm_jax.maths.primitives import AnyArray, PyTree, wide
 
 Classes = int | str | Sequence[int | str] | AnyArray  # a class for all samples, or one per sample [B]
@@ -126,6 +127,15 @@ class Function:
         return self.function(*arguments)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """A class per sample [B] where `given` [B], else the predicted one: one program for both."""
+
+    classes: AnyArray
+    given: AnyArray
+
+
 class Question(NamedTuple):
     """A score with its target; a pytree that stands wherever a target may."""
 
@@ -134,8 +144,8 @@ class Question(NamedTuple):
 
     @property
     def open(self) -> bool:
-        """Whether the predicted class, which only the model's answer shows, is the target."""
-        return self.score.of_class and self.target is None
+        """Whether the predicted class, which only the model's answer shows, may be the target."""
+        return self.score.of_class and (self.target is None or isinstance(self.target, Chosen))
 
     @property
     def of_logits(self) -> bool:
@@ -155,7 +165,8 @@ class Question(NamedTuple):
         elif isinstance(score, Cosine):
             embedding = jnp.asarray(score.embedding)
             score = Cosine(jnp.broadcast_to(embedding, (count, embedding.shape[-1])))
-        return Question(score, None if target is None else jnp.asarray(classes_of(target, count)))
+        known = target is None or isinstance(target, Chosen)
+        return Question(score, target if known else jnp.asarray(classes_of(target, count)))
 
 
 CLASS_LOGIT = Function(class_logit, True)
@@ -181,7 +192,7 @@ def question(score: Callable[..., Array] | None, target: Target = None) -> Quest
     if hasattr(score, "of_class"):
         return Question(score, target)
     try:
-        return Question(Function(score, _binds(inspect.signature(score), None, None)), target)
+        return Question(Function(by_code(score), _binds(inspect.signature(score), None, None)), target)
     except (TypeError, ValueError):  # not callable; a class or built-in without a signature
         raise InputError(f"{_SCORE}, got {score!r:.80}") from None
 
@@ -278,8 +289,11 @@ def explained(outputs: PyTree, target: "Target | Question" = None) -> tuple[Arra
         raise InputError(f"a class is explained by its logit, of logits [B, classes]; outputs {found} need a `score`")
     samples = leaves[0].shape[0]
     if asked.score.of_class:
-        if asked.target is None and is_table:
-            asked = asked._replace(target=outputs.argmax(-1))
+        if asked.open and is_table:
+            own, predicted = asked.target, outputs.argmax(-1)
+            if own is not None:
+                predicted = jnp.where(own.given, own.classes.astype(predicted.dtype), predicted)
+            asked = asked._replace(target=predicted)
         elif asked.of_logits:
             asked = asked._replace(target=jnp.asarray(classes_of(asked.target, samples)))
         elif getattr(asked.target, "ndim", 1) == 0 or isinstance(asked.target, int):
@@ -301,6 +315,6 @@ def is_open(target: "Target | Question") -> bool:
       target: a target or a `Question`.
 
     Returns:
-      True where it has no class yet.
+      True where it has no class yet, or may have none.
     """
-    return target.open if isinstance(target, Question) else target is None
+    return (target if isinstance(target, Question) else Question(CLASS_LOGIT, target)).open

@@ -91,8 +91,8 @@ class Amortised:
                     f"this explainer was trained for another model: its {name!r} is "
                     f"{[*self.weights[name].shape]}, expected {expected}"
                 )
-        classes = target.target if isinstance(target, Question) else details["target"]
-        classes = logits.argmax(-1) if classes is None else classes
+        asked = details["target"]
+        classes = asked.target if isinstance(asked, Question) else asked
         found = values(self.weights, read, logits)
         known = jnp.take_along_axis(found, classes[:, None, None], -1, mode="fill")[..., 0]
         assert model.grid is not None

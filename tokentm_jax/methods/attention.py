@@ -16,7 +16,6 @@ from jax import Array
 from tokentm_jax.errors import InputError, Unfit
 from tokentm_jax.inputs.values import mean_of_seen, read_out, seen, token_map, values, with_values
 from tokentm_jax.maths.primitives import wide
-from tokentm_jax.maths.scores import explained, is_open
 from tokentm_jax.maths.tokentm import aggregate, attention_update, length
 from tokentm_jax.maths.variants import Blocks, TokenTM, block_terms, initialised, sample_axes
 from tokentm_jax.programs import passes
@@ -185,8 +184,7 @@ def legrad(
         return _legrad_of_pool(model, params, inputs, target, first_block)
     if read == "mean" and (seen(inputs) is not None or max(model.readout) < 1):
         raise Unfit("read='mean' replaces the class token by the mean of all tokens: the head must read a class token")
-    if is_open(target):  # one pass finds the predicted class
-        target = explained(model.apply({"params": params}, inputs), target)[1]["target"]
+    target = model.settled(params, inputs, target)
     one = partial(passes.legrad_rows, model, params, first_block=first_block, read=read)
     rows, details = model.per_sample(one, inputs, target)
     return token_map(model, rows), details

@@ -15,7 +15,7 @@ from tokentm_jax.errors import InputError, Unfit, suggest
 from tokentm_jax.inputs.reader import Reader
 from tokentm_jax.inputs.values import readable, seen
 from tokentm_jax.maths.primitives import PyTree
-from tokentm_jax.maths.scores import Cosine, Question, Target, Versus, as_numbers, classes_of, listed, question
+from tokentm_jax.maths.scores import Chosen, Cosine, Question, Target, Versus, as_numbers, classes_of, listed, question
 from tokentm_jax.methods.table import METHODS, Explanation, Method
 from tokentm_jax.models.loading import require_loaded
 from tokentm_jax.programs.inspection import Inspection, inspected
@@ -363,6 +363,9 @@ def explain(
     asked = question(score)
     if target is not None:
         target = _target(vit, target, asked, samples)
+    if asked.of_logits and isinstance(method, str):  # one program for the predicted class and for any other
+        given = np.full(samples, target is not None)
+        target = Chosen(np.zeros(samples, np.int32) if target is None else target, given)
     if isinstance(asked.score, Versus):
         asked = asked._replace(score=Versus(_classes(vit, "the other class", asked.score.other, samples)))
     asked = asked._replace(score=jax.tree.map(as_numbers, asked.score))

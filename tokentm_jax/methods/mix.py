@@ -9,7 +9,6 @@ from jax import Array
 
 from tokentm_jax.inputs.values import token_map
 from tokentm_jax.maths.primitives import wide
-from tokentm_jax.maths.scores import explained, is_open
 from tokentm_jax.maths.variants import TokenTM, initialised
 from tokentm_jax.methods.attention import OFF, Details, Explanation
 from tokentm_jax.programs.model import Model
@@ -53,8 +52,8 @@ def shared_maps(
         if name not in (*rows, *joined):
             found[name], more = explain(name, target)
             details, target = details or more, more["target"]
-    if "legrad" in joined and is_open(target):  # no pass before has found the predicted class
-        target = explained(model.apply({"params": params}, inputs), target)[1]["target"]
+    if "legrad" in joined:
+        target = model.settled(params, inputs, target)
     for name, (options, rules) in rows.items():
         noted = "legrad" in joined - found.keys()
 

@@ -22,11 +22,13 @@ from tokentm_jax.files import as_path, read_json, read_text
 from tokentm_jax.inputs.images import IMAGENET, Preprocessing, Statistics
 from tokentm_jax.inputs.texts import MASKS, WordPieces
 from tokentm_jax.maths import scores
+from tokentm_jax.maths.mixed import linear
 from tokentm_jax.maths.primitives import PyTree
 from tokentm_jax.models.architectures import ARCHITECTURES, architecture, build, dtype_of
 from tokentm_jax.models.checkpoint import described_grid, read_description, read_tensors
 from tokentm_jax.models.folders import Folder, is_folder, is_text_folder, present
 from tokentm_jax.models.hub import HUB, download, download_weights
+from tokentm_jax.models.kept import keep_unless_told
 from tokentm_jax.models.layouts import read_folder
 from tokentm_jax.models.params import names_that_fit, to_params
 from tokentm_jax.models.programs import program
@@ -91,6 +93,17 @@ class Model:
             state.update(np.asarray(leaf).tobytes())
         identity = state.hexdigest()[:16]
         return {"name": self.name, "identity": identity, "architecture": architecture, "preprocessing": preprocessing}
+
+    def mixed(self) -> "Model":
+        """The same model in mixed precision: linear maps read bfloat16 and sum in float32 (`tokentm_jax.maths.mixed`).
+
+        The name states it. Raises InputError for a module without the field `linear`.
+        """
+        if not hasattr(self.module, "linear"):
+            needs = "mixed precision needs a module with the field 'linear', as tm.models.ViT has"
+            raise InputError(f"{needs}, and {self.name} has none")
+        module = self.module.clone(linear=linear)
+        return dataclasses.replace(self, module=module, name=f"{self.name}, mixed precision")
 
     def require_classes(self) -> None:
         """Raises InputError for a model whose outputs are features instead of classes."""
@@ -190,6 +203,9 @@ def load(
 ) -> Model:
     """Load a model.
 
+    From then on this process keeps compiled programs in the folder of the command line, `~/.cache/tokentm_jax`, unless
+    JAX has another folder (JAX_COMPILATION_CACHE_DIR), or is told to keep none (JAX_ENABLE_COMPILATION_CACHE=false).
+
     Args:
         model: a timm name ("deit_tiny_patch16_224"), options of timm's VisionTransformer, the name of a shipped
             model, a folder in the layout of timm, Hugging Face or OpenCLIP (`tokentm_jax.models.layouts`),
@@ -222,6 +238,7 @@ def load(
         >>> vit.logits(vit.read(["cat.jpg"])).shape
         (1, 10)
     """
+    keep_unless_told()
     if isinstance(model, str) and model.startswith(PROGRAMS):
         if any(option is not None for option in (checkpoint, img_size, num_classes, class_names, dtype)):
             raise InputError(f"{model} is a whole model: leave out the checkpoint and all options")

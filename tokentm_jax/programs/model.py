@@ -15,8 +15,9 @@ from jax.core import eval_jaxpr
 
 from tokentm_jax.errors import InputError, Unfit
 from tokentm_jax.inputs.values import check_inputs, looked_up, of, values
+from tokentm_jax.maths import mixed, primitives
 from tokentm_jax.maths.primitives import PyTree
-from tokentm_jax.maths.scores import CLASS_LOGIT, Question, explained
+from tokentm_jax.maths.scores import CLASS_LOGIT, Question, explained, is_open
 from tokentm_jax.programs.flat import flatten
 from tokentm_jax.programs.reading import Reading, read
 from tokentm_jax.programs.running import Evaluation, Plan, Rules
@@ -77,11 +78,13 @@ class Function:
         return getattr(named, "__name__", "the function")
 
     def wide(self) -> "Function":
-        """The same model with activations in float32 at least."""
-        dtype = getattr(self.module, "dtype", None)
-        if dtype is None or jnp.finfo(dtype).bits >= 32:
-            return self
-        return dataclasses.replace(self, function=Applied(self.module.clone(dtype=jnp.float32)))
+        """The same model with activations and products in float32 at least."""
+        dtype, changed = getattr(self.module, "dtype", None), {}
+        if dtype is not None and jnp.finfo(dtype).bits < 32:
+            changed["dtype"] = jnp.float32
+        if getattr(self.module, "linear", None) is mixed.linear:
+            changed["linear"] = primitives.linear
+        return dataclasses.replace(self, function=Applied(self.module.clone(**changed))) if changed else self
 
     def look_up(self, params: Any, inputs: Any) -> Any:
         """The inputs that are differentiated: embeddings of word pieces, or the same inputs."""
@@ -267,6 +270,18 @@ class Model:
                 return jax.tree.unflatten(self.program.outputs, outputs)
 
         return jax.vmap(run)(inputs)
+
+    def settled(self, params: Any, inputs: Any, target: Any) -> Any:
+        """The target with the predicted class put in, for methods that need it before their pass."""
+        if not is_open(target):
+            return target
+        found = lambda: explained(self.apply({"params": params}, inputs), target)[1]["target"]  # noqa: E731
+        own = target.target if isinstance(target, Question) else target
+        if own is None:
+            return found()
+        classes = own.classes.astype(int)
+        known = target._replace(target=classes) if isinstance(target, Question) else classes
+        return jax.lax.cond(own.given.all(), lambda: known, found)
 
     def evaluate(self, params: Any, sample: Any, plan: Plan, extra: Any, state: Any) -> tuple[Any, Notes, Any]:
         """The outputs for one sample, the notes of the plan's taps, and their state."""

@@ -323,6 +323,8 @@ def _check_maps(
         raise InputError(
             f"{maps.path} was made with the profile {made['profile']!r}, not {run['config']['profile']!r}"
         )
+    if made.get("mixed_precision"):
+        raise InputError(f"{maps.path} was made in mixed precision, and evaluations explain in float32")
     if made.get("score") != config.score:
         raise InputError(f"{maps.path} was made with the score {made.get('score')!r}, not {config.score!r}")
     inputs, classes = vit.preprocessing.batch(1), jax.ShapeDtypeStruct((1,), jnp.int32)

@@ -101,6 +101,7 @@ def _joined(explainer: Explainer, store: Store) -> tuple[Store, Explainer]:
     if explainer.length is None and made.get("length") is not None:
         explainer = dataclasses.replace(explainer, length=made["length"])
     wanted = json.loads(json.dumps({**explainer.described(), **environment()}))
+    made = {"mixed_precision": False, **made}  # an earlier version had no other precision
     require_same(store.place.path, {**made, **made["versions"]}, {**wanted, **wanted.pop("versions")})
     return store, explainer
 
