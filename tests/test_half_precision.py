@@ -52,7 +52,7 @@ def pair(shared):
     weights = shared / "data/deit_tiny_patch16_224.safetensors"
     single, half = (tm.load("deit_tiny_patch16_224", weights, dtype=dtype) for dtype in (None, "bfloat16"))
     source = open_source(shared / "data/imagenet_sample", limit=8)
-    photos = next(iter(batches(source, single.preprocessing, 8))).images.astype(np.float32) / 255
+    photos = next(iter(batches(source, single.preprocessing, 8))).inputs.astype(np.float32) / 255
     return single, half, photos, np.asarray(single.logits(photos)).argmax(-1)
 
 
