@@ -1,5 +1,6 @@
 """What capture promises: nothing for free inference, what the module sows, every type, any module."""
 
+from operator import itemgetter
 from typing import Any
 
 import flax.linen as nn
@@ -90,6 +91,70 @@ def test_only_what_is_asked_for_is_differentiated(vit):
         return sum(len(e.outvars) for e in equations(traced.jaxpr) if e.primitive.name == "scan")
 
     assert outputs() < outputs("attention_grad") < outputs("attention_grad", "token_grads", "normalised_grads")
+
+
+def in_pairs(module):
+    """A ViT of four blocks, two in each iteration of its scan."""
+
+    def function(params, images):
+        def pair(x, weights):
+            for l in range(2):
+                x, _ = module.block().apply({"params": jax.tree.map(itemgetter(l), weights)}, x)
+            return x, None
+
+        x = module.apply({"params": params}, images, method="embed")
+        blocks = jax.tree.map(lambda a: a.reshape(2, 2, *a.shape[1:]), params["blocks"])
+        return module.apply({"params": params}, jax.lax.scan(pair, x, blocks)[0], method="classify")
+
+    return function
+
+
+def half_scanned(module):
+    """A ViT of four blocks, of which the last two are not in its scan."""
+
+    def function(params, images):
+        def block(x, weights):
+            return module.block().apply({"params": weights}, x)[0], None
+
+        x = module.apply({"params": params}, images, method="embed")
+        x, _ = jax.lax.scan(block, x, jax.tree.map(lambda a: a[:2], params["blocks"]))
+        for l in (2, 3):
+            x, _ = block(x, jax.tree.map(itemgetter(l), params["blocks"]))
+        return module.apply({"params": params}, x, method="classify")
+
+    return function
+
+
+READ = ("attention", "attention_grad", "normalised_grads", "tokens", "token_grads", "final_tokens", "input_grads")
+
+
+@pytest.mark.parametrize(
+    ("kind", "first"),
+    [
+        pytest.param(kind, first, marks=[] if (kind, first) == ("scanned", 3) else pytest.mark.slow)
+        for kind in ("scanned", "in pairs", "half scanned")
+        for first in (1, 3)
+    ],
+)
+def test_the_blocks_from_one_on_are_those_of_all(kind, first):
+    module = ViT(**FIELDS, depth=4)
+    params = jax.tree.map(lambda a: a * 8, init_params(module, jax.random.key(0)))
+    function: Any = {"scanned": lambda m: m, "in pairs": in_pairs, "half scanned": half_scanned}[kind](module)
+    full, some = (
+        jax.jit(lambda p, x, first=first: capture(function, p, x, None, READ, first_block=first))(params, IMAGES)
+        for first in (0, first)
+    )
+    for name in ("attention", "attention_grad", "normalised_grads", "tokens", "token_grads"):
+        expected = getattr(full, name)[first:]
+        largest = float(jnp.abs(expected).max())
+        np.testing.assert_allclose(getattr(some, name), expected, rtol=0, atol=1e-6 * largest, err_msg=name)
+    np.testing.assert_allclose(some.input_grads, full.input_grads, rtol=0, atol=1e-6 * jnp.abs(full.input_grads).max())
+
+
+def test_a_first_block_that_the_model_does_not_have_is_refused(vit):
+    module, params = vit
+    with pytest.raises(tm.InputError, match="'first_block' must be from 0 to 1 for this model, got 2"):
+        capture(module, params, IMAGES, first_block=2)
 
 
 @pytest.mark.parametrize("kind", mostly_slow(["pre-norm", "post-norm"], ["pre-norm"]))

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from common import named_vit, names, numbers, parser, publish, table
-from ratios import forward, forward_backward
+from ratios import LAST, forward, forward_backward
 
 import tokentm_jax as tm
 from tokentm_jax.maths.primitives import wide
@@ -21,6 +21,7 @@ from tokentm_jax.models.vit import ViT, init_params
 STORE, RECOMPUTE = {"memory": "store"}, {"memory": "recompute"}
 # The rows: (method, options).
 VARIANTS = [("tokentm", RECOMPUTE), ("tokentm", STORE), ("gae", RECOMPUTE), ("gae", STORE), ("rollout", {})]
+VARIANTS += [(method, {}) for method in LAST]
 KEPT = "TokenTM over a trace of all blocks"
 MIB = 2**20
 

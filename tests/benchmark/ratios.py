@@ -17,6 +17,8 @@ from jax import Array
 import tokentm_jax as tm
 from tokentm_jax.models.vit import ViT
 
+# Methods that read the attention, or the tokens, of the last block and its gradient.
+LAST = ("grad_cam", "grad_cam_tokens", "libra_grad_cam", "partial_lrp", "beyond_intuition")
 # row: (method, options, at most so many forward passes, at most so many forward and backward passes)
 ROWS = {
     "tokentm": ("tokentm", {}, 2.6, 1.10),
@@ -32,6 +34,7 @@ ROWS = {
     "legrad": ("legrad", {}, None, None),
     "libra_full_grad": ("libra_full_grad", {}, None, None),
     "libra_tokentm": ("libra_tokentm", {}, None, None),
+    **{name: (name, {}, None, None) for name in LAST},
     **{
         f"mix of {methods}, gradient {gradient}": (
             "tokentm_mix",

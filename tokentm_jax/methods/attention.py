@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from annotated_types import Ge, Le, Lt
 from jax import Array
 
-from tokentm_jax.errors import InputError, Unfit
+from tokentm_jax.errors import Unfit
 from tokentm_jax.inputs.values import mean_of_seen, read_out, seen, token_map, values, with_values
 from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.tokentm import aggregate, attention_update, length
 from tokentm_jax.maths.variants import Blocks, TokenTM, block_terms, initialised, sample_axes
 from tokentm_jax.programs import passes
-from tokentm_jax.programs.capture import capture, of_sample, plus_extra
+from tokentm_jax.programs.capture import capture, check_blocks, of_sample, plus_extra
 from tokentm_jax.programs.model import Applied, Function, Model
 from tokentm_jax.programs.passes import Memory, Score, View
 from tokentm_jax.programs.running import Plan
@@ -30,14 +30,6 @@ Details = dict[str, Array]
 Explanation = tuple[Array, Details]
 Block = Annotated[int, Ge(0)]  # a block, counted from 0
 Read = Literal["head", "mean", "pool"]  # how LeGrad reads the tokens of a block
-
-
-def check_blocks(model: Model, first_block: int, end_block: int | None = None) -> None:
-    depth = model.structure.depth
-    if not 0 <= first_block < depth:
-        raise InputError(f"option 'first_block' must be from 0 to {depth - 1} for this model, got {first_block}")
-    if end_block is not None and end_block > depth:
-        raise InputError(f"option 'end_block' must be at most {depth} for this model, got {end_block}")
 
 
 def tokentm(
@@ -138,7 +130,8 @@ def gae(
 
 def grad_cam(model: Model, params: Any, inputs: Any, target: Any) -> Explanation:
     """Grad-CAM on the last block's attention: heads weighted by their mean gradient in the read-out row."""
-    trace: Any = capture(model, params, inputs, target, ["attention", "attention_grad"])
+    last = model.structure.depth - 1
+    trace: Any = capture(model, params, inputs, target, ["attention", "attention_grad"], first_block=last)
 
     def one(attention: Array, gradient: Array, row: Array, there: Array | None) -> Array:
         attention, gradient = row @ wide(attention), row @ wide(gradient)  # [H, N]
@@ -152,7 +145,8 @@ def grad_cam(model: Model, params: Any, inputs: Any, target: Any) -> Explanation
 
 def grad_cam_tokens(model: Model, params: Any, inputs: Any, target: Any) -> Explanation:
     """Grad-CAM on the patch tokens after the last block's first LayerNorm, as usual with CAM libraries."""
-    trace: Any = capture(model, params, inputs, target, ["normalised", "normalised_grads"])
+    last = model.structure.depth - 1
+    trace: Any = capture(model, params, inputs, target, ["normalised", "normalised_grads"], first_block=last)
 
     def one(features: Array, gradient: Array, there: Array | None) -> Array:
         features, gradient = wide(features), wide(gradient)
@@ -238,19 +232,20 @@ def beyond_intuition(
     1 to steps. `from_zero` uses `linspace(0, 1, steps)` instead, as the published code does, which also starts at the
     fourth block (`first_block=3`).
     """
-    weighted = ["tokens", "transformed_value"] if variant == "token" else []
-    trace: Any = capture(model, params, inputs, target, ["attention", "attention_grad", *weighted])
     check_blocks(model, first_block)
+    weights = ["tokens", "transformed_value"] if variant == "token" else ["attention_grad"]
+    trace: Any = capture(model, params, inputs, target, ["attention", *weights], first_block=first_block)
+    last = model.structure.depth - 1
 
     def gradient_at(share: Array) -> Array:
         numbers = values(inputs)
         point = with_values(inputs, numbers * share.astype(numbers.dtype))
-        found: Any = capture(model, params, point, trace.target, ["attention_grad"])
+        found: Any = capture(model, params, point, trace.target, ["attention_grad"], first_block=last)
         return wide(found.attention_grad[-1])
 
     shares = jnp.arange(1, steps + 1, dtype=jnp.float32) / steps
     shares = jnp.linspace(0, 1, steps, dtype=jnp.float32) if from_zero else shares
-    start = jnp.zeros_like(wide(trace.attention_grad[-1]))
+    start = jnp.zeros_like(wide(trace.attention[-1]))
     total, _ = jax.lax.scan(lambda total, share: (total + gradient_at(share), None), start, shares)
     feedback = jax.nn.relu(total / steps).mean(1)  # [B, N, N]
 
@@ -265,7 +260,7 @@ def beyond_intuition(
     def one(blocks: Blocks, feedback: Array, row: Array) -> Array:
         # If the head reads several tokens, F and P are multiplied before they are read, so all rows of P are needed.
         identity = jnp.eye(len(row), dtype=row.dtype)
-        return row @ (feedback * aggregate(identity, blocks, update, first_block))
+        return row @ (feedback * aggregate(identity, blocks, update))
 
     blocks = jax.tree.map(wide, trace.blocks()._replace(seen=None))
     readout = read_out(model, trace.seen, feedback)

@@ -20,8 +20,8 @@ from tokentm_jax.inputs.values import input_map, read_out, seen, token_map, valu
 from tokentm_jax.maths.maps import spread
 from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.tokentm import aggregate, attention_map, attention_update
-from tokentm_jax.methods.attention import Block, Details, Explanation, check_blocks
-from tokentm_jax.programs.capture import Trace, capture
+from tokentm_jax.methods.attention import Block, Details, Explanation
+from tokentm_jax.programs.capture import Trace, capture, check_blocks
 from tokentm_jax.programs.model import Model
 from tokentm_jax.programs.passes import full_gradient_rows, position_rows
 from tokentm_jax.programs.rules import ATTN_LRP, LIBRA, RULES, Activation, Stabiliser, conservative, lrp, res_lrp
@@ -71,10 +71,12 @@ def partial_lrp(
     model: Model, params: Any, inputs: Any, target: Any, *, stabiliser: Stabiliser = "signed"
 ) -> Explanation:
     """Positive relevance of the last block's attention (Voita et al., ACL 2019), mean over heads."""
-    fields = ("attention_grad", *_tokens_of(model))
-    trace = capture(model.by(lrp("lrp", stabiliser)), params, inputs, target, fields)
-    rule = lambda carried, row: row @ jax.nn.relu(carried[-1]).mean(0)  # noqa: E731
-    return _maps(model, trace.seen, trace.attention_grad, rule), _details(trace, trace.token_grads)
+    take = partial(capture, model.by(lrp("lrp", stabiliser)), params, inputs)
+    trace = take(target, ["attention_grad"], first_block=model.structure.depth - 1)
+    rule = lambda carried, row: row @ jax.nn.relu(carried[0]).mean(0)  # noqa: E731
+    # The relevance of all blocks is another pass, which is compiled only if it is read.
+    flow = take(trace.target, _tokens_of(model)).token_grads
+    return _maps(model, trace.seen, trace.attention_grad, rule), _details(trace, flow)
 
 
 def transformer_attribution(

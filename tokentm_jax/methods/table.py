@@ -35,7 +35,8 @@ TOKENS, PIXELS = "token map", "pixel map"
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One row of the table. `passes` is the cost in forward (F) and backward (B) passes of the model for n patches.
+    """One row of the table. `passes` is the cost in forward (F) and backward (B) passes of a model of L blocks for n
+    patches.
 
     B is a gradient pass to the inputs, which costs about a forward pass; with the rules of LRP it costs four.
     """
@@ -218,11 +219,11 @@ METHODS: dict[str, Method] = {
     "attcat": _gradient(attention.attcat, "Qiang et al., NeurIPS", 2022),
     "conservative_lrp": Method(relevance.conservative_lrp, "Ali et al., ICML", 2022, differentiable=False),
     "lrp": Method(relevance.full_lrp, "Bach et al., PLOS ONE", 2015, "1 F + 4 B", output=PIXELS, float32=True),
-    "partial_lrp": Method(relevance.partial_lrp, "Voita et al., ACL", 2019, "1 F + 4 B", float32=True),
+    "partial_lrp": Method(relevance.partial_lrp, "Voita et al., ACL", 2019, "1 F + 4/L B", float32=True),
     "rollout": Method(attention.rollout, "Abnar & Zuidema, ACL", 2020, "1 F", class_specific=False),
     "raw_attention": Method(attention.raw_attention, "Vaswani et al., NeurIPS", 2017, "1 F", class_specific=False),
-    "grad_cam": _gradient(attention.grad_cam, "Selvaraju et al., ICCV", 2017, float32=True),
-    "grad_cam_tokens": _gradient(attention.grad_cam_tokens, "Selvaraju et al., ICCV", 2017),
+    "grad_cam": _gradient(attention.grad_cam, "Selvaraju et al., ICCV", 2017, "1 F + 1/L B", float32=True),
+    "grad_cam_tokens": _gradient(attention.grad_cam_tokens, "Selvaraju et al., ICCV", 2017, "1 F + 1/L B"),
     "attn_lrp": Method(relevance.attention_lrp, "Achtibat et al., ICML", 2024, differentiable=False),
     "res_lrp": Method(relevance.residual_lrp, "ResLRP, arXiv", 2026, differentiable=False),
     "pa_lrp": _gradient(
@@ -240,8 +241,8 @@ METHODS: dict[str, Method] = {
         attention.tokentm, "Wu et al. and Mehri et al., together", options=TokenTM, classless=_plain
     ),
     "libra_gae": _libra(attention.gae),
-    "libra_grad_cam": _libra(attention.grad_cam, float32=True),
-    "beyond_intuition": _gradient(attention.beyond_intuition, "Chen et al., TMLR", 2023, "21 F + 21 B"),
+    "libra_grad_cam": _libra(attention.grad_cam, passes="1 F + 1/L B", float32=True),
+    "beyond_intuition": _gradient(attention.beyond_intuition, "Chen et al., TMLR", 2023, "21 F + 1 B + 20/L B"),
     "legrad": Method(attention.legrad, "Bousselham et al., ICCV", 2025, "2 F"),
     "input_gradient": _gradient(gradient.input_gradient, "Simonyan et al., ICLR", 2014, output=PIXELS),
     "gradient_x_input": _gradient(

@@ -17,7 +17,7 @@ from tokentm_jax.maths.variants import Blocks
 from tokentm_jax.programs.model import Explainable, Model, Notes, check_model, function_of
 from tokentm_jax.programs.reading import Reading
 from tokentm_jax.programs.running import Evaluation, Plan
-from tokentm_jax.programs.structure import Attention, Layer, normed
+from tokentm_jax.programs.structure import Attention, Layer, Stage, normed
 
 
 class Trace(NamedTuple):
@@ -81,6 +81,7 @@ def capture(
     fields: Collection[str] | None = None,
     *,
     gradients: bool = True,
+    first_block: int = 0,
 ) -> Trace:
     """Run the model forward, and backward if gradients are requested, and record arrays of the blocks.
 
@@ -94,12 +95,13 @@ def capture(
         and `token_grads`; None: all except the kernels, which a Linen module must sow. Logits and target are always
         present, and a backward pass is run only for gradients.
       gradients: False leaves out fields that are gradients.
+      first_block: record this block and those after it. The backward pass ends there, except for "input_grads".
 
     Returns:
       A `Trace`. Gradients are of each sample's score.
 
     Raises:
-      InputError: a requested field is not found in the model.
+      InputError: a requested field is not found in the model, or it has no block with this number.
     """
     model: Any = module
     if not isinstance(model, Model):
@@ -116,11 +118,23 @@ def capture(
         if name not in FIELDS:
             raise suggest("field", name, FIELDS, of="tm.capture")
     fields = {name for name in fields if gradients or name not in (*GRADIENTS, "input_grads")}
-    kernels = {name: _sown(model, params, inputs, name) for name in KERNELS if name in fields}
-    known, details = model.per_sample(partial(of_sample, model, params, fields=fields), inputs, target)
+    kernels = {name: _sown(model, params, inputs, name)[first_block:] for name in KERNELS if name in fields}
+    if first_block:
+        check_blocks(model, first_block)
+    one = partial(of_sample, model, params, fields=fields, first_block=first_block)
+    known, details = model.per_sample(one, inputs, target)
     known = {name: array if name == "input_grads" else jnp.moveaxis(array, 0, 1) for name, array in known.items()}
     everything: Any = {**dict.fromkeys(Trace._fields), **known, **details, **kernels, "seen": seen(inputs)}
     return Trace(**everything)
+
+
+def check_blocks(model: Model, first_block: int, end_block: int | None = None) -> None:
+    """Raises InputError for blocks that the model does not have."""
+    depth = model.structure.depth
+    if not 0 <= first_block < depth:
+        raise InputError(f"option 'first_block' must be from 0 to {depth - 1} for this model, got {first_block}")
+    if end_block is not None and end_block > depth:
+        raise InputError(f"option 'end_block' must be at most {depth} for this model, got {end_block}")
 
 
 def _sown(model: Model, params: Any, inputs: Any, name: str) -> Array:
@@ -136,15 +150,23 @@ def _sown(model: Model, params: Any, inputs: Any, name: str) -> Array:
 
 
 def of_sample(
-    model: Model, params: Any, sample: Any, score: Callable[[Any], Array], fields: Collection[str]
+    model: Model,
+    params: Any,
+    sample: Any,
+    score: Callable[[Any], Array],
+    fields: Collection[str],
+    first_block: int = 0,
 ) -> tuple[Any, Any]:
-    """The fields for one sample, those of blocks [L, ...], and its outputs."""
+    """The fields for one sample, those of blocks [L, ...] from the first one on, and its outputs."""
     points = {point for field, point in GRADIENTS.items() if field in fields}
     both = "normalised" in points and model.structure.post_norm  # the stream, which the residual sum also reads
     points |= {"sum"} if both else set()
     final = "final_tokens" in fields
-    places = _places(model, {*fields, *points})
-    plan = Plan(model.rules, {number: partial(_note, names) for number, (_, names) in places.items()})
+    stages = model.structure.since(first_block) if {*fields, *points} & POINTS.keys() else []
+    places = _places(model, stages, {*fields, *points})
+    taps = {number: partial(_note, names) for number, (_, names) in places.items()}
+    untapped = {s.scan: s.scan.params["length"] - s.length for s in stages if s.scan is not None}
+    plan = Plan(model.rules, taps, untapped=untapped)
     types = model.reading.flat.types if places else []
     zeros = {
         number: jnp.zeros((*turns, *types[number].shape), types[number].dtype)
@@ -152,24 +174,34 @@ def of_sample(
         if points & names.keys()
     }
 
+    def arrays(name: str, found: Notes) -> Array:
+        """The gradients or notes of all blocks called `name`: [L, H, N, N], [L, H, N, D/H] or [L, N, D]."""
+        laid = LAID.get(name, lambda attention, array: array.reshape(model.structure.tokens, -1))
+        blocks = of_blocks(stages, found, POINTS[name], lambda block, array: laid(block[0].attention, array))
+        blocks = blocks[first_block - model.structure.depth :]
+        if name == "tokens" and final:
+            blocks = jnp.concatenate([blocks, laid(None, found[model.structure.last])[None]])
+        return blocks
+
     def run(zeros: Any, numbers: Array) -> tuple[Array, Any]:
         outputs, notes, _ = model.evaluate(params, with_values(sample, numbers), plan, zeros, None)
         return score(outputs), (notes, outputs)
 
     known: dict[str, Any] = {}
     if points or "input_grads" in fields:
-        (grads, of_input), (notes, outputs) = jax.grad(run, (0, 1), has_aux=True)(zeros, values(sample))
-        known = {"input_grads": of_input} if "input_grads" in fields else {}
+        asked = (0, 1) if "input_grads" in fields else (0,)
+        (grads, *of_input), (notes, outputs) = jax.grad(run, asked, has_aux=True)(zeros, values(sample))
+        known = dict(zip(["input_grads"], of_input, strict=False))
         for field, point in GRADIENTS.items():
             if field in fields:
-                known[field] = _of_blocks(model, point, grads, final)
+                known[field] = arrays(point, grads)
         if both:
-            known["normalised_grads"] -= _of_blocks(model, "sum", grads, final)
+            known["normalised_grads"] -= arrays("sum", grads)
     else:
         _, (notes, outputs) = run({}, values(sample))
     for name in POINTS.keys() & set(fields):
         own = {number: note[name] for number, note in notes.items() if name in note}
-        known[name] = _of_blocks(model, name, own, final)
+        known[name] = arrays(name, own)
     return known, outputs
 
 
@@ -187,11 +219,13 @@ def _note(names: dict[str, Any], evaluation: Evaluation, value: Array, state: An
     return value, state, found
 
 
-def _places(model: Model, names: Collection[str]) -> dict[int, tuple[tuple[int, ...], dict[str, Any]]]:
+def _places(
+    model: Model, stages: list[Stage], names: Collection[str]
+) -> dict[int, tuple[tuple[int, ...], dict[str, Any]]]:
     """The requested values: the axis of iterations of a scan, and their names, each with its block."""
     places: dict[int, tuple[tuple[int, ...], dict[str, Any]]] = {}
     asked = POINTS.keys() & set(names)
-    for stage in model.structure.stages if asked else ():
+    for stage in stages:
         turns = () if stage.scan is None else (stage.length,)
         for block in stage.blocks:
             for name in asked:
@@ -201,24 +235,15 @@ def _places(model: Model, names: Collection[str]) -> dict[int, tuple[tuple[int, 
     return places
 
 
-def _of_blocks(model: Model, name: str, found: Notes, final: bool) -> Array:
-    """The gradients or notes of all blocks called `name`: [L, H, N, N], [L, H, N, D/H] or [L, N, D]."""
-    laid = LAID.get(name, lambda attention, array: array.reshape(model.structure.tokens, -1))
-    arrays = of_blocks(model, found, POINTS[name], lambda block, array: laid(block[0].attention, array))
-    if name == "tokens" and final:
-        arrays = jnp.concatenate([arrays, laid(None, found[model.structure.last])[None]])
-    return arrays
-
-
 def of_blocks(
-    model: Model,
+    stages: list[Stage],
     notes: Notes,
     number: Callable[[Reading, list[Layer]], int],
     laid: Callable[[list[Layer], Any], Any] = lambda block, note: note,
 ) -> Any:
     """`laid(block, note)` of the note at the value `number(reading, block)`, for all blocks: [L, ...]."""
     parts = []
-    for stage in model.structure.stages:
+    for stage in stages:
         axis = 0 if stage.scan is None else 1  # after that of the iterations
         found = []
         for block in stage.blocks:

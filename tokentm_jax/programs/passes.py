@@ -214,7 +214,7 @@ def rows_inside(
     )
     gradient, row = pull((jnp.ones_like(own), readout))
     embedded = notes[structure.embedded].reshape(n, -1)
-    found = of_blocks(model, notes, _end).sum(0) if legrad else None
+    found = of_blocks(structure.stages, notes, _end).sum(0) if legrad else None
     return Pass(row, embedded, gradient.reshape(n, -1), found), outputs
 
 
@@ -262,7 +262,8 @@ def rows_behind(
     outputs, notes, _ = model.evaluate(params, sample, Plan(model.rules, taps), None, None)
     embedded = notes[structure.embedded].reshape(n, -1)
     row = _row(model, sample, structure.reading.flat.types[structure.embedded])
-    return (aggregate(row, of_blocks(model, notes, _end), update, first_block, end_block), embedded), outputs
+    blocks = of_blocks(structure.stages, notes, _end)
+    return (aggregate(row, blocks, update, first_block, end_block), embedded), outputs
 
 
 def legrad_of_block(
@@ -308,7 +309,7 @@ def legrad_rows(
     """
     taps = _at_ends(model, legrad_of_block(model, params, sample, score, read))
     outputs, notes, _ = model.evaluate(params, sample, Plan(model.rules, taps), None, None)
-    return of_blocks(model, notes, _end)[first_block:].sum(0), outputs
+    return of_blocks(model.structure.stages, notes, _end)[first_block:].sum(0), outputs
 
 
 def full_gradient_rows(model: Model, params: Any, sample: Any, score: Score) -> tuple[tuple[Array, Array], Any]:

@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from tokentm_jax.programs.flat import Call, Step, bind, scanned
@@ -45,6 +46,7 @@ class Plan:
     rules: Rules = dataclasses.field(default_factory=dict)
     taps: Mapping[int, Tap] = dataclasses.field(default_factory=dict)
     checkpoint: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda body: body  # of the body of a scan
+    untapped: Mapping[Step, int] = dataclasses.field(default_factory=dict)  # first iterations of scans, without taps
 
 
 class Evaluation:
@@ -206,19 +208,33 @@ class Evaluation:
 
     def _scan(self, step: Step) -> list[Any]:
         params, body = step.params, self.reading.bodies[step]
-        consts, carries = scanned(params)
+        (consts, carries), length = scanned(params), params["length"]
         values = [self.get(i, step) for i in step.inputs]
         fixed, carry, xs = values[:consts], values[consts : consts + carries], values[consts + carries :]
         extra = {number: array for number, array in self.extra.items() if number in body.facts}
 
-        @self.plan.checkpoint
-        def turn(carried: Any, given: Any) -> Any:
-            (carry, state), (xs, extra) = carried, given
-            done = Evaluation(body, self.plan, [*fixed, *carry, *xs], state, extra).run()
-            return (done.outputs[:carries], done.state), (done.outputs[carries:], done.notes)
+        def run(plan: Plan, carried: Any, extra: Any, start: int, stop: int) -> Any:
+            whole = stop - start == length
 
-        (carry, self.state), (ys, notes) = jax.lax.scan(
-            turn, (carry, self.state), (xs, extra), params["length"], params["reverse"], params["unroll"]
-        )
+            @plan.checkpoint
+            def turn(carried: Any, given: Any) -> Any:
+                (carry, state), (own, extra) = carried, given
+                if not whole:  # the iteration's number: a slice of `xs` would be a copy of the weights
+                    own = [jax.lax.dynamic_index_in_dim(x, own, keepdims=False) for x in xs]
+                done = Evaluation(body, plan, [*fixed, *carry, *own], state, extra).run()
+                return (done.outputs[:carries], done.state), (done.outputs[carries:], done.notes)
+
+            given = (xs if whole else jnp.arange(start, stop), extra)
+            if whole or stop - start > 1:
+                how = {name: params[name] for name in ("reverse", "unroll")}
+                return jax.lax.scan(turn, carried, given, stop - start, **how)
+            carried, found = turn(carried, jax.tree.map(lambda a: a[0], given))  # its backward pass can end inside
+            return carried, jax.tree.map(lambda a: a[None], found)
+
+        first, carried, parts = self.plan.untapped.get(step, 0), (carry, self.state), []
+        if first:
+            carried, (ys, _) = run(dataclasses.replace(self.plan, taps={}), carried, {}, 0, first)
+            parts.append(ys)
+        (carry, self.state), (ys, notes) = run(self.plan, carried, extra, first, length)
         self.notes |= notes
-        return [*carry, *ys]
+        return [*carry, *(jnp.concatenate(each) for each in zip(*parts, ys, strict=True))]

@@ -250,7 +250,7 @@ def _scan(equation: Any, given: list[Any]) -> list[Any]:
         return after, [out if isinstance(out, Slim) else Slim(out, None) for out in outputs[carries:]]
 
     turns = [of_turn(x) for x in xs]
-    carry, found = lax.scan(turn, carry, turns, params["length"], params["reverse"], params["unroll"])
+    carry, found = lax.scan(turn, carry, turns, **{name: params[name] for name in ("length", "reverse", "unroll")})
     return [*carry, *(y if y.axis is None else Slim(y.value, y.axis + 1) for y in found)]
 
 

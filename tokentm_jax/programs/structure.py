@@ -93,6 +93,20 @@ class Structure:
     def depth(self) -> int:
         return sum(stage.length * len(stage.blocks) for stage in self.stages)
 
+    def since(self, block: int) -> list[Stage]:
+        """The stages from a block on. Scans keep whole iterations, so the first may also have blocks before it."""
+        found = []
+        for stage in self.stages:
+            turns, place = divmod(max(block, 0), len(stage.blocks))
+            block -= stage.length * len(stage.blocks)
+            if turns >= stage.length:
+                continue
+            left = stage.length - turns
+            if stage.scan is None or not stage.scan.params["reverse"]:
+                stage = dataclasses.replace(stage, length=left, blocks=stage.blocks[place if left == 1 else 0 :])
+            found.append(stage)
+        return found
+
 
 def find(reading: Reading, image: int) -> Structure:
     """The Transformer in a program whose explained input is the value `image`. Raises Unfit if it is missing."""
