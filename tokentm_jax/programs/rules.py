@@ -70,7 +70,7 @@ _multiple.defjvp(lambda values, tangents: (values[2], (tangents[0] * values[1]).
 def gain(f: Any, x: Array) -> Array:
     """The identity rule: f as the product of x with the constant `f(x) / x`."""
     safe = jnp.where(x == 0, jnp.asarray(1e-6, x.dtype), x)
-    return _multiple(x, stop_gradient(f(safe) / safe), f(x))
+    return _multiple(x, stop_gradient(f(safe).astype(x.dtype) / safe), f(x))
 
 
 def halved(f: Any, a: Array, b: Array) -> Array:
