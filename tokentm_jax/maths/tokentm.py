@@ -69,7 +69,7 @@ def transformation_weight(
     return ratio(length(x_tilde), length(x)) * direction(cosine(x, x_tilde), present)
 
 
-def attention_map(A: Float[Array, "H N N"], G: Float[Array, "H N N"]) -> Float[Array, "N N"]:
+def attention_map(A: Float[Array, "H Q N"], G: Float[Array, "H Q N"]) -> Float[Array, "Q N"]:
     """`Ā = ⟨[G ⊙ A]₊⟩_h` of attention A, rows are queries, and the gradient G of the class's logit at A."""
     return jax.nn.relu(G * A).mean(0)
 

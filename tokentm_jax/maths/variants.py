@@ -244,8 +244,8 @@ def norm_gain(before: Float[Array, "N D"], after: Float[Array, "N D"]) -> Float[
 
 
 def attention_terms(
-    A: Float[Array, "H N N"], G: Float[Array, "H N N"] | None, w: Float[Array, "*H N"], options: TokenTM
-) -> tuple[Float[Array, "N N"], Float[Array, " N"]]:
+    A: Float[Array, "H Q N"], G: Float[Array, "H Q N"] | None, w: Float[Array, "*H N"], options: TokenTM
+) -> tuple[Float[Array, "Q N"], Float[Array, " N"]]:
     """`Ā` and w of an attention layer, for `tokentm.attention_update`.
 
     Weights per head go into `Ā`: `Ā = mean_h relu(G * A_h) diag(w_h)`.
@@ -313,26 +313,26 @@ def initialised(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attention_layer(
-    options: TokenTM, attention: Float[Array, "H N N"], u: Float[Array, " N"], weights: Float[Array, "*H N"]
-) -> tuple[Float[Array, "H N N"], Float[Array, " N"]]:
-    """Attention and the stream u of zeros through an attention layer, both unchanged.
+    options: TokenTM, attention: Float[Array, "H Q N"], u: Float[Array, " N"], weights: Float[Array, "*H N"]
+) -> tuple[Float[Array, "H Q N"], Float[Array, " Q"]]:
+    """The attention of all queries or of some, unchanged, and zeros that are added to the stream u of these queries.
 
-    Backward, the cotangent of the attention is its gradient G, and that of u is a row r, which is updated. The weights
-    get none, because u is zero.
+    Backward, the cotangent of the attention is its gradient G, and that of the zeros is a row r of these queries. That
+    of u becomes `(r Ā) ⊙ w`. The weights get none, because u is zero.
     """
-    return attention, u
+    return attention, jnp.zeros(attention.shape[1], u.dtype)
 
 
 def _attention_layer_backward(
     options: TokenTM, saved: tuple[Array, Array], cotangents: tuple[Array, Array]
 ) -> tuple[Any, ...]:
     (attention, weights), (gradient, row) = saved, cotangents
-    terms = attention_terms(attention.astype(row.dtype), gradient.astype(row.dtype), weights, options)
-    return gradient, tokentm.attention_update(row, *terms), None
+    A_bar, w = attention_terms(attention.astype(row.dtype), gradient.astype(row.dtype), weights, options)
+    return gradient, (row @ A_bar) * w, None
 
 
 attention_layer.defvjp(
-    lambda options, attention, u, weights: ((attention, u), (attention, weights)), _attention_layer_backward
+    lambda options, *given: (attention_layer(options, *given), given[::2]), _attention_layer_backward
 )
 
 

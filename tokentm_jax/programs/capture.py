@@ -257,13 +257,13 @@ def of_blocks(
 
 
 def heads_of(attention: Attention, array: Array) -> Array:
-    """Attention weights in the program's layout as [H, N, N]."""
-    n = array.shape[attention.key]
-    return jnp.moveaxis(array, (attention.query, attention.key), (-2, -1)).reshape(-1, n, n)
+    """Attention weights in the program's layout as [H, N, N], or those of some queries [H, Q, N]."""
+    moved = jnp.moveaxis(array, (attention.query, attention.key), (-2, -1))
+    return moved.reshape(-1, *moved.shape[-2:])
 
 
 def as_before(attention: Attention, heads: Array, like: Array) -> Array:
-    """[H, N, N] in the layout of the program."""
+    """[H, Q, N] in the layout of the program."""
     moved = jnp.moveaxis(like, (attention.query, attention.key), (-2, -1)).shape
     return jnp.moveaxis(heads.reshape(moved), (-2, -1), (attention.query, attention.key))
 

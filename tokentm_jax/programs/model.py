@@ -19,6 +19,7 @@ from tokentm_jax.maths import mixed, primitives
 from tokentm_jax.maths.primitives import PyTree
 from tokentm_jax.maths.scores import CLASS_LOGIT, Question, explained, is_open
 from tokentm_jax.programs.flat import flatten
+from tokentm_jax.programs.pieces import pieces_of
 from tokentm_jax.programs.reading import Reading, read
 from tokentm_jax.programs.running import Evaluation, Plan, Rules
 from tokentm_jax.programs.sample import for_one_sample
@@ -260,7 +261,7 @@ class Model:
     def apply(self, variables: Any, inputs: Any) -> Any:
         """The outputs for a batch, as from `apply` of a Linen module."""
         params = variables["params"]
-        if self.rules:
+        if self.rules or (self.has_blocks and any(pieces_of(stage.reading) for stage in self.structure.stages)):
             run = lambda x: self.evaluate(params, x, Plan(self.rules), None, None)[0]  # noqa: E731
         else:
             leaves, closed = jax.tree.leaves(params), self.program.jaxpr

@@ -165,13 +165,17 @@ def rows_inside(
         inside = (index >= first) & (index < end)
         return checkpoint_name(jnp.where(inside, weights, 0), WEIGHTS)
 
-    def attended(block: Block, evaluation: Evaluation, value: Array, state: Any, gradient: Any) -> Any:
+    def attended(block: Block, evaluation: Evaluation, state: Any, gradient: Any) -> Any:
         layer: Any = block[0].attention
         u, index = state
         weights = kept(index, attention_weights(View(evaluation, block, n, there, gradient), options))
-        passed: Any = attention_layer(options, heads_of(layer, value), u, weights)
-        heads, u = passed
-        return as_before(layer, heads, value), (u, index), None
+
+        def of_queries(value: Array) -> tuple[Array, Array]:
+            passed: Any = attention_layer(options, heads_of(layer, value), u, weights)
+            heads, zeros = passed
+            return as_before(layer, heads, value), zeros
+
+        return of_queries, lambda zeros: (u + zeros, index)
 
     def summed(
         block: Block, layer: Layer, number: int, evaluation: Evaluation, value: Array, state: Any, gradient: Any
@@ -189,19 +193,22 @@ def rows_inside(
         return value, (u, index), noted
 
     taps: dict[int, Any] = {}
+    by_queries: dict[int, Any] = {}
     extra: dict[int, Any] = {}
     for block, own_part in _blocks(structure):
-        here: dict[int, Any] = {block[0].attention.weights: partial(attended, block)}  # type: ignore[union-attr]
+        attention, here = block[0].attention.weights, {}  # type: ignore[union-attr]
+        by_queries[attention] = partial(attended, block)
         for layer in block:
             here |= {number: partial(summed, block, layer, number) for number in (layer.output, layer.end)}
         taps |= here
         if gradients is not None:
-            extra |= dict.fromkeys(here, own_part(gradients))
+            extra |= dict.fromkeys([attention, *here], own_part(gradients))
     if structure.embedded in taps:
         raise Unfit("the tokens that enter the first block are not distinct from those of a layer")
     taps[structure.embedded] = plus_extra
     kind = structure.reading.flat.types[structure.embedded]
-    plan = Plan(model.rules, taps, partial(jax.checkpoint, policy=POLICIES[memory], prevent_cse=False))
+    checkpoint = partial(jax.checkpoint, policy=POLICIES[memory], prevent_cse=False)
+    plan = Plan(model.rules, taps, checkpoint, by_queries, whole=legrad)
     readout = _row(model, sample, kind)
 
     def run(zeros: Array, u: Array) -> Any:
@@ -259,7 +266,7 @@ def rows_behind(
     n = structure.tokens
     taps = _at_ends(model, lambda evaluation, block: summary(View(evaluation, block, n, there, None)))
     taps.setdefault(structure.embedded, plus_extra)
-    outputs, notes, _ = model.evaluate(params, sample, Plan(model.rules, taps), None, None)
+    outputs, notes, _ = model.evaluate(params, sample, Plan(model.rules, taps, whole=True), None, None)
     embedded = notes[structure.embedded].reshape(n, -1)
     row = _row(model, sample, structure.reading.flat.types[structure.embedded])
     blocks = of_blocks(structure.stages, notes, _end)
@@ -308,7 +315,7 @@ def legrad_rows(
     The class of the score must be given.
     """
     taps = _at_ends(model, legrad_of_block(model, params, sample, score, read))
-    outputs, notes, _ = model.evaluate(params, sample, Plan(model.rules, taps), None, None)
+    outputs, notes, _ = model.evaluate(params, sample, Plan(model.rules, taps, whole=True), None, None)
     return of_blocks(model.structure.stages, notes, _end)[first_block:].sum(0), outputs
 
 

@@ -16,6 +16,9 @@ A tap is a function `tap(evaluation, value, state, extra) -> (value, state, note
 continues with the returned value. The state goes from tap to tap, also through scans. Notes are collected by the
 number of the value, and stacked over the iterations of a scan. `extra` is an additional input, of a value in a scan
 one for each iteration.
+
+Large attention runs in `pieces` of queries. A tap by queries, `tap(evaluation, state, extra) -> (inside, after)`, is
+for the values of a piece: `inside(value) -> (value, result)`, and then `after(results of all queries) -> state`.
 """
 
 import copy
@@ -29,6 +32,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from tokentm_jax.programs.flat import Call, Step, bind, scanned
+from tokentm_jax.programs.pieces import Pieces, pieces_of
 from tokentm_jax.programs.reading import ELEMENTWISE, SAME_SHAPE, Reading
 
 KINDS = ("linear", "embed", "mix", "product", "gate", "add", "residual", "turn", "bias", "scale", "position", "norm",
@@ -37,6 +41,7 @@ KINDS = ("linear", "embed", "mix", "product", "gate", "add", "residual", "turn",
 Rule = Callable[..., Any]
 Rules = Mapping[str, Rule]
 Tap = Callable[["Evaluation", Array, Any, Any], tuple[Array, Any, Any]]
+TapByQueries = Callable[["Evaluation", Any, Any], tuple[Callable[[Array], Any], Callable[[Any], Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +52,8 @@ class Plan:
     taps: Mapping[int, Tap] = dataclasses.field(default_factory=dict)
     checkpoint: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda body: body  # of the body of a scan
     untapped: Mapping[Step, int] = dataclasses.field(default_factory=dict)  # first iterations of scans, without taps
+    by_queries: Mapping[int, TapByQueries] = dataclasses.field(default_factory=dict)
+    whole: bool = False  # no attention runs in pieces, because something reads its weights
 
 
 class Evaluation:
@@ -58,6 +65,8 @@ class Evaluation:
         self.known: dict[int, Any] = {}  # values by rules, for steps outside of their group
         self.forks = {s.of[0]: s for s in reading.sums if isinstance(s.of, tuple)} if "fork" in plan.rules else {}
         self.extra, self.notes = extra or {}, {}
+        self.pieces = self._pieces()
+        self.in_pieces = {step for pieces in self.pieces.values() for step in pieces.steps}
         for number, value in zip(reading.flat.inputs, inputs, strict=True):
             self._put(number, value)
 
@@ -65,14 +74,17 @@ class Evaluation:
         """All steps, in order."""
         flat, place = self.reading.flat, 0
         while place < len(flat.steps):
-            call = flat.calls.get(place)
+            step, call = flat.steps[place], flat.calls.get(place)
+            if step in self.in_pieces:
+                place += 1
+                continue
             if call is not None and not self._touches(call):
                 place = call.stop
                 values = bind(call.equation, [self.get(i) for i in call.inputs])
                 outputs = call.outputs
             else:
                 place += 1
-                outputs, values = flat.steps[place - 1].outputs, self._step(flat.steps[place - 1])
+                outputs, values = step.outputs, self._step(step)
             for number, value in zip(outputs, values, strict=True):
                 self._put(number, value)
         self.outputs = [self.get(o) for o in flat.outputs]
@@ -101,6 +113,10 @@ class Evaluation:
             self.values[number] = value
             if note is not None:
                 self.notes[number] = note
+        if number in self.plan.by_queries:
+            inside, after = self.plan.by_queries[number](self, self.state, self.extra.get(number))
+            self.values[number], result = inside(value)
+            self.state = after(result)
 
     def _leaves(self, number: int, step: Step | None) -> bool:
         """Whether a value leaves its group of elementwise steps here, so that a rule applies."""
@@ -131,14 +147,40 @@ class Evaluation:
         """Whether a rule or a tap is for a step inside a custom derivative, which is then evaluated step by step."""
         steps = self.reading.flat.steps[call.start : call.stop]
         inside = {number for step in steps for number in step.outputs}
-        if inside - set(call.outputs) & self.plan.taps.keys():
+        if inside - set(call.outputs) & {*self.plan.taps, *self.plan.by_queries}:
             return True
         return bool(self.plan.rules) and any(
             step.kind in self.plan.rules or any(i in inside and self._leaves(i, step) for i in step.inputs)
             for step in steps
         )
 
+    def _pieces(self) -> dict[Step, Pieces]:
+        """The attentions that run in pieces: no tap needs all of their weights, and no rule a sum over a sample."""
+        if self.plan.whole or "linear" in self.plan.rules:  # rules for linear maps have stabilisers of the sample
+            return {}
+        taps = self.plan.taps.keys()
+        return {step: pieces for step, pieces in pieces_of(self.reading).items() if not pieces.inside & taps}
+
+    def _in_pieces(self, pieces: Pieces) -> Array:
+        """The tokens of one attention, with its tap by queries."""
+        by_queries: dict[int, TapByQueries] = {}
+        after: Callable[[Any], Any] = lambda _: self.state  # noqa: E731
+        for number in pieces.inside & self.plan.by_queries.keys():
+            inside, after = self.plan.by_queries[number](self, self.state, self.extra.get(number))
+            by_queries[pieces.numbers[number]] = lambda *_, inside=inside: (inside, lambda result: result)
+        plan = Plan(self.plan.rules, by_queries=by_queries, whole=True)
+
+        def piece(*values: Array) -> Any:
+            done = Evaluation(pieces.reading, plan, list(values)).run()
+            return done.outputs[0], done.state
+
+        tokens, results = pieces.run(piece, [self.get(number, step) for (number, _), step in pieces.given.items()])
+        self.state = after(jax.tree.map(lambda result: pieces.joined(result, 0), results))
+        return pieces.joined(tokens, pieces.axis)
+
     def _step(self, step: Step) -> list[Any]:
+        if step in self.pieces:
+            return [self._in_pieces(self.pieces[step])]
         if step in self.reading.bodies:
             return self._scan(step)
         if step in self.reading.branches:

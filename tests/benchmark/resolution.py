@@ -1,0 +1,62 @@
+"""Peak memory of TokenTM per image against the number of tokens, with attention as a whole and in pieces of queries.
+
+    python tests/benchmark/resolution.py
+
+As `memory.py`, from the compiled programs at batch sizes 1 and 2, which are not run. With `--run N`, the first blocks
+of the model also explain one image of the last size, which takes minutes.
+"""
+
+import resource
+import time
+
+import jax
+import jax.numpy as jnp
+from common import named_vit, numbers, parser, publish, table
+from memory import MIB, bytes_per_image
+from ratios import forward_backward
+
+import tokentm_jax as tm
+from tokentm_jax.models.vit import ViT, init_params
+from tokentm_jax.programs import pieces
+
+WHOLE, ENTRIES = 2**62, pieces.ENTRIES
+COLUMNS = [(memory, entries) for entries in (WHOLE, ENTRIES) for memory in ("store", "recompute")]
+
+
+def measure(model: str, size: int) -> list[str]:
+    module = named_vit(model).clone(img_size=(size, size))
+    tokens = module.prefix + module.grid[0] * module.grid[1]
+    found: dict[tuple[str, int], float] = {}
+    for memory, entries in COLUMNS:
+        if entries == ENTRIES and module.num_heads * tokens**2 <= ENTRIES:  # it runs as a whole
+            found[memory, entries] = found[memory, WHOLE]
+            continue
+        pieces.ENTRIES = entries
+        found[memory, entries] = bytes_per_image(jax.jit(tm.explain_fn(module, memory=memory)), module, [1, 2])
+    bare = bytes_per_image(forward_backward(module), module, [1, 2])
+    weights = module.num_heads * tokens**2 * 4
+    return [f"{size} px", str(tokens), *(f"{b / MIB:.0f}" for b in (weights, bare, *(found[c] for c in COLUMNS)))]
+
+
+def run(module: ViT) -> str:
+    params, image = init_params(module, jax.random.key(0)), jnp.zeros((1, *module.img_size, 3))
+    explain = jax.jit(tm.explain_fn(module, memory="recompute")).lower(params, image, None).compile()
+    before = time.perf_counter()
+    jax.block_until_ready(explain(params, image, None))
+    seconds, most = time.perf_counter() - before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return f"{module.depth} blocks at {module.img_size[0]} px: {seconds:.0f} s, at most {most:.1f} GiB in the process."
+
+
+if __name__ == "__main__":
+    arguments = parser(__doc__)
+    arguments.add_argument("--model", default="vit_base_patch16_224")
+    arguments.add_argument("--sizes", type=numbers, default=[224, 384, 512, 1024], help="of images, in pixels")
+    arguments.add_argument("--run", type=int, default=0, help="number of blocks to run at the last size")
+    chosen = arguments.parse_args()
+    rows = [measure(chosen.model, size) for size in chosen.sizes]
+    header = ["image", "tokens", "one block's attention", "bare forward and backward"]
+    header += [f"`{memory}`, {'whole' if entries == WHOLE else 'pieces'}" for memory, entries in COLUMNS]
+    size = (chosen.sizes[-1],) * 2
+    ran = [run(named_vit(chosen.model).clone(img_size=size, depth=chosen.run))] if chosen.run else []
+    note = f"MiB per image of {chosen.model} in float32. Attention of at most {ENTRIES} weights runs as a whole."
+    publish(chosen.out, "# Memory against tokens", table(header, rows), note, *ran)

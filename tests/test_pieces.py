@@ -1,0 +1,149 @@
+"""Attention in pieces of queries against all queries at once."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import batch, mostly_slow, tiny_bert
+from test_contract import TARGET, model_of
+
+from tokentm_jax.methods.explain import explain_fn
+from tokentm_jax.models.vit import ViT, init_params
+from tokentm_jax.programs import pieces
+from tokentm_jax.programs.model import Function
+from tokentm_jax.programs.rules import ATTN_LRP
+
+N, H, E = 7, 2, 4  # tokens, heads, channels of a head
+
+
+def attended(name, p, q, k, v):
+    """The tokens [N, H, E] of queries, keys and values [N, H, E]."""
+    if name == "grouped":  # both heads share keys and values
+        attention = jax.nn.softmax(jnp.einsum("qgre,kge->qgrk", q.reshape(N, 1, 2, E), k[:, :1]))
+        return jnp.einsum("qgrk,kge->qgre", attention, v[:, :1]).reshape(N, H, E)
+    weights = {"queries_first": "qhk", "keys_first": "hkq"}.get(name, "hqk")
+    scores = jnp.einsum(f"qhe,khe->{weights}", q, k) * E**-0.5
+    if name == "biased":  # by an array, and by the content
+        scores = scores + p["bias"] + (q[:, 0] @ k[:, 1].T)[None]
+    elif name == "causal":
+        scores = jnp.where(jnp.tril(jnp.ones((N, N), bool)), scores, -jnp.inf)
+    elif name == "mixed_heads":
+        scores = jnp.einsum("hqk,hg->gqk", scores, p["mix"])
+    if name == "written_out":
+        exponentials = jnp.exp(scores - scores.max(-1, keepdims=True))
+        attention = exponentials / exponentials.sum(-1, keepdims=True)
+    else:
+        attention = jax.nn.softmax(scores, axis=weights.index("k"))
+    if name == "over_queries":  # which no piece can know
+        attention = jnp.where(attention > attention.max(1, keepdims=True) / 2, attention, 0)
+    return jnp.einsum(f"{weights},khe->qhe", attention, v)
+
+
+IN_PIECES = ("biased", "plain", "queries_first", "keys_first", "causal", "mixed_heads", "grouped", "written_out")
+
+
+def program(name):
+    """(function, parameters, inputs): one attention layer on tokens [B, N, D]."""
+    rng = np.random.default_rng(0)
+    shapes = {"qkv": (H * E, 3 * H * E), "bias": (H, N, N), "mix": (H, H), "head": (H * E, 3)}
+    params = {key: rng.normal(size=shape) / 2 for key, shape in shapes.items()}
+
+    def f(params, tokens):
+        def one(x):
+            q, k, v = jnp.moveaxis((x @ params["qkv"]).reshape(N, 3, H, E), 1, 0)
+            x = x + attended(name, params, q, k, v).reshape(N, H * E)
+            return x[0] @ params["head"]
+
+        return jax.vmap(one)(tokens)
+
+    return f, params, rng.normal(size=(2, N, H * E))
+
+
+def with_pieces(monkeypatch, entries, function, *arguments):
+    monkeypatch.setattr(pieces, "ENTRIES", entries)
+    return np.asarray(jax.jit(lambda *a: function(*a))(*arguments))
+
+
+def compare(monkeypatch, function, *arguments, entries=3 * H * N, tolerance=1e-5):
+    """In pieces (by default of 3, 3 and 1 queries of 7) as all at once."""
+    whole, found = (with_pieces(monkeypatch, size, function, *arguments) for size in (2**30, entries))
+    tolerance = 1e-12 if whole.dtype == np.float64 else tolerance
+    assert found.dtype == whole.dtype
+    np.testing.assert_allclose(found, whole, rtol=0, atol=tolerance * np.abs(whole).max())
+    return found
+
+
+def read(function, params, inputs):
+    return Function(function).read(params, inputs).reading
+
+
+@pytest.mark.parametrize("name", IN_PIECES)
+def test_which_attention_is_in_pieces(monkeypatch, name):
+    monkeypatch.setattr(pieces, "ENTRIES", 3 * H * N)
+    (found,) = pieces.pieces_of(read(*program(name))).values()
+    assert (found.queries, found.rows, found.count) == (N, 3, 3)
+    monkeypatch.setattr(pieces, "ENTRIES", H * N * N)
+    assert not pieces.pieces_of(read(*program(name)))
+
+
+def test_which_attention_is_whole(monkeypatch):
+    monkeypatch.setattr(pieces, "ENTRIES", 3 * H * N)
+    assert not pieces.pieces_of(read(*program("over_queries")))
+
+
+def gradient(params, tokens):
+    """By rules, for a function whose heads share keys, which has no attention layer in our sense."""
+    model = Function(program("grouped")[0]).read(params, tokens).by(ATTN_LRP)
+    return jax.grad(lambda x: model.apply({"params": params}, x)[:, 1].sum())(tokens)
+
+
+@pytest.mark.parametrize("name", mostly_slow(IN_PIECES, ["biased"]))
+def test_pieces_of_programs(monkeypatch, name):
+    """TokenTM by other rules, where the function has an attention layer; in float64."""
+    f, params, tokens = program(name)
+    options = {"grid": (2, 3), "prefix": 1, "readout": "token", "rules": "attn_lrp"}
+    explain = gradient if name == "grouped" else partial(explain_fn(f, "tokentm", **options), target=1)
+    with jax.enable_x64(True):
+        compare(monkeypatch, explain, params, tokens)
+
+
+METHODS = ({}, {"rules": "libra"}, {"memory": "recompute", "heads": "each"}, {"weights": "alignment"})
+METHODS += ({"attention": "means"}, {"attention": "plain"}, "gae", "libra_full_grad", "attn_lrp", "pa_lrp", "caap")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["class_token", "attention_pooled_rotary_gated", "bfloat16", "text"])
+def test_pieces_of_methods(monkeypatch, kind, method):
+    """Images and texts with masks; a sample alone has the same map."""
+    name, options = (method, {}) if isinstance(method, str) else ("tokentm", method)
+    module, params, inputs = (*tiny_bert(), batch([5, 8, 4], 8)) if kind == "text" else model_of(kind)
+    explain, target = explain_fn(module, name, **options), TARGET % 3
+    maps = compare(
+        monkeypatch, explain, params, inputs, target, entries=40, tolerance=2e-2 if kind == "bfloat16" else 1e-5
+    )
+    alone = with_pieces(monkeypatch, 40, explain, params, jax.tree.map(lambda a: a[1:2], inputs), target[1:2])
+    np.testing.assert_allclose(alone[0], maps[1], rtol=0, atol=2e-6 * np.abs(maps[1]).max())
+
+
+def arrays_of(jaxpr):
+    """The shapes of all values of a program."""
+    for equation in jaxpr.eqns:
+        yield from (v.aval.shape for v in equation.outvars)
+        for part in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")):
+            part = getattr(part, "jaxpr", part)
+            yield from arrays_of(part) if hasattr(part, "eqns") else ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["tokentm", "gae", "libra_full_grad", "attn_lrp", "input_gradient", "occlusion"])
+def test_no_array_of_all_queries(monkeypatch, method):
+    """No value of the program has two axes of tokens, except of a few queries."""
+    module = ViT(img_size=(48, 56), patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=5)
+    params = init_params(module, jax.random.key(0))
+    program = lambda: jax.make_jaxpr(explain_fn(module, method))(params, jnp.zeros((1, 48, 56, 3)), 1)  # noqa: E731
+    assert any(shape.count(43) > 1 for shape in arrays_of(program().jaxpr))
+    monkeypatch.setattr(pieces, "ENTRIES", 500)
+    assert not any(shape.count(43) > 1 for shape in arrays_of(program().jaxpr))

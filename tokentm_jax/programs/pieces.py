@@ -1,0 +1,177 @@
+"""Attention in pieces of queries: from the scores of some queries to their tokens, so that no array [H, N, N] is held.
+
+Every step between the product of queries with keys and that of the weights with values treats each query separately:
+scale, mask, bias, softmax. So these steps run for some queries and all keys at a time. The backward pass computes a
+piece again, and sums the gradients of keys and values over the pieces.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from tokentm_jax.programs.flat import Flat, Step, axis_after, bind, flatten
+from tokentm_jax.programs.reading import ELEMENTWISE, SAME_SHAPE, Reading, read
+
+ENTRIES = 2**22  # of the attention weights of a block that are held at once, in all heads: 16 MiB in float32
+
+SIZES = {"new_sizes", "shape", "limit_indices"}  # parameters with an entry for every axis of the result
+BROADCAST = {"broadcast_in_dim", "reshape", "transpose", "squeeze"}
+BY_QUERY = ELEMENTWISE | SAME_SHAPE | BROADCAST | {"dot_general", "reduce_sum", "reduce_max", "reduce_min"}
+
+Place = tuple[int, int | None]  # a value, and its axis of queries; None: all of the value
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class Pieces:
+    """The steps of one attention that run in pieces of `rows` queries."""
+
+    product: Step  # of weights with values, the last step
+    axis: int  # of the queries in its result
+    queries: int
+    rows: int
+    steps: set[Step]  # before the product
+    inside: set[int]  # their values
+    given: dict[Place, Step]  # what they read from outside, and one step that reads it
+    reading: Reading  # of these steps for one piece: a program of `given`
+    numbers: dict[int, int]  # the values inside, in that program
+
+    @property
+    def count(self) -> int:
+        return -(-self.queries // self.rows)
+
+    def run(self, piece: Callable[..., Any], values: list[Array]) -> Any:
+        """`piece(*parts of values)` for every piece: its results, stacked over pieces."""
+        axes = [axis for _, axis in self.given]
+        split = [x for x, axis in zip(values, axes, strict=True) if axis is not None]
+        places = [axis for axis in axes if axis is not None]
+
+        @partial(jax.checkpoint, prevent_cse=False)
+        def one(parts: list[Array]) -> Any:
+            moved = (jnp.moveaxis(part, 0, axis) for part, axis in zip(parts, places, strict=True))
+            return piece(*(x if axis is None else next(moved) for x, axis in zip(values, axes, strict=True)))
+
+        return jax.lax.map(one, [self._split(x, axis) for x, axis in zip(split, places, strict=True)])
+
+    def _split(self, x: Array, axis: int) -> Array:
+        """[pieces, rows, ...]. The last query fills the last piece, because a query of zeros may have no softmax."""
+        x = jnp.moveaxis(x, axis, 0)
+        more = self.count * self.rows - len(x)
+        if more:
+            x = jnp.concatenate([x, jnp.broadcast_to(x[-1:], (more, *x.shape[1:]))])
+        return x.reshape(self.count, self.rows, *x.shape[1:])
+
+    def joined(self, x: Array, axis: int) -> Array:
+        """Stacked results whose axis of queries is `axis`, as one."""
+        x = jnp.moveaxis(x, 0, axis)
+        x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+        return jax.lax.slice_in_dim(x, 0, self.queries, axis=axis)
+
+
+def pieces_of(reading: Reading) -> dict[Step, Pieces]:
+    """The attentions of a program that run in pieces, by their last step."""
+    return _pieces_of(reading, ENTRIES)
+
+
+@lru_cache(maxsize=64)
+def _pieces_of(reading: Reading, entries: int) -> dict[Step, Pieces]:
+    found = (_pieces(reading, product, entries) for product in reading.attentions)
+    return {pieces.product: pieces for pieces in found if pieces is not None}
+
+
+def _pieces(reading: Reading, product: Step, entries: int) -> Pieces | None:
+    """The pieces of one attention; None if it is small, or if a step may mix queries."""
+    flat, weights = reading.flat, product.of
+    if math.prod(flat.shape(weights)) <= entries or product.name != "dot_general":
+        return None
+    side = product.inputs.index(weights)
+    contracted, batched = product.params["dimension_numbers"]
+    shape = flat.shape(weights)
+    free = [a for a in range(len(shape)) if a not in (*contracted[side], *batched[side])]
+    query = max(free, key=lambda a: shape[a], default=None)
+    if query is None or shape[query] == 1:
+        return None
+    queries = shape[query]
+    axis: Any = axis_after(product.equation, side, query)
+    rows = max(1, entries * queries // math.prod(shape))
+    rows = -(-queries // -(-queries // rows))  # of the same number of pieces, with the least padding
+
+    own: list[Place] = [(weights, query), (product.inputs[1 - side], None)]
+    steps = {product: own if side == 0 else own[::-1]}
+    inside: dict[int, int] = {}  # values, with their axis of queries
+    given: dict[Place, Step] = {own[1]: product}
+    waiting = [(weights, query, product)]
+    while waiting:
+        number, at, reader = waiting.pop()
+        if inside.get(number, at) != at:
+            return None
+        step, dependent = flat.producer.get(number), number in reading.facts
+        if step is None or not _is_by_query(step, dependent):
+            if dependent and flat.shape(number).count(queries) > 1:  # it holds scores
+                return None
+            given[number, at] = reader
+        elif number not in inside:
+            inside[number] = at
+            steps[step] = [(i, _axis_before(flat, step, side, at)) for side, i in enumerate(step.inputs)]
+            for i, its in steps[step]:
+                if its is None or (step.name == "dot_general" and flat.shape(i).count(queries) == 1):
+                    given[i, its] = step
+                else:
+                    waiting.append((i, its, step))
+    ordered = {step: steps[step] for step in flat.steps if step in steps}
+    # Masks and biases may have other readers, so their steps also stay where they are.
+    skipped = {step for step in ordered if step.outputs[0] in reading.facts and step is not product}
+    others = {i for step in flat.steps if step not in steps for i in step.inputs}
+    scores = {step.outputs[0] for step in skipped}
+    if scores & {*others, *flat.outputs, *(i for i, _ in given)} or all(at is None for _, at in given):
+        return None
+    scalars = {place for place in given if place[0] in flat.constants and not flat.shape(place[0])}
+    given = {place: step for place, step in given.items() if place not in scalars}
+    result = (product.outputs[0], axis)
+
+    def piece(*values: Array) -> Array:
+        known: dict[Place, Any] = {place: flat.constants[place[0]] for place in scalars}
+        known |= zip(given, values, strict=True)
+        for step, places in ordered.items():
+            out = result if step is product else (step.outputs[0], inside[step.outputs[0]])
+            sizes = {name: with_rows(own, out[1], rows) for name, own in step.params.items() if name in SIZES}
+            equation = step.equation.replace(params={**step.params, **sizes})
+            (known[out],) = bind(equation, [known[place] for place in places])
+        return known[result]
+
+    types = [
+        jax.ShapeDtypeStruct(flat.shape(i) if at is None else with_rows(flat.shape(i), at, rows), flat.types[i].dtype)
+        for i, at in given
+    ]
+    part = flatten(jax.make_jaxpr(piece)(*types))
+    depends = (new for new, (i, _) in zip(part.inputs, given, strict=True) if i in reading.facts)
+    own_reading = read(part, depends, raw=False)
+    if [(step.name, step.kind) for step in part.steps] != [(step.name, step.kind) for step in ordered]:
+        return None
+    numbers = {old.outputs[0]: new.outputs[0] for old, new in zip(ordered, part.steps, strict=True)}
+    return Pieces(product, axis, queries, rows, skipped, scores, given, own_reading, numbers)
+
+
+def with_rows(sizes: tuple[int, ...], axis: int, rows: int) -> tuple[int, ...]:
+    """A shape with `rows` along an axis."""
+    return (*sizes[:axis], rows, *sizes[axis + 1 :])
+
+
+def _is_by_query(step: Step, dependent: bool) -> bool:
+    """Whether a step may run for some queries: it treats each by itself, or it only broadcasts a mask or bias."""
+    params = step.params
+    placed = params.get("sharding") is not None or params.get("out_sharding") is not None
+    moved = step.name == "reshape" and params["dimensions"] is not None
+    return step.name in (BY_QUERY if dependent else BROADCAST) and not placed and not moved
+
+
+def _axis_before(flat: Flat, step: Step, side: int, after: int) -> int | None:
+    """The axis of input number `side` that is the axis `after` of a step's result, with its size; None if none is."""
+    shape, size = flat.shape(step.inputs[side]), flat.shape(step.outputs[0])[after]
+    axes = (axis for axis in range(len(shape)) if shape[axis] == size)
+    return next((axis for axis in axes if axis_after(step.equation, side, axis) == after), None)
