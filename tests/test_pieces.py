@@ -61,8 +61,13 @@ def program(name):
     return f, params, rng.normal(size=(2, N, H * E))
 
 
+def cut(monkeypatch, entries):
+    for name in ("LARGE", "ENTRIES"):
+        monkeypatch.setattr(pieces, name, entries)
+
+
 def with_pieces(monkeypatch, entries, function, *arguments):
-    monkeypatch.setattr(pieces, "ENTRIES", entries)
+    cut(monkeypatch, entries)
     return np.asarray(jax.jit(lambda *a: function(*a))(*arguments))
 
 
@@ -81,15 +86,15 @@ def read(function, params, inputs):
 
 @pytest.mark.parametrize("name", IN_PIECES)
 def test_which_attention_is_in_pieces(monkeypatch, name):
-    monkeypatch.setattr(pieces, "ENTRIES", 3 * H * N)
+    cut(monkeypatch, 3 * H * N)
     (found,) = pieces.pieces_of(read(*program(name))).values()
     assert (found.queries, found.rows, found.count) == (N, 3, 3)
-    monkeypatch.setattr(pieces, "ENTRIES", H * N * N)
+    cut(monkeypatch, H * N * N)
     assert not pieces.pieces_of(read(*program(name)))
 
 
 def test_which_attention_is_whole(monkeypatch):
-    monkeypatch.setattr(pieces, "ENTRIES", 3 * H * N)
+    cut(monkeypatch, 3 * H * N)
     assert not pieces.pieces_of(read(*program("over_queries")))
 
 
@@ -145,5 +150,5 @@ def test_no_array_of_all_queries(monkeypatch, method):
     params = init_params(module, jax.random.key(0))
     program = lambda: jax.make_jaxpr(explain_fn(module, method))(params, jnp.zeros((1, 48, 56, 3)), 1)  # noqa: E731
     assert any(shape.count(43) > 1 for shape in arrays_of(program().jaxpr))
-    monkeypatch.setattr(pieces, "ENTRIES", 500)
+    cut(monkeypatch, 500)
     assert not any(shape.count(43) > 1 for shape in arrays_of(program().jaxpr))

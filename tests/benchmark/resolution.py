@@ -19,20 +19,20 @@ import tokentm_jax as tm
 from tokentm_jax.models.vit import ViT, init_params
 from tokentm_jax.programs import pieces
 
-WHOLE, ENTRIES = 2**62, pieces.ENTRIES
-COLUMNS = [(memory, entries) for entries in (WHOLE, ENTRIES) for memory in ("store", "recompute")]
+WHOLE, LARGE = 2**62, pieces.LARGE
+COLUMNS = [(memory, large) for large in (WHOLE, LARGE) for memory in ("store", "recompute")]
 
 
 def measure(model: str, size: int) -> list[str]:
     module = named_vit(model).clone(img_size=(size, size))
     tokens = module.prefix + module.grid[0] * module.grid[1]
     found: dict[tuple[str, int], float] = {}
-    for memory, entries in COLUMNS:
-        if entries == ENTRIES and module.num_heads * tokens**2 <= ENTRIES:  # it runs as a whole
-            found[memory, entries] = found[memory, WHOLE]
+    for memory, large in COLUMNS:
+        if large == LARGE and module.num_heads * tokens**2 <= LARGE:  # it runs as a whole
+            found[memory, large] = found[memory, WHOLE]
             continue
-        pieces.ENTRIES = entries
-        found[memory, entries] = bytes_per_image(jax.jit(tm.explain_fn(module, memory=memory)), module, [1, 2])
+        pieces.LARGE = large
+        found[memory, large] = bytes_per_image(jax.jit(tm.explain_fn(module, memory=memory)), module, [1, 2])
     bare = bytes_per_image(forward_backward(module), module, [1, 2])
     weights = module.num_heads * tokens**2 * 4
     return [f"{size} px", str(tokens), *(f"{b / MIB:.0f}" for b in (weights, bare, *(found[c] for c in COLUMNS)))]
@@ -55,8 +55,8 @@ if __name__ == "__main__":
     chosen = arguments.parse_args()
     rows = [measure(chosen.model, size) for size in chosen.sizes]
     header = ["image", "tokens", "one block's attention", "bare forward and backward"]
-    header += [f"`{memory}`, {'whole' if entries == WHOLE else 'pieces'}" for memory, entries in COLUMNS]
+    header += [f"`{memory}`, {'whole' if large == WHOLE else 'pieces'}" for memory, large in COLUMNS]
     size = (chosen.sizes[-1],) * 2
     ran = [run(named_vit(chosen.model).clone(img_size=size, depth=chosen.run))] if chosen.run else []
-    note = f"MiB per image of {chosen.model} in float32. Attention of at most {ENTRIES} weights runs as a whole."
+    note = f"MiB per image of {chosen.model} in float32. Attention of at most {LARGE} weights runs as a whole."
     publish(chosen.out, "# Memory against tokens", table(header, rows), note, *ran)

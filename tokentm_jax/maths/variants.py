@@ -320,7 +320,11 @@ def attention_layer(
     Backward, the cotangent of the attention is its gradient G, and that of the zeros is a row r of these queries. That
     of u becomes `(r Ā) ⊙ w`. The weights get none, because u is zero.
     """
-    return attention, jnp.zeros(attention.shape[1], u.dtype)
+    return _attention_layer_forward(options, attention, u, weights)[0]
+
+
+def _attention_layer_forward(options: TokenTM, attention: Array, u: Array, weights: Array) -> tuple[Any, ...]:
+    return (attention, jnp.zeros(attention.shape[1], u.dtype)), (attention, weights)
 
 
 def _attention_layer_backward(
@@ -331,9 +335,7 @@ def _attention_layer_backward(
     return gradient, (row @ A_bar) * w, None
 
 
-attention_layer.defvjp(
-    lambda options, *given: (attention_layer(options, *given), given[::2]), _attention_layer_backward
-)
+attention_layer.defvjp(_attention_layer_forward, _attention_layer_backward)
 
 
 @jax.custom_vjp

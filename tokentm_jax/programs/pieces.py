@@ -18,7 +18,10 @@ from jax import Array
 from tokentm_jax.programs.flat import Flat, Step, axis_after, bind, flatten
 from tokentm_jax.programs.reading import ELEMENTWISE, SAME_SHAPE, Reading, read
 
-ENTRIES = 2**22  # of the attention weights of a block that are held at once, in all heads: 16 MiB in float32
+# Numbers of attention weights of a block, in all heads. Pieces take 1.5 times as long, so only attention of more than
+# 64 MiB (in float32) is cut, into pieces of 16 MiB.
+LARGE = 2**24
+ENTRIES = 2**22
 
 SIZES = {"new_sizes", "shape", "limit_indices"}  # parameters with an entry for every axis of the result
 BROADCAST = {"broadcast_in_dim", "reshape", "transpose", "squeeze"}
@@ -75,19 +78,20 @@ class Pieces:
 
 def pieces_of(reading: Reading) -> dict[Step, Pieces]:
     """The attentions of a program that run in pieces, by their last step."""
-    return _pieces_of(reading, ENTRIES)
+    return _pieces_of(reading, LARGE, ENTRIES)
 
 
 @lru_cache(maxsize=64)
-def _pieces_of(reading: Reading, entries: int) -> dict[Step, Pieces]:
-    found = (_pieces(reading, product, entries) for product in reading.attentions)
+def _pieces_of(reading: Reading, large: int, entries: int) -> dict[Step, Pieces]:
+    large_ones = (step for step in reading.attentions if math.prod(reading.flat.shape(step.of)) > large)
+    found = (_pieces(reading, product, entries) for product in large_ones)
     return {pieces.product: pieces for pieces in found if pieces is not None}
 
 
 def _pieces(reading: Reading, product: Step, entries: int) -> Pieces | None:
-    """The pieces of one attention; None if it is small, or if a step may mix queries."""
+    """The pieces of one attention; None if a step may mix queries."""
     flat, weights = reading.flat, product.of
-    if math.prod(flat.shape(weights)) <= entries or product.name != "dot_general":
+    if product.name != "dot_general":
         return None
     side = product.inputs.index(weights)
     contracted, batched = product.params["dimension_numbers"]
