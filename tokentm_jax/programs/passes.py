@@ -208,7 +208,7 @@ def rows_inside(
     taps[structure.embedded] = plus_extra
     kind = structure.reading.flat.types[structure.embedded]
     checkpoint = partial(jax.checkpoint, policy=POLICIES[memory], prevent_cse=False)
-    plan = Plan(model.rules, taps, checkpoint, by_queries, whole=legrad)
+    plan = Plan(model.rules, taps, checkpoint, by_queries=by_queries, whole=legrad)
     readout = _row(model, sample, kind)
 
     def run(zeros: Array, u: Array) -> Any:
