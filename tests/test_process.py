@@ -395,3 +395,32 @@ def test_signals_while_results_are_written(work, tmp_path, monkeypatch, command,
         unfinished = (".part", ".__lock", ".orbax-checkpoint-tmp")
         assert not [path for path in out.rglob("*") if path.name.endswith(unfinished)]
         assert {path.read_text()[-1:] for path in out.rglob("*.jsonl")} <= {"", "\n"}  # no half line
+
+
+KEEPING = """
+import jax, numpy as np, tokentm_jax as tm
+hits = []
+jax.monitoring.register_event_listener(lambda event, **_: hits.append(event.endswith("/cache_hits")))
+vit = tm.load()
+tm.explain(vit, np.full((1, 32, 32, 3), 0.5, np.float32))
+print(sum(hits), jax.config.jax_compilation_cache_dir)
+"""
+
+
+@pytest.mark.slow
+def test_python_keeps_programs_between_processes(tmp_path):
+    """In the folder of the command line, or where JAX is told; and none where it is told so."""
+    known = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")} | {"XDG_CACHE_HOME": str(tmp_path)}
+
+    def run(**more):
+        done = subprocess.run([sys.executable, "-c", KEEPING], env={**known, **more}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        hits, folder = done.stdout.split()
+        return int(hits) > 0, folder
+
+    assert run(JAX_ENABLE_COMPILATION_CACHE="false") == (False, "None")
+    assert not any(tmp_path.iterdir())
+    assert [run(), run()] == [(False, str(tmp_path / "tokentm_jax")), (True, str(tmp_path / "tokentm_jax"))]
+    assert (tmp_path / "tokentm_jax").stat().st_mode & 0o77 == 0
+    other = str(tmp_path / "other")
+    assert run(JAX_COMPILATION_CACHE_DIR=other) == (False, other)
