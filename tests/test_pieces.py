@@ -126,11 +126,11 @@ def test_pieces_of_methods(monkeypatch, kind, method):
     name, options = (method, {}) if isinstance(method, str) else ("tokentm", method)
     module, params, inputs = (*tiny_bert(), batch([5, 8, 4], 8)) if kind == "text" else model_of(kind)
     explain, target = explain_fn(module, name, **options), TARGET % 3
-    maps = compare(
-        monkeypatch, explain, params, inputs, target, entries=40, tolerance=2e-2 if kind == "bfloat16" else 1e-5
-    )
+    half = kind == "bfloat16"
+    maps = compare(monkeypatch, explain, params, inputs, target, entries=40, tolerance=2e-2 if half else 1e-5)
     alone = with_pieces(monkeypatch, 40, explain, params, jax.tree.map(lambda a: a[1:2], inputs), target[1:2])
-    np.testing.assert_allclose(alone[0], maps[1], rtol=0, atol=2e-6 * np.abs(maps[1]).max())
+    # Products of bfloat16 may be blocked in another way, with another rounding.
+    np.testing.assert_allclose(alone[0], maps[1], rtol=0, atol=(2e-2 if half else 2e-6) * np.abs(maps[1]).max())
 
 
 def arrays_of(jaxpr):
