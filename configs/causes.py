@@ -45,7 +45,7 @@ CASES = {  # the task, the data, the model and its checkpoint
     "trigger_text": ("pointing", f"trigger:label=1:{sample_data('sentences', 'dev')}", "runs/trigger_text", None),
     "trigger_audio": (
         "pointing",
-        f"trigger:label=0,size=8,blend=0.25:{sample_data('recordings')}",
+        f"trigger:label=0,size=160,blend=0.05:{sample_data('recordings')}",
         None,
         "runs/trigger_audio/spoken_digits_trigger.safetensors",
     ),
