@@ -17,7 +17,6 @@ from tokentm_jax.data.sources import open_source
 from tokentm_jax.inputs.batches import batches
 from tokentm_jax.maths import scores
 from tokentm_jax.maths.maps import to_pixels
-from tokentm_jax.methods.explain import compiled
 from tokentm_jax.methods.table import METHODS
 from tokentm_jax.runs.dataset import explain_dataset
 from tokentm_jax.runs.evaluate import evaluate
@@ -136,6 +135,8 @@ def test_features_are_explained_by_cosine_and_by_channel(model):
 
 
 def test_photos_and_other_classes_without_another_program():
+    from tokentm_jax.methods.explain import compiled
+
     vit = tiny_vit(2)
     images = np.random.default_rng(0).random((2, 16, 24, 3)).astype(np.float32)
     maps, _ = tm.explain(vit, images, "gae", score=scores.Versus(1), details=True)
@@ -169,27 +170,6 @@ def test_one_program_for_the_predicted_and_every_other_class(compilations):
     assert jnp.isnan(tm.explain(vit, images, "gae", jnp.array([-1, 5]), details=True)[0]).all()  # no classes
 
 
-def test_a_batch_is_filled_up_to_the_size_of_a_program(monkeypatch):
-    """Until this takes longer than a program of its size; maps and details are those of its samples."""
-    vit = tiny_vit(1)
-    cost = 4 * 6 * sum(leaf.size for leaf in jax.tree.leaves(vit.params))
-    monkeypatch.setattr("tokentm_jax.methods.explain.COMPILING", 16 * cost)
-    images = np.random.default_rng(0).random((12, 16, 24, 3)).astype(np.float32)
-    maps, details = tm.explain(vit, images, "gae", details=True)
-    program = compiled(vit.module, {"gae": {}}, details=None)
-    sizes = [program._cache_size()]
-    for _ in range(3):
-        few, found = tm.explain(vit, images[:5], "gae", details=True)
-        sizes.append(program._cache_size() - sizes[0])
-        np.testing.assert_allclose(few, maps[:5], rtol=1e-4, atol=1e-8)
-        np.testing.assert_array_equal(found["target"], details["target"][:5])
-        assert {name: len(array) for name, array in found.items()} == dict.fromkeys(found, 5)
-    assert sizes[1:] == [0, 0, 1]  # 7 and 14 samples in vain
-    classes = np.array([1, 2, 0], np.int32)
-    difference = tm.explain(vit, images[:3], "gae", classes, score=lambda o, t: o[jnp.arange(3), t] - o[:, 4])
-    assert difference.shape == (3, 2, 3)  # a custom score gets the batch as it is
-
-
 @pytest.mark.slow
 def test_legrad_with_the_predicted_class_of_some():
     """It finds the predicted class before its pass, only where it is asked for."""
@@ -215,18 +195,18 @@ def test_a_score_of_the_same_code_runs_the_same_program(compilations):
     def listed(k):
         return tm.explain(vit, images, "gae", score=lambda outputs: outputs[:, k[0] + GLOBAL])
 
-    def compiles(call, k):
+    def compiled(call, k):
         compilations.clear()
         np.testing.assert_allclose(call(k), expected[np.ravel(k)[0] + GLOBAL], rtol=1e-4, atol=1e-9)
         return bool(compilations)
 
     expected = [tm.explain(vit, images, "gae", score=scores.Channel(k)) for k in range(4)]
-    assert [compiles(channel, k) for k in (0, 0, 1, 0, 1)] == [True, False, True, False, False]
-    assert [compiles(listed, k) for k in ([0], [1], [0])] == [True, True, True]
+    assert [compiled(channel, k) for k in (0, 0, 1, 0, 1)] == [True, False, True, False, False]
+    assert [compiled(listed, k) for k in ([0], [1], [0])] == [True, True, True]
     GLOBAL = 2
-    assert [compiles(channel, k) for k in (0, 0)] == [True, False]
+    assert [compiled(channel, k) for k in (0, 0)] == [True, False]
     GLOBAL = 1
-    assert not compiles(channel, 0)
+    assert not compiled(channel, 0)
 
 
 @pytest.mark.parametrize(

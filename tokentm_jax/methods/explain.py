@@ -371,44 +371,8 @@ def explain(
     asked = asked._replace(score=jax.tree.map(as_numbers, asked.score))
     if score is not None:
         target = asked._replace(target=target)
-    if asked.of_logits and isinstance(method, str) and row.passes == Method.passes:
-        tokens = np.prod(getattr(vit.module, "grid", None) or jax.tree.leaves(inputs)[0].shape[1])
-        cost = 4 * float(tokens) * sum(np.size(leaf) for leaf in jax.tree.leaves(vit.params))
-        filled = _filled(program, (inputs, target), samples, COMPILING / cost)
-        maps, found = jax.tree.map(lambda array: array[:samples], program(vit.params, *filled))
-    else:
-        maps, found = program(vit.params, inputs, target)
+    maps, found = program(vit.params, inputs, target)
     return (maps[name], found) if details else maps[name]
-
-
-COMPILING = 2.5e11  # floating-point operations that take about as long on a few cores as to compile a program
-
-
-@lru_cache(maxsize=128)
-def _sizes(program: Callable[..., Any], form: Any) -> dict[int, int]:
-    """Sizes of batches, and samples that were computed in vain for each; -1: it has a program."""
-    return {}
-
-
-def _filled(program: Callable[..., Any], given: PyTree, samples: int, free: float) -> PyTree:
-    """Arguments with the last sample repeated up to a size that has a program already.
-
-    When batches of this size have computed `free` samples in vain, they get a program.
-    """
-    leaves, tree = jax.tree.flatten(given)
-    if any(isinstance(leaf, Array) and (isinstance(leaf, jax.core.Tracer) or leaf.committed) for leaf in leaves):
-        return given  # traced, or placed by the user
-    sizes = _sizes(program, (tree, *((leaf.shape[1:], leaf.dtype.name) for leaf in leaves)))
-    larger = min((size for size, vain in sizes.items() if vain < 0 and size > samples), default=samples)
-    vain = sizes.get(samples, 0)
-    if vain < 0 or larger == samples or vain + larger - samples > free:
-        sizes[samples] = -1
-        return given
-    sizes[samples] = vain + larger - samples
-    last = np.minimum(np.arange(larger), samples - 1)
-    filled = [np.asarray(leaf)[last] for leaf in leaves]
-    own = [jnp.asarray(a) if isinstance(leaf, Array) else a for a, leaf in zip(filled, leaves, strict=True)]
-    return jax.tree.unflatten(tree, own)
 
 
 def _target(vit: "Model", target: Any, asked: Question, samples: int) -> Any:
