@@ -84,7 +84,7 @@ def test_methods_rank_alike_in_mixed_precision(pair, method):
     expected, found = (np.asarray(tm.explain(vit, photos, method, target)) for vit in (single, single.mixed()))
     mean = np.mean([correlation(a, b) for a, b in zip(expected, found, strict=True)])
     print(f"{method}: mean rank correlation {mean:.4f}")
-    assert mean >= (0.99 if method in ("attn_lrp", "input_gradient") else 0.998)  # back to the input: noisier
+    assert mean >= (0.99 if method == "input_gradient" else 0.998)  # noisy in any precision
 
 
 @pytest.mark.slow
