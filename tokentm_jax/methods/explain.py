@@ -364,8 +364,8 @@ def explain(
     if target is not None:
         target = _target(vit, target, asked, samples)
     if asked.of_logits and isinstance(method, str):  # one program for the predicted class and for any other
-        given = np.full(samples, target is not None)
-        target = Chosen(np.zeros(samples, np.int32) if target is None else target, given)
+        classes: Any = np.zeros(samples, np.int32) if target is None else target
+        target = Chosen(classes, np.full(samples, target is not None))
     if isinstance(asked.score, Versus):
         asked = asked._replace(score=Versus(_classes(vit, "the other class", asked.score.other, samples)))
     asked = asked._replace(score=jax.tree.map(as_numbers, asked.score))
