@@ -429,6 +429,7 @@ def test_parameter_count(name):
     assert TIMM[name]["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+@pytest.mark.slow
 def test_convert(folder, checkpoint):
     (folder / "names.txt").write_text("\n".join("uvwxyz"))
     run("convert", checkpoint, "out.safetensors", "--img-size", 24, "--classes", "names.txt")

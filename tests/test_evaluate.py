@@ -513,6 +513,7 @@ def test_labels_go_by_name(vit, folder):
     assert evaluation.translation(named, source).tolist() == [2, 0]
 
 
+@pytest.mark.slow
 def test_comparison(whole, config, vit, folder, tmp_path):
     out, results = whole
     entries = compare([out])

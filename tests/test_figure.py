@@ -216,6 +216,7 @@ def test_a_long_grid_has_a_size_that_files_can_have():
     assert 50_000 < max(figure.get_size_inches()) * figure.dpi < 2**16
 
 
+@pytest.mark.slow
 def test_texts_do_not_overlap(tmp_path):
     maps = {name: [np.eye(4)] * 2 for name in ("transformer_attribution", "integrated_gradients", "conservative_lrp")}
     dogs = ["Staffordshire bullterrier, Staffordshire bull terrier", "cat"]

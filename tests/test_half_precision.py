@@ -56,6 +56,7 @@ def pair(shared):
     return single, half, photos, np.asarray(single.logits(photos)).argmax(-1)
 
 
+@pytest.mark.slow
 def test_maps_in_mixed_precision():
     """Nearly those of float32; a method that needs float32 has it."""
     photos = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8).repeat(4, 1).repeat(4, 2)

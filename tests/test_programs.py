@@ -224,6 +224,7 @@ def test_refusals_name_the_operation_and_the_line(images, briefly):
     assert explain_fn(no_attention, "attn_lrp", pixels=True, grid=(2, 3))(params, images).shape == (2, 8, 12)
 
 
+@pytest.mark.slow
 def test_batches_classes_transformations(images):
     """Alone or in a batch, a class per sample, under jit, vmap and grad."""
     params, forward = layers_of(2, np.random.default_rng(1))

@@ -186,7 +186,7 @@ def test_legrad_with_the_predicted_class_of_some():
 def test_a_score_of_the_same_code_runs_the_same_program(compilations):
     """As where it is written in a call; other values that it reads make another program, and so do mutable ones."""
     global GLOBAL
-    vit = tiny_vit(2)
+    vit = tiny_vit(1)
     images = np.random.default_rng(0).random((2, 16, 24, 3)).astype(np.float32)
 
     def channel(k):
@@ -202,7 +202,7 @@ def test_a_score_of_the_same_code_runs_the_same_program(compilations):
 
     expected = [tm.explain(vit, images, "gae", score=scores.Channel(k)) for k in range(4)]
     assert [compiled(channel, k) for k in (0, 0, 1, 0, 1)] == [True, False, True, False, False]
-    assert [compiled(listed, k) for k in ([0], [1], [0])] == [True, True, True]
+    assert [compiled(listed, k) for k in ([0], [0])] == [True, True]
     GLOBAL = 2
     assert [compiled(channel, k) for k in (0, 0)] == [True, False]
     GLOBAL = 1
@@ -318,10 +318,8 @@ def test_an_evaluation_explains_and_follows_the_score(photos, tmp_path):
         evaluate(only, vit, one, tmp_path / "only")
 
 
-MORE_TASKS = [pytest.param(n, marks=pytest.mark.slow) for n in ("saco", "srg", "infidelity", "sensitivity", "shapley")]
-
-
-@pytest.mark.parametrize("task", ["insertion", *MORE_TASKS])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["insertion", "saco", "srg", "infidelity", "sensitivity", "shapley"])
 def test_every_task_follows_a_channel(photos, tmp_path, task):
     """A channel of the outputs is no class: it is asked once for every image, whatever is predicted."""
     vit, source = tiny_vit(2), open_source(photos)

@@ -376,6 +376,7 @@ def test_texts_are_padded_to_a_length(vit, tmp_path):
 # ---- decoding -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_decoding_in_other_processes(vit, tmp_path):
     """The same pixels and reasons; a decoder that crashes loses its example only."""
     setup = Setup(vit.preprocessing, "default", None)
