@@ -347,6 +347,7 @@ def test_options_are_checked(plain):
         ("tokentm_mix", {"methods": "gae,combination"}, "unknown method 'combination'"),
         ("tokentm_mix", {"methods": "gae,gae"}, "named once"),
         ("tokentm_mix", {"weights": "1,x,1,1"}, "must be numbers with commas between"),
+        ("tokentm_mix", {"power": 0}, "'power' of the method 'tokentm_mix' must be greater than 0"),
         ("combination", {"how": "sum"}, "'how' of the method 'combination' must be 'product' or 'mean'"),
     ):
         with pytest.raises(tm.InputError, match=message):

@@ -157,6 +157,7 @@ def shares(maps: Float[Array, "B h w"], where: Bool[Array, "B h w"] | None = Non
 
 
 Normalisation = Literal["min_max", "rank", "sum"]
+Power = Annotated[float, Gt(0), Le(100)]
 NORMALISATIONS: dict[str, Callable[..., Array]] = {
     "min_max": min_max,
     "rank": ranks,
@@ -205,7 +206,7 @@ def combine(
         raise InputError(
             f"combine needs a weight of at least 0 for each of {len(maps)} maps, not all 0, got {chosen!r:.200}"
         )
-    power = checked("power", Annotated[float, Gt(0), Le(100)], power)
+    power = checked("power", Power, power)
     size = (max(m.shape[1] for m in maps), max(m.shape[2] for m in maps))
     normalise = NORMALISATIONS[normalisation]
     stacked = jnp.stack([normalise(resized(m, size), where) for m in maps])

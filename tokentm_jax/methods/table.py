@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.inputs.reader import Reader
 from tokentm_jax.inputs.values import seen
-from tokentm_jax.maths.maps import Normalisation, combine
+from tokentm_jax.maths.maps import Normalisation, Power, combine
 from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.variants import TokenTM
 from tokentm_jax.methods import attention, gradient, perturbation
@@ -127,7 +127,7 @@ def combination(
     how: Literal["product", "mean"] = "product",
     normalisation: Normalisation = "min_max",
     weights: str = "",
-    power: float = 1.0,
+    power: Power = 1.0,
     gradient: Gradient = "own",
 ) -> Explanation:
     """Product or mean ("how") of the normalised maps of several methods, named with commas between.
@@ -156,7 +156,7 @@ def tokentm_mix(
     methods: str = "libra_tokentm,conservative_lrp,libra_full_grad,legrad",
     normalisation: Normalisation = "min_max",
     weights: str = "",
-    power: float = 2.0,
+    power: Power = 2.0,
     gradient: Gradient = "own",
 ) -> Explanation:
     """The squared mean of TokenTM's normalised map and those of other methods; `combination` with chosen members.
