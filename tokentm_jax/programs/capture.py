@@ -189,9 +189,10 @@ def of_sample(
 
     known: dict[str, Any] = {}
     if points or "input_grads" in fields:
-        asked = (0, 1) if "input_grads" in fields else (0,)
+        # Rules are not derivatives: where the map is differentiated, they must be inside this pass down to the input.
+        asked = (0, 1) if "input_grads" in fields or model.rules else (0,)
         (grads, *of_input), (notes, outputs) = jax.grad(run, asked, has_aux=True)(zeros, values(sample))
-        known = dict(zip(["input_grads"], of_input, strict=False))
+        known = {"input_grads": of_input[0]} if "input_grads" in fields else {}
         for field, point in GRADIENTS.items():
             if field in fields:
                 known[field] = arrays(point, grads)
