@@ -28,7 +28,7 @@ from typing import Literal
 from tokentm_jax import METHODS, EvaluateConfig, Row, sample_data
 from tokentm_jax.configs import CAUSE_ROWS, rows
 
-PLAIN = Row("tokentm_mix, power=1", "tokentm_mix", {"power": 1.0})
+PLAIN = Row("tokentm_mix power 1", "tokentm_mix", {"power": 1.0})
 ROWS = (PLAIN, *CAUSE_ROWS, *rows("beyond_intuition", "occlusion"))
 DEIT, CIFAR = ("deit_tiny_patch16_224", sample_data("deit_tiny")), ("cifar10_distilled", None)
 TEST = sample_data("cifar10", "test")

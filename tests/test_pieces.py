@@ -122,15 +122,15 @@ METHODS += ({"attention": "means"}, {"attention": "plain"}, "gae", "libra_full_g
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["class_token", "attention_pooled_rotary_gated", "bfloat16", "text"])
 def test_pieces_of_methods(monkeypatch, kind, method):
-    """Images and texts with masks; a sample alone has the same map."""
+    """Images and texts with masks; one sample has the map that it has in a batch."""
     name, options = (method, {}) if isinstance(method, str) else ("tokentm", method)
     module, params, inputs = (*tiny_bert(), batch([5, 8, 4], 8)) if kind == "text" else model_of(kind)
     explain, target = explain_fn(module, name, **options), TARGET % 3
     half = kind == "bfloat16"
     maps = compare(monkeypatch, explain, params, inputs, target, entries=40, tolerance=2e-2 if half else 1e-5)
-    alone = with_pieces(monkeypatch, 40, explain, params, jax.tree.map(lambda a: a[1:2], inputs), target[1:2])
+    single = with_pieces(monkeypatch, 40, explain, params, jax.tree.map(lambda a: a[1:2], inputs), target[1:2])
     # Products of bfloat16 may be blocked in another way, with another rounding.
-    np.testing.assert_allclose(alone[0], maps[1], rtol=0, atol=(2e-2 if half else 2e-6) * np.abs(maps[1]).max())
+    np.testing.assert_allclose(single[0], maps[1], rtol=0, atol=(2e-2 if half else 2e-6) * np.abs(maps[1]).max())
 
 
 def arrays_of(jaxpr):

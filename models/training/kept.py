@@ -11,7 +11,7 @@ from tokentm_jax.files import reason, replace
 
 
 def keep(path: Path, name: str, identity: str, values: np.ndarray) -> None:
-    """Write the file, in place of the one that `kept` has read. Raises InputError where it cannot be written."""
+    """Write the file, which replaces the one that `kept` has read. Raises InputError where it cannot be written."""
     replace(path, partial(_write, name, identity, values), overwrite=True)
 
 

@@ -74,11 +74,18 @@ def attention_map(A: Float[Array, "H Q N"], G: Float[Array, "H Q N"]) -> Float[A
     return jax.nn.relu(G * A).mean(0)
 
 
+def attention_part(
+    r: Float[Array, "*b Q"], A_bar: Float[Array, "Q N"], w: Float[Array, " N"] | float = 1.0
+) -> Float[Array, "*b N"]:
+    """`(r Ā) ⊙ w`: what rows r of some queries give the keys, with the weights w of the attention layer."""
+    return (r @ A_bar) * w
+
+
 def attention_update(
     r: Float[Array, "*b N"], A_bar: Float[Array, "N N"], w: Float[Array, " N"] | float = 1.0
 ) -> Float[Array, "*b N"]:
-    """`C ← (I + Ā W) C`: rows r become `r + (r Ā) ⊙ w`, with the weights w of the attention layer."""
-    return r + (r @ A_bar) * w
+    """`C ← (I + Ā W) C`: rows r become `r + (r Ā) ⊙ w`."""
+    return r + attention_part(r, A_bar, w)
 
 
 def ffn_update(r: Float[Array, "*b N"], w: Float[Array, " N"]) -> Float[Array, "*b N"]:

@@ -246,7 +246,7 @@ def norm_gain(before: Float[Array, "N D"], after: Float[Array, "N D"]) -> Float[
 def attention_terms(
     A: Float[Array, "H Q N"], G: Float[Array, "H Q N"] | None, w: Float[Array, "*H N"], options: TokenTM
 ) -> tuple[Float[Array, "Q N"], Float[Array, " N"]]:
-    """`Ā` and w of an attention layer, for `tokentm.attention_update`.
+    """`Ā` and w of an attention layer, for `tokentm.attention_part`.
 
     Weights per head go into `Ā`: `Ā = mean_h relu(G * A_h) diag(w_h)`.
     """
@@ -331,8 +331,8 @@ def _attention_layer_backward(
     options: TokenTM, saved: tuple[Array, Array], cotangents: tuple[Array, Array]
 ) -> tuple[Any, ...]:
     (attention, weights), (gradient, row) = saved, cotangents
-    A_bar, w = attention_terms(attention.astype(row.dtype), gradient.astype(row.dtype), weights, options)
-    return gradient, (row @ A_bar) * w, None
+    terms = attention_terms(attention.astype(row.dtype), gradient.astype(row.dtype), weights, options)
+    return gradient, tokentm.attention_part(row, *terms), None
 
 
 attention_layer.defvjp(_attention_layer_forward, _attention_layer_backward)

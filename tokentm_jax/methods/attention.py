@@ -232,7 +232,6 @@ def beyond_intuition(
     1 to steps. `from_zero` uses `linspace(0, 1, steps)` instead, as the published code does, which also starts at the
     fourth block (`first_block=3`).
     """
-    check_blocks(model, first_block)
     weights = ["tokens", "transformed_value"] if variant == "token" else ["attention_grad"]
     trace: Any = capture(model, params, inputs, target, ["attention", *weights], first_block=first_block)
     last = model.structure.depth - 1

@@ -32,11 +32,11 @@ from tokentm_jax.maths.perturbation import (
 )
 from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.scores import Question, explained
-from tokentm_jax.methods.attention import Block, check_blocks
+from tokentm_jax.methods.attention import Block
 from tokentm_jax.methods.gradient import MOST, Explanation
 from tokentm_jax.models.bert import Bert
 from tokentm_jax.models.vit import ViT
-from tokentm_jax.programs.capture import capture
+from tokentm_jax.programs.capture import capture, check_blocks
 from tokentm_jax.programs.model import Model
 from tokentm_jax.programs.passes import with_tokens
 
