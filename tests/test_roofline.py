@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 from conftest import mostly_slow
-from jax.interpreters.partial_eval import dce_jaxpr
 
 from tokentm_jax.methods.explain import explain_fn
 from tokentm_jax.methods.table import METHODS
@@ -31,33 +30,15 @@ def roofline():
         sys.path.pop(0)
 
 
-def products(jaxpr, times=1):
-    """(times, equation) of every product of matrices, however deep; a scan's body counts as often as it runs."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            yield times, equation
-        runs = times * equation.params.get("length", 1) if equation.primitive.name == "scan" else times
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from products(inner, runs)
+@pytest.fixture(scope="module")
+def common(roofline):
+    return sys.modules["common"]
 
 
 def traced(program, module, batch):
     params = jax.eval_shape(lambda key: init_params(module, key), jax.random.key(0))
     images = jax.ShapeDtypeStruct((batch, *module.img_size, 3), jnp.float32)
-    return list(products(jax.make_jaxpr(program(module))(params, images).jaxpr))
-
-
-def flops_of(traced):
-    """A multiplication and an addition for each factor of each product."""
-    total = 0
-    for times, equation in traced:
-        left = equation.invars[0].aval.shape
-        (contracted, _), _ = equation.params["dimension_numbers"]
-        out = equation.outvars[0].aval.shape
-        total += times * 2 * math.prod(out) * math.prod(left[i] for i in contracted)
-    return total
+    return jax.make_jaxpr(program(module))(params, images)
 
 
 # The others trace a layer twice, for the compiler to compute it once, or cost what other methods or the patches do.
@@ -66,7 +47,7 @@ ONE_BY_ONE = [name for name, row in METHODS.items() if name not in TWICE and "n 
 
 
 @pytest.mark.parametrize("method", mostly_slow(ONE_BY_ONE, ("transformer_attribution", "grad_cam")))
-def test_methods_cost_the_passes_that_the_table_says(method):
+def test_methods_cost_the_passes_that_the_table_says(common, method):
     """What is traced, in forward passes; a backward pass to the inputs is one, and one by the rules of LRP four.
 
     "1/L B" is a backward pass through the last of the L blocks. Details are not read: those of `partial_lrp` have
@@ -75,11 +56,7 @@ def test_methods_cost_the_passes_that_the_table_says(method):
     module = ViT((32, 32), 16, embed_dim=96, depth=6, num_heads=3, num_classes=10)
 
     def cost(function):
-        closed = jax.make_jaxpr(function)(
-            jax.eval_shape(lambda key: init_params(module, key), jax.random.key(0)),
-            jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32),
-        )
-        return flops_of(products(dce_jaxpr(closed.jaxpr, [True] * len(closed.out_avals))[0]))
+        return common.read_products(traced(lambda _: function, module, 2))
 
     forward = cost(lambda params, images: module.apply({"params": params}, images))
     terms = re.findall("([0-9]+)(/L)?", METHODS[method].passes)
@@ -88,9 +65,9 @@ def test_methods_cost_the_passes_that_the_table_says(method):
 
 
 @pytest.mark.parametrize(("label", "passes"), [("forward", (1, 0)), ("forward and backward", (1, 1))])
-def test_the_count_by_hand_is_that_of_the_traced_products(roofline, label, passes):
+def test_the_count_by_hand_is_that_of_the_traced_products(roofline, common, label, passes):
     batch, moved = 2, 0
-    found = traced(roofline.PROGRAMS[label][0], SMALL, batch)
+    found = list(common.products(traced(roofline.PROGRAMS[label][0], SMALL, batch).jaxpr))
     for times, equation in found:
         left, right = (v.aval.shape for v in equation.invars)
         out = equation.outvars[0].aval.shape
@@ -98,7 +75,7 @@ def test_the_count_by_hand_is_that_of_the_traced_products(roofline, label, passe
             weights = [s for s in (left, right) if s in KERNELS]
             activations = [s for s in (left, right, out) if s not in KERNELS]
             moved += times * (2 * sum(map(math.prod, activations)) + 4 * sum(map(math.prod, weights)))
-    assert roofline.hand_flops(SMALL, *passes) == flops_of(found) / batch
+    assert roofline.hand_flops(SMALL, *passes) == common.flops_of(found) / batch
     assert roofline.hand_bytes(SMALL, *passes, batch) == moved / batch
 
 

@@ -4,13 +4,14 @@ import argparse
 import math
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from tokentm_jax.inputs.decoding import cores
 from tokentm_jax.models.architectures import architecture, build
@@ -56,6 +57,34 @@ def hand_flops(module: ViT, forwards: int, backwards: int) -> float:
     head = 2 * d * module.num_classes
     blocks = module.depth * (forwards * (linear + products) + backwards * (linear + 2 * products))
     return blocks + forwards * (embedding + head) + backwards * head
+
+
+def products(jaxpr: Any, times: int = 1) -> Iterator[tuple[int, Any]]:
+    """(times, equation) of every product of matrices, however deep; a scan's body counts as often as it runs."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield times, equation
+        runs = times * equation.params.get("length", 1) if equation.primitive.name == "scan" else times
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from products(inner, runs)
+
+
+def flops_of(found: Iterable[tuple[int, Any]]) -> int:
+    """A multiplication and an addition for each factor of each product."""
+    total = 0
+    for times, equation in found:
+        left = equation.invars[0].aval.shape
+        (contracted, _), _ = equation.params["dimension_numbers"]
+        out = equation.outvars[0].aval.shape
+        total += times * 2 * math.prod(out) * math.prod(left[i] for i in contracted)
+    return total
+
+
+def read_products(closed: Any) -> int:
+    """FLOP of the products of a traced program whose results are read."""
+    return flops_of(products(dce_jaxpr(closed.jaxpr, [True] * len(closed.out_avals))[0]))
 
 
 def random_vit(name: str) -> tuple[ViT, Any]:

@@ -21,7 +21,8 @@ from tokentm_jax.maths.variants import Blocks, TokenTM, block_terms, initialised
 from tokentm_jax.programs import passes
 from tokentm_jax.programs.capture import capture, check_blocks, of_sample, plus_extra
 from tokentm_jax.programs.model import Applied, Function, Model
-from tokentm_jax.programs.passes import Memory, Score, View
+from tokentm_jax.programs.one_pass import Wanted, one_pass
+from tokentm_jax.programs.passes import Score, View
 from tokentm_jax.programs.running import Plan
 
 OFF = TokenTM(length=False, direction="none", initialise=False, ffn=False, norms=False)  # GAE
@@ -32,14 +33,8 @@ Block = Annotated[int, Ge(0)]  # a block, counted from 0
 Read = Literal["head", "mean", "pool"]  # how LeGrad reads the tokens of a block
 
 
-def tokentm(
-    model: Model, params: Any, inputs: Any, target: Any, *, options: TokenTM, memory: Memory = "store"
-) -> Explanation:
-    """TokenTM; see `tokentm_jax.maths.tokentm` and, for the options, `variants`.
-
-    `memory` specifies how to run it, with equal results: "store" the results of the linear maps until the backward
-    pass, for speed, or "recompute" them, to save memory.
-    """
+def tokentm(model: Model, params: Any, inputs: Any, target: Any, *, options: TokenTM) -> Explanation:
+    """TokenTM; see `tokentm_jax.maths.tokentm` and, for the options, `variants`."""
     check_blocks(model, options.first_block, options.end_block)
 
     def one(sample: Any, score: Score) -> tuple[tuple[Array, Array], Any]:
@@ -50,8 +45,8 @@ def tokentm(
         elif options.attention == "plain":
             chosen = {"first_block": options.first_block, "end_block": options.end_block}
             return passes.rows_behind(model, params, sample, partial(block_terms, options=options), **chosen)
-        done, outputs = passes.rows_inside(model, params, sample, score, options, memory, gradients)
-        return (done.row, done.embedded), outputs
+        done, outputs = one_pass(model, params, sample, score, Wanted(rows=(options,)), gradients)
+        return (done.rows[0], done.embedded), outputs
 
     (rows, embedded), details = model.per_sample(one, inputs, target)
     rows = jax.vmap(partial(initialised, options=options))(rows, wide(embedded))
@@ -117,15 +112,13 @@ def rollout(
     return _from_attention(model, params, inputs, target, fuse, update, first_block)
 
 
-def gae(
-    model: Model, params: Any, inputs: Any, target: Any, *, first_block: Block = 0, memory: Memory = "store"
-) -> Explanation:
+def gae(model: Model, params: Any, inputs: Any, target: Any, *, first_block: Block = 0) -> Explanation:
     """Generic attention explainability (Chefer et al., ICCV 2021): `R <- R + mean_h relu(G * A_h) R` from R = I.
 
     It is TokenTM without its components.
     """
     options = dataclasses.replace(OFF, first_block=first_block)
-    return tokentm(model, params, inputs, target, options=options, memory=memory)
+    return tokentm(model, params, inputs, target, options=options)
 
 
 def grad_cam(model: Model, params: Any, inputs: Any, target: Any) -> Explanation:
@@ -158,11 +151,9 @@ def grad_cam_tokens(model: Model, params: Any, inputs: Any, target: Any) -> Expl
 
 def attcat(model: Model, params: Any, inputs: Any, target: Any) -> Explanation:
     """AttCAT (Qiang et al., NeurIPS 2022): token * gradient at each block's input, times the attention it gets."""
-    trace: Any = capture(model, params, inputs, target, ["attention", "tokens", "token_grads"])
-    effect = (wide(trace.tokens) * wide(trace.token_grads)).sum(-1)  # [L, B, N]
-    per_query = wide(trace.attention).mean(2)  # [L, B, N, N]
-    received = jax.vmap(partial(mean_of_seen, axis=-2), (1, 0), 1)(per_query, trace.seen)
-    return token_map(model, (received * effect).sum(0)), trace.details()
+    take = partial(one_pass, model, params, wanted=Wanted(effects=True, received=True))
+    done, details = model.per_sample(take, inputs, target)
+    return token_map(model, (done.received * done.effects[:, :-1]).sum(1)), details
 
 
 def legrad(

@@ -19,11 +19,11 @@ from tokentm_jax.errors import Unfit
 from tokentm_jax.inputs.values import input_map, read_out, seen, token_map, values
 from tokentm_jax.maths.maps import spread
 from tokentm_jax.maths.primitives import wide
-from tokentm_jax.maths.tokentm import aggregate, attention_map, attention_update
 from tokentm_jax.methods.attention import Block, Details, Explanation
-from tokentm_jax.programs.capture import Trace, capture, check_blocks
+from tokentm_jax.programs.capture import capture, check_blocks
 from tokentm_jax.programs.model import Model
-from tokentm_jax.programs.passes import full_gradient_rows, position_rows
+from tokentm_jax.programs.one_pass import Wanted, one_pass
+from tokentm_jax.programs.relevance import attribution_rows, full_gradient_rows, position_rows
 from tokentm_jax.programs.rules import ATTN_LRP, LIBRA, RULES, Activation, Stabiliser, conservative, lrp, res_lrp
 from tokentm_jax.programs.running import Rules
 
@@ -41,13 +41,9 @@ def by_rules(function: Callable[..., Explanation], rules: str) -> Callable[..., 
     return ruled
 
 
-def _tokens_of(model: Model) -> tuple[str, ...]:
-    """The fields of a trace for the relevance of blocks; empty for a function without blocks."""
-    return ("tokens", "token_grads", "final_tokens") if model.has_blocks else ()
-
-
-def _details(trace: Trace, token_relevance: Any) -> Details:
-    return trace.details() | ({} if token_relevance is None else {"relevance": token_relevance.sum((2, 3)).T})
+def _with_relevance(details: Details, tokens: Array | None) -> Details:
+    """Details with the relevance of blocks, from that of their tokens [B, L+1, N]; without blocks it is None."""
+    return details if tokens is None else {**details, "relevance": tokens.sum(-1)}
 
 
 def _maps(model: Model, mask: Array | None, arrays: Any, rule: Callable[[Any, Array], Array]) -> Array:
@@ -62,21 +58,23 @@ def _maps(model: Model, mask: Array | None, arrays: Any, rule: Callable[[Any, Ar
 
 def full_lrp(model: Model, params: Any, inputs: Any, target: Any, *, stabiliser: Stabiliser = "signed") -> Explanation:
     """Layer-wise relevance propagation down to the pixels, summed over channels: signed maps [B, H, W]."""
-    fields = ("input_grads", *_tokens_of(model))
-    trace: Any = capture(model.by(lrp("lrp", stabiliser)), params, inputs, target, fields)
-    return input_map(trace.seen, trace.input_grads.sum(-1)), _details(trace, trace.token_grads)
+    wanted = Wanted(carried=model.has_blocks, input_grads=True)
+    take = partial(one_pass, model.by(lrp("lrp", stabiliser)), params, wanted=wanted)
+    done, details = model.per_sample(take, inputs, target)
+    return input_map(seen(inputs), wide(done.input_grads).sum(-1)), _with_relevance(details, done.carried)
 
 
 def partial_lrp(
     model: Model, params: Any, inputs: Any, target: Any, *, stabiliser: Stabiliser = "signed"
 ) -> Explanation:
     """Positive relevance of the last block's attention (Voita et al., ACL 2019), mean over heads."""
-    take = partial(capture, model.by(lrp("lrp", stabiliser)), params, inputs)
-    trace = take(target, ["attention_grad"], first_block=model.structure.depth - 1)
+    ruled = model.by(lrp("lrp", stabiliser))
+    trace = capture(ruled, params, inputs, target, ["attention_grad"], first_block=model.structure.depth - 1)
     rule = lambda carried, row: row @ jax.nn.relu(carried[0]).mean(0)  # noqa: E731
     # The relevance of all blocks is another pass, which is compiled only if it is read.
-    flow = take(trace.target, _tokens_of(model)).token_grads
-    return _maps(model, trace.seen, trace.attention_grad, rule), _details(trace, flow)
+    flow = partial(one_pass, ruled.storing("store"), params, wanted=Wanted(carried=True))
+    done, _ = model.per_sample(flow, inputs, trace.target)
+    return _maps(model, trace.seen, trace.attention_grad, rule), _with_relevance(trace.details(), done.carried)
 
 
 def transformer_attribution(
@@ -84,29 +82,24 @@ def transformer_attribution(
 ) -> Explanation:
     """Transformer Attribution (Chefer et al., CVPR 2021): the product of `I + mean_h relu(G * R_A)` over blocks."""
     check_blocks(model, first_block)
-    trace = capture(model, params, inputs, target, ["attention_grad"])
-    ruled = model.by(lrp("ours", stabiliser))
-    relevance = capture(ruled, params, inputs, trace.target, ("attention_grad", *_tokens_of(model)))
-
-    def update(row: Array, block: tuple[Array, Array]) -> Array:
-        gradient, carried = block
-        return attention_update(row, attention_map(carried, gradient))
-
-    arrays = (trace.attention_grad, relevance.attention_grad)
-    maps = _maps(model, trace.seen, arrays, lambda blocks, row: aggregate(row, blocks, update, first_block))
-    return maps, {**_details(relevance, relevance.token_grads), **trace.details()}
+    take = partial(attribution_rows, model, lrp("ours", stabiliser), params, first_block=first_block)
+    (rows, relevance), details = model.per_sample(take, inputs, target)
+    return token_map(model, rows), _with_relevance(details, relevance)
 
 
 def _token_times_gradient(
     model: Model, rules: Rules, params: Any, inputs: Any, target: Any, pixels: bool
 ) -> Explanation:
-    trace: Any = capture(model.by(rules), params, inputs, target, ("input_grads", *_tokens_of(model)))
-    relevance: Any = None if trace.tokens is None else wide(trace.tokens) * wide(trace.token_grads)
-    at_pixels = (wide(values(inputs)) * wide(trace.input_grads)).sum(-1)
-    if not pixels and relevance is None:
+    blocks = model.has_blocks
+    if not pixels and not blocks:
         raise Unfit("a function without attention has no map of tokens: use pixels=True")
-    maps = input_map(trace.seen, at_pixels) if pixels else token_map(model, relevance[0].sum(-1))
-    return maps, _details(trace, relevance)
+    take = partial(one_pass, model.by(rules), params, wanted=Wanted(effects=blocks, input_grads=pixels))
+    done, details = model.per_sample(take, inputs, target)
+    if pixels:
+        maps = input_map(seen(inputs), (wide(values(inputs)) * wide(done.input_grads)).sum(-1))
+    else:
+        maps = token_map(model, done.effects[:, 0])
+    return maps, _with_relevance(details, done.effects)
 
 
 def conservative_lrp(

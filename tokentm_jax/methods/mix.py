@@ -12,7 +12,7 @@ from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.variants import TokenTM, initialised
 from tokentm_jax.methods.attention import OFF, Details, Explanation
 from tokentm_jax.programs.model import Model
-from tokentm_jax.programs.passes import rows_inside
+from tokentm_jax.programs.one_pass import Wanted, one_pass
 from tokentm_jax.programs.rules import ATTN_LRP, LIBRA
 
 Gradient = Literal["own", "conservative_lrp", "attn_lrp"]
@@ -58,14 +58,13 @@ def shared_maps(
         noted = "legrad" in joined - found.keys()
 
         ruled = model.by(RULES[rules])
-        one = lambda sample, score: rows_inside(ruled, params, sample, score, options, legrad=noted)  # noqa: B023, E731
-        done, more = model.per_sample(one, inputs, target)
-        embedded = wide(done.embedded)
+        wanted = Wanted(rows=(options,), legrad=noted, effects=rules in joined)
+        done, more = model.per_sample(partial(one_pass, ruled, params, wanted=wanted), inputs, target)
         start = partial(initialised, options=options)
-        found[name] = token_map(model, jax.vmap(start)(done.row, embedded))
+        found[name] = token_map(model, jax.vmap(start)(done.rows[0], wide(done.embedded)))
         if noted:
             found["legrad"] = token_map(model, done.legrad)
         if rules in joined:
-            found[rules] = token_map(model, (embedded * wide(done.gradient)).sum(-1))
+            found[rules] = token_map(model, done.effects[:, 0])
         details, target = details or more, more["target"]
     return [found[name] for name in names], details

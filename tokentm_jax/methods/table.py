@@ -28,6 +28,7 @@ from tokentm_jax.methods.attention import Explanation
 from tokentm_jax.methods.mix import ROWS, Gradient, shared_maps
 from tokentm_jax.methods.perturbation import Removal
 from tokentm_jax.programs.model import Model
+from tokentm_jax.programs.running import Memory
 from tokentm_jax.validation import check_options, options_of
 
 TOKENS, PIXELS = "token map", "pixel map"
@@ -51,6 +52,7 @@ class Method:
     held: Callable[[Mapping[str, object]], bool] | None = None  # the options with which they have not
     takes_rules: bool = False  # whether the option `rules` sets the backward rules of its gradient, see `RuleNames`
     rules: str = "plain"  # the default rules
+    takes_memory: bool = False  # whether the option `memory` sets what its pass stores, see `Memory`
     float32: bool = False  # whether it is always computed in float32 at least, because bfloat16 changes the maps
     options: type | None = None  # a frozen dataclass of options, if the function takes one
     classless: Callable[[Mapping[str, object]], bool] | None = None  # the options with which the class does not matter
@@ -75,7 +77,8 @@ class Method:
         """Type of every option: the function's keyword-only arguments, and the fields of its dataclass."""
         own = {name: kind for name, kind in options_of(self.function).items() if name != "options"}
         rules = {"rules": relevance.RuleNames} if self.takes_rules else {}
-        return {**(options_of(self.options) if self.options else {}), **own, **rules}
+        memory = {"memory": Memory} if self.takes_memory else {}
+        return {**(options_of(self.options) if self.options else {}), **own, **rules, **memory}
 
     def check(self, name: str, options: Mapping[str, object]) -> dict[str, Any]:
         """The options as plain Python values of the annotated types.
@@ -92,6 +95,8 @@ class Method:
         """The function with its options checked and bound. InputError as `check`, and for conflicts."""
         values = self.check(name, options)
         function = relevance.by_rules(self.function, values.pop("rules", self.rules))
+        if self.takes_memory:
+            function = _storing(function, values.pop("memory", "store"))
         function = at_least_float32(function) if self.float32 else function
         if self.options is None:
             return partial(function, **values)
@@ -101,6 +106,15 @@ class Method:
             return partial(function, options=self.options(**choices), **values)
         except ValueError as error:
             raise InputError(f"method '{name}': {error}") from None
+
+
+def _storing(function: Callable[..., Explanation], memory: Memory) -> Callable[..., Explanation]:
+    """A method whose passes store this; those of a combination store what it stores."""
+
+    def stored(model: Model, params: Any, inputs: Any, target: Any, **options: Any) -> Explanation:
+        return function(model.storing(memory), params, inputs, target, **options)
+
+    return stored
 
 
 def at_least_float32(function: Callable[..., Explanation]) -> Callable[..., Explanation]:
@@ -201,31 +215,33 @@ def _plain(options: Mapping[str, object]) -> bool:
 
 # Methods that remove pixels, perhaps with black. Changes by one patch are small compared with rounding in bfloat16.
 _removal = partial(Method, options=Removal, suit=perturbation.with_black, float32=True)
-# Gradient methods, whose backward rules are an option.
-_gradient = partial(Method, takes_rules=True)
+# Gradient methods, whose backward rules are an option. What a pass through all blocks stores is one, too.
+_last_block = partial(Method, takes_rules=True)
+_gradient = partial(_last_block, takes_memory=True)
+_relevance = partial(Method, takes_memory=True)
 
 
 def _libra(function: Callable[..., Explanation], paper: str = "Mehri et al., CVPR", **more: Any) -> Method:
     """A gradient method on LibraGrad's pruned backward pass."""
-    return Method(function, paper, 2025, differentiable=False, rules="libra", **more)
+    return Method(function, paper, 2025, differentiable=False, rules="libra", **{"takes_memory": True, **more})
 
 
 METHODS: dict[str, Method] = {
     "tokentm": _gradient(attention.tokentm, "Wu et al., CVPR", 2024, options=TokenTM, classless=_plain),
     "gae": _gradient(attention.gae, "Chefer et al., ICCV", 2021),
-    "transformer_attribution": Method(
+    "transformer_attribution": _relevance(
         relevance.transformer_attribution, "Chefer et al., CVPR", 2021, "2 F + 5 B", float32=True
     ),
     "attcat": _gradient(attention.attcat, "Qiang et al., NeurIPS", 2022),
-    "conservative_lrp": Method(relevance.conservative_lrp, "Ali et al., ICML", 2022, differentiable=False),
-    "lrp": Method(relevance.full_lrp, "Bach et al., PLOS ONE", 2015, "1 F + 4 B", output=PIXELS, float32=True),
+    "conservative_lrp": _relevance(relevance.conservative_lrp, "Ali et al., ICML", 2022, differentiable=False),
+    "lrp": _relevance(relevance.full_lrp, "Bach et al., PLOS ONE", 2015, "1 F + 4 B", output=PIXELS, float32=True),
     "partial_lrp": Method(relevance.partial_lrp, "Voita et al., ACL", 2019, "1 F + 4/L B", float32=True),
     "rollout": Method(attention.rollout, "Abnar & Zuidema, ACL", 2020, "1 F", class_specific=False),
     "raw_attention": Method(attention.raw_attention, "Vaswani et al., NeurIPS", 2017, "1 F", class_specific=False),
-    "grad_cam": _gradient(attention.grad_cam, "Selvaraju et al., ICCV", 2017, "1 F + 1/L B", float32=True),
-    "grad_cam_tokens": _gradient(attention.grad_cam_tokens, "Selvaraju et al., ICCV", 2017, "1 F + 1/L B"),
-    "attn_lrp": Method(relevance.attention_lrp, "Achtibat et al., ICML", 2024, differentiable=False),
-    "res_lrp": Method(relevance.residual_lrp, "ResLRP, arXiv", 2026, differentiable=False),
+    "grad_cam": _last_block(attention.grad_cam, "Selvaraju et al., ICCV", 2017, "1 F + 1/L B", float32=True),
+    "grad_cam_tokens": _last_block(attention.grad_cam_tokens, "Selvaraju et al., ICCV", 2017, "1 F + 1/L B"),
+    "attn_lrp": _relevance(relevance.attention_lrp, "Achtibat et al., ICML", 2024, differentiable=False),
+    "res_lrp": _relevance(relevance.residual_lrp, "ResLRP, arXiv", 2026, differentiable=False),
     "pa_lrp": _gradient(
         relevance.position_aware_lrp,
         "Bakish et al., arXiv",
@@ -235,14 +251,14 @@ METHODS: dict[str, Method] = {
         rules="attn_lrp",
         float32=True,
     ),
-    "libra_full_grad": Method(relevance.libra_full_grad, "Mehri et al., CVPR", 2025, differentiable=False),
+    "libra_full_grad": _relevance(relevance.libra_full_grad, "Mehri et al., CVPR", 2025, differentiable=False),
     "libra_attcat": _libra(attention.attcat),
     "libra_tokentm": _libra(
         attention.tokentm, "Wu et al. and Mehri et al., together", options=TokenTM, classless=_plain
     ),
     "libra_gae": _libra(attention.gae),
-    "libra_grad_cam": _libra(attention.grad_cam, passes="1 F + 1/L B", float32=True),
-    "beyond_intuition": _gradient(attention.beyond_intuition, "Chen et al., TMLR", 2023, "21 F + 1 B + 20/L B"),
+    "libra_grad_cam": _libra(attention.grad_cam, passes="1 F + 1/L B", float32=True, takes_memory=False),
+    "beyond_intuition": _last_block(attention.beyond_intuition, "Chen et al., TMLR", 2023, "21 F + 1 B + 20/L B"),
     "legrad": Method(attention.legrad, "Bousselham et al., ICCV", 2025, "2 F"),
     "input_gradient": _gradient(gradient.input_gradient, "Simonyan et al., ICLR", 2014, output=PIXELS),
     "gradient_x_input": _gradient(

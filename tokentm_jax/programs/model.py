@@ -21,7 +21,7 @@ from tokentm_jax.maths.scores import CLASS_LOGIT, Question, explained, is_open
 from tokentm_jax.programs.flat import flatten
 from tokentm_jax.programs.pieces import pieces_of
 from tokentm_jax.programs.reading import Reading, read
-from tokentm_jax.programs.running import Evaluation, Plan, Rules
+from tokentm_jax.programs.running import Evaluation, Memory, Plan, Rules
 from tokentm_jax.programs.sample import for_one_sample
 from tokentm_jax.programs.structure import Structure, find
 
@@ -142,11 +142,12 @@ class Program:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A model with its program and backward rules; made by `Function.read`."""
+    """A model with its program, its backward rules, and what its passes store; made by `Function.read`."""
 
     source: Function
     program: Program
     rules: Rules = dataclasses.field(default_factory=dict)
+    memory: Memory | None = None
 
     @property
     def reading(self) -> Reading:
@@ -247,7 +248,7 @@ class Model:
 
         Raises Unfit for a function that always computes in less.
         """
-        model = self.source.wide().read(params, inputs).by(self.rules)
+        model = self.source.wide().read(params, inputs).by(self.rules).storing(self.memory)
         types = [t for t in _types(model.reading) if jnp.issubdtype(t, jnp.floating) and jnp.finfo(t).bits < 32]
         if types:
             raise Unfit(f"this method needs a function that computes in float32; this one computes in {types[0]}")
@@ -257,11 +258,16 @@ class Model:
         """The same model with other backward rules."""
         return dataclasses.replace(self, rules=rules)
 
+    def storing(self, memory: Memory | None) -> "Model":
+        """The same model, whose blocks store this for the backward pass; None: all that it reads."""
+        return dataclasses.replace(self, memory=memory)
+
     # ---- evaluation ----
     def apply(self, variables: Any, inputs: Any) -> Any:
         """The outputs for a batch, as from `apply` of a Linen module."""
         params = variables["params"]
-        if self.rules or (self.has_blocks and any(pieces_of(stage.reading) for stage in self.structure.stages)):
+        stages = self.structure.stages if self.has_blocks else []
+        if self.rules or (stages and self.memory) or any(pieces_of(stage.reading) for stage in stages):
             run = lambda x: self.evaluate(params, x, Plan(self.rules), None, None)[0]  # noqa: E731
         else:
             leaves, closed = jax.tree.leaves(params), self.program.jaxpr
@@ -285,10 +291,16 @@ class Model:
         return jax.lax.cond(own.given.all(), lambda: known, found)
 
     def evaluate(self, params: Any, sample: Any, plan: Plan, extra: Any, state: Any) -> tuple[Any, Notes, Any]:
-        """The outputs for one sample, the notes of the plan's taps, and their state."""
+        """The outputs for one sample, the notes of the plan's taps, and their state.
+
+        With a second plan, the outputs are a pair: those of the second evaluation are equal and have its
+        backward pass.
+        """
         inputs = [*jax.tree.leaves(params), *jax.tree.leaves(sample)]
+        plan = dataclasses.replace(plan, memory=self.memory)
         done = Evaluation(self.reading, plan, inputs, state, extra).run()
-        return jax.tree.unflatten(self.program.outputs, done.outputs), done.notes, done.state
+        outputs = [jax.tree.unflatten(self.program.outputs, e.outputs) for e in (done, done.second) if e is not None]
+        return outputs[0] if done.second is None else outputs, done.notes, done.state
 
     def per_sample(
         self, one: Callable[[Any, Callable[[Any], Array]], tuple[Any, Any]], inputs: Any, target: Any

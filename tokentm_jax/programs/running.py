@@ -25,7 +25,8 @@ import copy
 import dataclasses
 from collections import ChainMap
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -44,23 +45,62 @@ Tap = Callable[["Evaluation", Array, Any, Any], tuple[Array, Any, Any]]
 TapByQueries = Callable[["Evaluation", Any, Any], tuple[Callable[[Array], Any], Callable[[Any], Any]]]
 
 
+# What an iteration of a scan stores for its backward pass besides its input: TokenTM's transformation weights [N], and
+# with "store" also the results of its linear maps (queries, keys, values and hidden channels). Attention is always
+# computed again.
+Memory = Literal["recompute", "store"]
+WEIGHTS = "transformation weights"
+_ONLY_WEIGHTS = jax.checkpoint_policies.save_only_these_names(WEIGHTS)
+POLICIES: dict[Memory, Any] = {
+    "recompute": _ONLY_WEIGHTS,
+    "store": jax.checkpoint_policies.save_from_both_policies(
+        _ONLY_WEIGHTS, jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """How to evaluate a program: rules by kind, and taps by value."""
 
     rules: Rules = dataclasses.field(default_factory=dict)
     taps: Mapping[int, Tap] = dataclasses.field(default_factory=dict)
-    checkpoint: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda body: body  # of the body of a scan
+    memory: Memory | None = None  # what iterations of a scan store for the backward pass; None: all that it reads
     untapped: Mapping[Step, int] = dataclasses.field(default_factory=dict)  # first iterations of scans, without taps
     by_queries: Mapping[int, TapByQueries] = dataclasses.field(default_factory=dict)
     whole: bool = False  # no attention runs in pieces, because something reads its weights
+    second: "Plan | None" = None  # of another backward pass over the same values, with other rules and taps
+
+
+@jax.custom_jvp
+def _equal(value: Array, known: Array) -> Array:
+    """`known`, with the derivative of a value that is equal to it."""
+    return known
+
+
+_equal.defjvp(lambda values, tangents: (values[1], tangents[0]))
 
 
 class Evaluation:
-    """One evaluation of a program, or of one iteration of a scan's body; `values` are the ones known so far."""
+    """One evaluation of a program, or of one iteration of a scan's body; `values` are the ones known so far.
 
-    def __init__(self, reading: Reading, plan: Plan, inputs: list[Any], state: Any = None, extra: Any = None) -> None:
-        self.reading, self.plan, self.state = reading, plan, state
+    With a second plan, `second` is another evaluation, `inputs_of_second` are its inputs (None for those that do not
+    depend on the explained one), and all of its values are those of the `first`: only its backward pass is computed.
+    """
+
+    def __init__(
+        self,
+        reading: Reading,
+        plan: Plan,
+        inputs: list[Any],
+        state: Any = None,
+        extra: Any = None,
+        inputs_of_second: list[Any] | None = None,
+        first: "Evaluation | None" = None,
+    ) -> None:
+        self.reading, self.plan, self.state, self.first, self.place = reading, plan, state, first, 0
+        self.left: dict[int, Any] = {}  # what taps of the first evaluation leave for those of the second
+        self.scanned: list[Any] = []  # of the second evaluation, the results of the last step, if both ran it together
         self.values: dict[int, Any] = {**reading.flat.constants}
         self.known: dict[int, Any] = {}  # values by rules, for steps outside of their group
         self.forks = {s.of[0]: s for s in reading.sums if isinstance(s.of, tuple)} if "fork" in plan.rules else {}
@@ -69,26 +109,38 @@ class Evaluation:
         self.in_pieces = {step for pieces in self.pieces.values() for step in pieces.steps}
         for number, value in zip(reading.flat.inputs, inputs, strict=True):
             self._put(number, value)
+        self.second = None
+        if plan.second is not None:
+            self.second = Evaluation(reading, plan.second, inputs_of_second or inputs, None, extra, first=self)
 
     def run(self) -> "Evaluation":
         """All steps, in order."""
-        flat, place = self.reading.flat, 0
-        while place < len(flat.steps):
-            step, call = flat.steps[place], flat.calls.get(place)
+        for evaluation in (self, self.second):
+            if evaluation is not None:
+                evaluation._until(len(self.reading.flat.steps))
+                evaluation.outputs = [evaluation.get(o) for o in self.reading.flat.outputs]
+        return self
+
+    def _until(self, stop: int) -> None:
+        """The steps before number `stop`."""
+        flat = self.reading.flat
+        while self.place < stop:
+            step, call = flat.steps[self.place], flat.calls.get(self.place)
             if step in self.in_pieces:
-                place += 1
+                self.place += 1
                 continue
             if call is not None and not self._touches(call):
-                place = call.stop
+                self.place = call.stop
                 values = bind(call.equation, [self.get(i) for i in call.inputs])
                 outputs = call.outputs
             else:
-                place += 1
+                self.place += 1
                 outputs, values = step.outputs, self._step(step)
             for number, value in zip(outputs, values, strict=True):
                 self._put(number, value)
-        self.outputs = [self.get(o) for o in flat.outputs]
-        return self
+            for number, value in zip(outputs, self.scanned, strict=True) if self.scanned else ():
+                self.second._put(number, value)  # type: ignore[union-attr]
+            self.scanned = []
 
     def held(self) -> "Evaluation":
         """The same values as constants."""
@@ -117,6 +169,15 @@ class Evaluation:
             inside, after = self.plan.by_queries[number](self, self.state, self.extra.get(number))
             self.values[number], result = inside(value)
             self.state = after(result)
+        if self.first is not None:
+            self.values[number] = self._of_first(number, self.values[number])
+
+    def _of_first(self, number: int, value: Any) -> Any:
+        """The value of the first evaluation, with the backward pass of this one."""
+        known = self.first.values.get(number)  # type: ignore[union-attr]
+        if known is None or number not in self.reading.facts:
+            return value if known is None else known
+        return _equal(value, known)
 
     def _leaves(self, number: int, step: Step | None) -> bool:
         """Whether a value leaves its group of elementwise steps here, so that a rule applies."""
@@ -134,7 +195,8 @@ class Evaluation:
     def _activated(self, number: int) -> Any:
         if number not in self.known:
             root = self.reading.facts[number].root
-            self.known[number] = self.plan.rules["activation"](self.function([root], number), self.get(root))
+            value = self.plan.rules["activation"](self.function([root], number), self.get(root))
+            self.known[number] = value if self.first is None else self._of_first(number, value)
         return self.known[number]
 
     def _forked(self, number: int, step: Step | None) -> Any:
@@ -206,6 +268,8 @@ class Evaluation:
         def f(*inputs: Any) -> Any:
             return bind(step.equation, [inputs[order.index(i)] for i in range(len(inputs))])[0]
 
+        if self.first is not None:
+            f.value = self.first.values.get(step.outputs[0])  # type: ignore[attr-defined]
         return rule(f, *(self.get(step.inputs[i], step) for i in order))
 
     def function(self, starts: list[int], end: int) -> Callable[..., Any]:
@@ -251,21 +315,37 @@ class Evaluation:
     def _scan(self, step: Step) -> list[Any]:
         params, body = step.params, self.reading.bodies[step]
         (consts, carries), length = scanned(params), params["length"]
-        values = [self.get(i, step) for i in step.inputs]
-        fixed, carry, xs = values[:consts], values[consts : consts + carries], values[consts + carries :]
         extra = {number: array for number, array in self.extra.items() if number in body.facts}
+
+        def inputs_of(evaluation: Evaluation) -> tuple[list[Any], list[Any], list[Any]]:
+            values = [evaluation.get(i, step) for i in step.inputs]
+            if evaluation is not self:  # weights are passed once
+                depends = [i in self.reading.facts for i in step.inputs]
+                values = [
+                    value if own or consts <= place < consts + carries else None
+                    for place, (value, own) in enumerate(zip(values, depends, strict=True))
+                ]
+            return values[:consts], values[consts : consts + carries], values[consts + carries :]
+
+        if self.second is not None:
+            self.second._until(self.place - 1)
+        both = [inputs_of(each) for each in (self, self.second) if each is not None]
+        fixed, carry, xs = ([each[part] for each in both] for part in range(3))
 
         def run(plan: Plan, carried: Any, extra: Any, start: int, stop: int) -> Any:
             whole = stop - start == length
 
-            @plan.checkpoint
             def turn(carried: Any, given: Any) -> Any:
                 (carry, state), (own, extra) = carried, given
                 if not whole:  # the iteration's number: a slice of `xs` would be a copy of the weights
-                    own = [jax.lax.dynamic_index_in_dim(x, own, keepdims=False) for x in xs]
-                done = Evaluation(body, plan, [*fixed, *carry, *own], state, extra).run()
-                return (done.outputs[:carries], done.state), (done.outputs[carries:], done.notes)
+                    own = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, given[0], keepdims=False), xs)
+                inputs, *more = ([*a, *b, *c] for a, b, c in zip(fixed, carry, own, strict=True))
+                done = Evaluation(body, plan, inputs, state, extra, *more).run()
+                outputs = [each.outputs for each in (done, done.second) if each is not None]
+                return ([o[:carries] for o in outputs], done.state), ([o[carries:] for o in outputs], done.notes)
 
+            if plan.memory is not None:
+                turn = partial(jax.checkpoint, policy=POLICIES[plan.memory], prevent_cse=False)(turn)
             given = (xs if whole else jnp.arange(start, stop), extra)
             if whole or stop - start > 1:
                 how = {name: params[name] for name in ("reverse", "unroll")}
@@ -279,4 +359,8 @@ class Evaluation:
             parts.append(ys)
         (carry, self.state), (ys, notes) = run(self.plan, carried, extra, first, length)
         self.notes |= notes
-        return [*carry, *(jnp.concatenate(each) for each in zip(*parts, ys, strict=True))]
+        ys = jax.tree.map(lambda *a: jnp.concatenate(a), *parts, ys) if parts else ys
+        found = [[*a, *b] for a, b in zip(carry, ys, strict=True)]
+        if self.second is not None:
+            self.second.place, self.scanned = self.place, found[1]
+        return found[0]

@@ -1,0 +1,91 @@
+"""What every method costs: products of matrices, memory and processor time, next to those of a forward pass.
+
+    python tests/benchmark/passes.py                                    # minutes
+    python tests/benchmark/passes.py --rows attcat,tokentm+gae          # these alone; + joins methods of one run
+
+Products are counted in the traced program, after what is not read is removed; a scan's body counts as often as it
+runs. Memory is that of the compiled program (`memory.py`). Time is that of the processor, not of the clock, so other
+programs disturb it little: the fastest of several rounds, in turns.
+"""
+
+import os
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from common import names, parser, publish, random_images, random_vit, read_products, table
+from memory import MIB, bytes_per_image
+from ratios import forward, forward_backward
+
+import tokentm_jax as tm
+from tokentm_jax.methods.explain import compiled
+from tokentm_jax.models.vit import ViT, init_params
+
+ROWS = ["tokentm", "gae", "attcat", "libra_attcat", "conservative_lrp", "attn_lrp", "res_lrp", "pa_lrp", "lrp"]
+ROWS += ["transformer_attribution", "libra_full_grad", "input_gradient", "gradient_x_input", "tokentm_mix"]
+ROWS += ["tokentm+gae", "tokentm+gae+attcat", "tokentm+gae+attcat+legrad+grad_cam+input_gradient+gradient_x_input"]
+ROWS += ["libra_tokentm+libra_gae+libra_attcat+conservative_lrp"]
+
+
+def program_of(module: ViT, row: str) -> Any:
+    """`method,option=value`, or several methods of one run."""
+    if "+" in row:
+        run = compiled(module, {name: {} for name in row.split("+")})
+        return jax.jit(lambda params, images: run(params, images, None)[0])
+    method, *options = row.split(",")
+    return jax.jit(tm.explain_fn(module, method, **dict(option.split("=") for option in options)))
+
+
+def flops(function: Any, module: ViT) -> float:
+    """Of the traced products, for one image."""
+    params = jax.eval_shape(partial(init_params, module), jax.random.key(0))
+    images = jax.ShapeDtypeStruct((1, *module.img_size, 3), jnp.float32)
+    return read_products(jax.make_jaxpr(function)(params, images))
+
+
+def processor(calls: dict[str, Any], rounds: int) -> dict[str, float]:
+    """The least processor seconds of each call."""
+    found: dict[str, float] = {}
+    for call in calls.values():
+        jax.block_until_ready(call())
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = os.times()
+            jax.block_until_ready(call())
+            end = os.times()
+            found[name] = min(found.get(name, 1e9), end.user + end.system - start.user - start.system)
+    return found
+
+
+def measure(model: str, rows: list[str], batch: int, rounds: int, timed: bool) -> str:
+    module, params = random_vit(model)
+    images = random_images(batch, module)
+    functions = {"forward": forward(module), "forward and backward": forward_backward(module)}
+    functions |= {row: program_of(module, row) for row in rows}
+    counted = {name: flops(function, module) for name, function in functions.items()}
+    kept = {name: bytes_per_image(function, module, [8, 16]) / MIB for name, function in functions.items()}
+    calls = {name: partial(function, params, images) for name, function in functions.items()}
+    times = processor(calls, rounds) if timed else {}
+    lines = [
+        [name, f"{counted[name] / 1e9:.1f}", f"{counted[name] / counted['forward']:.2f}", f"{kept[name]:.1f}"]
+        + ([f"{times[name]:.2f}", f"{times[name] / times['forward']:.2f}"] if timed else [])
+        for name in functions
+    ]
+    header = ["", "GFLOP", "/ forward", "MiB per image"] + (["processor seconds", "/ forward"] if timed else [])
+    return f"**{model}**, float32, time of a batch of {batch}\n\n{table(header, lines)}"
+
+
+if __name__ == "__main__":
+    arguments = parser(__doc__)
+    arguments.add_argument("--models", type=names, default=["deit_tiny_patch16_224", "vit_base_patch16_224"])
+    arguments.add_argument("--rows", type=names, default=ROWS)
+    arguments.add_argument("--batch", type=int, default=8)
+    arguments.add_argument("--rounds", type=int, default=6)
+    arguments.add_argument("--untimed", type=names, default=["vit_base_patch16_224"], help="models that are not run")
+    chosen = arguments.parse_args()
+    tables = [
+        measure(model, chosen.rows, chosen.batch, chosen.rounds, model not in chosen.untimed)
+        for model in chosen.models
+    ]
+    publish(chosen.out, "# Cost of the methods", *tables)
