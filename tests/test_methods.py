@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from conftest import tiny_vit
+from conftest import mostly_slow, tiny_vit
 
 import tokentm_jax as tm
-from tokentm_jax.methods.explain import explain_fn
+from tokentm_jax.methods.explain import compiled, explain_fn
 
 TARGET = 2
 
@@ -395,6 +395,26 @@ def test_normalisations_and_weights_of_a_combination():
             tm.combine([a, b], "mean", weights=weights)
     with pytest.raises(tm.InputError, match="did you mean 'rank'"):
         tm.combine([a], "mean", "ranks")
+
+
+SHARING = [
+    ("tokentm", "attcat", "gradient_x_input"),
+    ("legrad", "tokentm", "gae", "rollout", "attcat", "input_gradient", "libra_attcat", "conservative_lrp", "lrp"),
+    ("res_lrp", "attn_lrp", "libra_gae", "libra_tokentm", "gae"),
+]
+
+
+@pytest.mark.parametrize("names", mostly_slow(SHARING, SHARING[:1]))
+def test_methods_of_one_run_have_the_maps_that_they_have_alone(small, names):
+    module, params, image = small
+    images = jnp.asarray(np.stack([image, -image]), jnp.float32)
+    together = compiled(module, {name: {} for name in names})
+    alone = jax.jit(lambda *inputs: {name: explain_fn(module, name)(*inputs) for name in names})
+    for target in (None, np.array([1, 0])):
+        found, expected = together(params, images, target)[0], alone(params, images, target)
+        assert found.keys() == expected.keys()
+        for name, maps in expected.items():
+            np.testing.assert_allclose(found[name], maps, rtol=0, atol=1e-6 * np.abs(maps).max())
 
 
 @pytest.mark.parametrize(

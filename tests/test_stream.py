@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import mostly_slow
 
 from tokentm_jax.data.sources import open_source
 from tokentm_jax.inputs.batches import batches
@@ -15,6 +16,8 @@ from tokentm_jax.methods.explain import explain_fn
 from tokentm_jax.metrics import rank_correlation
 from tokentm_jax.models.vit import ViT, init_params
 from tokentm_jax.programs.capture import KERNELS, SHOWN, capture
+from tokentm_jax.programs.model import function_of
+from tokentm_jax.programs.rules import ATTN_LRP, lrp, res_lrp
 
 BASE = {"img_size": (16, 24), "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 5}
 KINDS = {
@@ -61,6 +64,65 @@ def test_inside_the_passes_equals_over_a_trace(kind, options):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
         np.testing.assert_allclose(details["logits"], more["logits"], rtol=1e-5)
         assert (details["target"] == target).all()
+
+
+def relevance_over_a_trace(module, params, images, target, method):
+    """The definitions, over arrays of all blocks."""
+    function = function_of(module)
+    model = function.read(params, images)
+    rules = {"attn_lrp": ATTN_LRP, "res_lrp": res_lrp(1.0)}.get(method, {})
+    trace = capture(model.by(rules), params, images, target)
+    effects = (trace.tokens * trace.token_grads).sum(-1)
+    if method == "attcat":
+        return token_map(module, (trace.attention.mean((2, 3)) * effects[:-1]).sum(0)), None
+    if method != "transformer_attribution":
+        return token_map(module, effects[0]), effects.sum(-1).T
+    relevance = capture(model.by(lrp("ours", "signed")), params, images, target)
+    rows = jnp.broadcast_to(jnp.asarray(module.readout), trace.tokens.shape[1:3])
+    for gradient, carried in zip(trace.attention_grad[::-1], relevance.attention_grad[::-1], strict=True):
+        rows = rows + jnp.einsum("bq,bqk->bk", rows, jax.nn.relu(gradient * carried).mean(1))
+    return token_map(module, rows), relevance.token_grads.sum((2, 3)).T
+
+
+RELEVANCE = ("attcat", "attn_lrp", "res_lrp", "transformer_attribution")
+
+
+@pytest.mark.parametrize("method", mostly_slow(RELEVANCE, ("transformer_attribution",)))
+def test_relevance_inside_the_passes_equals_over_a_trace(method):
+    module = ViT(**BASE, **KINDS["registers"])
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda a: np.asarray(a * 8, np.float64), init_params(module, jax.random.key(0)))
+        images = np.random.default_rng(0).normal(size=(2, 16, 24, 3))
+        target = jnp.array([1, 4])
+
+        @jax.jit
+        def run(params):
+            both = [explain_fn(module, method, details=True, memory=m) for m in ("recompute", "store")]
+            found = [explain(params, images, target) for explain in both]
+            return found, relevance_over_a_trace(module, params, images, target, method)
+
+        found, (expected, relevance) = run(params)
+        for maps, details in found:
+            np.testing.assert_allclose(maps, expected, rtol=0, atol=1e-12 * np.abs(expected).max())
+            if relevance is not None:
+                np.testing.assert_allclose(details["relevance"], relevance, atol=1e-11 * np.abs(relevance).max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["tokentm", *RELEVANCE, "lrp", "libra_full_grad", "pa_lrp", "gradient_x_input"])
+@pytest.mark.parametrize("memory", ["recompute", "store"])
+def test_no_method_keeps_the_attention_of_all_blocks(method, memory):
+    """More blocks need less than an array [H, N, N] each, from the compiled programs."""
+    size = {"img_size": (64, 64), "patch_size": 4, "embed_dim": 16, "num_heads": 4, "num_classes": 5}
+    images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+
+    def kept(depth):
+        module = ViT(**size, depth=depth)
+        params = jax.eval_shape(lambda: init_params(module, jax.random.key(0)))
+        program = jax.jit(explain_fn(module, method, memory=memory)).lower(params, images).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert (kept(9) - kept(5)) / 4 < 4 * 257**2 * 4 / 2
 
 
 @pytest.mark.slow

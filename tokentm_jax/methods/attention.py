@@ -18,35 +18,48 @@ from tokentm_jax.inputs.values import mean_of_seen, read_out, seen, token_map, v
 from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.tokentm import aggregate, attention_update, length
 from tokentm_jax.maths.variants import Blocks, TokenTM, block_terms, initialised, sample_axes
+from tokentm_jax.methods.sharing import Details, Explanation, Share, alone
 from tokentm_jax.programs import passes
 from tokentm_jax.programs.capture import capture, check_blocks, of_sample, plus_extra
 from tokentm_jax.programs.model import Applied, Function, Model
-from tokentm_jax.programs.one_pass import Wanted, one_pass
+from tokentm_jax.programs.one_pass import Pass, Wanted, one_pass
 from tokentm_jax.programs.passes import Score, View
 from tokentm_jax.programs.running import Plan
 
 OFF = TokenTM(length=False, direction="none", initialise=False, ffn=False, norms=False)  # GAE
 
-Details = dict[str, Array]
-Explanation = tuple[Array, Details]
 Block = Annotated[int, Ge(0)]  # a block, counted from 0
 Read = Literal["head", "mean", "pool"]  # how LeGrad reads the tokens of a block
+
+
+def tokentm_share(*, options: TokenTM) -> Share | None:
+    """TokenTM as a part of one pass; None for options that need no gradient, or one before the pass."""
+    if options.takes("gradient") or options.attention == "plain":
+        return None
+
+    def explain(model: Model, inputs: Any, done: Pass, details: Details) -> Explanation:
+        check_blocks(model, options.first_block, options.end_block)
+        rows = jax.vmap(partial(initialised, options=options))(done.rows[0], wide(done.embedded))
+        return token_map(model, rows), details
+
+    return Share(Wanted(rows=(options,)), explain)
 
 
 def tokentm(model: Model, params: Any, inputs: Any, target: Any, *, options: TokenTM) -> Explanation:
     """TokenTM; see `tokentm_jax.maths.tokentm` and, for the options, `variants`."""
     check_blocks(model, options.first_block, options.end_block)
+    share = tokentm_share(options=options)
+    if share is not None:
+        return alone(share, model, params, inputs, target)
 
     def one(sample: Any, score: Score) -> tuple[tuple[Array, Array], Any]:
-        gradients = None
         if options.takes("gradient"):  # which the forward pass does not have yet
             known, _ = of_sample(model, params, sample, score, ("token_grads", "final_tokens"))
-            gradients = known["token_grads"][1:]
-        elif options.attention == "plain":
-            chosen = {"first_block": options.first_block, "end_block": options.end_block}
-            return passes.rows_behind(model, params, sample, partial(block_terms, options=options), **chosen)
-        done, outputs = one_pass(model, params, sample, score, Wanted(rows=(options,)), gradients)
-        return (done.rows[0], done.embedded), outputs
+            wanted = Wanted(rows=(options,))
+            done, outputs = one_pass(model, params, sample, score, wanted, known["token_grads"][1:])
+            return (done.rows[0], done.embedded), outputs
+        chosen = {"first_block": options.first_block, "end_block": options.end_block}
+        return passes.rows_behind(model, params, sample, partial(block_terms, options=options), **chosen)
 
     (rows, embedded), details = model.per_sample(one, inputs, target)
     rows = jax.vmap(partial(initialised, options=options))(rows, wide(embedded))
@@ -112,13 +125,17 @@ def rollout(
     return _from_attention(model, params, inputs, target, fuse, update, first_block)
 
 
+def gae_share(*, first_block: Block = 0) -> Share | None:
+    """GAE as a part of one pass."""
+    return tokentm_share(options=dataclasses.replace(OFF, first_block=first_block))
+
+
 def gae(model: Model, params: Any, inputs: Any, target: Any, *, first_block: Block = 0) -> Explanation:
     """Generic attention explainability (Chefer et al., ICCV 2021): `R <- R + mean_h relu(G * A_h) R` from R = I.
 
     It is TokenTM without its components.
     """
-    options = dataclasses.replace(OFF, first_block=first_block)
-    return tokentm(model, params, inputs, target, options=options)
+    return tokentm(model, params, inputs, target, options=dataclasses.replace(OFF, first_block=first_block))
 
 
 def grad_cam(model: Model, params: Any, inputs: Any, target: Any) -> Explanation:
@@ -149,11 +166,26 @@ def grad_cam_tokens(model: Model, params: Any, inputs: Any, target: Any) -> Expl
     return token_map(model, rows), trace.details()
 
 
+def attcat_share() -> Share:
+    """AttCAT as a part of one pass."""
+
+    def explain(model: Model, inputs: Any, done: Pass, details: Details) -> Explanation:
+        return token_map(model, (done.received * done.effects[:, :-1]).sum(1)), details
+
+    return Share(Wanted(effects=True, received=True), explain)
+
+
 def attcat(model: Model, params: Any, inputs: Any, target: Any) -> Explanation:
     """AttCAT (Qiang et al., NeurIPS 2022): token * gradient at each block's input, times the attention it gets."""
-    take = partial(one_pass, model, params, wanted=Wanted(effects=True, received=True))
-    done, details = model.per_sample(take, inputs, target)
-    return token_map(model, (done.received * done.effects[:, :-1]).sum(1)), details
+    return alone(attcat_share(), model, params, inputs, target)
+
+
+def legrad_share(*, read: Read = "head", first_block: Block = 0) -> Share | None:
+    """LeGrad as a part of one pass, in its default form."""
+    if read != "head" or first_block:
+        return None
+    explain = lambda model, _, done, details: (token_map(model, done.legrad), details)  # noqa: E731
+    return Share(Wanted(legrad=True), explain, anywhere=True)
 
 
 def legrad(

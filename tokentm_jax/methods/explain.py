@@ -16,7 +16,8 @@ from tokentm_jax.inputs.reader import Reader
 from tokentm_jax.inputs.values import readable, seen
 from tokentm_jax.maths.primitives import PyTree
 from tokentm_jax.maths.scores import Chosen, Cosine, Question, Target, Versus, as_numbers, classes_of, listed, question
-from tokentm_jax.methods.table import METHODS, Explanation, Method
+from tokentm_jax.methods.sharing import Explanation, together
+from tokentm_jax.methods.table import METHODS, Method
 from tokentm_jax.models.loading import require_loaded
 from tokentm_jax.programs.inspection import Inspection, inspected
 from tokentm_jax.programs.model import Explainable, Function, Readout, check_model, function_of
@@ -72,11 +73,13 @@ def explain_fn(
     model = function_of(module, grid, prefix, readout)
     name, row = _found(method)
     rules = _custom_rules(name, row, options)
-    explainer = _explainer(model, name, row, options, details, differentiate_anyway, rules)
-    if score is None:
-        return explainer
-    asked = question(score)
-    return lambda params, inputs, target=None: explainer(params, inputs, asked._replace(target=target))
+    explainer = _explainer(model, {name: (row, options)}, details, differentiate_anyway, rules)
+    asked = None if score is None else question(score)
+
+    def explain_one(params: Any, inputs: Any, target: Any = None) -> Any:
+        return explainer(params, inputs, target if asked is None else asked._replace(target=target))[name]
+
+    return explain_one
 
 
 def _custom_rules(method: str, row: Method, options: dict[str, Any]) -> Mapping[str, Any]:
@@ -149,17 +152,17 @@ def _refuse(method: str, found: Any, changes: Any) -> Any:
 
 def _explainer(
     model: Function,
-    method: str,
-    row: Method,
-    options: Mapping[str, Any],
+    methods: Mapping[str, tuple[Method, Mapping[str, Any]]],
     details: bool,
     anyway: bool = False,
     rules: Mapping[str, Any] = MappingProxyType({}),
-) -> Callable[..., Any]:
-    """What `explain_fn` returns, of a method with its options."""
-    bound = row.bind(method, {**options, "rules": "plain"} if rules else options)
-    plain = row.has_derivative(options) and not rules
-    shown = (lambda found: found) if anyway or plain else partial(_without_derivative, method)
+) -> Callable[..., dict[str, Any]]:
+    """What `explain_fn` returns, for several methods with their options: by name."""
+    members = {
+        name: row.member(name, {**options, "rules": "plain"} if rules else options)
+        for name, (row, options) in methods.items()
+    }
+    refused = {name for name, (row, options) in methods.items() if rules or not row.has_derivative(options)}
 
     def explain_inputs(params: Any, inputs: Array, target: Any = None) -> Any:
         inputs = model.look_up(params, inputs)
@@ -167,10 +170,15 @@ def _explainer(
         # Zeros replace what cannot be read, so that no NaN meets a zero in a derivative.
         fine, read = readable(inputs)
         try:
-            maps, found = shown(bound(program, params, read, target))
+            explanations = together(members, program, params, read, target)
         except Unfit as error:
             others = ", ".join(methods_for(model, params, inputs, target)) or "no method"
             raise InputError(f"{error}; what works without is {others}") from None
+        if not anyway:
+            explanations |= {name: _without_derivative(name, explanations[name]) for name in refused}
+        return {name: checked(*found, fine, inputs) for name, found in explanations.items()}
+
+    def checked(maps: Array, found: Any, fine: Array, inputs: Any) -> Any:
         if not {"logits", "target", "score"} <= {*found}:
             raise InputError(
                 f"a method's details must have 'logits', 'target' and 'score', as trace.details() gives them, got "
@@ -288,17 +296,14 @@ def _compiled(
     details: tuple[str, ...] | None,
     preprocessing: Reader | None,
 ) -> Callable[..., tuple[dict[str, Array], dict[str, Array]]]:
-    explainers = {name: _explainer(model, name, row, dict(options), True) for name, row, options in methods}
+    explainer = _explainer(model, {name: (row, dict(options)) for name, row, options in methods}, True, True)
 
     def program(params: Any, inputs: Array, target: Any) -> tuple[dict[str, Array], dict[str, Array]]:
         if preprocessing is not None:
             inputs = preprocessing.normalise(preprocessing.unit(inputs))
-        maps: dict[str, Array] = {}
-        reported: dict[str, Array] = {}
-        for name, explainer in explainers.items():
-            maps[name], found = explainer(params, inputs, target)
-            reported, chosen = reported or found, found["target"]
-            target = target._replace(target=chosen) if isinstance(target, Question) else chosen
+        found = explainer(params, inputs, target)
+        reported = next(iter(found.values()))[1]
+        maps = {name: own for name, (own, _) in found.items()}
         return maps, reported if details is None else {name: reported[name] for name in details}
 
     return jax.jit(program)

@@ -20,11 +20,11 @@ from tokentm_jax.errors import InputError
 from tokentm_jax.inputs.values import input_map, seen, values, with_values
 from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.scores import explained
+from tokentm_jax.methods.sharing import Details, Explanation, Share
 from tokentm_jax.programs.model import Model
+from tokentm_jax.programs.one_pass import Pass, Wanted
 
 MOST = 100_000  # passes
-
-Explanation = tuple[Array, dict[str, Array]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,6 +79,25 @@ def _summed(
         return total + _gradient(model, params, with_values(inputs, point(each)), target)[0], None
 
     return jax.lax.scan(add, jnp.zeros_like(wide(values(inputs))), over)[0]
+
+
+def input_gradient_share() -> Share:
+    """The gradient of the input as a part of one pass."""
+
+    def explain(model: Model, inputs: Any, done: Pass, details: Details) -> Explanation:
+        return input_map(seen(inputs), jnp.abs(wide(done.input_grads)).max(-1)), details
+
+    return Share(Wanted(input_grads=True), explain)
+
+
+def gradient_x_input_share() -> Share:
+    """Gradient times input as a part of one pass."""
+
+    def explain(model: Model, inputs: Any, done: Pass, details: Details) -> Explanation:
+        gradient = wide(done.input_grads)
+        return input_map(seen(inputs), (gradient * values(inputs).astype(gradient.dtype)).sum(-1)), details
+
+    return Share(Wanted(input_grads=True), explain)
 
 
 def input_gradient(model: Model, params: Any, inputs: Any, target: Any) -> Explanation:

@@ -19,10 +19,11 @@ from tokentm_jax.errors import Unfit
 from tokentm_jax.inputs.values import input_map, read_out, seen, token_map, values
 from tokentm_jax.maths.maps import spread
 from tokentm_jax.maths.primitives import wide
-from tokentm_jax.methods.attention import Block, Details, Explanation
+from tokentm_jax.methods.attention import Block
+from tokentm_jax.methods.sharing import Details, Explanation, Share, alone
 from tokentm_jax.programs.capture import capture, check_blocks
 from tokentm_jax.programs.model import Model
-from tokentm_jax.programs.one_pass import Wanted, one_pass
+from tokentm_jax.programs.one_pass import Pass, Wanted, one_pass
 from tokentm_jax.programs.relevance import attribution_rows, full_gradient_rows, position_rows
 from tokentm_jax.programs.rules import ATTN_LRP, LIBRA, RULES, Activation, Stabiliser, conservative, lrp, res_lrp
 from tokentm_jax.programs.running import Rules
@@ -56,12 +57,18 @@ def _maps(model: Model, mask: Array | None, arrays: Any, rule: Callable[[Any, Ar
     return token_map(model, jax.vmap(rule, in_axes=(1, 0))(arrays, readout))
 
 
+def full_lrp_share(*, stabiliser: Stabiliser = "signed") -> Share:
+    """LRP as a part of one pass."""
+
+    def explain(model: Model, inputs: Any, done: Pass, details: Details) -> Explanation:
+        return input_map(seen(inputs), wide(done.input_grads).sum(-1)), _with_relevance(details, done.carried)
+
+    return Share(Wanted(input_grads=True), explain, lrp("lrp", stabiliser), Wanted(carried=True))
+
+
 def full_lrp(model: Model, params: Any, inputs: Any, target: Any, *, stabiliser: Stabiliser = "signed") -> Explanation:
     """Layer-wise relevance propagation down to the pixels, summed over channels: signed maps [B, H, W]."""
-    wanted = Wanted(carried=model.has_blocks, input_grads=True)
-    take = partial(one_pass, model.by(lrp("lrp", stabiliser)), params, wanted=wanted)
-    done, details = model.per_sample(take, inputs, target)
-    return input_map(seen(inputs), wide(done.input_grads).sum(-1)), _with_relevance(details, done.carried)
+    return alone(full_lrp_share(stabiliser=stabiliser), model, params, inputs, target)
 
 
 def partial_lrp(
@@ -87,19 +94,27 @@ def transformer_attribution(
     return token_map(model, rows), _with_relevance(details, relevance)
 
 
-def _token_times_gradient(
-    model: Model, rules: Rules, params: Any, inputs: Any, target: Any, pixels: bool
-) -> Explanation:
-    blocks = model.has_blocks
-    if not pixels and not blocks:
-        raise Unfit("a function without attention has no map of tokens: use pixels=True")
-    take = partial(one_pass, model.by(rules), params, wanted=Wanted(effects=blocks, input_grads=pixels))
-    done, details = model.per_sample(take, inputs, target)
-    if pixels:
-        maps = input_map(seen(inputs), (wide(values(inputs)) * wide(done.input_grads)).sum(-1))
-    else:
-        maps = token_map(model, done.effects[:, 0])
-    return maps, _with_relevance(details, done.effects)
+def _token_times_gradient(rules: Rules, pixels: bool) -> Share:
+    """Token times gradient at the embedded tokens, or at the pixels."""
+
+    def explain(model: Model, inputs: Any, done: Pass, details: Details) -> Explanation:
+        if pixels:
+            maps = input_map(seen(inputs), (wide(values(inputs)) * wide(done.input_grads)).sum(-1))
+        elif done.effects is None:
+            raise Unfit("a function without attention has no map of tokens: use pixels=True")
+        else:
+            maps = token_map(model, done.effects[:, 0])
+        return maps, _with_relevance(details, done.effects)
+
+    return Share(Wanted(input_grads=pixels), explain, rules, Wanted(effects=True))
+
+
+def conservative_lrp_share(
+    *, activation: Activation = "identity", pooler: Activation | None = None, pixels: bool = False
+) -> Share:
+    """Conservative LRP as a part of one pass. With "identity" its rules are those of LibraGrad."""
+    rules = LIBRA if activation == "identity" and pooler in (None, "identity") else conservative(activation, pooler)
+    return _token_times_gradient(rules, pixels)
 
 
 def conservative_lrp(
@@ -117,12 +132,23 @@ def conservative_lrp(
     `activation` is the rule of GELU: "identity" `f(x) / x`, or its "gradient". `pooler` is the rule of the tanh in
     BERT's pooler, by default the same; the published code uses "gradient". `pixels` gives [B, H, W].
     """
-    return _token_times_gradient(model, conservative(activation, pooler), params, inputs, target, pixels)
+    share = conservative_lrp_share(activation=activation, pooler=pooler, pixels=pixels)
+    return alone(share, model, params, inputs, target)
+
+
+def attention_lrp_share(*, pixels: bool = False) -> Share:
+    """AttnLRP as a part of one pass."""
+    return _token_times_gradient(ATTN_LRP, pixels)
 
 
 def attention_lrp(model: Model, params: Any, inputs: Any, target: Any, *, pixels: bool = False) -> Explanation:
     """AttnLRP (Achtibat et al., ICML 2024) at the embedded tokens; `pixels` gives [B, H, W]."""
-    return _token_times_gradient(model, ATTN_LRP, params, inputs, target, pixels)
+    return alone(attention_lrp_share(pixels=pixels), model, params, inputs, target)
+
+
+def residual_lrp_share(*, gamma: Annotated[float, Ge(0)] = 1.0, pixels: bool = False) -> Share:
+    """ResLRP as a part of one pass."""
+    return _token_times_gradient(res_lrp(gamma), pixels)
 
 
 def residual_lrp(
@@ -132,7 +158,7 @@ def residual_lrp(
 
     `gamma` 0 is AttnLRP.
     """
-    return _token_times_gradient(model, res_lrp(gamma), params, inputs, target, pixels)
+    return alone(residual_lrp_share(gamma=gamma, pixels=pixels), model, params, inputs, target)
 
 
 def position_aware_lrp(model: Model, params: Any, inputs: Any, target: Any) -> Explanation:

@@ -24,14 +24,15 @@ from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.variants import TokenTM
 from tokentm_jax.methods import attention, gradient, perturbation
 from tokentm_jax.methods import lrp as relevance
-from tokentm_jax.methods.attention import Explanation
-from tokentm_jax.methods.mix import ROWS, Gradient, shared_maps
 from tokentm_jax.methods.perturbation import Removal
+from tokentm_jax.methods.sharing import Explanation, Member, Share, together
 from tokentm_jax.programs.model import Model
 from tokentm_jax.programs.running import Memory
 from tokentm_jax.validation import check_options, options_of
 
 TOKENS, PIXELS = "token map", "pixel map"
+Gradient = Literal["own", "conservative_lrp", "attn_lrp"]
+GRADIENTS = {"own": "plain", "conservative_lrp": "libra", "attn_lrp": "attn_lrp"}  # their rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Method:
     options: type | None = None  # a frozen dataclass of options, if the function takes one
     classless: Callable[[Mapping[str, object]], bool] | None = None  # the options with which the class does not matter
     suit: Callable[[Mapping[str, object], Reader], Mapping[str, object]] | None = None  # see `suited`
+    share: Callable[..., Share | None] | None = None  # by its options, what it reads from a pass that methods share
 
     @property
     def summary(self) -> str:
@@ -93,19 +95,28 @@ class Method:
 
     def bind(self, name: str, options: Mapping[str, object]) -> Callable[..., Explanation]:
         """The function with its options checked and bound. InputError as `check`, and for conflicts."""
+        return self.member(name, options).explain
+
+    def member(self, name: str, options: Mapping[str, object]) -> Member:
+        """The method with its options as a part of a run of several. InputError as `bind`."""
         values = self.check(name, options)
-        function = relevance.by_rules(self.function, values.pop("rules", self.rules))
+        rules, memory = values.pop("rules", self.rules), None
+        function = relevance.by_rules(self.function, rules)
         if self.takes_memory:
-            function = _storing(function, values.pop("memory", "store"))
+            memory = values.pop("memory", "store")
+            function = _storing(function, memory)
+        if self.options is not None:
+            fields = {field.name for field in dataclasses.fields(self.options)}
+            choices = {key: values.pop(key) for key in fields & values.keys()}
+            try:
+                values["options"] = self.options(**choices)
+            except ValueError as error:
+                raise InputError(f"method '{name}': {error}") from None
+        share = None if self.share is None else self.share(**values)
+        if share is not None and rules != "plain":
+            share = share._replace(rules=relevance.RULES[rules])
         function = at_least_float32(function) if self.float32 else function
-        if self.options is None:
-            return partial(function, **values)
-        fields = {field.name for field in dataclasses.fields(self.options)}
-        choices = {key: values.pop(key) for key in fields & values.keys()}
-        try:
-            return partial(function, options=self.options(**choices), **values)
-        except ValueError as error:
-            raise InputError(f"method '{name}': {error}") from None
+        return Member(partial(function, **values), share, memory, self.float32)
 
 
 def _storing(function: Callable[..., Explanation], memory: Memory) -> Callable[..., Explanation]:
@@ -147,18 +158,28 @@ def combination(
     """Product or mean ("how") of the normalised maps of several methods, named with commas between.
 
     `normalisation`, `power` and `weights` (of the mean) are those of `tokentm_jax.combine`; weights are numbers with
-    commas between. Methods share passes of the model if possible, see `tokentm_jax.methods.mix`. `gradient` names the
-    method whose backward pass gives the gradient of TokenTM and GAE; "own" is the ordinary one.
+    commas between. Methods share passes of the model if possible, see `tokentm_jax.methods.sharing`. `gradient` names
+    the method whose backward pass gives the gradient of TokenTM and GAE; "own" is the ordinary one.
     """
     names = _members(methods)
     try:
         numbers = [float(weight) for weight in weights.split(",")] if weights else None
     except ValueError:
         raise InputError(f"weights must be numbers with commas between, got {weights!r:.80}") from None
-    explain = lambda name, target: METHODS[name].bind(name, {})(model, params, inputs, target)  # noqa: E731
-    maps, details = shared_maps(model, params, inputs, target, names, gradient, explain)
+    found = together({name: _member(name, gradient, model.memory) for name in names}, model, params, inputs, target)
+    maps, details = [each[0] for each in found.values()], next(iter(found.values()))[1]
     mask = seen(inputs)
     return combine(maps, how, normalisation, numbers, None if mask is None else mask[:, None], power), details
+
+
+def _member(name: str, gradient: Gradient, memory: Memory | None) -> Member:
+    """A member of a combination."""
+    row, options = METHODS[name], {}
+    if row.takes_memory and memory is not None:
+        options["memory"] = memory
+    if name in ("tokentm", "gae"):
+        options["rules"] = GRADIENTS[gradient]
+    return row.member(name, options)
 
 
 def tokentm_mix(
@@ -201,9 +222,9 @@ def _classless(options: Mapping[str, object]) -> bool:
 
 
 def _held(options: Mapping[str, object]) -> bool:
-    """Whether a member of a combination, or a shared pass (see `ROWS`), holds values constant."""
+    """Whether a member of a combination, or a shared pass, holds values constant."""
     names = _members(str(options.get("methods", "tokentm,grad_cam")))
-    noted = "legrad" in names and not ROWS.keys().isdisjoint(names)
+    noted = "legrad" in names and any(METHODS[name].share is not None for name in names if name != "legrad")
     return noted or options.get("gradient", "own") != "own" or not all(METHODS[name].differentiable for name in names)
 
 
@@ -227,21 +248,45 @@ def _libra(function: Callable[..., Explanation], paper: str = "Mehri et al., CVP
 
 
 METHODS: dict[str, Method] = {
-    "tokentm": _gradient(attention.tokentm, "Wu et al., CVPR", 2024, options=TokenTM, classless=_plain),
-    "gae": _gradient(attention.gae, "Chefer et al., ICCV", 2021),
-    "transformer_attribution": _relevance(
-        relevance.transformer_attribution, "Chefer et al., CVPR", 2021, "2 F + 5 B", float32=True
+    "tokentm": _gradient(
+        attention.tokentm, "Wu et al., CVPR", 2024, options=TokenTM, classless=_plain, share=attention.tokentm_share
     ),
-    "attcat": _gradient(attention.attcat, "Qiang et al., NeurIPS", 2022),
-    "conservative_lrp": _relevance(relevance.conservative_lrp, "Ali et al., ICML", 2022, differentiable=False),
-    "lrp": _relevance(relevance.full_lrp, "Bach et al., PLOS ONE", 2015, "1 F + 4 B", output=PIXELS, float32=True),
+    "gae": _gradient(attention.gae, "Chefer et al., ICCV", 2021, share=attention.gae_share),
+    "transformer_attribution": _relevance(
+        relevance.transformer_attribution, "Chefer et al., CVPR", 2021, "1 F + 4 B", float32=True
+    ),
+    "attcat": _gradient(attention.attcat, "Qiang et al., NeurIPS", 2022, share=attention.attcat_share),
+    "conservative_lrp": _relevance(
+        relevance.conservative_lrp,
+        "Ali et al., ICML",
+        2022,
+        differentiable=False,
+        share=relevance.conservative_lrp_share,
+    ),
+    "lrp": _relevance(
+        relevance.full_lrp,
+        "Bach et al., PLOS ONE",
+        2015,
+        "1 F + 4 B",
+        output=PIXELS,
+        float32=True,
+        share=relevance.full_lrp_share,
+    ),
     "partial_lrp": Method(relevance.partial_lrp, "Voita et al., ACL", 2019, "1 F + 4/L B", float32=True),
     "rollout": Method(attention.rollout, "Abnar & Zuidema, ACL", 2020, "1 F", class_specific=False),
     "raw_attention": Method(attention.raw_attention, "Vaswani et al., NeurIPS", 2017, "1 F", class_specific=False),
     "grad_cam": _last_block(attention.grad_cam, "Selvaraju et al., ICCV", 2017, "1 F + 1/L B", float32=True),
     "grad_cam_tokens": _last_block(attention.grad_cam_tokens, "Selvaraju et al., ICCV", 2017, "1 F + 1/L B"),
-    "attn_lrp": _relevance(relevance.attention_lrp, "Achtibat et al., ICML", 2024, differentiable=False),
-    "res_lrp": _relevance(relevance.residual_lrp, "ResLRP, arXiv", 2026, differentiable=False),
+    "attn_lrp": _relevance(
+        relevance.attention_lrp,
+        "Achtibat et al., ICML",
+        2024,
+        differentiable=False,
+        share=relevance.attention_lrp_share,
+    ),
+    "res_lrp": _relevance(
+        relevance.residual_lrp, "ResLRP, arXiv", 2026, differentiable=False, share=relevance.residual_lrp_share
+    ),
     "pa_lrp": _gradient(
         relevance.position_aware_lrp,
         "Bakish et al., arXiv",
@@ -252,17 +297,28 @@ METHODS: dict[str, Method] = {
         float32=True,
     ),
     "libra_full_grad": _relevance(relevance.libra_full_grad, "Mehri et al., CVPR", 2025, differentiable=False),
-    "libra_attcat": _libra(attention.attcat),
+    "libra_attcat": _libra(attention.attcat, share=attention.attcat_share),
     "libra_tokentm": _libra(
-        attention.tokentm, "Wu et al. and Mehri et al., together", options=TokenTM, classless=_plain
+        attention.tokentm,
+        "Wu et al. and Mehri et al., together",
+        options=TokenTM,
+        classless=_plain,
+        share=attention.tokentm_share,
     ),
-    "libra_gae": _libra(attention.gae),
+    "libra_gae": _libra(attention.gae, share=attention.gae_share),
     "libra_grad_cam": _libra(attention.grad_cam, passes="1 F + 1/L B", float32=True, takes_memory=False),
     "beyond_intuition": _last_block(attention.beyond_intuition, "Chen et al., TMLR", 2023, "21 F + 1 B + 20/L B"),
-    "legrad": Method(attention.legrad, "Bousselham et al., ICCV", 2025, "2 F"),
-    "input_gradient": _gradient(gradient.input_gradient, "Simonyan et al., ICLR", 2014, output=PIXELS),
+    "legrad": Method(attention.legrad, "Bousselham et al., ICCV", 2025, "2 F", share=attention.legrad_share),
+    "input_gradient": _gradient(
+        gradient.input_gradient, "Simonyan et al., ICLR", 2014, output=PIXELS, share=gradient.input_gradient_share
+    ),
     "gradient_x_input": _gradient(
-        gradient.gradient_x_input, "Shrikumar et al., arXiv", 2016, output=PIXELS, float32=True
+        gradient.gradient_x_input,
+        "Shrikumar et al., arXiv",
+        2016,
+        output=PIXELS,
+        float32=True,
+        share=gradient.gradient_x_input_share,
     ),
     "smooth_grad": _gradient(gradient.smooth_grad, "Smilkov et al., arXiv", 2017, "26 F + 26 B", output=PIXELS),
     "integrated_gradients": _gradient(
@@ -287,7 +343,13 @@ METHODS: dict[str, Method] = {
         perturbation.caap, "Izadi et al., arXiv", 2026, "n + 2 F", suit=perturbation.with_black, float32=True
     ),
     "tokentm_mix": Method(
-        tokentm_mix, "named as future work by Wu et al.", 2024, "2 F + 2 B", differentiable=False, classless=_classless
+        tokentm_mix,
+        "named as future work by Wu et al.",
+        2024,
+        "2 F + 2 B",
+        differentiable=False,
+        classless=_classless,
+        takes_memory=True,
     ),
     "combination": Method(
         combination,
@@ -296,5 +358,6 @@ METHODS: dict[str, Method] = {
         "those of its methods",
         classless=_classless,
         held=_held,
+        takes_memory=True,
     ),
 }

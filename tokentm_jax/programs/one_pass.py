@@ -34,6 +34,11 @@ class Wanted:
     legrad: bool = False
     input_grads: bool = False
 
+    def __or__(self, other: "Wanted") -> "Wanted":
+        """What either wants."""
+        flags = {f.name: getattr(self, f.name) or getattr(other, f.name) for f in dataclasses.fields(self)}
+        return Wanted(**{**flags, "rows": tuple(dict.fromkeys((*self.rows, *other.rows)))})
+
     @property
     def blocks(self) -> bool:
         """Whether something of the blocks is computed."""
