@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from conftest import mostly_slow
 
-from tokentm_jax.methods.explain import explain_fn
+from tokentm_jax.methods.explain import compiled, explain_fn
 from tokentm_jax.methods.table import METHODS
 from tokentm_jax.models.vit import ViT, init_params
 
@@ -48,7 +48,8 @@ ONE_BY_ONE = [name for name, row in METHODS.items() if name not in TWICE and "n 
 
 @pytest.mark.parametrize("method", mostly_slow(ONE_BY_ONE, ("transformer_attribution", "grad_cam")))
 def test_methods_cost_the_passes_that_the_table_says(common, method):
-    """What is traced, in forward passes; a backward pass to the inputs is one, and one by the rules of LRP four.
+    """What is traced, in forward passes. A backward pass to the inputs is one, by the rules of LRP four, and by those
+    of Transformer Attribution three.
 
     "1/L B" is a backward pass through the last of the L blocks. Details are not read: those of `partial_lrp` have
     another pass.
@@ -62,6 +63,18 @@ def test_methods_cost_the_passes_that_the_table_says(common, method):
     terms = re.findall("([0-9]+)(/L)?", METHODS[method].passes)
     stated = sum(int(number) / (module.depth if part else 1) for number, part in terms)
     assert cost(explain_fn(module, method)) / forward == pytest.approx(stated, rel=0.2)
+
+
+def test_methods_of_one_run_cost_one_pass(common):
+    """As one of them alone, but for the rows themselves; a second set of rules costs a second pass."""
+    module = ViT((32, 32), 16, embed_dim=96, depth=6, num_heads=3, num_classes=10)
+
+    def cost(*names):
+        run = compiled(module, {name: {} for name in names})
+        return common.read_products(traced(lambda _: lambda params, images: run(params, images, None)[0], module, 2))
+
+    assert cost("tokentm", "gae", "attcat", "input_gradient") == pytest.approx(cost("tokentm"), rel=0.05)
+    assert cost("tokentm", "libra_attcat", "gae") == pytest.approx(cost("tokentm") + cost("libra_attcat"), rel=0.05)
 
 
 @pytest.mark.parametrize(("label", "passes"), [("forward", (1, 0)), ("forward and backward", (1, 1))])

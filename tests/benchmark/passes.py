@@ -23,17 +23,24 @@ from tokentm_jax.methods.explain import compiled
 from tokentm_jax.models.vit import ViT, init_params
 
 ROWS = ["tokentm", "gae", "attcat", "libra_attcat", "conservative_lrp", "attn_lrp", "res_lrp", "pa_lrp", "lrp"]
-ROWS += ["transformer_attribution", "libra_full_grad", "input_gradient", "gradient_x_input", "tokentm_mix"]
+ROWS += [
+    "transformer_attribution",
+    "transformer_attribution:memory=recompute",
+    "libra_full_grad",
+    "input_gradient",
+    "gradient_x_input",
+    "tokentm_mix",
+]
 ROWS += ["tokentm+gae", "tokentm+gae+attcat", "tokentm+gae+attcat+legrad+grad_cam+input_gradient+gradient_x_input"]
 ROWS += ["libra_tokentm+libra_gae+libra_attcat+conservative_lrp"]
 
 
 def program_of(module: ViT, row: str) -> Any:
-    """`method,option=value`, or several methods of one run."""
+    """Of `method:option=value`, or of several methods of one run, `method+method`."""
     if "+" in row:
         run = compiled(module, {name: {} for name in row.split("+")})
         return jax.jit(lambda params, images: run(params, images, None)[0])
-    method, *options = row.split(",")
+    method, *options = row.split(":")
     return jax.jit(tm.explain_fn(module, method, **dict(option.split("=") for option in options)))
 
 

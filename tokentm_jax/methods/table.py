@@ -40,7 +40,8 @@ class Method:
     """One row of the table. `passes` is the cost in forward (F) and backward (B) passes of a model of L blocks for n
     patches.
 
-    B is a gradient pass to the inputs, which costs about a forward pass; with the rules of LRP it costs four.
+    B is a gradient pass to the inputs, which costs about a forward pass; with the rules of LRP it costs four, and with
+    those of Transformer Attribution three.
     """
 
     function: Callable[..., Explanation]
