@@ -41,7 +41,8 @@ def program_of(module: ViT, row: str) -> Any:
         run = compiled(module, {name: {} for name in row.split("+")})
         return jax.jit(lambda params, images: run(params, images, None)[0])
     method, *options = row.split(":")
-    return jax.jit(tm.explain_fn(module, method, **dict(option.split("=") for option in options)))
+    chosen: dict[str, Any] = dict(option.split("=") for option in options)
+    return jax.jit(tm.explain_fn(module, method, **chosen))
 
 
 def flops(function: Any, module: ViT) -> float:

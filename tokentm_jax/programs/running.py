@@ -99,6 +99,7 @@ class Evaluation:
         first: "Evaluation | None" = None,
     ) -> None:
         self.reading, self.plan, self.state, self.first, self.place = reading, plan, state, first, 0
+        self.outputs: list[Any] = []
         self.left: dict[int, Any] = {}  # what taps of the first evaluation leave for those of the second
         self.scanned: list[Any] = []  # of the second evaluation, the results of the last step, if both ran it together
         self.values: dict[int, Any] = {**reading.flat.constants}
@@ -340,7 +341,7 @@ class Evaluation:
                 if not whole:  # the iteration's number: a slice of `xs` would be a copy of the weights
                     own = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, given[0], keepdims=False), xs)
                 inputs, *more = ([*a, *b, *c] for a, b, c in zip(fixed, carry, own, strict=True))
-                done = Evaluation(body, plan, inputs, state, extra, *more).run()
+                done = Evaluation(body, plan, inputs, state, extra, more[0] if more else None).run()
                 outputs = [each.outputs for each in (done, done.second) if each is not None]
                 return ([o[:carries] for o in outputs], done.state), ([o[carries:] for o in outputs], done.notes)
 
