@@ -160,7 +160,8 @@ def _tensors(file: BufferedReader, path: Path, package: Any, stored: dict[str, S
         file.seek(start + at)
         content = np.frombuffer(file.read(sizes[name]), np.uint8).reshape(math.prod(shape[:-1]), -1)
         try:
-            numbers = package.quants.dequantize(content, package.GGMLQuantizationType(kind))
+            with np.errstate(all="ignore"):  # numbers that are not finite raise later, by name
+                numbers = package.quants.dequantize(content, package.GGMLQuantizationType(kind))
         except NotImplementedError as error:
             raise InputError(f"{path}: the tensor {name!r:.80} cannot be read ({reason(error)})") from None
         tensors[name] = np.asarray(numbers, np.float32).reshape(shape)

@@ -388,7 +388,7 @@ def _weights(model: str | Mapping[str, Any] | None) -> tuple[str | None, Path]:
         raise InputError(f"the folder {name} of a model does not exist{hint(Path(name))}")
     if not files:
         raise InputError(f"model {name!r} is not shipped with this installation: give a checkpoint")
-    raise suggest("model", name, {**files, **ARCHITECTURES})
+    raise suggest("model", name, [*files, *ARCHITECTURES, SMOLLM2])
 
 
 Names = tuple[list[str], list[str] | None]  # of classes, and their wnids if these are known
