@@ -36,6 +36,7 @@ def explain_fn(
     grid: tuple[int, int] | None = None,
     prefix: int | None = None,
     readout: Readout = None,
+    fused_attention: bool = False,
     **options: object,
 ) -> Callable[..., PyTree]:
     """A pure function `(params, inputs, target=None) -> maps` to `jit`, `vmap`, shard, export or differentiate.
@@ -51,6 +52,11 @@ def explain_fn(
         False), with what the rules hold constant held constant. By default their differentiation raises InputError.
       grid, prefix, readout: of a function, what its program does not show: the patches (height, width), the tokens
         before those of the patches, and how the head reads the tokens ("token", "avg" or a share for each).
+      fused_attention: on an NVIDIA GPU or a TPU, compute attention in a kernel that never writes its weights to
+        memory, forward and backward with the row of TokenTM and GAE. It applies where nothing else reads the weights,
+        the backward rules are "plain", and attention is plain: scale, mask or bias, softmax, product with the values,
+        at most 128 channels a head, in one type of at most 32 bits. Such maps cannot be differentiated. Off by
+        default, because it has not been timed on a device.
       **options: the method's options. `rules`, of methods of gradients, chooses their backward rules: a name ("plain",
         "libra", "conservative", "attn_lrp", "res_lrp", "lrp") or a mapping from kinds of steps to
         rules `rule(f, *inputs)` (`tokentm_jax.programs.running` lists them).
@@ -69,7 +75,7 @@ def explain_fn(
       InputError: no such method or option; when called, a score of another shape or type than [B] floats; when
         differentiated, a map without a true derivative.
     """
-    model = function_of(module, grid, prefix, readout)
+    model = function_of(module, grid, prefix, readout, fused_attention)
     name, row = _found(method)
     rules = _custom_rules(name, row, options)
     explainer = _explainer(model, name, row, options, details, differentiate_anyway, rules)
@@ -158,7 +164,7 @@ def _explainer(
 ) -> Callable[..., Any]:
     """What `explain_fn` returns, of a method with its options."""
     bound = row.bind(method, {**options, "rules": "plain"} if rules else options)
-    plain = row.has_derivative(options) and not rules
+    plain = row.has_derivative(options) and not rules and not model.fused_attention
     shown = (lambda found: found) if anyway or plain else partial(_without_derivative, method)
 
     def explain_inputs(params: Any, inputs: Array, target: Any = None) -> Any:
@@ -167,7 +173,9 @@ def _explainer(
         # Zeros replace what cannot be read, so that no NaN meets a zero in a derivative.
         fine, read = readable(inputs)
         try:
-            maps, found = shown(bound(program, params, read, target))
+            # The kernel has no second derivative, so the error must come before it.
+            given = shown((params, read)) if model.fused_attention else (params, read)
+            maps, found = shown(bound(program, *given, target))
         except Unfit as error:
             others = ", ".join(methods_for(model, params, inputs, target)) or "no method"
             raise InputError(f"{error}; what works without is {others}") from None

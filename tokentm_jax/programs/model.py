@@ -60,12 +60,14 @@ class Function:
       grid: patches (height, width), if they are not found in the program.
       prefix: tokens before those of the patches, if not found.
       readout: how the head reads the tokens, if not found: "token", "avg" or a share for each.
+      fused_attention: whether a kernel computes attention that is plain, on a GPU or TPU.
     """
 
     function: Callable[..., PyTree]
     grid: tuple[int, int] | None = None
     prefix: int | None = None
     readout: Readout = None
+    fused_attention: bool = False
 
     @property
     def module(self) -> Any:
@@ -261,7 +263,8 @@ class Model:
     def apply(self, variables: Any, inputs: Any) -> Any:
         """The outputs for a batch, as from `apply` of a Linen module."""
         params = variables["params"]
-        if self.rules or (self.has_blocks and any(pieces_of(stage.reading) for stage in self.structure.stages)):
+        large = self.has_blocks and any(pieces_of(stage.reading) for stage in self.structure.stages)
+        if self.rules or self.source.fused_attention or large:
             run = lambda x: self.evaluate(params, x, Plan(self.rules), None, None)[0]  # noqa: E731
         else:
             leaves, closed = jax.tree.leaves(params), self.program.jaxpr
@@ -287,6 +290,7 @@ class Model:
     def evaluate(self, params: Any, sample: Any, plan: Plan, extra: Any, state: Any) -> tuple[Any, Notes, Any]:
         """The outputs for one sample, the notes of the plan's taps, and their state."""
         inputs = [*jax.tree.leaves(params), *jax.tree.leaves(sample)]
+        plan = dataclasses.replace(plan, fused=self.source.fused_attention)
         done = Evaluation(self.reading, plan, inputs, state, extra).run()
         return jax.tree.unflatten(self.program.outputs, done.outputs), done.notes, done.state
 
@@ -347,7 +351,9 @@ def _types(reading: Reading) -> list[Any]:
 # ---- valid models -------------------------------------------------------------------------------------------------
 
 
-def function_of(model: Any, grid: Any = None, prefix: Any = None, readout: Readout = None) -> Function:
+def function_of(
+    model: Any, grid: Any = None, prefix: Any = None, readout: Readout = None, fused_attention: bool = False
+) -> Function:
     """A function or Linen module as a model.
 
     Raises InputError, with advice, for anything else, and for a grid, prefix or readout of a module.
@@ -357,10 +363,10 @@ def function_of(model: Any, grid: Any = None, prefix: Any = None, readout: Reado
     check_module(model)
     if is_function(model):
         readout = readout if readout is None or isinstance(readout, str) else tuple(readout)
-        return Function(model, grid, prefix, readout)
+        return Function(model, grid, prefix, readout, fused_attention)
     if (grid, prefix, readout) != (None, None, None):
         raise InputError("grid, prefix and readout are for functions: a module has them already")
-    return Function(Applied(model))
+    return Function(Applied(model), fused_attention=fused_attention)
 
 
 def check_module(module: Any) -> None:

@@ -32,6 +32,7 @@ from tokentm_jax.programs.capture import (
     values_of,
 )
 from tokentm_jax.programs.flat import Step
+from tokentm_jax.programs.kernel import TOKENS
 from tokentm_jax.programs.model import Model
 from tokentm_jax.programs.running import Evaluation, Plan
 from tokentm_jax.programs.structure import Layer, Structure
@@ -42,13 +43,15 @@ Score = Callable[[Any], Array]  # of one sample's outputs
 Memory = Literal["recompute", "store"]
 
 # What a block stores for its backward pass besides its input: the transformation weights [N], and with "store" also
-# the results of its linear maps (queries, keys, values and hidden channels). Attention is always computed again.
+# the results of its linear maps (queries, keys, values and hidden channels) and of a kernel of attention. The weights
+# of attention are always computed again.
 WEIGHTS = "transformation weights"
 _ONLY_WEIGHTS = jax.checkpoint_policies.save_only_these_names(WEIGHTS)
+_AND_TOKENS = jax.checkpoint_policies.save_only_these_names(WEIGHTS, TOKENS)
 POLICIES = {
     "recompute": _ONLY_WEIGHTS,
     "store": jax.checkpoint_policies.save_from_both_policies(
-        _ONLY_WEIGHTS, jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        _AND_TOKENS, jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     ),
 }
 
@@ -165,10 +168,13 @@ def rows_inside(
         inside = (index >= first) & (index < end)
         return checkpoint_name(jnp.where(inside, weights, 0), WEIGHTS)
 
+    def of_attention(block: Block, evaluation: Evaluation, index: Array, gradient: Any) -> Array:
+        return kept(index, attention_weights(View(evaluation, block, n, there, gradient), options))
+
     def attended(block: Block, evaluation: Evaluation, state: Any, gradient: Any) -> Any:
         layer: Any = block[0].attention
         u, index = state
-        weights = kept(index, attention_weights(View(evaluation, block, n, there, gradient), options))
+        weights = of_attention(block, evaluation, index, gradient)
 
         def of_queries(value: Array) -> tuple[Array, Array]:
             passed: Any = attention_layer(options, heads_of(layer, value), u, weights)
@@ -176,6 +182,13 @@ def rows_inside(
             return as_before(layer, heads, value), zeros
 
         return of_queries, lambda zeros: (u + zeros, index)
+
+    def by_head(block: Block, evaluation: Evaluation, state: Any, gradient: Any) -> Any:
+        u, index = state
+        weights = jax.lax.stop_gradient(of_attention(block, evaluation, index, gradient))
+        # Backward, u gets w times the mean over heads of what each stream gets.
+        streams = jnp.broadcast_to(u * weights / structure.heads, (structure.heads, n))
+        return streams, lambda zeros: (u + zeros, index)
 
     def summed(
         block: Block, layer: Layer, number: int, evaluation: Evaluation, value: Array, state: Any, gradient: Any
@@ -194,10 +207,13 @@ def rows_inside(
 
     taps: dict[int, Any] = {}
     by_queries: dict[int, Any] = {}
+    streams: dict[int, Any] = {}
     extra: dict[int, Any] = {}
     for block, own_part in _blocks(structure):
         attention, here = block[0].attention.weights, {}  # type: ignore[union-attr]
         by_queries[attention] = partial(attended, block)
+        if options.attention == "gradient":
+            streams[attention] = partial(by_head, block)
         for layer in block:
             here |= {number: partial(summed, block, layer, number) for number in (layer.output, layer.end)}
         taps |= here
@@ -208,7 +224,7 @@ def rows_inside(
     taps[structure.embedded] = plus_extra
     kind = structure.reading.flat.types[structure.embedded]
     checkpoint = partial(jax.checkpoint, policy=POLICIES[memory], prevent_cse=False)
-    plan = Plan(model.rules, taps, checkpoint, by_queries=by_queries, whole=legrad)
+    plan = Plan(model.rules, taps, checkpoint, by_queries=by_queries, streams=streams, whole=legrad)
     readout = _row(model, sample, kind)
 
     def run(zeros: Array, u: Array) -> Any:
