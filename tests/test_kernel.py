@@ -1,7 +1,10 @@
 """The kernels of attention against attention written out, the programs that use them, and their lowering."""
 
 import re
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -196,3 +199,23 @@ def test_tiles(queries, keys):
             assert tile.size % 128 == 0  # tiles are [keys, queries]: rows of 128 lanes
             assert tile.channels == channels  # all of an axis
     assert kernel.tpu_tile(50_000, 50_000, 64, 4) is None  # does not fit into VMEM
+
+
+@pytest.mark.slow
+def test_the_benchmark_resumes(tmp_path):
+    """On a small model: four rows, of which a second run measures none."""
+    script, table = Path(__file__).parent / "benchmark" / "gpu.py", tmp_path / "gpu.md"
+
+    def run(*options):
+        command = [sys.executable, str(script), "--out", str(table), "--state", str(tmp_path / "state.json"), *options]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert "no GPU" in run().stderr
+    assert run("--smoke", "--row-seconds", "0").stderr.count("smoke") == 4
+    rows = [line.split(" | ") for line in table.read_text().splitlines() if line.startswith("| smoke")]
+    assert [row[3] for row in rows] == ["plain", "kernel"] * 2
+    assert all(float(row[8].strip(" |")) > 0.999 for row in rows if row[3] == "kernel")
+    again = run("--smoke", "--row-seconds", "0")
+    assert again.returncode == 0
+    assert "smoke" not in again.stderr
+    assert len(table.read_text().splitlines()) >= 4
