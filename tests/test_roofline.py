@@ -100,7 +100,7 @@ def test_the_count_by_hand_is_that_of_the_traced_products(roofline, label, passe
             weights = [s for s in (left, right) if s in KERNELS]
             activations = [s for s in (left, right, out) if s not in KERNELS and not (fused and s.count(tokens) > 1)]
             moved += times * (2 * sum(map(math.prod, activations)) + 4 * sum(map(math.prod, weights)))
-    forwards, backwards = passes
+    _, backwards = passes
     again = backwards * 2 * SMALL.depth * SMALL.embed_dim * tokens**2  # the scores
     per_query = 4 * SMALL.depth * SMALL.num_heads * tokens
     cost = roofline.by_hand(SMALL, *passes, batch, fused)

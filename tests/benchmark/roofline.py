@@ -14,10 +14,11 @@ the rest fused into these; at most (XLA) what the operations of the compiled pro
 from the chip's memory or from a cache. The CPU's compiler widens bfloat16 to float32, so that its count is that of the
 float32 program, halved. The truth on a GPU is between the two.
 
-Fused attention never writes its weights (`tokentm_jax.programs.kernel`). Forward it reads queries, keys and values, and
-writes tokens. Backward it reads these four and the gradient of the tokens, and writes three gradients; and it computes
-the scores again, which is a fifth product beside the four of the plain backward pass. This is what one kernel can do at
-least. The two kernels of the backward pass here read five of these arrays twice, and compute seven products.
+Fused attention never writes its weights (`tokentm_jax.programs.kernel`). Forward it reads queries, keys and values,
+and writes tokens. Backward it reads these four and the gradient of the tokens, and writes three gradients; and it
+computes the scores again, a fifth product next to the four of the plain backward pass. This is the least for one
+kernel. The two of the backward pass here read queries, keys and values twice and the gradient three times, and compute
+seven products.
 """
 
 import os
