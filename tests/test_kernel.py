@@ -19,6 +19,7 @@ from tokentm_jax.methods.explain import explain_fn
 from tokentm_jax.models.vit import ViT, init_params
 from tokentm_jax.programs import kernel
 from tokentm_jax.programs.fused import fused_of
+from tokentm_jax.programs.model import Function
 
 # (queries, keys, channels), and whether there is a mask
 CASES = [
@@ -109,7 +110,54 @@ def test_which_attention_is_fused(name):
         assert fused.streams == (H, N)
 
 
-@pytest.mark.parametrize("name", mostly_slow([*IN_PIECES, "over_queries"], ["causal"]))
+SHOWN = np.tril(np.ones((N, N), bool))
+BIAS = np.random.default_rng(1).normal(size=(N, N)).astype(np.float32)
+SOFTMAXES = {  # of scores, and whether the kernel can compute it
+    "masked first": (lambda s: jax.nn.softmax(jnp.where(~SHOWN, -jnp.inf, s)), True),
+    "biased, then scaled": (lambda s: jax.nn.softmax((s * 0.5 - BIAS) / 3 + BIAS[:, :1]), True),
+    "masked, then scaled": (lambda s: jax.nn.softmax(2 * jnp.where(SHOWN, s, -1e9) + BIAS), True),
+    "masked by a key": (lambda s: jax.nn.softmax(jnp.where(SHOWN[3], s, jnp.finfo(s.dtype).min)), True),
+    "masked exponentials": (lambda s: jax.nn.softmax(s, where=SHOWN), False),
+    "masked by too little": (lambda s: jax.nn.softmax(jnp.where(SHOWN, s, -10.0)), False),
+    "masked, then scaled to little": (lambda s: jax.nn.softmax(jnp.where(SHOWN, s, -1e9) * 1e-9), False),
+    "capped": (lambda s: jax.nn.softmax(5 * jnp.tanh(s / 5)), False),
+    "over queries": (lambda s: jax.nn.softmax(s, axis=-2), False),
+    "scaled by head": (lambda s: jax.nn.softmax(s * BIAS[:H, 0, None, None]), False),
+}
+
+
+def attending(softmax):
+    """A function of tokens [B, N, 8] with one attention of two heads."""
+
+    def f(params, tokens):
+        q, k, v = jnp.moveaxis((tokens @ params).reshape(*tokens.shape[:2], 3, H, -1), 2, 0)
+        return jnp.einsum("bhqk,bkhe->bqhe", softmax(jnp.einsum("bqhe,bkhe->bhqk", q, k)), v)
+
+    rng = np.random.default_rng(0)
+    return f, *(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((8, 24), (2, N, 8)))
+
+
+@pytest.mark.parametrize("name", SOFTMAXES)
+def test_which_softmax_is_fused(name):
+    softmax, expected = SOFTMAXES[name]
+    assert len(fused_of(read(*attending(softmax)))) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, (_, fused) in SOFTMAXES.items() if fused])
+def test_a_fused_softmax_is_the_same(name):
+    f, params, tokens = attending(SOFTMAXES[name][0])
+    fused = Function(f, fused_attention=True).read(params, tokens)
+    direction = jnp.asarray(np.random.default_rng(2).normal(size=(2, N, H, 4)), jnp.float32)
+    both = []
+    for run in (partial(f, params), lambda tokens: fused.apply({"params": params}, tokens)):
+        outputs, back = jax.vjp(run, tokens)
+        both.append((outputs, *back(direction)))
+    for expected, found in zip(*both, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", mostly_slow(IN_PIECES, []))
 def test_programs_with_fused_attention(name):
     f, *arrays = program(name)
     params, tokens = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), arrays)
@@ -134,6 +182,7 @@ def test_methods_with_fused_attention(kind, method, options):
     np.testing.assert_allclose(maps[1], maps[0], rtol=0, atol=tolerance * np.abs(maps[0]).max())
 
 
+@pytest.mark.slow
 def test_fused_maps_have_no_derivative():
     module, params, inputs = model_of("class_token")
     explain = explain_fn(module, "gae", fused_attention=True)

@@ -64,6 +64,7 @@ def measure(model: str, size: int, fused: bool, seconds: float) -> Row:
             jax.jit(tm.explain_fn(module, "tokentm", fused_attention=fused)).lower(params, images, None).compile()
         )
         compiling, memory = time.perf_counter() - start, program.memory_analysis()
+        assert memory is not None
         maps = attempt(lambda: program(params, images, None))
     except Exception as error:  # the kernel has not run on every device: its row states what failed
         return {"batch": batch, "error": f"{type(error).__name__}: {str(error)[:200]}"}

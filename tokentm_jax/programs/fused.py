@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 
 from tokentm_jax.programs.flat import Flat, Step, axis_after
 from tokentm_jax.programs.kernel import attention_with_row
@@ -23,8 +24,9 @@ from tokentm_jax.programs.reading import SAME_SHAPE, Reading
 
 CHANNELS = 128  # of a head, at most: the kernel holds blocks of all channels
 TYPES = ("float32", "bfloat16", "float16")
+SOFTMAX = {"exp", "sub", "max", "reduce_max", "reduce_sum", *SAME_SHAPE, *BROADCAST}  # its steps before the quotient
 SCALES = ((0, "mul"), (1, "mul"), (0, "div"))  # place of the scores in a product with a number, or a quotient
-MASKED = -1e4  # a number that replaces scores and is not above this is a mask: its exponential is zero in float32
+MASKED = -1e9  # a number that replaces scores and is not above this is a mask: its exponential is zero in float32
 
 Axes = tuple[int | str | None, ...]  # for each axis: an axis of the weights, "channels", or None for an axis of size 1
 Source = tuple[int, Axes]  # a value with its axes
@@ -113,16 +115,21 @@ def _fused(reading: Reading, product: Step) -> Fused | None:
         return None
     side = product.inputs.index(product.of)
     contracted, batched = product.params["dimension_numbers"]
+    if len(contracted[side]) != 1:
+        return None
     shape, (key,) = flat.shape(product.of), contracted[side]
     query = next(axis for axis in range(len(shape)) if axis_after(product.equation, side, axis) == pieces.axis)
     softmax, weights = _to_softmax(flat, product.of)
-    if softmax is None or len(contracted[side]) != 1 or not _is_over(flat, softmax, key):
+    if softmax is None or not _is_over(flat, softmax, key):
         return None
     scores = _to_scores(reading, softmax.of, len(shape))
     if scores is None:
         return None
-    step, axes, changes = scores
-    queries, keys = (_operand(flat, step, which, axes) for which in (0, 1))
+    way, axes, changes = scores
+    between = pieces.steps - {softmax, *way, *(flat.producer[number] for number in weights)}
+    if not {step.name for step in between} <= SOFTMAX:  # such as a mask of the exponentials
+        return None
+    queries, keys = (_operand(flat, way[-1], which, axes) for which in (0, 1))
     if query not in queries[1]:
         queries, keys = keys, queries
     place = {axis: batched[side][i] for i, axis in enumerate(batched[1 - side])} | {contracted[1 - side][0]: key}
@@ -131,10 +138,15 @@ def _fused(reading: Reading, product: Step) -> Fused | None:
     sources = (queries, keys, values)
     free = [axis for axis in range(len(shape)) if axis not in (key, *batched[side])]
     result: Axes = (*batched[side], *free, "channels") if side == 0 else (*batched[side], "channels", *free)
+    for (number, own), tokens in zip(sources, (query, key, key), strict=True):
+        if (
+            own.count(tokens) != 1
+            or own.count("channels") != 1
+            or flat.shape(number)[own.index("channels")] > CHANNELS
+        ):
+            return None
     kinds = {str(flat.types[number].dtype) for number, _ in sources}
-    wide = any(flat.shape(number)[own.index("channels")] > CHANNELS for number, own in sources)
-    tokens = [own for (_, own), axis in zip(sources, (query, key, key), strict=True) if own.count(axis) != 1]
-    if wide or tokens or len(kinds) > 1 or not kinds <= {*TYPES} or any(a.count("channels") != 1 for _, a in sources):
+    if len(kinds) > 1 or not kinds <= {*TYPES}:
         return None
     heads = [axis for axis in range(len(shape)) if axis not in (query, key)]
     return Fused(product, pieces.steps, pieces.inside, weights, heads, query, key, shape, sources, changes, result)
@@ -143,27 +155,29 @@ def _fused(reading: Reading, product: Step) -> Fused | None:
 def _to_softmax(flat: Flat, weights: int) -> tuple[Step | None, set[int]]:
     """The softmax that gives attention weights, and all values on the way; None if more than types changes."""
     passed = {weights}
-    while (step := flat.producer[weights]).name in SAME_SHAPE:
+    while (step := flat.producer.get(weights)) is not None and step.name in SAME_SHAPE:
         weights = step.inputs[0]
         passed.add(weights)
-    return (step if step.kind == "softmax" and step.name == "div" else None), passed
+    return (step if step is not None and step.kind == "softmax" and step.name == "div" else None), passed
 
 
 def _is_over(flat: Flat, softmax: Step, key: int) -> bool:
     """Whether a softmax divides by its sum over the axis `key` only."""
     total = softmax.inputs[1]
-    while (step := flat.producer[total]).name in SAME_SHAPE | BROADCAST:
+    while (step := flat.producer.get(total)) is not None and step.name in SAME_SHAPE | BROADCAST:
         total = step.inputs[0]
-    return step.name == "reduce_sum" and tuple(step.params["axes"]) == (key,)
+    return step is not None and step.name == "reduce_sum" and tuple(step.params["axes"]) == (key,)
 
 
-def _to_scores(reading: Reading, value: int, axes: int) -> tuple[Step, Axes, list[Change]] | None:
-    """The product of queries and keys, the axes of its result, and how the steps up to `value` change it."""
-    flat, places, changes = reading.flat, tuple(range(axes)), []
+def _to_scores(reading: Reading, value: int, axes: int) -> tuple[list[Step], Axes, list[Change]] | None:
+    """The steps from `value` back to the product of queries and keys, its axes, and how the steps change it."""
+    flat, places, changes, way = reading.flat, tuple(range(axes)), [], []
+    later = 1.0  # the scale by the steps after
     while (step := flat.producer.get(value)) is not None:
         depends = reading.dependent(step)
+        way.append(step)
         if step.name == "dot_general":
-            return step, places, changes[::-1]
+            return way, places, changes[::-1]
         if len(depends) != 1:
             return None
         (before,), (place, *_) = depends, [place for place, i in enumerate(step.inputs) if i in depends]
@@ -172,11 +186,14 @@ def _to_scores(reading: Reading, value: int, axes: int) -> tuple[Step, Axes, lis
             moved = dict(zip(step.params["permutation"], places, strict=True))
             places = tuple(moved[axis] for axis in range(axes))
         elif (place, step.name) in SCALES and (number := _number(flat, others[0])) is not None:
+            if not number:
+                return None
             changes.append(("scale", NOTHING, number if step.name == "mul" else 1 / number))
+            later *= changes[-1][2]
         elif step.name in ("add", "sub") and place <= (step.name == "add"):
             changes.append(("add", _source(flat, others[0], places), 1.0 if step.name == "add" else -1.0))
         elif step.name == "select_n" and place > 0 and (number := _number(flat, step.inputs[3 - place])) is not None:
-            if not number <= MASKED:
+            if not number * later <= MASKED or later < 0 or flat.types[step.inputs[0]].dtype != bool:
                 return None
             changes.append(("mask" if place == 2 else "unmask", _source(flat, step.inputs[0], places), number))
         elif step.name not in SAME_SHAPE:
@@ -190,7 +207,7 @@ def _number(flat: Flat, value: int) -> float | None:
     while (step := flat.producer.get(value)) is not None and step.name in SAME_SHAPE | BROADCAST:
         value = step.inputs[0]
     known = flat.constants.get(value)
-    if known is None or flat.shape(value) or isinstance(known, jax.core.Tracer):
+    if known is None or flat.shape(value) or isinstance(known, Tracer):
         return None
     return float(known)
 
