@@ -35,7 +35,7 @@ def network(params: Any, images: jax.Array) -> jax.Array:
 def explaining(vit: tm.Model, path: Path) -> jax.Array:
     images = vit.read([path])
     maps: jax.Array = tm.explain(vit, images, "tokentm", target=3, score=tm.scores.Versus(4))
-    explain = tm.explain_fn(vit.module, "gae", score=tm.scores.class_logit)
+    explain = tm.explain_fn(vit.module, "gae", score=tm.scores.class_logit, fused_attention=True)
     maps = explain(vit.params, images, np.array([3]))
     assert_type(tm.methods_for(vit.module, vit.params, images), list[str])
     found = tm.inspect(network, vit.params, images, grid=(8, 8))

@@ -139,18 +139,14 @@ def _found(method: Any) -> tuple[str, Method]:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _without_derivative(method: str, found: Any) -> Any:
-    """What a method has found, as it is; its differentiation raises InputError."""
+def _without_derivative(reason: str, found: Any) -> Any:
+    """What a method has found, or reads, as it is; its differentiation raises InputError."""
     return found
 
 
 @_without_derivative.defjvp
-def _refuse(method: str, found: Any, changes: Any) -> Any:
-    raise InputError(
-        f"maps of '{method}' have no true derivative, since its rules hold values constant: use a method with "
-        "`tm.METHODS[name].differentiable`, put jax.lax.stop_gradient around its parameters and inputs where no "
-        "derivative is wanted, or give explain_fn the option differentiate_anyway=True"
-    )
+def _refuse(reason: str, found: Any, changes: Any) -> Any:
+    raise InputError(reason)
 
 
 def _explainer(
@@ -164,8 +160,13 @@ def _explainer(
 ) -> Callable[..., Any]:
     """What `explain_fn` returns, of a method with its options."""
     bound = row.bind(method, {**options, "rules": "plain"} if rules else options)
-    plain = row.has_derivative(options) and not rules and not model.fused_attention
-    shown = (lambda found: found) if anyway or plain else partial(_without_derivative, method)
+    plain = row.has_derivative(options) and not rules
+    reason = (
+        f"maps of '{method}' have no true derivative, since its rules hold values constant: use a method with "
+        "`tm.METHODS[name].differentiable`, put jax.lax.stop_gradient around its parameters and inputs where no "
+        "derivative is wanted, or give explain_fn the option differentiate_anyway=True"
+    )
+    shown = (lambda found: found) if anyway or plain else partial(_without_derivative, reason)
 
     def explain_inputs(params: Any, inputs: Array, target: Any = None) -> Any:
         inputs = model.look_up(params, inputs)
@@ -173,8 +174,9 @@ def _explainer(
         # Zeros replace what cannot be read, so that no NaN meets a zero in a derivative.
         fine, read = readable(inputs)
         try:
-            # The kernel has no second derivative, so the error must come before it.
-            given = shown((params, read)) if model.fused_attention else (params, read)
+            given = (params, read)
+            if model.fused_attention:
+                given = _without_derivative("maps by fused_attention have no derivative: leave it out", given)
             maps, found = shown(bound(program, *given, target))
         except Unfit as error:
             others = ", ".join(methods_for(model, params, inputs, target)) or "no method"

@@ -33,7 +33,7 @@ CUDA_TILE = 64  # keys or queries; half of it for heads of more than 64 channels
 CUDA_LEAST = 16  # keys, queries or channels in a product of Triton
 TPU_TILE = 128  # keys or queries: lanes of a TPU's registers
 VMEM_BYTES = 64 * 2**20  # that a kernel may use; a v5e has 128 MiB
-TPU_BYTES = 48 * 2**20  # of these, for two arrays of one head
+TPU_BYTES = 56 * 2**20  # of these, for two arrays of one head and a part of the bias
 
 
 class Tile(NamedTuple):
@@ -61,7 +61,7 @@ def tpu_tile(queries: int, keys: int, channels: int, bytes_each: int) -> Tile | 
 
     lanes = -(-channels // TPU_TILE) * TPU_TILE
     rows = -(-max(queries, keys) // TPU_TILE) * TPU_TILE
-    held = 2 * 2 * rows * lanes * bytes_each  # two whole arrays, each in two buffers
+    held = 2 * rows * (2 * lanes * bytes_each + TPU_TILE * 4)  # two whole arrays and a bias, each in two buffers
     if held > TPU_BYTES:
         return None
     return Tile(TPU_TILE, channels, tpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_BYTES))
@@ -259,7 +259,7 @@ class _Cut(NamedTuple):
 
         masked = None if columns == self.keys else self.keys
         options = {"biased": "b" in names, "scale": self.scale, "size": size, "keys": masked}
-        found = pl.pallas_call(
+        return pl.pallas_call(
             partial(kernel, **options),
             [jax.ShapeDtypeStruct(shapes[name], kind) for name, kind in zip(results, kinds, strict=True)],
             grid=((rows if by_queries else columns) // size,),
@@ -268,7 +268,6 @@ class _Cut(NamedTuple):
             compiler_params=self.tile.params,
             interpret=self.tile.interpret,
         )(*given)
-        return found
 
 
 def forward(
