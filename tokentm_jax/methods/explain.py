@@ -273,8 +273,8 @@ def compiled(
       module: as for `explain_fn`.
       methods: names of `METHODS`, or functions, and the options of each.
       details: names of the details that are wanted, of the first method; None for all that it reports.
-      preprocessing: where given, the program takes batches of a data set, such as pixels uint8 [B, H, W, 3], and makes
-        the model's input of them.
+      preprocessing: where given, the program takes batches of a data set, such as pixels uint8 [B, H, W, 3], or what
+        `explain` takes, and makes the model's input of them.
 
     Returns:
       A function `(params, inputs, target)` that gives each method's maps, by name, and the details. The target is as
@@ -356,10 +356,25 @@ def explain(
         >>> tm.explain(vit, vit.read("cat.jpg"), score=not_a_dog).shape
         (1, 8, 8)
     """
+    maps, found = explain_with(None if details else (), vit, images, method, target, score, text, **options)
+    return (maps, found) if details else maps
+
+
+def explain_with(
+    details: Sequence[str] | None,
+    vit: "Model",
+    images: PyTree,
+    method: str | Method | Callable[..., Explanation],
+    target: Target = None,
+    score: Callable[..., Array] | None = None,
+    text: str | Sequence[str] | None = None,
+    **options: object,
+) -> tuple[Array, dict[str, PyTree]]:
+    """Heatmaps as from `explain`, and of the method's details those of these names (None: all)."""
     require_loaded(vit)
-    name, row = _found(method)
-    program = compiled(vit.module, {method: row.suited(options, vit.preprocessing)}, details=None if details else ())
-    inputs = vit.prepare(images)
+    name, _ = _found(method)
+    program = compiled(vit.module, {method: options}, details=details, preprocessing=vit.preprocessing)
+    inputs = vit.preprocessing.checked(images)
     samples = len(jax.tree.leaves(inputs)[0])
     if text is not None:
         if score is not None or target is not None:
@@ -382,7 +397,7 @@ def explain(
     if score is not None:
         target = asked._replace(target=target)
     maps, found = program(vit.params, inputs, target)
-    return (maps[name], found) if details else maps[name]
+    return maps[name], found
 
 
 def _target(vit: "Model", target: Any, asked: Question, samples: int) -> Any:

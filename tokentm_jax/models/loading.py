@@ -269,7 +269,7 @@ def load(
         channels = f"{module.in_chans} channels, and the preprocessing has {len(found.preprocessing.mean)}"
         raise InputError(f"{path}: the model has {channels}")
     params = to_params(module, found.tensors, str(path), old_grid=grid, antialias=found.antialias)
-    params = jax.tree.map(jnp.asarray, params)
+    params = jax.device_put(params)  # `jnp.asarray` would compile a program for each shape
     preprocessing = dataclasses.replace(found.preprocessing, size=module.img_size)
     names, wnids = _names(class_names, found, path, module.num_classes)
     for note in found.notes:
@@ -315,7 +315,7 @@ def _load_text(folder: Path, name: str, class_names: Any, dtype: Any) -> Model:
         names, _ = read_class_names(class_names, module.num_classes)
     known = {"length": module.max_length, "vocabulary": module.vocab_size, "types": module.type_vocab_size}
     reader = dataclasses.replace(pieces, **known)
-    params = jax.tree.map(jnp.asarray, params)
+    params = jax.device_put(params)
     return Model(module, params, reader, None if names is None else tuple(names), name)
 
 

@@ -24,7 +24,7 @@ HEADS = ("head.", "head_dist.", "pre_logits.")
 @functools.lru_cache(maxsize=8)
 def _shapes(module: ViT | TextEncoder | Bert | Decoder) -> dict[tuple[str, ...], tuple[int, ...]]:
     """Path -> shape of every parameter of `module`; parameters of `blocks` have the first axis L."""
-    variables: Any = jax.eval_shape(module.init, jax.random.key(0), module.example())
+    variables: Any = jax.eval_shape(lambda inputs: module.init(jax.random.key(0), inputs), module.example())
     flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(variables["params"])
     return {path: leaf.shape for path, leaf in flat.items()}
 
