@@ -5,7 +5,6 @@ Its blocks are those of `vit`, and sow the same names. Axes as in `vit`; N is th
 
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array

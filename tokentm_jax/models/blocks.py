@@ -16,7 +16,7 @@ trunc_normal = nn.initializers.truncated_normal(0.02)
 
 
 class Module(nn.Module):
-    """A Linen module that reads a known parameter without tracing its initialiser, which takes longer than the model."""
+    """A Linen module that reads known parameters without tracing their initialisers, which takes longer."""
 
     @nn.nowrap
     def param(self, name: str, init_fn: Callable[..., Any], shape: tuple[int, ...]) -> Any:  # type: ignore[override]
