@@ -19,12 +19,12 @@ class Module(nn.Module):
     """A Linen module that reads known parameters without tracing their initialisers, which takes longer."""
 
     @nn.nowrap
-    def param(self, name: str, init_fn: Callable[..., Any], shape: tuple[int, ...]) -> Any:  # type: ignore[override]
+    def param(self, name: str, init_fn: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         if self.has_variable("params", name):
             value = self.get_variable("params", name)
-            if getattr(value, "shape", None) == shape:
+            if arguments and getattr(value, "shape", None) == arguments[0]:  # the shape, in all modules here
                 return value
-        return super().param(name, init_fn, shape)  # which makes it, or raises
+        return super().param(name, init_fn, *arguments, **options)  # which makes it, or raises
 
 
 class Affine(Module):
