@@ -334,7 +334,7 @@ def _load_decoder(path: Path, name: str, dtype: Any) -> Model:
         raise InputError(f"{folder} has no tokenizer.json, the file of a fast tokenizer, which {path.name} needs")
     module = module if dtype is None else module.clone(dtype=dtype_of(dtype))
     reader = dataclasses.replace(pieces, length=module.max_length, vocabulary=module.vocab_size)
-    return Model(module, jax.tree.map(jnp.asarray, params), reader, None, name)
+    return Model(module, jax.device_put(params), reader, None, name)
 
 
 def _found(model: Any, checkpoint: Any, folder: Path | None) -> tuple[Folder, str, Path, tuple[int, int]]:
