@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-kills test-engines fuzz bench lint docs lock lowest newest clean
+.PHONY: demo test test-slow test-kills test-engines fuzz bench bench-gpu lint docs lock lowest newest clean
 
 # The environment that was tested: every package at the version of requirements.lock.
 .venv/ready: requirements.lock pyproject.toml
@@ -49,6 +49,11 @@ BENCH ?= $(BIN)/python
 bench: .venv/ready  ## benchmarks into tests/benchmark/results: half an hour on 2 idle cores, longer with PyTorch
 	for name in ratios passes memory resolution roofline startup masking bfloat16 mixed throughput feed schedule cost; do \
 	    $(BENCH) tests/benchmark/$$name.py --out tests/benchmark/results/$$name.md || exit 1; done
+
+# BENCH_GPU needs JAX for the device, such as `pip install "jax[cuda12]"`; requirements.lock has JAX for the CPU.
+BENCH_GPU ?= $(BIN)/python
+bench-gpu:  ## TokenTM on a GPU or TPU, attention in a kernel or not: ten minutes at most; a second run goes on
+	$(BENCH_GPU) tests/benchmark/gpu.py --out tests/benchmark/results/gpu.md
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """Which metrics rank the methods as known causes do? Metrics of removal and known causes of one model, in one folder.
 
-    tokentm leaderboard configs/agreement.py                 rendered scenes, rule xor; also more, count, counts,
-                                                             conjunction, position, bystander
+    tokentm leaderboard configs/agreement.py                 rendered scenes, rule xor; also part, more, count,
+                                                             counts, conjunction, position, bystander
     tokentm leaderboard configs/agreement.py:data=cifar10    mosaics of CIFAR-10, the shipped model
     tokentm leaderboard configs/agreement.py:data=photos     mosaics of photos, DeiT-tiny
     python tests/benchmark/agreement.py runs/agreement_*     Kendall's tau of every metric with every cause
@@ -17,14 +17,14 @@ from tokentm_jax import EvaluateConfig, LeaderboardConfig, sample_data
 from tokentm_jax.configs import CAUSE_ROWS, rows
 
 ROWS = (*CAUSE_ROWS, *rows("raw_attention"))
-IMAGES = {"cifar10": 400, "photos": 40}  # of the metrics of removal; 300 scenes
-CELLS = {"cifar10": 1600, "photos": None}
+IMAGES = {"cifar10": 100, "photos": 32}  # of the metrics of removal; 300 scenes
+CELLS = {"cifar10": 600, "photos": 160}
 
 
 def get_config(
     *,
     data: Literal[
-        "xor", "more", "count", "counts", "conjunction", "position", "bystander", "cifar10", "photos"
+        "part", "xor", "more", "count", "counts", "conjunction", "position", "bystander", "cifar10", "photos"
     ] = "xor",
 ) -> LeaderboardConfig:
     if data in ("cifar10", "photos"):

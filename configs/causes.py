@@ -13,7 +13,9 @@
     tokentm evaluate configs/causes.py:data=deletion            CIFAR-10 without a patch; needs the model of
                                                                 models/training/recipes/cifar10_missing.py
     tokentm evaluate configs/causes.py:data=more                rendered scenes and the effects of their parts; also
-                                                                xor, conjunction, count, counts, position, bystander
+                                                                part, xor, conjunction, count, counts, position,
+                                                                bystander
+    tokentm evaluate configs/causes.py:data=more,methods=all    the same with all methods
     tokentm evaluate configs/causes.py:data=program_copy        all methods on weights written by hand; also
                                                                 program_count, program_compare
 
@@ -30,6 +32,7 @@ from tokentm_jax.configs import CAUSE_ROWS, rows
 
 PLAIN = Row("tokentm_mix power 1", "tokentm_mix", {"power": 1.0})
 ROWS = (PLAIN, *CAUSE_ROWS, *rows("beyond_intuition", "occlusion"))
+ALL_ROWS = (*ROWS, *rows(*(name for name in METHODS if name not in {row.method for row in ROWS})))
 DEIT, CIFAR = ("deit_tiny_patch16_224", sample_data("deit_tiny")), ("cifar10_distilled", None)
 TEST = sample_data("cifar10", "test")
 CASES = {  # the task, the data, the model and its checkpoint
@@ -66,6 +69,7 @@ def get_config(
         "trigger_text",
         "trigger_audio",
         "deletion",
+        "part",
         "conjunction",
         "xor",
         "count",
@@ -78,6 +82,7 @@ def get_config(
         "program_compare",
     ] = "mosaic",
     question: Literal["class", "margin"] = "class",
+    methods: Literal["quick", "all"] = "quick",
 ) -> EvaluateConfig:
     scenes = ("effects", f"scenes:{data}:test", f"scenes_{data}", None)
     task, where, model, checkpoint = CASES.get(data, scenes)
@@ -89,7 +94,7 @@ def get_config(
         data=where,
         model=model,
         checkpoint=checkpoint,
-        rows=rows(*METHODS) if program else ROWS,
+        rows=rows(*METHODS) if program else ALL_ROWS if methods == "all" else ROWS,
         profile="reference",
         options=options,
         score=None if question == "class" else "margin",

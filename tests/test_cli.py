@@ -91,6 +91,17 @@ def test_explain_writes_what_the_library_computes(folder, checkpoint):
         assert set(json.loads(str(stored["versions"]))) == {"tokentm_jax", "jax", "flax"}
 
 
+def test_the_first_map_compiles_one_program(folder, checkpoint, compilations):
+    """Loading and reading compile nothing, and the pass of the first map gives the classes as well."""
+    import tokentm_jax as tm
+
+    vit = tm.load(checkpoint=checkpoint)
+    tm.explain(vit, vit.read(["photos/a.png"]), "raw_attention")
+    assert len(compilations) == 1
+    run("explain", "photos/a.png", "photos/b.jpg", "--checkpoint", checkpoint, "--method", "raw_attention")
+    assert len(compilations) == 2
+
+
 @pytest.mark.slow
 def test_why_one_class_and_not_another(folder, checkpoint):
     import tokentm_jax as tm

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import tiny_vit
+from flax.errors import ScopeParamShapeError
 
 import tokentm_jax as tm
 from tokentm_jax.methods.explain import explain_fn
@@ -101,6 +102,13 @@ def test_a_sample_without_a_map_leaves_the_others_their_derivatives(vit, images)
 def test_logits_that_are_not_finite_give_no_map(vit, images):
     params = {**vit.params, "head": {**vit.params["head"], "bias": jnp.array([0, 0, jnp.nan, 0, 0])}}
     assert np.isnan(jax.jit(explain_fn(vit.module, "rollout"))(params, images)).all()
+
+
+def test_parameters_of_another_shape_are_refused(vit, images):
+    for wrong in (jnp.zeros(4), jnp.zeros((5, 1))):
+        params = {**vit.params, "head": {**vit.params["head"], "bias": wrong}}
+        with pytest.raises(ScopeParamShapeError, match=r"(4,)|(5, 1)"):
+            jax.eval_shape(vit.module.apply, {"params": params}, images)
 
 
 def test_a_method_that_leaves_out_a_detail_is_told(vit, images, monkeypatch):

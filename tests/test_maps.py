@@ -72,12 +72,10 @@ BOTH = [  # methods with options, on images and on texts
     ("combination", {"methods": "tokentm,grad_cam", "how": "mean"}),
     ("tokentm_mix", {"gradient": "conservative_lrp"}),
 ]
-LATER = ("caap", "expected_gradients", "mda", "pa_lrp")  # than the file; each has an oracle of its own
-SAVED = {name: options for name, options in METHODS.items() if name not in LATER}
-METHODS_OF_TEXTS = {name: options for name, options in SAVED.items() if name not in ("rise", "kernel_shap")}
+METHODS_OF_TEXTS = {name: options for name, options in METHODS.items() if name not in ("rise", "kernel_shap")}
 METHODS_OF_TEXTS |= {"occlusion": {}, "token_dropping": {}}  # words are removed one by one
 ALL = [
-    *((kind, method, options) for kind in KINDS for method, options in SAVED.items()),
+    *((kind, method, options) for kind in KINDS for method, options in METHODS.items()),
     *((kind, method, options) for kind in TEXTS for method, options in METHODS_OF_TEXTS.items()),
     *((kind, method, options) for kind in (IMAGE, TEXT) for method, options in BOTH),
     (IMAGE, "legrad", {"read": "mean"}),

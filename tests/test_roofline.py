@@ -77,19 +77,36 @@ def test_methods_of_one_run_cost_one_pass(common):
     assert cost("tokentm", "libra_attcat", "gae") == pytest.approx(cost("tokentm") + cost("libra_attcat"), rel=0.05)
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(("label", "passes"), [("forward", (1, 0)), ("forward and backward", (1, 1))])
-def test_the_count_by_hand_is_that_of_the_traced_products(roofline, common, label, passes):
-    batch, moved = 2, 0
+def test_the_count_by_hand_is_that_of_the_traced_products(roofline, common, label, passes, fused):
+    """Fused attention reads and writes the same arrays, except those of attention, and the logsumexp of each query."""
+    batch, moved, tokens = 2, 0, 7
     found = list(common.products(traced(roofline.PROGRAMS[label][0], SMALL, batch).jaxpr))
     for times, equation in found:
         left, right = (v.aval.shape for v in equation.invars)
         out = equation.outvars[0].aval.shape
         if times > 1:  # of the blocks
             weights = [s for s in (left, right) if s in KERNELS]
-            activations = [s for s in (left, right, out) if s not in KERNELS]
+            activations = [s for s in (left, right, out) if s not in KERNELS and not (fused and s.count(tokens) > 1)]
             moved += times * (2 * sum(map(math.prod, activations)) + 4 * sum(map(math.prod, weights)))
-    assert roofline.hand_flops(SMALL, *passes) == common.flops_of(found) / batch
-    assert roofline.hand_bytes(SMALL, *passes, batch) == moved / batch
+    _, backwards = passes
+    again = backwards * 2 * SMALL.depth * SMALL.embed_dim * tokens**2  # the scores
+    per_query = 4 * SMALL.depth * SMALL.num_heads * tokens
+    cost = roofline.by_hand(SMALL, *passes, batch, fused)
+    assert cost.flops == common.flops_of(found) / batch + fused * again
+    assert cost.bytes == moved / batch + fused * backwards * 2 * per_query  # written once, read once
+
+
+def test_fused_attention_at_a_vit_base(roofline):
+    """Without the six times that attention [12, 197, 197] is read or written in each of 12 blocks, in bfloat16."""
+    module = roofline.named_vit("vit_base_patch16_224")
+    plain, fused = (roofline.by_hand(module, 1, 1, 64, fused) for fused in (False, True))
+    attention, per_query = 12 * 197 * 197 * 2, 12 * 197 * 4
+    assert plain.bytes - fused.bytes == 12 * (6 * attention - 2 * per_query)
+    (row,) = roofline.by_size("vit_base_patch16_224", [1024], 64)
+    assert row[:3] == ["vit_base_patch16_224", "1024 px", "4097"]
+    assert float(row[6]) < float(row[5]) / 5  # MB
 
 
 @pytest.mark.slow

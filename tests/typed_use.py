@@ -35,7 +35,7 @@ def network(params: Any, images: jax.Array) -> jax.Array:
 def explaining(vit: tm.Model, path: Path) -> jax.Array:
     images = vit.read([path])
     maps: jax.Array = tm.explain(vit, images, "tokentm", target=3, score=tm.scores.Versus(4))
-    explain = tm.explain_fn(vit.module, "gae", score=tm.scores.class_logit)
+    explain = tm.explain_fn(vit.module, "gae", score=tm.scores.class_logit, fused_attention=True)
     maps = explain(vit.params, images, np.array([3]))
     assert_type(tm.methods_for(vit.module, vit.params, images), list[str])
     found = tm.inspect(network, vit.params, images, grid=(8, 8))
@@ -66,6 +66,15 @@ def reading(folder: Path) -> list[list[tm.inputs.Word]]:
     assert_type(found[0][0].text, str)
     assert_type(tm.inputs.Spectrogram(sampling_rate=8000).hop, int)
     return found
+
+
+def writing(path: Path) -> list[str]:
+    model = tm.load(path)
+    decoder: tm.models.Decoder = model.module
+    assert_type(decoder.num_kv_heads, int)
+    answer: tm.inputs.Tokens = tm.models.generate(model, "The capital of France is", 8, temperature=0.5, seed=1)
+    written: list[str] = model.preprocessing.decode(answer)
+    return written
 
 
 def mathematics(vit: tm.Model, images: jax.Array) -> tm.Trace:

@@ -1,5 +1,6 @@
 """The program `tokentm`, also `python -m tokentm_jax`."""
 
+import gc
 import os
 import signal
 
@@ -7,6 +8,7 @@ import signal
 def run() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as in a shell's background
         signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))  # until `run_process` has its own
+    gc.set_threshold(50_000)  # the objects of imports and of tracing stay: searching them took a tenth of the time
     from tokentm_jax.cli.process import run_process
 
     def command() -> None:

@@ -53,7 +53,8 @@ def write_figure(figure: "Figure", path: Path, hint: str = "", *, overwrite: boo
         raise InputError(f"a figure is written as {', '.join(others)} or {last}, got {path.name!r:.80}")
     software = generator(question)
     options: dict[str, Any] = {
-        "png": {"metadata": {"Software": software}},
+        # Level 4 takes two fifths of the time of the default, 6, and the file of a photo is 4 % larger.
+        "png": {"metadata": {"Software": software}, "pil_kwargs": {"compress_level": 4}},
         "jpg": {"pil_kwargs": {"comment": software, "quality": 92}},
         "pdf": {"metadata": {"Creator": software, "CreationDate": None}},
         "svg": {"metadata": {"Creator": software, "Date": None}},
@@ -62,13 +63,24 @@ def write_figure(figure: "Figure", path: Path, hint: str = "", *, overwrite: boo
         for axes in figure.axes:
             for image in axes.images:
                 image.set_interpolation("none")  # all pixels, not resampled to the figure's resolution
-    for text in figure.findobj(Text):
+    for text in _artists(figure, Text):
         text.set_parse_math(False)  # pyright: ignore[reportAttributeAccessIssue]
     # "text.parse_math" is for texts that are made during drawing.
     styles: Any = {"pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": MARK, "text.parse_math": False}
     with warnings.catch_warnings(), rc_context(styles):
         warnings.simplefilter("ignore")  # about letters that the font lacks
         replace(path, lambda part: figure.savefig(part, format=kind, **options[kind]), hint, overwrite=overwrite)
+
+
+def _artists(artist: Any, kind: type) -> Iterator[Any]:
+    """The artists of a kind in a figure, as `findobj` finds them, except the ticks of axes that are off, which would
+    first be made."""
+    if isinstance(artist, kind):
+        yield artist
+    off = () if getattr(artist, "axison", True) else (artist.xaxis, artist.yaxis)
+    for child in artist.get_children():
+        if child not in off:
+            yield from _artists(child, kind)
 
 
 def digest(*parts: Any) -> str:

@@ -13,6 +13,12 @@ Bytes: at least (by hand) every product of matrices reads its operands and write
 the rest fused into these; at most (XLA) what the operations of the compiled program read and write, whether it comes
 from the chip's memory or from a cache. The CPU's compiler widens bfloat16 to float32, so that its count is that of the
 float32 program, halved. The truth on a GPU is between the two.
+
+Fused attention never writes its weights (`tokentm_jax.programs.kernel`). Forward it reads queries, keys and values,
+and writes tokens. Backward it reads these four and the gradient of the tokens, and writes three gradients; and it
+computes the scores again, a fifth product next to the four of the plain backward pass. This is the least for one
+kernel. The two of the backward pass here read queries, keys and values twice and the gradient three times, and compute
+seven products.
 """
 
 import os
@@ -23,7 +29,7 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-from common import hand_flops, named_vit, names, parser, publish, table
+from common import hand_flops, named_vit, names, numbers, parser, publish, table
 from ratios import forward, forward_backward
 
 import tokentm_jax as tm
@@ -80,19 +86,30 @@ PROGRAMS: dict[str, tuple[Callable[[ViT], Any], int, int]] = {
 # ---- by hand --------------------------------------------------------------------------------------------------------
 
 
-def hand_bytes(module: ViT, forwards: int, backwards: int, batch: int) -> float:
+def hand_bytes(module: ViT, forwards: int, backwards: int, batch: int, fused: bool = False) -> float:
     """What the products of the blocks read and write for one image, if all else is fused: activations in bfloat16, and
-    the weights in float32 once per pass and batch."""
+    the weights in float32 once per pass and batch.
+
+    With `fused`, attention is not written, but for each query its logsumexp in float32 for the backward pass.
+    """
     d, hidden = module.embed_dim, int(module.embed_dim * module.mlp_ratio)
     n = module.prefix + module.grid[0] * module.grid[1]
-    attention = module.num_heads * n * n
+    attention = 0 if fused else module.num_heads * n * n
+    logsumexp = 2 * 4 * module.num_heads * n * backwards if fused else 0
     linear = n * ((d + 3 * d) + (d + d) + 2 * (d + hidden))
     products = (2 * n * d + attention) + (attention + n * d + n * d)  # scores, then what they mix
     backward = linear + 2 * products
     weights = 4 * d * (4 * d + 2 * hidden) / batch
     return module.depth * (
-        2 * (forwards * (linear + products) + backwards * backward) + (forwards + backwards) * weights
+        2 * (forwards * (linear + products) + backwards * backward) + (forwards + backwards) * weights + logsumexp
     )
+
+
+def by_hand(module: ViT, forwards: int, backwards: int, batch: int, fused: bool = False) -> Cost:
+    """The least cost of these passes; with `fused`, the backward pass computes the scores again."""
+    again = 2 * module.embed_dim * (module.prefix + module.grid[0] * module.grid[1]) ** 2
+    flops = hand_flops(module, forwards, backwards) + fused * module.depth * backwards * again
+    return Cost(flops, hand_bytes(module, forwards, backwards, batch, fused))
 
 
 # ---- by XLA ---------------------------------------------------------------------------------------------------------
@@ -164,29 +181,43 @@ def duration(images: float, per_second: float, chips: int) -> str:
     return f"{seconds:.0f} seconds"
 
 
+def by_size(model: str, sizes: Iterable[int], batch: int) -> list[list[str]]:
+    """Rows of the last table: TokenTM at several sizes of images, plain and with fused attention."""
+    rows = []
+    for size in sizes:
+        module = named_vit(model, "bfloat16").clone(img_size=(size, size))
+        costs = [by_hand(module, 1, 1, batch, fused) for fused in (False, True)]
+        row = [model, f"{size} px", str(module.prefix + module.grid[0] * module.grid[1])]
+        row += [f"{cost.flops / 1e9:.0f}" for cost in costs] + [f"{cost.bytes / 1e6:.0f}" for cost in costs]
+        row += [f"{cost.flops / cost.bytes:.0f}" for cost in costs]
+        row += [f"{rate(cost, chip):.0f} ({limit(cost, chip)})" for chip in CHIPS for cost in costs]
+        rows.append(row)
+    return rows
+
+
 def measure(model: str, programs: Iterable[str], batch: int, place: Any) -> tuple[list[list[str]], Cost, Cost, Cost]:
     """Rows of the first table, and the cost of TokenTM: at least, by XLA for this machine, and for a TPU."""
     module = named_vit(model, "bfloat16")
     rows, costs = [], {}
 
-    def row(label: str, by_hand: Cost, by_xla: Cost) -> None:
-        costs[label] = by_hand, by_xla
-        cells = [by_hand.flops / 1e9, by_xla.flops / 1e9, by_hand.bytes / 1e6, by_xla.bytes / 1e6]
-        intensity = [cost.flops / cost.bytes for cost in (by_hand, Cost(by_hand.flops, by_xla.bytes))]
-        extra = f"{by_xla.flops / by_hand.flops:.3f}"
+    def row(label: str, least: Cost, fused: Cost, by_xla: Cost) -> None:
+        costs[label] = least, by_xla
+        cells = [least.flops / 1e9, by_xla.flops / 1e9, fused.bytes / 1e6, least.bytes / 1e6, by_xla.bytes / 1e6]
+        intensity = [cost.flops / cost.bytes for cost in (least, Cost(least.flops, by_xla.bytes))]
+        extra = f"{by_xla.flops / least.flops:.3f}"
         rows.append(
             [model, label, *(f"{c:.1f}" for c in cells[:2]), extra, *(f"{c:.0f}" for c in cells[2:] + intensity)]
         )
 
     for label in programs:
         program, forwards, backwards = PROGRAMS[label]
-        by_hand = Cost(hand_flops(module, forwards, backwards), hand_bytes(module, forwards, backwards, batch))
-        row(label, by_hand, halved(program, module, batch))
+        least, fused = (by_hand(module, forwards, backwards, batch, fused) for fused in (False, True))
+        row(label, least, fused, halved(program, module, batch))
     least, most = costs["tokentm"]
     on_tpu = most
     if place is not None:
         on_tpu = counted(PROGRAMS["tokentm"][0], module, batch, place)
-        row("tokentm, compiled for a TPU v5e", least, on_tpu)
+        row("tokentm, compiled for a TPU v5e", least, by_hand(module, 1, 1, batch, fused=True), on_tpu)
     return rows, least, Cost(least.flops, most.bytes), Cost(least.flops, on_tpu.bytes)
 
 
@@ -205,16 +236,18 @@ if __name__ == "__main__":
     arguments.add_argument("--models", type=names, default=["vit_base_patch16_224", "vit_large_patch16_224"])
     arguments.add_argument("--programs", type=names, help="of the first table, such as tokentm,gae; default: all")
     arguments.add_argument("--batch", type=int, default=64)
+    arguments.add_argument("--sizes", type=numbers, default=[224, 384, 512, 1024], help="of images, in pixels")
     arguments.add_argument("--share", type=float, default=0.4, help="of the peaks, that a good program reaches")
     arguments.add_argument("--chips", type=int, default=8)
     arguments.add_argument("--tpu", action="store_true", help="compile TokenTM for a TPU v5e, too")
     chosen = arguments.parse_args()
     place = tpu() if chosen.tpu else None
     programs = [*dict.fromkeys([*(chosen.programs or PROGRAMS), "tokentm"])]
-    rows, speeds, room = [], [], []
+    rows, speeds, room, sizes = [], [], [], []
     for model in chosen.models:
         found, least, here, on_tpu = measure(model, programs, chosen.batch, place)
         rows += found
+        sizes += by_size(model, chosen.sizes, chosen.batch)
         if place is not None:
             room.append(largest_batch(model, chosen.batch, CHIPS[-1], place))
         for chip in CHIPS:
@@ -225,7 +258,8 @@ if __name__ == "__main__":
             row += [f"{worst:.0f}", limit(most, chip), f"{slow:.0f}", f"{slow * least.flops / chip.flops:.0%}"]
             row += [duration(IMAGENET, slow, 1), duration(BILLION, slow, 1), duration(BILLION, slow, chosen.chips)]
             speeds.append(row)
-    first = ["model", "program", "GFLOP by hand", "by XLA", "ratio", "MB at least", "MB by XLA"]
+    first = ["model", "program", "GFLOP by hand", "by XLA", "ratio", "MB at least, fused attention"]
+    first += ["MB at least", "MB by XLA"]
     first += ["FLOP/byte at most", "at least"]
     second = ["model", "chip", "ridge, FLOP/byte", "maps/s at most", "limit", "with XLA's bytes", "limit"]
     second += [
@@ -236,7 +270,11 @@ if __name__ == "__main__":
         f"on {chosen.chips} chips",
     ]
     note = f"Of one image in bfloat16, at batch {chosen.batch}. By hand, a method is the passes that it makes."
+    third = ["model", "image", "tokens"]
+    third += [f"{what}{how}" for what in ("GFLOP", "MB at least", "FLOP/byte") for how in ("", ", fused")]
+    third += [f"{chip.name}: maps/s at most{how}" for chip in CHIPS for how in ("", ", fused")]
     parts = [table(first, rows), note, "## TokenTM on a chip", table(second, speeds)]
+    parts += ["## TokenTM by resolution", table(third, sizes), "By hand: plain attention, and fused attention."]
     if room:
         parts += ["Compiled for a TPU v5e with its 16 GB, its compiler says of TokenTM:", "- " + "\n- ".join(room)]
     publish(chosen.out, "# Roofline", *parts)

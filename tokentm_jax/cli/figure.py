@@ -89,7 +89,8 @@ def overlay_figure(
     panels = {what: photo, "Heatmap": heat, f"{what} and heatmap": blend(photo, values, signed, look.colours)}
     for i, (caption, picture) in enumerate(panels.items()):
         axes = _picture(figure, picture, left + i * (width + gap), below, width, height)
-        axes.set_title(caption, fontsize=11, color=INK, pad=5, parse_math=False)
+        # With `y`, no ticks are made to find out whether the title would cover them.
+        axes.set_title(caption, y=1.0, fontsize=11, color=INK, pad=5, parse_math=False)
         if scales is not None:
             _scale(axes, scales, photo.shape[:2], i == 0)
     x = left + 3 * (width + gap)

@@ -22,7 +22,7 @@ from tokentm_jax.files import replace, version_of
 from tokentm_jax.identity import write_figure
 from tokentm_jax.inputs.pictures import Panel
 from tokentm_jax.maths.scores import Cosine, Versus
-from tokentm_jax.methods.explain import explain
+from tokentm_jax.methods.explain import explain_with
 from tokentm_jax.models.loading import Model
 
 EACH = "each"  # the target that is several classes
@@ -196,27 +196,34 @@ class Job:
 
     def maps(self, batch: Any) -> tuple[np.ndarray, list[tuple[Column, np.ndarray]]]:
         """The model's outputs [B, C] for a batch, and for each column its maps."""
-        outputs = np.asarray(self.vit.logits(batch), np.float64)
+        outputs: np.ndarray | None = None  # the first method computes them too
         maps: list[tuple[Column, np.ndarray]] = []
         for column in self.columns:
             asked = column.asked
             score: Any = None if self.versus is None else Versus(self.versus)
             target: Any = None
-            if asked.prompt is None:
-                target = asked.classes(outputs)
-            else:
+            if asked.prompt is not None:
                 score = Cosine(asked.embedding)
+            elif asked.index is not None:
+                target = asked.index
+            elif asked.rank or outputs is not None:
+                outputs = self._outputs(batch) if outputs is None else outputs
+                target = asked.classes(outputs)
             try:
                 with memory_errors():
-                    found = explain(self.vit, batch, column.method, target, score=score, **self.options)
-                    maps.append((column, np.asarray(found, np.float32)))
+                    found = explain_with(("logits",), self.vit, batch, column.method, target, score, **self.options)
+                    maps.append((column, np.asarray(found[0], np.float32)))
+                    outputs = np.asarray(found[1]["logits"], np.float64) if outputs is None else outputs
             except InputError as error:
                 if not self.skip_unfit:
                     raise
                 complain(f"{column.method} is left out: {error}")
-        if not maps:
+        if outputs is None:
             raise InputError("no method can explain this model")
         return outputs, maps
+
+    def _outputs(self, batch: Any) -> np.ndarray:
+        return np.asarray(self.vit.logits(batch), np.float64)
 
     @cached_property
     def questions(self) -> dict[str, Asked]:

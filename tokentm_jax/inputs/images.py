@@ -227,7 +227,8 @@ class Preprocessing:
         return self.mean
 
     def unit(self, levels: Any) -> Any:
-        return unit(jnp.asarray(levels))
+        levels = jnp.asarray(levels)
+        return levels if jnp.issubdtype(levels.dtype, jnp.floating) else unit(levels)
 
     def to_pixels(self, maps: Array, inputs: Array, module: Any) -> Array:
         return to_pixels(maps, self.size, getattr(module, "tiling", None))
@@ -260,7 +261,7 @@ class Preprocessing:
             if low < LOWEST or high > HIGHEST:
                 hint = "divide pixels in 0 ... 255 by 255" if high > 10 else "leave out the normalisation"
                 raise InputError(f"images must be in [0, 1], got values from {low:.4g} to {high:.4g}: {hint}")
-        return jnp.asarray(array)
+        return jax.device_put(array)  # `jnp.asarray` would compile a program for the shape
 
     def _check_type(self, images: Any) -> None:
         if images.ndim != 4 or images.shape[1:] != self.shape:

@@ -183,6 +183,12 @@ class WordPieces:
         with one_sentence((self.file,)):
             return self._engine.encode_batch(list(listed))
 
+    def decode(self, tokens: Tokens) -> list[str]:
+        """The texts of these tokens [B, N], without marks. Raises InputError for tokens of another vocabulary."""
+        known = self.checked(tokens)
+        with one_sentence((self.file,)):
+            return [self._engine.decode(ids[mask]) for ids, mask in zip(known.ids, known.mask, strict=True)]
+
     def found(self, argument: str, number: int = 1) -> dict[str, str]:
         """The argument itself, or with "-" the lines of the standard input."""
         try:

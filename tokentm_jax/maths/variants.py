@@ -16,7 +16,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
-import chex
 import jax
 import jax.numpy as jnp
 from annotated_types import Ge
@@ -295,7 +294,8 @@ def contributions(
       AssertionError: rows of another number of tokens.
     """
     assert blocks.attention is not None
-    chex.assert_axis_dimension(rows, -1, blocks.attention.shape[-1])
+    if rows.shape[-1] != (tokens := blocks.attention.shape[-1]):
+        raise AssertionError(f"rows must be distributions over {tokens} tokens, got {list(rows.shape)}")
     update = lambda rows, block: tokentm.block_update(rows, block_terms(block, options))  # noqa: E731
     rows = tokentm.aggregate(rows, blocks, update, options.first_block, options.end_block)
     return initialised(rows, embedded, options)

@@ -37,6 +37,7 @@ def explain_fn(
     grid: tuple[int, int] | None = None,
     prefix: int | None = None,
     readout: Readout = None,
+    fused_attention: bool = False,
     **options: object,
 ) -> Callable[..., PyTree]:
     """A pure function `(params, inputs, target=None) -> maps` to `jit`, `vmap`, shard, export or differentiate.
@@ -52,6 +53,11 @@ def explain_fn(
         False), with what the rules hold constant held constant. By default their differentiation raises InputError.
       grid, prefix, readout: of a function, what its program does not show: the patches (height, width), the tokens
         before those of the patches, and how the head reads the tokens ("token", "avg" or a share for each).
+      fused_attention: on an NVIDIA GPU or a TPU, compute attention in a kernel that never writes its weights to
+        memory, forward and backward with the row of TokenTM and GAE. It applies where nothing else reads the weights,
+        the backward rules are "plain", and attention is plain: scale, mask or bias, softmax, product with the values,
+        at most 128 channels a head, in one type of at most 32 bits. Such maps cannot be differentiated. Off by
+        default, because it has not been timed on a device.
       **options: the method's options. `rules`, of methods of gradients, chooses their backward rules: a name ("plain",
         "libra", "conservative", "attn_lrp", "res_lrp", "lrp") or a mapping from kinds of steps to
         rules `rule(f, *inputs)` (`tokentm_jax.programs.running` lists them).
@@ -70,7 +76,7 @@ def explain_fn(
       InputError: no such method or option; when called, a score of another shape or type than [B] floats; when
         differentiated, a map without a true derivative.
     """
-    model = function_of(module, grid, prefix, readout)
+    model = function_of(module, grid, prefix, readout, fused_attention)
     name, row = _found(method)
     rules = _custom_rules(name, row, options)
     explainer = _explainer(model, {name: (row, options)}, details, differentiate_anyway, rules)
@@ -135,19 +141,22 @@ def _found(method: Any) -> tuple[str, Method]:
     return method, METHODS[method]
 
 
+_NO_DERIVATIVE = (
+    "maps of '{}' have no true derivative, since its rules hold values constant: use a method with "
+    "`tm.METHODS[name].differentiable`, put jax.lax.stop_gradient around its parameters and inputs where no "
+    "derivative is wanted, or give explain_fn the option differentiate_anyway=True"
+)
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _without_derivative(method: str, found: Any) -> Any:
-    """What a method has found, as it is; its differentiation raises InputError."""
+def _without_derivative(reason: str, found: Any) -> Any:
+    """What a method has found, or reads, as it is; its differentiation raises InputError."""
     return found
 
 
 @_without_derivative.defjvp
-def _refuse(method: str, found: Any, changes: Any) -> Any:
-    raise InputError(
-        f"maps of '{method}' have no true derivative, since its rules hold values constant: use a method with "
-        "`tm.METHODS[name].differentiable`, put jax.lax.stop_gradient around its parameters and inputs where no "
-        "derivative is wanted, or give explain_fn the option differentiate_anyway=True"
-    )
+def _refuse(reason: str, found: Any, changes: Any) -> Any:
+    raise InputError(reason)
 
 
 def _explainer(
@@ -170,12 +179,17 @@ def _explainer(
         # Zeros replace what cannot be read, so that no NaN meets a zero in a derivative.
         fine, read = readable(inputs)
         try:
-            explanations = together(members, program, params, read, target)
+            given = (params, read)
+            if model.fused_attention:
+                given = _without_derivative("maps by fused_attention have no derivative: leave it out", given)
+            explanations = together(members, program, *given, target)
         except Unfit as error:
             others = ", ".join(methods_for(model, params, inputs, target)) or "no method"
             raise InputError(f"{error}; what works without is {others}") from None
         if not anyway:
-            explanations |= {name: _without_derivative(name, explanations[name]) for name in refused}
+            explanations |= {
+                name: _without_derivative(_NO_DERIVATIVE.format(name), explanations[name]) for name in refused
+            }
         return {name: checked(*found, fine, inputs) for name, found in explanations.items()}
 
     def checked(maps: Array, found: Any, fine: Array, inputs: Any) -> Any:
@@ -271,8 +285,8 @@ def compiled(
       module: as for `explain_fn`.
       methods: names of `METHODS`, or functions, and the options of each.
       details: names of the details that are wanted, of the first method; None for all that it reports.
-      preprocessing: where given, the program takes batches of a data set, such as pixels uint8 [B, H, W, 3], and makes
-        the model's input of them.
+      preprocessing: where given, the program takes batches of a data set, such as pixels uint8 [B, H, W, 3], or what
+        `explain` takes, and makes the model's input of them.
 
     Returns:
       A function `(params, inputs, target)` that gives each method's maps, by name, and the details. The target is as
@@ -351,10 +365,25 @@ def explain(
         >>> tm.explain(vit, vit.read("cat.jpg"), score=not_a_dog).shape
         (1, 8, 8)
     """
+    maps, found = explain_with(None if details else (), vit, images, method, target, score, text, **options)
+    return (maps, found) if details else maps
+
+
+def explain_with(
+    details: Sequence[str] | None,
+    vit: "Model",
+    images: PyTree,
+    method: str | Method | Callable[..., Explanation],
+    target: Target = None,
+    score: Callable[..., Array] | None = None,
+    text: str | Sequence[str] | None = None,
+    **options: object,
+) -> tuple[Array, dict[str, PyTree]]:
+    """Heatmaps as from `explain`, and of the method's details those of these names (None: all)."""
     require_loaded(vit)
-    name, row = _found(method)
-    program = compiled(vit.module, {method: row.suited(options, vit.preprocessing)}, details=None if details else ())
-    inputs = vit.prepare(images)
+    name, _ = _found(method)
+    program = compiled(vit.module, {method: options}, details=details, preprocessing=vit.preprocessing)
+    inputs = vit.preprocessing.checked(images)
     samples = len(jax.tree.leaves(inputs)[0])
     if text is not None:
         if score is not None or target is not None:
@@ -377,7 +406,7 @@ def explain(
     if score is not None:
         target = asked._replace(target=target)
     maps, found = program(vit.params, inputs, target)
-    return (maps[name], found) if details else maps[name]
+    return maps[name], found
 
 
 def _target(vit: "Model", target: Any, asked: Question, samples: int) -> Any:

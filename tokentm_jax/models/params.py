@@ -13,6 +13,7 @@ from flax import traverse_util
 from tokentm_jax.errors import InputError
 from tokentm_jax.models.architectures import ARCHITECTURES, build
 from tokentm_jax.models.bert import Bert
+from tokentm_jax.models.decoder import Decoder
 from tokentm_jax.models.names import Tensors
 from tokentm_jax.models.text import TextEncoder
 from tokentm_jax.models.vit import MOST_CLASSES, ViT
@@ -21,9 +22,9 @@ HEADS = ("head.", "head_dist.", "pre_logits.")
 
 
 @functools.lru_cache(maxsize=8)
-def _shapes(module: ViT | TextEncoder | Bert) -> dict[tuple[str, ...], tuple[int, ...]]:
+def _shapes(module: ViT | TextEncoder | Bert | Decoder) -> dict[tuple[str, ...], tuple[int, ...]]:
     """Path -> shape of every parameter of `module`; parameters of `blocks` have the first axis L."""
-    variables: Any = jax.eval_shape(module.init, jax.random.key(0), module.example())
+    variables: Any = jax.eval_shape(lambda inputs: module.init(jax.random.key(0), inputs), module.example())
     flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(variables["params"])
     return {path: leaf.shape for path, leaf in flat.items()}
 
@@ -72,7 +73,7 @@ def to_timm(params: Mapping[str, Any], module: ViT | None = None, dtype: Any = n
 
 
 def to_params(
-    module: ViT | TextEncoder | Bert,
+    module: ViT | TextEncoder | Bert | Decoder,
     tensors: Tensors,
     source: str,
     reset_head: bool = False,

@@ -19,12 +19,12 @@ from jax import Array
 from tokentm_jax.errors import InputError
 from tokentm_jax.inputs.texts import engine, one_sentence
 from tokentm_jax.maths.primitives import linear
-from tokentm_jax.models.blocks import Affine, Norm, scanned, trunc_normal
+from tokentm_jax.models.blocks import Affine, Module, Norm, scanned, trunc_normal
 
 LARGEST_PROMPT = 100_000  # characters
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(Module):
     """Text Transformer: token ids [T, C] -> embeddings [T, E], not of unit length.
 
     A causal encoder (CLIP) is pooled at the first end-of-text token: the id `end` or, for None, the highest id of the

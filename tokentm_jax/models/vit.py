@@ -24,14 +24,14 @@ from tokentm_jax.errors import InputError
 from tokentm_jax.maths import primitives
 from tokentm_jax.maths.maps import Tiling
 from tokentm_jax.maths.primitives import PyTree, wide
-from tokentm_jax.models.blocks import Affine, AttentionPool, Block, Linear, Norm, Rope, scanned, trunc_normal
+from tokentm_jax.models.blocks import Affine, AttentionPool, Block, Linear, Module, Norm, Rope, scanned, trunc_normal
 
 LARGEST_DEPTH, MOST_CLASSES = 200, 1_000_000
 Side = Annotated[int, Ge(1), Le(4096)]  # of an image, in pixels
 Patch = Annotated[int, Ge(1), Le(256)]  # side of a patch
 
 
-class ViT(nn.Module):
+class ViT(Module):
     """Vision Transformer: normalised images [B, H, W, C] -> logits [B, classes], or features [B, D] for no classes.
 
     `dtype` is the type of the activations (None: of the images). Norms and softmax are computed in float32 at least.

@@ -60,12 +60,14 @@ class Function:
       grid: patches (height, width), if they are not found in the program.
       prefix: tokens before those of the patches, if not found.
       readout: how the head reads the tokens, if not found: "token", "avg" or a share for each.
+      fused_attention: whether a kernel computes attention that is plain, on a GPU or TPU.
     """
 
     function: Callable[..., PyTree]
     grid: tuple[int, int] | None = None
     prefix: int | None = None
     readout: Readout = None
+    fused_attention: bool = False
 
     @property
     def module(self) -> Any:
@@ -267,7 +269,8 @@ class Model:
         """The outputs for a batch, as from `apply` of a Linen module."""
         params = variables["params"]
         stages = self.structure.stages if self.has_blocks else []
-        if self.rules or (stages and self.memory) or any(pieces_of(stage.reading) for stage in stages):
+        by_steps = self.rules or self.source.fused_attention or (stages and self.memory)
+        if by_steps or any(pieces_of(stage.reading) for stage in stages):
             run = lambda x: self.evaluate(params, x, Plan(self.rules), None, None)[0]  # noqa: E731
         else:
             leaves, closed = jax.tree.leaves(params), self.program.jaxpr
@@ -297,7 +300,7 @@ class Model:
         backward pass.
         """
         inputs = [*jax.tree.leaves(params), *jax.tree.leaves(sample)]
-        plan = dataclasses.replace(plan, memory=self.memory)
+        plan = dataclasses.replace(plan, memory=self.memory, fused=self.source.fused_attention)
         done = Evaluation(self.reading, plan, inputs, state, extra).run()
         outputs = [jax.tree.unflatten(self.program.outputs, e.outputs) for e in (done, done.second) if e is not None]
         return outputs[0] if done.second is None else outputs, done.notes, done.state
@@ -359,7 +362,9 @@ def _types(reading: Reading) -> list[Any]:
 # ---- valid models -------------------------------------------------------------------------------------------------
 
 
-def function_of(model: Any, grid: Any = None, prefix: Any = None, readout: Readout = None) -> Function:
+def function_of(
+    model: Any, grid: Any = None, prefix: Any = None, readout: Readout = None, fused_attention: bool = False
+) -> Function:
     """A function or Linen module as a model.
 
     Raises InputError, with advice, for anything else, and for a grid, prefix or readout of a module.
@@ -369,10 +374,10 @@ def function_of(model: Any, grid: Any = None, prefix: Any = None, readout: Reado
     check_module(model)
     if is_function(model):
         readout = readout if readout is None or isinstance(readout, str) else tuple(readout)
-        return Function(model, grid, prefix, readout)
+        return Function(model, grid, prefix, readout, fused_attention)
     if (grid, prefix, readout) != (None, None, None):
         raise InputError("grid, prefix and readout are for functions: a module has them already")
-    return Function(Applied(model))
+    return Function(Applied(model), fused_attention=fused_attention)
 
 
 def check_module(module: Any) -> None:

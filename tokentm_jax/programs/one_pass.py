@@ -66,13 +66,15 @@ def one_pass(
     """
     taps: dict[int, list[Tap]] = {}
     by_queries: dict[int, Any] = {}
+    streams: dict[int, Any] = {}
     blocks = [*blocks_of(model.structure)] if wanted.blocks else []
     if blocks:
-        _tap_blocks(model, params, sample, score, wanted, taps, by_queries)
+        _tap_blocks(model, params, sample, score, wanted, taps, by_queries, streams)
     plan = Plan(
         model.rules,
         {number: partial(_in_turn, own) for number, own in taps.items()},
         by_queries=by_queries,
+        streams=streams,
         whole=wanted.legrad,
     )
 
@@ -153,6 +155,7 @@ def _tap_blocks(
     wanted: Wanted,
     taps: dict[int, list[Tap]],
     by_queries: dict[int, Any],
+    by_heads: dict[int, Any],
 ) -> None:
     """The taps of `one_pass` in all blocks."""
     structure, there = model.structure, seen(sample)
@@ -172,11 +175,14 @@ def _tap_blocks(
         heads = wide(heads_of(layer, value))
         return value, state, {"received": mean_of_seen(heads.mean(0), there, -2)}
 
+    def of_attention(block: Block, evaluation: Evaluation, index: Array, extra: Any) -> list[Array]:
+        view = View(evaluation, block, n, there, (extra or {}).get("gradient"))
+        return [kept(options, index, attention_weights(view, options)) for options in wanted.rows]
+
     def attended(block: Block, evaluation: Evaluation, state: Any, extra: Any) -> Any:
         layer: Any = block[0].attention
         streams, index = state
-        view = View(evaluation, block, n, there, (extra or {}).get("gradient"))
-        weights = [kept(options, index, attention_weights(view, options)) for options in wanted.rows]
+        weights = of_attention(block, evaluation, index, extra)
 
         def of_queries(value: Array) -> tuple[Array, Any]:
             heads, zeros = heads_of(layer, value), []
@@ -187,6 +193,13 @@ def _tap_blocks(
             return as_before(layer, heads, value), tuple(zeros)
 
         return of_queries, lambda zeros: (tuple(u + zero for u, zero in zip(streams, zeros, strict=True)), index)
+
+    def by_head(block: Block, evaluation: Evaluation, state: Any, extra: Any) -> Any:
+        ((u,), index) = state
+        (weights,) = of_attention(block, evaluation, index, extra)
+        # Backward, u gets w times the mean over heads of what each stream gets.
+        each = jnp.broadcast_to(u * jax.lax.stop_gradient(weights) / structure.heads, (structure.heads, n))
+        return each, lambda zeros: ((u + zeros,), index)
 
     def summed(
         block: Block, layer: Layer, number: int, evaluation: Evaluation, value: Array, state: Any, extra: Any
@@ -219,6 +232,8 @@ def _tap_blocks(
             taps.setdefault(attention, []).append(partial(received, block))
         if wanted.rows:
             by_queries[attention] = partial(attended, block)
+            if [options.attention for options in wanted.rows] == ["gradient"]:
+                by_heads[attention] = partial(by_head, block)
         for layer in block if wanted.rows or wanted.legrad else []:
             for number in {layer.output, layer.end}:
                 taps.setdefault(number, []).append(partial(summed, block, layer, number))

@@ -84,11 +84,11 @@ def pieces_of(reading: Reading) -> dict[Step, Pieces]:
 @lru_cache(maxsize=64)
 def _pieces_of(reading: Reading, large: int, entries: int) -> dict[Step, Pieces]:
     large_ones = (step for step in reading.attentions if math.prod(reading.flat.shape(step.of)) > large)
-    found = (_pieces(reading, product, entries) for product in large_ones)
+    found = (pieces_of_attention(reading, product, entries) for product in large_ones)
     return {pieces.product: pieces for pieces in found if pieces is not None}
 
 
-def _pieces(reading: Reading, product: Step, entries: int) -> Pieces | None:
+def pieces_of_attention(reading: Reading, product: Step, entries: int) -> Pieces | None:
     """The pieces of one attention; None if a step may mix queries."""
     flat, weights = reading.flat, product.of
     if product.name != "dot_general":

@@ -19,6 +19,9 @@ one for each iteration.
 
 Large attention runs in `pieces` of queries. A tap by queries, `tap(evaluation, state, extra) -> (inside, after)`, is
 for the values of a piece: `inside(value) -> (value, result)`, and then `after(results of all queries) -> state`.
+
+With `fused`, plain attention without rules runs in a kernel. Where its weights have a tap by queries, they need one of
+streams as well: `tap(evaluation, state, extra) -> (streams [H, N], after)`, and then `after(zeros [N]) -> state`.
 """
 
 import copy
@@ -33,6 +36,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from tokentm_jax.programs.flat import Call, Step, bind, scanned
+from tokentm_jax.programs.fused import Fused, fused_of
+from tokentm_jax.programs.kernel import TOKENS
 from tokentm_jax.programs.pieces import Pieces, pieces_of
 from tokentm_jax.programs.reading import ELEMENTWISE, SAME_SHAPE, Reading
 
@@ -43,18 +48,20 @@ Rule = Callable[..., Any]
 Rules = Mapping[str, Rule]
 Tap = Callable[["Evaluation", Array, Any, Any], tuple[Array, Any, Any]]
 TapByQueries = Callable[["Evaluation", Any, Any], tuple[Callable[[Array], Any], Callable[[Any], Any]]]
+TapOfStreams = Callable[["Evaluation", Any, Any], tuple[Array, Callable[[Array], Any]]]
 
 
 # What an iteration of a scan stores for its backward pass besides its input: TokenTM's transformation weights [N], and
-# with "store" also the results of its linear maps (queries, keys, values and hidden channels). Attention is always
-# computed again.
+# with "store" also the results of its linear maps (queries, keys, values and hidden channels) and of a kernel of
+# attention. The weights of attention are always computed again.
 Memory = Literal["recompute", "store"]
 WEIGHTS = "transformation weights"
 _ONLY_WEIGHTS = jax.checkpoint_policies.save_only_these_names(WEIGHTS)
+_AND_TOKENS = jax.checkpoint_policies.save_only_these_names(WEIGHTS, TOKENS)
 POLICIES: dict[Memory, Any] = {
     "recompute": _ONLY_WEIGHTS,
     "store": jax.checkpoint_policies.save_from_both_policies(
-        _ONLY_WEIGHTS, jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        _AND_TOKENS, jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     ),
 }
 
@@ -68,7 +75,9 @@ class Plan:
     memory: Memory | None = None  # what iterations of a scan store for the backward pass; None: all that it reads
     untapped: Mapping[Step, int] = dataclasses.field(default_factory=dict)  # first iterations of scans, without taps
     by_queries: Mapping[int, TapByQueries] = dataclasses.field(default_factory=dict)
-    whole: bool = False  # no attention runs in pieces, because something reads its weights
+    streams: Mapping[int, TapOfStreams] = dataclasses.field(default_factory=dict)
+    whole: bool = False  # no attention runs in pieces or in a kernel, because something reads its weights
+    fused: bool = False  # plain attention runs in a kernel
     second: "Plan | None" = None  # of another backward pass over the same values, with other rules and taps
 
 
@@ -217,12 +226,30 @@ class Evaluation:
             for step in steps
         )
 
-    def _pieces(self) -> dict[Step, Pieces]:
-        """The attentions that run in pieces: no tap needs all of their weights, and no rule a sum over a sample."""
-        if self.plan.whole or "linear" in self.plan.rules:  # rules for linear maps have stabilisers of the sample
+    def _pieces(self) -> dict[Step, Pieces | Fused]:
+        """The attentions that run in pieces or in a kernel.
+
+        No tap needs all of their weights, and no rule a sum over a sample.
+        """
+        plan = self.plan
+        if plan.whole or "linear" in plan.rules:  # rules for linear maps have stabilisers of the sample
             return {}
-        taps = self.plan.taps.keys()
-        return {step: pieces for step, pieces in pieces_of(self.reading).items() if not pieces.inside & taps}
+        found: dict[Step, Pieces | Fused] = {**pieces_of(self.reading)}
+        if plan.fused and not plan.rules:
+            for step, fused in fused_of(self.reading).items():
+                if fused.inside & plan.by_queries.keys() <= fused.weights & plan.streams.keys():
+                    found[step] = fused
+        return {step: pieces for step, pieces in found.items() if not pieces.inside & plan.taps.keys()}
+
+    def _fused(self, fused: Fused) -> Array:
+        """The tokens of one attention from a kernel, with its tap of streams."""
+        streams: Any = jnp.zeros(fused.streams, jnp.float32)
+        after: Callable[[Array], Any] = lambda _: self.state  # noqa: E731
+        for number in fused.inside & self.plan.streams.keys():
+            streams, after = self.plan.streams[number](self, self.state, self.extra.get(number))
+        tokens, zeros = fused.run(self.get, streams)
+        self.state = after(zeros)
+        return tokens
 
     def _in_pieces(self, pieces: Pieces) -> Array:
         """The tokens of one attention, with its tap by queries."""
@@ -242,8 +269,8 @@ class Evaluation:
         return pieces.joined(tokens, pieces.axis)
 
     def _step(self, step: Step) -> list[Any]:
-        if step in self.pieces:
-            return [self._in_pieces(self.pieces[step])]
+        if (pieces := self.pieces.get(step)) is not None:
+            return [self._fused(pieces) if isinstance(pieces, Fused) else self._in_pieces(pieces)]
         if step in self.reading.bodies:
             return self._scan(step)
         if step in self.reading.branches:
