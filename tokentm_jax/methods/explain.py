@@ -179,17 +179,15 @@ def _explainer(
         # Zeros replace what cannot be read, so that no NaN meets a zero in a derivative.
         fine, read = readable(inputs)
         try:
-            given = (params, read)
             if model.fused_attention:
-                given = _without_derivative("maps by fused_attention have no derivative: leave it out", given)
-            explanations = together(members, program, *given, target)
+                reason = "maps by fused_attention have no derivative: leave it out"
+                params, read = _without_derivative(reason, (params, read))
+            explanations = together(members, program, params, read, target)
         except Unfit as error:
             others = ", ".join(methods_for(model, params, inputs, target)) or "no method"
             raise InputError(f"{error}; what works without is {others}") from None
-        if not anyway:
-            explanations |= {
-                name: _without_derivative(_NO_DERIVATIVE.format(name), explanations[name]) for name in refused
-            }
+        for name in () if anyway else refused:
+            explanations[name] = _without_derivative(_NO_DERIVATIVE.format(name), explanations[name])
         return {name: checked(*found, fine, inputs) for name, found in explanations.items()}
 
     def checked(maps: Array, found: Any, fine: Array, inputs: Any) -> Any:
