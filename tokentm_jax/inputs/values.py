@@ -98,7 +98,7 @@ class Images(NamedTuple):
         return (gh, gw), hide
 
     def remaining(self, kept: Array) -> Array:
-        return jnp.broadcast_to(kept, (len(self.values), *kept.shape))
+        return jnp.broadcast_to(kept, (self.values.shape[0], *kept.shape))
 
 
 def _grid(model: Any, size: tuple[int, int], patch: int | None) -> tuple[int, int]:

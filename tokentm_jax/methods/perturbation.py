@@ -144,7 +144,7 @@ def game(model: Model, params: Any, inputs: Any, target: Any, options: Removal) 
         return _valued(model.apply({"params": params}, hide(mask)), chosen, options.value)
 
     def values(masks: Array) -> Array:
-        return in_chunks(value, masks, _suited(options.chunk, len(of(inputs).values), math.prod(grid))).T
+        return in_chunks(value, masks, _suited(options.chunk, of(inputs).values.shape[0], math.prod(grid))).T
 
     return Game(values, _valued(logits, chosen, options.value), grid, details)
 

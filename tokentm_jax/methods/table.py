@@ -277,7 +277,9 @@ METHODS: dict[str, Method] = {
     "rollout": Method(attention.rollout, "Abnar & Zuidema, ACL", 2020, "1 F", class_specific=False),
     "raw_attention": Method(attention.raw_attention, "Vaswani et al., NeurIPS", 2017, "1 F", class_specific=False),
     "grad_cam": _last_block(attention.grad_cam, "Selvaraju et al., ICCV", 2017, "1 F + 1/L B", float32=True),
-    "grad_cam_tokens": _last_block(attention.grad_cam_tokens, "Selvaraju et al., ICCV", 2017, "1 F + 1/L B"),
+    "grad_cam_tokens": _last_block(
+        attention.grad_cam_tokens, "Selvaraju et al., ICCV", 2017, "1 F + 1/L B", float32=True
+    ),
     "attn_lrp": _relevance(
         relevance.attention_lrp,
         "Achtibat et al., ICML",
