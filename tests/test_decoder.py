@@ -300,5 +300,5 @@ def test_the_relevance_of_all_tokens_is_the_logit():
 
 def test_a_module_has_no_read_out_of_its_own(briefly):
     module, params, texts = tiny(**PLAIN)
-    with pytest.raises(tm.InputError, match="explain a function of the logits at one of them"):
+    with pytest.raises(tm.InputError, match="explain one of them, by tm"):
         tm.explain_fn(module, "tokentm", score=lambda outputs: outputs[:, PLACE, 3])(params, texts)

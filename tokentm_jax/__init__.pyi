@@ -17,6 +17,8 @@ from .maths.maps import to_pixels as to_pixels
 from .maths.variants import Blocks as Blocks
 from .maths.variants import TokenTM as TokenTM
 from .methods.amortised import amortised as amortised
+from .methods.answers import Reasons as Reasons
+from .methods.answers import explain_words as explain_words
 from .methods.explain import explain as explain
 from .methods.explain import explain_fn as explain_fn
 from .methods.explain import inspect as inspect

@@ -32,6 +32,7 @@ from tokentm_jax.maths.primitives import PyTree
 
 LARGEST_TEXT = 1_000_000  # characters
 STEP = 16  # texts are padded to a multiple of this number of tokens, so that few lengths have to be compiled
+REACH = 16  # tokens that are decoded to know the text of the last of them
 MASKS = ("[MASK]", "<mask>")
 KINDS = (np.int32, np.bool_, np.int32, np.bool_)  # of the arrays of `Tokens`
 # Radford et al. (ICML 2021): what counts as a word before byte pairs are merged.
@@ -76,6 +77,17 @@ class Texts(NamedTuple):
     def with_values(self, numbers: Array) -> "Texts":
         return self._replace(embeddings=numbers)
 
+    def until(self, count: Array) -> tuple["Texts", Array]:
+        """The first `count` [B] tokens of each text, with padding instead of the others; and whether these are tokens
+        of the text, one at least [B]."""
+        mask = self.mask & (jnp.arange(self.mask.shape[1]) < count[:, None])
+        within = (count >= 1) & (count <= self.mask.sum(1))
+        return self._replace(mask=mask, special=self.special | ~mask), within
+
+    def last(self, rows: Array) -> Array:
+        """What belongs to the last token of each text, of rows [B, N, D] for all tokens: [B, D]."""
+        return jnp.einsum("bn,bnd->bd", last_token(self.mask).astype(rows.dtype), rows)
+
     def without(self, removed: Array, fill: Any, tiling: Any = None) -> Any:
         """Word pieces are replaced, or deleted where `fill` is `deleted`."""
         if callable(fill):
@@ -102,6 +114,11 @@ class Texts(NamedTuple):
 
     def remaining(self, kept: Array) -> Array:
         return self.mask & (kept | self.special)
+
+
+def last_token(mask: Array) -> Array:
+    """r0 [B, N] of a head that reads the last token of each text, as that of a decoder does."""
+    return (jnp.arange(1, mask.shape[-1] + 1) == mask.sum(-1, keepdims=True)).astype(jnp.float32)
 
 
 def deleted(texts: Texts, removed: Array) -> Texts:
@@ -188,6 +205,45 @@ class WordPieces:
         known = self.checked(tokens)
         with one_sentence((self.file,)):
             return [self._engine.decode(ids[mask]) for ids, mask in zip(known.ids, known.mask, strict=True)]
+
+    def pieces(self, ids: Any) -> list[str]:
+        """The text of each of the tokens `ids` [N] of one text, which joined are the text; of a mark, its name. A
+        character of several tokens belongs to the last of them."""
+        found, shown = [], ""
+        with one_sentence((self.file,)):
+            for end, own in enumerate(map(int, ids), 1):
+                first = max(0, end - REACH)
+                if first:  # the text of the tokens before is not needed to know that of this one
+                    shown = self._engine.decode([int(i) for i in ids[first : end - 1]]).rstrip("\ufffd")
+                decoded = self._engine.decode([int(i) for i in ids[first:end]])
+                whole = decoded.rstrip("\ufffd")  # without the bytes of a character that is not whole
+                mark = decoded == shown
+                found.append(self._engine.id_to_token(own) or "" if mark else whole[len(shown) :])
+                shown = whole
+        return found
+
+    def following(self, before: Any, token: int) -> str:
+        """The text of a token after others."""
+        return self.pieces([*before[-REACH + 1 :], token])[-1]
+
+    def continued(self, prompt: Any, known: Any, answer: str) -> list[int]:
+        """The tokens of an answer after a prompt with the tokens `known`: as in the whole text, if that begins with
+        these, else those of the answer as a text of its own."""
+        with one_sentence((self.file,)):
+            if isinstance(prompt, str):
+                whole = self._engine.encode(prompt + answer).ids
+                if whole[: len(known)] == [int(i) for i in known] and len(whole) > len(known):
+                    return whole[len(known) :]
+            return self._engine.encode(answer, add_special_tokens=False).ids
+
+    def first_token(self, before: Any, word: str, instead: int) -> int:
+        """The first token of a word that is written instead of another token, and after a space if that is."""
+        spaced = self.following(before, instead)[:1].isspace() and not word[:1].isspace()
+        with one_sentence((self.file,)):
+            found = self._engine.encode(f" {word}" if spaced else word, add_special_tokens=False).ids
+        if not found:
+            raise InputError(f"against must be a word, got {word!r:.80}")
+        return found[0]
 
     def found(self, argument: str, number: int = 1) -> dict[str, str]:
         """The argument itself, or with "-" the lines of the standard input."""

@@ -117,6 +117,43 @@ class Channel:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Token:
+    """Why a decoder writes this token: the logit of the token `id` at a position, given the tokens before it.
+
+    Each of the three is an int, or one per sample [B]; positions and ids are values of a compiled program, so others
+    run the same program. What follows the position is read like padding: it has relevance 0, and affects nothing.
+
+    Args:
+      position: the number of tokens before the explained one, at least 1 and at most those of the text.
+      id: number of the token in the vocabulary; None: the most probable one.
+      against: another token: the difference of the two logits is explained.
+    """
+
+    position: Classes
+    id: Classes | None = None
+    against: Classes | None = None
+    of_class: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for name in ("position", "id", "against"):
+            object.__setattr__(self, name, listed(getattr(self, name)))
+
+    def __call__(self, outputs: Float[Array, "B N V"]) -> Float[Array, " B"]:
+        if getattr(outputs, "ndim", 0) != 3:
+            raise InputError(f"a token is explained by logits [B, N, V], got {list(jnp.shape(outputs))}")
+        samples, n = outputs.shape[:2]
+        before = classes_of(self.position, samples, "the position")
+        logits = jnp.take_along_axis(outputs, jnp.clip(before - 1, 0, n - 1)[:, None, None], 1)[:, 0]
+        own, _ = explained(logits, self.of_next())
+        return jnp.where((before >= 1) & (before <= n), own, jnp.nan)
+
+    def of_next(self) -> "Question":
+        """The same question of the logits [B, V] after the tokens that are before the position."""
+        return Question(CLASS_LOGIT if self.against is None else Versus(self.against), self.id)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Function:
     """A score that is a plain function."""
 
@@ -160,7 +197,7 @@ class Question(NamedTuple):
         score, target = self.score, self.target
         if isinstance(score, Function) and not self.of_logits:
             return None
-        if isinstance(score, Versus | Channel):
+        if isinstance(score, Versus | Channel | Token):
             score = jax.tree.map(lambda a: jnp.broadcast_to(jnp.asarray(a), (count,)), score)
         elif isinstance(score, Cosine):
             embedding = jnp.asarray(score.embedding)

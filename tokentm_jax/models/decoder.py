@@ -197,7 +197,7 @@ class Decoder(nn.Module):
 
     def reads(self, mask: Array) -> Array:
         """Raises Unfit: which token the head reads depends on the position that is explained."""
-        raise Unfit("a decoder has logits at every token: explain a function of the logits at one of them")
+        raise Unfit("a decoder has logits at every token: explain one of them, by tm.scores.Token")
 
     def setup(self) -> None:
         self.word_embeddings = self.param("word_embeddings", trunc_normal, (self.vocab_size, self.embed_dim))
@@ -238,6 +238,12 @@ class Decoder(nn.Module):
         given: Any = texts
         known = self.look_up(given) if hasattr(given, "look_up") else given
         return self._run(known.embeddings, None, 0)[0]
+
+    def after(self, texts: Texts | Tokens) -> Array:
+        """The logits [B, V] of the word piece that follows each text."""
+        given: Any = texts
+        known = self.look_up(given) if hasattr(given, "look_up") else given
+        return self.logits(known.last(self.hidden(known)))
 
     def extend(self, ids: Array, cache: Cache, start: Array) -> tuple[Array, Cache]:
         """The next N tokens of texts, of which `start` are in the cache: ids [B, N] -> what the head reads [B, N, D]

@@ -14,6 +14,7 @@ from jax import Array
 from jax.core import eval_jaxpr
 
 from tokentm_jax.errors import InputError, Unfit
+from tokentm_jax.inputs.texts import last_token
 from tokentm_jax.inputs.values import check_inputs, looked_up, of, values
 from tokentm_jax.maths import mixed, primitives
 from tokentm_jax.maths.primitives import PyTree
@@ -25,7 +26,7 @@ from tokentm_jax.programs.running import Evaluation, Memory, Plan, Rules
 from tokentm_jax.programs.sample import for_one_sample
 from tokentm_jax.programs.structure import Structure, find
 
-Readout = Literal["token", "avg"] | Sequence[float] | Array | None
+Readout = Literal["token", "avg", "last"] | Sequence[float] | Array | None
 
 
 class Module(Protocol):
@@ -52,6 +53,20 @@ class Applied:
 
 
 @dataclasses.dataclass(frozen=True)
+class AfterLast:
+    """A function of texts with outputs [B, N, V] at all tokens, as one with those of the last token, [B, V]."""
+
+    function: Callable[..., PyTree]
+
+    def __call__(self, params: Any, texts: Any) -> Any:
+        outputs = self.function(params, texts)
+        if getattr(outputs, "ndim", 0) != 3:
+            found = [list(array.shape) for array in jax.tree.leaves(outputs)]
+            raise InputError(f"a token is explained by logits [B, N, V], and the outputs are {found}")
+        return texts.last(outputs)
+
+
+@dataclasses.dataclass(frozen=True)
 class Function:
     """A function `(params, inputs [B, ...]) -> outputs [B, ...]` of any library as a model.
 
@@ -59,7 +74,8 @@ class Function:
       function: it must treat the samples of a batch independently; it is traced for a batch of one.
       grid: patches (height, width), if they are not found in the program.
       prefix: tokens before those of the patches, if not found.
-      readout: how the head reads the tokens, if not found: "token", "avg" or a share for each.
+      readout: how the head reads the tokens, if not found: "token", "avg", "last" (of texts: their last token) or a
+        share for each.
       fused_attention: whether a kernel computes attention that is plain, on a GPU or TPU.
     """
 
@@ -87,7 +103,14 @@ class Function:
             changed["dtype"] = jnp.float32
         if getattr(self.module, "linear", None) is mixed.linear:
             changed["linear"] = primitives.linear
-        return dataclasses.replace(self, function=Applied(self.module.clone(**changed))) if changed else self
+        wider = dataclasses.replace(self.function, module=self.module.clone(**changed)) if changed else self.function
+        return dataclasses.replace(self, function=wider)
+
+    def of_next(self) -> "Function":
+        """A decoder, which has logits at all tokens of a text, as a model of the token that follows the text."""
+        known = hasattr(self.module, "after")
+        function = Applied(self.module, "after") if known else AfterLast(self.function)
+        return dataclasses.replace(self, function=function, readout="last")
 
     def look_up(self, params: Any, inputs: Any) -> Any:
         """The inputs that are differentiated: embeddings of word pieces, or the same inputs."""
@@ -229,6 +252,8 @@ class Model:
 
     def reads(self, mask: Array) -> Array:
         """How the head reads the tokens [B, N] of padded texts, whose mask [B, N] is true for present tokens."""
+        if self.source.readout == "last":
+            return last_token(mask)
         if hasattr(self.source.module, "reads"):
             return self.source.module.reads(mask)
         if self.source.readout == "avg":

@@ -1,0 +1,171 @@
+"""Why a decoder wrote each token of an answer: maps of a text, [written tokens, tokens].
+
+Axes: M tokens of the answer, N tokens of prompt and answer, C candidates for each written token.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import numpy as np
+from annotated_types import Ge, Le
+from jax.nn import softmax
+
+from tokentm_jax.errors import InputError
+from tokentm_jax.inputs.texts import Tokens
+from tokentm_jax.maths.scores import Token
+from tokentm_jax.methods.explain import explain
+from tokentm_jax.methods.table import Method
+from tokentm_jax.models.decoder import Decoder
+from tokentm_jax.models.generation import generate
+from tokentm_jax.models.loading import Model
+from tokentm_jax.validation import checked
+
+CANDIDATES = 5
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reasons:
+    """Why each token of an answer was written.
+
+    Args:
+      pieces: N texts of the tokens of prompt and answer; joined, they are the text.
+      ids: their numbers [N] in the vocabulary.
+      start: number of tokens of the prompt, and so the position of the first token of the answer.
+      maps: relevance [M, N] of each token for each token of the answer; 0 for that token and all after it.
+      logits: the model's logit of each token of the answer [M].
+      probabilities: the model's probability of each, given all before it [M].
+      candidates: numbers of the most probable tokens at each of these positions, the best one first [M, C].
+      candidate_pieces: their texts.
+      candidate_probabilities: their probabilities [M, C].
+      against: the other token of the contrast at each position [M]; None without a contrast.
+    """
+
+    pieces: list[str]
+    ids: np.ndarray
+    start: int
+    maps: np.ndarray
+    logits: np.ndarray
+    probabilities: np.ndarray
+    candidates: np.ndarray
+    candidate_pieces: list[list[str]]
+    candidate_probabilities: np.ndarray
+    against: np.ndarray | None
+
+    @property
+    def answer(self) -> str:
+        """The text of the answer."""
+        return "".join(self.pieces[self.start :])
+
+
+def explain_words(
+    model: Model,
+    prompt: str | Tokens,
+    answer: str | Sequence[int] | None = None,
+    method: str | Method = "tokentm",
+    *,
+    against: str | int | Sequence[str | int] | None = None,
+    most: int = 16,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 4,
+    **options: object,
+) -> Reasons:
+    """Why a decoder writes each token of an answer: which tokens of the prompt, and of the answer so far, matter.
+
+    Args:
+      model: a loaded decoder.
+      prompt: a text, or what `model.read` gives for one.
+      answer: a text that follows the prompt, or numbers of tokens; None: what the model writes.
+      method: a name of `METHODS`, or a row.
+      against: explain why each token, and not this one: the difference of the logits. A text (of which the first token
+        counts) or the number of a token; one for the whole answer, or one for each of its tokens.
+      most: at most this number of tokens is written.
+      temperature, seed: how tokens are drawn, as in `tokentm_jax.models.generate`; 0: the most probable ones.
+      batch_size: number of tokens that are explained at a time, by one compiled program for all.
+      **options: the method's options.
+
+    Returns:
+      The tokens with their maps, logits, probabilities and candidates.
+
+    Raises:
+      InputError: another model, no text, an answer or contrast without a token, no such method or option, and prompt
+        and answer that are longer than the model allows.
+
+    Examples:
+        >>> model = tm.load("smollm2")  # doctest: +SKIP
+        >>> found = tm.explain_words(model, "The capital of France is")  # doctest: +SKIP
+        >>> found.pieces[found.start], found.maps.shape  # doctest: +SKIP
+        (' Paris', (16, 21))
+    """
+    if not isinstance(model, Model) or not isinstance(model.module, Decoder):
+        raise InputError(f"only a decoder writes words, got {getattr(model, 'name', type(model).__name__)}")
+    size = checked("batch_size", Annotated[int, Ge(1), Le(1024)], batch_size)
+    reader = model.preprocessing
+    given = reader.checked(model.read(prompt) if isinstance(prompt, str) else prompt)
+    if len(given.ids) != 1:
+        raise InputError(f"one text is explained at a time, got {len(given.ids)}")
+    start = int(given.mask.sum())
+    if answer is None:
+        written = generate(model, given, most, temperature=temperature, seed=seed)
+    else:
+        own = reader.continued(prompt, given.ids[0, :start], answer) if isinstance(answer, str) else answer
+        written = _with_answer(model, given, start, own)
+    n = int(written.mask.sum())
+    ids, places = written.ids[0, :n], np.arange(start, n)
+    others = None if against is None else _others(model, against, written, places)
+
+    maps, logits, best = [], [], []
+    for first in range(0, len(places), size):
+        asked = np.minimum(np.arange(first, first + size), len(places) - 1)  # the last batch repeats its last token
+        score = Token(places[asked], ids[places[asked]], None if others is None else others[asked])
+        texts = Tokens(*(np.repeat(array, size, 0) for array in written))
+        found, details = explain(model, texts, method, score=score, details=True, **options)
+        kept = slice(0, min(size, len(places) - first))
+        maps.append(np.asarray(found, np.float32)[kept, :n])
+        outputs = np.asarray(details["logits"], np.float32)[kept]
+        logits.append(outputs[np.arange(len(outputs)), ids[places[asked[kept]]]])
+        best.append((np.asarray(softmax(outputs)), logits[-1], outputs))
+    shares = np.concatenate([share for share, _, _ in best])
+    candidates = np.argsort(-shares, axis=1, kind="stable")[:, :CANDIDATES]
+    pieces = [
+        [reader.following(ids[:place], int(k)) for k in own] for place, own in zip(places, candidates, strict=True)
+    ]
+    return Reasons(
+        reader.pieces(ids), ids, start, np.concatenate(maps), np.concatenate(logits),
+        shares[np.arange(len(places)), ids[places]], candidates, pieces,
+        np.take_along_axis(shares, candidates, 1), others,
+    )  # fmt: skip
+
+
+def _with_answer(model: Model, prompt: Tokens, start: int, answer: Any) -> Tokens:
+    """Prompt and answer as one text [1, N]."""
+    numbers = np.asarray(answer)
+    if numbers.ndim != 1 or not len(numbers) or numbers.dtype.kind not in "iu":
+        raise InputError(f"the answer must be a text or numbers of tokens, one at least, got {answer!r:.80}")
+    longest = model.module.max_length
+    if start + len(numbers) > longest:
+        raise InputError(f"prompt and answer may have {longest} tokens for this model, got {start} and {len(numbers)}")
+    ids = np.concatenate([prompt.ids[0, :start], numbers.astype(np.int64)])
+    special = np.concatenate([prompt.special[0, :start], np.isin(numbers, model.module.end)])
+    whole = Tokens(ids, np.ones(len(ids), bool), np.zeros_like(ids), special)
+    return model.preprocessing.checked(model.preprocessing.stacked([whole]))
+
+
+def _others(model: Model, against: Any, written: Tokens, places: np.ndarray) -> np.ndarray:
+    """The other token of each contrast [M]."""
+    each = [against] * len(places) if isinstance(against, str | int | np.integer) else list(against)
+    if len(each) != len(places):
+        raise InputError(
+            f"against must be one token or one for each of the {len(places)} of the answer, got {len(each)}"
+        )
+    reader, ids = model.preprocessing, written.ids[0]
+    found = []
+    for place, other in zip(places, each, strict=True):
+        own = reader.first_token(ids[:place], other, int(ids[place])) if isinstance(other, str) else other
+        if not isinstance(own, int | np.integer) or not 0 <= own < model.module.vocab_size:
+            raise InputError(
+                f"against must be texts or numbers of tokens below {model.module.vocab_size}, got {other!r:.80}"
+            )
+        found.append(int(own))
+    return np.array(found, np.int32)
