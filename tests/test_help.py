@@ -39,7 +39,7 @@ def test_names_are_completed(tmp_path):
     from tokentm_jax.methods.table import METHODS
     from tokentm_jax.models.architectures import ARCHITECTURES
 
-    assert completed("expl") == ["explain", "explain-audio", "explain-text"]
+    assert completed("expl") == ["explain", "explain-audio", "explain-lm", "explain-text"]
     assert completed("dataset", "photos", "--methods", "gae,li") == [f"gae,{m}" for m in METHODS if m.startswith("li")]
     assert completed("explain", "--method", "al") == ["all"]
     assert completed("explain", "--model", "deit_tiny_p") == [n for n in ARCHITECTURES if n.startswith("deit_tiny_p")]

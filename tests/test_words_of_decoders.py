@@ -1,5 +1,7 @@
 """Why a decoder writes a word: the question `Token`, and maps of texts."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -229,5 +231,66 @@ def test_words_of_smollm2():
     found = tm.explain_words(model, "The capital of France is", **options)
     assert found.answer.startswith(" Paris") and " London" in found.candidate_pieces[0]
     np.testing.assert_allclose(found.maps.sum(1), found.logits, rtol=1e-3)
-    contrast = tm.explain_words(model, "The capital of France is", against="London", **options)
+    contrast = tm.explain_words(model, "The capital of France is", " Paris", "attn_lrp", against="London")
     assert found.pieces[1 + int(contrast.maps[0, 1:].argmax())] == " France"  # the first token is a sink
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def run(*arguments):
+    from click.testing import CliRunner
+
+    from tokentm_jax.cli.main import main
+
+    return CliRunner().invoke(main, ["explain-lm", *map(str, arguments)], terminal_width=100)
+
+
+@pytest.mark.slow
+def test_explain_lm(tmp_path):
+    """The table, the document and the page have the numbers of `explain_words`; hostile prompts do no harm."""
+    model, page = tm.load(GOLDENS / "llama"), tmp_path / "page.html"
+    given = [PROMPT, "--model", GOLDENS / "llama", "--method", "gradient_x_input", "--most", 3, "--out", page]
+    done = run(*given, "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    expected = tm.explain_words(model, PROMPT, method="gradient_x_input", most=3)
+    assert found["prompt"] + [word["token"] for word in found["answer"]] == expected.pieces
+    for row, word in enumerate(found["answer"]):
+        place = expected.start + row
+        np.testing.assert_allclose(word["scores"], expected.maps[row, :place], rtol=1e-4, atol=1e-7)
+        np.testing.assert_allclose(word["probability"], expected.probabilities[row], atol=1e-5)
+        other, *_, last = word["candidates"]
+        assert last["against"] is None and len(word["candidates"]) >= 4
+        written = [int(number) for number in expected.ids[expected.start :]]
+        against = model.preprocessing.token(other["token"].strip())
+        asked = {"method": "gradient_x_input", "against": against}
+        contrast = tm.explain_words(model, PROMPT, written, **asked).maps[row, :place]
+        np.testing.assert_allclose(other["against"], contrast, rtol=1e-3, atol=1e-6)
+    text = page.read_text()
+    assert "http" not in text.replace("http-equiv", "") and text.count('class="word"') == len(expected.pieces)
+    done = run(*given, "--contrasts", 0)
+    assert done.exit_code == 0 and done.stdout.splitlines()[0] == "".join(expected.pieces)
+    assert len(done.stdout.splitlines()) == 5 and done.stdout.endswith("page.html\n")
+    hostile = "<script>alert(1)</script> the"
+    assert run(hostile, *given[1:], "--contrasts", 0).exit_code == 0 and "<script>alert" not in page.read_text()
+
+
+@pytest.mark.slow
+def test_explain_lm_refuses(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.html").write_text("mine")
+    decoder = ["--model", GOLDENS / "llama"]
+    for arguments, message in (
+        (["the", *decoder, "--method", "gea"], "did you mean 'gae'"),
+        (["the", *decoder, "--method", "gae,rollout"], "an answer is explained by one method"),
+        (["the", *decoder, "--out", "mine.html"], "mine.html"),
+        (["the", *decoder, "--most", 48], "prompt and answer may have 48 tokens"),
+        (["the", "--model", "cifar10_vit"], "cifar10_vit writes no texts"),
+    ):
+        done = run(*arguments)
+        assert done.exit_code == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
+    done = run("the")
+    assert done.exit_code == 2 and "pip install 'tokentm-jax[lm]'" in done.stderr
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "mine.html"]

@@ -53,6 +53,11 @@ COMMANDS = {
     "explain-text": (
         ["explain-text", "a film", "--model", str(TEXTS / "distilbert"), "--method", "rollout"], ("page.html",)
     ),
+    "explain-lm": (
+        ["explain-lm", "the of", "--model", str(TEXTS.parent / "decoders/llama"), "--method", "rollout", "--most", "1",
+         "--contrasts", "0"],
+        ("page.html",),
+    ),
     "report": (["report", "photos/a/1.png", "--checkpoint", "tiny.safetensors", "--methods", "rollout"],
                ("page.html",)),
     "convert": (["convert", "tiny.safetensors"], ("model.safetensors", "model")),
@@ -72,7 +77,8 @@ COMMANDS = {
         ("identity.json", ".lock", "log.jsonl", "checkpoints", "config.json", "model.safetensors", "tokenizer.json"),
     ),
 }  # fmt: skip
-ONE_FILE = ("explain-text", "report", "convert")  # --out, or the last argument, is what is written
+ONE_FILE = ("explain-text", "explain-lm", "report", "convert")  # --out, or the last argument, is what is written
+QUICK = ("explain-text", "report", "convert")  # which are run by default
 FOLDERS = ("empty folder", "folder", "link to a folder")  # in which a command that is given one may write
 
 
@@ -128,7 +134,7 @@ def unchanged(before):
 @pytest.mark.parametrize(
     ("command", "name"),
     [
-        pytest.param(command, name, marks=[] if command in ONE_FILE else pytest.mark.slow)
+        pytest.param(command, name, marks=[] if command in QUICK else pytest.mark.slow)
         for command, (_, names) in COMMANDS.items()
         for name in names
     ],

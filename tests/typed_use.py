@@ -74,7 +74,11 @@ def writing(path: Path) -> list[str]:
     assert_type(decoder.num_kv_heads, int)
     answer: tm.inputs.Tokens = tm.models.generate(model, "The capital of France is", 8, temperature=0.5, seed=1)
     written: list[str] = model.preprocessing.decode(answer)
-    return written
+    score = tm.scores.Token(5, 7042, against=4528)
+    assert_type(score.position is None, bool)
+    reasons: tm.Reasons = tm.explain_words(model, "The capital of France is", " Paris", "gae", against="London")
+    assert_type(reasons.answer, str)
+    return written + reasons.pieces
 
 
 def mathematics(vit: tm.Model, images: jax.Array) -> tm.Trace:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from tokentm_jax import __version__
+from tokentm_jax.cli.answers import explain_lm
 from tokentm_jax.cli.compare import compare
 from tokentm_jax.cli.completion import add_completion
 from tokentm_jax.cli.convert import convert
@@ -100,6 +101,7 @@ COMMANDS = {
     explain: "Show classes of photos, sounds or texts; write heatmaps.",
     explain_text: "As explain, for texts, which are printed.",
     explain_audio: "As explain, with the shipped model of recordings.",
+    explain_lm: "Show why a language model writes each word.",
     serve: "Serve a page that explains photos, recordings or texts.",
     report: "Write a page about photos, an evaluation or a store.",
     models: "List the models that are shipped or can be loaded.",

@@ -1,0 +1,173 @@
+"""`tokentm explain-lm`: which words of a prompt made a decoder write each word of its answer."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tokentm_jax.cli import options as shared
+from tokentm_jax.cli.options import PATH, TEXT, may_overwrite
+from tokentm_jax.cli.terminal import console
+from tokentm_jax.errors import InputError, printable
+from tokentm_jax.files import write_text
+
+if TYPE_CHECKING:
+    from tokentm_jax.methods.answers import Reasons
+
+TOP = 3  # tokens that are printed for each token of the answer
+
+
+@click.command("explain-lm")
+@click.argument("prompt", type=TEXT)
+@click.option(
+    "--model", type=TEXT, default="smollm2", show_default=True,
+    help="Folder or GGUF file of a decoder, hf-hub:OWNER/NAME, or smollm2.",
+)  # fmt: skip
+@click.option("--method", default="tokentm", show_default=True, help="A method (`tokentm methods`).")
+@click.option("--answer", type=TEXT, help="Explain this answer; default: what the model writes.")
+@click.option("--most", type=click.IntRange(1, 512), default=12, show_default=True, help="Tokens that are written.")
+@click.option(
+    "--temperature", type=click.FloatRange(0, 100), default=0.0, show_default=True,
+    help="Draw tokens; 0: the most probable ones.",
+)  # fmt: skip
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of these draws.")
+@click.option(
+    "--contrasts", type=click.IntRange(0, 4), default=2, show_default=True,
+    help="Other candidates of each token that it is compared with.",
+)  # fmt: skip
+@click.option(
+    "--out", type=PATH, metavar="PAGE.html", default="answer.html", show_default=True, help="The page that is written."
+)
+@click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Option of the method; repeatable.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
+@may_overwrite
+def explain_lm(
+    prompt: str,
+    model: str,
+    method: str,
+    answer: str | None,
+    most: int,
+    temperature: float,
+    seed: int,
+    contrasts: int,
+    out: Path,
+    options: tuple[str, ...],
+    as_json: bool,
+    overwrite: bool,
+) -> None:
+    """Show why a language model writes each token of its answer: which tokens of the prompt matter.
+
+    The page shows the reasons of a token of the answer where it is touched, and why this token, and not another
+    candidate. The table has, for each token of the answer, its probability and the most relevant tokens of the prompt,
+    in shares of the largest relevance. The first token of a prompt often takes much attention without meaning, so the
+    table leaves it out; --json has it.
+
+    \b
+    Examples:
+      tokentm explain-lm "The capital of France is"
+      tokentm explain-lm "The capital of France is" --answer " London" --method attn_lrp
+    """
+    from tokentm_jax.methods.answers import explain_words
+    from tokentm_jax.methods.table import METHODS
+    from tokentm_jax.models.decoder import Decoder
+    from tokentm_jax.models.loading import load
+
+    (name,), settings = shared.methods_of(method)[:1], shared.parse_options(options)
+    METHODS[name].bind(name, settings)
+    if len(shared.methods_of(method)) > 1:
+        raise InputError("an answer is explained by one method")
+    shared.require_place(out, overwrite)
+    shared.start_jax()
+    decoder = load(model)
+    if not isinstance(decoder.module, Decoder):
+        raise InputError(f"{decoder.name} writes no texts: name a decoder, or leave out --model")
+    drawn: dict[str, Any] = {"most": most, "temperature": temperature, "seed": seed}
+    found = explain_words(decoder, prompt, answer, name, **drawn, **settings)
+    written = [int(number) for number in found.ids[found.start :]]
+    others = _others(found, contrasts)
+    against = [
+        explain_words(decoder, prompt, written, name, against=each, **settings).maps for each in others.T.tolist()
+    ]
+    result = document(decoder.name, name, found, others, against)
+    write_text(out, page_of(result), overwrite=overwrite)
+    if as_json:
+        click.echo(json.dumps(result, indent=1))
+        return
+    _print(result)
+    click.echo(f"The page is {printable(out)}")
+
+
+def _others(found: "Reasons", count: int) -> Any:
+    """The most probable tokens [M, count] of each position that were not written."""
+    import numpy as np
+
+    own = [[k for k in row if k != i] for row, i in zip(found.candidates, found.ids[found.start :], strict=True)]
+    return np.array([row[:count] for row in own], np.int32).reshape(len(own), count)
+
+
+def document(model: str, method: str, found: "Reasons", others: Any, against: list[Any]) -> dict[str, Any]:
+    """Everything about an answer, for --json and for the page; `against` has the maps [M, N] of each contrast."""
+    words = []
+    for row, place in enumerate(range(found.start, len(found.ids))):
+        contrasts = {int(other): against[k][row, :place] for k, other in enumerate(others[row])}
+        candidates = [
+            {
+                "token": piece,
+                "probability": round(float(share), 6),
+                "against": [float(f"{score:.6g}") for score in contrasts[int(number)]]
+                if number in contrasts
+                else None,
+            }
+            for number, piece, share in zip(
+                found.candidates[row], found.candidate_pieces[row], found.candidate_probabilities[row], strict=True
+            )
+            if number != found.ids[place]
+        ]
+        words.append(
+            {
+                "token": found.pieces[place],
+                "logit": float(found.logits[row]),
+                "probability": round(float(found.probabilities[row]), 6),
+                "scores": [float(f"{score:.6g}") for score in found.maps[row, :place]],
+                "candidates": candidates,
+            }
+        )
+    return {"model": model, "method": method, "prompt": found.pieces[: found.start], "answer": words}
+
+
+def page_of(result: dict[str, Any]) -> str:
+    """The page of an answer."""
+    from tokentm_jax.cli.templates import render
+    from tokentm_jax.methods.titles import title_of
+
+    maps = [word["scores"] for word in result["answer"]]
+    maps += [each["against"] or [] for word in result["answer"] for each in word["candidates"]]
+    signed = any(score < 0 for scores in maps for score in scores)
+    title = title_of(result["method"])
+    return render("answer.html.j2", title="Why this word?", signed=signed, **result | {"method": title})
+
+
+def _print(result: dict[str, Any]) -> None:
+    from rich.text import Text
+
+    out, prompt = console(), result["prompt"]
+    whole = "".join(word["token"] for word in result["answer"])
+    lines = Text("".join(prompt)).append(whole, style="bold").split("\n", allow_blank=True)
+    for line in lines:
+        line.plain = printable(line.plain)
+        out.print(line)
+    shown = [_short(word["token"]) for word in result["answer"]]
+    width = max(map(len, shown))
+    for word, own in zip(result["answer"], shown, strict=True):
+        scores = word["scores"][: len(prompt)]
+        most = max((abs(score) for score in scores[1:]), default=0) or 1
+        best = sorted(range(1, len(prompt)), key=lambda place: -scores[place])[:TOP]
+        reasons = ", ".join(f"{_short(prompt[place])} {scores[place] / most:.2f}" for place in best)
+        line = f"  {own:{width}} {100 * word['probability']:5.1f} %  {reasons}"
+        out.print(line, markup=False, highlight=False)
+
+
+def _short(piece: str) -> str:
+    """A token in one line."""
+    return printable(piece.strip(" ").replace("\n", "↵") or "␣")
