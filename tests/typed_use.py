@@ -75,7 +75,7 @@ def writing(path: Path) -> list[str]:
     answer: tm.inputs.Tokens = tm.models.generate(model, "The capital of France is", 8, temperature=0.5, seed=1)
     written: list[str] = model.preprocessing.decode(answer)
     score = tm.scores.Token(5, 7042, against=4528)
-    assert_type(score.position is None, bool)
+    assert_type(score.of_next().open, bool)
     reasons: tm.Reasons = tm.explain_words(model, "The capital of France is", " Paris", "gae", against="London")
     assert_type(reasons.answer, str)
     return written + reasons.pieces

@@ -24,7 +24,7 @@ TOP = 3  # tokens that are printed for each token of the answer
     "--model", type=TEXT, default="smollm2", show_default=True,
     help="Folder or GGUF file of a decoder, hf-hub:OWNER/NAME, or smollm2.",
 )  # fmt: skip
-@click.option("--method", default="tokentm", show_default=True, help="A method (`tokentm methods`).")
+@click.option("--method", default="attn_lrp", show_default=True, help="A method (`tokentm methods`).")
 @click.option("--answer", type=TEXT, help="Explain this answer; default: what the model writes.")
 @click.option("--most", type=click.IntRange(1, 512), default=12, show_default=True, help="Tokens that are written.")
 @click.option(
@@ -66,17 +66,18 @@ def explain_lm(
     \b
     Examples:
       tokentm explain-lm "The capital of France is"
-      tokentm explain-lm "The capital of France is" --answer " London" --method attn_lrp
+      tokentm explain-lm "The capital of France is" --answer " London" --method tokentm
     """
     from tokentm_jax.methods.answers import explain_words
     from tokentm_jax.methods.table import METHODS
     from tokentm_jax.models.decoder import Decoder
     from tokentm_jax.models.loading import load
 
-    (name,), settings = shared.methods_of(method)[:1], shared.parse_options(options)
-    METHODS[name].bind(name, settings)
-    if len(shared.methods_of(method)) > 1:
+    name, *more = shared.methods_of(method)
+    if more:
         raise InputError("an answer is explained by one method")
+    settings: dict[str, Any] = {**shared.parse_options(options)}
+    METHODS[name].bind(name, settings)
     shared.require_place(out, overwrite)
     shared.start_jax()
     decoder = load(model)
@@ -144,8 +145,8 @@ def page_of(result: dict[str, Any]) -> str:
     maps = [word["scores"] for word in result["answer"]]
     maps += [each["against"] or [] for word in result["answer"] for each in word["candidates"]]
     signed = any(score < 0 for scores in maps for score in scores)
-    title = title_of(result["method"])
-    return render("answer.html.j2", title="Why this word?", signed=signed, **result | {"method": title})
+    values: dict[str, Any] = {**result, "method": title_of(result["method"]), "signed": signed}
+    return render("answer.html.j2", title="Why this word?", **values)
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -116,11 +116,12 @@ def explain_words(
     others = None if against is None else _others(model, against, written, places)
 
     maps, logits, best = [], [], []
+    settings: dict[str, Any] = options
     for first in range(0, len(places), size):
         asked = np.minimum(np.arange(first, first + size), len(places) - 1)  # the last batch repeats its last token
         score = Token(places[asked], ids[places[asked]], None if others is None else others[asked])
         texts = Tokens(*(np.repeat(array, size, 0) for array in written))
-        found, details = explain(model, texts, method, score=score, details=True, **options)
+        found, details = explain(model, texts, method, score=score, details=True, **settings)
         kept = slice(0, min(size, len(places) - first))
         maps.append(np.asarray(found, np.float32)[kept, :n])
         outputs = np.asarray(details["logits"], np.float32)[kept]

@@ -103,7 +103,10 @@ class Function:
             changed["dtype"] = jnp.float32
         if getattr(self.module, "linear", None) is mixed.linear:
             changed["linear"] = primitives.linear
-        wider = dataclasses.replace(self.function, module=self.module.clone(**changed)) if changed else self.function
+        if not changed:
+            return self
+        applied: Any = self.function
+        wider = dataclasses.replace(applied, module=self.module.clone(**changed))
         return dataclasses.replace(self, function=wider)
 
     def of_next(self) -> "Function":
