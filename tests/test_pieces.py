@@ -13,7 +13,6 @@ from tokentm_jax.methods.explain import explain_fn
 from tokentm_jax.models.vit import ViT, init_params
 from tokentm_jax.programs import pieces
 from tokentm_jax.programs.model import Function
-from tokentm_jax.programs.rules import ATTN_LRP
 
 N, H, E = 7, 2, 4  # tokens, heads, channels of a head
 
@@ -98,20 +97,13 @@ def test_which_attention_is_whole(monkeypatch):
     assert not pieces.pieces_of(read(*program("over_queries")))
 
 
-def gradient(params, tokens):
-    """By rules, for a function whose heads share keys, which has no attention layer in our sense."""
-    model = Function(program("grouped")[0]).read(params, tokens).by(ATTN_LRP)
-    return jax.grad(lambda x: model.apply({"params": params}, x)[:, 1].sum())(tokens)
-
-
 @pytest.mark.parametrize("name", mostly_slow(IN_PIECES, ["biased"]))
 def test_pieces_of_programs(monkeypatch, name):
-    """TokenTM by other rules, where the function has an attention layer; in float64."""
+    """TokenTM by other rules; in float64."""
     f, params, tokens = program(name)
     options = {"grid": (2, 3), "prefix": 1, "readout": "token", "rules": "attn_lrp"}
-    explain = gradient if name == "grouped" else partial(explain_fn(f, "tokentm", **options), target=1)
     with jax.enable_x64(True):
-        compare(monkeypatch, explain, params, tokens)
+        compare(monkeypatch, partial(explain_fn(f, "tokentm", **options), target=1), params, tokens)
 
 
 METHODS = ({}, {"rules": "libra"}, {"memory": "recompute", "heads": "each"}, {"weights": "alignment"})

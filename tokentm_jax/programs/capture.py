@@ -1,5 +1,6 @@
 """From (model, params, inputs, target) to arrays: those of all blocks in a forward and backward pass."""
 
+import math
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any, NamedTuple
@@ -259,53 +260,45 @@ def of_blocks(
 
 def heads_of(attention: Attention, array: Array) -> Array:
     """Attention weights in the program's layout as [H, N, N], or those of some queries [H, Q, N]."""
-    moved = jnp.moveaxis(array, (attention.query, attention.key), (-2, -1))
+    moved = array.transpose(attention.axes)
     return moved.reshape(-1, *moved.shape[-2:])
 
 
 def as_before(attention: Attention, heads: Array, like: Array) -> Array:
     """[H, Q, N] in the layout of the program."""
-    moved = jnp.moveaxis(like, (attention.query, attention.key), (-2, -1)).shape
-    return jnp.moveaxis(heads.reshape(moved), (-2, -1), (attention.query, attention.key))
+    return heads.reshape([like.shape[axis] for axis in attention.axes]).transpose(np.argsort(attention.axes))
 
 
 def values_of(attention: Attention, array: Array) -> Array:
-    """The values of attention in the program's layout as [H, N, D/H]."""
-    array = array.transpose(attention.order)
-    count = len(attention.heads)
-    return array.reshape(-1, array.shape[count], array[(0,) * count + (0,)].size)
+    """The values of attention in the program's layout as [H, N, D/H], repeated for heads that share them."""
+    tokens = len(attention.axes) - 2  # after the axes of heads
+    *heads, n = attention.sizes[: tokens + 1]
+    groups = range(tokens - (len(attention.places) - len(attention.order)), tokens)
+    array = jnp.expand_dims(array.transpose(attention.order), groups)
+    return jnp.broadcast_to(array, attention.sizes).reshape(math.prod(heads), n, -1)
 
 
-def values_before(attention: Attention, heads: Array, like: Array) -> Array:
-    """[H, N, D/H] in the layout of the program."""
-    return heads.reshape([like.shape[axis] for axis in attention.order]).transpose(np.argsort(attention.order))
+def unmixed(attention: Attention, heads: Array) -> Array:
+    """The product of attention with values [H, N, D/H], if each token attends only to itself."""
+    return heads.reshape(attention.sizes).transpose(np.argsort(attention.places))
 
 
-def unmixed(attention: Attention, array: Array) -> Array:
-    """The product of attention with values, if each token attends only to itself."""
-    array = array.transpose(attention.order)
-    count = len(attention.heads)
-    array = jnp.moveaxis(array, tuple(range(count)), attention.heads)
-    array = array if attention.ahead else jnp.moveaxis(array, count, -1)
-    result: Any = attention.product.equation.outvars[0].aval
-    return array.reshape(result.shape)  # which may have axes of one
-
-
-def through_output(evaluation: Evaluation, block: list[Layer], array: Array) -> Array:
-    """The values of attention, in the program's layout, through the rest of the layer without its bias.
+def through_output(evaluation: Evaluation, block: list[Layer], heads: Array) -> Array:
+    """The values of attention [H, N, D/H] through the rest of the layer without its bias.
 
     Each token attends only to itself.
     """
     attention = block[0].attention
     assert attention is not None
-    mixed = unmixed(attention, array)
+    mixed = unmixed(attention, heads)
     return jax.jvp(evaluation.function([attention.output], block[0].branch), (jnp.zeros_like(mixed),), (mixed,))[1]
 
 
 def transformed_value(evaluation: Evaluation, block: list[Layer]) -> Array:
     """x~ of the attention layer: its branch with the identity as attention, and without its last bias."""
-    value = evaluation.function([], block[0].attention.value)()  # type: ignore[union-attr]
-    return through_output(evaluation, block, value)
+    attention = block[0].attention
+    assert attention is not None
+    return through_output(evaluation, block, values_of(attention, evaluation.function([], attention.value)()))
 
 
 def _normalised(reading: Reading, block: list[Layer]) -> int:

@@ -22,7 +22,6 @@ from tokentm_jax.programs.capture import (
     of_blocks,
     plus_extra,
     through_output,
-    values_before,
     values_of,
 )
 from tokentm_jax.programs.model import Model
@@ -47,7 +46,7 @@ class View:
     def __getattr__(self, name: str) -> Array:
         """The fields [N, D], and x~ of the attention layer."""
         if name == "transformed_value":
-            return self._through(self._value(self.layer.value))
+            return self._through(values_of(self.layer, self._value(self.layer.value)))
         if name not in POINTS:
             raise AttributeError(name)
         return self.rows(POINTS[name](self.evaluation.reading, self.block))
@@ -60,8 +59,8 @@ class View:
         """A value of the program as tokens [N, D], in float32 at least."""
         return wide(self._value(number).reshape(self.count, -1))
 
-    def _through(self, values: Array) -> Array:
-        return wide(through_output(self.evaluation, self.block, values).reshape(self.count, -1))
+    def _through(self, heads: Array) -> Array:
+        return wide(through_output(self.evaluation, self.block, heads).reshape(self.count, -1))
 
     @property
     def attention(self) -> Array:
@@ -75,25 +74,25 @@ class View:
     @property
     def output_kernel(self) -> Array:
         """W_O [D, D], from the rest of the layer applied to unit vectors as tokens."""
-        like = self._value(self.layer.value)
-        h, n, width = values_of(self.layer, like).shape
+        heads = values_of(self.layer, self._value(self.layer.value))
+        h, n, width = heads.shape
         places = np.eye(-(-h * width // n) * n, h * width).reshape(-1, n, h, width)
-        units = jnp.asarray(places.transpose(0, 2, 1, 3), like.dtype)
-        rows = jax.lax.map(lambda heads: self._through(values_before(self.layer, heads, like)), units)
+        rows = jax.lax.map(self._through, jnp.asarray(places.transpose(0, 2, 1, 3), heads.dtype))
         return rows.reshape(-1, rows.shape[-1])[: h * width]
 
     def through(self, x: Array) -> Array:
         return self._through(self._projected(x))
 
     def project(self, x: Array) -> Array:
-        return wide(values_of(self.layer, self._projected(x)))
+        return wide(self._projected(x))
 
     def _projected(self, x: Array) -> Array:
-        """The values of tokens x [N, D], without the bias of their projection, in the program's layout."""
+        """The values [H, N, D/H] of tokens x [N, D], without the bias of their projection."""
         place = POINTS["normalised"](self.evaluation.reading, self.block)
         read = self._value(place)
         project = self.evaluation.function([place], self.layer.value)
-        return jax.jvp(project, (read,), (x.reshape(read.shape).astype(read.dtype),))[1]
+        values = jax.jvp(project, (read,), (x.reshape(read.shape).astype(read.dtype),))[1]
+        return values_of(self.layer, values)
 
     def ffn_layers(self) -> list[tuple[Array, Array]]:
         return [(self.rows(layer.stream), self.rows(layer.branch)) for layer in self.block[1:]]
@@ -188,8 +187,7 @@ def legrad_of_block(
             return score(head(after))
 
         gradient = jax.nn.relu(wide(jax.grad(read_by_head)(jnp.take(weights, own, attention.query))))
-        gradient = jnp.moveaxis(gradient, (attention.query, attention.key), (-2, -1))
-        gradient = gradient.reshape(-1, len(own), n).mean(0)
+        gradient = heads_of(attention, gradient).mean(0)
         return mean_of_seen(gradient, there, -2) if len(own) == n else gradient.sum(0) / n
 
     return of_block

@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import lru_cache, partial
+from itertools import dropwhile
 from typing import Any
 
 import jax
@@ -88,17 +89,43 @@ def _pieces_of(reading: Reading, large: int, entries: int) -> dict[Step, Pieces]
     return {pieces.product: pieces for pieces in found if pieces is not None}
 
 
+def query_axis(reading: Reading, product: Step) -> int | None:
+    """The axis of the queries in attention weights, by their product with values; None if it is unclear.
+
+    If values lack several axes of the weights, one has the queries: it becomes the axis of tokens of the residual sum.
+    The others are groups of heads with the same values, perhaps as many as tokens, so sizes do not tell them apart.
+    """
+    weights = product.of
+    side, shape = product.inputs.index(weights), reading.flat.shape(weights)
+    contracted, batched = product.params["dimension_numbers"]
+    free = [a for a in range(len(shape)) if shape[a] > 1 and a not in (*contracted[side], *batched[side])]
+    if len(free) == 1:
+        return free[0]
+    found = [axis for axis in free if _are_tokens(reading, product, axis_after(product.equation, side, axis))]
+    return found[0] if len(found) == 1 else None
+
+
+def _are_tokens(reading: Reading, product: Step, axis: Any) -> bool:
+    """Whether an axis of a step's result becomes that of the tokens in the next residual sum [.., N, D]."""
+    flat, start = reading.flat, product.outputs[0]
+    axes, size = {start: axis}, flat.shape(start)[axis]
+    for step in dropwhile(lambda other: other is not product, flat.steps):
+        if step.kind == "residual" and reading.descends(step.of[1], start) and not reading.descends(step.of[0], start):
+            shape, found = flat.shape(step.of[1])[:-1], axes.get(step.of[1])
+            return found is not None and found < len(shape) and shape[found] == math.prod(shape) == size
+        after = {axis_after(step.equation, side, axes[i]) for side, i in enumerate(step.inputs) if i in axes} - {None}
+        if step.name in BY_QUERY and len(after) == 1:
+            axes |= dict.fromkeys(step.outputs, after.pop())
+    return False
+
+
 def pieces_of_attention(reading: Reading, product: Step, entries: int) -> Pieces | None:
     """The pieces of one attention; None if a step may mix queries."""
     flat, weights = reading.flat, product.of
     if product.name != "dot_general":
         return None
-    side = product.inputs.index(weights)
-    contracted, batched = product.params["dimension_numbers"]
-    shape = flat.shape(weights)
-    free = [a for a in range(len(shape)) if a not in (*contracted[side], *batched[side])]
-    query = max(free, key=lambda a: shape[a], default=None)
-    if query is None or shape[query] == 1:
+    side, shape, query = product.inputs.index(weights), flat.shape(weights), query_axis(reading, product)
+    if query is None:
         return None
     queries = shape[query]
     axis: Any = axis_after(product.equation, side, query)

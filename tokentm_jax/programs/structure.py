@@ -14,7 +14,8 @@ import numpy as np
 
 from tokentm_jax.errors import Unfit
 from tokentm_jax.maths.maps import Tiling
-from tokentm_jax.programs.flat import Flat, Step, line_of
+from tokentm_jax.programs.flat import Flat, Step, axis_after, line_of
+from tokentm_jax.programs.pieces import query_axis
 from tokentm_jax.programs.reading import Reading
 from tokentm_jax.programs.tokens import mixture, rows_from
 
@@ -25,12 +26,19 @@ class Attention:
 
     product: Step
     weights: int  # the value [.., N, .., N] of a softmax
-    query: int  # its axes
-    key: int
+    axes: tuple[int, ...]  # of the weights: heads, heads in groups that share values, queries, keys
     value: int  # the other factor
     order: tuple[int, ...]  # axes of the value: heads (in the order of the weights' axes), tokens, channels
-    heads: tuple[int, ...]  # positions of these heads among the first axes of the product
-    ahead: bool  # whether the product has tokens before channels
+    places: tuple[int, ...]  # axes of the product: heads, heads in groups, tokens, channels
+    sizes: tuple[int, ...]  # of these axes of the product
+
+    @property
+    def query(self) -> int:
+        return self.axes[-2]
+
+    @property
+    def key(self) -> int:
+        return self.axes[-1]
 
     @property
     def output(self) -> int:
@@ -226,21 +234,23 @@ def normed(reading: Reading, value: int, branch: int | None = None) -> int | Non
 
 def _attention(reading: Reading, product: Step) -> Attention | None:
     """A product of weights with values as self-attention; None if queries and keys are not the same tokens."""
-    weights = product.of
-    side = product.inputs.index(weights)
+    weights, query = product.of, query_axis(reading, product)
+    side, shape = product.inputs.index(weights), reading.flat.shape(weights)
     contracted, batched = product.params["dimension_numbers"]
-    shape = reading.flat.types[weights].shape
-    free = [a for a in range(len(shape)) if a not in contracted[side] and a not in batched[side] and shape[a] > 1]
-    if len(contracted[side]) != 1 or len(free) != 1 or shape[free[0]] != shape[contracted[side][0]]:
+    key, tokens = contracted[side][0], contracted[1 - side][0]
+    if query is None or len(contracted[side]) != 1 or shape[query] != shape[key]:
         return None
-    value, tokens = product.inputs[1 - side], contracted[1 - side][0]
-    heads = sorted(range(len(batched[side])), key=lambda i: batched[side][i])
-    first = [batched[1 - side][i] for i in heads]
+    value, of_value = product.inputs[1 - side], dict(zip(batched[side], batched[1 - side], strict=True))
+    groups = [a for a in range(len(shape)) if a not in (query, key, *batched[side])]
+    axes = (*sorted(batched[side]), *groups, query, key)
+    first = [of_value[a] for a in sorted(batched[side])]
     channels = [a for a in range(len(reading.flat.shape(value))) if a != tokens and a not in first]
+    places: Any = [axis_after(product.equation, side, a) for a in axes[:-1]]
+    places += [axis_after(product.equation, 1 - side, a) for a in channels]
     while (step := reading.flat.producer[weights]).name == "select_n":  # masked again
         weights = next(i for i in step.inputs[1:] if i in reading.facts)
-    order = (*first, tokens, *channels)
-    return Attention(product, weights, free[0], contracted[side][0], value, order, tuple(heads), side == 0)
+    sizes, order = tuple(reading.flat.shape(product.outputs[0])[a] for a in places), (*first, tokens, *channels)
+    return Attention(product, weights, axes, value, order, tuple(places), sizes)
 
 
 def _outside(stage: Stage, value: int, ends: Literal["inputs", "outputs"]) -> int:
