@@ -15,23 +15,13 @@ from tokentm_jax.errors import InputError, Unfit, suggest
 from tokentm_jax.inputs.reader import Reader
 from tokentm_jax.inputs.values import readable, seen
 from tokentm_jax.maths.primitives import PyTree
-from tokentm_jax.maths.scores import (
-    Chosen,
-    Cosine,
-    Question,
-    Target,
-    Token,
-    Versus,
-    as_numbers,
-    classes_of,
-    listed,
-    question,
-)
+from tokentm_jax.maths.scores import Chosen, Cosine, Question, Target, Versus, as_numbers, classes_of, listed, question
 from tokentm_jax.methods.sharing import Explanation, together
 from tokentm_jax.methods.table import METHODS, Method
 from tokentm_jax.models.loading import require_loaded
 from tokentm_jax.programs.inspection import Inspection, inspected
 from tokentm_jax.programs.model import Explainable, Function, Readout, check_model, function_of
+from tokentm_jax.programs.next_token import of_next
 from tokentm_jax.programs.running import KINDS
 
 if TYPE_CHECKING:
@@ -63,8 +53,7 @@ def explain_fn(
       differentiate_anyway: let JAX differentiate maps without a true derivative (`METHODS[method].differentiable` is
         False), with what the rules hold constant held constant. By default their differentiation raises InputError.
       grid, prefix, readout: of a function, what its program does not show: the patches (height, width), the tokens
-        before those of the patches, and how the head reads the tokens ("token", "avg", of texts "last", or a share for
-        each).
+        before those of the patches, how the head reads the tokens ("token", "avg", of texts "last", or a share each).
       fused_attention: on an NVIDIA GPU or a TPU, compute attention in a kernel that never writes its weights to
         memory, forward and backward with the row of TokenTM and GAE. It applies where nothing else reads the weights,
         the backward rules are "plain", and attention is plain: scale, mask or bias, softmax, product with the values,
@@ -187,7 +176,7 @@ def _explainer(
 
     def explain_inputs(params: Any, inputs: Array, target: Any = None) -> Any:
         inputs = model.look_up(params, inputs)
-        asked_of, inputs, target, within = _of_next(model, inputs, target)
+        asked_of, inputs, target, within = of_next(model, inputs, target)
         program = asked_of.read(params, inputs).by(rules)
         # Zeros replace what cannot be read, so that no NaN meets a zero in a derivative.
         fine, read = readable(inputs)
@@ -275,18 +264,6 @@ def methods_for(
         except ValueError:  # InputError, or JAX's own for a loop that it cannot differentiate
             continue
     return found
-
-
-def _of_next(model: Function, inputs: Any, target: Any) -> tuple[Function, Any, Any, Any]:
-    """The question about a token as one about the model of the next token, of the text before it; and whether each
-    sample has such a text. Others as they are."""
-    if not isinstance(target, Question) or not isinstance(target.score, Token):
-        return model, inputs, target, True
-    if not hasattr(inputs, "until"):
-        raise InputError(f"a token is explained in Tokens or Texts, got {type(inputs).__name__}")
-    count = jnp.asarray(classes_of(target.score.position, len(inputs.mask), "the position"))
-    before, within = inputs.until(count)
-    return model.of_next(), before, target.score.of_next(), within
 
 
 def _nan_unless(true: Array, array: Array) -> Array:
