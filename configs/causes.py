@@ -89,7 +89,7 @@ def get_config(
     program = data.startswith("program_")
     options = {"parts": 16} if program else {"probability": 0.1} if task == "pointing" else {}
     return EvaluateConfig(
-        name=f"causes_{data}" + ("_margin" if question == "margin" else ""),
+        name=f"causes_{data}" + ("_margin" if question == "margin" else "") + ("_all" if methods == "all" else ""),
         task=task,
         data=where,
         model=model,

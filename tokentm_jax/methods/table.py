@@ -59,7 +59,6 @@ class Method:
     options: type | None = None  # a frozen dataclass of options, if the function takes one
     classless: Callable[[Mapping[str, object]], bool] | None = None  # the options with which the class does not matter
     suit: Callable[[Mapping[str, object], Reader], Mapping[str, object]] | None = None  # see `suited`
-    share: Callable[..., Share | None] | None = None  # by its options, what it reads from a pass that methods share
 
     @property
     def summary(self) -> str:
@@ -82,6 +81,11 @@ class Method:
         rules = {"rules": relevance.RuleNames} if self.takes_rules else {}
         memory = {"memory": Memory} if self.takes_memory else {}
         return {**(options_of(self.options) if self.options else {}), **own, **rules, **memory}
+
+    @property
+    def share(self) -> Callable[..., Share | None] | None:
+        """By the options, what the function reads from a pass that methods share; None: it has passes of its own."""
+        return next((share for function, share in SHARES if function is self.function), None)
 
     def check(self, name: str, options: Mapping[str, object]) -> dict[str, Any]:
         """The options as plain Python values of the annotated types.
@@ -248,31 +252,28 @@ def _libra(function: Callable[..., Explanation], paper: str = "Mehri et al., CVP
     return Method(function, paper, 2025, differentiable=False, rules="libra", **{"takes_memory": True, **more})
 
 
+# What a function reads from a pass that methods share, by its options.
+SHARES: tuple[tuple[Callable[..., Explanation], Callable[..., Share | None]], ...] = (
+    (attention.tokentm, attention.tokentm_share),
+    (attention.gae, attention.gae_share),
+    (attention.attcat, attention.attcat_share),
+    (attention.legrad, attention.legrad_share),
+    (relevance.full_lrp, relevance.full_lrp_share),
+    (relevance.conservative_lrp, relevance.conservative_lrp_share),
+    (relevance.attention_lrp, relevance.attention_lrp_share),
+    (relevance.residual_lrp, relevance.residual_lrp_share),
+    (gradient.input_gradient, gradient.input_gradient_share),
+    (gradient.gradient_x_input, gradient.gradient_x_input_share),
+)
 METHODS: dict[str, Method] = {
-    "tokentm": _gradient(
-        attention.tokentm, "Wu et al., CVPR", 2024, options=TokenTM, classless=_plain, share=attention.tokentm_share
-    ),
-    "gae": _gradient(attention.gae, "Chefer et al., ICCV", 2021, share=attention.gae_share),
+    "tokentm": _gradient(attention.tokentm, "Wu et al., CVPR", 2024, options=TokenTM, classless=_plain),
+    "gae": _gradient(attention.gae, "Chefer et al., ICCV", 2021),
     "transformer_attribution": _relevance(
         relevance.transformer_attribution, "Chefer et al., CVPR", 2021, "1 F + 4 B", float32=True
     ),
-    "attcat": _gradient(attention.attcat, "Qiang et al., NeurIPS", 2022, share=attention.attcat_share),
-    "conservative_lrp": _relevance(
-        relevance.conservative_lrp,
-        "Ali et al., ICML",
-        2022,
-        differentiable=False,
-        share=relevance.conservative_lrp_share,
-    ),
-    "lrp": _relevance(
-        relevance.full_lrp,
-        "Bach et al., PLOS ONE",
-        2015,
-        "1 F + 4 B",
-        output=PIXELS,
-        float32=True,
-        share=relevance.full_lrp_share,
-    ),
+    "attcat": _gradient(attention.attcat, "Qiang et al., NeurIPS", 2022),
+    "conservative_lrp": _relevance(relevance.conservative_lrp, "Ali et al., ICML", 2022, differentiable=False),
+    "lrp": _relevance(relevance.full_lrp, "Bach et al., PLOS ONE", 2015, "1 F + 4 B", output=PIXELS, float32=True),
     "partial_lrp": Method(relevance.partial_lrp, "Voita et al., ACL", 2019, "1 F + 4/L B", float32=True),
     "rollout": Method(attention.rollout, "Abnar & Zuidema, ACL", 2020, "1 F", class_specific=False),
     "raw_attention": Method(attention.raw_attention, "Vaswani et al., NeurIPS", 2017, "1 F", class_specific=False),
@@ -280,16 +281,8 @@ METHODS: dict[str, Method] = {
     "grad_cam_tokens": _last_block(
         attention.grad_cam_tokens, "Selvaraju et al., ICCV", 2017, "1 F + 1/L B", float32=True
     ),
-    "attn_lrp": _relevance(
-        relevance.attention_lrp,
-        "Achtibat et al., ICML",
-        2024,
-        differentiable=False,
-        share=relevance.attention_lrp_share,
-    ),
-    "res_lrp": _relevance(
-        relevance.residual_lrp, "ResLRP, arXiv", 2026, differentiable=False, share=relevance.residual_lrp_share
-    ),
+    "attn_lrp": _relevance(relevance.attention_lrp, "Achtibat et al., ICML", 2024, differentiable=False),
+    "res_lrp": _relevance(relevance.residual_lrp, "ResLRP, arXiv", 2026, differentiable=False),
     "pa_lrp": _gradient(
         relevance.position_aware_lrp,
         "Bakish et al., arXiv",
@@ -300,28 +293,17 @@ METHODS: dict[str, Method] = {
         float32=True,
     ),
     "libra_full_grad": _relevance(relevance.libra_full_grad, "Mehri et al., CVPR", 2025, differentiable=False),
-    "libra_attcat": _libra(attention.attcat, share=attention.attcat_share),
+    "libra_attcat": _libra(attention.attcat),
     "libra_tokentm": _libra(
-        attention.tokentm,
-        "Wu et al. and Mehri et al., together",
-        options=TokenTM,
-        classless=_plain,
-        share=attention.tokentm_share,
+        attention.tokentm, "Wu et al. and Mehri et al., together", options=TokenTM, classless=_plain
     ),
-    "libra_gae": _libra(attention.gae, share=attention.gae_share),
+    "libra_gae": _libra(attention.gae),
     "libra_grad_cam": _libra(attention.grad_cam, passes="1 F + 1/L B", float32=True, takes_memory=False),
     "beyond_intuition": _last_block(attention.beyond_intuition, "Chen et al., TMLR", 2023, "21 F + 1 B + 20/L B"),
-    "legrad": Method(attention.legrad, "Bousselham et al., ICCV", 2025, "2 F", share=attention.legrad_share),
-    "input_gradient": _gradient(
-        gradient.input_gradient, "Simonyan et al., ICLR", 2014, output=PIXELS, share=gradient.input_gradient_share
-    ),
+    "legrad": Method(attention.legrad, "Bousselham et al., ICCV", 2025, "2 F"),
+    "input_gradient": _gradient(gradient.input_gradient, "Simonyan et al., ICLR", 2014, output=PIXELS),
     "gradient_x_input": _gradient(
-        gradient.gradient_x_input,
-        "Shrikumar et al., arXiv",
-        2016,
-        output=PIXELS,
-        float32=True,
-        share=gradient.gradient_x_input_share,
+        gradient.gradient_x_input, "Shrikumar et al., arXiv", 2016, output=PIXELS, float32=True
     ),
     "smooth_grad": _gradient(gradient.smooth_grad, "Smilkov et al., arXiv", 2017, "26 F + 26 B", output=PIXELS),
     "integrated_gradients": _gradient(
