@@ -66,7 +66,7 @@ def test_methods_cost_the_passes_that_the_table_says(common, method):
 
 
 def test_methods_of_one_run_cost_one_pass(common):
-    """As one of them alone, but for the rows themselves; a second set of rules costs a second pass."""
+    """As one of them by itself, except the rows; a second set of rules costs a second pass."""
     module = ViT((32, 32), 16, embed_dim=96, depth=6, num_heads=3, num_classes=10)
 
     def cost(*names):

@@ -1,7 +1,7 @@
 """What every method costs: products of matrices, memory and processor time, next to those of a forward pass.
 
     python tests/benchmark/passes.py                                    # minutes
-    python tests/benchmark/passes.py --rows attcat,tokentm+gae          # these alone; + joins methods of one run
+    python tests/benchmark/passes.py --rows attcat,tokentm+gae          # only these; + joins methods of one run
 
 Products are counted in the traced program, after what is not read is removed; a scan's body counts as often as it
 runs. Memory is that of the compiled program (`memory.py`). Time is that of the processor, not of the clock, so other

@@ -90,7 +90,7 @@ def hand_bytes(module: ViT, forwards: int, backwards: int, batch: int, fused: bo
     """What the products of the blocks read and write for one image, if all else is fused: activations in bfloat16, and
     the weights in float32 once per pass and batch.
 
-    With `fused`, attention is not written, but for each query its logsumexp in float32 for the backward pass.
+    With `fused`, attention is not written. The logsumexp of each query is, in float32, for the backward pass.
     """
     d, hidden = module.embed_dim, int(module.embed_dim * module.mlp_ratio)
     n = module.prefix + module.grid[0] * module.grid[1]

@@ -17,7 +17,7 @@ from tokentm_jax.maths.scores import Token
 from tokentm_jax.methods.explain import explain
 from tokentm_jax.methods.table import Method
 from tokentm_jax.models.decoder import Decoder
-from tokentm_jax.models.generation import generate
+from tokentm_jax.models.generation import followed, generate
 from tokentm_jax.models.loading import Model
 from tokentm_jax.validation import checked
 
@@ -115,7 +115,7 @@ def explain_words(
     ids, places = written.ids[0, :n], np.arange(start, n)
     others = None if against is None else _others(model, against, written, places)
 
-    maps, logits, best = [], [], []
+    maps, logits, shares = [], [], []
     settings: dict[str, Any] = options
     for first in range(0, len(places), size):
         asked = np.minimum(np.arange(first, first + size), len(places) - 1)  # the last batch repeats its last token
@@ -126,16 +126,16 @@ def explain_words(
         maps.append(np.asarray(found, np.float32)[kept, :n])
         outputs = np.asarray(details["logits"], np.float32)[kept]
         logits.append(outputs[np.arange(len(outputs)), ids[places[asked[kept]]]])
-        best.append((np.asarray(softmax(outputs)), logits[-1], outputs))
-    shares = np.concatenate([share for share, _, _ in best])
-    candidates = np.argsort(-shares, axis=1, kind="stable")[:, :CANDIDATES]
+        shares.append(np.asarray(softmax(outputs)))
+    every = np.concatenate(shares)
+    candidates = np.argsort(-every, axis=1, kind="stable")[:, :CANDIDATES]
     pieces = [
         [reader.following(ids[:place], int(k)) for k in own] for place, own in zip(places, candidates, strict=True)
     ]
     return Reasons(
         reader.pieces(ids), ids, start, np.concatenate(maps), np.concatenate(logits),
-        shares[np.arange(len(places)), ids[places]], candidates, pieces,
-        np.take_along_axis(shares, candidates, 1), others,
+        every[np.arange(len(places)), ids[places]], candidates, pieces,
+        np.take_along_axis(every, candidates, 1), others,
     )  # fmt: skip
 
 
@@ -147,10 +147,7 @@ def _with_answer(model: Model, prompt: Tokens, start: int, answer: Any) -> Token
     longest = model.module.max_length
     if start + len(numbers) > longest:
         raise InputError(f"prompt and answer may have {longest} tokens for this model, got {start} and {len(numbers)}")
-    ids = np.concatenate([prompt.ids[0, :start], numbers.astype(np.int64)])
-    special = np.concatenate([prompt.special[0, :start], np.isin(numbers, model.module.end)])
-    whole = Tokens(ids, np.ones(len(ids), bool), np.zeros_like(ids), special)
-    return model.preprocessing.checked(model.preprocessing.stacked([whole]))
+    return model.preprocessing.checked(followed(model, prompt, numbers.astype(np.int64)))
 
 
 def _others(model: Model, against: Any, written: Tokens, places: np.ndarray) -> np.ndarray:

@@ -81,35 +81,43 @@ def _summed(
     return jax.lax.scan(add, jnp.zeros_like(wide(values(inputs))), over)[0]
 
 
-def input_gradient_share() -> Share:
-    """The gradient of the input as a part of one pass."""
+def _largest(inputs: Any, gradient: Array) -> Array:
+    return input_map(seen(inputs), jnp.abs(gradient).max(-1))
+
+
+def _times_input(inputs: Any, gradient: Array) -> Array:
+    return input_map(seen(inputs), (gradient * values(inputs).astype(gradient.dtype)).sum(-1))
+
+
+def _share(read: Callable[[Any, Array], Array]) -> Share:
+    """A map of the input's gradient as a part of one pass."""
 
     def explain(model: Model, inputs: Any, done: Pass, details: Details) -> Explanation:
-        return input_map(seen(inputs), jnp.abs(wide(done.input_grads)).max(-1)), details
+        return read(inputs, wide(done.input_grads)), details
 
     return Share(Wanted(input_grads=True), explain)
+
+
+def input_gradient_share() -> Share:
+    """The gradient of the input as a part of one pass."""
+    return _share(_largest)
 
 
 def gradient_x_input_share() -> Share:
     """Gradient times input as a part of one pass."""
-
-    def explain(model: Model, inputs: Any, done: Pass, details: Details) -> Explanation:
-        gradient = wide(done.input_grads)
-        return input_map(seen(inputs), (gradient * values(inputs).astype(gradient.dtype)).sum(-1)), details
-
-    return Share(Wanted(input_grads=True), explain)
+    return _share(_times_input)
 
 
 def input_gradient(model: Model, params: Any, inputs: Any, target: Any) -> Explanation:
     """Largest absolute gradient over the channels (Simonyan et al., 2013)."""
     gradient, _, details = _gradient(model, params, inputs, target)
-    return input_map(seen(inputs), jnp.abs(gradient).max(-1)), details
+    return _largest(inputs, gradient), details
 
 
 def gradient_x_input(model: Model, params: Any, inputs: Any, target: Any) -> Explanation:
     """Gradient times normalised input, summed over the channels (Shrikumar et al., 2016); signed."""
     gradient, _, details = _gradient(model, params, inputs, target)
-    return input_map(seen(inputs), (gradient * values(inputs).astype(gradient.dtype)).sum(-1)), details
+    return _times_input(inputs, gradient), details
 
 
 def smooth_grad(

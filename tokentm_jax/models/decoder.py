@@ -18,10 +18,10 @@ from tokentm_jax.errors import InputError, Unfit
 from tokentm_jax.inputs.texts import Texts, Tokens
 from tokentm_jax.maths import primitives
 from tokentm_jax.maths.primitives import wide
-from tokentm_jax.models.blocks import Affine, Linear, trunc_normal
+from tokentm_jax.models.blocks import Affine, Linear, Module, trunc_normal
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Module):
     """`x / sqrt(mean(x^2) + eps)` over the last axis, times a learned scale; computed in float32 at least."""
 
     eps: float
@@ -63,7 +63,7 @@ def turns(base: float, divisors: tuple[float, ...], count: int, width: int) -> t
     return np.cos(angles), np.sin(angles) * signs
 
 
-class GroupedAttention(nn.Module):
+class GroupedAttention(Module):
     """Causal self-attention, in which each head of keys and values serves a group of query heads.
 
     With a cache, `past` are the keys and values of its block [B, KV heads, K, E], in which those of the present tokens
@@ -109,7 +109,7 @@ class GroupedAttention(nn.Module):
         return self.linear(mixed, *Affine(d, self.proj_bias, name="proj")(h * e)), past
 
 
-class GatedFeedForward(nn.Module):
+class GatedFeedForward(Module):
     """`(f(x W_gate) * x W_up) W_down`: SwiGLU or GeGLU, by the non-linearity f."""
 
     hidden: int
@@ -125,7 +125,7 @@ class GatedFeedForward(nn.Module):
         return self.linear(gated, *Affine(d, self.use_bias, name="down")(self.hidden))
 
 
-class DecoderBlock(nn.Module):
+class DecoderBlock(Module):
     """`x' = x + Attention(RMS1(x))`, `x+ = x' + FFN(RMS2(x'))`; with `post_norms`, each branch has a norm at its end.
 
     `local` (None: no block is) is whether this block attends to a window only.
@@ -150,7 +150,7 @@ class DecoderBlock(nn.Module):
         return x + (RMSNorm(self.norm_eps, name="post2")(branch) if self.post_norms else branch), past
 
 
-class Decoder(nn.Module):
+class Decoder(Module):
     """Causal language model: `Tokens` or `Texts` -> logits [B, N, V] of the word piece that follows each token.
 
     Padding follows a text, so it does not affect the logits at the text's tokens. `dtype` and `linear` are those of

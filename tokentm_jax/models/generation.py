@@ -64,11 +64,15 @@ def generate(
     written, count = _written(
         *(model.module, width, model.params, ids, known, known + most, np.float32(temperature)), jax.random.key(seed)
     )
-    answer = np.asarray(written)[known : int(count)]
-    special = np.concatenate([tokens.special[0, :known], np.isin(answer, model.module.end)])
-    whole = np.concatenate([ids[:known], answer])
-    nothing = np.zeros_like(whole)
-    return model.preprocessing.stacked([Tokens(whole, np.ones(len(whole), bool), nothing, special)])
+    return followed(model, tokens, np.asarray(written)[known : int(count)])
+
+
+def followed(model: Model, prompt: Tokens, answer: np.ndarray) -> Tokens:
+    """A prompt [1, N] and the ids of an answer [M] after it, as one text with padding."""
+    known = int(prompt.mask.sum())
+    ids = np.concatenate([prompt.ids[0, :known], answer])
+    special = np.concatenate([prompt.special[0, :known], np.isin(answer, model.module.end)])
+    return model.preprocessing.stacked([Tokens(ids, np.ones(len(ids), bool), np.zeros_like(ids), special)])
 
 
 @partial(jax.jit, static_argnums=(0, 1))
