@@ -110,21 +110,14 @@ def is_folder(path: str | os.PathLike[str]) -> bool:
     return present(path, CONFIG) or present(path, OPEN_CLIP)
 
 
-def is_text_folder(folder: Path) -> bool:
-    """Whether a folder has a model of texts, see `text_layouts` and `decoder_layouts`."""
-    return _has_kind(folder, (*TEXT, *DECODERS))
-
-
-def is_decoder_folder(folder: Path) -> bool:
-    """Whether a folder has a decoder, see `decoder_layouts`."""
-    return _has_kind(folder, tuple(DECODERS))
-
-
-def _has_kind(folder: Path, kinds: tuple[str, ...]) -> bool:
+def text_kind(folder: Path) -> str | None:
+    """The model type of a folder of `text_layouts` (`TEXT`) or `decoder_layouts` (`DECODERS`); None of any other."""
     if not present(folder, CONFIG) or present(folder, OPEN_CLIP):
-        return False
+        return None
     content = read_json(folder / CONFIG, what="model")
-    return isinstance(content, dict) and "pretrained_cfg" not in content and content.get("model_type") in kinds
+    if not isinstance(content, dict) or "pretrained_cfg" in content:
+        return None
+    return next((kind for kind in (*TEXT, *DECODERS) if kind == content.get("model_type")), None)
 
 
 def read_section(file: Path, what: str) -> Section:

@@ -26,7 +26,7 @@ from tokentm_jax.maths.primitives import PyTree
 from tokentm_jax.models.architectures import ARCHITECTURES, architecture, build, dtype_of
 from tokentm_jax.models.checkpoint import described_grid, read_description, read_tensors
 from tokentm_jax.models.decoder_layouts import read_decoder_folder
-from tokentm_jax.models.folders import Folder, is_decoder_folder, is_folder, is_text_folder, present
+from tokentm_jax.models.folders import TEXT, Folder, is_folder, present, text_kind
 from tokentm_jax.models.gguf_layouts import SMOLLM2, read_gguf, smollm2
 from tokentm_jax.models.hub import HUB, download, download_weights
 from tokentm_jax.models.kept import keep_unless_told
@@ -250,12 +250,13 @@ def load(
             raise InputError(f"{model} is a whole model: leave out the checkpoint and all options")
         return Model(*program(model.removeprefix(PROGRAMS)), model)
     folder = smollm2() if model == SMOLLM2 and checkpoint is None else _folder(model, checkpoint)
-    if folder is not None and (folder.suffix == GGUF or is_text_folder(folder)):
+    kind = GGUF if folder is not None and folder.suffix == GGUF else folder and text_kind(folder)
+    if folder is not None and kind is not None:
         for option, value in (("checkpoint", checkpoint), ("img_size", img_size), ("num_classes", num_classes)):
             if value is not None:
                 raise InputError(f"{option} is for models of images, and {folder} has a model of texts")
         name = _name_of(model or checkpoint)
-        if folder.suffix != GGUF and not is_decoder_folder(folder):
+        if kind in TEXT:
             return _load_text(folder, name, class_names, dtype)
         if class_names is not None:
             raise InputError(f"class_names are for classifiers, and {folder} has a decoder")
