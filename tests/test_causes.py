@@ -179,6 +179,13 @@ def test_pointing_explains_the_class_of_each_cell(colours, tmp_path):
     figures = {(row["method"], row["metric"]): row for row in results["rows"]}
     assert figures["clean", "counted"]["value"] == 60 and figures["input_gradient", "share"]["images"] == 3
     assert figures["input_gradient", "share"]["value"] == pytest.approx(expected.mean(), abs=1e-6)
+    # Intervals are over mosaics, of which a cell is a part.
+    counted = [example.key for example in examples if example.key in found]
+    mosaics = [key.partition("/")[0] for key in counted]
+    interval = metrics.bootstrap(np.array([found[key] for key in counted]), groups=mosaics)
+    share = figures["input_gradient", "share"]
+    np.testing.assert_allclose((share["value"], share["low"], share["high"]), interval, atol=1e-6)
+    assert "intervals over the groups of images" in (tmp_path / "p/results.md").read_text()
     fewer = evaluate(dataclasses.replace(config, limit=3), vit, out=tmp_path / "p")  # of a folder that has more
     of_these = counts[[example.key in open_source(config.data, limit=3, seed=0).keys for example in examples]]
     (row,) = (row for row in fewer["rows"] if row["metric"] == "counted")

@@ -518,6 +518,28 @@ def test_bootstrap():
     assert metrics.bootstrap(counts, metrics.pixel_accuracy)[0] == 25
 
 
+def test_groups_are_drawn_as_a_whole():
+    """The slow way: draw groups, put their images together, and take the mean; and groups of one image are images."""
+    random = np.random.default_rng(0)
+    sizes = random.integers(1, 6, 40)
+    groups = np.repeat([f"{k:02d}" for k in range(40)], sizes)
+    values = np.repeat(random.normal(3, 2, 40), sizes)  # equal in a group: more images say nothing more
+    value, low, high = metrics.bootstrap(values, groups=groups)
+    assert value == pytest.approx(values.mean())
+    random, means = np.random.default_rng(0), []
+    for _ in range(1000):
+        drawn = [values[groups == f"{k:02d}"] for k in random.integers(40, size=40)]
+        means.append(np.concatenate(drawn).mean())
+    np.testing.assert_allclose((low, high), np.percentile(means, [2.5, 97.5]))
+    alone = metrics.bootstrap(values)
+    assert high - low > 1.4 * (alone[2] - alone[1])
+    names = [f"{i:03d}" for i in range(len(values))]
+    np.testing.assert_allclose(metrics.bootstrap(values, groups=names), alone)
+    other = values + np.repeat(random.normal(0, 1, 40), sizes)
+    gap = metrics.paired(other, values, groups=groups)
+    np.testing.assert_allclose(gap, metrics.bootstrap(other - values, groups=groups))
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("figure", [metrics.pixel_accuracy, metrics.mean_iou])
 def test_figures_of_no_pixel_at_all_are_no_number(figure):

@@ -20,7 +20,7 @@ from tokentm_jax.metrics.statistics import Statistic, unit_area
 from tokentm_jax.metrics.task import Table, followed_in
 from tokentm_jax.metrics.tasks import TASKS
 from tokentm_jax.runs.records import table_of
-from tokentm_jax.runs.report import Finished, open_finished
+from tokentm_jax.runs.report import Finished, groups_of, open_finished
 from tokentm_jax.runs.standings import pareto
 
 CAUSES = {"pointing": ("share", "auc"), "effects": ("linear_correlation",)}
@@ -56,9 +56,11 @@ def values(run: Finished) -> Ranked:
     tables = [table_of(row, run.config.explained, run.clean, run.records(row), run.keys) for row in rows]
     count = len(tables[0][0])
     assert all(done == tables[0][0] for done, _ in tables)  # so that a draw has the same images for all
-    random = np.random.default_rng(0)
-    draws = [np.full(count, 1 / count)]
-    draws += [np.bincount(random.integers(count, size=count), minlength=count) / count for _ in range(RESAMPLES)]
+    _, units = np.unique(groups_of(tables[0][0], run.grouped) or range(count), return_inverse=True)
+    random, most = np.random.default_rng(0), units.max() + 1
+    draws = [np.ones(count)]
+    draws += [np.bincount(random.integers(most, size=most), minlength=most)[units] for _ in range(RESAMPLES)]
+    draws = [drawn / drawn.sum() for drawn in draws]
     found = {}
     for name, (read, statistic, better) in columns.items():
         each = [np.asarray(read(table), np.float64).reshape(count, -1) for _, table in tables]

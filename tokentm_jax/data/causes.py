@@ -123,6 +123,7 @@ def _mosaics(spec: str, open_source: Open) -> Source:
         read,
         inner.class_names,
         masked=True,
+        grouped=True,
         named=inner.named,
         stamp=lambda _: digest(made, inner.stamped()),
     )

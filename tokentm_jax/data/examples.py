@@ -47,6 +47,7 @@ class Source:
     labelled: bool = True
     masked: bool = False
     parts: bool = False  # masks are the numbers of parts, and examples have `without`
+    grouped: bool = False  # keys are GROUP/NAME, and examples of a group are not independent: cells of a mosaic
     named: bool = True  # false if `class_names` are only the numbers of the classes
     sizes: tuple[int, ...] | None = None  # lengths of texts, so that a batch has texts of similar length
     stamp: Callable[[Sequence[str] | None], str] | None = None  # of examples (None: all), by sizes, times, checksums

@@ -4,7 +4,7 @@ Functions take results per image [n, ...], in NumPy; every number is a `statisti
 bootstrap cheap.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import chex
 import numpy as np
@@ -76,7 +76,11 @@ def unit_area(average: Float[np.ndarray, "*s k"]) -> Float[np.ndarray, "*s"]:
 
 
 def bootstrap(
-    per_image: Results, statistic: Statistic = mean, seed: int = 0, resamples: int = 1000
+    per_image: Results,
+    statistic: Statistic = mean,
+    seed: int = 0,
+    resamples: int = 1000,
+    groups: Sequence[str] | None = None,
 ) -> tuple[float, float, float]:
     """Value of a statistic with its 95 % interval over images.
 
@@ -84,28 +88,39 @@ def bootstrap(
       per_image: results [n] or [n, k] in an order that does not depend on how they were computed.
       statistic: from the mean over images [..., k] to the value [...].
       seed, resamples: of the random draws of images, with replacement.
+      groups: the group of each image, such as the mosaic of a cell: images of a group are not independent, so groups
+        are drawn. None: each is its own.
 
     Returns:
       The value, and the lower and the upper end of the interval.
     """
     per_image = np.asarray(per_image, np.float64)
     per_image = per_image.reshape(len(per_image), -1)
-    n = len(per_image)
-    random = np.random.default_rng(seed)
-    draws = (np.bincount(random.integers(n, size=n), minlength=n) @ per_image / n for _ in range(resamples))
-    values = statistic(np.stack(list(draws)))
+    sums, counts = per_image, np.ones(len(per_image))
+    if groups is not None:
+        _, own, counts = np.unique(groups, return_inverse=True, return_counts=True)
+        sums = np.zeros((len(counts), per_image.shape[1]))
+        np.add.at(sums, own, per_image)
+    n, random = len(sums), np.random.default_rng(seed)
+    draws = (np.bincount(random.integers(n, size=n), minlength=n) for _ in range(resamples))
+    values = statistic(np.stack([drawn @ sums / (drawn @ counts) for drawn in draws]))
     low, high = np.percentile(values, [2.5, 97.5])
     return float(statistic(per_image.mean(0))), float(low), float(high)
 
 
 def paired(
-    a: Results, b: Results, statistic: Statistic = mean, seed: int = 0, resamples: int = 1000
+    a: Results,
+    b: Results,
+    statistic: Statistic = mean,
+    seed: int = 0,
+    resamples: int = 1000,
+    groups: Sequence[str] | None = None,
 ) -> tuple[float, float, float]:
     """Difference `statistic(a) - statistic(b)` with its 95 % interval.
 
     Args:
       a, b: results of the same images, in the same order.
-      statistic, seed, resamples: see `bootstrap`.
+      statistic, seed, resamples, groups: see `bootstrap`.
 
     Returns:
       The difference, and the lower and the upper end of the interval.
@@ -113,4 +128,4 @@ def paired(
     chex.assert_equal_shape((a, b))
     k = a.reshape(len(a), -1).shape[1]
     both = np.concatenate([a.reshape(-1, k), b.reshape(-1, k)], 1)
-    return bootstrap(both, lambda m: statistic(m[..., :k]) - statistic(m[..., k:]), seed, resamples)
+    return bootstrap(both, lambda m: statistic(m[..., :k]) - statistic(m[..., k:]), seed, resamples, groups)

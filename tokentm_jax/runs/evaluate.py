@@ -202,17 +202,16 @@ def _evaluate(
                 _require_finite(found, [group[i].key for i in places], f"{vit.name} on changed images ({row.name})")
                 records[row.name].append([(group[i].key, group[i].explained) for i in places], found)
         if report is not None:
-            report(number + 1, len(groups), lambda: summarise(config, clean, records, keys, final=False))
+            report(number + 1, len(groups), lambda: summarise(config, clean, records, keys, source.grouped, final=False))
 
     run["skipped"] = {"count": len(skipped), "examples": dict(sorted(skipped.items())[:20])}
     run["config"] |= {name: settings_of(whole)[name] for name in ("rows", "paper")}
-    results = {"rows": summarise(whole, clean, records, keys), "run": run}
+    results = {"rows": summarise(whole, clean, records, keys, source.grouped), "run": run}
     write_json(out / EXAMPLES, keys, KEPT, overwrite=True)  # a list has no mark, and the folder is claimed
     write_json(out / "results.json", results, KEPT, overwrite=overwrite)
     write_text(out / "results.md", markdown(results), KEPT, overwrite=overwrite)
-    write_figure(
-        draw(whole, clean, records, keys, vit.preprocessing.kind), out / "curves.png", KEPT, overwrite=overwrite
-    )
+    figure = draw(whole, clean, records, keys, source.grouped, vit.preprocessing.kind)
+    write_figure(figure, out / "curves.png", KEPT, overwrite=overwrite)
     return results
 
 
@@ -363,7 +362,10 @@ def describe(config: EvaluateConfig, vit: Model, source: Source) -> dict[str, An
         **environment(),
         "seed": config.seed,
         "config": settings_of(config),
-        "data": {"name": source.name, "identity": source.identity, "examples": len(source)},
+        "data": {
+            **{"name": source.name, "identity": source.identity, "examples": len(source)},
+            **({"grouped": True} if source.grouped else {}),
+        },
         "model": vit.described(),
         "classes": digest(vit.class_names, vit.wnids),
     }

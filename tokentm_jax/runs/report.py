@@ -23,16 +23,22 @@ if TYPE_CHECKING:
 
 
 def summarise(
-    config: EvaluateConfig, clean: Records, records: Mapping[str, Records], keys: Sequence[str], final: bool = True
+    config: EvaluateConfig,
+    clean: Records,
+    records: Mapping[str, Records],
+    keys: Sequence[str],
+    grouped: bool = False,
+    final: bool = True,
 ) -> list[dict[str, Any]]:
-    """The rows of `results.json`. Before the end: values without intervals, and without the targets, of which only
-    the images with another prediction come last."""
+    """The rows of `results.json`; `grouped` as in `Source`. Before the end: values without intervals, and without the
+    targets, of which only the images with another prediction come last."""
     task = TASKS[config.task]
     rows: list[dict[str, Any]] = []
     measured: dict[str, Measured] = {}
 
-    def add(row: str, metric: str, per_image: np.ndarray, statistic: metrics.Statistic) -> None:
-        value, low, high = metrics.bootstrap(per_image, statistic, config.seed, 1000 if final else 1)
+    def add(row: str, metric: str, per_image: np.ndarray, statistic: metrics.Statistic, of: Sequence[str]) -> None:
+        times, groups = 1000 if final else 1, groups_of(of, grouped)
+        value, low, high = metrics.bootstrap(per_image, statistic, config.seed, times, groups)
         entry = {"method": row, "metric": metric, "value": value, "low": low, "high": high, "images": len(per_image)}
         if (row, metric) in config.paper:
             entry["paper"] = config.paper[row, metric]
@@ -40,29 +46,38 @@ def summarise(
 
     own = sorted((key, CLEAN) for key in keys)
     if (clean.take("label", own) >= 0).all():
-        add(CLEAN, "accuracy", 100.0 * clean.take("hit", own), metrics.mean)
+        add(CLEAN, "accuracy", 100.0 * clean.take("hit", own), metrics.mean, sorted(keys))
     if task.counts:
-        add(CLEAN, "counted", 100.0 * clean.take("counted", own), metrics.mean)
+        add(CLEAN, "counted", 100.0 * clean.take("counted", own), metrics.mean, sorted(keys))
     for row in config.rows:
         explained = config.explained if final else config.explained[:1]
         done, table = table_of(row, explained, clean, records[row.name], keys)
         measured[row.name] = done, task.measure(table) if done else {}
         for metric, per_image in measured[row.name][1].items():
-            add(row.name, metric, per_image, task.columns[metric].statistic)
+            add(row.name, metric, per_image, task.columns[metric].statistic, done)
         if done and not (finite := FINITE_MAPS.values(table)).all():
-            add(row.name, "finite_maps", finite, FINITE_MAPS.statistic)
+            add(row.name, "finite_maps", finite, FINITE_MAPS.statistic, done)
     noise = {row.name for row in config.rows if row.method == RANDOM}
     if final and len(config.rows) - len(noise) > 1:
         for metric, column in task.columns.items():
             own = [entry for entry in rows if entry["metric"] == metric and entry["method"] not in noise]
-            found = standing(own, measured, column, config.seed)
+            found = standing(own, measured, column, config.seed, grouped)
             for entry in own:
                 entry |= {"mark": found[entry["method"]]["mark"]} if entry["method"] in found else {}
     return rows
 
 
+def groups_of(keys: Sequence[str], grouped: bool) -> list[str] | None:
+    """The group of each example of data that are `grouped`, as `metrics.bootstrap` takes them."""
+    return [key.rpartition("/")[0] for key in keys] if grouped else None
+
+
 def standing(
-    figures: Sequence[Mapping[str, Any]], measured: Mapping[str, "Measured"], column: Column, seed: int
+    figures: Sequence[Mapping[str, Any]],
+    measured: Mapping[str, "Measured"],
+    column: Column,
+    seed: int,
+    grouped: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """How methods stand by one metric, from their figures (without noise) and all results per image.
 
@@ -76,7 +91,7 @@ def standing(
     found: dict[str, dict[str, Any]] = {best: {"mark": BEST}}
     for figure in figures:
         if (name := figure["method"]) != best:
-            behind = difference(measured[name], measured[best], figure["metric"], column.statistic, seed)
+            behind = difference(measured[name], measured[best], figure["metric"], column.statistic, seed, grouped)
             level = behind and behind["low"] <= 0 <= behind["high"]
             found[name] = {"mark": LEVEL if level else None, "behind": behind}
     return found
@@ -95,6 +110,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     """`results.md`: a line per method, with intervals; published numbers in separate columns."""
     run, rows = results["run"], results["rows"]
     config, images = run["config"], plural_of(run)
+    drawn = "the groups of " * run["data"].get("grouped", False) + images
     clean = [row for row in rows if row["method"] == CLEAN]
     others = [row for row in rows if row["method"] != CLEAN]
     known = TASKS[config["task"]].columns
@@ -116,7 +132,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         "",
         f"{run['model']['name']} on {run['data']['name']}: {run['data']['examples']} {images}, profile "
         f"{config['profile']}, seed {run['seed']}, {run['skipped']['count']} skipped. "
-        f"{asked}In brackets: 95 % intervals over {images}.",
+        f"{asked}In brackets: 95 % intervals over {drawn}.",
         *(f"Clean {row['metric']}: {_cell(row)} %." for row in clean),
         *([LEGEND] if any(row.get("mark") for row in others) else []),
         "",
@@ -151,7 +167,12 @@ def _cell(row: Mapping[str, Any], digits: int = 2) -> str:
 
 
 def draw(
-    config: EvaluateConfig, clean: Records, records: Mapping[str, Records], keys: Sequence[str], kind: str = "photo"
+    config: EvaluateConfig,
+    clean: Records,
+    records: Mapping[str, Records],
+    keys: Sequence[str],
+    grouped: bool = False,
+    kind: str = "photo",
 ) -> "MatplotlibFigure":
     """The picture `curves.png`: the task's plot with a curve per row, or its first column with an interval per row."""
     from matplotlib import colormaps
@@ -159,8 +180,8 @@ def draw(
 
     task = TASKS[config.task]
     shown = config.explained[:1]
-    tables = {row.name: table_of(row, shown, clean, records[row.name], keys)[1] for row in config.rows}
-    tables = {name: table for name, table in tables.items() if table}
+    every = {row.name: table_of(row, shown, clean, records[row.name], keys) for row in config.rows}
+    tables = {name: table for name, (_, table) in every.items() if table}
     many = len(config.rows) > 12
     colours = colormaps["viridis" if many else "tab10"]
     figure = Figure(layout="constrained", dpi=120)
@@ -168,7 +189,8 @@ def draw(
         title, column = next(iter(task.columns.items()))
         axes = figure.add_subplot(title=title)
         for name, table in tables.items():
-            value, low, high = metrics.bootstrap(column.values(table), column.statistic, config.seed)
+            groups = groups_of(every[name][0], grouped)
+            value, low, high = metrics.bootstrap(column.values(table), column.statistic, config.seed, groups=groups)
             axes.errorbar(value, name, xerr=[[value - low], [high - value]], fmt="o", color="black")
         axes.invert_yaxis()
     else:
@@ -208,6 +230,7 @@ class Figure(TypedDict):
 class DataSet(TypedDict):
     name: str
     identity: str
+    grouped: NotRequired[bool]  # as in `Source`
 
 
 class Made(TypedDict):
@@ -235,6 +258,11 @@ class Finished(NamedTuple):
     clean: Records  # of the whole images
     keys: list[str]  # those that the figures are of
     fields: Fields  # by which the records of rows are checked
+
+    @property
+    def grouped(self) -> bool:
+        """As in `Source`."""
+        return self.data.get("grouped", False)
 
     def records(self, row: Row) -> Records:
         """The results per image of a row, from its file."""
@@ -355,7 +383,7 @@ def compare(outs: Sequence[str | Path], to: str | None = None) -> list[dict[str,
                 entry |= {"value": metrics.bootstrap(per_image, statistic, seed, 1)[0], "images": len(done)}
                 itself = row.name == against if len(runs) == 1 else number == 0
                 other = ([], {}) if itself else baselines.get(against, ([], {}))
-                if found := difference((done, measures), other, metric, statistic, seed):
+                if found := difference((done, measures), other, metric, statistic, seed, first.grouped):
                     tied, won = found["low"] <= 0 <= found["high"], (found["low"] > 0) == (better == "higher")
                     verdict = None if better is None else "tie" if tied else "better" if won else "worse"
                     baseline = against if len(runs) == 1 else str(first.out)
@@ -365,7 +393,7 @@ def compare(outs: Sequence[str | Path], to: str | None = None) -> list[dict[str,
 
 
 def difference(
-    measured: Measured, other: Measured, metric: str, statistic: metrics.Statistic, seed: int
+    measured: Measured, other: Measured, metric: str, statistic: metrics.Statistic, seed: int, grouped: bool = False
 ) -> dict[str, Any]:
     """The metric of `measured` less that of `other` over the `images` that both have: `difference` with its 95 %
     interval from `low` to `high`. Empty where they have none."""
@@ -374,5 +402,5 @@ def difference(
     if not both or metric not in other[1]:
         return {}
     a, b = measured[1][metric][[places[key] for key in both]], other[1][metric][[others[key] for key in both]]
-    value, low, high = metrics.paired(a, b, statistic, seed)
+    value, low, high = metrics.paired(a, b, statistic, seed, groups=groups_of(both, grouped))
     return {"difference": value, "low": low, "high": high, "images": len(both)}

@@ -24,7 +24,7 @@ def standings(runs: Mapping[str, Finished], results: Mapping[str, Mapping[str, A
         for metric, column in TASKS[run.config.task].columns.items():
             own = [figures[row, metric] for row in measured if (row, metric) in figures]
             rivals = [figure for figure in own if figure["method"] != RANDOM]
-            found = standing(rivals, measured, column, run.config.seed)
+            found = standing(rivals, measured, column, run.config.seed, run.grouped)
             for figure in own:
                 entry = {"run": name, **{k: figure[k] for k in ("method", "metric", "value", "low", "high", "images")}}
                 entries.append({**entry, "better": column.better, "mark": None, **found.get(figure["method"], {})})
