@@ -81,6 +81,7 @@ def run_of(task, per_image):
     values = {name: np.array(own) for name, own in per_image.items()}
     own = tuple(Row(name, "random" if name == "random" else "gae") for name in values)
     finished = SimpleNamespace(
+        grouped=False,
         config=EvaluateConfig(task, task, "x", own),
         measured=lambda row: (list("abcd")[: len(values[row.name])], {metric: values[row.name]}),
     )

@@ -16,10 +16,11 @@ from tokentm_jax.runs.report import STYLES, Finished, open_finished
 
 COLUMNS = {"pointing": ("share", "auc"), "effects": ("linear_correlation",), "deletion": ("rank_correlation",)}
 SHORT = {"linear_correlation": "", "rank_correlation": ""}
-NOTES = """In brackets: 95 % intervals, over the groups of images that belong together. **Bold** is the best method of a
-column, and *slanted* are those whose paired difference to it has an interval that includes zero. The mean rank is over
-the columns (1 is the best): those that share a mosaic count once together. `level` is the number of columns in which a
-method is the best or level with it. A dash: not measured there."""
+NOTES = """In brackets: 95 % intervals, over images, or over mosaics where cells are compared. **Bold** is the best
+method
+of a column, and *slanted* are those whose paired difference to it has an interval that includes zero. The mean
+rank is over the kinds of data (1 is the best). "level" is the number of columns in which a method is the best
+or level with the best. A dash: not measured there."""
 
 
 def cell(figure: dict) -> str:

@@ -202,7 +202,9 @@ def _evaluate(
                 _require_finite(found, [group[i].key for i in places], f"{vit.name} on changed images ({row.name})")
                 records[row.name].append([(group[i].key, group[i].explained) for i in places], found)
         if report is not None:
-            report(number + 1, len(groups), lambda: summarise(config, clean, records, keys, source.grouped, final=False))
+            report(
+                number + 1, len(groups), lambda: summarise(config, clean, records, keys, source.grouped, final=False)
+            )
 
     run["skipped"] = {"count": len(skipped), "examples": dict(sorted(skipped.items())[:20])}
     run["config"] |= {name: settings_of(whole)[name] for name in ("rows", "paper")}
