@@ -190,6 +190,36 @@ def test_each_row_is_the_map_of_its_token(method):
 
 
 @pytest.mark.slow
+def test_a_span_is_the_sum_of_its_tokens():
+    """Its log-probability, by a pass over the whole text, and the gradient of that."""
+    model = tm.load(GOLDENS / "llama")
+    options = {"method": "gradient_x_input", "answer": " Paris of", "log_probability": True}
+    found = tm.explain_words(model, PROMPT, **options)
+    tokens = jax.tree.map(jnp.asarray, model.read(PROMPT + " Paris of"))
+    texts = tokens.look_up(model.module, model.params)
+    known = found.pieces.index(" Paris")
+
+    def span(embeddings):
+        logits = model.module.apply({"params": model.params}, texts._replace(embeddings=embeddings))
+        shares = jax.nn.log_softmax(logits[0])
+        # Each token is explained given those before it as they are, which are inputs like any other.
+        return sum(shares[known - 1 + k, found.ids[known + k]] for k in range(2))
+
+    value, gradient = jax.value_and_grad(span)(texts.embeddings)
+    np.testing.assert_allclose(np.log(found.probabilities).sum(), value, rtol=1e-4)
+    expected = (gradient * texts.embeddings).sum(-1)[0, : len(found.ids)]
+    np.testing.assert_allclose(found.maps.sum(0), expected, rtol=1e-3, atol=1e-5)
+    score = tm.scores.Token(known, int(found.ids[known]), log_probability=True)
+    outputs = model.logits(tokens)
+    np.testing.assert_allclose(score(outputs), np.log(found.probabilities[:1]), rtol=1e-4)
+    contrast = {"method": "gradient_x_input", "answer": " Paris of", "against": "the"}
+    with_it, without = (tm.explain_words(model, PROMPT, **contrast, log_probability=each) for each in (True, False))
+    np.testing.assert_array_equal(with_it.maps, without.maps)
+    with pytest.raises(tm.InputError, match="log_probability"):
+        tm.explain_words(model, PROMPT, log_probability="yes")
+
+
+@pytest.mark.slow
 def test_contrasts_of_words():
     model = tm.load(GOLDENS / "llama")
     ask = lambda **asked: tm.explain_words(model, PROMPT, method="gradient_x_input", **asked)  # noqa: E731
@@ -267,6 +297,14 @@ def test_explain_lm(tmp_path):
         asked = {"method": "gradient_x_input", "against": against}
         contrast = tm.explain_words(model, PROMPT, written, **asked).maps[row, :place]
         np.testing.assert_allclose(other["against"], contrast, rtol=1e-3, atol=1e-6)
+    named = json.loads(run(*given, "--json", "--contrasts", 0, "--against", "capital").stdout)
+    number = model.preprocessing.token("capital")
+    for row, word in enumerate(named["answer"]):
+        if written[row] != number:
+            contrast = word["candidates"][0]
+            assert contrast["token"].strip() == "capital" and not any(c["against"] for c in word["candidates"][1:])
+            maps = tm.explain_words(model, PROMPT, written, method="gradient_x_input", against=number).maps
+            np.testing.assert_allclose(contrast["against"], maps[row, : expected.start + row], rtol=1e-3, atol=1e-6)
     text = page.read_text()
     assert "http" not in text.replace("http-equiv", "") and text.count('class="word"') == len(expected.pieces)
     done = run(*given, "--contrasts", 0)
@@ -287,6 +325,7 @@ def test_explain_lm_refuses(tmp_path, monkeypatch):
         (["the", *decoder, "--out", "mine.html"], "mine.html"),
         (["the", *decoder, "--most", 48], "prompt and answer may have 48 tokens"),
         (["the", "--model", "cifar10_vit"], "cifar10_vit writes no texts"),
+        (["the", *decoder, "--chat"], "has no chat template: this model continues texts"),
     ):
         done = run(*arguments)
         assert done.exit_code == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr

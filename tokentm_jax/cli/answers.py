@@ -1,6 +1,7 @@
 """`tokentm explain-lm`: which words of a prompt made a decoder write each word of its answer."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from tokentm_jax.files import write_text
 
 if TYPE_CHECKING:
     from tokentm_jax.methods.answers import Reasons
+    from tokentm_jax.models.loading import Model
 
 TOP = 3  # tokens that are printed for each token of the answer
 
@@ -26,6 +28,8 @@ TOP = 3  # tokens that are printed for each token of the answer
 )  # fmt: skip
 @click.option("--method", default="attn_lrp", show_default=True, help="A method (`tokentm methods`).")
 @click.option("--answer", type=TEXT, help="Explain this answer; default: what the model writes.")
+@click.option("--against", type=TEXT, help="Also explain why each token, and not this one.")
+@click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template, as a user's message.")
 @click.option("--most", type=click.IntRange(1, 512), default=12, show_default=True, help="Tokens that are written.")
 @click.option(
     "--temperature", type=click.FloatRange(0, 100), default=0.0, show_default=True,
@@ -47,6 +51,8 @@ def explain_lm(
     model: str,
     method: str,
     answer: str | None,
+    against: str | None,
+    chat: bool,
     most: int,
     temperature: float,
     seed: int,
@@ -67,6 +73,7 @@ def explain_lm(
     Examples:
       tokentm explain-lm "The capital of France is"
       tokentm explain-lm "The capital of France is" --answer " London" --method tokentm
+      tokentm explain-lm "What is the capital of France?" --chat --against " London"
     """
     from tokentm_jax.methods.answers import explain_words
     from tokentm_jax.methods.table import METHODS
@@ -83,14 +90,14 @@ def explain_lm(
     decoder = load(model)
     if not isinstance(decoder.module, Decoder):
         raise InputError(f"{decoder.name} writes no texts: name a decoder, or leave out --model")
+    if chat:
+        prompt = decoder.preprocessing.chat(prompt)
     drawn: dict[str, Any] = {"most": most, "temperature": temperature, "seed": seed}
     found = explain_words(decoder, prompt, answer, name, **drawn, **settings)
     written = [int(number) for number in found.ids[found.start :]]
-    others = _others(found, contrasts)
-    against = [
-        explain_words(decoder, prompt, written, name, against=each, **settings).maps for each in others.T.tolist()
-    ]
-    result = document(decoder.name, name, found, others, against)
+    asked = ([] if against is None else [against]) + _others(found, contrasts).T.tolist()
+    reasons = [explain_words(decoder, prompt, written, name, against=each, **settings) for each in asked]
+    result = document(decoder, name, found, reasons)
     write_text(out, page_of(result), overwrite=overwrite)
     if as_json:
         click.echo(json.dumps(result, indent=1))
@@ -107,23 +114,20 @@ def _others(found: "Reasons", count: int) -> Any:
     return np.array([row[:count] for row in own], np.int32).reshape(len(own), count)
 
 
-def document(model: str, method: str, found: "Reasons", others: Any, against: list[Any]) -> dict[str, Any]:
-    """Everything about an answer, for --json and for the page; `against` has the maps [M, N] of each contrast."""
+def document(decoder: "Model", method: str, found: "Reasons", contrasts: Sequence["Reasons"]) -> dict[str, Any]:
+    """Everything about an answer, for --json and for the page."""
     words = []
     for row, place in enumerate(range(found.start, len(found.ids))):
-        contrasts = {int(other): against[k][row, :place] for k, other in enumerate(others[row])}
+        against = {int(other.against[row]): other.maps[row, :place] for other in contrasts}
+        shares = dict(zip(found.candidates[row].tolist(), found.candidate_probabilities[row].tolist(), strict=True))
+        listed = [number for number in dict.fromkeys([*against, *shares]) if number != found.ids[place]]
         candidates = [
             {
-                "token": piece,
-                "probability": round(float(share), 6),
-                "against": [float(f"{score:.6g}") for score in contrasts[int(number)]]
-                if number in contrasts
-                else None,
+                "token": decoder.preprocessing.following(found.ids[:place], number),
+                "probability": round(shares[number], 6) if number in shares else None,
+                "against": [float(f"{score:.6g}") for score in against[number]] if number in against else None,
             }
-            for number, piece, share in zip(
-                found.candidates[row], found.candidate_pieces[row], found.candidate_probabilities[row], strict=True
-            )
-            if number != found.ids[place]
+            for number in listed
         ]
         words.append(
             {
@@ -134,7 +138,7 @@ def document(model: str, method: str, found: "Reasons", others: Any, against: li
                 "candidates": candidates,
             }
         )
-    return {"model": model, "method": method, "prompt": found.pieces[: found.start], "answer": words}
+    return {"model": decoder.name, "method": method, "prompt": found.pieces[: found.start], "answer": words}
 
 
 def page_of(result: dict[str, Any]) -> str:

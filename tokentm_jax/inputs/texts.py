@@ -22,6 +22,7 @@ from jax import Array
 from tokentm_jax.data.examples import Example, Source, kind_of
 from tokentm_jax.errors import InputError, Unfit, require
 from tokentm_jax.files import read_text, reason
+from tokentm_jax.inputs.chat import as_chat
 from tokentm_jax.inputs.passages import Passage
 from tokentm_jax.inputs.pictures import SIDE
 from tokentm_jax.inputs.reader import random_map
@@ -146,6 +147,7 @@ class WordPieces:
       length: the most tokens that the model takes; longer texts are cut.
       vocabulary, types: how many word pieces, and types of tokens, the model knows.
       padded: tokens that every batch of a data set is padded to; 0: to a multiple of `STEP`.
+      template: of the model's chat, for `chat`; empty: it has none.
     """
 
     file: Path
@@ -154,6 +156,7 @@ class WordPieces:
     vocabulary: int = 2**31 - 1
     types: int = 0
     padded: int = 0
+    template: str = dataclasses.field(default="", repr=False)
 
     regular = False
     kind = "text"
@@ -176,6 +179,13 @@ class WordPieces:
     @property
     def _engine(self) -> Any:
         return engine((self.content,), self.length, self.file)
+
+    def chat(self, prompt: str) -> str:
+        """A prompt as a user's message in the model's chat, up to where the answer begins. Raises InputError for a
+        model without a chat template, and as `as_chat`."""
+        if not self.template:
+            raise InputError(f"{self.file} has no chat template: this model continues texts")
+        return as_chat(self.template, prompt, self.file)
 
     def token(self, *names: str) -> int | None:
         """The number of the first of these tokens that the vocabulary has."""

@@ -120,18 +120,22 @@ class Channel:
 class Token:
     """Why a decoder writes this token: the logit of the token `id` at a position, given the tokens before it.
 
-    Each of the three is an int, or one per sample [B]; positions and ids are values of a compiled program, so others
-    run the same program. What follows the position is read like padding: it has relevance 0, and affects nothing.
+    Each of the first three is an int, or one per sample [B]; positions and ids are values of a compiled program, so
+    others run the same program. What follows the position is read like padding: it has relevance 0, and affects
+    nothing.
 
     Args:
       position: the number of tokens before the explained one, at least 1 and at most those of the text.
       id: number of the token in the vocabulary; None: the most probable one.
       against: another token: the difference of the two logits is explained.
+      log_probability: explain this instead of the logit; a difference is the same of both. The log-probability of a
+        span is the sum of those of its tokens.
     """
 
     position: Classes
     id: Classes | None = None
     against: Classes | None = None
+    log_probability: bool = dataclasses.field(default=False, metadata={"static": True})
     of_class: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -149,7 +153,8 @@ class Token:
 
     def of_next(self) -> "Question":
         """The same question of the logits [B, V] after the tokens that are before the position."""
-        return Question(CLASS_LOGIT if self.against is None else Versus(self.against), self.id)
+        own = Function(log_probability, True) if self.log_probability else CLASS_LOGIT
+        return Question(own if self.against is None else Versus(self.against), self.id)
 
 
 @jax.tree_util.register_dataclass

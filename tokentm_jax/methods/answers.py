@@ -32,7 +32,8 @@ class Reasons:
       pieces: N texts of the tokens of prompt and answer; joined, they are the text.
       ids: their numbers [N] in the vocabulary.
       start: number of tokens of the prompt, and so the position of the first token of the answer.
-      maps: relevance [M, N] of each token for each token of the answer; 0 for that token and all after it.
+      maps: relevance [M, N] of each token for each token of the answer; 0 for that token and all after it. The map of
+        a span is the sum of its rows: with `log_probability`, of the log-probability of the whole span.
       logits: the model's logit of each token of the answer [M].
       probabilities: the model's probability of each, given all before it [M].
       candidates: numbers of the most probable tokens at each of these positions, the best one first [M, C].
@@ -65,6 +66,7 @@ def explain_words(
     method: str | Method = "tokentm",
     *,
     against: str | int | Sequence[str | int] | None = None,
+    log_probability: bool = False,
     most: int = 16,
     temperature: float = 0.0,
     seed: int = 0,
@@ -80,6 +82,7 @@ def explain_words(
       method: a name of `METHODS`, or a row.
       against: explain why each token, and not this one: the difference of the logits. A text (of which the first token
         counts) or the number of a token; one for the whole answer, or one for each of its tokens.
+      log_probability: explain the log-probability of each token, and not its logit.
       most: at most this number of tokens is written.
       temperature, seed: how tokens are drawn, as in `tokentm_jax.models.generate`; 0: the most probable ones.
       batch_size: number of tokens that are explained at a time, by one compiled program for all.
@@ -101,6 +104,7 @@ def explain_words(
     if not isinstance(model, Model) or not isinstance(model.module, Decoder):
         raise InputError(f"only a decoder writes words, got {getattr(model, 'name', type(model).__name__)}")
     size = checked("batch_size", Annotated[int, Ge(1), Le(1024)], batch_size)
+    checked("log_probability", bool, log_probability)
     reader = model.preprocessing
     given = reader.checked(model.read(prompt) if isinstance(prompt, str) else prompt)
     if len(given.ids) != 1:
@@ -119,7 +123,8 @@ def explain_words(
     settings: dict[str, Any] = options
     for first in range(0, len(places), size):
         asked = np.minimum(np.arange(first, first + size), len(places) - 1)  # the last batch repeats its last token
-        score = Token(places[asked], ids[places[asked]], None if others is None else others[asked])
+        other = None if others is None else others[asked]
+        score = Token(places[asked], ids[places[asked]], other, log_probability)
         texts = Tokens(*(np.repeat(array, size, 0) for array in written))
         found, details = explain(model, texts, method, score=score, details=True, **settings)
         kept = slice(0, min(size, len(places) - first))

@@ -11,7 +11,7 @@ import numpy as np
 from annotated_types import Ge, Gt, Le, Len
 
 from tokentm_jax.errors import InputError
-from tokentm_jax.files import read_json
+from tokentm_jax.files import read_json, read_text
 from tokentm_jax.inputs.images import Preprocessing
 from tokentm_jax.models.architectures import Config
 from tokentm_jax.models.checkpoint import read_safetensors
@@ -24,7 +24,8 @@ WEIGHTS = ("model.safetensors", "open_clip_model.safetensors")
 OPEN_CLIP_WEIGHTS = WEIGHTS[::-1]  # a folder may have weights for both libraries
 TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt")
 GENERATION = "generation_config.json"
-OTHERS = ("preprocessor_config.json", GENERATION, *TOKENIZER)
+CHAT = ("chat_template.jinja", "tokenizer_config.json")
+OTHERS = ("preprocessor_config.json", GENERATION, *TOKENIZER, *CHAT)
 LARGEST_SHARDS = 1000
 TEXT = {  # of `text_layouts`: model type -> prefix of its architectures
     "bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert",
@@ -154,6 +155,20 @@ def read_weights(folder: Path, names: Sequence[str] = WEIGHTS) -> Tensors:
     for name in shards(folder) if files == [INDEX] else files:
         tensors |= read_safetensors(folder / name)
     return tensors
+
+
+def chat_of(folder: Path) -> str:
+    """The chat template of a folder, or an empty text. Raises InputError for files that cannot be read."""
+    own, config = CHAT
+    if present(folder, own):
+        return read_text(folder / own, what="chat template")
+    if not present(folder, config):
+        return ""
+    kind = str | list[dict[str, str]]  # several have names
+    found = read_section(folder / config, "tokenizer")("chat_template", kind, "")
+    if isinstance(found, str):
+        return found
+    return next((each.get("template", "") for each in found if each.get("name") == "default"), "")
 
 
 def shards(folder: Path) -> list[str]:

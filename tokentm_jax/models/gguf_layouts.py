@@ -82,8 +82,9 @@ class _Header:
         return [self.text() for _ in range(count)]  # each takes bytes, so the loop ends
 
 
-def read_gguf(path: Path) -> tuple[Decoder, dict[str, Any], str | None]:
-    """Module, parameters, and the content of a `tokenizer.json` (None: the file's tokenizer is not supported).
+def read_gguf(path: Path) -> tuple[Decoder, dict[str, Any], str | None, str]:
+    """Module, parameters, the content of a `tokenizer.json` (None: the file's tokenizer is not supported), and the
+    chat template, or an empty text.
 
     Raises InputError: not a GGUF file, a damaged one, another architecture, and without the extra.
     """
@@ -107,7 +108,7 @@ def read_gguf(path: Path) -> tuple[Decoder, dict[str, Any], str | None]:
         if divisors.shape != (module.head_dim // 2,) or not (divisors > 0).all():
             raise InputError(f"{path}: 'rope_freqs.weight' must be {module.head_dim // 2} positive numbers")
         module = module.clone(rope_divisors=tuple(map(float, divisors)))
-    return module, params, _tokenizer(section)
+    return module, params, _tokenizer(section), section("tokenizer.chat_template", str, "")
 
 
 def smollm2() -> Path:

@@ -26,7 +26,7 @@ from tokentm_jax.maths.primitives import PyTree
 from tokentm_jax.models.architectures import ARCHITECTURES, architecture, build, dtype_of
 from tokentm_jax.models.checkpoint import described_grid, read_description, read_tensors
 from tokentm_jax.models.decoder_layouts import read_decoder_folder
-from tokentm_jax.models.folders import TEXT, Folder, is_folder, present, text_kind
+from tokentm_jax.models.folders import TEXT, Folder, chat_of, is_folder, present, text_kind
 from tokentm_jax.models.gguf_layouts import SMOLLM2, read_gguf, smollm2
 from tokentm_jax.models.hub import HUB, download, download_weights
 from tokentm_jax.models.kept import keep_unless_told
@@ -321,10 +321,10 @@ def _load_text(folder: Path, name: str, class_names: Any, dtype: Any) -> Model:
 
 def _load_decoder(path: Path, name: str, dtype: Any) -> Model:
     """A decoder of a folder or a GGUF file, whose reader is the tokenizer next to the weights, or in the file."""
-    folder, content = path, None
+    folder, content, template = path, None, ""
     if path.suffix == GGUF:
         folder = path.parent
-        module, params, content = read_gguf(path)
+        module, params, content, template = read_gguf(path)
     else:
         module, params = read_decoder_folder(path)
     if present(folder, "tokenizer.json"):
@@ -334,7 +334,8 @@ def _load_decoder(path: Path, name: str, dtype: Any) -> Model:
     else:
         raise InputError(f"{folder} has no tokenizer.json, the file of a fast tokenizer, which {path.name} needs")
     module = module if dtype is None else module.clone(dtype=dtype_of(dtype))
-    reader = dataclasses.replace(pieces, length=module.max_length, vocabulary=module.vocab_size)
+    known: dict[str, Any] = {"length": module.max_length, "vocabulary": module.vocab_size}
+    reader = dataclasses.replace(pieces, **known, template=template or chat_of(folder))
     return Model(module, jax.device_put(params), reader, None, name)
 
 
