@@ -118,7 +118,9 @@ def document(decoder: "Model", method: str, found: "Reasons", contrasts: Sequenc
     """Everything about an answer, for --json and for the page."""
     words = []
     for row, place in enumerate(range(found.start, len(found.ids))):
-        against = {int(other.against[row]): other.maps[row, :place] for other in contrasts}
+        against = {
+            int(other.against[row]): other.maps[row, :place] for other in contrasts if other.against is not None
+        }
         shares = dict(zip(found.candidates[row].tolist(), found.candidate_probabilities[row].tolist(), strict=True))
         listed = [number for number in dict.fromkeys([*against, *shares]) if number != found.ids[place]]
         candidates = [

@@ -25,7 +25,8 @@ def as_chat(template: str, prompt: str, file: Path) -> str:
       InputError: a template that fails, or that is too long; without the extra.
     """
     require("jinja2", "text", "a chat template")
-    from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+    from jinja2.exceptions import SecurityError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Sandbox(ImmutableSandboxedEnvironment):
         intercepted_binops = frozenset(["*", "**"])
