@@ -101,6 +101,25 @@ def test_the_accuracy_is_the_one_on_the_card(name, shared):
     assert abs((np.concatenate(predicted) == data.labels).mean() - description["top_1"]) < 5e-4
 
 
+@pytest.mark.slow
+def test_the_explainer_is_as_close_as_two_pairs_of_orders(shared):
+    """Of which it has seen no more for each photo of its training; without the noise of what it is compared with."""
+    path, card = MODELS / "explainers/cifar10_distilled.safetensors", CARDS["cifar10_distilled_explainer"]
+    content = path.read_bytes()
+    assert hashlib.sha256(content).hexdigest() in card and f"{len(content):,} bytes" in card
+    vit, explainer = tm.load(), tm.amortised("cifar10_distilled")
+    images = load_dataset(str(shared / "data" / "cifar10_test_a.zip"), 12).images / np.float32(255)
+    found = np.asarray(tm.explain(vit, images, explainer))
+    sampled, details = tm.explain(vit, images, "shapley", details=True, pairs=4)
+    noise = float(np.square(details["standard_error"]).mean())
+    gain = np.asarray(details["full_value"] - details["empty_value"])
+    np.testing.assert_allclose(found.sum((1, 2)), gain, atol=0.05)  # its weights are in half precision
+    assert np.square(found - sampled).mean() - noise < 1.5 * 2 * noise  # two pairs have twice the noise of four
+    assert np.corrcoef(found.ravel(), np.ravel(sampled))[0, 1] > 0.5
+    other = np.asarray(tm.explain(vit, images, explainer, target="frog"))
+    assert np.corrcoef(other.ravel(), found.ravel())[0, 1] < 0.9
+
+
 # ---- rendered scenes ------------------------------------------------------------------------------------------------
 
 

@@ -17,10 +17,9 @@ from tokentm_jax.runs.report import STYLES, Finished, open_finished
 COLUMNS = {"pointing": ("share", "auc"), "effects": ("linear_correlation",), "deletion": ("rank_correlation",)}
 SHORT = {"linear_correlation": "", "rank_correlation": ""}
 NOTES = """In brackets: 95 % intervals, over images, or over mosaics where cells are compared. **Bold** is the best
-method
-of a column, and *slanted* are those whose paired difference to it has an interval that includes zero. The mean
-rank is over the kinds of data (1 is the best). "level" is the number of columns in which a method is the best
-or level with the best. A dash: not measured there."""
+method of a column, and *slanted* are those whose paired difference to it has an interval that includes zero. The
+mean rank is over the kinds of data (1 is the best), for methods that all of them have. "level" is the number of
+columns in which a method is the best or level with the best. A dash: not measured there."""
 
 
 def cell(figure: dict) -> str:
@@ -53,10 +52,10 @@ def main(folders: Sequence[Path], out: Path | None) -> None:
     for (name, _), (_, by_method) in columns.items():
         own = {method: f["value"] for method, f in by_method.items() if method != RANDOM}
         for method, rank in ranks_of(own).items():
-            ranks.setdefault(method, {}).setdefault(name, []).append(rank / len(own))
+            ranks.setdefault(method, {}).setdefault(name, []).append(rank)
     everywhere = {name for name, _ in columns}
     mean = {
-        method: float(np.mean([np.mean(each) for each in by_run.values()])) * len(methods)
+        method: float(np.mean([np.mean(each) for each in by_run.values()]))
         for method, by_run in ranks.items()
         if by_run.keys() == everywhere
     }

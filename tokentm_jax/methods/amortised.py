@@ -20,6 +20,7 @@ from tokentm_jax.maths.scores import CLASS_LOGIT, Question, explained
 from tokentm_jax.methods.gradient import Explanation
 from tokentm_jax.methods.table import Method
 from tokentm_jax.models.checkpoint import read_safetensors
+from tokentm_jax.models.loading import SHIPPED
 from tokentm_jax.programs.capture import capture
 from tokentm_jax.programs.model import Model
 
@@ -103,7 +104,8 @@ def amortised(path: str | os.PathLike[str]) -> Method:
     """The method of a trained amortised explainer, for `explain` or as a row of `METHODS`.
 
     Args:
-      path: the `.safetensors` file that its training wrote. It fits only the model that it was trained for.
+      path: the `.safetensors` file that its training wrote, or the name of a shipped model that has an explainer
+        ("cifar10_distilled"). It fits only the model that it was trained for.
 
     Returns:
       A method of one forward pass, for images and the logits of classes.
@@ -112,10 +114,13 @@ def amortised(path: str | os.PathLike[str]) -> Method:
       InputError: the file is missing, damaged, or not an explainer.
 
     Examples:
-        >>> explainer = tm.amortised("runs/explainer/explainer.safetensors")  # doctest: +SKIP
-        >>> maps = tm.explain(vit, images, explainer)  # doctest: +SKIP
+        >>> vit = tm.load()
+        >>> maps = tm.explain(vit, vit.read("cat.jpg"), tm.amortised("cifar10_distilled"))
+        >>> maps.shape
+        (1, 8, 8)
     """
-    path = as_path(path, "the explainer")
+    shipped = [folder / "explainers" / f"{path}.safetensors" for folder in SHIPPED if isinstance(path, str)]
+    path = next((file for file in shipped if file.is_file()), as_path(path, "the explainer"))
     tensors = read_safetensors(path)
     if tensors.keys() != SHAPES.keys():
         raise InputError(f"{path} is not an explainer: expected the arrays {', '.join(SHAPES)}")

@@ -7,7 +7,7 @@ The samples are those of the method `shapley` with two pairs of orders, for all 
 image. Nearly all of the time is theirs, and a run that stops goes on with those that it has.
 
 Data: `tokentm data fetch cifar10`; scenes are rendered.
-Run time: not known.
+Run time: 1 hour on 2 busy cores for CIFAR-10.
 """
 
 from typing import Literal
