@@ -8,7 +8,8 @@
 
 Removal is measured with several fills. Predictions for changed images are in mixed precision.
 Data: scenes are rendered; `tokentm data fetch cifar10` or `photos deit_tiny`.
-Run time: 5 to 10 minutes on 2 cores for 64 to 100 scenes (--limit); the others were not run.
+Run time: 5 to 10 minutes on 2 cores for 64 to 100 scenes (--limit); cifar10 about 2 hours on 2 busy cores; photos was
+not run.
 """
 
 from typing import Any, Literal
