@@ -45,6 +45,7 @@ class Subject(NamedTuple):
     labels: Array  # [B]
     masks: Array | None = None  # [B, H, W], where the task needs them; for "parts", the number of the part of a pixel
     without: Any = None  # the inputs without any part, for a task that needs "parts"
+    others: Array | None = None  # [B], the classes of these, -1 where unknown
     original: Array | None = None  # maps [B, gh, gw] without `Row.random_blocks`, for a task `against_original`
     reference: Array | None = None  # maps [B, h, w] of the task's `reference`
     shared: PyTree = None  # what the task's `shared` gave
@@ -135,7 +136,8 @@ class Task:
     reference: str = ""  # a method whose maps, made once for every image and kept in the run, are `subject.reference`
     shared: Callable[..., PyTree] | None = None  # (predict, subject, *, options) -> `subject.shared`, for all rows
     explains: bool = False  # `subject.explain` is there
-    counts: Callable[..., Array] | None = None  # (logits, labels, *, options) -> which images it is of; None: all
+    # (predict, subject, logits, *, options) -> which images it is of, where `logits` are of the images; None: all.
+    counts: Callable[..., Array] | None = None
 
     @property
     def explained(self) -> tuple[str, ...]:
