@@ -27,6 +27,7 @@ METHODS = {
     "lrp": {},
     "partial_lrp": {},
     "rollout": {"discard_ratio": 0.2},
+    "value_zeroing": {},
     "raw_attention": {},
     "grad_cam": {},
     "grad_cam_tokens": {},

@@ -15,7 +15,7 @@ import tokentm_jax as tm
 pytest.importorskip("tokenizers")
 POSITIONS, IDS, OTHERS = np.array([5, 3]), np.array([3, 7]), np.array([4, 2])
 METHODS = ["tokentm", "gae", "rollout", "attn_lrp", "libra_full_grad", "libra_attcat", "libra_tokentm", "libra_gae"]
-METHODS += ["input_gradient", "gradient_x_input", "conservative_lrp", "legrad", "occlusion"]
+METHODS += ["input_gradient", "gradient_x_input", "conservative_lrp", "legrad", "occlusion", "value_zeroing"]
 
 
 def before(texts, sample):
@@ -128,6 +128,38 @@ def test_tokentm_is_the_slow_loop():
             middle = get["tokens"][l] + get["attention_branch"][l]
             c = (np.eye(n) + np.diag(oracle.token_weights(middle, get["ffn_branch"][l]))) @ c
         np.testing.assert_allclose(found[sample, :n], c[-1], rtol=1e-4, atol=1e-6 * c[-1].max())
+
+
+@pytest.mark.slow
+def test_value_zeroing_is_the_slow_loop():
+    """Each block is computed again in NumPy, for each token whose value is zero."""
+    module, params, texts = tiny(**PLAIN)
+    found = tm.explain_fn(module, "value_zeroing", score=tm.scores.Token(POSITIONS, IDS))(params, texts)
+    get = jax.tree.map(lambda a: np.asarray(a, np.float64), params["blocks"])
+    for sample in range(2):
+        trace = tm.capture(at_end(module), params, before(texts, sample), IDS[sample : sample + 1])
+        n, row = POSITIONS[sample], np.eye(POSITIONS[sample])[-1]
+        for l in (1, 0):
+            x, attention, value = (
+                np.asarray(a, np.float64)[l, 0] for a in (trace.tokens, trace.attention, trace.value)
+            )
+
+            def end(value, l=l, x=x, attention=attention, n=n):
+                mixed = np.stack([attention[h] @ value[h] for h in range(len(value))], 1).reshape(n, -1)
+                x = x + mixed @ get["attn"]["proj"]["kernel"][l]
+                y = x / np.sqrt((x**2).mean(-1, keepdims=True) + module.norm_eps) * get["norm2"]["scale"][l]
+                gate, up, down = (get["mlp"][name]["kernel"][l] for name in ("gate", "up", "down"))
+                return x + (y @ gate / (1 + np.exp(-(y @ gate))) * (y @ up)) @ down
+
+            changes = np.zeros((n, n))
+            for j in range(n):
+                zeroed = value.copy()
+                zeroed[:, j] = 0
+                for i, (a, b) in enumerate(zip(end(value), end(zeroed), strict=True)):
+                    changes[i, j] = 1 - a @ b / (oracle.norm2(a) * oracle.norm2(b))
+            row = row @ (changes / changes.sum(1, keepdims=True))
+        np.testing.assert_allclose(found[sample, :n], row, rtol=1e-3, atol=1e-5)
+        assert not found[sample, n:].any() and row.sum() == pytest.approx(1)
 
 
 @pytest.mark.slow
