@@ -142,10 +142,10 @@ def decoder():
 
 @pytest.fixture(scope="module")
 def source(decoder):
-    """Prompts whose answers are the model's own words, except that the last one is wrong about its twin."""
-    twins = [text.replace(*pair) for text, pair in zip(WORDS, CAUSES, strict=True)]
+    """Prompts whose answers are the model's own words, except that the last one is wrong about its counterpart."""
+    counterparts = [text.replace(*pair) for text, pair in zip(WORDS, CAUSES, strict=True)]
     model = next_words(decoder)
-    labels, others = answers(model, WORDS), answers(model, twins)
+    labels, others = answers(model, WORDS), answers(model, counterparts)
     others[3] = labels[3]
     names = tuple(model.class_names)
 
@@ -154,7 +154,7 @@ def source(decoder):
         mask = np.zeros(len(WORDS[i]), np.float32)
         start = WORDS[i].find(CAUSES[i][0])
         mask[start : start + len(CAUSES[i][0])] = 1
-        return Example(key, WORDS[i], labels[i], mask, twins[i], others[i])
+        return Example(key, WORDS[i], labels[i], mask, counterparts[i], others[i])
 
     return Source("prompts", lambda: "prompts", tuple("0123"), read, names, masked=True, parts=True, named=False)
 
@@ -172,7 +172,7 @@ def test_a_decoder_is_a_classifier_of_the_next_word(decoder):
 
 @pytest.mark.parametrize("score", mostly_slow([None, "against"], ["against"]))
 def test_evaluations_of_prompts(decoder, source, tmp_path, score):
-    """Numbers are those of the maps of `explain_words`; prompts whose twin has another answer do not count."""
+    """Numbers are those of the maps of `explain_words`; prompts whose counterpart has another answer do not count."""
     own = (*rows("gradient_x_input"), Row("distance", "distance"))
     config = EvaluateConfig("w", "reasons", "prompts", own, batch_size=4, score=score)
     found = evaluate(config, decoder, source, tmp_path / "a")["rows"]

@@ -37,7 +37,7 @@ def texts(module: NextWord, tokens: int) -> Texts:
     return Texts(numbers, flags, jnp.zeros((1, tokens), jnp.int32), ~flags)
 
 
-def program(module: NextWord, row: str) -> Any:
+def program(module: Any, row: str) -> Any:
     if row == "forward":
         return jax.jit(lambda params, given: module.apply({"params": params}, given))
     return program_of(module, row)

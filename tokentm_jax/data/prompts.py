@@ -1,11 +1,11 @@
 """Prompts with a known cause: short texts whose next word follows from a stated place of the text.
 
-A prompt is drawn by (kind, index) and never stored. It has a twin, in which the cause is replaced, and the word that
-follows from this replacement.
+A prompt is drawn by (kind, index) and never stored. It has a counterpart, in which only the cause is replaced, and
+the word that follows then.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -49,7 +49,7 @@ class Kind(NamedTuple):
     draw: Callable[[np.random.Generator], tuple[str, str, str, str]]
 
 
-def _some(random: np.random.Generator, words: Sequence[str], count: int) -> list[str]:
+def _some(random: np.random.Generator, words: tuple[str, ...], count: int) -> list[str]:
     return [words[place] for place in random.permutation(len(words))[:count]]
 
 

@@ -277,7 +277,8 @@ class Decoder(Module):
             own = (self.rope_base, self.rope_divisors) if self.local_rope_base is None else (self.local_rope_base, ())
             near = self._places(start, n, keys, *own, self.window)
         if hidden is not None:  # a token still attends to itself
-            every, near = (own and own._replace(visible=own.visible & shown(hidden)) for own in (every, near))
+            every = every._replace(visible=every.visible & shown(hidden))
+            near = None if near is None else near._replace(visible=near.visible & shown(hidden))
         x = embeddings if self.embed_scale == 1 else embeddings * self.embed_scale
         x, cache = self.blocks(x, local, cache, (every, near), start)
         return self.norm(x), cache

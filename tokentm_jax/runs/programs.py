@@ -179,7 +179,8 @@ class Programs:
         """The row's maps of a batch and, for a task that compares them, those without random blocks."""
         seed, compares = self.config.seed, self.task.against_original
         if row.method == DISTANCE:
-            return self.place(nearness(pixels.mask)), None
+            texts: Any = pixels
+            return self.place(nearness(texts.mask)), None
         if row.method == RANDOM:
             reader, of_pixels = self.vit.preprocessing, bool(row.options.get("pixels"))
             noise = [reader.noise(keys, s, self.vit.module, pixels, of_pixels) for s in (seed, seed + 1)]
