@@ -45,7 +45,6 @@ class Subject(NamedTuple):
     labels: Array  # [B]
     masks: Array | None = None  # [B, H, W], where the task needs them; for "parts", the number of the part of a pixel
     without: Any = None  # the inputs without any part, for a task that needs "parts"
-    others: Array | None = None  # [B], the classes of these, -1 where unknown
     original: Array | None = None  # maps [B, gh, gw] without `Row.random_blocks`, for a task `against_original`
     reference: Array | None = None  # maps [B, h, w] of the task's `reference`
     shared: PyTree = None  # what the task's `shared` gave
@@ -53,6 +52,7 @@ class Subject(NamedTuple):
     grid: tuple[int, int] = (1, 1)  # of the model's patches
     mean: AnyArray | Sequence[float] = (0.5, 0.5, 0.5)  # colour of the model's data, or embedding [D] of its mask
     tiling: Tiling | None = None  # of the model's patches, where it has them
+    others: Array | None = None  # [B], the classes of `without`, -1 where unknown
 
     def background(self, fill: Background) -> Array:
         """What replaces removed pixels, [C] or [B, H, W, C], or word pieces, [D]."""

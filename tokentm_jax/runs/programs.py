@@ -69,7 +69,11 @@ def _subject(module: Any, reader: Reader, params: Any, batch: Measured, target: 
     grid = module.grid or (1, of(inputs).values.shape[1])
     tiling, blank = getattr(module, "tiling", None), reader.blank(module, params)
     return Subject(
-        *(inputs, target, batch.labels, batch.masks, without, batch.others), grid=grid, mean=blank, tiling=tiling
+        *(inputs, target, batch.labels, batch.masks, without),
+        grid=grid,
+        mean=blank,
+        tiling=tiling,
+        others=batch.others,
     )
 
 
