@@ -27,6 +27,7 @@ METHODS = {
     "lrp": {},
     "partial_lrp": {},
     "rollout": {"discard_ratio": 0.2},
+    "value_zeroing": {},
     "raw_attention": {},
     "grad_cam": {},
     "grad_cam_tokens": {},
@@ -56,7 +57,7 @@ METHODS = {
     "combination": {"methods": "gae,grad_cam"},
 }
 # Forward passes, as those of occlusion (see test_perturbation.py); variants of AttnLRP and of Integrated Gradients.
-SLOW = ("rise", "shapley", "kernel_shap", "mda", "caap", "pa_lrp", "expected_gradients")
+SLOW = ("value_zeroing", "rise", "shapley", "kernel_shap", "mda", "caap", "pa_lrp", "expected_gradients")
 FAMILIES = ("tokentm", "rollout", "partial_lrp", "input_gradient")  # one of each; `.ci/run` names them, too
 QUICK = ("tokentm",)  # by default, where all would take long
 BASE = {"img_size": (16, 24), "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5}

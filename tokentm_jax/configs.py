@@ -19,7 +19,9 @@ from tokentm_jax.metrics.tasks import TASKS
 from tokentm_jax.validation import Name, Text, check_fields, check_options, checked
 
 RANDOM = "random"  # a row of every table
-RANDOM_OPTIONS = {"pixels": bool}  # noise at every pixel, to compare with maps of pixels; else at every patch
+DISTANCE = "distance"  # of texts: the last tokens are the most relevant ones
+# Rows that are no methods, with their options. `pixels`: noise at every pixel, to compare with maps of pixels.
+BASELINES: Mapping[str, Mapping[str, Any]] = {RANDOM: {"pixels": bool}, DISTANCE: {}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Row:
     @property
     def class_specific(self) -> bool:
         """Whether its maps depend on the class that is explained."""
-        return self.method != RANDOM and METHODS[self.method].looks_at_class(self.options)
+        return self.method not in BASELINES and METHODS[self.method].looks_at_class(self.options)
 
 
 def rows(*methods: str) -> tuple[Row, ...]:
@@ -217,11 +219,11 @@ def check(config: EvaluateConfig) -> EvaluateConfig:
 def check_rows(table: str, rows: Sequence[Row]) -> None:
     """InputError for an unknown method, member or option, or rows with the same name."""
     for row in rows:
-        if row.method == RANDOM:
-            check_options(RANDOM, RANDOM_OPTIONS, row.options)
+        if row.method in BASELINES:
+            check_options(row.method, BASELINES[row.method], row.options)
         else:
             if row.method not in METHODS:
-                raise suggest("method", row.method, [*METHODS, RANDOM])
+                raise suggest("method", row.method, [*METHODS, *BASELINES])
             METHODS[row.method].bind(row.method, dict(row.options))
             METHODS[row.method].looks_at_class(row.options)  # checks the members of a combination
     names = [row.name for row in rows]
@@ -236,7 +238,7 @@ def select(config: Any, methods: Iterable[str]) -> Any:
     own = {row.name: row for row in config.rows}
     chosen = []
     for name in dict.fromkeys(methods):
-        if name not in own and name not in METHODS and name != RANDOM:
-            raise suggest("method", name, [*own, *METHODS, RANDOM])
+        if name not in own and name not in METHODS and name not in BASELINES:
+            raise suggest("method", name, [*own, *METHODS, *BASELINES])
         chosen.append(own.get(name, Row(name, name)))
     return dataclasses.replace(config, rows=chosen)

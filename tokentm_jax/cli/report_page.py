@@ -18,7 +18,7 @@ from tokentm_jax.cli.heatmaps import softmax
 from tokentm_jax.cli.report_details import LARGE, Json, Photos, details_of, packed_map, panel_of, shares
 from tokentm_jax.cli.templates import render
 from tokentm_jax.cli.terminal import complain, running_work
-from tokentm_jax.configs import RANDOM, Row
+from tokentm_jax.configs import BASELINES, Row
 from tokentm_jax.data.examples import Example, Source
 from tokentm_jax.data.labels import IMAGENET_1K
 from tokentm_jax.data.shards import kind_of_shards
@@ -182,7 +182,7 @@ def run_page(out: Path, given: Given, best: int) -> Page:
     keys = list(spread(sorted(run.keys), given.limit))
     own = [(key, CLEAN) for key in keys]
     labels, predicted = (run.clean.take(name, own).tolist() for name in ("label", "predicted"))
-    explained = [row for row in config.rows if row.method != RANDOM and row.random_blocks is None]
+    explained = [row for row in config.rows if row.method not in BASELINES and row.random_blocks is None]
     seen, reader = Seen({}, {}, {}, {}), None if vit is None else vit.preprocessing
     if source is not None:
         photos = None if vit is None else Photos(vit, explained, 1, strict=False, score=config.score)

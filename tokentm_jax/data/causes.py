@@ -1,4 +1,4 @@
-"""Data sets whose causes are known: rendered scenes, mosaics of photos, and examples with a planted mark."""
+"""Data sets whose causes are known: rendered scenes, mosaics of photos, examples with a planted mark, and prompts."""
 
 import contextlib
 import dataclasses
@@ -14,6 +14,7 @@ from tokentm_jax.data import programs
 from tokentm_jax.data.audio import Recording
 from tokentm_jax.data.examples import Example, Source, kind_of
 from tokentm_jax.data.labels import number
+from tokentm_jax.data.prompts import EVERY, KINDS, PROMPTS, WORDS, prompt
 from tokentm_jax.data.scenes import RULES, SPLITS, scene
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.identity import digest
@@ -27,8 +28,8 @@ Open = Callable[[str], Source]
 
 
 def open_causes(spec: str, open_source: Open) -> Source:
-    """The data set of "scenes:RULE:SPLIT", "programs:NAME", "mosaic:K:DATA" or "trigger:OPTIONS:DATA"; `open_source`
-    opens DATA.
+    """The data set of "scenes:RULE:SPLIT", "programs:NAME", "prompts:KIND", "mosaic:K:DATA" or
+    "trigger:OPTIONS:DATA"; `open_source` opens DATA.
 
     Raises InputError.
     """
@@ -36,6 +37,8 @@ def open_causes(spec: str, open_source: Open) -> Source:
         return _scenes(spec)
     if spec.startswith("programs:"):
         return _programs(spec)
+    if spec.startswith("prompts:"):
+        return _prompts(spec)
     return (_mosaics if spec.startswith("mosaic:") else _triggers)(spec, open_source)
 
 
@@ -73,6 +76,31 @@ def _programs(spec: str) -> Source:
     keys = tuple(f"{index:05d}" for index in range(programs.IMAGES))
     names = programs.PROGRAMS[program]
     return Source(spec, lambda: identity, keys, read, names, masked=True, parts=True, stamp=lambda _: identity)
+
+
+def _prompts(spec: str) -> Source:
+    """Prompts whose next word has a known cause. `without` is the prompt with the cause replaced, and `other` its next
+    word. Classes are words with the space before them, as tokenizers have them."""
+    asked = spec.removeprefix("prompts:")
+    if asked not in (*KINDS, EVERY):
+        raise suggest("kind of prompts", asked, [*KINDS, EVERY])
+    kinds = [*KINDS] if asked == EVERY else [asked]
+    number_of = {word: number for number, word in enumerate(WORDS)}
+
+    def read(key: str) -> Example:  # two of a kind in turn, so that both halves have all kinds
+        turn, odd = divmod(int(key), 2)
+        found = prompt(kinds[turn % len(kinds)], turn // len(kinds) * 2 + odd)
+        return Example(key, found.text, number_of[found.answer], found.mask, found.without, number_of[found.other])
+
+    identity = digest("prompts", VERSION, asked)
+    count = PROMPTS * len(kinds)
+    keys = tuple(f"{index:05d}" for index in range(count))
+    names = tuple(f" {word}" for word in WORDS)
+    lengths = [len(prompt(kind, 0).text) for kind in kinds]  # those of a kind are similar
+    sizes = tuple(lengths[index // 2 % len(kinds)] for index in range(count))
+    return Source(
+        spec, lambda: identity, keys, read, names, masked=True, parts=True, sizes=sizes, stamp=lambda _: identity
+    )
 
 
 def _mosaics(spec: str, open_source: Open) -> Source:

@@ -28,6 +28,7 @@ class Example(NamedTuple):
     # [H, W]: true in the foreground, or the number of a part from 1 on; or the rating of each character of a text.
     mask: np.ndarray | None = None
     without: Any = None  # the content without any of these parts, for known causes
+    other: int | None = None  # the class that `without` has, where it is another one that is known
 
 
 def kind_of(content: Any) -> str:

@@ -27,7 +27,7 @@ from tokentm_jax.validation import checked
 LARGEST_LABEL = 2**31 - 1
 LARGEST_TEXTS = 256 * 2**20  # bytes of a file of texts
 VADER = "vader:"
-CAUSES = ("scenes:", "programs:", "mosaic:", "trigger:")
+CAUSES = ("scenes:", "programs:", "prompts:", "mosaic:", "trigger:")
 
 
 Item = TypeVar("Item")
@@ -53,7 +53,8 @@ def open_source(
         with `labels.csv` (columns `file` and `class_index`); a `.mat` file in the layout of ImageNet-Segmentation's
         `gtsegs_ijcv.mat`; "tfds:NAME:SPLIT" for a prepared TensorFlow data set; "scenes:RULE:SPLIT" for rendered
         scenes (`tokentm_jax.data.scenes`); "programs:NAME" for images of known programs
-        (`tokentm_jax.data.programs`); "mosaic:K:DATA" for mosaics of K x K photos of one of these; or
+        (`tokentm_jax.data.programs`); "prompts:KIND" for prompts whose next word has a known cause
+        (`tokentm_jax.data.prompts`); "mosaic:K:DATA" for mosaics of K x K photos of one of these; or
         "trigger:label=NAME:DATA" for examples with a planted mark. A zip is never extracted: its entries are read in
         memory, so their names are harmless.
       limit: number of examples.

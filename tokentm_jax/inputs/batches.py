@@ -26,6 +26,7 @@ class Batch(NamedTuple):
     labels: np.ndarray  # int32 [size], -1 where unknown
     masks: np.ndarray | None  # [size, ...]
     without: Any = None  # the inputs without their parts, where the source has them
+    others: np.ndarray | None = None  # int32 [size], the classes of these, -1 where unknown; None without keys
 
 
 def batches(
@@ -56,7 +57,7 @@ def batches(
                 without = None
                 if example.without is not None:
                     without, _ = reader.levels(Example(example.key, example.without), profile)
-                return example.key, (*reader.levels(example, profile), example.label, without)
+                return example.key, (*reader.levels(example, profile), example.label, without, example.other)
         except InputError as error:
             return source.keys[index], str(error)
 
@@ -80,7 +81,11 @@ def _batch(results: list[tuple[str, Any]], size: int, reader: Reader) -> Batch:
     if not results:
         return Batch((), None, np.full(size, -1, np.int32), None)
     keys, found = zip(*results, strict=True)
-    samples, masks, labels, without = zip(*(*found, *(found[-1],) * (size - len(found))), strict=True)
-    known = np.array([-1 if label is None else label for label in labels], np.int32)
+    every = zip(*(*found, *(found[-1],) * (size - len(found))), strict=True)
+    samples, masks, labels, without, others = every
+    known, replaced = (
+        np.array([-1 if label is None else label for label in own], np.int32) for own in (labels, others)
+    )
     masks = None if masks[0] is None else reader.stacked_masks(masks)
-    return Batch(keys, reader.stacked(samples), known, masks, None if without[0] is None else reader.stacked(without))
+    without = None if without[0] is None else reader.stacked(without)
+    return Batch(keys, reader.stacked(samples), known, masks, without, replaced)

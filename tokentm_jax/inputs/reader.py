@@ -28,6 +28,14 @@ def random_map(key: str, shape: tuple[int, int], seed: int = 0) -> np.ndarray:
     return np.random.default_rng(int.from_bytes(digest[:16])).random(shape, np.float32)
 
 
+def nearness(mask: Any) -> np.ndarray:
+    """The baseline: tokens are relevant by how near to the end of their text they are. Maps [B, 1, N], 1 / k for the
+    k-th token from the end, of texts with the mask [B, N]."""
+    mask = np.asarray(mask)
+    behind = mask[:, ::-1].cumsum(1, dtype=np.float32)[:, ::-1]
+    return np.where(mask, 1 / np.maximum(behind, 1), 0)[:, None].astype(np.float32)
+
+
 class Reader(Protocol):
     """What a loaded model has as `preprocessing`. Frozen and hashable: compiled programs are kept for it.
 

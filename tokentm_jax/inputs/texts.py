@@ -35,6 +35,7 @@ LARGEST_TEXT = 1_000_000  # characters
 STEP = 16  # texts are padded to a multiple of this number of tokens, so that few lengths have to be compiled
 REACH = 16  # tokens that are decoded to know the text of the last of them
 MASKS = ("[MASK]", "<mask>")
+_SPACES = ("Ġ", "▁")  # how vocabularies of byte pairs, and of SentencePiece, write a space
 KINDS = (np.int32, np.bool_, np.int32, np.bool_)  # of the arrays of `Tokens`
 # Radford et al. (ICML 2021): what counts as a word before byte pairs are merged.
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -63,6 +64,7 @@ class Texts(NamedTuple):
     mask: Array  # the others as in `Tokens`
     types: Array
     special: Array
+    hidden: Array | None = None  # [B, N] bool: tokens that no other token attends to, see `hidden`
 
     regular = False
 
@@ -120,6 +122,12 @@ class Texts(NamedTuple):
 def last_token(mask: Array) -> Array:
     """r0 [B, N] of a head that reads the last token of each text, as that of a decoder does."""
     return (jnp.arange(1, mask.shape[-1] + 1) == mask.sum(-1, keepdims=True)).astype(jnp.float32)
+
+
+def hidden(texts: Texts, removed: Array) -> Texts:
+    """Texts in which no other token attends to those that are `removed` [B, 1, N], in any block; the others keep their
+    positions, and a head that reads the last token still does."""
+    return texts._replace(hidden=removed[:, 0])
 
 
 def deleted(texts: Texts, removed: Array) -> Texts:
@@ -235,6 +243,13 @@ class WordPieces:
     def following(self, before: Any, token: int) -> str:
         """The text of a token after others."""
         return self.pieces([*before[-REACH + 1 :], token])[-1]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The word pieces by number, with a space before those that begin a word; "" for a number without one."""
+        known = {number: name for name, number in self._engine.get_vocab().items()}
+        mark = next((mark for mark in _SPACES if f"{mark}the" in known.values()), " ")
+        return tuple(known.get(i, "").replace(mark, " ") for i in range(max(known) + 1))
 
     def continued(self, prompt: Any, known: Any, answer: str) -> list[int]:
         """The tokens of an answer after a prompt with the tokens `known`: as in the whole text, if that begins with

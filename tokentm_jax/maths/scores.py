@@ -68,13 +68,20 @@ def margin(outputs: Float[Array, "B classes"], target: Integer[AnyArray, " B"]) 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Versus:
-    """Why this class and not the `other` one (an int, or one per sample [B]): the difference of their logits."""
+    """Why this class and not the `other` one (an int, or one per sample [B]): the difference of their logits.
 
-    other: Classes
+    None is for evaluations: the class that an example has without its cause (`of_examples`).
+    """
+
+    other: Classes | None = None
     of_class: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "other", listed(self.other))
+
+    def of_examples(self, others: AnyArray) -> "Versus":
+        """The same score, with these classes [B] where the other one is None."""
+        return Versus(others) if self.other is None else self
 
     def __call__(self, outputs: Float[Array, "B classes"], target: Integer[AnyArray, " B"]) -> Float[Array, " B"]:
         other = classes_of(self.other, outputs.shape[0], "the other class")

@@ -90,6 +90,18 @@ def raw_attention(model: Model, params: Any, inputs: Any, target: Any) -> Explan
     )
 
 
+def value_zeroing(model: Model, params: Any, inputs: Any, target: Any, *, first_block: Block = 0) -> Explanation:
+    """Value zeroing (Mohebbi et al., EACL 2023): the product over blocks of how much each token changes if the value
+    of another one is zero, with rows that sum to 1. The residual sum is in these changes, so no identity is added."""
+
+    def fuse(block: View) -> Array:
+        changes = passes.value_zeroing_of(block)
+        total = changes.sum(-1, keepdims=True)
+        return changes / jnp.where(total > 0, total, 1)
+
+    return _from_attention(model, params, inputs, target, fuse, lambda row, fused: row @ fused, first_block)
+
+
 def rollout(
     model: Model,
     params: Any,

@@ -276,6 +276,9 @@ METHODS: dict[str, Method] = {
     "lrp": _relevance(relevance.full_lrp, "Bach et al., PLOS ONE", 2015, "1 F + 4 B", output=PIXELS, float32=True),
     "partial_lrp": Method(relevance.partial_lrp, "Voita et al., ACL", 2019, "1 F + 4/L B", float32=True),
     "rollout": Method(attention.rollout, "Abnar & Zuidema, ACL", 2020, "1 F", class_specific=False),
+    "value_zeroing": Method(
+        attention.value_zeroing, "Mohebbi et al., EACL", 2023, "n + 1 F", class_specific=False, float32=True
+    ),
     "raw_attention": Method(attention.raw_attention, "Vaswani et al., NeurIPS", 2017, "1 F", class_specific=False),
     "grad_cam": _last_block(attention.grad_cam, "Selvaraju et al., ICCV", 2017, "1 F + 1/L B", float32=True),
     "grad_cam_tokens": _last_block(

@@ -19,6 +19,7 @@ from tokentm_jax.metrics.insertion import insertion_deletion as insertion_deleti
 from tokentm_jax.metrics.perturbation import STEPS as STEPS
 from tokentm_jax.metrics.perturbation import noisy_linear as noisy_linear
 from tokentm_jax.metrics.perturbation import perturbation as perturbation
+from tokentm_jax.metrics.reasons import reasons as reasons
 from tokentm_jax.metrics.removal import MOST as MOST
 from tokentm_jax.metrics.removal import by_patch as by_patch
 from tokentm_jax.metrics.removal import coarsened as coarsened

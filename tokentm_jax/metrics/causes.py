@@ -192,9 +192,9 @@ def effects(
 Probability = Annotated[float, Ge(0), Lt(1)]
 
 
-def _sure(logits: Array, labels: Array, *, probability: Probability = 0.0) -> Array:
+def _sure(predict: Predict, subject: Subject, logits: Array, *, probability: Probability = 0.0) -> Array:
     """Only examples that give the class this `probability` or more count."""
-    return jnp.exp(log_probability(logits, labels)) >= probability
+    return jnp.exp(log_probability(logits, subject.labels)) >= probability
 
 
 def _pointing(predict: Predict, subject: Subject, maps: Array) -> dict[str, Array]:

@@ -13,7 +13,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int, Num, Shaped
 
 from tokentm_jax.errors import InputError
-from tokentm_jax.inputs.texts import Texts, deleted
+from tokentm_jax.inputs.texts import Texts, deleted, hidden
 from tokentm_jax.maths.primitives import AnyArray
 from tokentm_jax.metrics.insertion import insertion_deletion
 from tokentm_jax.metrics.removal import confidence, plotted
@@ -72,9 +72,10 @@ def agreement(
 
 
 def _eraser(
-    predict: Predict, subject: Subject, maps: Array, *, fill: Literal["delete", "mask"] = "delete"
+    predict: Predict, subject: Subject, maps: Array, *, fill: Literal["delete", "mask", "hide"] = "delete"
 ) -> dict[str, Array]:
-    how: Any = deleted if fill == "delete" else subject.background("mean")
+    how: Any = {"delete": deleted, "hide": hidden}.get(fill)
+    how = subject.background("mean") if how is None else how
     return insertion_deletion(predict, subject.inputs, maps, subject.target, how, SHARES, nearest=True)
 
 

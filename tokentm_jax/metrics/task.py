@@ -52,6 +52,7 @@ class Subject(NamedTuple):
     grid: tuple[int, int] = (1, 1)  # of the model's patches
     mean: AnyArray | Sequence[float] = (0.5, 0.5, 0.5)  # colour of the model's data, or embedding [D] of its mask
     tiling: Tiling | None = None  # of the model's patches, where it has them
+    others: Array | None = None  # [B], the classes of `without`, -1 where unknown
 
     def background(self, fill: Background) -> Array:
         """What replaces removed pixels, [C] or [B, H, W, C], or word pieces, [D]."""
@@ -135,7 +136,8 @@ class Task:
     reference: str = ""  # a method whose maps, made once for every image and kept in the run, are `subject.reference`
     shared: Callable[..., PyTree] | None = None  # (predict, subject, *, options) -> `subject.shared`, for all rows
     explains: bool = False  # `subject.explain` is there
-    counts: Callable[..., Array] | None = None  # (logits, labels, *, options) -> which images it is of; None: all
+    # (predict, subject, logits, *, options) -> which images it is of, where `logits` are of the images; None: all.
+    counts: Callable[..., Array] | None = None
 
     @property
     def explained(self) -> tuple[str, ...]:

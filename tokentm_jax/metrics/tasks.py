@@ -6,6 +6,7 @@ from tokentm_jax.metrics.eraser import ERASER, LEAVE_ONE_OUT, PEOPLE
 from tokentm_jax.metrics.infidelity import INFIDELITY
 from tokentm_jax.metrics.insertion import INSERTION
 from tokentm_jax.metrics.perturbation import PERTURBATION, ROAD
+from tokentm_jax.metrics.reasons import REASONS
 from tokentm_jax.metrics.saco import SACO
 from tokentm_jax.metrics.segmentation import SEGMENTATION
 from tokentm_jax.metrics.sensitivity import SENSITIVITY
@@ -31,4 +32,5 @@ TASKS: dict[str, Task] = {
     "pointing": POINTING,
     "effects": EFFECTS,
     "deletion": DELETION,
+    "reasons": REASONS,
 }

@@ -83,9 +83,10 @@ class Bert(Module):
     def __call__(self, texts: Texts | Tokens) -> Array:
         given: Any = texts
         known = self.look_up(given) if hasattr(given, "look_up") else given
-        tokens, _ = self.blocks(self.embed(known), known.mask)
+        mask = known.mask if known.hidden is None else known.mask & ~known.hidden
+        tokens, _ = self.blocks(self.embed(known), mask)
         self.sow("intermediates", "final_tokens", tokens)
-        return self.classify(tokens, known.mask)
+        return self.classify(tokens, mask)
 
     def look_up(self, tokens: Tokens) -> Texts:
         """Word pieces -> their embeddings; NaN for an unknown id."""

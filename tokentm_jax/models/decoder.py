@@ -15,7 +15,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from tokentm_jax.errors import InputError, Unfit
-from tokentm_jax.inputs.texts import Texts, Tokens
+from tokentm_jax.inputs.texts import Texts, Tokens, last_token
 from tokentm_jax.maths import primitives
 from tokentm_jax.maths.primitives import wide
 from tokentm_jax.models.blocks import Affine, Linear, Module, trunc_normal
@@ -39,7 +39,12 @@ class Places(NamedTuple):
 
     cosine: Array  # [N, E], of the rotation of each token
     sine: Array  # [N, E], with the sign of the channel
-    visible: Array  # [N, K] bool: whether a token attends to another
+    visible: Array  # [N, K] bool, or [B, 1, N, K]: whether a token attends to another
+
+
+def shown(hidden: Array) -> Array:
+    """Whether a token may attend to another [B, 1, N, N]: to itself, and to those that are not `hidden` [B, N]."""
+    return ~hidden[:, None, None] | jnp.eye(hidden.shape[1], dtype=bool)
 
 
 class Cache(NamedTuple):
@@ -237,7 +242,7 @@ class Decoder(Module):
         """The tokens [B, N, D] that the head reads. Raises InputError for texts that are too long."""
         given: Any = texts
         known = self.look_up(given) if hasattr(given, "look_up") else given
-        return self._run(known.embeddings, None, 0)[0]
+        return self._run(known.embeddings, None, 0, known.hidden)[0]
 
     def after(self, texts: Texts | Tokens) -> Array:
         """The logits [B, V] of the word piece that follows each text."""
@@ -258,7 +263,9 @@ class Decoder(Module):
         logits = wide(self.linear(hidden, *(tied if self.tied else self.head(self.embed_dim))))
         return logits if self.logit_cap is None else jnp.tanh(logits / self.logit_cap) * self.logit_cap
 
-    def _run(self, embeddings: Array, cache: Cache | None, start: Any) -> tuple[Array, Cache | None]:
+    def _run(
+        self, embeddings: Array, cache: Cache | None, start: Any, hidden: Array | None = None
+    ) -> tuple[Array, Cache | None]:
         n = embeddings.shape[1]
         if n > self.max_length:
             raise InputError(f"a text may have {self.max_length} tokens for this model, got {n}")
@@ -269,6 +276,9 @@ class Decoder(Module):
             local = jnp.asarray(self.local)
             own = (self.rope_base, self.rope_divisors) if self.local_rope_base is None else (self.local_rope_base, ())
             near = self._places(start, n, keys, *own, self.window)
+        if hidden is not None:  # a token still attends to itself
+            every = every._replace(visible=every.visible & shown(hidden))
+            near = None if near is None else near._replace(visible=near.visible & shown(hidden))
         x = embeddings if self.embed_scale == 1 else embeddings * self.embed_scale
         x, cache = self.blocks(x, local, cache, (every, near), start)
         return self.norm(x), cache
@@ -281,3 +291,18 @@ class Decoder(Module):
         cosine, sine = (jax.lax.dynamic_slice_in_dim(table, start, n) for table in tables)
         back = (start + jnp.arange(n))[:, None] - jnp.arange(keys)  # by how many tokens each one is earlier
         return Places(cosine, sine, (back >= 0) if window is None else (back >= 0) & (back < window))
+
+
+class NextWord(Decoder):
+    """A decoder as a classifier: `Tokens` or `Texts` -> logits [B, V] of the word piece that follows each text."""
+
+    @property
+    def num_classes(self) -> int:
+        return self.vocab_size
+
+    def reads(self, mask: Array) -> Array:
+        """r0 [B, N]: the head reads the last token; mask [B, N]."""
+        return last_token(mask)
+
+    def __call__(self, texts: Texts | Tokens) -> Array:
+        return self.after(texts)

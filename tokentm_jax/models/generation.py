@@ -1,5 +1,6 @@
 """What a decoder writes after a prompt, greedy or sampled, with a cache of keys and values."""
 
+import dataclasses
 from functools import partial
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ from jax import Array
 
 from tokentm_jax.errors import InputError
 from tokentm_jax.inputs.texts import STEP, Tokens
-from tokentm_jax.models.decoder import Cache, Decoder
+from tokentm_jax.models.decoder import Cache, Decoder, NextWord
 from tokentm_jax.models.loading import Model
 from tokentm_jax.validation import checked
 
@@ -65,6 +66,19 @@ def generate(
         *(model.module, width, model.params, ids, known, known + most, np.float32(temperature)), jax.random.key(seed)
     )
     return followed(model, tokens, np.asarray(written)[known : int(count)])
+
+
+def next_words(model: Model) -> Model:
+    """A decoder as a classifier of the word piece that follows a text, with the vocabulary as classes; another model
+    as it is."""
+    module = model.module
+    if not isinstance(module, Decoder):
+        return model
+    fields = {field.name: getattr(module, field.name) for field in dataclasses.fields(module)}
+    classifier = NextWord(**{name: value for name, value in fields.items() if name not in ("parent", "name")})
+    names = model.preprocessing.names
+    names = (*names, *[""] * (module.vocab_size - len(names)))[: module.vocab_size]
+    return dataclasses.replace(model, module=classifier, class_names=names)
 
 
 def followed(model: Model, prompt: Tokens, answer: np.ndarray) -> Tokens:

@@ -39,6 +39,7 @@ from tokentm_jax.samples import hint
 
 DEFAULT_MODEL = "cifar10_distilled"
 GGUF = ".gguf"  # the end of a file with a decoder
+AGAINST = "against"
 PROGRAMS = "programs:"  # begins the name of a known program
 _PACKAGE = Path(__file__).parent.parent
 SHIPPED = (_PACKAGE / "_models", _PACKAGE.parent / "models")  # in an installed wheel; in a clone
@@ -129,12 +130,14 @@ class Model:
 
     def score(self, text: str) -> Callable[..., Array]:
         """A score by its name, for command lines and configs: "class_logit", "log_probability", "margin",
-        "versus:CLASS" or "channel:NUMBER"; see `tokentm_jax.maths.scores`. Raises InputError for another score, or an
-        unknown class.
+        "versus:CLASS", "channel:NUMBER" or, of examples with known causes, "against": the class, and not the one that
+        they have without the cause; see `tokentm_jax.maths.scores`. Raises InputError for another score or class.
         """
         name, colon, rest = str(text).partition(":")
         if name == "versus" and colon:
             return scores.Versus(self.class_index(rest))
+        if text == AGAINST:
+            return scores.Versus()
         if name == "channel" and colon:
             index, outputs = number(rest.strip()), self.module.num_classes
             if index is None or not 0 <= index < outputs:
@@ -143,7 +146,7 @@ class Model:
         names = ("class_logit", "log_probability", "margin")
         known = {name: getattr(scores, name) for name in names}
         if not isinstance(text, str) or text not in known:
-            raise suggest("score", text, [*known, "versus:CLASS", "channel:NUMBER"])
+            raise suggest("score", text, [*known, AGAINST, "versus:CLASS", "channel:NUMBER"])
         return known[text]
 
     def class_index(self, name_or_number: str | int) -> int:

@@ -160,6 +160,31 @@ def rows_behind(
     return (aggregate(row, blocks, update, first_block, end_block), embedded), outputs
 
 
+def value_zeroing_of(block: View) -> Array:
+    """How much each token depends on another one in a block, [N, N]: one minus the cosine of the token at the end of
+    the block with the same if the other one has the value 0 in all heads. Computed as half the squared distance of
+    unit vectors, which small changes do not round to zero."""
+    layer, end = block.layer, block.block[-1].end
+    weights = block.evaluation.function([], layer.weights)()
+    through = block.evaluation.function([layer.weights], end)
+    places = jnp.arange(block.count)
+    axes = [block.count if axis == layer.key else 1 for axis in range(weights.ndim)]
+
+    def unit(tokens: Array) -> Array:
+        tokens = wide(tokens.reshape(block.count, -1))
+        length = jnp.linalg.norm(tokens, axis=-1, keepdims=True)
+        return tokens / jnp.where(length > 0, length, 1)
+
+    whole = unit(through(weights))
+
+    def change(other: Array) -> Array:
+        without = jnp.where((places != other).reshape(axes), weights, jnp.zeros((), weights.dtype))
+        return jnp.square(unit(through(without)) - whole).sum(-1) / 2
+
+    changes = jax.lax.map(change, places).T
+    return jnp.where(block.attention.max(0) > 0, changes, 0)  # no rounding where a token does not attend to another
+
+
 def legrad_of_block(
     model: Model, params: Any, sample: Any, score: Score, read: str = "head"
 ) -> Callable[[Evaluation, Block], Array]:

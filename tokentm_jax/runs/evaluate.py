@@ -10,21 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tokentm_jax.configs import RANDOM, EvaluateConfig, Row, check
+from tokentm_jax.configs import DISTANCE, RANDOM, EvaluateConfig, Row, check
 from tokentm_jax.data.examples import Source
 from tokentm_jax.data.labels import read_label_map
 from tokentm_jax.data.sources import open_source
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import reason, require_ours, write_json, write_text
 from tokentm_jax.identity import claimed, digest, environment, write_figure
-from tokentm_jax.inputs.batches import batches
+from tokentm_jax.inputs.batches import Batch, batches
 from tokentm_jax.inputs.values import as_maps
 from tokentm_jax.maths.scores import Question, Versus
 from tokentm_jax.methods.explain import compiled
-from tokentm_jax.metrics.task import CLEAN, PREDICTED, TARGET
+from tokentm_jax.metrics.task import CLEAN, PREDICTED, TARGET, Target
 from tokentm_jax.metrics.tasks import TASKS
 from tokentm_jax.models.classes import translation
-from tokentm_jax.models.loading import Model, load
+from tokentm_jax.models.generation import next_words
+from tokentm_jax.models.loading import AGAINST, Model, load
 from tokentm_jax.runs.maps import Maps
 from tokentm_jax.runs.programs import Measured, Programs
 from tokentm_jax.runs.records import EXAMPLES, KEPT, Records, clean_fields, record_file
@@ -86,7 +87,7 @@ def evaluate(
     """
     config = check(config)
     source = examples(config) if source is None else source
-    vit = load(config.model, config.checkpoint) if vit is None else vit
+    vit = next_words(load(config.model, config.checkpoint) if vit is None else vit)
     out = Path("runs", config.name) if out is None else Path(out)
     config = dataclasses.replace(config, label_map=read_label_map(config.label_map))
     if not any(row.method == RANDOM and not row.options.get("pixels") for row in config.rows):
@@ -105,6 +106,8 @@ def evaluate(
     for row in config.rows:
         if row.by_patch and not regular:
             raise InputError(f"by_patch is for maps of pixels, and {row.name!r} has it for {vit.preprocessing.kind}s")
+        if row.method == DISTANCE and regular:
+            raise InputError(f"{row.name!r} is for texts, and {vit.name} takes {vit.preprocessing.kind}s")
         if row.random_blocks is not None and not 0 <= row.random_blocks <= vit.module.depth:
             raise InputError(f"random_blocks of {row.name!r} must be from 0 to {vit.module.depth} for {vit.name}")
     if config.mixed_precision and not hasattr(vit.module, "linear"):
@@ -179,25 +182,26 @@ def _evaluate(
         )
         if task.needs in ("masks", "parts"):
             measured = measured._replace(masks=programs.place(batch.masks))
-        if task.needs == "parts":
-            measured = measured._replace(without=programs.place(batch.without))
+        if task.needs == "parts" or config.score == AGAINST:
+            measured = _with_causes(programs, measured, batch, translate)
+        target = programs.target(classes, measured.others)
         reference = None
         if references is not None:
-            reference = _kept_reference(programs, references, group, full, measured.pixels, classes)
-        shared = programs.shared(measured, classes)
+            reference = _kept_reference(programs, references, group, full, measured.pixels, target)
+        shared = programs.shared(measured, target)
         for row in config.rows:
             places = _open(config, row, records[row.name], group)
             if places:
                 taken, stored = _stored(maps, config, row, group, places)
                 if len(taken) < len(places):
-                    heatmaps, original = programs.maps(row, [job.key for job in full], measured.pixels, classes)
+                    heatmaps, original = programs.maps(row, [job.key for job in full], measured.pixels, target)
                 else:
                     heatmaps, original = np.zeros((size, *stored.shape[1:]), np.float32), None
                 if taken:
                     heatmaps = np.array(heatmaps)
                     heatmaps[taken] = stored
                     heatmaps = programs.place(heatmaps)
-                found = programs.score(row, measured, classes, heatmaps, original, reference, shared)
+                found = programs.score(row, measured, target, heatmaps, original, reference, shared)
                 found = {name: np.asarray(array)[places] for name, array in found.items()}
                 _require_finite(found, [group[i].key for i in places], f"{vit.name} on changed images ({row.name})")
                 records[row.name].append([(group[i].key, group[i].explained) for i in places], found)
@@ -217,13 +221,24 @@ def _evaluate(
     return results
 
 
+def _with_causes(programs: Programs, measured: Measured, batch: Batch, translate: np.ndarray | None) -> Measured:
+    """A batch with its examples without their causes, and the classes of these."""
+    others = batch.others
+    assert others is not None
+    if translate is not None:
+        others = np.where(others < 0, -1, translate[others]).astype(np.int32)
+    if programs.config.score == AGAINST and (others < 0).any():
+        raise InputError(f"the score {AGAINST!r} needs the classes that examples have without their causes")
+    return measured._replace(without=programs.place(batch.without), others=programs.place(others))
+
+
 def _kept_reference(
-    programs: Programs, kept: Records, group: Sequence[Job], full: Sequence[Job], pixels: Array, classes: Array
+    programs: Programs, kept: Records, group: Sequence[Job], full: Sequence[Job], pixels: Array, target: Target
 ) -> Array:
     """The reference's maps of the jobs [B, h, w], from the records, where those that were missing are put first."""
     missing = [i for i, job in enumerate(group) if (job.key, job.explained) not in kept.places]
     if missing:
-        found = {name: np.asarray(array)[missing] for name, array in programs.reference(pixels, classes).items()}
+        found = {name: np.asarray(array)[missing] for name, array in programs.reference(pixels, target).items()}
         _require_finite(found, [group[i].key for i in missing], f"{programs.vit.name} ({programs.task.reference})")
         kept.append([(group[i].key, group[i].explained) for i in missing], found)
     maps = kept.take("map", [(job.key, job.explained) for job in full])
@@ -255,7 +270,10 @@ def _predictions(
             if label >= vit.module.num_classes or (label < 0 and source.labelled):
                 classes = f"{vit.name} has classes 0 to {vit.module.num_classes - 1}"
                 raise InputError(f"{source.name}: {key} has the label {label}, and {classes}")
-        found = programs.clean(programs.place(batch.inputs), programs.place(labels))
+        measured = Measured(programs.place(batch.inputs), programs.place(labels))
+        if programs.task.needs == "parts" or config.score == AGAINST:
+            measured = _with_causes(programs, measured, batch, translate)
+        found = programs.clean(measured)
         fields = {name: np.asarray(array)[:count] for name, array in found.items()}
         _require_finite(fields, batch.keys, vit.name)
         clean.append([(key, CLEAN) for key in batch.keys], fields)
@@ -277,7 +295,7 @@ def _jobs(
     predicted, labels = clean.take("predicted", own).tolist(), clean.take("label", own).tolist()
     targets = TARGET in config.explained and any(row.class_specific for row in config.rows)
     examples = list(zip(good, predicted, labels, strict=True))
-    if asked is not None and isinstance(asked.score, Versus):
+    if asked is not None and isinstance(asked.score, Versus) and asked.score.other is not None:
         other = asked.score.other
         examples = [(i, c, y) for i, c, y in examples if other not in ((c, y) if targets else (c,))]
     if not examples:

@@ -19,7 +19,7 @@ from annotated_types import Gt, Len
 from typing_extensions import TypedDict
 
 from tokentm_jax import configs
-from tokentm_jax.configs import RANDOM, EvaluateConfig, Row
+from tokentm_jax.configs import BASELINES, RANDOM, EvaluateConfig, Row
 from tokentm_jax.data.examples import Source
 from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.files import ours, read_json, require_ours, write_json, write_text
@@ -62,7 +62,7 @@ class LeaderboardConfig:
     def rows(self) -> dict[str, Row]:
         """The methods by name, without `random`."""
         rows: dict[str, Row] = {}
-        for row in (row for run in self.runs for row in run.rows if row.method != RANDOM):
+        for row in (row for run in self.runs for row in run.rows if row.method not in BASELINES):
             rows.setdefault(row.name, row)
         return rows
 
@@ -84,8 +84,8 @@ def check(config: LeaderboardConfig) -> LeaderboardConfig:
         raise InputError(f"the runs of {config.name} must be of one model")
     for run in config.runs:
         for row in run.rows:
-            if row.method == RANDOM and row.name != RANDOM:
-                raise InputError(f"the row {row.name!r} is noise, which is not ranked: leave it out ('random' stays)")
+            if row.method in BASELINES and row.name != RANDOM:
+                raise InputError(f"the row {row.name!r} is no method and not ranked: leave it out ('random' stays)")
             if not _same(row, config.rows.get(row.name, row)):
                 raise InputError(f"the row {row.name!r} must be the same method with the same options in every run")
     shown, metric = config.faithfulness
@@ -241,7 +241,7 @@ def _shared_maps(
     for run in config.runs:
         for row in () if TASKS[run.task].against_original else run.rows:
             there = any(store.has(row.method, row.options) for store in given[run.name])
-            if not there and row.method != RANDOM and row.random_blocks is None:
+            if not there and row.method not in BASELINES and row.random_blocks is None:
                 asking.setdefault((row.name, run.data, run.half, run.profile, run.seed), []).append(run)
     asking = {key: runs for key, runs in asking.items() if len(runs) > 1}
     for number, ((name, *_), runs) in enumerate(asking.items(), 1):

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from tokentm_jax import metrics
-from tokentm_jax.configs import RANDOM, EvaluateConfig, Row
-from tokentm_jax.inputs.reader import Reader
+from tokentm_jax.configs import BASELINES, DISTANCE, RANDOM, EvaluateConfig, Row
+from tokentm_jax.inputs.reader import Reader, nearness
 from tokentm_jax.inputs.values import as_maps, looked_up, of
 from tokentm_jax.maths.mixed import linear
-from tokentm_jax.maths.scores import Question, question
+from tokentm_jax.maths.scores import Question, Versus, question
 from tokentm_jax.methods.explain import compiled
 from tokentm_jax.methods.table import METHODS
 from tokentm_jax.metrics.task import Fields, Subject, Task, record_types
@@ -29,15 +29,18 @@ Options = tuple[tuple[str, Any], ...]
 def _clean_program(
     module: Any, preprocessing: Reader, counts: Callable[..., Array] | None, options: Options
 ) -> Callable[..., dict[str, Array]]:
-    """(params, pixels, labels, question) -> predictions for whole examples; the question is None, or has no target
-    yet. `counts` and its options are those of the task."""
+    """(params, batch, question) -> predictions for whole examples; the question is None, or has no target yet.
+    `counts` and its options are those of the task."""
 
-    def program(params: Any, pixels: Array, labels: Array, asked: Question | None) -> dict[str, Array]:
-        logits = predict(module, preprocessing, params, preprocessing.unit(pixels))
+    def program(params: Any, batch: Measured, asked: Question | None) -> dict[str, Array]:
+        subject = _subject(module, preprocessing, params, batch, batch.labels)
+        answers = partial(predict, module, preprocessing, params)
+        logits = answers(subject.inputs)
         predicted = logits.argmax(-1).astype(jnp.int32)
-        target = predicted if asked is None else asked._replace(target=predicted)
-        counted = {"counted": counts(logits, labels, **dict(options))} if counts else {}
-        return {"predicted": predicted, "label": labels, **metrics.scores(logits, target, labels), **counted}
+        target = predicted if asked is None else asked_of(asked, predicted, batch.others)
+        counted = {"counted": counts(answers, subject, logits, **dict(options))} if counts else {}
+        found = metrics.scores(logits, target, batch.labels)
+        return {"predicted": predicted, "label": batch.labels, **found, **counted}
 
     return jax.jit(program)
 
@@ -49,6 +52,14 @@ class Measured(NamedTuple):
     labels: Array
     masks: Array | None = None
     without: Any = None
+    others: Array | None = None
+
+
+def asked_of(asked: Question, classes: Array, others: Array | None) -> Question:
+    """A question about classes [B], and not those of the examples without their causes [B], where it asks so."""
+    if others is not None and isinstance(asked.score, Versus):
+        asked = asked._replace(score=asked.score.of_examples(others))
+    return asked._replace(target=classes)
 
 
 def _subject(module: Any, reader: Reader, params: Any, batch: Measured, target: metrics.Target) -> Subject:
@@ -57,7 +68,13 @@ def _subject(module: Any, reader: Reader, params: Any, batch: Measured, target: 
     without = None if batch.without is None else looked_up(reader.unit(batch.without), module, params)
     grid = module.grid or (1, of(inputs).values.shape[1])
     tiling, blank = getattr(module, "tiling", None), reader.blank(module, params)
-    return Subject(inputs, target, batch.labels, batch.masks, without, grid=grid, mean=blank, tiling=tiling)
+    return Subject(
+        *(inputs, target, batch.labels, batch.masks, without),
+        grid=grid,
+        mean=blank,
+        tiling=tiling,
+        others=batch.others,
+    )
 
 
 def _answers(module: Any, reader: Reader, params: Any, mixed: bool) -> metrics.Predict:
@@ -148,29 +165,31 @@ class Programs:
         if len(devices) > 1 and batch % len(devices) == 0:
             self._sharding = over_batch(devices)
 
-    def clean(self, pixels: Array, labels: Array) -> dict[str, Array]:
+    def clean(self, batch: Measured) -> dict[str, Array]:
         """Predictions for whole examples, and what is followed of the predicted class."""
         options = tuple(sorted(self._options["counts"].items()))
         program = _clean_program(*self._model, self.task.counts, options)
-        return program(self.vit.params, pixels, labels, self.asked)
+        return program(self.vit.params, batch, self.asked)
 
-    def target(self, classes: Array) -> metrics.Target:
+    def target(self, classes: Array, others: Array | None) -> metrics.Target:
         """What is explained, and followed: the classes [B], or the config's score of them."""
-        return classes if self.asked is None else self.asked._replace(target=classes)
+        return classes if self.asked is None else asked_of(self.asked, classes, others)
 
     def place(self, array: Any) -> Array:
         """An array with a leading batch axis, on all devices if they divide the batch."""
         return jax.device_put(array, self._sharding)
 
-    def maps(self, row: Row, keys: Sequence[str], pixels: Array, classes: Array) -> tuple[Array, Array | None]:
+    def maps(self, row: Row, keys: Sequence[str], pixels: Array, target: metrics.Target) -> tuple[Array, Array | None]:
         """The row's maps of a batch and, for a task that compares them, those without random blocks."""
         seed, compares = self.config.seed, self.task.against_original
+        if row.method == DISTANCE:
+            texts: Any = pixels
+            return self.place(nearness(texts.mask)), None
         if row.method == RANDOM:
             reader, of_pixels = self.vit.preprocessing, bool(row.options.get("pixels"))
             noise = [reader.noise(keys, s, self.vit.module, pixels, of_pixels) for s in (seed, seed + 1)]
             return self.place(noise[0]), self.place(noise[1]) if compares else None
         program = compiled(self.vit.module, {row.method: row.options}, preprocessing=self.vit.preprocessing)
-        target = self.target(classes)
         maps = program(self._params(row), pixels, target)[0][row.method]
         return maps, program(self.vit.params, pixels, target)[0][row.method] if compares else None
 
@@ -181,24 +200,24 @@ class Programs:
             self._fresh = init_params(self.vit.module, jax.random.key(self.config.seed))
         return randomised(self.vit.params, self._fresh, row.random_blocks)  # made again: all of them may not fit
 
-    def score(self, row: Row, batch: Measured, classes: Array, *others: Any) -> dict[str, Array]:
+    def score(self, row: Row, batch: Measured, target: metrics.Target, *others: Any) -> dict[str, Array]:
         """Results per image of the row's maps; `others` are maps, original, reference and what is shared."""
         explained, own = None, None
-        if self.task.explains and row.method != RANDOM:
+        if self.task.explains and row.method not in BASELINES:
             suited = METHODS[row.method].suited(row.options, self.vit.preprocessing)
             explained, own = (row.method, tuple(sorted(suited.items()))), self._params(row)
         options = tuple(sorted(self._options["compute"].items()))
         mixed = self.config.mixed_precision
         program = _score_program(*self._model, self.task, options, explained, row.by_patch, mixed)
-        return program(self.vit.params, batch, self.target(classes), *others, own)
+        return program(self.vit.params, batch, target, *others, own)
 
-    def shared(self, batch: Measured, classes: Array) -> Any:
+    def shared(self, batch: Measured, target: metrics.Target) -> Any:
         """What the task's `shared` gives for a batch, None where it has none."""
         if self.task.shared is None:
             return None
         options = tuple(sorted(self._options["shared"].items()))
         program = _shared_program(*self._model, self.task, options, self.config.mixed_precision)
-        return program(self.vit.params, batch, self.target(classes))
+        return program(self.vit.params, batch, target)
 
     def _reference(self) -> Callable[..., Any]:
         methods = {self.task.reference: self._options["reference"]}
@@ -212,9 +231,9 @@ class Programs:
         found = jax.eval_shape(as_maps, maps[self.task.reference])
         return record_types(dict.fromkeys(("map", "standard_error"), found))
 
-    def reference(self, pixels: Array, classes: Array) -> dict[str, Array]:
+    def reference(self, pixels: Array, target: metrics.Target) -> dict[str, Array]:
         """Maps of the task's `reference`, and their standard errors: each [B, h, w]."""
-        maps, errors = self._reference()(self.vit.params, pixels, self.target(classes))
+        maps, errors = self._reference()(self.vit.params, pixels, target)
         return jax.tree.map(as_maps, {"map": maps[self.task.reference], **errors})
 
 
