@@ -26,7 +26,7 @@ from tokentm_jax.maths.primitives import PyTree
 from tokentm_jax.models.architectures import ARCHITECTURES, architecture, build, dtype_of
 from tokentm_jax.models.checkpoint import described_grid, read_description, read_tensors
 from tokentm_jax.models.decoder_layouts import read_decoder_folder
-from tokentm_jax.models.folders import TEXT, Folder, is_folder, present, text_kind
+from tokentm_jax.models.folders import TEXT, VISION, Folder, is_folder, present, text_kind
 from tokentm_jax.models.gguf_layouts import SMOLLM2, read_gguf, smollm2
 from tokentm_jax.models.hub import HUB, download, download_weights
 from tokentm_jax.models.kept import keep_unless_told
@@ -35,6 +35,7 @@ from tokentm_jax.models.params import names_that_fit, to_params
 from tokentm_jax.models.programs import program
 from tokentm_jax.models.text import TextTower
 from tokentm_jax.models.text_layouts import read_text_folder
+from tokentm_jax.models.vision_layouts import read_vision_folder
 from tokentm_jax.samples import hint
 
 DEFAULT_MODEL = "cifar10_distilled"
@@ -260,7 +261,7 @@ def load(
             return _load_text(folder, name, class_names, dtype)
         if class_names is not None:
             raise InputError(f"class_names are for classifiers, and {folder} has a decoder")
-        return _load_decoder(folder, name, dtype)
+        return _load_decoder(folder, name, dtype, kind in VISION)
     found, name, path, grid = _found(model, checkpoint, folder)
     if num_classes is None:
         num_classes = [*np.shape(found.tensors.get("head.weight", 0)), 0][0]  # 0 without a classifier
@@ -319,9 +320,13 @@ def _load_text(folder: Path, name: str, class_names: Any, dtype: Any) -> Model:
     return Model(module, params, reader, None if names is None else tuple(names), name)
 
 
-def _load_decoder(path: Path, name: str, dtype: Any) -> Model:
+def _load_decoder(path: Path, name: str, dtype: Any, vision: bool) -> Model:
     """A decoder of a folder or a GGUF file, whose reader is the tokenizer next to the weights, or in the file."""
     folder, content = path, None
+    if vision:
+        module, params, reader = read_vision_folder(path)
+        module = module if dtype is None else module.clone(dtype=dtype_of(dtype))
+        return Model(module, jax.device_put(params), reader, None, name)
     if path.suffix == GGUF:
         folder = path.parent
         module, params, content = read_gguf(path)
