@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import tokentm_jax as tm
-from tokentm_jax.inputs.prompts import Prompts
 
 pytest.importorskip("tokenizers")
 GOLDENS = Path(__file__).parent / "goldens/vision"

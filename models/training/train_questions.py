@@ -1,4 +1,4 @@
-"""Training of a small vision-language model on questions about rendered scenes; repeatable and resumable as `train`."""
+"""Training of a small vision-language model of questions about rendered scenes; repeatable and resumable."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from jax import Array
 from models.training.loop import Loop, State, begin, descend, muon, run_steps
 from models.training.recipe import QuestionTrainConfig
 from tokentm_jax.data import questions
-from tokentm_jax.data.questions import ASKED, WORDS, Asked, asked, drawn
+from tokentm_jax.data.questions import ASKED, WORDS, asked, drawn
 from tokentm_jax.data.scenes import COLOURS, SHAPES, SIDE, Scene
 from tokentm_jax.errors import require
 from tokentm_jax.files import replace, write_json, write_text
@@ -191,7 +191,9 @@ def train_questions(
     with claimed(out := out.absolute(), json.loads(json.dumps(terms)), written, overwrite):
         state, top_1 = run_steps(
             Loop(round(config.epochs * per_epoch), per_epoch, config.checkpoint_epochs),
-            begin(optimiser, {"model": init_params(module, jax.random.key(config.seed)), "probe": probe}, averaged=True),
+            begin(
+                optimiser, {"model": init_params(module, jax.random.key(config.seed)), "probe": probe}, averaged=True
+            ),
             partial(_batches, config, module.vision.patch_size),
             lambda state, _, batch: step(state, batch),
             measure,

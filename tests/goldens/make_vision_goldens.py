@@ -98,23 +98,28 @@ def main() -> None:
         }
         (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n")
         own = [8, 9, 10, 11]
-        if name == "gemma3":
-            ids = [2, 5, 6, *[IMAGE] * 4, 7, 5, *own]
-        else:
-            ids = [*[IMAGE] * 16, 2, *own, 4]
+        ids = [2, 5, 6, *[IMAGE] * 4, 7, 5, *own] if name == "gemma3" else [*[IMAGE] * 16, 2, *own, 4]
         more = torch.randint(8, IMAGE, (4,), generator=generator)
         pixels = torch.rand((1, 8, 8, 3), generator=generator)
         values = (pixels.permute(0, 3, 1, 2) - 0.5) / 0.5
         whole = torch.cat([torch.tensor(ids), more])[None]
         types = (whole == IMAGE).int() if name == "gemma3" else torch.tensor([[0] * len(ids) + [1] * 4])
         with torch.no_grad():
-            found = model(input_ids=whole, pixel_values=values, token_type_ids=types, attention_mask=torch.ones_like(whole))
+            found = model(
+                input_ids=whole, pixel_values=values, token_type_ids=types, attention_mask=torch.ones_like(whole)
+            )
             answers[f"{name}/logits"] = found.logits.numpy()
             written = list(ids)
             for _ in range(8):  # without a cache
                 row = torch.tensor([written])
-                kinds = (row == IMAGE).int() if name == "gemma3" else torch.tensor([[0] * len(ids) + [1] * (len(written) - len(ids))])
-                logits = model(input_ids=row, pixel_values=values, token_type_ids=kinds, attention_mask=torch.ones_like(row)).logits
+                kinds = (
+                    (row == IMAGE).int()
+                    if name == "gemma3"
+                    else torch.tensor([[0] * len(ids) + [1] * (len(written) - len(ids))])
+                )
+                logits = model(
+                    input_ids=row, pixel_values=values, token_type_ids=kinds, attention_mask=torch.ones_like(row)
+                ).logits
                 written.append(int(logits[0, -1].argmax()))
         answers |= {f"{name}/ids": np.array([ids]), f"{name}/more": more.numpy(), f"{name}/pixels": pixels.numpy()}
         answers[f"{name}/greedy"] = np.array(written[len(ids) :])

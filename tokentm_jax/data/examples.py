@@ -30,8 +30,17 @@ class Example(NamedTuple):
     without: Any = None  # the content without any of these parts, for known causes
 
 
+class Question(NamedTuple):
+    """The content of an example that asks a text about an image."""
+
+    image: Image.Image
+    text: str
+
+
 def kind_of(content: Any) -> str:
     """The kind of the content of an example, for messages."""
+    if isinstance(content, Question):
+        return "photo with a question"
     return "text" if isinstance(content, str) else "recording" if isinstance(content, Recording) else "photo"
 
 

@@ -1,7 +1,7 @@
 """Questions about rendered scenes, with answers by a rule and the parts that cause each word of an answer.
 
-A scene is as in `scenes`, with one to five parts of two sizes. A question names some parts by what sets them apart from
-all others. Scene, question and answer are a function of (split, index) and are never stored.
+A scene is as in `scenes`, with one to five parts of two sizes. A question names some parts by what sets them apart
+from all others. Scene, question and answer are a function of (split, index) and are never stored.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,19 +13,16 @@ from tokentm_jax.data.scenes import COLOURS, PLACE, SHAPES, Kind, Part, Scene, b
 
 VERSION = 1  # of what is drawn; another one has other questions
 MOST_PARTS = 5
-SPLITS = {"train": 1_000_000, "test": 2_000}  # number of scenes
+SPLITS = {"train": 100_000, "test": 2_000}  # number of scenes
 SIZES: Mapping[str, tuple[float, float]] = {"small": (4.0, 4.8), "large": (6.4, 7.0)}  # half of a side, in pixels
 NOUNS: Mapping[str, str] = {shape: {"disc": "circle"}.get(shape, shape) for shape in SHAPES}
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
 SIDES = (("top", "bottom"), ("left", "right"))
 ASKED = ("colour", "shape", "place", "number")
-WORDS = tuple(
-    dict.fromkeys(
-        [*"what colour is the shape where how many shapes are there ?".split(), *SIZES, *COLOURS, *NOUNS.values()]
-        + [f"{noun}{'es' if noun.endswith('s') else 's'}" for noun in NOUNS.values()]
-        + [*NUMBERS, *SIDES[0], *SIDES[1]]
-    )
-)  # of all questions and answers
+_OF_QUESTIONS = ("what", "colour", "is", "the", "shape", "where", "how", "many", "shapes", "are", "there", "?")
+_PLURALS = tuple(f"{noun}{'es' if noun.endswith('s') else 's'}" for noun in NOUNS.values())
+_OF_ANSWERS = (*NUMBERS, *SIDES[0], *SIDES[1])
+WORDS = (*_OF_QUESTIONS, *SIZES, *COLOURS, *NOUNS.values(), *_PLURALS, *_OF_ANSWERS)  # of all questions and answers
 
 
 class Asked(NamedTuple):

@@ -4,6 +4,7 @@ Axes: B batch, N tokens of the longest prompt, with those of its image.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,12 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tokentm_jax.data.examples import Example, Question, kind_of
 from tokentm_jax.errors import InputError
 from tokentm_jax.inputs.images import Preprocessing
+from tokentm_jax.inputs.pictures import SIDE, Panel
 from tokentm_jax.inputs.texts import Texts, Tokens, WordPieces, one_sentence
 from tokentm_jax.maths.primitives import PyTree
 
 WRITTEN, IMAGE, PROMPT = range(3)  # the `types` of tokens: of an answer, of the image, of the prompt's words
+SPACE = "▁"  # how vocabularies of SentencePiece write a space
 
 
 class Prompts(NamedTuple):
@@ -65,6 +69,8 @@ class PromptReader(WordPieces):
     start: str = ""
 
     kind = "photo with a question"
+    frame = "Photo"
+    figures = "png"
 
     @property
     def _pictures(self) -> Preprocessing:
@@ -100,7 +106,9 @@ class PromptReader(WordPieces):
         with one_sentence((self.file,)):
             encoded = self._engine.encode("".join(part for part, _ in parts), add_special_tokens=False)
         if encoded.overflowing:
-            raise InputError(f"the prompt has more than the {self.length} tokens of the model, with those of the image")
+            raise InputError(
+                f"the prompt has more than the {self.length} tokens of the model, with those of the image"
+            )
         ids = np.array(encoded.ids, np.int32)
         marks = np.concatenate([np.full(len(part), mark) for part, mark in parts])  # of each character
         special = np.array([marks[start] for start, _ in encoded.offsets], bool)
@@ -129,11 +137,52 @@ class PromptReader(WordPieces):
             raise InputError(f"every text must have {self.patches} tokens of its image, got {counts.tolist()}")
         return Prompts(images, tokens)
 
+    def found(self, argument: str, number: int = 1) -> dict[str, Any]:
+        """The photos that an argument names."""
+        return self._pictures.found(argument, number)
+
+    def opened(self, given: Any) -> Any:
+        return self._pictures.opened(given)
+
+    def panel(self, content: Any, title: str, side: int = SIDE, profile: str = "default") -> Panel:
+        return self._pictures.panel(content, title, side, profile)
+
     def normalise(self, prompts: Prompts) -> Prompts:  # pyright: ignore[reportIncompatibleMethodOverride]
         return prompts._replace(images=self._pictures.normalise(prompts.images))
 
     def unit(self, prompts: Prompts) -> Prompts:  # pyright: ignore[reportIncompatibleMethodOverride]
         return prompts._replace(images=self._pictures.unit(prompts.images))
+
+    def levels(self, example: Example, profile: str = "default") -> tuple[Any, Any]:
+        """A question about an image, whose mask rates the tokens of the image [N, 2]: of each a number as of a word,
+        and the share of its square that is marked. Other tokens have no number (-1)."""
+        if not isinstance(content := example.content, Question):
+            raise InputError(f"{example.key} is a {kind_of(content)}, and the model takes photos with questions")
+        image, mask = self._pictures.levels(Example(example.key, content.image, None, example.mask), profile)
+        tokens = self._prompt(content.text)
+        if mask is None:
+            return Prompts(image, tokens), None
+        side = math.isqrt(self.patches)
+        inside = mask.astype(bool).reshape(side, mask.shape[0] // side, side, -1).mean((1, 3)).ravel()
+        ratings = np.full((len(tokens.ids), 2), (-1.0, 0.0), np.float32)
+        ratings[tokens.types == IMAGE] = np.stack([np.arange(self.patches), inside], 1)
+        return Prompts(image, tokens), ratings
+
+    def stacked(self, samples: Any) -> Any:
+        """The results of `levels`, or tokens only, as a batch."""
+        if not isinstance(samples[0], Prompts):
+            return super().stacked(samples)
+        return Prompts(np.stack([each.images for each in samples]), super().stacked([each.tokens for each in samples]))
+
+    def batch(self, size: int) -> Prompts:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return Prompts(self._pictures.batch(size), super().batch(size))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The word pieces by number, without the space before those that begin a word; "" for a number without one."""
+        with one_sentence((self.file,)):
+            known = {number: name for name, number in self._engine.get_vocab().items()}
+        return tuple(known.get(i, "").removeprefix(SPACE) for i in range(max(known) + 1))
 
     def answered(self, prompt: Any, answer: np.ndarray, marks: np.ndarray) -> Any:
         return prompt._replace(tokens=super().answered(prompt.tokens, answer, marks))

@@ -1,5 +1,6 @@
 """What a decoder writes after a prompt, greedy or sampled, with a cache of keys and values."""
 
+import dataclasses
 from functools import partial
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ from tokentm_jax.inputs.prompts import Prompts
 from tokentm_jax.inputs.texts import Tokens
 from tokentm_jax.models.decoder import Cache, Decoder
 from tokentm_jax.models.loading import Model
+from tokentm_jax.models.vision_decoder import NextSeenWord, VisionDecoder
 from tokentm_jax.validation import checked
 
 ROOM = 64  # the cache has a multiple of this number of tokens, so that few sizes have to be compiled
@@ -71,6 +73,19 @@ def generate(
 def followed(model: Model, prompt: Any, answer: np.ndarray) -> Any:
     """A prompt [1, N] and the ids of an answer [M] after it, as one text with padding."""
     return model.preprocessing.answered(prompt, answer, np.isin(answer, model.module.end))
+
+
+def next_words(model: Model) -> Model:
+    """A vision-language model as a classifier of the word piece that follows a prompt, with the vocabulary as classes;
+    another model as it is."""
+    module = model.module
+    if not isinstance(module, VisionDecoder):
+        return model
+    fields = {field.name: getattr(module, field.name) for field in dataclasses.fields(module)}
+    classifier = NextSeenWord(**{name: value for name, value in fields.items() if name not in ("parent", "name")})
+    names = model.preprocessing.names
+    names = (*names, *[""] * (module.vocab_size - len(names)))[: module.vocab_size]
+    return dataclasses.replace(model, module=classifier, class_names=names)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from tokentm_jax.inputs.prompts import IMAGE, Prompts
-from tokentm_jax.inputs.texts import Texts, Tokens
+from tokentm_jax.inputs.texts import Texts, Tokens, last_token
 from tokentm_jax.models.blocks import Affine
 from tokentm_jax.models.decoder import Decoder, RMSNorm
 from tokentm_jax.models.vit import ViT
@@ -59,7 +59,9 @@ class VisionDecoder(Decoder):
         places = jnp.clip(jnp.cumsum(shown, 1) - 1, 0, image.shape[1] - 1)
         own = jnp.take_along_axis(image, places[..., None], 1)
         text = super().look_up(words._replace(ids=jnp.where(shown, 0, words.ids)))
-        return text._replace(embeddings=jnp.where(shown[..., None], own.astype(text.embeddings.dtype), text.embeddings))
+        return text._replace(
+            embeddings=jnp.where(shown[..., None], own.astype(text.embeddings.dtype), text.embeddings)
+        )
 
     def image_tokens(self, images: Array) -> Array:
         """Normalised images [B, H, W, C] -> their tokens [B, n / pool^2, D], as embeddings."""
@@ -81,3 +83,18 @@ class VisionDecoder(Decoder):
             x = self.norm_project(x)
         x = self.linear(x, *self.project(x.shape[-1]))
         return x if self.embed_scale == 1 else x / self.embed_scale  # images are not scaled as words are
+
+
+class NextSeenWord(VisionDecoder):
+    """The same model as a classifier: `Prompts` -> logits [B, V] of the word piece that follows each prompt."""
+
+    @property
+    def num_classes(self) -> int:
+        return self.vocab_size
+
+    def reads(self, mask: Array) -> Array:
+        """r0 [B, N]: the head reads the last token; mask [B, N]."""
+        return last_token(mask)
+
+    def __call__(self, texts: Texts | Tokens | Prompts) -> Array:
+        return self.after(texts)

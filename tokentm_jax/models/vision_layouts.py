@@ -75,7 +75,9 @@ def read_vision_folder(folder: Path) -> tuple[VisionDecoder, dict[str, Any], Pro
         wanted = (vision.embed_dim, module.embed_dim) if path == "project" else (vision.embed_dim,)
         found = np.shape(value["scale"] if isinstance(value, dict) else value)
         if value is not None and found != wanted:
-            raise InputError(f"{folder}: the projection of images has the shape {list(found)} instead of {list(wanted)}")
+            raise InputError(
+                f"{folder}: the projection of images has the shape {list(found)} instead of {list(wanted)}"
+            )
     return module, params, _reader(folder, config, kind, module, count)
 
 
@@ -90,7 +92,9 @@ def _parts(stored: Tensors, folder: Path) -> dict[str, Tensors]:
         short = re.sub(r"^multi_modal_projector\.", "project.", short)
         part, _, rest = short.partition(".")
         if part not in parts:
-            raise InputError(f"the weights of {folder} hold {name!r:.80}, which is of no vision-language model known here")
+            raise InputError(
+                f"the weights of {folder} hold {name!r:.80}, which is of no vision-language model known here"
+            )
         parts[part][rest] = tensor
     return parts
 

@@ -24,6 +24,7 @@ from tokentm_jax.methods.explain import compiled
 from tokentm_jax.metrics.task import CLEAN, PREDICTED, TARGET
 from tokentm_jax.metrics.tasks import TASKS
 from tokentm_jax.models.classes import translation
+from tokentm_jax.models.generation import next_words
 from tokentm_jax.models.loading import Model, load
 from tokentm_jax.runs.maps import Maps
 from tokentm_jax.runs.programs import Measured, Programs
@@ -86,7 +87,7 @@ def evaluate(
     """
     config = check(config)
     source = examples(config) if source is None else source
-    vit = load(config.model, config.checkpoint) if vit is None else vit
+    vit = next_words(load(config.model, config.checkpoint) if vit is None else vit)
     out = Path("runs", config.name) if out is None else Path(out)
     config = dataclasses.replace(config, label_map=read_label_map(config.label_map))
     if not any(row.method == RANDOM and not row.options.get("pixels") for row in config.rows):

@@ -19,7 +19,7 @@ config = QuestionTrainConfig(
     },
     scenes=16_000,
     test_scenes=400,
-    epochs=3.0,
+    epochs=2.0,
     warmup_epochs=0.2,
     batch_size=16,
     questions=4,
