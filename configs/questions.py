@@ -16,7 +16,16 @@ from tokentm_jax import EvaluateConfig
 from tokentm_jax.configs import rows
 
 METHODS = ("tokentm", "gae", "rollout", "raw_attention", "transformer_attribution", "attn_lrp", "libra_tokentm")
-METHODS += ("grad_cam", "gradient_x_input", "integrated_gradients", "occlusion", "tokentm_mix")
+METHODS += (
+    "libra_attcat",
+    "legrad",
+    "conservative_lrp",
+    "grad_cam",
+    "gradient_x_input",
+    "integrated_gradients",
+    "occlusion",
+    "tokentm_mix",
+)
 
 
 def get_config(

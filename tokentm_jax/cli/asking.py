@@ -160,8 +160,9 @@ def _print(name: str, result: dict[str, Any]) -> None:
             most = max((abs(each["score"]) for each in own["words"]), default=0) or 1
             best = sorted(own["words"], key=lambda each: -each["score"])[:TOP]
             reasons = ", ".join(f"{each['token']} {each['score'] / most:.2f}" for each in best)
-            share = f"{100 * word['probability']:5.1f} %  image {100 * own['image']:.0f} %"
-            line = f"  {word['word']:8} {share}, words {100 - 100 * own['image']:.0f} %: {reasons}  ({method})"
+            of = f"  ({method})" if len(word["methods"]) > 1 else ""
+            shares = f"{100 * word['probability']:5.1f} %  image {100 * own['image']:3.0f} %"
+            line = f"  {word['word']:8} {shares}  {reasons}{of}"
             out.print(printable(line), markup=False, highlight=False)
     for file in result["files"]:
         click.echo(f" {printable(file)}")

@@ -23,9 +23,9 @@ def _methods(ctx: click.Context) -> Iterable[str]:
 
 def _models(ctx: click.Context) -> Iterable[str]:
     from tokentm_jax.models.architectures import ARCHITECTURES
-    from tokentm_jax.models.loading import shipped
+    from tokentm_jax.models.loading import shipped, shipped_folders
 
-    return [*shipped(), *ARCHITECTURES]
+    return [*shipped(), *shipped_folders(), *ARCHITECTURES]
 
 
 def _classes(ctx: click.Context) -> Iterable[str]:

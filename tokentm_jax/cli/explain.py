@@ -134,6 +134,8 @@ def explain(
         shared.make_folder(out)
         explain_asked(vit, samples, Asked(ask, versus, chosen, settings, kind or "png", title, look), out, as_json)
         return
+    if hasattr(vit.module, "image_grid"):
+        raise InputError(f"{vit.name} answers questions about photos: ask one, with --ask")
     reader = vit.preprocessing
     kind = str(kind or reader.figures)
     if kind == "html" and (reader.figures != kind or squares or colours != "inferno"):

