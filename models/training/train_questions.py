@@ -152,7 +152,7 @@ def answer_accuracy(module: VisionDecoder, params: Any, count: int, size: int = 
     found = []
     for first in range(0, count, size):
         indices = np.arange(first, first + size) % count
-        batch = _batch(module.vision.patch_size, "test", indices, [[*ASKED]] * size)
+        batch = _batch(module.vision.tiling.patch[0], "test", indices, [[*ASKED]] * size)
         found.append(np.asarray(_right(module, params, batch))[: count - first])
     return dict(zip(ASKED, np.concatenate(found).mean(0).tolist(), strict=True))
 
@@ -194,7 +194,7 @@ def train_questions(
             begin(
                 optimiser, {"model": init_params(module, jax.random.key(config.seed)), "probe": probe}, averaged=True
             ),
-            partial(_batches, config, module.vision.patch_size),
+            partial(_batches, config, module.vision.tiling.patch[0]),
             lambda state, _, batch: step(state, batch),
             measure,
             out,

@@ -3,6 +3,8 @@
 Axes as in `decoder`, and n patches, of which each `pool` x `pool` square is one token of the image.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -48,9 +50,10 @@ class VisionDecoder(Decoder):
 
     def look_up(self, tokens: Tokens | Prompts) -> Texts:
         """Word pieces -> their embeddings, and the image's tokens at their places; NaN for an unknown id."""
-        if isinstance(tokens, Tokens):
-            return super().look_up(tokens)
-        return self.placed(tokens.tokens, self.image_tokens(tokens.images))
+        given: Any = tokens
+        if not hasattr(given, "images"):
+            return super().look_up(given)
+        return self.placed(given.tokens, self.image_tokens(given.images))
 
     def placed(self, words: Tokens, image: Array) -> Texts:
         """Word pieces [B, N] and the tokens of an image each, [B, K, D], as texts: the k-th token of the image is at
@@ -96,5 +99,5 @@ class NextSeenWord(VisionDecoder):
         """r0 [B, N]: the head reads the last token; mask [B, N]."""
         return last_token(mask)
 
-    def __call__(self, texts: Texts | Tokens | Prompts) -> Array:
+    def __call__(self, texts: Any) -> Array:
         return self.after(texts)

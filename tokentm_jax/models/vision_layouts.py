@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tokentm_jax.errors import InputError
-from tokentm_jax.inputs.prompts import IMAGE, PROMPT, PromptReader
+from tokentm_jax.inputs.prompts import IMAGE, PROMPT, WRITTEN, PromptReader
 from tokentm_jax.inputs.texts import WordPieces
 from tokentm_jax.models import folders
 from tokentm_jax.models.architectures import build
@@ -71,13 +71,12 @@ def read_vision_folder(folder: Path) -> tuple[VisionDecoder, dict[str, Any], Pro
     fields = {field.name: getattr(text, field.name) for field in dataclasses.fields(text)}
     fields = {name: value for name, value in fields.items() if name not in ("parent", "name")}
     module = VisionDecoder(**{**fields, **options}, vision=vision)
-    for path, value in (("project", params["project"]["kernel"]), ("norm_project", params.get("norm_project"))):
-        wanted = (vision.embed_dim, module.embed_dim) if path == "project" else (vision.embed_dim,)
-        found = np.shape(value["scale"] if isinstance(value, dict) else value)
-        if value is not None and found != wanted:
-            raise InputError(
-                f"{folder}: the projection of images has the shape {list(found)} instead of {list(wanted)}"
-            )
+    own, width = vision.embed_dim, module.embed_dim
+    wanted = {"kernel": (own, width), "bias": (width,), "scale": (own,)}
+    for name, array in {**params["project"], **params.get("norm_project", {})}.items():
+        if array.shape != wanted[name]:
+            shapes = f"{list(array.shape)} instead of {list(wanted[name])}"
+            raise InputError(f"the projection of images of {folder} does not fit the model: its {name} is {shapes}")
     return module, params, _reader(folder, config, kind, module, count)
 
 
@@ -116,8 +115,8 @@ def _reader(folder: Path, config: Section, kind: str, module: VisionDecoder, cou
     image = config("image_token_index", Count, config("image_token_id", Count, None))
     if image is None:
         raise InputError(f"{config.where} lacks 'image_token_index'")
-    known = {"vocabulary": max(module.vocab_size, image + 1), "types": 3}
-    reader = PromptReader(pieces.file, pieces.content, pieces.length, **known)
+    vocabulary = max(module.vocab_size, image + 1)
+    reader = PromptReader(pieces.file, pieces.content, pieces.length, vocabulary, types=len((WRITTEN, IMAGE, PROMPT)))
     reader = dataclasses.replace(reader, pictures=pictures, image=image, patches=count, begin="<bos>")
     if kind == "paligemma":  # the image, <bos>, the prompt, a line's end
         return dataclasses.replace(reader, begin="", between="<bos>", after="\n")
