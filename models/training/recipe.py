@@ -114,6 +114,7 @@ class QuestionTrainConfig:
     test_scenes: Annotated[int, Ge(1)] = 2_000
     questions: Annotated[int, Ge(1), Le(5)] = 4  # about each scene of a batch
     epochs: Annotated[float, Gt(0), Le(1_000_000)] = 1.0
+    tower_epochs: NotNegative = 0.0  # of these, the first ones, in which only the tower learns: they cost a fifth
     warmup_epochs: NotNegative = 0.05
     batch_size: Annotated[int, Ge(1), Le(2**20)] = 32  # scenes
     learning_rate: Positive = 6e-3

@@ -69,7 +69,7 @@ class Batch(NamedTuple):
 
 def _batch(patch: int, split: Any, indices: np.ndarray, kinds: list[list[str]]) -> Batch:
     scenes = [drawn(int(index), split) for index in indices]
-    ids = np.full((len(scenes), len(kinds[0]), LONGEST), PAD, np.int32)
+    ids = np.full((len(scenes), len(kinds[0]), LONGEST), PAD, np.int32)  # perhaps of no questions
     starts, ends = np.zeros((2, *ids.shape[:2]), np.int32)
     for place, (index, scene) in enumerate(zip(indices, scenes, strict=True)):
         for which, about in enumerate(kinds[place]):
@@ -96,14 +96,15 @@ def _kinds(scene: Scene, patch: int) -> np.ndarray:
 KINDS = 1 + len(SHAPES) * len(COLOURS) * len(questions.SIZES)
 
 
-def _batches(config: QuestionTrainConfig, patch: int, start: int) -> Iterator[Batch]:
-    """Endless batches from step `start` on, each of (seed, step)."""
+def _batches(config: QuestionTrainConfig, patch: int, alone: int, start: int) -> Iterator[Batch]:
+    """Endless batches from step `start` on, each of (seed, step); the first `alone` ones without questions."""
     step = start
     while True:
         random = np.random.default_rng([config.seed, step])
         size = config.batch_size
         indices = np.arange(step * size, (step + 1) * size)
-        kinds = [[ASKED[k] for k in random.permutation(len(ASKED))[: config.questions]] for _ in range(size)]
+        count = 0 if step < alone else config.questions
+        kinds = [[ASKED[k] for k in random.permutation(len(ASKED))[:count]] for _ in range(size)]
         yield _batch(patch, "train", indices, kinds)
         step += 1
 
@@ -132,12 +133,18 @@ def _answers(module: VisionDecoder, params: Any, batch: Batch) -> tuple[Array, A
 
 
 def loss_of(module: VisionDecoder, params: Any, batch: Batch) -> Array:
-    """The mean cross-entropy of the answers' tokens, plus that of the kind of part that each patch shows, which a
-    linear map of the tower's tokens must give: so the tower learns from the first step on."""
-    logits, ids, counted, seen = _answers(module, params["model"], batch)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, ids)
+    """The mean cross-entropy of the answers' tokens, if there are questions, plus that of the kind of part that each
+    patch shows, which a linear map of the tower's tokens must give: so the tower learns from the first step on."""
+    if batch.ids.shape[1]:
+        logits, ids, counted, seen = _answers(module, params["model"], batch)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, ids)
+        loss = jnp.where(counted, losses, 0).sum() / counted.sum()
+    else:
+        images = PREPROCESSING.normalise(unit(batch.images))
+        seen: Any = module.apply({"params": params["model"]}, images, method="patch_tokens")
+        loss = jnp.zeros(())
     shown = optax.softmax_cross_entropy_with_integer_labels(seen @ params["probe"]["kernel"], batch.kinds)
-    return jnp.where(counted, losses, 0).sum() / counted.sum() + shown.mean()
+    return loss + shown.mean()
 
 
 @partial(jax.jit, static_argnums=0)
@@ -176,12 +183,18 @@ def train_questions(
     optimiser = muon(config, per_epoch)
     probe = {"kernel": 0.02 * jax.random.normal(jax.random.key(config.seed), (module.vision.embed_dim, KINDS))}
 
-    @partial(jax.jit, donate_argnums=0)
-    def step(state: State, batch: Batch) -> tuple[State, Array]:
-        return descend(optimiser, state, partial(_loss, batch=batch), config.ema_decay)
+    alone = round(config.tower_epochs * per_epoch)
 
-    def _loss(params: Any, batch: Batch) -> Array:
+    def loss(params: Any, batch: Batch) -> Array:
         return loss_of(module, params, batch)
+
+    @jax.jit
+    def step(state: State, batch: Batch) -> tuple[State, Array]:
+        after, found = descend(optimiser, state, partial(loss, batch=batch), config.ema_decay)
+        if not batch.ids.shape[1]:  # nothing but the tower learns; without gradients, other weights would only decay
+            old, new = state.params["model"], after.params["model"]
+            after = after._replace(params=after.params | {"model": old | {"vision": new["vision"]}})
+        return after, found
 
     def measure(state: State) -> float:
         found = answer_accuracy(module, state.average["model"], config.test_scenes)
@@ -194,7 +207,7 @@ def train_questions(
             begin(
                 optimiser, {"model": init_params(module, jax.random.key(config.seed)), "probe": probe}, averaged=True
             ),
-            partial(_batches, config, module.vision.tiling.patch[0]),
+            partial(_batches, config, module.vision.tiling.patch[0], alone),
             lambda state, _, batch: step(state, batch),
             measure,
             out,
