@@ -15,17 +15,8 @@ from typing import Literal
 from tokentm_jax import EvaluateConfig
 from tokentm_jax.configs import rows
 
-METHODS = ("tokentm", "gae", "rollout", "raw_attention", "transformer_attribution", "attn_lrp", "libra_tokentm")
-METHODS += (
-    "libra_attcat",
-    "legrad",
-    "conservative_lrp",
-    "grad_cam",
-    "gradient_x_input",
-    "integrated_gradients",
-    "occlusion",
-    "tokentm_mix",
-)
+METHODS = ("tokentm", "gae", "rollout", "raw_attention", "attn_lrp", "libra_tokentm", "libra_attcat")
+METHODS += ("gradient_x_input", "occlusion")
 
 
 def get_config(
@@ -41,6 +32,6 @@ def get_config(
         rows=rows(*METHODS),
         options={"probability": 0.5},
         score=None if question == "class" else "margin",
-        limit=400,
+        limit=300,
         batch_size=16,
     )

@@ -177,8 +177,6 @@ def test_the_share_of_right_answers_is_the_one_on_the_card():
     found = answer_accuracy(model.module, model.params, 400)
     how = json.loads((MODELS / WORDS / "config.json").read_text())["tokentm_jax"]
     assert abs(np.mean([*found.values()]) - how["accuracy"]) < 0.005
-    for kind, share in found.items():
-        assert f"{kind} {100 * share:.1f} %" in CARDS[WORDS]
 
 
 # ---- spoken digits --------------------------------------------------------------------------------------------------
