@@ -152,7 +152,7 @@ def test_a_question_is_answered_and_explained():
     model, found = tm.load(WORDS), asked(QUESTION, "test", "colour")
     assert found.question == "What colour is the large circle?"
     reasons = tm.explain_words(model, found.question, image=found.scene.image, method="attn_lrp")
-    assert reasons.answer.split()[0] == found.answer[0]
+    assert reasons.pieces[reasons.start] == f" {found.answer[0]}"
     y, x = np.unravel_index(reasons.image_maps[0].argmax(), (8, 8))
     patch = found.scene.ids[8 * y : 8 * y + 8, 8 * x : 8 * x + 8]
     assert (patch == found.causes[0][0]).any()

@@ -73,6 +73,7 @@ def test_tokens_see_later_ones_of_the_types_that_the_layout_names(kind, sees):
         assert moved[place, place] and (not both or moved[place, first])
 
 
+@pytest.mark.slow
 def test_the_effects_of_image_and_words_are_gradients_of_their_embeddings():
     model, prompt = asked("gemma3")
     found = tm.explain_words(model, prompt, [9, 10], "gradient_x_input")
