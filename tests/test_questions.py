@@ -65,6 +65,7 @@ def test_questions_are_a_source():
     source = open_source("questions:colour:test")
     assert source.class_names == WORDS and len(source) == 2000 and source.masked
     example, found = source[3], asked(3, "test", "colour")
+    assert isinstance(example.label, int)
     assert example.content.text == found.question and WORDS[example.label] == found.answer[0]
     np.testing.assert_array_equal(example.mask, np.isin(found.scene.ids, found.causes[0]))
     for spec, message in (("questions:size:test", "colour"), ("questions:all:dev", "questions:KIND:test")):
