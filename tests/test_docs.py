@@ -241,14 +241,14 @@ def test_every_option_is_documented():
 
 
 def test_every_field_and_name_is_documented():
-    from models.training.recipe import AmortiseConfig, TextTrainConfig, TrainConfig
+    from models.training.recipe import AmortiseConfig, QuestionTrainConfig, TextTrainConfig, TrainConfig
     from tokentm_jax.configs import EvaluateConfig
     from tokentm_jax.metrics.tasks import TASKS
     from tokentm_jax.runs.leaderboard import LeaderboardConfig
 
     page = lambda name: (ROOT / "docs" / "reference" / name).read_text()  # noqa: E731
     configs, api = page("configs.md") + page("training.md"), page("api.md")
-    kinds = (EvaluateConfig, LeaderboardConfig, TextTrainConfig, TrainConfig, AmortiseConfig)
+    kinds = (EvaluateConfig, LeaderboardConfig, TextTrainConfig, TrainConfig, AmortiseConfig, QuestionTrainConfig)
     fields = [field.name for kind in kinds for field in dataclasses.fields(kind)]
     files = [path.name for folder in ("configs", "models/training/recipes") for path in (ROOT / folder).glob("*.py")]
     missing = [name for name in (*fields, *files) if f"`{name}`" not in configs]

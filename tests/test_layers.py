@@ -71,7 +71,7 @@ def test_the_mathematics_needs_jax_alone():
 
 def test_a_modality_is_known_to_its_file_only():
     """Elsewhere nothing asks which modality an input or a reader is of: it calls their members."""
-    classes = {"Texts", "Tokens", "Images", "WordPieces", "Preprocessing", "Recording"}
+    classes = {"Texts", "Tokens", "Prompts", "Images", "WordPieces", "PromptReader", "Preprocessing", "Recording"}
     for path in PACKAGE.rglob("*.py"):
         if room(path) in ("inputs", "data"):
             continue
@@ -90,7 +90,17 @@ def test_the_package_does_not_train():
 
 def test_only_the_inputs_know_their_kinds():
     """Elsewhere, what differs between images, recordings and texts is a member of the reader or of the inputs."""
-    kinds = {"Images", "Passage", "Preprocessing", "Recording", "Texts", "Tokens", "WordPieces"}
+    kinds = {
+        "Images",
+        "Passage",
+        "Preprocessing",
+        "Prompts",
+        "PromptReader",
+        "Recording",
+        "Texts",
+        "Tokens",
+        "WordPieces",
+    }
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())) if room(path) not in ("inputs", "data") else ():
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":

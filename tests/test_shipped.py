@@ -1,6 +1,7 @@
 """The models that the project trained and ships."""
 
 import hashlib
+import json
 import re
 import subprocess
 import sys
@@ -12,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import safe_open
 
 import tokentm_jax as tm
 from models.training.data import load_dataset
 from tokentm_jax import metrics
+from tokentm_jax.data.questions import asked
 from tokentm_jax.data.scenes import A, B, C, scene
 from tokentm_jax.models.checkpoint import read_description
 
@@ -23,7 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "models"
 CARDS = dict(re.findall(r"^# (\w+)\n(.*?)(?=^# |\Z)", (MODELS / "README.md").read_text(), re.DOTALL | re.MULTILINE))
 IMAGES = {"cifar10_distilled": 0.88, "cifar10_vit": 0.75}  # the least share of the test images that is right
-SCENES = sorted(name for name in CARDS if name.startswith("scenes_"))
+WORDS, QUESTION = "scenes_words", 5  # a folder; the number of a scene with the question of the pages
+SCENES = sorted(name for name in CARDS if name.startswith("scenes_") and name != WORDS)
 RECORDINGS = {"spoken_digits": "*_[0-3].wav", "spoken_digits_four": "*_theo_*"}  # what each was not trained on
 
 
@@ -124,7 +128,7 @@ def test_the_explainer_is_as_close_as_two_pairs_of_orders(shared):
 
 
 def test_all_shipped_models_are_small():
-    assert sum(path.stat().st_size for path in MODELS.glob("*.safetensors")) < 13_000_000
+    assert sum(path.stat().st_size for path in MODELS.rglob("*.safetensors")) < 13_000_000
 
 
 @pytest.mark.slow
@@ -157,6 +161,41 @@ def test_parts_that_cause_nothing_by_the_rule_have_almost_no_effect(name):
     others = [d for d, kind in kinds if kind not in (A, B)]
     bystanders = [d for d, kind in kinds if kind == C]
     assert np.mean(others) < 0.3 and np.mean(bystanders) < 0.3 and np.mean(causes) > 5 * np.mean(others)
+
+
+# ---- questions about scenes -----------------------------------------------------------------------------------------
+
+
+def test_a_question_is_answered_and_explained():
+    pytest.importorskip("tokenizers")
+    model, found = tm.load(WORDS), asked(QUESTION, "test", "colour")
+    assert found.question == "What colour is the large circle?"
+    reasons = tm.explain_words(model, found.question, image=found.scene.image, method="attn_lrp")
+    assert reasons.pieces[reasons.start] == f" {found.answer[0]}"
+    y, x = np.unravel_index(reasons.image_maps[0].argmax(), (8, 8))
+    patch = found.scene.ids[8 * y : 8 * y + 8, 8 * x : 8 * x + 8]
+    assert (patch == found.causes[0][0]).any()
+
+
+def test_the_card_of_the_model_of_words_is_true():
+    card, how = CARDS[WORDS], json.loads((MODELS / WORDS / "config.json").read_text())["tokentm_jax"]
+    content = (MODELS / WORDS / "model.safetensors").read_bytes()
+    assert hashlib.sha256(content).hexdigest() in card and f"{len(content):,} bytes" in card
+    assert f"{how['accuracy']:.1%}".replace("%", " %") in card
+    with safe_open(MODELS / WORDS / "model.safetensors", "numpy") as file:
+        count = sum(int(np.prod(file.get_slice(name).get_shape())) for name in file.keys())  # noqa: SIM118
+    assert f"{count:,} parameters" in card
+
+
+@pytest.mark.slow
+def test_the_share_of_right_answers_is_the_one_on_the_card():
+    pytest.importorskip("tokenizers")
+    from models.training.train_questions import answer_accuracy
+
+    model = tm.load(WORDS)
+    found = answer_accuracy(model.module, model.params, 400)
+    how = json.loads((MODELS / WORDS / "config.json").read_text())["tokentm_jax"]
+    assert abs(np.mean([*found.values()]) - how["accuracy"]) < 0.005
 
 
 # ---- spoken digits --------------------------------------------------------------------------------------------------

@@ -78,6 +78,12 @@ def writing(path: Path) -> list[str]:
     assert_type(score.of_next().open, bool)
     reasons: tm.Reasons = tm.explain_words(model, "The capital of France is", " Paris", "gae", against="London")
     assert_type(reasons.answer, str)
+    if isinstance(decoder, tm.models.VisionDecoder):
+        assert_type(decoder.image_grid, tuple[int, int])
+        prompt: tm.inputs.Prompts = model.read([("scene.png", "What is there?")])
+        followed: tm.inputs.Prompts = tm.models.generate(model, prompt, 4)
+        seen = tm.explain_words(model, "What is there?", image="scene.png")
+        return seen.pieces + model.preprocessing.decode(followed.tokens)
     return written + reasons.pieces
 
 

@@ -35,7 +35,8 @@ def train(
     """Train a model by a recipe; started again with the same folder, it goes on where it stopped.
 
     RECIPE.py is a Python file that is run, and whose `config`, or what its `get_config(KEY=VALUE, ...)` returns, is a
-    TrainConfig, a TextTrainConfig for sentences, or an AmortiseConfig for an explainer.
+    TrainConfig, a TextTrainConfig for sentences, a QuestionTrainConfig for questions about scenes, or an
+    AmortiseConfig for an explainer.
 
     \b
     Example:
@@ -44,16 +45,21 @@ def train(
     from models.training import train as photos
     from models.training.amortise import train_explainer
     from models.training.data import load_dataset
-    from models.training.recipe import AmortiseConfig, TextTrainConfig, TrainConfig
+    from models.training.recipe import AmortiseConfig, QuestionTrainConfig, TextTrainConfig, TrainConfig
+    from models.training.train_questions import train_questions
     from models.training.train_text import read_sentences, train_text
     from tokentm_jax.models.architectures import build
 
     given = {"train_data": train_data, "test_data": test_data, "epochs": epochs}
-    config = read_recipe(recipe, TrainConfig, TextTrainConfig, AmortiseConfig)
+    config = read_recipe(recipe, TrainConfig, TextTrainConfig, AmortiseConfig, QuestionTrainConfig)
+    if isinstance(config, QuestionTrainConfig) and (train_data or test_data or limit):
+        raise InputError("scenes are rendered: leave out --train, --test and --limit")
     config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
     if isinstance(config, TextTrainConfig):
         sets = (read_sentences(p, len(config.class_names), limit) for p in (config.train_data, config.test_data))
         job = partial(train_text, config, *sets)
+    elif isinstance(config, QuestionTrainConfig):
+        job = partial(train_questions, config)
     elif isinstance(config, AmortiseConfig):
         data = load_dataset(config.train_data, limit or config.images)
         job = partial(train_explainer, config, data, load_dataset(config.test_data, limit or config.test_images))

@@ -51,7 +51,7 @@ def muon(config: Any, per_epoch: int) -> optax.GradientTransformation:
     """
 
     def matrix(path: Any, _: Array) -> optax.contrib.MuonDimensionNumbers | None:
-        inside = path[0].key == "blocks" and path[-1].key == "kernel"  # [L, I, O]
+        inside = any(part.key == "blocks" for part in path) and path[-1].key == "kernel"  # [L, I, O]
         return optax.contrib.MuonDimensionNumbers(1, 2) if inside else None
 
     return optax.chain(

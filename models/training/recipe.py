@@ -104,6 +104,29 @@ class TextTrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class QuestionTrainConfig:
+    """One recipe: a small vision-language model, of questions about rendered scenes. Durations in epochs."""
+
+    name: Name
+    vision: Mapping[str, Any]  # fields of `ViT`
+    text: Mapping[str, Any]  # fields of `Decoder`
+    scenes: Annotated[int, Ge(1)] = 100_000  # in an epoch; each is rendered when it is needed
+    test_scenes: Annotated[int, Ge(1)] = 2_000
+    questions: Annotated[int, Ge(1), Le(5)] = 4  # about each scene of a batch
+    epochs: Annotated[float, Gt(0), Le(1_000_000)] = 1.0
+    tower_epochs: NotNegative = 0.0  # of these, the first ones, in which only the tower learns: they cost a fifth
+    warmup_epochs: NotNegative = 0.05
+    batch_size: Annotated[int, Ge(1), Le(2**20)] = 32  # scenes
+    learning_rate: Positive = 6e-3
+    weight_decay: NotNegative = 0.1
+    beta_2: NotAll = 0.99
+    clip_norm: Positive = 1.0
+    ema_decay: NotAll = 0.998
+    seed: Annotated[int, Ge(0), Le(2**31 - 1)] = 0
+    checkpoint_epochs: Positive = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
 class AmortiseConfig:
     """One recipe: the model that is explained, photos, and how an explainer is fitted to sampled Shapley values."""
 

@@ -23,16 +23,16 @@ def _methods(ctx: click.Context) -> Iterable[str]:
 
 def _models(ctx: click.Context) -> Iterable[str]:
     from tokentm_jax.models.architectures import ARCHITECTURES
-    from tokentm_jax.models.loading import shipped
+    from tokentm_jax.models.loading import shipped, shipped_folders
 
-    return [*shipped(), *ARCHITECTURES]
+    return [*shipped(), *shipped_folders(), *ARCHITECTURES]
 
 
 def _classes(ctx: click.Context) -> Iterable[str]:
     """The classes of the model that is named, or of the default one; of ImageNet where the model is not shipped."""
+    from tokentm_jax.data.labels import read_names
     from tokentm_jax.models.checkpoint import read_description
     from tokentm_jax.models.loading import DEFAULT_MODEL, shipped
-    from tokentm_jax.models.loading import _read_names as read_names
 
     model, checkpoint, classes = (ctx.params.get(name) for name in ("model", "checkpoint", "classes"))
     if classes:

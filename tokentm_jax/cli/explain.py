@@ -17,6 +17,7 @@ from tokentm_jax.identity import digest
 
 KINDS = click.Choice(["png", "pdf", "svg", "html"])
 SPEECH = "spoken_digits"  # the shipped model of recordings
+ASKED = "scenes_words"  # the shipped model that answers questions
 BATCH = 8
 
 of_method = click.option(
@@ -44,6 +45,10 @@ of_option = click.option(
 @click.option(
     "--text", "prompts", multiple=True, metavar="PROMPT", help="Explain a prompt, with CLIP or SigLIP; repeatable."
 )
+@click.option(
+    "--ask", type=TEXT, metavar="QUESTION",
+    help="Ask a vision-language model about photos, and explain each word of its answer; default model: scenes_words.",
+)  # fmt: skip
 @click.option("--out", type=PATH, default="explanations", show_default=True, help="Folder.")
 @of_option
 @click.option("--batch-size", type=click.IntRange(1, 1024), default=BATCH, show_default=True)
@@ -65,6 +70,7 @@ def explain(
     targets: tuple[str, ...],
     versus: str | None,
     prompts: tuple[str, ...],
+    ask: str | None,
     out: Path,
     options: tuple[str, ...],
     batch_size: int,
@@ -90,6 +96,9 @@ def explain(
     where a method gives no signs; elsewhere each with its score on a line. Texts are written to text-1.npz, text-2.npz
     and so on, and to one page.
 
+    With --ask, the picture of a photo has a map for each word of the answer, and the table has the words of the
+    question that matter. --versus is then another word: why the answer, and not this one.
+
     The same command replaces its files; where another question was answered before, or a file of yours is, <name>-2 is
     the next name.
 
@@ -102,9 +111,11 @@ def explain(
       tokentm explain cat.jpg --versus dog
       tokentm explain cat.jpg --model hf-hub:openai/clip-vit-base-patch32 --text "a cat" --text "whiskers"
       tokentm explain cat.jpg --option ffn=false --json
+      tokentm explain scene.png --ask "What colour is the large circle?"
       tokentm explain seven.wav --model spoken_digits
       tokentm explain "a stirring, funny film" --model runs/sst2_minilm
     """
+    from tokentm_jax.cli.asking import Asked, explain_asked
     from tokentm_jax.cli.heatmaps import Job, Writer, classes_asked, columns_of, print_result, prompts_asked
     from tokentm_jax.cli.words import page_of, signed_methods
     from tokentm_jax.inputs.pictures import look_of
@@ -114,9 +125,17 @@ def explain(
     if prompts and (targets or versus is not None):
         raise InputError("--text explains a prompt: leave out --target and --versus")
     look = look_of(colours, squares)
+    if ask is not None and (targets or prompts):
+        raise InputError("--ask explains the words of an answer: leave out --target and --text")
     shared.start_jax()
-    vit = load(model, checkpoint, class_names=classes)
+    vit = load(ASKED if ask is not None and checkpoint is None is model else model, checkpoint, class_names=classes)
     vit = vit.mixed() if mixed_precision else vit
+    if ask is not None:
+        shared.make_folder(out)
+        explain_asked(vit, samples, Asked(ask, versus, chosen, settings, kind or "png", title, look), out, as_json)
+        return
+    if hasattr(vit.module, "image_grid"):
+        raise InputError(f"{vit.name} answers questions about photos: ask one, with --ask")
     reader = vit.preprocessing
     kind = str(kind or reader.figures)
     if kind == "html" and (reader.figures != kind or squares or colours != "inferno"):

@@ -45,13 +45,18 @@ def _sides(size: int | Sequence[int]) -> str:
 def _model_rows() -> Iterator[dict[str, Any]]:
     from tokentm_jax.models.architectures import TIMM, build, repositories
     from tokentm_jax.models.checkpoint import read_description, read_safetensors
-    from tokentm_jax.models.loading import shipped
+    from tokentm_jax.models.folders import CONFIG, read_section, read_weights
+    from tokentm_jax.models.loading import shipped, shipped_folders
 
     models: dict[str, Any] = {}  # options, number of parameters, and whether it is shipped
     for name, file in shipped().items():
         if description := read_description(file):
             count = sum(tensor.size for tensor in read_safetensors(file).values())
             models[name] = description["architecture"], count, True
+    for name, folder in shipped_folders().items():
+        vision = read_section(folder / CONFIG, "model").section("vision_config")
+        options = {"img_size": vision("image_size", int), "patch_size": vision("patch_size", int)}
+        models[name] = options, sum(tensor.size for tensor in read_weights(folder).values()), True
     models |= {name: (row["options"], row["parameters"], False) for name, row in TIMM.items()}
     for name, (options, count, is_shipped) in models.items():
         module = build(options)

@@ -10,9 +10,9 @@ import numpy as np
 from annotated_types import Ge, Gt, Le
 from PIL import Image
 
-from tokentm_jax.data import programs
+from tokentm_jax.data import programs, questions
 from tokentm_jax.data.audio import Recording
-from tokentm_jax.data.examples import Example, Source, kind_of
+from tokentm_jax.data.examples import Example, Question, Source, kind_of
 from tokentm_jax.data.labels import number
 from tokentm_jax.data.prompts import EVERY, KINDS, PROMPTS, WORDS, prompt
 from tokentm_jax.data.scenes import RULES, SPLITS, scene
@@ -28,7 +28,7 @@ Open = Callable[[str], Source]
 
 
 def open_causes(spec: str, open_source: Open) -> Source:
-    """The data set of "scenes:RULE:SPLIT", "programs:NAME", "prompts:KIND", "mosaic:K:DATA" or
+    """The data set of "scenes:RULE:SPLIT", "questions:KIND:SPLIT", "programs:NAME", "prompts:KIND", "mosaic:K:DATA" or
     "trigger:OPTIONS:DATA"; `open_source` opens DATA.
 
     Raises InputError.
@@ -39,6 +39,8 @@ def open_causes(spec: str, open_source: Open) -> Source:
         return _programs(spec)
     if spec.startswith("prompts:"):
         return _prompts(spec)
+    if spec.startswith("questions:"):
+        return _questions(spec)
     return (_mosaics if spec.startswith("mosaic:") else _triggers)(spec, open_source)
 
 
@@ -101,6 +103,27 @@ def _prompts(spec: str) -> Source:
     return Source(
         spec, lambda: identity, keys, read, names, masked=True, parts=True, sizes=sizes, stamp=lambda _: identity
     )
+
+
+def _questions(spec: str) -> Source:
+    """Questions about rendered scenes: the class is the first word of the answer, and the mask has the parts that it
+    follows from."""
+    _, about, split = [*spec.split(":"), "", ""][:3]
+    if about not in (*questions.ASKED, "all"):
+        raise suggest("kind of question", about, [*questions.ASKED, "all"])
+    if split not in questions.SPLITS or spec.count(":") > 2:
+        raise InputError(f"questions are given as questions:KIND:train or questions:KIND:test, got {spec[:100]!r}")
+
+    def read(key: str) -> Example:
+        own = None if about == "all" else about
+        found = questions.asked(int(key), "train" if split == "train" else "test", own)
+        mask = np.isin(found.scene.ids, found.causes[0])
+        label = questions.WORDS.index(found.answer[0])
+        return Example(key, Question(Image.fromarray(found.scene.image), found.question), label, mask)
+
+    identity = digest("questions", questions.VERSION, about, split, questions.SPLITS[split])
+    keys = tuple(f"{index:05d}" for index in range(questions.SPLITS[split]))
+    return Source(spec, lambda: identity, keys, read, questions.WORDS, masked=True, stamp=lambda _: identity)
 
 
 def _mosaics(spec: str, open_source: Open) -> Source:

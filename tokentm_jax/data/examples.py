@@ -31,8 +31,17 @@ class Example(NamedTuple):
     other: int | None = None  # the class that `without` has, where it is another one that is known
 
 
+class Question(NamedTuple):
+    """The content of an example that asks a text about an image."""
+
+    image: Image.Image
+    text: str
+
+
 def kind_of(content: Any) -> str:
     """The kind of the content of an example, for messages."""
+    if isinstance(content, Question):
+        return "photo with a question"
     return "text" if isinstance(content, str) else "recording" if isinstance(content, Recording) else "photo"
 
 

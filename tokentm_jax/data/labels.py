@@ -4,8 +4,9 @@ import csv
 import io
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokentm_jax.errors import InputError
 from tokentm_jax.files import read_json, read_text, reason
@@ -59,3 +60,42 @@ def read_label_map(given: LabelMap | str | os.PathLike[str] | None) -> dict[str,
         if found.setdefault(name, value) != value:
             raise InputError(f"{where}: line {line} gives another class for {name!r}")
     return found
+
+
+Names = tuple[list[str], list[str] | None]  # of classes, and their wnids if these are known
+
+
+def read_class_names(names: Sequence[Any] | str | os.PathLike[str], count: int | None) -> Names:
+    """The names of `count` classes, as `load` takes them. Raises InputError for another form or number."""
+    source = str(names) if isinstance(names, str | os.PathLike) else "class_names"
+    found = read_names(Path(names)) if isinstance(names, str | os.PathLike) else _listed(names, source)
+    if count not in (None, len(found[0])):
+        raise InputError(f"{source} has {len(found[0])} class names; the model has {count} classes")
+    return found
+
+
+def read_names(path: Path) -> Names:
+    """Class names of a `.json` or `.txt` file."""
+    if path.suffix == ".json":
+        return _listed(read_json(path, what="class names"), str(path))
+    lines = read_text(path, what="class names").splitlines()
+    return [line.strip() for line in lines if line.strip()], None
+
+
+def _listed(names: Any, source: str) -> Names:
+    """[name, ...], {"0": name, ...}, {"wnid": [wnid, ...], "name": [name, ...]}; a name may be [wnid, name]."""
+    if isinstance(names, Mapping):
+        if isinstance(names.get("name"), list):
+            wnids = names.get("wnid")
+            names = names["name"]
+            if isinstance(wnids, list) and len(wnids) == len(names):
+                names = list(zip(wnids, names, strict=True))
+        elif all(str(i) in names for i in range(len(names))):
+            names = [names[str(i)] for i in range(len(names))]
+    if isinstance(names, list | tuple):
+        pairs = [n if isinstance(n, list | tuple) and n else [None, n] for n in names]
+        names, wnids = [pair[-1] for pair in pairs], [pair[0] for pair in pairs]
+        if names and all(isinstance(n, str) for n in names):
+            known = all(isinstance(w, str) for w in wnids) and len(set(wnids)) == len(wnids)
+            return names, wnids if known else None
+    raise InputError(f"{source}: expected a list of class names or a mapping from index to name")

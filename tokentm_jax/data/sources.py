@@ -27,7 +27,7 @@ from tokentm_jax.validation import checked
 LARGEST_LABEL = 2**31 - 1
 LARGEST_TEXTS = 256 * 2**20  # bytes of a file of texts
 VADER = "vader:"
-CAUSES = ("scenes:", "programs:", "prompts:", "mosaic:", "trigger:")
+CAUSES = ("scenes:", "questions:", "programs:", "prompts:", "mosaic:", "trigger:")
 
 
 Item = TypeVar("Item")

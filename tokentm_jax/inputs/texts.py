@@ -270,6 +270,13 @@ class WordPieces:
             raise InputError(f"against must be a word, got {word!r:.80}")
         return found[0]
 
+    def answered(self, prompt: Any, answer: np.ndarray, marks: np.ndarray) -> Any:
+        """A prompt [1, N] and the ids of an answer [M] after it, with padding; `marks` [M] are no part of a word."""
+        known = int(prompt.mask.sum())
+        ids, types, special = (np.asarray(a)[0, :known] for a in (prompt.ids, prompt.types, prompt.special))
+        ids, types = np.concatenate([ids, answer]), np.concatenate([types, np.zeros_like(types, shape=len(answer))])
+        return self.stacked([Tokens(ids, np.ones(len(ids), bool), types, np.concatenate([special, marks]))])
+
     def found(self, argument: str, number: int = 1) -> dict[str, str]:
         """The argument itself, or with "-" the lines of the standard input."""
         try:

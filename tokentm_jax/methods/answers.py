@@ -4,14 +4,17 @@ Axes: M tokens of the answer, N tokens of prompt and answer, C candidates for ea
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Annotated, Any
 
+import jax
 import numpy as np
 from annotated_types import Ge, Le
 from jax.nn import softmax
 
 from tokentm_jax.errors import InputError
+from tokentm_jax.inputs.prompts import IMAGE, Prompts
 from tokentm_jax.inputs.texts import Tokens
 from tokentm_jax.maths.scores import Token
 from tokentm_jax.methods.explain import explain
@@ -19,6 +22,7 @@ from tokentm_jax.methods.table import Method
 from tokentm_jax.models.decoder import Decoder
 from tokentm_jax.models.generation import followed, generate
 from tokentm_jax.models.loading import Model
+from tokentm_jax.models.vision_decoder import VisionDecoder
 from tokentm_jax.validation import checked
 
 CANDIDATES = 5
@@ -40,6 +44,7 @@ class Reasons:
       candidate_pieces: their texts.
       candidate_probabilities: their probabilities [M, C].
       against: the other token of the contrast at each position [M]; None without a contrast.
+      image: the places of the image's tokens in the prompt, in rows [gh, gw]; None without an image.
     """
 
     pieces: list[str]
@@ -52,6 +57,14 @@ class Reasons:
     candidate_pieces: list[list[str]]
     candidate_probabilities: np.ndarray
     against: np.ndarray | None
+    image: np.ndarray | None = None
+
+    @property
+    def image_maps(self) -> np.ndarray:
+        """Relevance of the image's tokens for each token of the answer [M, gh, gw]. InputError without an image."""
+        if self.image is None:
+            raise InputError("this prompt has no image")
+        return self.maps[:, self.image]
 
     @property
     def answer(self) -> str:
@@ -61,10 +74,11 @@ class Reasons:
 
 def explain_words(
     model: Model,
-    prompt: str | Tokens,
+    prompt: str | Tokens | Prompts,
     answer: str | Sequence[int] | None = None,
     method: str | Method = "tokentm",
     *,
+    image: str | os.PathLike[str] | np.ndarray | None = None,
     against: str | int | Sequence[str | int] | None = None,
     log_probability: bool = False,
     most: int = 16,
@@ -75,11 +89,15 @@ def explain_words(
 ) -> Reasons:
     """Why a decoder writes each token of an answer: which tokens of the prompt, and of the answer so far, matter.
 
+    The tokens of an image are among those of the prompt. Their relevance is read where they enter the decoder, after
+    the vision tower, whose attention mixes patches.
+
     Args:
       model: a loaded decoder.
-      prompt: a text, or what `model.read` gives for one.
+      prompt: a text, or what `model.read` gives for one; for an image and a text, of a vision-language model.
       answer: a text that follows the prompt, or numbers of tokens; None: what the model writes.
       method: a name of `METHODS`, or a row.
+      image: of a vision-language model, the image that the prompt is about: a file, or an array [H, W, 3].
       against: explain why each token, and not this one: the difference of the logits. A text (of which the first token
         counts) or the number of a token; one for the whole answer, or one for each of its tokens.
       log_probability: explain the log-probability of each token, and not its logit.
@@ -106,7 +124,16 @@ def explain_words(
     size = checked("batch_size", Annotated[int, Ge(1), Le(1024)], batch_size)
     checked("log_probability", bool, log_probability)
     reader = model.preprocessing
-    given = reader.checked(model.read(prompt) if isinstance(prompt, str) else prompt)
+    if isinstance(prompt, str):
+        sees = isinstance(model.module, VisionDecoder)
+        if sees != (image is not None):
+            wants = "needs an image with the prompt" if sees else "is no vision-language model: leave out the image"
+            raise InputError(f"{model.name} {wants}")
+        given = reader.checked(model.read((image, prompt) if sees else prompt))
+    elif image is not None:
+        raise InputError("the prompt has an image: leave out the other one")
+    else:
+        given = reader.checked(prompt)
     if len(given.ids) != 1:
         raise InputError(f"one text is explained at a time, got {len(given.ids)}")
     start = int(given.mask.sum())
@@ -125,7 +152,7 @@ def explain_words(
         asked = np.minimum(np.arange(first, first + size), len(places) - 1)  # the last batch repeats its last token
         other = None if others is None else others[asked]
         score = Token(places[asked], ids[places[asked]], other, log_probability)
-        texts = Tokens(*(np.repeat(array, size, 0) for array in written))
+        texts = jax.tree.map(lambda array: np.repeat(array, size, 0), written)
         found, details = explain(model, texts, method, score=score, details=True, **settings)
         kept = slice(0, min(size, len(places) - first))
         maps.append(np.asarray(found, np.float32)[kept, :n])
@@ -140,11 +167,18 @@ def explain_words(
     return Reasons(
         reader.pieces(ids), ids, start, np.concatenate(maps), np.concatenate(logits),
         every[np.arange(len(places)), ids[places]], candidates, pieces,
-        np.take_along_axis(every, candidates, 1), others,
+        np.take_along_axis(every, candidates, 1), others, _image(model, given),
     )  # fmt: skip
 
 
-def _with_answer(model: Model, prompt: Tokens, start: int, answer: Any) -> Tokens:
+def _image(model: Model, prompt: Any) -> np.ndarray | None:
+    """The places of an image's tokens in a prompt [gh, gw]."""
+    if not isinstance(model.module, VisionDecoder):
+        return None
+    return np.flatnonzero(np.asarray(prompt.tokens.types[0]) == IMAGE).reshape(model.module.image_grid)
+
+
+def _with_answer(model: Model, prompt: Any, start: int, answer: Any) -> Any:
     """Prompt and answer as one text [1, N]."""
     numbers = np.asarray(answer)
     if numbers.ndim != 1 or not len(numbers) or numbers.dtype.kind not in "iu":
@@ -155,7 +189,7 @@ def _with_answer(model: Model, prompt: Tokens, start: int, answer: Any) -> Token
     return model.preprocessing.checked(followed(model, prompt, numbers.astype(np.int64)))
 
 
-def _others(model: Model, against: Any, written: Tokens, places: np.ndarray) -> np.ndarray:
+def _others(model: Model, against: Any, written: Any, places: np.ndarray) -> np.ndarray:
     """The other token of each contrast [M]."""
     each = [against] * len(places) if isinstance(against, str | int | np.integer) else list(against)
     if len(each) != len(places):

@@ -203,7 +203,8 @@ def _pointing(predict: Predict, subject: Subject, maps: Array) -> dict[str, Arra
     if words is None:
         inside = by_patch(masks.astype(bool).astype(maps.dtype), subject.grid, subject.tiling)
         maps = by_patch(maps, subject.grid, subject.tiling)
-    else:  # word pieces, each with the number of its word and the share of it that is marked
+    else:  # word pieces, each with the number of its word (-1: it does not count) and the share of it that is marked
+        words = words & (masks[:, None, :, 0] >= 0)
         inside = jnp.where(words, masks[:, None, :, 1], 0)
     return {**pointing(maps, inside, words), "marked": (inside > 0).any((1, 2))}
 

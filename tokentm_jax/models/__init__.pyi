@@ -10,5 +10,6 @@ from .generation import generate as generate
 from .plain import PlainModel as PlainModel
 from .sharding import over_devices as over_devices
 from .sharding import over_width as over_width
+from .vision_decoder import VisionDecoder as VisionDecoder
 from .vit import ViT as ViT
 from .vit import init_params as init_params

@@ -177,6 +177,7 @@ class Decoder(Module):
     window: int | None = None  # tokens that a token of a `local` block attends to, with itself
     local: tuple[bool, ...] = ()  # whether each block attends to the window only; (): no block
     local_rope_base: float | None = None  # of these blocks, without divisors; None: as the others
+    together: tuple[int, ...] = ()  # the `types` of tokens that also attend to later tokens, of all these types
     qkv_bias: bool = False
     proj_bias: bool = False
     mlp_bias: bool = False
@@ -240,22 +241,22 @@ class Decoder(Module):
 
     def hidden(self, texts: Texts | Tokens) -> Array:
         """The tokens [B, N, D] that the head reads. Raises InputError for texts that are too long."""
-        given: Any = texts
-        known = self.look_up(given) if hasattr(given, "look_up") else given
-        return self._run(known.embeddings, None, 0, known.hidden)[0]
+        return self._run(self._known(texts), None, 0)[0]
 
     def after(self, texts: Texts | Tokens) -> Array:
         """The logits [B, V] of the word piece that follows each text."""
-        given: Any = texts
-        known = self.look_up(given) if hasattr(given, "look_up") else given
+        known = self._known(texts)
         return self.logits(known.last(self.hidden(known)))
 
-    def extend(self, ids: Array, cache: Cache, start: Array) -> tuple[Array, Cache]:
-        """The next N tokens of texts, of which `start` are in the cache: ids [B, N] -> what the head reads [B, N, D]
-        at these, and the cache with them."""
-        found, after = self._run(self._embeddings(ids), cache, start)
+    def extend(self, texts: Texts | Tokens, cache: Cache, start: Array) -> tuple[Array, Cache]:
+        """The next N tokens of texts, of which `start` are in the cache -> what the head reads [B, N, D] at these, and
+        the cache with them."""
+        found, after = self._run(self._known(texts), cache, start)
         assert after is not None
         return found, after
+
+    def _known(self, texts: Any) -> Texts:
+        return self.look_up(texts) if hasattr(texts, "look_up") else texts
 
     def logits(self, hidden: Array) -> Array:
         """What the head reads [..., D] -> logits [..., V], in float32 at least."""
@@ -263,34 +264,49 @@ class Decoder(Module):
         logits = wide(self.linear(hidden, *(tied if self.tied else self.head(self.embed_dim))))
         return logits if self.logit_cap is None else jnp.tanh(logits / self.logit_cap) * self.logit_cap
 
-    def _run(
-        self, embeddings: Array, cache: Cache | None, start: Any, hidden: Array | None = None
-    ) -> tuple[Array, Cache | None]:
-        n = embeddings.shape[1]
+    def _run(self, texts: Texts, cache: Cache | None, start: Any) -> tuple[Array, Cache | None]:
+        embeddings, n = texts.embeddings, texts.embeddings.shape[1]
         if n > self.max_length:
             raise InputError(f"a text may have {self.max_length} tokens for this model, got {n}")
         keys = n if cache is None else cache.key.shape[3]
-        every = self._places(start, n, keys, self.rope_base, self.rope_divisors, None)
+        pairs = self._pairs(texts, keys)
+        every = self._places(start, n, keys, self.rope_base, self.rope_divisors, None, pairs)
         local = near = None
         if any(self.local):
             local = jnp.asarray(self.local)
             own = (self.rope_base, self.rope_divisors) if self.local_rope_base is None else (self.local_rope_base, ())
-            near = self._places(start, n, keys, *own, self.window)
-        if hidden is not None:  # a token still attends to itself
-            every = every._replace(visible=every.visible & shown(hidden))
-            near = None if near is None else near._replace(visible=near.visible & shown(hidden))
+            near = self._places(start, n, keys, *own, self.window, pairs)
+        if texts.hidden is not None:  # a token still attends to itself
+            every = every._replace(visible=every.visible & shown(texts.hidden))
+            near = None if near is None else near._replace(visible=near.visible & shown(texts.hidden))
         x = embeddings if self.embed_scale == 1 else embeddings * self.embed_scale
         x, cache = self.blocks(x, local, cache, (every, near), start)
         return self.norm(x), cache
 
+    def _pairs(self, texts: Texts, keys: int) -> Array | None:
+        """Which of N new tokens [B, 1, N, K] also attend to later ones: those of the types `together`. None: none."""
+        if not self.together:
+            return None
+        free = jnp.isin(texts.types, jnp.asarray(self.together, texts.types.dtype)) & texts.mask
+        later = jnp.pad(free, ((0, 0), (0, keys - free.shape[1])))  # the tokens of such types are the first of a text
+        return free[:, None, :, None] & later[:, None, None]
+
     def _places(
-        self, start: Any, n: int, keys: int, base: float, divisors: tuple[float, ...], window: int | None
+        self,
+        start: Any,
+        n: int,
+        keys: int,
+        base: float,
+        divisors: tuple[float, ...],
+        window: int | None,
+        pairs: Array | None,
     ) -> Places:
         """Where `n` tokens from `start` on are, and which of the tokens 0 to `keys` - 1 they attend to."""
         tables = (jnp.asarray(table) for table in turns(base, divisors, keys, self.head_dim))
         cosine, sine = (jax.lax.dynamic_slice_in_dim(table, start, n) for table in tables)
         back = (start + jnp.arange(n))[:, None] - jnp.arange(keys)  # by how many tokens each one is earlier
-        return Places(cosine, sine, (back >= 0) if window is None else (back >= 0) & (back < window))
+        visible = back >= 0 if pairs is None else (back >= 0) | pairs
+        return Places(cosine, sine, visible if window is None else visible & (back < window))
 
 
 class NextWord(Decoder):

@@ -25,15 +25,26 @@ def read_decoder_folder(folder: Path) -> tuple[Decoder, dict[str, Any]]:
     config = folders.read_section(folder / CONFIG, "model")
     kind = folders.type_of(config, DECODERS)
     folders.architecture_of(config, DECODERS, {"ForCausalLM": False})
+    tensors = of_decoder(folders.read_weights(folder), kind, str(folder))
+    return decoder(config, kind, tensors, ends_of(folder, config), str(folder))
+
+
+def of_decoder(stored: Tensors, kind: str, source: str) -> Tensors:
+    """Tensors under the names of the module, with the scales that it multiplies by."""
     after = LAYOUTS["decoder_post_norms"]["names"] if kind in ("gemma2", "gemma3_text") else []
-    tensors = renamed(folders.read_weights(folder), [*after, *LAYOUTS["decoder"]["names"]], str(folder))
+    tensors = renamed(stored, [*after, *LAYOUTS["decoder"]["names"]], source)
     if kind.startswith("gemma"):  # whose norms multiply by 1 + w
         scales = {n: t for n, t in tensors.items() if re.search(r"(norm\d?|post\d)\.weight$", n)}
         tensors |= {name: 1 + np.asarray(scale, np.float32) for name, scale in scales.items()}
-    ends = config
-    if folders.present(folder, GENERATION) and "eos_token_id" in (own := read_generation(folder)).content:
-        ends = own
-    return decoder(config, kind, tensors, _listed(ends("eos_token_id", int | list[int], [])), str(folder))
+    return tensors
+
+
+def ends_of(folder: Path, *configs: Section) -> list[int]:
+    """The ids of the tokens that end a text, of a folder's config of generation or the first config with any."""
+    own = [read_generation(folder)] if folders.present(folder, GENERATION) else []
+    listed = next((section for section in (*own, *configs) if section.content.get("eos_token_id") is not None), None)
+    ids = [] if listed is None else listed("eos_token_id", int | list[int])
+    return [ids] if isinstance(ids, int) else ids
 
 
 def read_generation(folder: Path) -> Section:
@@ -85,10 +96,6 @@ def decoder(
         tensors = {name: tensor for name, tensor in tensors.items() if name != "head.weight"}
     module = Decoder(**fields)
     return module, to_params(module, tensors, source)
-
-
-def _listed(ids: int | list[int]) -> list[int]:
-    return [ids] if isinstance(ids, int) else ids
 
 
 def _windows(config: Section, kind: str, depth: int) -> dict[str, Any]:

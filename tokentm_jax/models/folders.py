@@ -35,6 +35,7 @@ DECODERS = {  # the same of `decoder_layouts`
     "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3",
     "gemma": "Gemma", "gemma2": "Gemma2", "gemma3_text": "Gemma3",
 }  # fmt: skip
+VISION = {"paligemma": "PaliGemma", "gemma3": "Gemma3"}  # the same of `vision_layouts`
 Whole = Annotated[int, Ge(1), Le(2**31 - 1)]
 Count = Annotated[int, Ge(0), Le(2**31 - 1)]  # or an index
 Depth = Annotated[int, Ge(1), Le(1000)]
@@ -112,13 +113,14 @@ def is_folder(path: str | os.PathLike[str]) -> bool:
 
 
 def text_kind(folder: Path) -> str | None:
-    """The model type of a folder of `text_layouts` (`TEXT`) or `decoder_layouts` (`DECODERS`); None of any other."""
+    """The model type of a folder of `text_layouts` (`TEXT`), `decoder_layouts` (`DECODERS`) or `vision_layouts`
+    (`VISION`); None of any other."""
     if not present(folder, CONFIG) or present(folder, OPEN_CLIP):
         return None
     content = read_json(folder / CONFIG, what="model")
     if not isinstance(content, dict) or "pretrained_cfg" in content:
         return None
-    return next((kind for kind in (*TEXT, *DECODERS) if kind == content.get("model_type")), None)
+    return next((kind for kind in (*TEXT, *DECODERS, *VISION) if kind == content.get("model_type")), None)
 
 
 def read_section(file: Path, what: str) -> Section:

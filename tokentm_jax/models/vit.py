@@ -216,6 +216,12 @@ class ViT(Module):
         heads = jax.tree.map(lambda a: a / 2, (self.head(self.embed_dim), self.head_dist(self.embed_dim)))
         return wide(self.linear(pooled, *heads[0]) + self.linear(x[:, 1], *heads[1]))
 
+    def patch_tokens(self, images: Array) -> Array:
+        """Normalised images [B, H, W, C] -> the patches' tokens [B, n, D] after the last block, and its norm if it is
+        before the pooling."""
+        tokens, _ = self.blocks(self.embed(images), None)
+        return (self.norm(tokens) if self._norms[0] else tokens)[:, self.prefix :]
+
     def read_part(self, tokens: Array, kept: Array, count: int) -> Array:
         """Outputs for embedded tokens [B, N, D] with only the `count` `kept` patches [B, n], the same in all."""
         places = self.prefix + jnp.flatnonzero(kept[0], size=count)

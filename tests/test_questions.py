@@ -1,0 +1,100 @@
+"""Questions about rendered scenes: their answers, derived again from the parts, and the model that learns them."""
+
+import numpy as np
+import pytest
+
+import tokentm_jax as tm
+from tokentm_jax.data.questions import ASKED, WORDS, asked
+from tokentm_jax.data.scenes import COLOURS
+from tokentm_jax.data.sources import open_source
+from tokentm_jax.errors import InputError
+
+
+def properties(part):
+    """The words that are true of a part."""
+    noun = "circle" if part.kind.shape == "disc" else part.kind.shape
+    return {noun, part.kind.colour, "large" if part.half > 6 else "small", "shape"}
+
+
+def singular(word):
+    return {"crosses": "cross"}.get(word, word.removesuffix("s"))
+
+
+@pytest.mark.parametrize("about", ASKED)
+def test_answers_follow_from_the_parts(about):
+    kinds = set()
+    for index in range(200):
+        found = asked(index, "test", about)
+        kinds.add(found.about)
+        parts = list(found.scene.parts)
+        verb, *words = found.question.lower().replace("?", "").split()
+        assert {*found.question.lower().replace("?", " ?").split(), *found.answer} <= set(WORDS)
+        if verb == "how":
+            wanted = {singular(word) for word in words[1:-2]}
+            named = [number for number, part in enumerate(parts, 1) if wanted <= properties(part)]
+            assert found.answer == (["zero", "one", "two", "three", "four", "five"][len(named)],)
+        else:
+            wanted = set(words[words.index("the") + 1 :])
+            named = [number for number, part in enumerate(parts, 1) if wanted <= properties(part)]
+            assert len(named) == 1
+            part = parts[named[0] - 1]
+            row, column = part.place
+            expected = {
+                "colour": (part.kind.colour,),
+                "shape": tuple(w for w in (part.kind.colour, *properties(part)) if w not in (*wanted, "shape")),
+                "place": ("top" if row < 2 else "bottom", "left" if column < 2 else "right"),
+            }[found.about]
+            if found.about == "shape":  # the shape, after the colour where that is not in the question
+                expected = tuple(word for word in expected if word not in ("small", "large"))
+                expected = tuple(w for w in expected if w in COLOURS)[:1] + tuple(
+                    w for w in expected if w not in COLOURS
+                )
+            assert found.answer == expected
+        assert found.causes == (tuple(named),) * len(found.answer)
+        assert (np.unique(found.scene.ids) == np.arange(len(parts) + 1)).all()
+    assert kinds <= {about, "number"}  # of which parts cannot be set apart, the number is asked
+
+
+def test_a_question_does_not_depend_on_others():
+    first, again = asked(11, "test"), asked(11, "test")
+    assert first.question == again.question and (first.scene.image == again.scene.image).all()
+    assert (asked(11, "train").scene.image != first.scene.image).any()
+
+
+def test_questions_are_a_source():
+    source = open_source("questions:colour:test")
+    assert source.class_names == WORDS and len(source) == 2000 and source.masked
+    example, found = source[3], asked(3, "test", "colour")
+    assert isinstance(example.label, int)
+    assert example.content.text == found.question and WORDS[example.label] == found.answer[0]
+    np.testing.assert_array_equal(example.mask, np.isin(found.scene.ids, found.causes[0]))
+    for spec, message in (("questions:size:test", "colour"), ("questions:all:dev", "questions:KIND:test")):
+        with pytest.raises(InputError, match=message):
+            open_source(spec)
+    with pytest.raises(InputError, match="photo with a question"):
+        tm.load().preprocessing.levels(example)
+
+
+@pytest.mark.slow
+def test_a_folder_has_the_parameters_and_reads_as_the_training_does(tmp_path):
+    pytest.importorskip("tokenizers")
+    jax = pytest.importorskip("jax")
+    pytest.importorskip("optax")
+    from models.training.recipes.scenes_words import config
+    from models.training.train_questions import NUMBERS, model_of, write_vision_folder
+
+    module = model_of(config)
+    params = tm.models.init_params(module, jax.random.key(0))
+    params = jax.tree.map(lambda a: np.asarray(a, np.float16).astype(np.float32), params)
+    write_vision_folder(tmp_path, module, params, {"accuracy": 0.5})
+    loaded = tm.load(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, params, jax.device_get(loaded.params))
+    same = module.clone(local_rope_base=loaded.module.local_rope_base, attention_scale=loaded.module.attention_scale)
+    assert loaded.module == same
+    found = asked(4, "test", "colour")
+    prompt = loaded.read((found.scene.image, found.question))
+    words = found.question.lower().replace("?", " ?").split()
+    n = int(prompt.mask.sum())
+    assert prompt.ids[0, n - len(words) : n].tolist() == [NUMBERS[word] for word in words]
+    whole = loaded.preprocessing.answered(prompt, np.array([NUMBERS["red"]], np.int32), np.zeros(1, bool))
+    assert loaded.preprocessing.pieces(whole.ids[0, n - 3 : n + 1])[-2:] == ["?", " red"]
