@@ -57,8 +57,8 @@ def together(
         own = {name: members[name] for name in names}
         if len(own) > 1:
             shares = {name: member.share for name, member in own.items() if member.share is not None}
-            memory = next(member.memory for name, member in own.items() if not shares[name].anywhere)
-            found |= _by_one_pass(shares, model.storing(memory), params, inputs, target)
+            by = next(member for name, member in own.items() if not shares[name].anywhere)
+            found |= _by_one_pass(shares, model.storing(by.memory), params, inputs, target)
         else:
             found |= {name: member.explain(model, params, inputs, target) for name, member in own.items()}
         target = found[names[0]][1]["target"]
