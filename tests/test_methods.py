@@ -400,7 +400,18 @@ def test_normalisations_and_weights_of_a_combination():
 
 SHARING = [
     ("tokentm", "attcat", "gradient_x_input"),
-    ("legrad", "tokentm", "gae", "rollout", "attcat", "input_gradient", "libra_attcat", "conservative_lrp", "lrp"),
+    (
+        "legrad",
+        "tokentm",
+        "gae",
+        "rollout",
+        "attcat",
+        "input_gradient",
+        "libra_attcat",
+        "conservative_lrp",
+        "libra_full_grad",
+        "lrp",
+    ),
     ("res_lrp", "attn_lrp", "libra_gae", "libra_tokentm", "gae"),
 ]
 
@@ -420,8 +431,9 @@ def test_methods_of_one_run_have_the_maps_that_they_have_alone(small, names):
 
 def test_which_methods_share_a_pass():
     names = ["legrad", "rollout", "conservative_lrp", "tokentm", "attn_lrp", "libra_gae", "attcat", "lrp"]
+    names += ["libra_full_grad"]
     members = {name: tm.METHODS[name].member(name, {}) for name in names}
-    ruled = ["legrad", "conservative_lrp", "libra_gae"]
+    ruled = ["legrad", "conservative_lrp", "libra_gae", "libra_full_grad"]
     assert grouped(members) == [ruled, ["rollout"], ["tokentm", "attcat"], ["attn_lrp"], ["lrp"]]
     members["attcat"] = tm.METHODS["attcat"].member("attcat", {"memory": "recompute"})
     members["tokentm, libra"] = tm.METHODS["tokentm"].member("tokentm", {"rules": "libra", "norms": False})

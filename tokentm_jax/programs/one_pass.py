@@ -17,6 +17,7 @@ from tokentm_jax.inputs.values import mean_of_seen, seen, values, with_values
 from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.variants import TokenTM, attention_layer, attention_weights, ffn_layer, ffn_weights, norm_gain
 from tokentm_jax.programs.capture import POINTS, as_before, heads_of, of_blocks
+from tokentm_jax.programs.factors import factor_taps
 from tokentm_jax.programs.model import Model
 from tokentm_jax.programs.passes import Block, Score, View, blocks_of, end_of, first_row, legrad_of_block
 from tokentm_jax.programs.running import WEIGHTS, Evaluation, Plan, Tap
@@ -32,6 +33,7 @@ class Wanted:
     carried: bool = False
     received: bool = False
     legrad: bool = False
+    full_gradient: bool = False
     input_grads: bool = False
 
     def __or__(self, other: "Wanted") -> "Wanted":
@@ -54,6 +56,7 @@ class Pass(NamedTuple):
     carried: Any  # [L+1, N] the sum of that gradient over channels: by rules of relevance, the relevance
     received: Any  # [L, N] the attention that each token gets, mean over heads and queries
     legrad: Any  # [N] LeGrad's row, for a score whose class is given
+    full_gradient: Any  # [N] tokens and biases times their gradients, mean over blocks: FullGrad+
     input_grads: Any  # gradient at the sample's numbers
 
 
@@ -91,26 +94,28 @@ def one_pass(
             found.setdefault(model.structure.last, {})["seeds"] = jax.tree.map(lambda a: a[-1], seeds)
         return found
 
-    def run(numbers: Array, seeds: Any, u: Any) -> Any:
-        own = with_values(sample, numbers)
-        outputs, notes, state = model.evaluate(params, own, plan, extra(seeds), (u, jnp.int32(0)))
+    def run(numbers: Array, seeds: Any, u: Any, factor: Any) -> Any:
+        own, start = with_values(sample, numbers), (u, jnp.int32(0), (factor, jnp.int32(0)))
+        outputs, notes, state = model.evaluate(params, own, plan, extra(seeds), start)
         return (score(outputs), state[0]), (notes, outputs)
 
-    seeds, u, readout = {}, (), None
+    seeds, u, factor, readout = {}, (), None, None
     if blocks:
         structure = model.structure
         readout = first_row(model, sample, structure.reading.flat.types[structure.embedded])
         zeros = jnp.zeros((structure.depth + 1, structure.tokens), readout.dtype)
         seeds = {name: zeros for name in ("effects", "carried") if getattr(wanted, name)}
         u = (jnp.zeros_like(readout),) * len(wanted.rows)
+        factor = jnp.zeros_like(readout) if wanted.full_gradient else None
     numbers = values(sample)
     # Rules are not derivatives: where the map is differentiated, they must be inside this pass down to the input.
     if wanted.input_grads or (model.rules and seeds):
-        (own, _), pull, (notes, outputs) = jax.vjp(run, numbers, seeds, u, has_aux=True)
-        of_input, of_seeds, rows = pull((jnp.ones_like(own), (readout,) * len(u)))
+        (own, _), pull, (notes, outputs) = jax.vjp(run, numbers, seeds, u, factor, has_aux=True)
+        of_input, *others = pull((jnp.ones_like(own), (readout,) * len(u)))
     else:
-        (own, _), pull, (notes, outputs) = jax.vjp(partial(run, numbers), seeds, u, has_aux=True)
-        of_input, (of_seeds, rows) = None, pull((jnp.ones_like(own), (readout,) * len(u)))
+        (own, _), pull, (notes, outputs) = jax.vjp(partial(run, numbers), seeds, u, factor, has_aux=True)
+        of_input, others = None, pull((jnp.ones_like(own), (readout,) * len(u)))
+    of_seeds, rows, of_factor = others
 
     def of_all(name: str, number: Any) -> Any:
         return of_blocks(model.structure.stages, notes, number, lambda _, note: note[name])
@@ -122,6 +127,7 @@ def one_pass(
         of_seeds.get("carried"),
         of_all("received", POINTS["attention"]) if wanted.received else None,
         of_all("legrad", end_of).sum(0) if wanted.legrad else None,
+        of_factor,
         of_input if wanted.input_grads else None,
     )
     return done, outputs
@@ -181,7 +187,7 @@ def _tap_blocks(
 
     def attended(block: Block, evaluation: Evaluation, state: Any, extra: Any) -> Any:
         layer: Any = block[0].attention
-        streams, index = state
+        streams, index, factor = state
         weights = of_attention(block, evaluation, index, extra)
 
         def of_queries(value: Array) -> tuple[Array, Any]:
@@ -192,19 +198,22 @@ def _tap_blocks(
                 zeros.append(passed[1])
             return as_before(layer, heads, value), tuple(zeros)
 
-        return of_queries, lambda zeros: (tuple(u + zero for u, zero in zip(streams, zeros, strict=True)), index)
+        def after(zeros: Any) -> Any:
+            return tuple(u + zero for u, zero in zip(streams, zeros, strict=True)), index, factor
+
+        return of_queries, after
 
     def by_head(block: Block, evaluation: Evaluation, state: Any, extra: Any) -> Any:
-        ((u,), index) = state
+        (u,), index, factor = state
         (weights,) = of_attention(block, evaluation, index, extra)
         # Backward, u gets w times the mean over heads of what each stream gets.
         each = jnp.broadcast_to(u * jax.lax.stop_gradient(weights) / structure.heads, (structure.heads, n))
-        return each, lambda zeros: ((u + zeros,), index)
+        return each, lambda zeros: ((u + zeros,), index, factor)
 
     def summed(
         block: Block, layer: Layer, number: int, evaluation: Evaluation, value: Array, state: Any, extra: Any
     ) -> Any:
-        (streams, index), note = state, {}
+        (streams, index, factor), note = state, {}
         view = View(evaluation, block, n, there, extra.get("gradient"))
 
         def through(options: TokenTM, u: Array) -> Array:
@@ -220,7 +229,12 @@ def _tap_blocks(
         if layer is block[-1] and number == layer.end:
             index = index + 1
             note = {} if legrad is None else {"legrad": legrad(evaluation, block)}
-        return value, (streams, index), note
+        return value, (streams, index, factor), note
+
+    def by_factor(tap: Tap, evaluation: Evaluation, value: Array, state: Any, extra: Any) -> Any:
+        *others, factor = state
+        value, factor, _ = tap(evaluation, value, factor, extra)
+        return value, (*others, factor), {}
 
     if wanted.rows:
         taps.setdefault(structure.embedded, []).append(embedded)
@@ -239,3 +253,5 @@ def _tap_blocks(
                 taps.setdefault(number, []).append(partial(summed, block, layer, number))
     if wanted.effects or wanted.carried:
         taps.setdefault(structure.last, []).append(partial(observed, n))
+    for number, tap in factor_taps(model, sample).items() if wanted.full_gradient else ():
+        taps.setdefault(number, []).append(partial(by_factor, tap))
