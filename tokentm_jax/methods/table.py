@@ -332,7 +332,7 @@ METHODS: dict[str, Method] = {
         tokentm_mix,
         "named as future work by Wu et al.",
         2024,
-        "2 F + 2 B",
+        "1 F + 1 B",
         differentiable=False,
         classless=_classless,
         takes_memory=True,
