@@ -98,12 +98,13 @@ def one_pass(
         return found
 
     def run(numbers: Array, seeds: Any, u: Any, factor: Any) -> Any:
-        read = jnp.zeros((), readout.dtype) if wanted.received else None
+        read = None if attended_once is None else jnp.zeros_like(attended_once)
         own, start = with_values(sample, numbers), (u, jnp.int32(0), read, (factor, jnp.int32(0)))
         outputs, notes, state = model.evaluate(params, own, plan, extra(seeds), start)
         return (score(outputs), (state[0], state[2])), (notes, outputs)
 
-    seeds, u, factor, readout = {}, (), None, None
+    seeds, u, factor = {}, (), None
+    readout: Any = None
     if blocks:
         structure = model.structure
         readout = first_row(model, sample, structure.reading.flat.types[structure.embedded])
@@ -112,7 +113,8 @@ def one_pass(
         u = (jnp.zeros_like(readout),) * len(wanted.rows)
         factor = jnp.zeros_like(readout) if wanted.full_gradient else None
     numbers = values(sample)
-    cotangents = ((readout,) * len(u), jnp.ones((), readout.dtype) if wanted.received else None)
+    attended_once: Any = jnp.ones_like(readout, shape=()) if wanted.received else None
+    cotangents = (readout,) * len(u), attended_once
     # Rules are not derivatives: where the map is differentiated, they must be inside this pass down to the input.
     if wanted.input_grads or (model.rules and seeds):
         (own, _), pull, (notes, outputs) = jax.vjp(run, numbers, seeds, u, factor, has_aux=True)

@@ -135,8 +135,8 @@ def perception_rows(
         if variant == "token":
             view = View(evaluation, block, n, there, None)
             weights = length(view.transformed_value) / jnp.maximum(length(view.tokens), 1e-12)
-        heads, zeros = _perceived(variant, heads_of(attention, value), u, weights, inside)
-        return as_before(attention, heads, value), u + zeros, None
+        passed: Any = _perceived(variant, heads_of(attention, value), u, weights, inside)
+        return as_before(attention, passed[0], value), u + passed[1], None
 
     extra: dict[int, Any] = {}
     for block, own_part in blocks_of(structure):
@@ -148,9 +148,10 @@ def perception_rows(
         return (score(outputs), u), outputs
 
     identity = jnp.eye(n, dtype=readout.dtype)[read]
-    (own, _), pull, outputs = jax.vjp(run, jnp.zeros_like(identity), has_aux=True)
-    (rows,) = pull((jnp.ones_like(own), identity))
-    return (rows, readout[read]), outputs
+    found: Any = jax.vjp(run, jnp.zeros_like(identity), has_aux=True)
+    (own, _), pull, outputs = found
+    pulled = pull((jnp.ones_like(own), identity))
+    return (pulled[0], readout[read]), outputs
 
 
 def position_rows(model: Model, params: Any, sample: Any, score: Score) -> tuple[tuple[Array, Array], Any]:
