@@ -103,6 +103,37 @@ def test_the_first_map_compiles_one_program(folder, checkpoint, compilations):
 
 
 @pytest.mark.slow
+def test_methods_that_share_a_pass_are_one_program(folder, checkpoint, compilations, monkeypatch):
+    import tokentm_jax as tm
+    from tokentm_jax.cli import heatmaps
+
+    methods = ["gae", "rollout", "tokentm", "legrad"]
+    arguments = ("explain", "photos/a.png", "--checkpoint", checkpoint, "--method", ",".join(methods))
+    run(*arguments, "--target", "1,2")
+    assert len(compilations) == 2  # the second for rollout; all classes have one
+    vit = tm.load(checkpoint=checkpoint)
+    images, classes = vit.read(["photos/a.png"]), {1: "bee", 2: "cat-x"}
+    maps = {(method, target): tm.explain(vit, images, method, target)[0] for method in methods for target in classes}
+    for (method, target), expected in maps.items():
+        found = np.load(f"explanations/a.{method}.{classes[target]}.npz")["map"]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+    def refused(details, vit, images, methods, *more):
+        if "gae" in methods:
+            raise tm.InputError("no map")
+        return explain_with(details, vit, images, methods, *more)
+
+    explain_with = heatmaps.explain_with
+    monkeypatch.setattr(heatmaps, "explain_with", refused)
+    assert "no map" in run(*arguments, code=2).stderr
+    columns = heatmaps.columns_of(methods, heatmaps.classes_asked(vit, [1]))
+    _, found = heatmaps.Job(vit, columns, skip_unfit=True).maps(images)
+    assert [column.method for column, _ in found] == ["rollout", "tokentm", "legrad"]
+    for column, array in found:
+        np.testing.assert_allclose(array[0], maps[column.method, 1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
 def test_why_one_class_and_not_another(folder, checkpoint):
     import tokentm_jax as tm
 

@@ -169,9 +169,9 @@ def test_an_interrupted_run_goes_on(whole, config, vit, folder, tmp_path, monkey
     calls = []
     maps = evaluation.Programs.maps
 
-    def counted(self, row, keys, *arrays):
-        calls.append((row.name, tuple(keys)))
-        return maps(self, row, keys, *arrays)
+    def counted(self, rows, keys, *arrays):
+        calls.extend((row.name, tuple(keys)) for row in rows)
+        return maps(self, rows, keys, *arrays)
 
     def stop(done, total, figures):
         names = {row["method"] for row in figures()}
@@ -210,6 +210,51 @@ def test_an_interrupted_run_goes_on(whole, config, vit, folder, tmp_path, monkey
     more = dataclasses.replace(config, rows=[*config.rows, Row("raw", "raw_attention")])
     assert {row["method"] for row in evaluate(more, vit, open_source(folder), tmp_path)["rows"]} >= {"raw", "gae"}
     assert {name for name, _ in calls[before:]} == {"raw"}
+
+
+@pytest.mark.slow
+def test_rows_that_share_a_pass_are_computed_together(config, vit, folder, tmp_path, monkeypatch):
+    """With the numbers that they have alone; a row of a later run is alone, and so is each row after an error."""
+    own = [Row("gae 1", "gae", {"first_block": 1}), *rows("rollout", "tokentm", "legrad"), Row("gae", "gae")]
+    some = dataclasses.replace(config, task="complexity", rows=own)
+    calls, maps = [], evaluation.Programs.maps
+
+    def counted(self, rows, *batch):
+        calls.append([row.name for row in rows])
+        return maps(self, rows, *batch)
+
+    def refusing(self, rows, *batch):
+        if len(rows) > 1 or rows[0].name == "legrad":
+            raise InputError("no map")
+        return counted(self, rows, *batch)
+
+    def figures(results):
+        return {row["method"]: row["value"] for row in results["rows"] if row["metric"] == "gini"}
+
+    monkeypatch.setattr(evaluation.Programs, "maps", counted)
+    found = figures(evaluate(some, vit, open_source(folder), tmp_path / "together"))
+    shared = ["gae 1", "tokentm", "legrad", "gae"]
+    batches = len(calls) // 3
+    assert calls == [shared, ["rollout"], ["random"]] * batches
+    calls.clear()
+    first = dataclasses.replace(some, rows=own[:-1])
+    evaluate(first, vit, open_source(folder), tmp_path / "later")
+    assert calls == [shared[:-1], ["rollout"], ["random"]] * batches
+    calls.clear()
+    later = figures(evaluate(some, vit, open_source(folder), tmp_path / "later"))
+    assert calls == [["gae"]] * batches
+    monkeypatch.setattr(evaluation.Programs, "maps", refusing)
+    with pytest.raises(InputError, match="no map"):
+        evaluate(some, vit, open_source(folder), tmp_path / "alone")
+    written = {file.name.rpartition("-")[0] for file in (tmp_path / "alone/records").glob("*-*.jsonl")}
+    assert written == {"gae-1", "rollout", "tokentm"}
+    monkeypatch.setattr(evaluation.Programs, "maps", lambda self, rows, *batch: maps(self, rows, *batch))
+    after = figures(evaluate(some, vit, open_source(folder), tmp_path / "alone"))
+    alone = {}
+    for row in own:
+        each = dataclasses.replace(some, rows=[row])
+        alone |= figures(evaluate(each, vit, open_source(folder), tmp_path / f"only {row.name}"))
+    assert found == pytest.approx(alone, rel=1e-5) == later == after
 
 
 @pytest.mark.slow

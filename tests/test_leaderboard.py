@@ -220,9 +220,9 @@ def test_maps_are_computed_once(whole, config, vit, tmp_path, monkeypatch):
     assert all(len(store) == 5 and store.provenance["dtype"] == "float32" for store in stores)
     calls, maps = [], evaluation.Programs.maps
 
-    def counted(self, row, *arguments):
-        calls.append((self.config.task, row.method))
-        return maps(self, row, *arguments)
+    def counted(self, rows, *arguments):
+        calls.extend((self.config.task, row.method) for row in rows)
+        return maps(self, rows, *arguments)
 
     monkeypatch.setattr(evaluation.Programs, "maps", counted)
     monkeypatch.setattr(module, "images_per_second", speeds)
@@ -262,6 +262,38 @@ def test_a_larger_limit_computes_the_maps_that_are_missing(whole, config, vit, t
     assert figures[0][gini] == figures[1][gini]  # which has three images there, too
     assert run(2) == fewer and run(3) == more and not explained
     assert [len(open_maps(path)) for path in sorted((tmp_path / "maps").iterdir())] == [2, 1]
+
+
+@pytest.mark.slow
+def test_rows_that_share_a_pass_share_a_store(config, vit, tmp_path, monkeypatch):
+    """With the maps that each has alone; a later row has a store of its own, and no map is computed twice."""
+    monkeypatch.setattr(module, "images_per_second", speeds)
+    made = []
+
+    def counted(explainer, *arguments, **named):
+        if explain_dataset(explainer, *arguments, **named).computed:
+            made.append(explainer.methods)
+
+    monkeypatch.setattr(module, "explain_dataset", counted)
+
+    def run(*own, out):
+        made.clear()
+        runs = [dataclasses.replace(run, rows=own, limit=3) for run in config.runs]
+        found = leaderboard(dataclasses.replace(config, runs=runs), vit, tmp_path / out)
+        return {(f["run"], f["metric"], f["method"]): f["value"] for f in found["rows"] if f["method"] != "random"}
+
+    own = rows("gae", "raw_attention", "tokentm")
+    found = run(*own, Row("gae 1", "gae", {"first_block": 1}), out="together")
+    assert made == [("gae", "tokentm"), ("raw_attention",), ("gae",)]
+    run(*own[:2], out="later")
+    later = run(*own, out="later")
+    assert made == [("tokentm",)]
+    run(*own[2:], *rows("legrad"), out="together")
+    assert made == [("legrad",)]
+    alone = {}
+    for row in own:
+        alone |= run(row, out=f"only {row.name}")
+    assert later == pytest.approx(alone, rel=1e-5) == {key: found[key] for key in alone}
 
 
 @pytest.mark.slow

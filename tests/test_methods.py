@@ -9,6 +9,7 @@ from conftest import mostly_slow, tiny_vit
 
 import tokentm_jax as tm
 from tokentm_jax.methods.explain import compiled, explain_fn
+from tokentm_jax.methods.sharing import grouped
 
 TARGET = 2
 
@@ -399,7 +400,18 @@ def test_normalisations_and_weights_of_a_combination():
 
 SHARING = [
     ("tokentm", "attcat", "gradient_x_input"),
-    ("legrad", "tokentm", "gae", "rollout", "attcat", "input_gradient", "libra_attcat", "conservative_lrp", "lrp"),
+    (
+        "legrad",
+        "tokentm",
+        "gae",
+        "rollout",
+        "attcat",
+        "input_gradient",
+        "libra_attcat",
+        "conservative_lrp",
+        "libra_full_grad",
+        "lrp",
+    ),
     ("res_lrp", "attn_lrp", "libra_gae", "libra_tokentm", "gae"),
 ]
 
@@ -415,6 +427,18 @@ def test_methods_of_one_run_have_the_maps_that_they_have_alone(small, names):
         assert found.keys() == expected.keys()
         for name, maps in expected.items():
             np.testing.assert_allclose(found[name], maps, rtol=0, atol=1e-6 * np.abs(maps).max())
+
+
+def test_which_methods_share_a_pass():
+    names = ["legrad", "rollout", "conservative_lrp", "tokentm", "attn_lrp", "libra_gae", "attcat", "lrp"]
+    names += ["libra_full_grad"]
+    members = {name: tm.METHODS[name].member(name, {}) for name in names}
+    ruled = ["legrad", "conservative_lrp", "libra_gae", "libra_full_grad"]
+    assert grouped(members) == [ruled, ["rollout"], ["tokentm", "attcat"], ["attn_lrp"], ["lrp"]]
+    members["attcat"] = tm.METHODS["attcat"].member("attcat", {"memory": "recompute"})
+    members["tokentm, libra"] = tm.METHODS["tokentm"].member("tokentm", {"rules": "libra", "norms": False})
+    assert grouped(members)[0] == [*ruled, "tokentm, libra"] and ["attcat"] in grouped(members)
+    assert grouped({name: members[name] for name in ("legrad", "rollout")}) == [["legrad"], ["rollout"]]
 
 
 @pytest.mark.parametrize(

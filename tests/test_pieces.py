@@ -108,6 +108,7 @@ def test_pieces_of_programs(monkeypatch, name):
 
 METHODS = ({}, {"rules": "libra"}, {"memory": "recompute", "heads": "each"}, {"weights": "alignment"})
 METHODS += ({"attention": "means"}, {"attention": "plain"}, "gae", "libra_full_grad", "attn_lrp", "pa_lrp", "caap")
+METHODS += ("attcat", "legrad")
 
 
 @pytest.mark.slow
@@ -134,8 +135,12 @@ def arrays_of(jaxpr):
             yield from arrays_of(part) if hasattr(part, "eqns") else ()
 
 
+NO_ARRAY = ["tokentm", "gae", "libra_full_grad", "attn_lrp", "conservative_lrp", "input_gradient", "occlusion"]
+NO_ARRAY += ["attcat", "libra_attcat", "legrad"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["tokentm", "gae", "libra_full_grad", "attn_lrp", "input_gradient", "occlusion"])
+@pytest.mark.parametrize("method", NO_ARRAY)
 def test_no_array_of_all_queries(monkeypatch, method):
     """No value of the program has two axes of tokens, except of a few queries."""
     module = ViT(img_size=(48, 56), patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=5)

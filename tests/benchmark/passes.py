@@ -2,14 +2,19 @@
 
     python tests/benchmark/passes.py                                    # minutes
     python tests/benchmark/passes.py --rows attcat,tokentm+gae          # only these; + joins methods of one run
+    python tests/benchmark/passes.py --beside CHECKOUT_OF_BEFORE        # products and memory, before and now
 
 Products are counted in the traced program, after what is not read is removed; a scan's body counts as often as it
 runs. Memory is that of the compiled program (`memory.py`). Time is that of the processor, not of the clock, so other
 programs disturb it little: the fastest of several rounds, in turns.
 """
 
+import json
 import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -84,6 +89,37 @@ def measure(model: str, rows: list[str], batch: int, rounds: int, timed: bool) -
     return f"**{model}**, float32, time of a batch of {batch}\n\n{table(header, lines)}"
 
 
+def counts(model: str, row: str) -> list[float] | None:
+    """Products in forward passes and MiB per image of one row; None for a row that this version does not have."""
+    module, _ = random_vit(model)
+    try:
+        program = program_of(module, row)
+        return [
+            flops(program, module) / flops(forward(module), module),
+            bytes_per_image(program, module, [8, 16]) / MIB,
+        ]
+    except ValueError:
+        return None
+
+
+def before_and_now(model: str, rows: list[str], checkout: Path) -> str:
+    """Each row is counted by two processes, with the package of a checkout and with this one. Nothing is timed."""
+    found: dict[str, list[list[float] | None]] = {}
+    for row in rows:
+        for root in (checkout, Path(__file__).resolve().parents[2]):
+            command = [sys.executable, __file__, "--models", model, "--rows", row, "--counts"]
+            environment = {**os.environ, "PYTHONPATH": str(root)}
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            found.setdefault(row, []).append(json.loads(done.stdout.splitlines()[-1]))
+        print(row, found[row], file=sys.stderr, flush=True)
+    lines = [
+        [row, *("-" if each is None else f"{each[k]:.{2 - k}f}" for k in range(2) for each in own)]
+        for row, own in found.items()
+    ]
+    header = ["", "forward passes, before", "now", "MiB per image, before", "now"]
+    return f"**{model}**, float32\n\n{table(header, lines)}"
+
+
 if __name__ == "__main__":
     arguments = parser(__doc__)
     arguments.add_argument("--models", type=names, default=["deit_tiny_patch16_224", "vit_base_patch16_224"])
@@ -91,9 +127,15 @@ if __name__ == "__main__":
     arguments.add_argument("--batch", type=int, default=8)
     arguments.add_argument("--rounds", type=int, default=6)
     arguments.add_argument("--untimed", type=names, default=["vit_base_patch16_224"], help="models that are not run")
+    arguments.add_argument("--beside", type=Path, help="checkout of an earlier version, to compare with")
+    arguments.add_argument("--counts", action="store_true", help="print products and MiB of one row as JSON")
     chosen = arguments.parse_args()
-    tables = [
-        measure(model, chosen.rows, chosen.batch, chosen.rounds, model not in chosen.untimed)
-        for model in chosen.models
-    ]
+    if chosen.counts:
+        print(json.dumps(counts(chosen.models[0], chosen.rows[0])))
+        raise SystemExit
+    if chosen.beside is None:
+        timed = {model: model not in chosen.untimed for model in chosen.models}
+        tables = [measure(model, chosen.rows, chosen.batch, chosen.rounds, timed[model]) for model in chosen.models]
+    else:
+        tables = [before_and_now(model, chosen.rows, chosen.beside) for model in chosen.models]
     publish(chosen.out, "# Cost of the methods", *tables)

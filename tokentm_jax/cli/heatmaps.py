@@ -23,6 +23,8 @@ from tokentm_jax.identity import write_figure
 from tokentm_jax.inputs.pictures import Panel
 from tokentm_jax.maths.scores import Cosine, Versus
 from tokentm_jax.methods.explain import explain_with
+from tokentm_jax.methods.sharing import grouped
+from tokentm_jax.methods.table import METHODS
 from tokentm_jax.models.loading import Model
 
 EACH = "each"  # the target that is several classes
@@ -95,6 +97,10 @@ class Column(NamedTuple):
     method: str
     asked: Asked
     suffix: str = ""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.asked.part, self.method
 
 
 def columns_of(methods: Sequence[str], asked: Sequence[Asked]) -> list[Column]:
@@ -197,9 +203,9 @@ class Job:
     def maps(self, batch: Any) -> tuple[np.ndarray, list[tuple[Column, np.ndarray]]]:
         """The model's outputs [B, C] for a batch, and for each column its maps."""
         outputs: np.ndarray | None = None  # the first method computes them too
-        maps: list[tuple[Column, np.ndarray]] = []
-        for column in self.columns:
-            asked = column.asked
+        maps: dict[tuple[str, str], np.ndarray] = {}
+        for columns in self.groups:
+            asked = columns[0].asked
             score: Any = None if self.versus is None else Versus(self.versus)
             target: Any = None
             if asked.prompt is not None:
@@ -209,18 +215,43 @@ class Job:
             elif asked.rank or outputs is not None:
                 outputs = self._outputs(batch) if outputs is None else outputs
                 target = asked.classes(outputs)
-            try:
-                with memory_errors():
-                    found = explain_with(("logits",), self.vit, batch, column.method, target, score, **self.options)
-                    maps.append((column, np.asarray(found[0], np.float32)))
-                    outputs = np.asarray(found[1]["logits"], np.float64) if outputs is None else outputs
-            except InputError as error:
-                if not self.skip_unfit:
-                    raise
-                complain(f"{column.method} is left out: {error}")
+            found, own = self._explained(columns, batch, target, score)
+            maps |= found
+            outputs = own if outputs is None else outputs
         if outputs is None:
             raise InputError("no method can explain this model")
-        return outputs, maps
+        return outputs, [(column, maps[column.key]) for column in self.columns if column.key in maps]
+
+    @cached_property
+    def groups(self) -> list[list[Column]]:
+        """The columns in the order of computation: those of one question whose methods can share a pass, together."""
+        groups = []
+        for part in self.questions:
+            columns = {column.method: column for column in self.columns if column.asked.part == part}
+            members = {method: METHODS[method].member(method, self.options) for method in columns}
+            groups += [[columns[method] for method in methods] for methods in grouped(members)]
+        return groups
+
+    def _explained(
+        self, columns: Sequence[Column], batch: Any, target: Any, score: Any
+    ) -> tuple[dict[tuple[str, str], np.ndarray], np.ndarray | None]:
+        """The maps of columns of one question, by one program, and the outputs; where it cannot explain the model, by
+        one program each."""
+        try:
+            with memory_errors():
+                methods = {column.method: self.options for column in columns}
+                maps, details = explain_with(("logits",), self.vit, batch, methods, target, score)
+                found = {column.key: np.asarray(maps[column.method], np.float32) for column in columns}
+                return found, np.asarray(details["logits"], np.float64)
+        except InputError as error:
+            if len(columns) == 1:
+                if not self.skip_unfit:
+                    raise
+                complain(f"{columns[0].method} is left out: {error}")
+                return {}, None
+        alone = [self._explained([column], batch, target, score) for column in columns]
+        own = {key: found for maps, _ in alone for key, found in maps.items()}
+        return own, next((outputs for _, outputs in alone if outputs is not None), None)
 
     def _outputs(self, batch: Any) -> np.ndarray:
         return np.asarray(self.vit.logits(batch), np.float64)

@@ -118,6 +118,8 @@ def _softmax_tangent(scale: float, values: tuple[Array], tangents: tuple[Array])
 @jax.custom_jvp
 def gelu(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """Exact GELU (error function), as in timm: `x Phi(x)`, elementwise."""
+    if x.dtype == jnp.float32:  # XLA's erf takes a third of the time of its erfc on a CPU
+        return x * (0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5))
     return jax.nn.gelu(x, approximate=False)
 
 

@@ -10,20 +10,22 @@ from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from annotated_types import Ge, Le, Lt
 from jax import Array
 
 from tokentm_jax.errors import Unfit
 from tokentm_jax.inputs.values import mean_of_seen, read_out, seen, token_map, values, with_values
 from tokentm_jax.maths.primitives import wide
-from tokentm_jax.maths.tokentm import aggregate, attention_update, length
-from tokentm_jax.maths.variants import Blocks, TokenTM, block_terms, initialised, sample_axes
+from tokentm_jax.maths.tokentm import attention_update
+from tokentm_jax.maths.variants import TokenTM, block_terms, initialised
 from tokentm_jax.methods.sharing import Details, Explanation, Share, alone
 from tokentm_jax.programs import passes
 from tokentm_jax.programs.capture import capture, check_blocks, of_sample, plus_extra
 from tokentm_jax.programs.model import Applied, Function, Model
 from tokentm_jax.programs.one_pass import Pass, Wanted, one_pass
 from tokentm_jax.programs.passes import Score, View
+from tokentm_jax.programs.relevance import Perception, perception_rows
 from tokentm_jax.programs.running import Plan
 
 OFF = TokenTM(length=False, direction="none", initialise=False, ffn=False, norms=False)  # GAE
@@ -255,7 +257,7 @@ def beyond_intuition(
     inputs: Any,
     target: Any,
     *,
-    variant: Literal["head", "token"] = "head",
+    variant: Perception = "head",
     steps: Annotated[int, Ge(1), Le(100_000)] = 20,
     from_zero: bool = False,
     first_block: Block = 0,
@@ -267,36 +269,24 @@ def beyond_intuition(
     1 to steps. `from_zero` uses `linspace(0, 1, steps)` instead, as the published code does, which also starts at the
     fourth block (`first_block=3`).
     """
-    weights = ["tokens", "transformed_value"] if variant == "token" else ["attention_grad"]
-    trace: Any = capture(model, params, inputs, target, ["attention", *weights], first_block=first_block)
+    check_blocks(model, first_block)
+    take = partial(perception_rows, model, params, variant=variant, first_block=first_block)
+    (perception, readout), details = model.per_sample(take, inputs, target)
     last = model.structure.depth - 1
 
     def gradient_at(share: Array) -> Array:
         numbers = values(inputs)
         point = with_values(inputs, numbers * share.astype(numbers.dtype))
-        found: Any = capture(model, params, point, trace.target, ["attention_grad"], first_block=last)
+        found: Any = capture(model, params, point, details["target"], ["attention_grad"], first_block=last)
         return wide(found.attention_grad[-1])
 
     shares = jnp.arange(1, steps + 1, dtype=jnp.float32) / steps
     shares = jnp.linspace(0, 1, steps, dtype=jnp.float32) if from_zero else shares
-    start = jnp.zeros_like(wide(trace.attention[-1]))
+    kind = jax.eval_shape(gradient_at, shares[0])
+    start = jnp.zeros(kind.shape, kind.dtype)
     total, _ = jax.lax.scan(lambda total, share: (total + gradient_at(share), None), start, shares)
     feedback = jax.nn.relu(total / steps).mean(1)  # [B, N, N]
-
-    def update(rows: Array, block: Any) -> Array:
-        if variant == "token":
-            weights = length(block.transformed_value) / jnp.maximum(length(block.tokens), 1e-12)
-            return attention_update(rows, block.attention.mean(0) * weights)
-        influence = jnp.abs(jnp.einsum("hqk,hqj->hkj", block.attention, block.attention_grad)).mean((1, 2))
-        influence = influence / jnp.maximum(influence.sum(), 1e-30)
-        return attention_update(rows, jnp.einsum("h,hqk->qk", influence, block.attention))
-
-    def one(blocks: Blocks, feedback: Array, row: Array) -> Array:
-        # If the head reads several tokens, F and P are multiplied before they are read, so all rows of P are needed.
-        identity = jnp.eye(len(row), dtype=row.dtype)
-        return row @ (feedback * aggregate(identity, blocks, update))
-
-    blocks = jax.tree.map(wide, trace.blocks()._replace(seen=None))
-    readout = read_out(model, trace.seen, feedback)
-    rows = jax.vmap(one, in_axes=(sample_axes(1), 0, 0))(blocks, feedback, readout)
-    return token_map(model, rows), trace.details()
+    read = np.flatnonzero(model.readout) if seen(inputs) is None else slice(None)
+    # If the head reads several tokens, F and P are multiplied before they are read.
+    rows = jnp.einsum("br,brn->bn", readout, feedback[:, read] * perception)
+    return token_map(model, rows), details

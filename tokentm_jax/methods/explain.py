@@ -15,9 +15,10 @@ from tokentm_jax.errors import InputError, Unfit, suggest
 from tokentm_jax.inputs.reader import Reader
 from tokentm_jax.inputs.values import readable, seen
 from tokentm_jax.maths.primitives import PyTree
-from tokentm_jax.maths.scores import Chosen, Cosine, Question, Target, Versus, as_numbers, classes_of, listed, question
+from tokentm_jax.maths.scores import Chosen, Cosine, Question, Target, Versus, as_numbers, listed, question
 from tokentm_jax.methods.sharing import Explanation, together
 from tokentm_jax.methods.table import METHODS, Method
+from tokentm_jax.methods.targets import class_numbers, target_of
 from tokentm_jax.models.loading import require_loaded
 from tokentm_jax.programs.inspection import Inspection, inspected
 from tokentm_jax.programs.model import Explainable, Function, Readout, check_model, function_of
@@ -297,10 +298,22 @@ def compiled(
     Raises:
       InputError: no such method or option.
     """
-    rows = [(*_found(method), options) for method, options in methods.items()]
+    rows = {_found(method)[0]: (method, options) for method, options in methods.items()}
+    return compiled_rows(module, rows, details=details, preprocessing=preprocessing)
+
+
+def compiled_rows(
+    module: Any,
+    rows: Mapping[str, tuple[Any, Mapping[str, Any]]],
+    *,
+    details: Sequence[str] | None = (),
+    preprocessing: Reader | None = None,
+) -> Callable[..., tuple[dict[str, Array], dict[str, Array]]]:
+    """`compiled` for names of rows, each with its method and options: a method may be in several."""
+    found = [(name, _found(method)[1], options) for name, (method, options) in rows.items()]
     if preprocessing is not None:
-        rows = [(name, row, row.suited(options, preprocessing)) for name, row, options in rows]
-    checked = tuple((name, row, tuple(sorted(row.check(name, options).items()))) for name, row, options in rows)
+        found = [(name, row, row.suited(options, preprocessing)) for name, row, options in found]
+    checked = tuple((name, row, tuple(sorted(row.check(name, options).items()))) for name, row, options in found)
     return _compiled(function_of(module), checked, None if details is None else tuple(details), preprocessing)
 
 
@@ -366,24 +379,24 @@ def explain(
         >>> tm.explain(vit, vit.read("cat.jpg"), score=not_a_dog).shape
         (1, 8, 8)
     """
-    maps, found = explain_with(None if details else (), vit, images, method, target, score, text, **options)
-    return (maps, found) if details else maps
+    wanted = None if details else ()
+    found, reported = explain_with(wanted, vit, images, {method: options}, target, score, text)
+    (maps,) = found.values()
+    return (maps, reported) if details else maps
 
 
 def explain_with(
     details: Sequence[str] | None,
     vit: "Model",
     images: PyTree,
-    method: str | Method | Callable[..., Explanation],
+    methods: Mapping[Any, Mapping[str, object]],
     target: Target = None,
     score: Callable[..., Array] | None = None,
     text: str | Sequence[str] | None = None,
-    **options: object,
-) -> tuple[Array, dict[str, PyTree]]:
-    """Heatmaps as from `explain`, and of the method's details those of these names (None: all)."""
+) -> tuple[dict[str, Array], dict[str, PyTree]]:
+    """Heatmaps as from `explain` by several methods, each with its options; and details as from `compiled`."""
     require_loaded(vit)
-    name, _ = _found(method)
-    program = compiled(vit.module, {method: options}, details=details, preprocessing=vit.preprocessing)
+    program = compiled(vit.module, methods, details=details, preprocessing=vit.preprocessing)
     inputs = vit.preprocessing.checked(images)
     samples = len(jax.tree.leaves(inputs)[0])
     if text is not None:
@@ -397,54 +410,14 @@ def explain_with(
         vit.require_classes()
     asked = question(score)
     if target is not None:
-        target = _target(vit, target, asked, samples)
-    if asked.of_logits and isinstance(method, str):  # one program for the predicted class and for any other
+        target = target_of(vit, target, asked, samples)
+    named = all(isinstance(method, str) for method in methods)
+    if asked.of_logits and named:  # one program for the predicted class and for any other
         classes: Any = np.zeros(samples, np.int32) if target is None else target
         target = Chosen(classes, np.full(samples, target is not None))
     if isinstance(asked.score, Versus):
-        asked = asked._replace(score=Versus(_classes(vit, "the other class", asked.score.other, samples)))
+        asked = asked._replace(score=Versus(class_numbers(vit, "the other class", asked.score.other, samples)))
     asked = asked._replace(score=jax.tree.map(as_numbers, asked.score))
     if score is not None:
         target = asked._replace(target=target)
-    maps, found = program(vit.params, inputs, target)
-    return maps[name], found
-
-
-def _target(vit: "Model", target: Any, asked: Question, samples: int) -> Any:
-    """The classes [B] of a target, or the arrays [B, ...] that a custom score takes."""
-    if not asked.score.of_class:
-        raise InputError("this score takes no target: leave it out")
-    if asked.of_logits or _named(target):
-        return _classes(vit, "target", target, samples)
-    if isinstance(target, int | np.integer):
-        return np.full(samples, target, np.int32)
-    try:
-        arrays = jax.tree.map(jnp.asarray, target)
-    except (TypeError, ValueError):
-        raise InputError(f"target must be arrays with the {samples} samples first, got {target!r:.80}") from None
-    shapes = [array.shape for array in jax.tree.leaves(arrays)]
-    if any(shape[:1] != (samples,) for shape in shapes):
-        found = ", ".join(str(list(shape)) for shape in shapes)
-        raise InputError(f"the arrays of target must have the {samples} samples first, got {found}")
-    return arrays
-
-
-def _named(classes: Any) -> bool:
-    """Whether classes are given by name, at least one of them."""
-    if isinstance(classes, np.ndarray):
-        return classes.dtype.kind == "U"
-    return any(isinstance(each, str) for each in (classes if isinstance(classes, list | tuple) else [classes]))
-
-
-def _classes(vit: "Model", what: str, classes: Any, samples: int) -> Any:
-    """A class for all samples, or one per sample, by number or by name, as an array [B]. Raises InputError for one
-    that there is not; the numbers of a traced array are not looked at."""
-    classes = classes.tolist() if isinstance(classes, np.ndarray) and _named(classes) else classes
-    if isinstance(classes, str):
-        classes = vit.class_index(classes)
-    elif _named(classes):
-        classes = [vit.class_index(each) if isinstance(each, str) else each for each in classes]
-    found, last = classes_of(classes, samples, what), vit.module.num_classes - 1
-    if isinstance(found, np.ndarray) and found.size and not (found.min() >= 0 and found.max() <= last):
-        raise InputError(f"{what} must be a class from 0 to {last}, got {np.asarray(classes).tolist()}")
-    return found
+    return program(vit.params, inputs, target)

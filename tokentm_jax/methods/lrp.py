@@ -24,7 +24,7 @@ from tokentm_jax.methods.sharing import Details, Explanation, Share, alone
 from tokentm_jax.programs.capture import capture, check_blocks
 from tokentm_jax.programs.model import Model
 from tokentm_jax.programs.one_pass import Pass, Wanted, one_pass
-from tokentm_jax.programs.relevance import attribution_rows, full_gradient_rows, position_rows
+from tokentm_jax.programs.relevance import attribution_rows, position_rows
 from tokentm_jax.programs.rules import ATTN_LRP, LIBRA, RULES, Activation, Stabiliser, conservative, lrp, res_lrp
 from tokentm_jax.programs.running import Rules
 
@@ -183,6 +183,16 @@ def position_aware_lrp(model: Model, params: Any, inputs: Any, target: Any) -> E
     return input_map(mask, maps + shown), {**details, "position_relevance": row}
 
 
+def libra_full_grad_share() -> Share:
+    """Libra FullGrad+ as a part of one pass."""
+
+    def explain(model: Model, inputs: Any, done: Pass, details: Details) -> Explanation:
+        row = done.full_gradient
+        return token_map(model, row), {**details, "completeness_gap": row.sum(-1) - details["score"]}
+
+    return Share(Wanted(full_gradient=True), explain, LIBRA)
+
+
 def libra_full_grad(model: Model, params: Any, inputs: Any, target: Any) -> Explanation:
     """Libra FullGrad+ (Mehri et al., CVPR 2025): tokens and biases times their gradients, mean over blocks, on the
     pruned backward pass.
@@ -191,5 +201,4 @@ def libra_full_grad(model: Model, params: Any, inputs: Any, target: Any) -> Expl
     logit. Biases after the read-out belong to the tokens that the head reads. `details["completeness_gap"]` [B] is the
     sum minus the logit.
     """
-    (rows, gap), details = model.per_sample(partial(full_gradient_rows, model.by(LIBRA), params), inputs, target)
-    return token_map(model, rows), {**details, "completeness_gap": gap}
+    return alone(libra_full_grad_share(), model, params, inputs, target)

@@ -51,23 +51,34 @@ def together(
     predicts.
     """
     found: dict[str, Explanation] = {}
-    same_types = is_wide(model, params, inputs)
-    shares = {name: m.share for name, m in members.items() if m.share is not None and (same_types or not m.float32)}
-    passes = [name for name, share in shares.items() if not share.anywhere]
-    for name, member in members.items():
-        if name in found:
-            continue
-        own: dict[str, Share] = {}
-        if name in shares and passes and model.has_blocks:
-            by = members[passes[0] if shares[name].anywhere else name]
-            own = {n: share for n, share in shares.items() if n not in found and _joins(members[n], by)}
+    if not is_wide(model, params, inputs):  # those in float32 have passes of another type
+        members = {name: member._replace(share=None) if member.float32 else member for name, member in members.items()}
+    for names in grouped(members) if model.has_blocks else [[name] for name in members]:
+        own = {name: members[name] for name in names}
         if len(own) > 1:
-            made = _by_one_pass(own, model.storing(by.memory), params, inputs, target)
+            shares = {name: member.share for name, member in own.items() if member.share is not None}
+            by = next(member for name, member in own.items() if not shares[name].anywhere)
+            found |= _by_one_pass(shares, model.storing(by.memory), params, inputs, target)
         else:
-            made = {name: member.explain(model, params, inputs, target)}
-        found |= made
-        target = made[name][1]["target"]
+            found |= {name: member.explain(model, params, inputs, target) for name, member in own.items()}
+        target = found[names[0]][1]["target"]
     return {name: found[name] for name in members}
+
+
+def grouped(members: Mapping[str, Member]) -> list[list[str]]:
+    """The names of the members that can share a pass, by pass; every other member has a list of its own."""
+    shares = {name: member.share for name, member in members.items() if member.share is not None}
+    passes = [name for name, share in shares.items() if not share.anywhere]
+    groups: list[list[str]] = []
+    for name in members:
+        if any(name in group for group in groups):
+            continue
+        own = [name]
+        if name in shares and passes:
+            by = members[passes[0] if shares[name].anywhere else name]
+            own = [n for n in shares if not any(n in group for group in groups) and _joins(members[n], by)]
+        groups.append(own)
+    return groups
 
 
 def is_wide(model: Model, params: Any, inputs: Any) -> bool:

@@ -262,6 +262,7 @@ SHARES: tuple[tuple[Callable[..., Explanation], Callable[..., Share | None]], ..
     (relevance.conservative_lrp, relevance.conservative_lrp_share),
     (relevance.attention_lrp, relevance.attention_lrp_share),
     (relevance.residual_lrp, relevance.residual_lrp_share),
+    (relevance.libra_full_grad, relevance.libra_full_grad_share),
     (gradient.input_gradient, gradient.input_gradient_share),
     (gradient.gradient_x_input, gradient.gradient_x_input_share),
 )
@@ -302,7 +303,7 @@ METHODS: dict[str, Method] = {
     ),
     "libra_gae": _libra(attention.gae),
     "libra_grad_cam": _libra(attention.grad_cam, passes="1 F + 1/L B", float32=True, takes_memory=False),
-    "beyond_intuition": _last_block(attention.beyond_intuition, "Chen et al., TMLR", 2023, "21 F + 1 B + 20/L B"),
+    "beyond_intuition": _gradient(attention.beyond_intuition, "Chen et al., TMLR", 2023, "21 F + 1 B + 20/L B"),
     "legrad": Method(attention.legrad, "Bousselham et al., ICCV", 2025, "2 F"),
     "input_gradient": _gradient(gradient.input_gradient, "Simonyan et al., ICLR", 2014, output=PIXELS),
     "gradient_x_input": _gradient(
@@ -334,7 +335,7 @@ METHODS: dict[str, Method] = {
         tokentm_mix,
         "named as future work by Wu et al.",
         2024,
-        "2 F + 2 B",
+        "1 F + 1 B",
         differentiable=False,
         classless=_classless,
         takes_memory=True,

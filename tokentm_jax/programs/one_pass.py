@@ -16,11 +16,14 @@ from jax.ad_checkpoint import checkpoint_name
 from tokentm_jax.inputs.values import mean_of_seen, seen, values, with_values
 from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.variants import TokenTM, attention_layer, attention_weights, ffn_layer, ffn_weights, norm_gain
-from tokentm_jax.programs.capture import POINTS, as_before, heads_of, of_blocks
+from tokentm_jax.programs.capture import as_before, heads_of, of_blocks
+from tokentm_jax.programs.factors import factor_taps
 from tokentm_jax.programs.model import Model
 from tokentm_jax.programs.passes import Block, Score, View, blocks_of, end_of, first_row, legrad_of_block
 from tokentm_jax.programs.running import WEIGHTS, Evaluation, Plan, Tap
 from tokentm_jax.programs.structure import Layer
+
+PLAIN = TokenTM(attention="plain")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Wanted:
     carried: bool = False
     received: bool = False
     legrad: bool = False
+    full_gradient: bool = False
     input_grads: bool = False
 
     def __or__(self, other: "Wanted") -> "Wanted":
@@ -54,6 +58,7 @@ class Pass(NamedTuple):
     carried: Any  # [L+1, N] the sum of that gradient over channels: by rules of relevance, the relevance
     received: Any  # [L, N] the attention that each token gets, mean over heads and queries
     legrad: Any  # [N] LeGrad's row, for a score whose class is given
+    full_gradient: Any  # [N] tokens and biases times their gradients, mean over blocks: FullGrad+
     input_grads: Any  # gradient at the sample's numbers
 
 
@@ -75,7 +80,6 @@ def one_pass(
         {number: partial(_in_turn, own) for number, own in taps.items()},
         by_queries=by_queries,
         streams=streams,
-        whole=wanted.legrad,
     )
 
     def extra(seeds: Any) -> dict[int, dict[str, Any]]:
@@ -86,31 +90,39 @@ def one_pass(
                 ends = (number for layer in block for number in (layer.output, layer.end))
                 for number in (block[0].attention.weights, *ends):  # type: ignore[union-attr]
                     found.setdefault(number, {})["gradient"] = own_part(gradients)
+            if "received" in seeds:
+                found.setdefault(block[0].attention.weights, {})["received"] = own_part(seeds["received"])  # type: ignore[union-attr]
             found.setdefault(block[0].stream, {})["seeds"] = own_part(jax.tree.map(lambda a: a[:-1], seeds))
         if blocks:
             found.setdefault(model.structure.last, {})["seeds"] = jax.tree.map(lambda a: a[-1], seeds)
         return found
 
-    def run(numbers: Array, seeds: Any, u: Any) -> Any:
-        own = with_values(sample, numbers)
-        outputs, notes, state = model.evaluate(params, own, plan, extra(seeds), (u, jnp.int32(0)))
-        return (score(outputs), state[0]), (notes, outputs)
+    def run(numbers: Array, seeds: Any, u: Any, factor: Any) -> Any:
+        read = None if attended_once is None else jnp.zeros_like(attended_once)
+        own, start = with_values(sample, numbers), (u, jnp.int32(0), read, (factor, jnp.int32(0)))
+        outputs, notes, state = model.evaluate(params, own, plan, extra(seeds), start)
+        return (score(outputs), (state[0], state[2])), (notes, outputs)
 
-    seeds, u, readout = {}, (), None
+    seeds, u, factor = {}, (), None
+    readout: Any = None
     if blocks:
         structure = model.structure
         readout = first_row(model, sample, structure.reading.flat.types[structure.embedded])
         zeros = jnp.zeros((structure.depth + 1, structure.tokens), readout.dtype)
-        seeds = {name: zeros for name in ("effects", "carried") if getattr(wanted, name)}
+        seeds = {name: zeros for name in ("effects", "carried", "received") if getattr(wanted, name)}
         u = (jnp.zeros_like(readout),) * len(wanted.rows)
+        factor = jnp.zeros_like(readout) if wanted.full_gradient else None
     numbers = values(sample)
+    attended_once: Any = jnp.ones_like(readout, shape=()) if wanted.received else None
+    cotangents = (readout,) * len(u), attended_once
     # Rules are not derivatives: where the map is differentiated, they must be inside this pass down to the input.
     if wanted.input_grads or (model.rules and seeds):
-        (own, _), pull, (notes, outputs) = jax.vjp(run, numbers, seeds, u, has_aux=True)
-        of_input, of_seeds, rows = pull((jnp.ones_like(own), (readout,) * len(u)))
+        (own, _), pull, (notes, outputs) = jax.vjp(run, numbers, seeds, u, factor, has_aux=True)
+        of_input, *others = pull((jnp.ones_like(own), cotangents))
     else:
-        (own, _), pull, (notes, outputs) = jax.vjp(partial(run, numbers), seeds, u, has_aux=True)
-        of_input, (of_seeds, rows) = None, pull((jnp.ones_like(own), (readout,) * len(u)))
+        (own, _), pull, (notes, outputs) = jax.vjp(partial(run, numbers), seeds, u, factor, has_aux=True)
+        of_input, others = None, pull((jnp.ones_like(own), cotangents))
+    of_seeds, rows, of_factor = others
 
     def of_all(name: str, number: Any) -> Any:
         return of_blocks(model.structure.stages, notes, number, lambda _, note: note[name])
@@ -120,8 +132,9 @@ def one_pass(
         notes[model.structure.embedded]["embedded"].reshape(model.structure.tokens, -1) if wanted.rows else None,
         of_seeds.get("effects"),
         of_seeds.get("carried"),
-        of_all("received", POINTS["attention"]) if wanted.received else None,
+        of_seeds["received"][:-1] if wanted.received else None,
         of_all("legrad", end_of).sum(0) if wanted.legrad else None,
+        of_factor,
         of_input if wanted.input_grads else None,
     )
     return done, outputs
@@ -170,41 +183,42 @@ def _tap_blocks(
     def embedded(evaluation: Evaluation, value: Array, state: Any, extra: Any) -> Any:
         return value, state, {"embedded": value}
 
-    def received(block: Block, evaluation: Evaluation, value: Array, state: Any, extra: Any) -> Any:
-        layer: Any = block[0].attention
-        heads = wide(heads_of(layer, value))
-        return value, state, {"received": mean_of_seen(heads.mean(0), there, -2)}
-
     def of_attention(block: Block, evaluation: Evaluation, index: Array, extra: Any) -> list[Array]:
         view = View(evaluation, block, n, there, (extra or {}).get("gradient"))
         return [kept(options, index, attention_weights(view, options)) for options in wanted.rows]
 
     def attended(block: Block, evaluation: Evaluation, state: Any, extra: Any) -> Any:
         layer: Any = block[0].attention
-        streams, index = state
-        weights = of_attention(block, evaluation, index, extra)
+        streams, index, read, factor = state
+        passing = [*zip(wanted.rows, streams, of_attention(block, evaluation, index, extra), strict=True)]
+        if wanted.received:  # the derivative by this zero is what the attention of the mean query gives
+            passing.append((PLAIN, extra["received"], jnp.ones_like(extra["received"])))
 
         def of_queries(value: Array) -> tuple[Array, Any]:
             heads, zeros = heads_of(layer, value), []
-            for options, u, own in zip(wanted.rows, streams, weights, strict=True):
+            for options, u, own in passing:
                 passed: Any = attention_layer(options, heads, u, own)
                 heads = passed[0]
                 zeros.append(passed[1])
             return as_before(layer, heads, value), tuple(zeros)
 
-        return of_queries, lambda zeros: (tuple(u + zero for u, zero in zip(streams, zeros, strict=True)), index)
+        def after(zeros: Any) -> Any:
+            total = read + mean_of_seen(zeros[-1], there) if wanted.received else read
+            return tuple(u + zero for u, zero in zip(streams, zeros, strict=False)), index, total, factor
+
+        return of_queries, after
 
     def by_head(block: Block, evaluation: Evaluation, state: Any, extra: Any) -> Any:
-        ((u,), index) = state
+        (u,), index, read, factor = state
         (weights,) = of_attention(block, evaluation, index, extra)
         # Backward, u gets w times the mean over heads of what each stream gets.
         each = jnp.broadcast_to(u * jax.lax.stop_gradient(weights) / structure.heads, (structure.heads, n))
-        return each, lambda zeros: ((u + zeros,), index)
+        return each, lambda zeros: ((u + zeros,), index, read, factor)
 
     def summed(
         block: Block, layer: Layer, number: int, evaluation: Evaluation, value: Array, state: Any, extra: Any
     ) -> Any:
-        (streams, index), note = state, {}
+        (streams, index, *others), note = state, {}
         view = View(evaluation, block, n, there, extra.get("gradient"))
 
         def through(options: TokenTM, u: Array) -> Array:
@@ -220,7 +234,12 @@ def _tap_blocks(
         if layer is block[-1] and number == layer.end:
             index = index + 1
             note = {} if legrad is None else {"legrad": legrad(evaluation, block)}
-        return value, (streams, index), note
+        return value, (streams, index, *others), note
+
+    def by_factor(tap: Tap, evaluation: Evaluation, value: Array, state: Any, extra: Any) -> Any:
+        *others, factor = state
+        value, factor, _ = tap(evaluation, value, factor, extra)
+        return value, (*others, factor), {}
 
     if wanted.rows:
         taps.setdefault(structure.embedded, []).append(embedded)
@@ -228,14 +247,14 @@ def _tap_blocks(
         attention = block[0].attention.weights  # type: ignore[union-attr]
         if wanted.effects or wanted.carried:
             taps.setdefault(block[0].stream, []).append(partial(observed, n))
-        if wanted.received:
-            taps.setdefault(attention, []).append(partial(received, block))
-        if wanted.rows:
+        if wanted.rows or wanted.received:
             by_queries[attention] = partial(attended, block)
-            if [options.attention for options in wanted.rows] == ["gradient"]:
+            if not wanted.received and [options.attention for options in wanted.rows] == ["gradient"]:
                 by_heads[attention] = partial(by_head, block)
         for layer in block if wanted.rows or wanted.legrad else []:
             for number in {layer.output, layer.end}:
                 taps.setdefault(number, []).append(partial(summed, block, layer, number))
     if wanted.effects or wanted.carried:
         taps.setdefault(structure.last, []).append(partial(observed, n))
+    for number, tap in factor_taps(model, sample).items() if wanted.full_gradient else ():
+        taps.setdefault(number, []).append(partial(by_factor, tap))

@@ -3,6 +3,7 @@
 All functions are for one sample.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from operator import itemgetter
@@ -13,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tokentm_jax.inputs.values import mean_of_seen, read_out, seen
+from tokentm_jax.inputs.values import read_out, seen
 from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.tokentm import aggregate, block_update
+from tokentm_jax.programs import pieces
 from tokentm_jax.programs.capture import (
     POINTS,
     heads_of,
@@ -24,6 +26,7 @@ from tokentm_jax.programs.capture import (
     through_output,
     values_of,
 )
+from tokentm_jax.programs.flat import bind
 from tokentm_jax.programs.model import Model
 from tokentm_jax.programs.running import Evaluation, Plan
 from tokentm_jax.programs.structure import Layer, Structure
@@ -197,25 +200,49 @@ def legrad_of_block(
     def of_block(evaluation: Evaluation, block: Block) -> Array:
         attention: Any = block[0].attention
         evaluation = evaluation.held()  # constant in the derivative of the surrounding pass
-        weights = evaluation.values[attention.weights]
-        rows, end = model.structure.rows, block[-1].end
-        through = for_tokens(evaluation, rows, attention.weights, end, n, tokens) if len(tokens) < n else None
+        rows, end, at = model.structure.rows, block[-1].end, attention.places[-2]
+        through = for_tokens(evaluation, rows, attention.output, end, n, tokens) if len(tokens) < n else None
         own = np.arange(n) if through is None else tokens
-        through = through or evaluation.function([attention.weights], end)
+        through = through or evaluation.function([attention.output], end)
 
-        def read_by_head(weights: Array) -> Array:
-            after = through(weights)
+        def read_by_head(mixed: Array) -> Array:
+            after = through(mixed)
             if len(own) < n:
                 after = jnp.zeros_like(evaluation.values[end]).at[..., own, :].set(after)
             if read == "mean":
                 after = jnp.broadcast_to(after.mean(-2, keepdims=True), after.shape)
             return score(head(after))
 
-        gradient = jax.nn.relu(wide(jax.grad(read_by_head)(jnp.take(weights, own, attention.query))))
-        gradient = heads_of(attention, gradient).mean(0)
-        return mean_of_seen(gradient, there, -2) if len(own) == n else gradient.sum(0) / n
+        gradient = jax.grad(read_by_head)(jnp.take(evaluation.values[attention.output], own, at))
+        present = jnp.ones(n, wide(gradient).dtype) if there is None else there.astype(wide(gradient).dtype)
+        return _of_weights(evaluation, attention, gradient, (present / present.sum())[own])
 
     return of_block
+
+
+def _of_weights(evaluation: Evaluation, attention: Any, gradient: Array, shares: Array) -> Array:
+    """`sum_q shares_q mean_h relu(d s / d A_q)` [N], from the gradient of s at the product of weights A with values,
+    for some queries; where A is large, for some of these at a time."""
+    product, at = attention.product, attention.places[-2]
+    kind = evaluation.reading.flat.types[attention.weights]
+    value = evaluation.values[attention.value]
+    order = (0, 1) if product.inputs[0] == attention.weights else (1, 0)
+
+    def of_queries(gradient: Array, shares: Array) -> Array:
+        like = jax.ShapeDtypeStruct(pieces.with_rows(kind.shape, attention.query, len(shares)), kind.dtype)
+        mixed = lambda weights: bind(product.equation, [(weights, value)[i] for i in order])[0]  # noqa: E731
+        (own,) = jax.linear_transpose(mixed, like)(gradient)
+        return shares @ heads_of(attention, jax.nn.relu(wide(own))).mean(0)
+
+    weights_of_query = math.prod(kind.shape) // kind.shape[attention.query]
+    if weights_of_query * len(shares) <= pieces.LARGE:
+        return of_queries(gradient, shares)
+    rows = max(1, pieces.ENTRIES // weights_of_query)
+    more = -len(shares) % rows
+    moved = jnp.moveaxis(gradient, at, 0)
+    padded = (jnp.pad(x, [(0, more), *[(0, 0)] * (x.ndim - 1)]) for x in (moved, shares))
+    parts = tuple(x.reshape(-1, rows, *x.shape[1:]) for x in padded)
+    return jax.lax.map(lambda part: of_queries(jnp.moveaxis(part[0], 0, at), part[1]), parts).sum(0)
 
 
 def legrad_rows(
@@ -226,7 +253,7 @@ def legrad_rows(
     The class of the score must be given.
     """
     taps = _at_ends(model, legrad_of_block(model, params, sample, score, read))
-    outputs, notes, _ = model.evaluate(params, sample, Plan(model.rules, taps, whole=True), None, None)
+    outputs, notes, _ = model.evaluate(params, sample, Plan(model.rules, taps), None, None)
     return of_blocks(model.structure.stages, notes, end_of)[first_block:].sum(0), outputs
 
 

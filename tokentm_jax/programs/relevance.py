@@ -1,11 +1,11 @@
-"""Rows of relevance by rules: Transformer Attribution, FullGrad+, and the relevance of positions.
+"""Rows of Transformer Attribution, Beyond Intuition, and the relevance of positions.
 
 All functions are for one sample.
 """
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,16 @@ from jax import Array
 
 from tokentm_jax.inputs.values import seen, values, with_values
 from tokentm_jax.maths.primitives import wide
-from tokentm_jax.maths.tokentm import attention_map
+from tokentm_jax.maths.tokentm import attention_map, length
 from tokentm_jax.programs.capture import as_before, heads_of
+from tokentm_jax.programs.factors import added, at_tokens
 from tokentm_jax.programs.flat import Step
 from tokentm_jax.programs.model import Model
 from tokentm_jax.programs.one_pass import observed
-from tokentm_jax.programs.passes import Score, blocks_of, first_row, wide_type
+from tokentm_jax.programs.passes import Block, Score, View, blocks_of, first_row, wide_type
 from tokentm_jax.programs.running import Evaluation, Plan, Rules
+
+Perception = Literal["head", "token"]  # how Beyond Intuition sums the heads
 
 
 @jax.custom_vjp
@@ -87,73 +90,68 @@ def attribution_rows(
     return (row, relevance), outputs
 
 
-def full_gradient_rows(model: Model, params: Any, sample: Any, score: Score) -> tuple[tuple[Array, Array], Any]:
-    """FullGrad+'s row for one sample by the model's rules: tokens and biases times gradients, mean over blocks.
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _perceived(variant: Perception, attention: Array, u: Array, weights: Array, inside: Array) -> tuple[Array, Array]:
+    """Attention [H, N, N] unchanged, and zeros that are added to streams u [R, N] of zeros.
 
-    Every token and bias has a factor 1 + share * u [N]; the derivative by u is the row. Returns (row, sum of the row
-    minus the score) and the outputs.
+    Backward, the cotangents are the gradient G of the attention, and rows P. That of u becomes `P A` of Beyond
+    Intuition, or zero where the block is not `inside`.
     """
-    structure = model.structure
-    n, depth = structure.tokens, structure.depth
-    kind = structure.reading.flat.types[structure.embedded]
-    readout = None if seen(sample) is None else first_row(model, sample, kind)
-    taps: dict[int, Any] = {}
-    for reading in {structure.reading, *(stage.reading for stage in structure.stages)}:
-        for step in reading.flat.steps:
-            if step.kind == "bias" and step.outputs[0] in structure.rows:
-                taps[step.outputs[0]] = partial(_with_factor, step, structure.rows[step.outputs[0]], readout, depth)
-    for stage in structure.stages:
-        taps |= {block[0].stream: partial(_scaled_stream, depth, n) for block in stage.blocks}
-
-    def run(u: Array) -> tuple[Array, Any]:
-        outputs, _, _ = model.evaluate(params, sample, Plan(model.rules, taps), None, (u, jnp.int32(0)))
-        own = score(outputs)
-        return own, (own, outputs)
-
-    row, (own, outputs) = jax.grad(run, has_aux=True)(jnp.zeros(n, wide_type(kind)))
-    return (row, row.sum() - own), outputs
+    return attention, jnp.zeros_like(u)
 
 
-def _scaled_stream(depth: int, n: int, evaluation: Evaluation, value: Array, state: Any, extra: Any) -> Any:
-    """The tokens that enter a block, times their factor. The block then counts for the shares of biases."""
-    u, index = state
-    shape = [1] * value.ndim
-    shape[-2] = n
-    return (wide(value) * (1 + u / depth).reshape(shape)).astype(value.dtype), (u, index + 1), None
+def _perceived_forward(variant: Perception, attention: Array, u: Array, weights: Array, inside: Array) -> Any:
+    return (attention, jnp.zeros_like(u)), (attention, weights, inside)
 
 
-def _with_factor(
-    step: Step, rows: Any, readout: Array | None, depth: int, evaluation: Evaluation, value: Array, state: Any, _: Any
-) -> Any:
-    """A sum with a bias times its factor, whose share is that of the blocks before it.
-
-    After the head has read the tokens, the factor is that of the read tokens: by `readout` [N] if it depends on the
-    sample.
-    """
-    u, index = state
-    share = index.astype(u.dtype) / depth
-    if isinstance(rows, tuple):
-        factor = _at_tokens(rows, u, value)
+def _perceived_backward(variant: Perception, saved: tuple[Array, ...], cotangents: tuple[Array, Array]) -> Any:
+    (attention, weights, inside), (gradient, rows) = saved, cotangents
+    heads = attention.astype(rows.dtype)
+    if variant == "token":
+        fused = heads.mean(0) * weights
     else:
-        factor = (jnp.asarray(rows, u.dtype) if readout is None else readout) @ u
-    return (wide(value) + _added(step, evaluation) * (factor * share)).astype(value.dtype), state, None
+        influence = jnp.abs(jnp.einsum("hqk,hqj->hkj", heads, gradient.astype(rows.dtype))).mean((1, 2))
+        fused = jnp.einsum("h,hqk->qk", influence / jnp.maximum(influence.sum(), 1e-30), heads)
+    return gradient, jnp.where(inside, rows @ fused, 0), None, None
 
 
-def _added(step: Step, evaluation: Evaluation) -> Array:
-    """What a step adds to its value, with its sign."""
-    added = wide(evaluation.get(step.inputs[1 - step.of]))
-    return -added if step.name == "sub" and step.of == 0 else added
+_perceived.defvjp(_perceived_forward, _perceived_backward)
 
 
-def _at_tokens(rows: tuple[Any, Any], u: Array, value: Array) -> Array:
-    """Factors u [N] of the tokens at their places in a value."""
-    axis, shares = rows
-    if isinstance(axis, slice):
-        return u[axis].reshape(shares)
-    shape = [1] * value.ndim
-    shape[axis] = len(shares)
-    every = len(shares) == len(u) and (shares == np.eye(len(u))).all()
-    return (u if every else jnp.asarray(shares, u.dtype) @ u).reshape(shape)
+def perception_rows(
+    model: Model, params: Any, sample: Any, score: Score, variant: Perception, first_block: int = 0
+) -> tuple[tuple[Array, Array], Any]:
+    """Rows [R, N] of Beyond Intuition's attention perception P for one sample, with the read-out of each [R], and the
+    outputs. Only of tokens that the head reads, where these are known."""
+    structure, there = model.structure, seen(sample)
+    n = structure.tokens
+    readout = first_row(model, sample, structure.reading.flat.types[structure.embedded])
+    read = np.flatnonzero(model.readout) if there is None else np.arange(n)
+    taps: dict[int, Any] = {}
+
+    def tap(block: Block, evaluation: Evaluation, value: Array, u: Array, inside: Array) -> Any:
+        attention: Any = block[0].attention
+        weights = jnp.ones(n, u.dtype)
+        if variant == "token":
+            view = View(evaluation, block, n, there, None)
+            weights = length(view.transformed_value) / jnp.maximum(length(view.tokens), 1e-12)
+        passed: Any = _perceived(variant, heads_of(attention, value), u, weights, inside)
+        return as_before(attention, passed[0], value), u + passed[1], None
+
+    extra: dict[int, Any] = {}
+    for block, own_part in blocks_of(structure):
+        number = block[0].attention.weights  # type: ignore[union-attr]
+        taps[number], extra[number] = partial(tap, block), own_part(jnp.arange(structure.depth) >= first_block)
+
+    def run(u: Array) -> Any:
+        outputs, _, u = model.evaluate(params, sample, Plan(model.rules, taps, whole=True), extra, u)
+        return (score(outputs), u), outputs
+
+    identity = jnp.eye(n, dtype=readout.dtype)[read]
+    found: Any = jax.vjp(run, jnp.zeros_like(identity), has_aux=True)
+    (own, _), pull, outputs = found
+    pulled = pull((jnp.ones_like(own), identity))
+    return (pulled[0], readout[read]), outputs
 
 
 def position_rows(model: Model, params: Any, sample: Any, score: Score) -> tuple[tuple[Array, Array], Any]:
@@ -192,10 +190,10 @@ def position_rows(model: Model, params: Any, sample: Any, score: Score) -> tuple
 
 def _with_position(step: Step, rows: Any, evaluation: Evaluation, value: Array, u: Any, extra: Any) -> Any:
     """A sum with a position, which has its factor."""
-    return (wide(value) + _added(step, evaluation) * _at_tokens(rows, u, value)).astype(value.dtype), u, None
+    return (wide(value) + added(step, evaluation) * at_tokens(rows, u, value)).astype(value.dtype), u, None
 
 
 def _turned(rows: Any, evaluation: Evaluation, value: Array, u: Any, extra: Any) -> Any:
     """A product with a rotary position: half of its relevance is for the position."""
-    half, factor = wide(value) / 2, _at_tokens(rows, u, value)
+    half, factor = wide(value) / 2, at_tokens(rows, u, value)
     return (half + jax.lax.stop_gradient(half) * (1 + factor)).astype(value.dtype), u, None

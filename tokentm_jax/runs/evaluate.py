@@ -169,6 +169,7 @@ def _evaluate(
     size = config.batch_size
     groups = [jobs[i : i + size] for i in range(0, len(jobs), size)]
     groups = [group for group in groups if any(_open(config, row, records[row.name], group) for row in config.rows)]
+    together = _together(programs, config, records, groups, maps)
     indices = [job.index for group in groups for job in group]
     stream = batches(source, vit.preprocessing, size, config.profile, indices=indices, skipped=skipped)
     for number, (group, batch) in enumerate(zip(groups, stream, strict=True)):
@@ -189,12 +190,16 @@ def _evaluate(
         if references is not None:
             reference = _kept_reference(programs, references, group, full, measured.pixels, target)
         shared = programs.shared(measured, target)
+        computed: dict[str, tuple[Array, Array | None]] = {}
         for row in config.rows:
             places = _open(config, row, records[row.name], group)
             if places:
                 taken, stored = _stored(maps, config, row, group, places)
                 if len(taken) < len(places):
-                    heatmaps, original = programs.maps(row, [job.key for job in full], measured.pixels, target)
+                    if row.name not in computed:
+                        keys_of_full = [job.key for job in full]
+                        computed |= _computed(programs, together, row, keys_of_full, measured.pixels, target)
+                    heatmaps, original = computed.pop(row.name)
                 else:
                     heatmaps, original = np.zeros((size, *stored.shape[1:]), np.float32), None
                 if taken:
@@ -230,6 +235,39 @@ def _with_causes(programs: Programs, measured: Measured, batch: Batch, translate
     if programs.config.score == AGAINST and (others < 0).any():
         raise InputError(f"the score {AGAINST!r} needs the classes that examples have without their causes")
     return measured._replace(without=programs.place(batch.without), others=programs.place(others))
+
+
+def _together(
+    programs: Programs,
+    config: EvaluateConfig,
+    records: Mapping[str, Records],
+    groups: Sequence[Sequence[Job]],
+    maps: Sequence[Maps],
+) -> dict[str, list[Row]]:
+    """By name, the rows that are explained with each row: those that have something to do and no stored maps, and can
+    share its pass."""
+    rows = [
+        row
+        for row in config.rows
+        if any(_open(config, row, records[row.name], group) for group in groups)
+        and not any(store.has(row.method, row.options) for store in maps)
+    ]
+    found = {row.name: [row] for row in config.rows}
+    return found | {row.name: group for group in programs.groups(rows) for row in group}
+
+
+def _computed(
+    programs: Programs, together: dict[str, list[Row]], row: Row, keys: Sequence[str], pixels: Array, target: Target
+) -> dict[str, tuple[Array, Array | None]]:
+    """The maps of a row and of those with it. If these have an error, each is explained alone from then on."""
+    group = together[row.name]
+    try:
+        return programs.maps(group, keys, pixels, target)
+    except InputError:
+        if len(group) == 1:
+            raise
+    together |= {each.name: [each] for each in group}
+    return programs.maps([row], keys, pixels, target)
 
 
 def _kept_reference(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from tokentm_jax.errors import InputError, suggest
 from tokentm_jax.files import ours, read_json, require_ours, write_json, write_text
 from tokentm_jax.identity import claimed, digest, environment, write_figure
 from tokentm_jax.methods.explain import compiled
+from tokentm_jax.methods.sharing import grouped
 from tokentm_jax.methods.table import METHODS
 from tokentm_jax.metrics.tasks import TASKS
 from tokentm_jax.models.loading import Model, load
@@ -243,24 +244,58 @@ def _shared_maps(
             there = any(store.has(row.method, row.options) for store in given[run.name])
             if not there and row.method not in BASELINES and row.random_blocks is None:
                 asking.setdefault((row.name, run.data, run.half, run.profile, run.seed), []).append(run)
-    asking = {key: runs for key, runs in asking.items() if len(runs) > 1}
-    for number, ((name, *_), runs) in enumerate(asking.items(), 1):
-        row, largest = config.rows[name], max(runs, key=lambda run: len(sources[run.name]))
-        size, source = largest.batch_size, sources[largest.name]
+    needed: dict[tuple[Any, ...], dict[str, list[EvaluateConfig]]] = {}  # rows with equal options, of equal data
+    for (name, *data), runs in asking.items():
+        if len(runs) > 1:
+            largest = max(runs, key=lambda run: len(sources[run.name]))
+            key = (*data, largest.name, *sorted(config.rows[name].options.items()))
+            needed.setdefault(key, {})[name] = runs
+    parts: list[tuple[EvaluateConfig, _Part, list[EvaluateConfig]]] = []
+    for own in needed.values():
+        largest = max(next(iter(own.values())), key=lambda run: len(sources[run.name]))
+        for part in _parts(out, [config.rows[name] for name in own], largest, sources[largest.name]):
+            using = [run for row in part.rows for run in own[row.name]]
+            parts.append((largest, part, [run for i, run in enumerate(using) if run not in using[:i]]))
+    for number, (largest, part, runs) in enumerate(parts, 1):
         explainer = Explainer(
             vit,
-            methods=(row.method,),
-            options=row.options,
+            methods=part.methods,
+            options=part.rows[0].options,
             dtype="float32",
             profile=largest.profile,
-            batch_size=size,
+            batch_size=largest.batch_size,
         )
-        place = out / MAPS / f"{record_file(out, row).stem}-{digest(largest.profile, source.identity)[:8]}"
-        with watch(f"maps of {name} ({number} of {len(asking)})") as report:
-            filled = _filled(place, explainer, source, report)
+        with watch(f"maps of {', '.join(row.name for row in part.rows)} ({number} of {len(parts)})") as report:
+            filled = _filled(part.place, explainer, sources[largest.name], report)
         for run in runs:
             stores[run.name] += filled
     return stores
+
+
+class _Part(NamedTuple):
+    """The maps of some rows with equal options, which are in stores together."""
+
+    place: Path
+    methods: tuple[str, ...]
+    rows: Sequence[Row]
+
+
+def _parts(out: Path, rows: Sequence[Row], run: EvaluateConfig, source: Source) -> list[_Part]:
+    """The rows by their stores: those that an earlier run began, and else one for each group that can share a pass."""
+    ending, options = digest(run.profile, source.identity)[:8], rows[0].options
+    parts: list[_Part] = []
+    for path in sorted((out / MAPS).glob(f"*-{ending}-0")):
+        store = open_maps(path)
+        there = {row.name for part in parts for row in part.rows}
+        own = [row for row in rows if row.name not in there and store.has(row.method, options)]
+        if own:
+            parts.append(_Part(path.with_name(path.name[: -len("-0")]), tuple(store.maps), own))
+    begun = {row.name for part in parts for row in part.rows}
+    members = {row.method: METHODS[row.method].member(row.method, options) for row in rows if row.name not in begun}
+    for methods in grouped(members):
+        own = [row for row in rows if row.name not in begun and row.method in methods]
+        parts.append(_Part(out / MAPS / f"{record_file(out, own[0]).stem}-{ending}", tuple(methods), own))
+    return sorted(parts, key=lambda part: rows.index(part.rows[0]))
 
 
 def _filled(place: Path, explainer: Explainer, source: Source, report: Report | None) -> list[Maps]:

@@ -14,7 +14,8 @@ from tokentm_jax.inputs.reader import Reader, nearness
 from tokentm_jax.inputs.values import as_maps, looked_up, of
 from tokentm_jax.maths.mixed import linear
 from tokentm_jax.maths.scores import Question, Versus, question
-from tokentm_jax.methods.explain import compiled
+from tokentm_jax.methods.explain import compiled, compiled_rows
+from tokentm_jax.methods.sharing import grouped
 from tokentm_jax.methods.table import METHODS
 from tokentm_jax.metrics.task import Fields, Subject, Task, record_types
 from tokentm_jax.metrics.tasks import TASKS
@@ -179,19 +180,36 @@ class Programs:
         """An array with a leading batch axis, on all devices if they divide the batch."""
         return jax.device_put(array, self._sharding)
 
-    def maps(self, row: Row, keys: Sequence[str], pixels: Array, target: metrics.Target) -> tuple[Array, Array | None]:
-        """The row's maps of a batch and, for a task that compares them, those without random blocks."""
+    def groups(self, rows: Sequence[Row]) -> list[list[Row]]:
+        """The rows in order, those together whose maps one pass can give: of one model, perhaps with random blocks."""
+        found: list[list[Row]] = []
+        for random_blocks in dict.fromkeys(row.random_blocks for row in rows):
+            own = {row.name: row for row in rows if row.random_blocks == random_blocks}
+            known = {name: row for name, row in own.items() if row.method not in BASELINES}
+            members = {name: METHODS[row.method].member(name, row.options) for name, row in known.items()}
+            found += [[own[name] for name in names] for names in grouped(members)]
+            found += [[row] for name, row in own.items() if name not in known]
+        return found
+
+    def maps(
+        self, rows: Sequence[Row], keys: Sequence[str], pixels: Array, target: metrics.Target
+    ) -> dict[str, tuple[Array, Array | None]]:
+        """The maps of a batch by one of the `groups` of rows and, for a task that compares them, those without random
+        blocks."""
         seed, compares = self.config.seed, self.task.against_original
+        row = rows[0]
         if row.method == DISTANCE:
             texts: Any = pixels
-            return self.place(nearness(texts.mask)), None
+            return {row.name: (self.place(nearness(texts.mask)), None)}
         if row.method == RANDOM:
             reader, of_pixels = self.vit.preprocessing, bool(row.options.get("pixels"))
             noise = [reader.noise(keys, s, self.vit.module, pixels, of_pixels) for s in (seed, seed + 1)]
-            return self.place(noise[0]), self.place(noise[1]) if compares else None
-        program = compiled(self.vit.module, {row.method: row.options}, preprocessing=self.vit.preprocessing)
-        maps = program(self._params(row), pixels, target)[0][row.method]
-        return maps, program(self.vit.params, pixels, target)[0][row.method] if compares else None
+            return {row.name: (self.place(noise[0]), self.place(noise[1]) if compares else None)}
+        own = {each.name: (each.method, each.options) for each in rows}
+        program = compiled_rows(self.vit.module, own, preprocessing=self.vit.preprocessing)
+        maps = program(self._params(row), pixels, target)[0]
+        original = program(self.vit.params, pixels, target)[0] if compares else dict.fromkeys(own)
+        return {name: (maps[name], original[name]) for name in own}
 
     def _params(self, row: Row) -> Any:
         if row.random_blocks is None:
