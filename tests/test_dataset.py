@@ -613,9 +613,9 @@ def test_an_evaluation_takes_maps_from_a_store(whole, vit, source, folder, tmp_p
     computed = []
     maps = evaluation.Programs.maps
 
-    def counted(self, row, keys, *arrays):
-        computed.append(row.name)
-        return maps(self, row, keys, *arrays)
+    def counted(self, rows, keys, *arrays):
+        computed.extend(row.name for row in rows)
+        return maps(self, rows, keys, *arrays)
 
     monkeypatch.setattr(evaluation.Programs, "maps", counted)
     stored = open_maps(whole)

@@ -20,7 +20,7 @@ from filelock import FileLock
 from PIL import Image
 
 import tokentm_jax as tm
-from models.training.recipe import AmortiseConfig, TextTrainConfig, TrainConfig
+from models.training.recipe import AmortiseConfig, QuestionTrainConfig, TextTrainConfig, TrainConfig
 from tokentm_jax import samples
 from tokentm_jax.cli.main import main
 from tokentm_jax.cli.recipes import read_recipe
@@ -275,7 +275,14 @@ def test_who_misses_data_is_told_the_command(home, monkeypatch):
 
 
 def test_every_config_can_be_read_without_data(home):
-    kinds = (tm.EvaluateConfig, tm.LeaderboardConfig, TextTrainConfig, TrainConfig, AmortiseConfig)
+    kinds = (
+        tm.EvaluateConfig,
+        tm.LeaderboardConfig,
+        TextTrainConfig,
+        TrainConfig,
+        AmortiseConfig,
+        QuestionTrainConfig,
+    )
     root = Path(__file__).resolve().parent.parent
     for path in sorted([*root.glob("configs/*.py"), *root.glob("models/training/recipes/*.py")]):
         assert "shared/data" not in path.read_text()

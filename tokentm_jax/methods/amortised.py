@@ -114,6 +114,7 @@ def amortised(path: str | os.PathLike[str]) -> Method:
       InputError: the file is missing, damaged, or not an explainer.
 
     Examples:
+        >>> import tokentm_jax as tm
         >>> vit = tm.load()
         >>> maps = tm.explain(vit, vit.read("cat.jpg"), tm.amortised("cifar10_distilled"))
         >>> maps.shape
