@@ -16,7 +16,8 @@ from tokentm_jax.data.examples import Example, Question, kind_of
 from tokentm_jax.errors import InputError
 from tokentm_jax.inputs.images import Preprocessing
 from tokentm_jax.inputs.pictures import SIDE, Panel
-from tokentm_jax.inputs.texts import Texts, Tokens, WordPieces, one_sentence
+from tokentm_jax.inputs.texts import Texts, Tokens, WordPieces
+from tokentm_jax.inputs.tokenizers import one_sentence
 from tokentm_jax.maths.primitives import PyTree
 
 WRITTEN, IMAGE, PROMPT = range(3)  # the `types` of tokens: of an answer, of the image, of the prompt's words

@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 
 from tokentm_jax.errors import InputError
-from tokentm_jax.inputs.texts import engine, one_sentence
+from tokentm_jax.inputs.tokenizers import engine, one_sentence
 from tokentm_jax.maths.primitives import linear
 from tokentm_jax.models.blocks import Affine, Module, Norm, scanned, trunc_normal
 
