@@ -98,3 +98,27 @@ def test_a_folder_has_the_parameters_and_reads_as_the_training_does(tmp_path):
     assert prompt.ids[0, n - len(words) : n].tolist() == [NUMBERS[word] for word in words]
     whole = loaded.preprocessing.answered(prompt, np.array([NUMBERS["red"]], np.int32), np.zeros(1, bool))
     assert loaded.preprocessing.pieces(whole.ids[0, n - 3 : n + 1])[-2:] == ["?", " red"]
+
+
+@pytest.mark.slow
+def test_an_evaluation_explains_the_first_word_of_the_answer(tmp_path):
+    """Its predictions are those of `generate`, and its maps those of `explain_words`."""
+    pytest.importorskip("tokenizers")
+    from tokentm_jax.configs import EvaluateConfig, rows
+    from tokentm_jax.runs.evaluate import evaluate
+
+    data = "questions:colour:test"
+    config = EvaluateConfig("q", "pointing", data, rows("gae"), model="scenes_words", limit=4, batch_size=4)
+    results = {(row["method"], row["metric"]): row["value"] for row in evaluate(config, out=tmp_path / "q")["rows"]}
+    model, source, shares, right = tm.load("scenes_words"), open_source(data, limit=4, seed=0), [], []
+    for index in range(4):
+        example = source[index]
+        found = tm.explain_words(
+            model, example.content.text, method="gae", image=np.asarray(example.content.image), most=1
+        )
+        right.append(found.answer.strip() == WORDS[example.label])
+        inside = example.mask.reshape(8, 8, 8, 8).mean((1, 3))
+        heat = np.maximum(found.image_maps[0], 0)
+        shares.append((heat * inside).sum() / heat.sum())
+    assert results["clean", "accuracy"] == pytest.approx(100 * np.mean(right))
+    assert all(right) and results["gae", "share"] == pytest.approx(np.mean(shares), abs=2e-3)

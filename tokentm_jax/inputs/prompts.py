@@ -148,7 +148,10 @@ class PromptReader(WordPieces):
     def panel(self, content: Any, title: str, side: int = SIDE, profile: str = "default") -> Panel:
         return self._pictures.panel(content, title, side, profile)
 
-    def normalise(self, prompts: Prompts) -> Prompts:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def normalise(self, prompts: Any) -> Any:
+        """Embeddings stay as they are: the image is in them."""
+        if not isinstance(prompts, Prompts):
+            return prompts
         return prompts._replace(images=self._pictures.normalise(prompts.images))
 
     def unit(self, prompts: Prompts) -> Prompts:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -63,10 +63,16 @@ def asked_of(asked: Question, classes: Array, others: Array | None) -> Question:
     return asked._replace(target=classes)
 
 
+def _measurable(module: Any, reader: Reader, params: Any, pixels: Any) -> Any:
+    """A reader's arrays as what is changed: images in [0, 1], and of texts the embeddings, with those of an image."""
+    found = reader.unit(pixels)
+    return looked_up(reader.normalise(found), module, params) if hasattr(found, "look_up") else found
+
+
 def _subject(module: Any, reader: Reader, params: Any, batch: Measured, target: metrics.Target) -> Subject:
     """A batch of a data set as what is measured."""
-    inputs = looked_up(reader.unit(batch.pixels), module, params)
-    without = None if batch.without is None else looked_up(reader.unit(batch.without), module, params)
+    inputs = _measurable(module, reader, params, batch.pixels)
+    without = None if batch.without is None else _measurable(module, reader, params, batch.without)
     grid = module.grid or (1, of(inputs).values.shape[1])
     tiling, blank = getattr(module, "tiling", None), reader.blank(module, params)
     return Subject(

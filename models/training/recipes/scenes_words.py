@@ -5,7 +5,7 @@
 A ViT and a decoder from nothing, as one Gemma 3 of 0.3 million parameters.
 
 Data: rendered, and never stored.
-Run time: see models/README.md.
+Run time: 31 minutes on 2 busy cores.
 """
 
 from models.training.recipe import QuestionTrainConfig
@@ -19,9 +19,10 @@ config = QuestionTrainConfig(
     },
     scenes=16_000,
     test_scenes=400,
-    epochs=2.0,
+    tower_epochs=5.0,
+    epochs=12.0,
     warmup_epochs=0.2,
     batch_size=16,
     questions=4,
-    checkpoint_epochs=0.25,
+    checkpoint_epochs=0.5,
 )
