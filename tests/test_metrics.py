@@ -524,7 +524,7 @@ def test_groups_are_drawn_as_a_whole():
     sizes = random.integers(1, 6, 40)
     groups = np.repeat([f"{k:02d}" for k in range(40)], sizes)
     values = np.repeat(random.normal(3, 2, 40), sizes)  # equal in a group: more images say nothing more
-    value, low, high = metrics.bootstrap(values, groups=groups)
+    value, low, high = metrics.bootstrap(values, groups=groups.tolist())
     assert value == pytest.approx(values.mean())
     random, means = np.random.default_rng(0), []
     for _ in range(1000):
@@ -536,8 +536,8 @@ def test_groups_are_drawn_as_a_whole():
     names = [f"{i:03d}" for i in range(len(values))]
     np.testing.assert_allclose(metrics.bootstrap(values, groups=names), alone)
     other = values + np.repeat(random.normal(0, 1, 40), sizes)
-    gap = metrics.paired(other, values, groups=groups)
-    np.testing.assert_allclose(gap, metrics.bootstrap(other - values, groups=groups))
+    gap = metrics.paired(other, values, groups=groups.tolist())
+    np.testing.assert_allclose(gap, metrics.bootstrap(other - values, groups=groups.tolist()))
 
 
 @pytest.mark.filterwarnings("error")
