@@ -214,7 +214,7 @@ def test_an_interrupted_run_goes_on(whole, config, vit, folder, tmp_path, monkey
 
 @pytest.mark.slow
 def test_rows_that_share_a_pass_are_computed_together(config, vit, folder, tmp_path, monkeypatch):
-    """With the numbers that they have alone; a row of a later run is alone, and so is each row after an error."""
+    """With the numbers of a run of each; a row of a later run has its own pass, and so has each row after an error."""
     own = [Row("gae 1", "gae", {"first_block": 1}), *rows("rollout", "tokentm", "legrad"), Row("gae", "gae")]
     some = dataclasses.replace(config, task="complexity", rows=own)
     calls, maps = [], evaluation.Programs.maps
@@ -245,16 +245,16 @@ def test_rows_that_share_a_pass_are_computed_together(config, vit, folder, tmp_p
     assert calls == [["gae"]] * batches
     monkeypatch.setattr(evaluation.Programs, "maps", refusing)
     with pytest.raises(InputError, match="no map"):
-        evaluate(some, vit, open_source(folder), tmp_path / "alone")
-    written = {file.name.rpartition("-")[0] for file in (tmp_path / "alone/records").glob("*-*.jsonl")}
+        evaluate(some, vit, open_source(folder), tmp_path / "single")
+    written = {file.name.rpartition("-")[0] for file in (tmp_path / "single/records").glob("*-*.jsonl")}
     assert written == {"gae-1", "rollout", "tokentm"}
     monkeypatch.setattr(evaluation.Programs, "maps", lambda self, rows, *batch: maps(self, rows, *batch))
-    after = figures(evaluate(some, vit, open_source(folder), tmp_path / "alone"))
-    alone = {}
+    after = figures(evaluate(some, vit, open_source(folder), tmp_path / "single"))
+    single = {}
     for row in own:
         each = dataclasses.replace(some, rows=[row])
-        alone |= figures(evaluate(each, vit, open_source(folder), tmp_path / f"only {row.name}"))
-    assert found == pytest.approx(alone, rel=1e-5) == later == after
+        single |= figures(evaluate(each, vit, open_source(folder), tmp_path / f"only {row.name}"))
+    assert found == pytest.approx(single, rel=1e-5) == later == after
 
 
 @pytest.mark.slow

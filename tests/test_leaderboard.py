@@ -266,7 +266,7 @@ def test_a_larger_limit_computes_the_maps_that_are_missing(whole, config, vit, t
 
 @pytest.mark.slow
 def test_rows_that_share_a_pass_share_a_store(config, vit, tmp_path, monkeypatch):
-    """With the maps that each has alone; a later row has a store of its own, and no map is computed twice."""
+    """With the maps of a run of each; a later row has a store of its own, and no map is computed twice."""
     monkeypatch.setattr(module, "images_per_second", speeds)
     made = []
 
@@ -290,10 +290,10 @@ def test_rows_that_share_a_pass_share_a_store(config, vit, tmp_path, monkeypatch
     assert made == [("tokentm",)]
     run(*own[2:], *rows("legrad"), out="together")
     assert made == [("legrad",)]
-    alone = {}
+    single = {}
     for row in own:
-        alone |= run(row, out=f"only {row.name}")
-    assert later == pytest.approx(alone, rel=1e-5) == {key: found[key] for key in alone}
+        single |= run(row, out=f"only {row.name}")
+    assert later == pytest.approx(single, rel=1e-5) == {key: found[key] for key in single}
 
 
 @pytest.mark.slow

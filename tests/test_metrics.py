@@ -531,10 +531,10 @@ def test_groups_are_drawn_as_a_whole():
         drawn = [values[groups == f"{k:02d}"] for k in random.integers(40, size=40)]
         means.append(np.concatenate(drawn).mean())
     np.testing.assert_allclose((low, high), np.percentile(means, [2.5, 97.5]))
-    alone = metrics.bootstrap(values)
-    assert high - low > 1.4 * (alone[2] - alone[1])
+    single = metrics.bootstrap(values)
+    assert high - low > 1.4 * (single[2] - single[1])
     names = [f"{i:03d}" for i in range(len(values))]
-    np.testing.assert_allclose(metrics.bootstrap(values, groups=names), alone)
+    np.testing.assert_allclose(metrics.bootstrap(values, groups=names), single)
     other = values + np.repeat(random.normal(0, 1, 40), sizes)
     gap = metrics.paired(other, values, groups=groups.tolist())
     np.testing.assert_allclose(gap, metrics.bootstrap(other - values, groups=groups.tolist()))

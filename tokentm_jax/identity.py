@@ -38,6 +38,20 @@ def environment() -> dict[str, Any]:
 FIGURES = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".pdf": "pdf", ".svg": "svg"}  # formats by suffix
 
 
+def write_maps(file: Path, question: str, maps: Any, about: Mapping[str, Any]) -> None:
+    """Write the maps of a photo or text with `files.replace` as `.npz`, with what they are of, and the question by
+    which `files.question_in` knows the file. Raises InputError."""
+    import numpy as np
+
+    versions = json.dumps({name: version_of(name) for name in ("tokentm_jax", "jax", "flax")})
+
+    def write(part: Path) -> None:
+        with part.open("wb") as stream:  # a name without .npz would get it
+            np.savez_compressed(stream, **{"question": question, "map": maps, **about, "versions": versions})
+
+    replace(file, write)
+
+
 def write_figure(figure: "Figure", path: Path, hint: str = "", *, overwrite: bool = False, question: str = "") -> None:
     """Write a figure with `files.replace` and the mark of `files.generator`, in a format of `FIGURES`, by its suffix.
 

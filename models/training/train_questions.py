@@ -96,14 +96,14 @@ def _kinds(scene: Scene, patch: int) -> np.ndarray:
 KINDS = 1 + len(SHAPES) * len(COLOURS) * len(questions.SIZES)
 
 
-def _batches(config: QuestionTrainConfig, patch: int, alone: int, start: int) -> Iterator[Batch]:
-    """Endless batches from step `start` on, each of (seed, step); the first `alone` ones without questions."""
+def _batches(config: QuestionTrainConfig, patch: int, tower_steps: int, start: int) -> Iterator[Batch]:
+    """Endless batches from step `start` on, each of (seed, step); the first `tower_steps` ones without questions."""
     step = start
     while True:
         random = np.random.default_rng([config.seed, step])
         size = config.batch_size
         indices = np.arange(step * size, (step + 1) * size)
-        count = 0 if step < alone else config.questions
+        count = 0 if step < tower_steps else config.questions
         kinds = [[ASKED[k] for k in random.permutation(len(ASKED))[:count]] for _ in range(size)]
         yield _batch(patch, "train", indices, kinds)
         step += 1
@@ -183,7 +183,7 @@ def train_questions(
     optimiser = muon(config, per_epoch)
     probe = {"kernel": 0.02 * jax.random.normal(jax.random.key(config.seed), (module.vision.embed_dim, KINDS))}
 
-    alone = round(config.tower_epochs * per_epoch)
+    tower_steps = round(config.tower_epochs * per_epoch)
 
     def loss(params: Any, batch: Batch) -> Array:
         return loss_of(module, params, batch)
@@ -207,7 +207,7 @@ def train_questions(
             begin(
                 optimiser, {"model": init_params(module, jax.random.key(config.seed)), "probe": probe}, averaged=True
             ),
-            partial(_batches, config, module.vision.tiling.patch[0], alone),
+            partial(_batches, config, module.vision.tiling.patch[0], tower_steps),
             lambda state, _, batch: step(state, batch),
             measure,
             out,

@@ -20,7 +20,7 @@ the noise of the sampled values; the interval is over images."""
 
 
 def passes(pairs: int, maps: np.ndarray) -> int:
-    """Forward passes of so many pairs of orders: each patch but the last of each order, and both ends."""
+    """Forward passes of this number of pairs of orders: each patch but the last of each order, and both ends."""
     return 2 * pairs * (maps[0].size - 1) + 2
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from common import parser, publish, table
+from scipy.stats import rankdata
 
 from tokentm_jax.configs import RANDOM
 from tokentm_jax.runs.report import STYLES, Finished, open_finished
@@ -39,19 +40,13 @@ def read(folders: Sequence[Path]) -> dict[tuple[str, str], tuple[Finished, dict[
     return found
 
 
-def ranks_of(found: dict[str, float]) -> dict[str, float]:
-    """1 is the largest, equals share theirs."""
-    values = np.array([*found.values()])
-    return {m: (values > v).sum() + ((values == v).sum() + 1) / 2 for m, v in found.items()}
-
-
 def main(folders: Sequence[Path], out: Path | None) -> None:
     columns = read(folders)
     methods = list(dict.fromkeys(method for _, by_method in columns.values() for method in by_method))
     ranks: dict[str, dict[str, list[float]]] = {}
     for (name, _), (_, by_method) in columns.items():
         own = {method: f["value"] for method, f in by_method.items() if method != RANDOM}
-        for method, rank in ranks_of(own).items():
+        for method, rank in zip(own, rankdata([-value for value in own.values()]), strict=True):
             ranks.setdefault(method, {}).setdefault(name, []).append(rank)
     everywhere = {name for name, _ in columns}
     mean = {

@@ -121,15 +121,18 @@ def document(decoder: "Model", method: str, found: "Reasons", contrasts: Sequenc
         against = {
             int(other.against[row]): other.maps[row, :place] for other in contrasts if other.against is not None
         }
-        shares = dict(zip(found.candidates[row].tolist(), found.candidate_probabilities[row].tolist(), strict=True))
-        listed = [number for number in dict.fromkeys([*against, *shares]) if number != found.ids[place]]
+        known: dict[int, tuple[str, float | None]] = {}
+        known |= {number: (piece, round(share, 6)) for number, piece, share in found.others(row)}
+        for number in against.keys() - known.keys():  # no candidate, but named by the user
+            known[number] = decoder.preprocessing.following(found.ids[:place], number), None
         candidates = [
             {
-                "token": decoder.preprocessing.following(found.ids[:place], number),
-                "probability": round(shares[number], 6) if number in shares else None,
+                "token": known[number][0],
+                "probability": known[number][1],
                 "against": [float(f"{score:.6g}") for score in against[number]] if number in against else None,
             }
-            for number in listed
+            for number in dict.fromkeys([*against, *known])
+            if number != found.ids[place]
         ]
         words.append(
             {

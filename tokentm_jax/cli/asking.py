@@ -11,8 +11,7 @@ import numpy as np
 from tokentm_jax.cli.names import output_names, question_of, require_free
 from tokentm_jax.cli.terminal import complain, console
 from tokentm_jax.errors import InputError, printable
-from tokentm_jax.files import replace, version_of
-from tokentm_jax.identity import digest, write_figure
+from tokentm_jax.identity import digest, write_figure, write_maps
 
 if TYPE_CHECKING:
     from tokentm_jax.methods.answers import Reasons
@@ -102,18 +101,9 @@ def _answered(vit: Any, path: Path, asked: Asked, files: Sequence[Path], key: st
     for file in files:
         require_free(file, question)
     write_figure(grid(arranged([panel], explained, asked.look), heading, asked.look), files[0], question=question)
-    members = {  # `files.question_in` knows the file by them
-        **{"question": question, "map": np.stack([each.image_maps[said] for each in reasons.values()])},
-        **{"asked": asked.question, "versus": asked.versus or "", "words": words, "method": ",".join(asked.methods)},
-        **{"photo": printable(path), "model": vit.name, "options": json.dumps(asked.options)},
-        "versions": json.dumps({name: version_of(name) for name in ("tokentm_jax", "jax", "flax")}),
-    }
-
-    def write(part: Path) -> None:
-        with part.open("wb") as stream:  # a name without .npz would get it
-            np.savez_compressed(stream, **members)
-
-    replace(files[1], write)
+    about = {"asked": asked.question, "versus": asked.versus or "", "words": words, "photo": printable(path)}
+    about |= {"model": vit.name, "method": ",".join(asked.methods), "options": json.dumps(asked.options)}
+    write_maps(files[1], question, np.stack([each.image_maps[said] for each in reasons.values()]), about)
     tokens = prompt.tokens
     asked_for = np.flatnonzero((tokens.types[0] == PROMPT) & ~tokens.special[0]).tolist()
     listed = [_word(first, k, {method: one.maps[k] for method, one in reasons.items()}, asked_for) for k in said]
@@ -141,11 +131,7 @@ def _word(found: "Reasons", k: int, maps: dict[str, np.ndarray], asked_for: Sequ
         "word": found.pieces[place].strip(),
         "probability": round(float(found.probabilities[k]), 6),
         "others": [
-            {"word": piece.strip(), "probability": round(float(share), 6)}
-            for number, piece, share in zip(
-                found.candidates[k], found.candidate_pieces[k], found.candidate_probabilities[k], strict=True
-            )
-            if number != found.ids[place]
+            {"word": piece.strip(), "probability": round(float(share), 6)} for _, piece, share in found.others(k)
         ],
         "methods": by_method,
     }

@@ -115,7 +115,6 @@ def explain(
       tokentm explain seven.wav --model spoken_digits
       tokentm explain "a stirring, funny film" --model runs/sst2_minilm
     """
-    from tokentm_jax.cli.asking import Asked, explain_asked
     from tokentm_jax.cli.heatmaps import Job, Writer, classes_asked, columns_of, print_result, prompts_asked
     from tokentm_jax.cli.words import page_of, signed_methods
     from tokentm_jax.inputs.pictures import look_of
@@ -131,6 +130,8 @@ def explain(
     vit = load(ASKED if ask is not None and checkpoint is None is model else model, checkpoint, class_names=classes)
     vit = vit.mixed() if mixed_precision else vit
     if ask is not None:
+        from tokentm_jax.cli.asking import Asked, explain_asked
+
         shared.make_folder(out)
         explain_asked(vit, samples, Asked(ask, versus, chosen, settings, kind or "png", title, look), out, as_json)
         return

@@ -18,8 +18,7 @@ from tokentm_jax.cli.terminal import complain, console, memory_errors, print_tab
 from tokentm_jax.cli.words import print_words
 from tokentm_jax.data.examples import Example
 from tokentm_jax.errors import InputError, printable
-from tokentm_jax.files import replace, version_of
-from tokentm_jax.identity import write_figure
+from tokentm_jax.identity import write_figure, write_maps
 from tokentm_jax.inputs.pictures import Panel
 from tokentm_jax.maths.scores import Cosine, Versus
 from tokentm_jax.methods.explain import explain_with
@@ -249,9 +248,9 @@ class Job:
                     raise
                 complain(f"{columns[0].method} is left out: {error}")
                 return {}, None
-        alone = [self._explained([column], batch, target, score) for column in columns]
-        own = {key: found for maps, _ in alone for key, found in maps.items()}
-        return own, next((outputs for _, outputs in alone if outputs is not None), None)
+        single = [self._explained([column], batch, target, score) for column in columns]
+        own = {key: found for maps, _ in single for key, found in maps.items()}
+        return own, next((outputs for _, outputs in single if outputs is not None), None)
 
     def _outputs(self, batch: Any) -> np.ndarray:
         return np.asarray(self.vit.logits(batch), np.float64)
@@ -368,24 +367,16 @@ class Writer:
         words = one.panel.words(heatmap)
         of_words = {"words": [w.text for w in words], "scores": np.array([w.score for w in words], np.float32)}
         question, file = question_of([sample.given], self.question), self.out / f"{sample.file}{column.suffix}"
-        members = {  # `files.question_in` knows the file by them
-            "question": question,
-            "map": heatmap,
+        about = {
             **asked,
             **(of_words if words else {}),
             "photo" if isinstance(sample.given, Path) else "text": printable(sample.given),
             "model": self.job.vit.name,
             "method": column.method,
             "options": json.dumps(self.job.options),
-            "versions": json.dumps({name: version_of(name) for name in ("tokentm_jax", "jax", "flax")}),
         }
-
-        def write(part: Path) -> None:
-            with part.open("wb") as stream:  # a name without .npz would get it
-                np.savez_compressed(stream, **members)
-
         require_free(file, question)
-        replace(file, write)
+        write_maps(file, question, heatmap, about)
         result["files"].append(str(file))
 
 

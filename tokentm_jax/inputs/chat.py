@@ -5,8 +5,7 @@ from typing import Any
 
 from tokentm_jax.errors import InputError, require
 from tokentm_jax.files import reason
-
-LONGEST = 1_000_000  # characters of a chat
+from tokentm_jax.inputs.words import LARGEST_TEXT
 
 
 def as_chat(template: str, prompt: str, file: Path) -> str:
@@ -43,8 +42,8 @@ def as_chat(template: str, prompt: str, file: Path) -> str:
     try:
         for part in Sandbox(trim_blocks=True, lstrip_blocks=True).from_string(template).generate(values):
             found.append(part)
-            if (size := size + len(part)) > LONGEST:
-                raise InputError(f"{file}: its chat template makes more than {LONGEST} characters")
+            if (size := size + len(part)) > LARGEST_TEXT:
+                raise InputError(f"{file}: its chat template makes more than {LARGEST_TEXT} characters")
     except InputError:
         raise
     except Exception as error:  # templates raise anything

@@ -8,15 +8,13 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from tokentm_jax.data.examples import Example, Question, kind_of
 from tokentm_jax.errors import InputError
 from tokentm_jax.inputs.images import Preprocessing
 from tokentm_jax.inputs.pictures import SIDE, Panel
-from tokentm_jax.inputs.texts import Texts, Tokens, WordPieces
+from tokentm_jax.inputs.texts import Texts, Tokens, WordPieces, embedded
 from tokentm_jax.inputs.tokenizers import one_sentence
 from tokentm_jax.maths.primitives import PyTree
 
@@ -40,9 +38,7 @@ class Prompts(NamedTuple):
 
     def look_up(self, module: Any, params: PyTree) -> Texts:
         """The embeddings of words and image. Raises InputError for a function, which takes `Texts`."""
-        if module is None:
-            raise InputError("Prompts are for a module that looks their embeddings up: give a function Texts")
-        return module.apply({"params": params}, jax.tree.map(jnp.asarray, self), method="look_up")
+        return embedded(self, module, params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +49,7 @@ class PromptReader(WordPieces):
       pictures: how.
       image: the number of the token that holds the place of a token of the image.
       patches: how many tokens an image has.
-      before: text before the image's tokens, in the prompt's beginning or in place of `start`.
+      before: text before the image's tokens, in the prompt's beginning or where it has `start`.
       between: text after the image's tokens.
       after: text after the prompt.
       begin: text before everything.

@@ -5,6 +5,7 @@ Axes: B batch, N tokens of the longest text, D width of the word embeddings.
 
 import dataclasses
 import hashlib
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -25,11 +26,10 @@ from tokentm_jax.inputs.pictures import SIDE
 from tokentm_jax.inputs.reader import random_map
 from tokentm_jax.inputs.tokenizers import engine, one_sentence
 from tokentm_jax.inputs.values import Hide
-from tokentm_jax.inputs.words import Text
+from tokentm_jax.inputs.words import LARGEST_TEXT, Text
 from tokentm_jax.maths.maps import min_max
 from tokentm_jax.maths.primitives import PyTree
 
-LARGEST_TEXT = 1_000_000  # characters
 STEP = 16  # texts are padded to a multiple of this number of tokens, so that few lengths have to be compiled
 REACH = 16  # tokens that are decoded to know the text of the last of them
 MASKS = ("[MASK]", "<mask>")
@@ -47,9 +47,7 @@ class Tokens(NamedTuple):
 
     def look_up(self, module: Any, params: PyTree) -> "Texts":
         """The embeddings of a module's word pieces. Raises InputError for a function, which takes `Texts`."""
-        if module is None:
-            raise InputError("Tokens are for a module that looks their embeddings up: give a function Texts")
-        return module.apply({"params": params}, jax.tree.map(jnp.asarray, self), method="look_up")
+        return embedded(self, module, params)
 
 
 class Texts(NamedTuple):
@@ -114,6 +112,14 @@ class Texts(NamedTuple):
         return self.mask & (kept | self.special)
 
 
+def embedded(tokens: Any, module: Any, params: PyTree) -> Texts:
+    """`Tokens`, or `Prompts`, as `Texts` by a module's table. InputError without a module."""
+    if module is None:
+        name = type(tokens).__name__
+        raise InputError(f"{name} are for a module that looks their embeddings up: give a function Texts")
+    return module.apply({"params": params}, jax.tree.map(jnp.asarray, tokens), method="look_up")
+
+
 def last_token(mask: Array) -> Array:
     """r0 [B, N] of a head that reads the last token of each text, as that of a decoder does."""
     return (jnp.arange(1, mask.shape[-1] + 1) == mask.sum(-1, keepdims=True)).astype(jnp.float32)
@@ -175,6 +181,14 @@ class WordPieces:
     def from_file(cls, file: Path, length: int = 512) -> "WordPieces":
         """Raises InputError for a file that cannot be read; its content is parsed when it is first used."""
         return cls(file, read_text(file, what="tokenizer"), length)
+
+    @classmethod
+    def from_folder(cls, folder: Path, length: int = 512) -> "WordPieces":
+        """The reader of a model's folder. Raises InputError as `from_file`, and for a folder without a tokenizer."""
+        file = folder / "tokenizer.json"
+        if not os.path.lexists(file):
+            raise InputError(f"{folder} has no tokenizer.json, the file of a fast tokenizer")
+        return cls.from_file(file, length)
 
     def to_dict(self) -> dict[str, Any]:
         return {"tokenizer": hashlib.sha256(self.content.encode()).hexdigest(), "length": self.length}

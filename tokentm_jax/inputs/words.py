@@ -8,6 +8,7 @@ import numpy as np
 from tokentm_jax.errors import InputError
 from tokentm_jax.maths.primitives import AnyArray
 
+LARGEST_TEXT = 1_000_000  # characters
 Text = str | tuple[str, str]  # or a pair, for models of two texts
 MERGES = {"sum": np.sum, "mean": np.mean, "max": np.max}
 

@@ -66,6 +66,14 @@ class Reasons:
             raise InputError("this prompt has no image")
         return self.maps[:, self.image]
 
+    def others(self, row: int) -> list[tuple[int, str, float]]:
+        """The candidates for a token of the answer that were not written: number, text and probability of each."""
+        every = zip(
+            self.candidates[row].tolist(), self.candidate_pieces[row], self.candidate_probabilities[row].tolist(),
+            strict=True,
+        )  # fmt: skip
+        return [each for each in every if each[0] != self.ids[self.start + row]]
+
     @property
     def answer(self) -> str:
         """The text of the answer."""

@@ -4,8 +4,9 @@ Pre-norm blocks with RMSNorm, rotary positions, grouped queries, a gated FFN and
 with stacked parameters. Axes as in `vit`, and V vocabulary, E channels of a head, K tokens in the cache.
 """
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import flax.linen as nn
 import jax
@@ -307,6 +308,15 @@ class Decoder(Module):
         back = (start + jnp.arange(n))[:, None] - jnp.arange(keys)  # by how many tokens each one is earlier
         visible = back >= 0 if pairs is None else (back >= 0) | pairs
         return Places(cosine, sine, visible if window is None else visible & (back < window))
+
+
+Kind = TypeVar("Kind", bound=Decoder)
+
+
+def recast(decoder: Decoder, kind: type[Kind], **more: Any) -> Kind:
+    """A decoder as a module of a class with more fields, or other ones."""
+    fields = {field.name: getattr(decoder, field.name) for field in dataclasses.fields(decoder)}
+    return kind(**{name: value for name, value in fields.items() if name not in ("parent", "name")} | more)
 
 
 class NextWord(Decoder):

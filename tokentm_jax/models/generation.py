@@ -13,7 +13,7 @@ from jax import Array
 from tokentm_jax.errors import InputError
 from tokentm_jax.inputs.prompts import Prompts
 from tokentm_jax.inputs.texts import Tokens
-from tokentm_jax.models.decoder import Cache, Decoder, NextWord
+from tokentm_jax.models.decoder import Cache, Decoder, NextWord, recast
 from tokentm_jax.models.loading import Model
 from tokentm_jax.models.vision_decoder import NextSeenWord, VisionDecoder
 from tokentm_jax.validation import checked
@@ -84,11 +84,9 @@ def next_words(model: Model) -> Model:
     if not isinstance(module, Decoder):
         return model
     kind = NextSeenWord if isinstance(module, VisionDecoder) else NextWord
-    fields = {field.name: getattr(module, field.name) for field in dataclasses.fields(module)}
-    classifier = kind(**{name: value for name, value in fields.items() if name not in ("parent", "name")})
     names = model.preprocessing.names
     names = (*names, *[""] * (module.vocab_size - len(names)))[: module.vocab_size]
-    return dataclasses.replace(model, module=classifier, class_names=names)
+    return dataclasses.replace(model, module=recast(module, kind), class_names=names)
 
 
 def followed(model: Model, prompt: Any, answer: np.ndarray) -> Any:

@@ -319,9 +319,7 @@ def _name_of(model: Any) -> str:
 
 def _load_text(folder: Path, name: str, class_names: Any, dtype: Any) -> Model:
     """A model of texts, whose reader is its tokenizer."""
-    if not present(folder, "tokenizer.json"):
-        raise InputError(f"{folder} has no tokenizer.json, the file of a fast tokenizer")
-    pieces = WordPieces.from_file(folder / "tokenizer.json")
+    pieces = WordPieces.from_folder(folder)
     module, params, names, notes = read_text_folder(folder, pieces.token(*MASKS))
     for note in notes:
         warnings.warn(note, stacklevel=3)

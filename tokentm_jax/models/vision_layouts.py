@@ -12,6 +12,7 @@ from tokentm_jax.inputs.prompts import IMAGE, PROMPT, WRITTEN, PromptReader
 from tokentm_jax.inputs.texts import WordPieces
 from tokentm_jax.models import folders
 from tokentm_jax.models.architectures import build
+from tokentm_jax.models.decoder import recast
 from tokentm_jax.models.decoder_layouts import decoder, ends_of, of_decoder
 from tokentm_jax.models.folders import CONFIG, VISION, Count, Section, Whole
 from tokentm_jax.models.layouts import image_tower, vision_options
@@ -68,9 +69,7 @@ def read_vision_folder(folder: Path) -> tuple[VisionDecoder, dict[str, Any], Pro
         options = {"together": (IMAGE, PROMPT)}
         kernel, bias = (_one(stored["project"], f"linear.{name}", folder) for name in ("weight", "bias"))
         params["project"] = {"kernel": np.asarray(kernel, np.float32).T, "bias": np.asarray(bias, np.float32)}
-    fields = {field.name: getattr(text, field.name) for field in dataclasses.fields(text)}
-    fields = {name: value for name, value in fields.items() if name not in ("parent", "name")}
-    module = VisionDecoder(**{**fields, **options}, vision=vision)
+    module = recast(text, VisionDecoder, **options, vision=vision)
     own, width = vision.embed_dim, module.embed_dim
     wanted = {"kernel": (own, width), "bias": (width,), "scale": (own,)}
     for name, array in {**params["project"], **params.get("norm_project", {})}.items():
@@ -108,9 +107,7 @@ def _one(tensors: Tensors, name: str, folder: Path) -> np.ndarray:
 
 def _reader(folder: Path, config: Section, kind: str, module: VisionDecoder, count: int) -> PromptReader:
     """How prompts become tokens: as in the library's processors, with one image each."""
-    if not folders.present(folder, "tokenizer.json"):
-        raise InputError(f"{folder} has no tokenizer.json, the file of a fast tokenizer")
-    pieces = WordPieces.from_file(folder / "tokenizer.json", module.max_length)
+    pieces = WordPieces.from_folder(folder, module.max_length)
     pictures, _ = folders.preprocessing_of(folder, module.vision.img_size)
     image = config("image_token_index", Count, config("image_token_id", Count, None))
     if image is None:

@@ -259,7 +259,7 @@ def _together(
 def _computed(
     programs: Programs, together: dict[str, list[Row]], row: Row, keys: Sequence[str], pixels: Array, target: Target
 ) -> dict[str, tuple[Array, Array | None]]:
-    """The maps of a row and of those with it. If these have an error, each is explained alone from then on."""
+    """The maps of a row and of those with it. If these have an error, each is explained by itself from then on."""
     group = together[row.name]
     try:
         return programs.maps(group, keys, pixels, target)
