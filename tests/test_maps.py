@@ -144,6 +144,16 @@ def saved_params(kind):
     )
 
 
+def missing():
+    """The (name, dtype) of the cases that are not saved."""
+    saved = {key.rpartition("/")[0] for key in goldens()}
+    return [(name, dtype) for name, dtype in RUNS if f"{name}/{dtype}" not in saved]
+
+
+def test_every_case_is_saved():
+    assert missing() == []
+
+
 TOLERANCES = {"float32": (1e-5, 1e-3), "float64": (1e-9, 1e-6)}  # of the largest absolute value; for quotients
 QUOTIENTS = ("lrp", "partial_lrp", "transformer_attribution", "res_lrp")  # divide by sums that may be near zero
 
