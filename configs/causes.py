@@ -30,8 +30,8 @@ from typing import Literal
 from tokentm_jax import METHODS, EvaluateConfig, Row, sample_data
 from tokentm_jax.configs import CAUSE_ROWS, rows
 
-PLAIN = Row("tokentm_mix power 1", "tokentm_mix", {"power": 1.0})
-ROWS = (PLAIN, *CAUSE_ROWS, *rows("beyond_intuition", "occlusion"))
+FORMER = {"methods": "libra_tokentm,conservative_lrp,libra_full_grad,legrad"}
+ROWS = (Row("former mix", "tokentm_mix", FORMER), *CAUSE_ROWS, *rows("beyond_intuition", "occlusion"))
 ALL_ROWS = (*ROWS, *rows(*(name for name in METHODS if name not in {row.method for row in ROWS})))
 DEIT, CIFAR = ("deit_tiny_patch16_224", sample_data("deit_tiny")), ("cifar10_distilled", None)
 TEST = sample_data("cifar10", "test")

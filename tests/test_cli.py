@@ -66,14 +66,14 @@ def files(folder):
 def test_explain_writes_what_the_library_computes(folder, checkpoint):
     import tokentm_jax as tm
 
-    result = run("explain", "photos", "--checkpoint", checkpoint, "--batch-size", 2, "--option", "ffn=false", "--json")
+    result = run("explain", "photos", "--checkpoint", checkpoint, "--batch-size", 2, "--option", "power=3", "--json")
     photos = json.loads(result.stdout)
     assert [p["path"] for p in photos] == ["photos/a.png", "photos/b.jpg", "photos/c.png"]
     assert files(folder / "explanations") == ["a.npz", "a.png", "b.npz", "b.png", "c.npz", "c.png"]
     vit = tm.load(checkpoint=checkpoint)
     images = vit.read([p["path"] for p in photos])
     probabilities = np.asarray(jax.nn.softmax(vit.logits(images)))
-    maps = np.asarray(tm.explain(vit, images, ffn=False))
+    maps = np.asarray(tm.explain(vit, images, "tokentm_mix", power=3.0))
     for i, photo in enumerate(photos):
         best = int(probabilities[i].argmax())
         assert [entry["class"] for entry in photo["top5"]] == np.argsort(-probabilities[i])[:5].tolist()
@@ -86,8 +86,8 @@ def test_explain_writes_what_the_library_computes(folder, checkpoint):
         stored = np.load(arrays, allow_pickle=False)
         np.testing.assert_allclose(stored["map"], maps[i], rtol=1e-4, atol=1e-6)
         assert (int(stored["target"]), str(stored["target_name"])) == (best, NAMES[best])
-        assert (str(stored["model"]), str(stored["method"])) == ("tiny", "tokentm")
-        assert json.loads(str(stored["options"])) == {"ffn": False}
+        assert (str(stored["model"]), str(stored["method"])) == ("tiny", "tokentm_mix")
+        assert json.loads(str(stored["options"])) == {"power": 3.0}
         assert set(json.loads(str(stored["versions"]))) == {"tokentm_jax", "jax", "flax"}
 
 
@@ -391,9 +391,9 @@ def test_long_names(tmp_path):
     [
         (["--method", "tokentn"], "did you mean 'tokentm'"),
         (["--method", "tokentm,,"], "unknown method ''"),
-        (["--option", "fnn=true"], "did you mean 'ffn'"),
+        (["--method", "tokentm", "--option", "fnn=true"], "did you mean 'ffn'"),
         (["--option", "ffn"], "KEY=VALUE"),
-        (["--option", "ffn=3"], "must be a valid bool"),
+        (["--method", "tokentm", "--option", "ffn=3"], "must be a valid bool"),
         (["--target", "6"], "classes 0 to 5"),
         (["--target", "fos"], "did you mean 'fox'"),
         (["--model", "deit_tini_patch16_224"], "did you mean 'deit_tiny_patch16_224'"),
@@ -408,7 +408,7 @@ def test_long_names(tmp_path):
         (["--batch-size", "0"], "batch-size"),
         (["--method", ""], "unknown method ''"),
         (["--option", "ffn=true", "--option", "ffn=false"], "'ffn' is given twice"),
-        (["--option", "ffn=" + "x" * 10**5], "must be a valid bool"),
+        (["--method", "tokentm", "--option", "ffn=" + "x" * 10**5], "must be a valid bool"),
         (["--target", "9" * 5000], "classes 0 to 5"),
         (["--checkpoint", "/dev/zero"], "is not a regular file"),
         (["--model", ""], "must be a name that a file can have"),

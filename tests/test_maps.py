@@ -72,6 +72,7 @@ BOTH = [  # methods with options, on images and on texts
     ("combination", {"methods": "tokentm,grad_cam", "how": "mean"}),
     ("tokentm_mix", {"gradient": "conservative_lrp"}),
 ]
+FORMER = {"methods": "libra_tokentm,conservative_lrp,libra_full_grad,legrad", "power": 1.0}  # as the mix was saved
 METHODS_OF_TEXTS = {name: options for name, options in METHODS.items() if name not in ("rise", "kernel_shap")}
 METHODS_OF_TEXTS |= {"occlusion": {}, "token_dropping": {}}  # words are removed one by one
 ALL = [
@@ -124,7 +125,7 @@ def results(name, dtype, params):
             trace = jax.jit(lambda *arguments: tm.capture(module, *arguments))(params, inputs, target)
             found = {field: array for field, array in trace._asdict().items() if array is not None}
         else:
-            options = {"power": 1.0, **options} if method == "tokentm_mix" else options  # as when they were saved
+            options = {**FORMER, **options} if method == "tokentm_mix" else options
             maps = jax.jit(explain_fn(module, method, **options))(params, inputs, target)
             found = {"maps": maps[1:2] if maps.shape[1:] == (16, 24) else maps}
     return {field: np.asarray(array) for field, array in found.items()}

@@ -43,7 +43,7 @@ ROWS = {
             None,
         )
         for methods, gradient in (
-            ("libra_tokentm,conservative_lrp,libra_full_grad,legrad", "own"),
+            ("libra_tokentm,libra_gae,libra_full_grad,legrad", "own"),
             ("libra_tokentm,libra_full_grad", "own"),
             ("libra_tokentm,conservative_lrp,legrad", "own"),
             ("tokentm,attn_lrp,conservative_lrp,legrad", "own"),

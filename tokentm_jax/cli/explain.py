@@ -21,7 +21,8 @@ ASKED = "scenes_words"  # the shipped model that answers questions
 BATCH = 8
 
 of_method = click.option(
-    "--method", default="tokentm", show_default=True, help="A method, several as a,b,c, or 'all'."
+    "--method",
+    help="A method, several as a,b,c, or 'all'. Default: tokentm_mix for photos and recordings, attn_lrp for words.",
 )
 of_option = click.option(
     "--option", "options", multiple=True, metavar="KEY=VALUE", help="Option of the method; repeatable."
@@ -66,7 +67,7 @@ def explain(
     samples: tuple[str, ...],
     model: str | None,
     checkpoint: Path | None,
-    method: str,
+    method: str | None,
     targets: tuple[str, ...],
     versus: str | None,
     prompts: tuple[str, ...],
@@ -110,7 +111,7 @@ def explain(
       tokentm explain cat.jpg dog.jpg --target cat,dog --format pdf --squares
       tokentm explain cat.jpg --versus dog
       tokentm explain cat.jpg --model hf-hub:openai/clip-vit-base-patch32 --text "a cat" --text "whiskers"
-      tokentm explain cat.jpg --option ffn=false --json
+      tokentm explain cat.jpg --method tokentm --option ffn=false --json
       tokentm explain scene.png --ask "What colour is the large circle?"
       tokentm explain seven.wav --model spoken_digits
       tokentm explain "a stirring, funny film" --model runs/sst2_minilm
@@ -118,9 +119,10 @@ def explain(
     from tokentm_jax.cli.heatmaps import Job, Writer, classes_asked, columns_of, print_result, prompts_asked
     from tokentm_jax.cli.words import page_of, signed_methods
     from tokentm_jax.inputs.pictures import look_of
+    from tokentm_jax.methods.titles import RECOMMENDED
     from tokentm_jax.models.loading import load
 
-    chosen, settings = _bound(method, options)
+    bound = None if method is None else _bound(method, options)
     if prompts and (targets or versus is not None):
         raise InputError("--text explains a prompt: leave out --target and --versus")
     look = look_of(colours, squares)
@@ -129,6 +131,7 @@ def explain(
     shared.start_jax()
     vit = load(ASKED if ask is not None and checkpoint is None is model else model, checkpoint, class_names=classes)
     vit = vit.mixed() if mixed_precision else vit
+    chosen, settings = bound or _bound(RECOMMENDED[vit.preprocessing.kind], options)
     if ask is not None:
         from tokentm_jax.cli.asking import Asked, explain_asked
 
@@ -220,7 +223,7 @@ def explain_audio(context: click.Context, model: str | None, checkpoint: Path | 
 def explain_text(
     texts: tuple[str, ...],
     model: str,
-    method: str,
+    method: str | None,
     target: str | None,
     out: Path | None,
     options: tuple[str, ...],
@@ -236,9 +239,10 @@ def explain_text(
     """
     from tokentm_jax.cli.heatmaps import EACH, Job, classes_asked, columns_of
     from tokentm_jax.cli.words import page_of, print_words, signed_methods
+    from tokentm_jax.methods.titles import RECOMMENDED
     from tokentm_jax.models.loading import load
 
-    chosen, settings = _bound(method, options)
+    chosen, settings = _bound(method or RECOMMENDED["text"], options)
     if out is not None:
         shared.require_place(out, overwrite)
     shared.start_jax()

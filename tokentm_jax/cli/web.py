@@ -343,9 +343,11 @@ FAULTS: dict[Any, Any] = {
 def _described(vit: Model, methods: Sequence[str]) -> dict[str, Any]:
     """What the page has to know of the model, the methods and the colours."""
 
+    best = RECOMMENDED[vit.preprocessing.kind]
+
     def entry(name: str) -> dict[str, Any]:
         title, fields = title_of(name), ("paper", "year", "passes", "class_specific")
-        words = {"name": name, "title": title.name, "sentence": title.sentence, "recommended": name == RECOMMENDED}
+        words = {"name": name, "title": title.name, "sentence": title.sentence, "recommended": name == best}
         return words | {field: getattr(METHODS[name], field) for field in fields}
 
     return {

@@ -193,7 +193,7 @@ def tokentm_mix(
     inputs: Any,
     target: Any,
     *,
-    methods: str = "libra_tokentm,conservative_lrp,libra_full_grad,legrad",
+    methods: str = "libra_tokentm,libra_gae,libra_full_grad,legrad",
     normalisation: Normalisation = "min_max",
     weights: str = "",
     power: Power = 2.0,

@@ -4,7 +4,13 @@ import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
-RECOMMENDED = "tokentm_mix"  # for a map of a class without other requirements: docs/explanation/choosing.md
+# By what a model takes: the default of the commands (docs/explanation/choosing.md)
+RECOMMENDED = {
+    "photo": "tokentm_mix",
+    "recording": "tokentm_mix",
+    "text": "attn_lrp",
+    "photo with a question": "attn_lrp",
+}
 _TITLES: dict[str, list[str]] = tomllib.loads(Path(__file__).with_name("titles.toml").read_text(encoding="utf-8"))
 
 
