@@ -1,6 +1,10 @@
 """Which methods should `tokentm_mix` mix? All mixes of up to five methods by known causes: choice and confirmation.
 
-    python tests/benchmark/mixes.py --runs runs/mixes --out tests/benchmark/results/mixes.md     (about 15 minutes)
+    python tests/benchmark/mixes.py --runs runs/mixes --out tests/benchmark/results/mixes.md     (about 10 minutes)
+    python tests/benchmark/mixes.py --runs runs/mixes --removal runs/removal --figure mixes.png
+
+`--removal` is a finished run of `tokentm evaluate configs/perturbation.py:rows=mixes,half=odd`: the figure has its
+AOPC, and the mean by known causes of the odd half.
 
 The maps of the members are computed once, in evaluations that resume, for the data of `configs/causes.py`: all rules
 of rendered scenes, 2 x 2 mosaics of CIFAR-10 and of photos. A mix is what `tokentm_mix` computes, the squared mean of
@@ -9,6 +13,7 @@ maps scaled to [0, 1]. The even half of the data chooses, the odd half confirms;
 
 import dataclasses
 import importlib.util
+import inspect
 import itertools
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -19,16 +24,18 @@ import numpy as np
 from annotated_types import Ge
 from common import parser, publish, table
 from jax import Array
+from matplotlib.figure import Figure
 
 from tokentm_jax import metrics
 from tokentm_jax.configs import Row, rows
 from tokentm_jax.data.scenes import RULES
+from tokentm_jax.methods.table import METHODS
 from tokentm_jax.metrics.removal import by_patch
 from tokentm_jax.metrics.task import Predict, Subject, Task
 from tokentm_jax.metrics.tasks import TASKS
 from tokentm_jax.runs.evaluate import evaluate
 from tokentm_jax.runs.records import table_of
-from tokentm_jax.runs.report import open_finished
+from tokentm_jax.runs.report import Finished, open_finished
 
 MEMBERS = (
     *rows("tokentm", "gae", "libra_tokentm", "libra_gae", "libra_attcat", "libra_full_grad"),
@@ -38,13 +45,22 @@ MEMBERS = (
 )
 FORMER = ("libra_tokentm", "libra_full_grad", "legrad", "conservative_lrp")
 DEFAULT = ("libra_tokentm", "libra_gae", "libra_full_grad", "legrad")
+NAMED = {
+    frozenset(FORMER): "former mix",
+    frozenset(DEFAULT): "tokentm_mix",
+    frozenset((*DEFAULT, "libra_attcat")): "mix of 5",
+    frozenset(("libra_tokentm", "libra_gae", "libra_attcat", "legrad")): "with AttCAT",
+    frozenset(("libra_tokentm", "libra_gae", "conservative_lrp", "legrad")): "with Conservative LRP",
+    frozenset(("libra_tokentm", "libra_gae", "libra_full_grad")): "without LeGrad",
+}
 LIMITS = {"cifar10": 600, "mosaic": 300}  # cells; 192 scenes of each rule
 COLUMNS = ("correlation", "on causes", "CIFAR-10 share", "CIFAR-10 auc", "photos share", "photos auc")
 NOTES = """Means over the even half of the data, which chose, and the odd half, which confirms. "correlation": of the
 relevance of parts with their effects, mean of all rules of rendered scenes; "on causes": the share of the parts'
 relevance that is on parts with an effect, the same mean; "share" and "auc": relevance in the right cell of 2 x 2
 mosaics. "mean" is the mean of the six columns. **Bold**: behind the former mix by more than 0.005. The first mixes are
-those with the best mean on the even half among mixes that are behind it in no column there by more than that."""
+those with the best mean on the even half among mixes that are behind it in no column there by more than that. One
+method is taken as it is."""
 
 
 class Data(NamedTuple):
@@ -126,7 +142,8 @@ def measured(members: tuple[str, ...], data: dict[str, Data]) -> np.ndarray:
     """[2, 6]: the columns of the even and of the odd half."""
     halves: list[list[np.ndarray]] = [[], []]
     for name, one in data.items():
-        mix = scaled(sum(one.maps[member] for member in members)) ** 2
+        each = [one.maps[member] for member in members]
+        mix = each[0] if len(each) == 1 else scaled(sum(map(scaled, each))) ** 2
         if name in RULES:
             both = followed(mix, one.truth["shown"], one.truth["drop"])
         else:
@@ -143,11 +160,32 @@ def measured(members: tuple[str, ...], data: dict[str, Data]) -> np.ndarray:
     ])  # fmt: skip
 
 
-def main(runs: Path, out: Path | None) -> None:
-    data = {}
-    for name in (*RULES, *LIMITS):
-        one = recorded(name, runs / name)
-        data[name] = one._replace(maps={member: scaled(maps) for member, maps in one.maps.items()})
+def trade(run: Finished, results: dict[tuple[str, ...], np.ndarray]) -> Figure:
+    """AOPC of the rows of a run against the mean by known causes, both on the odd half."""
+    every = {frozenset(mix): values[1].mean() for mix, values in results.items()}
+    default = str(inspect.signature(METHODS["tokentm_mix"].function).parameters["methods"].default)
+    places = {}
+    for row in run.config.rows:
+        mixed = row.method == "tokentm_mix"
+        members = frozenset(str(row.options.get("methods", default)).split(",")) if mixed else {row.name}
+        aopc = [f["value"] for f in run.figures if (f["method"], f["metric"]) == (row.name, "aopc")]
+        if aopc and frozenset(members) in every and len(row.options) <= mixed:
+            places[NAMED.get(frozenset(members), row.name)] = aopc[0], every[frozenset(members)], mixed
+    figure = Figure(layout="constrained", dpi=120, figsize=(7, 5))
+    axes = figure.add_subplot()
+    best = [p for p in places.values() if not any(q[0] > p[0] and q[1] > p[1] for q in places.values())]
+    axes.plot(*zip(*sorted(p[:2] for p in best), strict=True), color="0.8", zorder=0)
+    for name, (x, y, mixed) in places.items():
+        axes.plot(x, y, "o", color="C1" if mixed else "C0")
+        side = "right" if name.startswith("with") else "left"
+        axes.annotate(f"  {name}  ", (x, y), fontsize=8, va="center", ha=side)
+    axes.set(xlabel="AOPC, by removal of pixels of photos", ylabel="mean by known causes")
+    axes.margins(x=0.2)
+    return figure
+
+
+def main(runs: Path, out: Path | None, removal: Path | None, figure: Path | None) -> None:
+    data = {name: recorded(name, runs / name) for name in (*RULES, *LIMITS)}
     names = [row.name for row in MEMBERS]
     every = [mix for size in range(1, 6) for mix in itertools.combinations(names, size)]
     results = {mix: measured(mix, data) for mix in every}
@@ -171,6 +209,8 @@ def main(runs: Path, out: Path | None) -> None:
         return table(["members", *COLUMNS, "mean"], lines)
 
     counted = ", ".join(f"{name} {len(one.odd)}" for name, one in data.items())
+    if removal is not None and figure is not None:
+        trade(open_finished(removal), results).savefig(figure)
     publish(
         out,
         "# Mixes of methods by known causes",
@@ -186,5 +226,7 @@ def main(runs: Path, out: Path | None) -> None:
 if __name__ == "__main__":
     arguments = parser(__doc__)
     arguments.add_argument("--runs", type=Path, default=Path("runs/mixes"), help="where the evaluations are kept")
+    arguments.add_argument("--removal", type=Path, help="a finished run of configs/perturbation.py")
+    arguments.add_argument("--figure", type=Path, help="write the picture of the trade-off")
     given = arguments.parse_args()
-    main(given.runs, given.out)
+    main(given.runs, given.out, given.removal, given.figure)
