@@ -61,6 +61,11 @@ def test_a_question_does_not_depend_on_others():
     assert (asked(11, "train").scene.image != first.scene.image).any()
 
 
+@pytest.mark.parametrize("half", [0, 1])
+def test_even_and_odd_questions_are_of_all_kinds(half):
+    assert {asked(index, "test").about for index in range(half, 16, 2)} == {*ASKED}
+
+
 def test_questions_are_a_source():
     source = open_source("questions:colour:test")
     assert source.class_names == WORDS and len(source) == 2000 and source.masked

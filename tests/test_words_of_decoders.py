@@ -1,5 +1,6 @@
 """Why a decoder writes a word: the question `Token`, and maps of texts."""
 
+import dataclasses
 import json
 
 import jax
@@ -221,6 +222,37 @@ def test_words_and_contrasts_are_one_program(compilations):
     np.testing.assert_allclose(found.probabilities, jax.nn.softmax(logits)[np.arange(2), found.ids[6:]], atol=1e-6)
 
 
+def same(found, expected):
+    for field in dataclasses.fields(expected):
+        np.testing.assert_array_equal(getattr(found, field.name), getattr(expected, field.name))
+
+
+def test_each_of_several_prompts_is_as_alone(compilations):
+    """Bit for bit, with its own answer and contrast, and by the compiled program of the first one."""
+    model = tm.load(GOLDENS / "llama")
+    prompts, options = [PROMPT, "the capital", "of of"], {"method": "gradient_x_input", "batch_size": 2}
+    answers, others = [" Paris of", " is", [3, 4]], ["the", 7, ["is", "of"]]
+    alone = tm.explain_words(model, PROMPT, answers[0], against="the", **options)
+    compilations.clear()
+    found = tm.explain_words(model, prompts, answers, against=others, **options)
+    assert not compilations and len(found) == 3
+    same(found[0], alone)
+    for one, prompt, answer, other in zip(found, prompts, answers, others, strict=True):
+        same(one, tm.explain_words(model, prompt, answer, against=other, **options))
+    same(tm.explain_words(model, prompts, " is", against=7, **options)[1], found[1])  # one value is for all
+    few = tm.explain_words(model, PROMPT, answers[0], against="the", candidates=0, **options)
+    assert few.candidates.shape == few.candidate_probabilities.shape == (2, 0) and few.candidate_pieces == [[], []]
+    np.testing.assert_array_equal(few.maps, alone.maps)
+    for given, asked, message in (
+        ([], {}, "the list of prompts is empty"),
+        (prompts, {"answer": [" is"]}, "answer must be one for each of 3 prompts, or one for all, got 1"),
+        (prompts[:2], {"answer": [" is", ""]}, "prompt 2 of 2: "),
+        (PROMPT, {"candidates": -1}, "candidates"),
+    ):
+        with pytest.raises(tm.InputError, match=message):
+            tm.explain_words(model, given, **asked, **options)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["gae", "tokentm", "attn_lrp", "gradient_x_input"])
 def test_each_row_is_the_map_of_its_token(method):
@@ -326,12 +358,12 @@ def test_words_of_smollm2():
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
-def run(*arguments):
+def run(*arguments, stdin=None):
     from click.testing import CliRunner
 
     from tokentm_jax.cli.main import main
 
-    return CliRunner().invoke(main, ["explain-lm", *map(str, arguments)], terminal_width=100)
+    return CliRunner().invoke(main, ["explain-lm", *map(str, arguments)], input=stdin, terminal_width=100)
 
 
 @pytest.mark.slow
@@ -373,6 +405,24 @@ def test_explain_lm(tmp_path):
 
 
 @pytest.mark.slow
+def test_explain_lm_of_several(tmp_path):
+    """Each prompt, also of the standard input, has the document and the page that it has alone."""
+    page, prompts = tmp_path / "page.html", [PROMPT, "the capital", "of"]
+    given = ["--model", GOLDENS / "llama", "--method", "gradient_x_input", "--most", 3, "--out", page]
+    expected = []
+    for prompt in prompts:
+        expected.append((json.loads(run(prompt, *given, "--json").stdout), page.read_text()))
+    page.unlink()
+    done = run(PROMPT, "-", *given, "--json", stdin="the capital\n\nof\n")
+    assert done.exit_code == 0 and json.loads(done.stdout) == [document for document, _ in expected]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["page-1.html", "page-2.html", "page-3.html"]
+    assert [(tmp_path / f"page-{k}.html").read_text() for k in (1, 2, 3)] == [text for _, text in expected]
+    done = run(" ".join(["the"] * 47), "of", *given)
+    assert done.exit_code == 2 and "text 1: prompt and answer may have 48 tokens" in done.stderr, done.stderr
+    assert done.stderr.endswith("1 of 2 prompts failed\n") and done.stdout.endswith("page-2.html\n")
+
+
+@pytest.mark.slow
 def test_explain_lm_refuses(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.html").write_text("mine")
@@ -382,7 +432,8 @@ def test_explain_lm_refuses(tmp_path, monkeypatch):
         (["the", *decoder, "--method", "gae,rollout"], "an answer is explained by one method"),
         (["the", *decoder, "--out", "mine.html"], "mine.html"),
         (["the", *decoder, "--most", 48], "prompt and answer may have 48 tokens"),
-        (["the", "--model", "cifar10_vit"], "cifar10_vit writes no texts"),
+        (["the", "--model", "cifar10_vit"], "cifar10_vit continues no texts: name a decoder"),
+        (["the", "--model", "scenes_words"], "scenes_words continues no texts: ask it about a photo"),
         (["the", *decoder, "--chat"], "has no chat template: this model continues texts"),
     ):
         done = run(*arguments)

@@ -78,6 +78,9 @@ def writing(path: Path) -> list[str]:
     assert_type(score.of_next().open, bool)
     reasons: tm.Reasons = tm.explain_words(model, "The capital of France is", " Paris", "gae", against="London")
     assert_type(reasons.answer, str)
+    assert_type(
+        tm.explain_words(model, ["The capital of France is", "of"], " Paris", against=[7, " of"]), list[tm.Reasons]
+    )
     if isinstance(decoder, tm.models.VisionDecoder):
         assert_type(decoder.image_grid, tuple[int, int])
         prompt: tm.inputs.Prompts = model.read([("scene.png", "What is there?")])

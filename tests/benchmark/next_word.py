@@ -48,26 +48,31 @@ def shapes(module: NextWord, tokens: int) -> tuple[Any, Any]:
     return params, jax.eval_shape(lambda: texts(module, tokens))
 
 
-def buffers(module: NextWord, row: str, tokens: int) -> int:
-    """Bytes of the compiled program besides its arguments."""
-    found = program(module, row).lower(*shapes(module, tokens)).compile().memory_analysis()
+def compiled(module: NextWord, row: str, tokens: int) -> Any:
+    return program(module, row).lower(*shapes(module, tokens)).compile()
+
+
+def buffers(run: Any) -> int:
+    """Bytes of a compiled program besides its arguments."""
+    found = run.memory_analysis()
     return found.temp_size_in_bytes + found.output_size_in_bytes
 
 
 def measure(tokens: int, rows: list[str], rounds: int, timed: bool) -> list[list[str]]:
     module = NextWord(**SMOLLM2)
     half = NextWord(**SMOLLM2 | {"depth": SMOLLM2["depth"] // 2})
+    runs = {row: compiled(module, row, tokens) for row in rows}
     times: dict[str, float] = {}
     if timed:
         params, given = tm.models.init_params(module, jax.random.key(0)), texts(module, tokens)
-        times = processor({row: partial(program(module, row), params, given) for row in rows}, rounds)
+        times = processor({row: partial(run, params, given) for row, run in runs.items()}, rounds, warm=True)
     counted = {row: read_products(jax.make_jaxpr(program(module, row))(*shapes(module, tokens))) for row in rows}
     lines = []
     for row in rows:
-        size = buffers(module, row, tokens)
-        block = (size - buffers(half, row, tokens)) / (module.depth - half.depth)
-        time = f"{times[row] / times['forward']:.2f}" if timed else ""
-        cells = [f"{counted[row] / 1e9:.0f}", f"{counted[row] / counted['forward']:.2f}", time]
+        size = buffers(runs[row])
+        block = (size - buffers(compiled(half, row, tokens))) / (module.depth - half.depth)
+        time = [f"{times[row]:.2f}", f"{times[row] / times['forward']:.2f}"] if timed else ["", ""]
+        cells = [f"{counted[row] / 1e9:.0f}", f"{counted[row] / counted['forward']:.2f}", *time]
         lines.append([str(tokens), row, *cells, f"{size / MIB:.0f}", f"{block / MIB:.2f}"])
     return lines
 
@@ -84,5 +89,5 @@ if __name__ == "__main__":
         for tokens in chosen.contexts
         for line in measure(tokens, chosen.rows, chosen.rounds, tokens in chosen.timed)
     ]
-    header = ["tokens", "", "GFLOP", "/ forward", "processor time / forward", "MiB", "MiB per block"]
+    header = ["tokens", "", "GFLOP", "/ forward", "processor seconds", "/ forward", "MiB", "MiB per block"]
     publish(chosen.out, "# One explained token of SmolLM2-135M, in float32", table(header, rows))

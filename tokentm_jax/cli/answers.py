@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import click
 
 from tokentm_jax.cli import options as shared
 from tokentm_jax.cli.options import PATH, TEXT, may_overwrite
-from tokentm_jax.cli.terminal import console
+from tokentm_jax.cli.terminal import complain, console
 from tokentm_jax.errors import InputError, printable
 from tokentm_jax.files import write_text
 
@@ -21,7 +22,7 @@ TOP = 3  # tokens that are printed for each token of the answer
 
 
 @click.command("explain-lm")
-@click.argument("prompt", type=TEXT)
+@click.argument("prompts", type=TEXT, nargs=-1, required=True, metavar="PROMPT...")
 @click.option(
     "--model", type=TEXT, default="smollm2", show_default=True,
     help="Folder or GGUF file of a decoder, hf-hub:OWNER/NAME, or smollm2.",
@@ -41,13 +42,14 @@ TOP = 3  # tokens that are printed for each token of the answer
     help="Other candidates of each token that it is compared with.",
 )  # fmt: skip
 @click.option(
-    "--out", type=PATH, metavar="PAGE.html", default="answer.html", show_default=True, help="The page that is written."
-)
+    "--out", type=PATH, metavar="PAGE.html", default="answer.html", show_default=True,
+    help="The page that is written; of several prompts, PAGE-1.html and so on.",
+)  # fmt: skip
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Option of the method; repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
 @may_overwrite
 def explain_lm(
-    prompt: str,
+    prompts: tuple[str, ...],
     model: str,
     method: str,
     answer: str | None,
@@ -67,18 +69,20 @@ def explain_lm(
     The page shows the reasons of a token of the answer where it is touched, and why this token, and not another
     candidate. The table has, for each token of the answer, its probability and the most relevant tokens of the prompt,
     in shares of the largest relevance. The first token of a prompt often takes much attention without meaning, so the
-    table leaves it out; --json has it.
+    table leaves it out; --json has it. Several prompts, or the lines of the standard input (-), have a page each.
 
     \b
     Examples:
       tokentm explain-lm "The capital of France is"
       tokentm explain-lm "The capital of France is" --answer " London" --method tokentm
       tokentm explain-lm "What is the capital of France?" --chat --against " London"
+      tokentm explain-lm - --chat --out answers.html < questions.txt
     """
     from tokentm_jax.methods.answers import explain_words
     from tokentm_jax.methods.table import METHODS
     from tokentm_jax.models.decoder import Decoder
     from tokentm_jax.models.loading import load
+    from tokentm_jax.models.vision_decoder import VisionDecoder
 
     name, *more = shared.methods_of(method)
     if more:
@@ -88,22 +92,46 @@ def explain_lm(
     shared.require_place(out, overwrite)
     shared.start_jax()
     decoder = load(model)
-    if not isinstance(decoder.module, Decoder):
-        raise InputError(f"{decoder.name} writes no texts: name a decoder, or leave out --model")
-    if chat:
-        prompt = decoder.preprocessing.chat(prompt)
+    if not isinstance(decoder.module, Decoder) or isinstance(decoder.module, VisionDecoder):
+        instead = "name a decoder, or leave out --model"
+        if isinstance(decoder.module, Decoder):
+            instead = "ask it about a photo, with `tokentm explain PHOTO --ask`"
+        raise InputError(f"{decoder.name} continues no texts: {instead}")
+    texts: dict[str, str] = {}
+    for argument in prompts:
+        texts |= decoder.preprocessing.found(argument, len(texts) + 1)
+    pages = [out] if len(texts) == 1 else [out.with_stem(f"{out.stem}-{k}") for k in range(1, len(texts) + 1)]
+    for page in pages:
+        shared.require_place(page, overwrite)
     drawn: dict[str, Any] = {"most": most, "temperature": temperature, "seed": seed}
-    found = explain_words(decoder, prompt, answer, name, **drawn, **settings)
-    written = [int(number) for number in found.ids[found.start :]]
-    asked = ([] if against is None else [against]) + _others(found, contrasts).T.tolist()
-    reasons = [explain_words(decoder, prompt, written, name, against=each, **settings) for each in asked]
-    result = document(decoder, name, found, reasons)
-    write_text(out, page_of(result), overwrite=overwrite)
+
+    def answered(text: str) -> dict[str, Any]:
+        prompt = decoder.preprocessing.chat(text) if chat else text
+        found = explain_words(decoder, prompt, answer, name, **drawn, **settings)
+        written = [int(number) for number in found.ids[found.start :]]
+        other = ([] if against is None else [against]) + _others(found, contrasts).T.tolist()
+        asked = partial(explain_words, decoder, prompt, written, name, candidates=0, **settings)
+        return document(decoder, name, found, [asked(against=each) for each in other])
+
+    results = []
+    for (label, text), page in zip(texts.items(), pages, strict=True):
+        try:
+            results.append(answered(text))
+        except InputError as error:
+            if len(texts) == 1:
+                raise
+            complain(f"{label}: {error}")
+            results.append({"prompt": text, "error": str(error)})
+            continue
+        write_text(page, page_of(results[-1]), overwrite=overwrite)
+        if not as_json:
+            _print(results[-1])
+            click.echo(f"The page is {printable(page)}")
     if as_json:
-        click.echo(json.dumps(result, indent=1))
-        return
-    _print(result)
-    click.echo(f"The page is {printable(out)}")
+        click.echo(json.dumps(results[0] if len(texts) == 1 else results, indent=1))
+    if failed := sum("error" in result for result in results):
+        click.echo(f"{failed} of {len(results)} prompts failed", err=True)
+        click.get_current_context().exit(2)
 
 
 def _others(found: "Reasons", count: int) -> Any:

@@ -65,13 +65,13 @@ def asked(
     Args:
       index: of the scene, any number from 0.
       split: scenes for training or for tests.
-      about: one of `ASKED`; None: by the index, in turn.
+      about: one of `ASKED`; None: by the index, in turn, so that even and odd indices have all of them.
       scene: the scene, where it is known.
 
     Returns:
       The question. A question about a kind of part that the scene lacks has the answer "zero", which nothing causes.
     """
-    about = ASKED[index % len(ASKED)] if about is None else about
+    about = ASKED[index // 2 % len(ASKED)] if about is None else about
     scene = drawn(index, split) if scene is None else scene
     random = np.random.default_rng([VERSION, [*SPLITS].index(split), index, ASKED.index(about)])
     return _ABOUT[about](scene, random)

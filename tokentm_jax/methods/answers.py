@@ -5,8 +5,9 @@ Axes: M tokens of the answer, N tokens of prompt and answer, C candidates for ea
 
 import dataclasses
 import os
-from collections.abc import Sequence
-from typing import Annotated, Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Annotated, Any, overload
 
 import jax
 import numpy as np
@@ -24,8 +25,6 @@ from tokentm_jax.models.generation import followed, generate
 from tokentm_jax.models.loading import Model
 from tokentm_jax.models.vision_decoder import VisionDecoder
 from tokentm_jax.validation import checked
-
-CANDIDATES = 5
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,21 +79,60 @@ class Reasons:
         return "".join(self.pieces[self.start :])
 
 
+Image = str | os.PathLike[str] | np.ndarray
+Other = str | int | Sequence[str | int]
+
+
+@overload
 def explain_words(
     model: Model,
     prompt: str | Tokens | Prompts,
     answer: str | Sequence[int] | None = None,
     method: str | Method = "tokentm",
     *,
-    image: str | os.PathLike[str] | np.ndarray | None = None,
-    against: str | int | Sequence[str | int] | None = None,
+    image: Image | None = None,
+    against: Other | None = None,
     log_probability: bool = False,
     most: int = 16,
     temperature: float = 0.0,
     seed: int = 0,
     batch_size: int = 4,
+    candidates: int = 5,
     **options: object,
-) -> Reasons:
+) -> Reasons: ...
+@overload
+def explain_words(
+    model: Model,
+    prompt: list[str] | list[Tokens] | list[Prompts],
+    answer: str | Sequence[str | Sequence[int]] | None = None,
+    method: str | Method = "tokentm",
+    *,
+    image: Image | Sequence[Image] | None = None,
+    against: str | int | Sequence[Other] | None = None,
+    log_probability: bool = False,
+    most: int = 16,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 4,
+    candidates: int = 5,
+    **options: object,
+) -> list[Reasons]: ...
+def explain_words(
+    model: Model,
+    prompt: str | Tokens | Prompts | list[str] | list[Tokens] | list[Prompts],
+    answer: str | Sequence[int] | Sequence[str | Sequence[int]] | None = None,
+    method: str | Method = "tokentm",
+    *,
+    image: Image | Sequence[Image] | None = None,
+    against: Other | Sequence[Other] | None = None,
+    log_probability: bool = False,
+    most: int = 16,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 4,
+    candidates: int = 5,
+    **options: object,
+) -> Reasons | list[Reasons]:
     """Why a decoder writes each token of an answer: which tokens of the prompt, and of the answer so far, matter.
 
     The tokens of an image are among those of the prompt. Their relevance is read where they enter the decoder, after
@@ -102,7 +140,9 @@ def explain_words(
 
     Args:
       model: a loaded decoder.
-      prompt: a text, or what `model.read` gives for one; for an image and a text, of a vision-language model.
+      prompt: a text, or what `model.read` gives for one; for an image and a text, of a vision-language model. Or a
+        list of these; then a list in `answer`, `image` or `against` has one item for each, and another value is for
+        all.
       answer: a text that follows the prompt, or numbers of tokens; None: what the model writes.
       method: a name of `METHODS`, or a row.
       image: of a vision-language model, the image that the prompt is about: a file, or an array [H, W, 3].
@@ -111,15 +151,18 @@ def explain_words(
       log_probability: explain the log-probability of each token, and not its logit.
       most: at most this number of tokens is written.
       temperature, seed: how tokens are drawn, as in `tokentm_jax.models.generate`; 0: the most probable ones.
-      batch_size: number of tokens that are explained at a time, by one compiled program for all.
+      batch_size: number of tokens that are explained at a time. One compiled program is for all of them, and for all
+        texts with the same multiple of 16 tokens.
+      candidates: number of candidates that are kept for each token.
       **options: the method's options.
 
     Returns:
-      The tokens with their maps, logits, probabilities and candidates.
+      The tokens with their maps, logits, probabilities and candidates. For a list of prompts, a list of these, each as
+      for that prompt by itself.
 
     Raises:
       InputError: another model, no text, an answer or contrast without a token, no such method or option, and prompt
-        and answer that are longer than the model allows.
+        and answer that are longer than the model allows. It states which prompt of a list.
 
     Examples:
         >>> model = tm.load("smollm2")  # doctest: +SKIP
@@ -129,8 +172,15 @@ def explain_words(
     """
     if not isinstance(model, Model) or not isinstance(model.module, Decoder):
         raise InputError(f"only a decoder writes words, got {getattr(model, 'name', type(model).__name__)}")
+    if isinstance(prompt, list):
+        own: Any = {"log_probability": log_probability, "most": most, "temperature": temperature, "seed": seed}
+        own |= {"batch_size": batch_size, "candidates": candidates, **options}
+        alone: Any = partial(explain_words, model, method=method, **own)
+        return _each_alone(alone, prompt, {"answer": answer, "image": image, "against": against})
     size = checked("batch_size", Annotated[int, Ge(1), Le(1024)], batch_size)
+    count = min(checked("candidates", Annotated[int, Ge(0), Le(1024)], candidates), model.module.vocab_size)
     checked("log_probability", bool, log_probability)
+    settings: dict[str, Any] = options
     reader = model.preprocessing
     if isinstance(prompt, str):
         sees = isinstance(model.module, VisionDecoder)
@@ -154,29 +204,41 @@ def explain_words(
     ids, places = written.ids[0, :n], np.arange(start, n)
     others = None if against is None else _others(model, against, written, places)
 
-    maps, logits, shares = [], [], []
-    settings: dict[str, Any] = options
+    batches = []
     for first in range(0, len(places), size):
         asked = np.minimum(np.arange(first, first + size), len(places) - 1)  # the last batch repeats its last token
         other = None if others is None else others[asked]
         score = Token(places[asked], ids[places[asked]], other, log_probability)
         texts = jax.tree.map(lambda array: np.repeat(array, size, 0), written)
         found, details = explain(model, texts, method, score=score, details=True, **settings)
-        kept = slice(0, min(size, len(places) - first))
-        maps.append(np.asarray(found, np.float32)[kept, :n])
-        outputs = np.asarray(details["logits"], np.float32)[kept]
-        logits.append(outputs[np.arange(len(outputs)), ids[places[asked[kept]]]])
-        shares.append(np.asarray(softmax(outputs)))
-    every = np.concatenate(shares)
-    candidates = np.argsort(-every, axis=1, kind="stable")[:, :CANDIDATES]
-    pieces = [
-        [reader.following(ids[:place], int(k)) for k in own] for place, own in zip(places, candidates, strict=True)
-    ]
+        outputs = np.asarray(details["logits"], np.float32)
+        every, which = softmax(outputs), (np.arange(size), ids[places[asked]])
+        columns = (np.asarray(found, np.float32)[:, :n], outputs[which], every[which], *jax.lax.top_k(every, count))
+        batches.append([np.asarray(column)[: len(places) - first] for column in columns])
+    maps, logits, shares, best_shares, best = map(np.concatenate, zip(*batches, strict=True))
+    pieces = [[reader.following(ids[:place], int(k)) for k in own] for place, own in zip(places, best, strict=True)]
     return Reasons(
-        reader.pieces(ids), ids, start, np.concatenate(maps), np.concatenate(logits),
-        every[np.arange(len(places)), ids[places]], candidates, pieces,
-        np.take_along_axis(every, candidates, 1), others, _image(model, given),
-    )  # fmt: skip
+        reader.pieces(ids), ids, start, maps, logits, shares, best, pieces, best_shares, others, _image(model, given)
+    )
+
+
+def _each_alone(alone: Callable[..., Reasons], prompts: Sequence[Any], given: Mapping[str, Any]) -> list[Reasons]:
+    """What a function gives for each prompt, with its item of each list in `given`."""
+    if not prompts:
+        raise InputError("the list of prompts is empty")
+    lists = {name: value for name, value in given.items() if isinstance(value, list | tuple)}
+    for name, value in lists.items():
+        if len(value) != len(prompts):
+            raise InputError(
+                f"{name} must be one for each of {len(prompts)} prompts, or one for all, got {len(value)}"
+            )
+    found = []
+    for place, prompt in enumerate(prompts):
+        try:
+            found.append(alone(prompt, **{**given, **{name: value[place] for name, value in lists.items()}}))
+        except InputError as error:
+            raise InputError(f"prompt {place + 1} of {len(prompts)}: {error}") from None
+    return found
 
 
 def _image(model: Model, prompt: Any) -> np.ndarray | None:
