@@ -64,7 +64,7 @@ class Batch(NamedTuple):
     ids: Any  # int32 [S, Q, N]: question, answer, <eos>, <pad> ...
     starts: Any  # int32 [S, Q]: the number of tokens before the answer
     ends: Any  # int32 [S, Q]: of all tokens
-    kinds: Any  # int32 [S, n]: the kind of the part that a patch shows, from 1; 0 for the background
+    kinds: Any  # int32 [S, n]: the kind of the part that a patch shows and its quarter, from 1; 0: the background
 
 
 def _batch(patch: int, split: Any, indices: np.ndarray, kinds: list[list[str]]) -> Batch:
@@ -83,17 +83,19 @@ def _batch(patch: int, split: Any, indices: np.ndarray, kinds: list[list[str]]) 
 
 
 def _kinds(scene: Scene, patch: int) -> np.ndarray:
-    """The kind of the part that each patch shows [n]: its shape, colour and size, as one number; 0: none."""
+    """The kind of the part that each patch shows [n]: its shape, colour, size and quarter, as one number; 0: none."""
     ids = scene.ids.reshape(SIDE // patch, patch, -1, patch).max((1, 3)).ravel()
     sizes = [*questions.SIZES]
     numbers = [0]
     for part in scene.parts:
         shape, colour = [*SHAPES].index(part.kind.shape), [*COLOURS].index(part.kind.colour)
-        numbers.append(1 + (shape * len(COLOURS) + colour) * len(sizes) + sizes.index(questions.size_of(part)))
+        row, column = (place // 2 for place in part.place)
+        kind = (shape * len(COLOURS) + colour) * len(sizes) + sizes.index(questions.size_of(part))
+        numbers.append(1 + 4 * kind + 2 * row + column)
     return np.array(numbers, np.int32)[ids]
 
 
-KINDS = 1 + len(SHAPES) * len(COLOURS) * len(questions.SIZES)
+KINDS = 1 + len(SHAPES) * len(COLOURS) * len(questions.SIZES) * 4
 
 
 def _batches(config: QuestionTrainConfig, patch: int, tower_steps: int, start: int) -> Iterator[Batch]:
@@ -134,7 +136,8 @@ def _answers(module: VisionDecoder, params: Any, batch: Batch) -> tuple[Array, A
 
 def loss_of(module: VisionDecoder, params: Any, batch: Batch) -> Array:
     """The mean cross-entropy of the answers' tokens, if there are questions, plus that of the kind of part that each
-    patch shows, which a linear map of the tower's tokens must give: so the tower learns from the first step on."""
+    patch shows and its quarter, which a linear map of the tower's tokens must give: so the tower learns from the first
+    step on. Without the quarter, its tokens lose whether they are left or right."""
     if batch.ids.shape[1]:
         logits, ids, counted, seen = _answers(module, params["model"], batch)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, ids)
