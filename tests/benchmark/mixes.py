@@ -143,7 +143,7 @@ def measured(members: tuple[str, ...], data: dict[str, Data]) -> np.ndarray:
     halves: list[list[np.ndarray]] = [[], []]
     for name, one in data.items():
         each = [one.maps[member] for member in members]
-        mix = each[0] if len(each) == 1 else scaled(sum(map(scaled, each))) ** 2
+        mix = each[0] if len(each) == 1 else scaled(np.sum([scaled(maps) for maps in each], 0)) ** 2
         if name in RULES:
             both = followed(mix, one.truth["shown"], one.truth["drop"])
         else:
