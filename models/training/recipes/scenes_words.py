@@ -5,7 +5,7 @@
 A ViT and a decoder from nothing, as one Gemma 3 of 0.3 million parameters.
 
 Data: rendered, and never stored.
-Run time: 31 minutes on 2 busy cores.
+Run time: 20 minutes of processor time.
 """
 
 from models.training.recipe import QuestionTrainConfig
