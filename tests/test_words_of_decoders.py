@@ -420,6 +420,7 @@ def test_explain_lm_of_several(tmp_path):
     done = run(" ".join(["the"] * 47), "of", *given)
     assert done.exit_code == 2 and "text 1: prompt and answer may have 48 tokens" in done.stderr, done.stderr
     assert done.stderr.endswith("1 of 2 prompts failed\n") and done.stdout.endswith("page-2.html\n")
+    assert "text 2: a prompt must have a word at least, got ''" in run("of", "", *given).stderr
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ TOP = 3  # tokens that are printed for each token of the answer
 
 
 @click.command("explain-lm")
-@click.argument("prompts", type=TEXT, nargs=-1, required=True, metavar="PROMPT...")
+@click.argument("prompts", nargs=-1, required=True, metavar="PROMPT...")
 @click.option(
     "--model", type=TEXT, default="smollm2", show_default=True,
     help="Folder or GGUF file of a decoder, hf-hub:OWNER/NAME, or smollm2.",
@@ -106,6 +106,8 @@ def explain_lm(
     drawn: dict[str, Any] = {"most": most, "temperature": temperature, "seed": seed}
 
     def answered(text: str) -> dict[str, Any]:
+        if not text.strip():
+            raise InputError(f"a prompt must have a word at least, got {text!r}")
         prompt = decoder.preprocessing.chat(text) if chat else text
         found = explain_words(decoder, prompt, answer, name, **drawn, **settings)
         written = [int(number) for number in found.ids[found.start :]]
