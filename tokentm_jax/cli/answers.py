@@ -184,7 +184,7 @@ def page_of(result: dict[str, Any]) -> str:
     maps = [word["scores"] for word in result["answer"]]
     maps += [each["against"] or [] for word in result["answer"] for each in word["candidates"]]
     signed = any(score < 0 for scores in maps for score in scores)
-    values: dict[str, Any] = {**result, "method": title_of(result["method"]), "signed": signed}
+    values: dict[str, Any] = {**result, "method": title_of(result["method"]), "signed": signed, "result": result}
     return render("answer.html.j2", title="Why this word?", **values)
 
 
