@@ -252,3 +252,71 @@ def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(tm.InputError, match=r"needs gguf: pip install 'tokentm-jax\[lm\]'"):
         tm.load(tmp_path / "a.gguf")
+
+
+NAMES_OF_GEMMA = {  # those of llama.cpp's converter
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+
+
+@needs_gguf
+@pytest.mark.parametrize(
+    "kind", ["gemma", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gemma2", "gemma3"))]
+)
+def test_gemma_in_gguf(kind, tmp_path):
+    """The logits of the same weights in a folder, whose logits are those of transformers; Gemma 3 has six blocks."""
+    config = json.loads((GOLDENS / kind / "config.json").read_text())
+    tensors = safetensors.numpy.load_file(GOLDENS / kind / "model.safetensors")
+    names = dict(NAMES_OF_GEMMA) | ({"post_attention_layernorm": "ffn_norm"} if kind == "gemma" else {})
+    more = {}
+    if kind != "gemma":  # a file does not have this number
+        config["query_pre_attn_scalar"] = config["head_dim"]
+        more |= {"attention.sliding_window": 5}
+    if kind == "gemma2":
+        more |= {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}
+    if kind == "gemma3":
+        config |= {"num_hidden_layers": 6, "layer_types": ["sliding_attention"] * 5 + ["full_attention"]}
+        config["rope_parameters"]["sliding_attention"]["rope_theta"] = 10_000.0
+        later = {name.replace(f"layers.{k}.", f"layers.{k + 3}."): t for k in range(3) for name, t in tensors.items()}
+        tensors |= later
+        more |= {"rope.freq_base": 300.0, "rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
+    folder = tmp_path / "folder"
+    shutil.copytree(GOLDENS / kind, folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    metadata = {
+        "general.architecture": kind,
+        **{f"{kind}.{name}": number for name, number in {
+            "block_count": config["num_hidden_layers"], "context_length": 48, "embedding_length": 16,
+            "feed_forward_length": 24, "attention.head_count": 4, "attention.head_count_kv": 2,
+            "attention.key_length": 6, "attention.layer_norm_rms_epsilon": 1e-6, **more,
+        }.items()},
+        "tokenizer.ggml.model": "llama",
+    }  # fmt: skip
+    stored = {}
+    for name, tensor in tensors.items():
+        block, _, part = name.removeprefix("model.layers.").partition(".")
+        own, suffix = (part if block.isdigit() else name).rsplit(".", 1)
+        tensor = np.asarray(tensor, np.float32) + ("norm" in own)  # scales are stored as 1 + w
+        named = f"blk.{block}.{names[own]}" if block.isdigit() else names[own]
+        stored[f"{named}.{suffix}"] = (tensor.shape, 0, tensor.astype(np.float32).tobytes())
+    (tmp_path / "a.gguf").write_bytes(gguf(metadata, stored))
+    shutil.copy(GOLDENS / kind / "tokenizer.json", tmp_path)
+    expected, found = tm.load(folder), tm.load(tmp_path / "a.gguf")
+    own = found.module.clone(end=expected.module.end, norm_eps=expected.module.norm_eps)  # 1e-6 as a float32
+    assert own == expected.module
+    jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)

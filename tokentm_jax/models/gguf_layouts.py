@@ -23,7 +23,9 @@ from tokentm_jax.models.folders import Count, Section, Whole
 from tokentm_jax.models.names import LAYOUTS, Tensors, renamed
 
 SMOLLM2 = "smollm2"  # the name of SmolLM2-135M-Instruct for `load`
-KINDS = ("llama", "qwen2", "qwen3")
+# GGUF's name of an architecture -> that of Hugging Face. The scales of Gemma's norms are stored with their 1 added.
+KINDS = {name: name for name in ("llama", "qwen2", "qwen3", "gemma", "gemma2")} | {"gemma3": "gemma3_text"}
+HEADS_OF_WIDTH = {("gemma2", 46), ("gemma3", 62)}  # by blocks: logits scaled by the width a head, not by its channels
 LARGEST_HEADER = 64 * 2**20  # bytes
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # by GGUF's type
 STRING, ARRAY = 8, 9
@@ -103,7 +105,7 @@ def read_gguf(path: Path) -> tuple[Decoder, dict[str, Any], str | None, str]:
         for name, heads in (("q", "num_attention_heads"), ("k", "num_key_value_heads")):
             tensors |= _in_halves(tensors, f".attn.{name}.", config.content[heads])
     ends = {section(f"tokenizer.ggml.{name}_token_id", Count, None) for name in ("eos", "eot")}
-    module, params = decoder(config, kind, tensors, sorted(ends - {None}), str(path))
+    module, params = decoder(config, KINDS[kind], tensors, sorted(ends - {None}), str(path))
     if divisors is not None:
         if divisors.shape != (module.head_dim // 2,) or not (divisors > 0).all():
             raise InputError(f"{path}: 'rope_freqs.weight' must be {module.head_dim // 2} positive numbers")
@@ -190,6 +192,14 @@ def _config(section: Section, kind: str, tensors: Tensors) -> dict[str, Any]:
         "tie_word_embeddings": "head.weight" not in tensors,
         "attention_bias": kind == "llama" and "blocks.0.attn.q.bias" in tensors,
     }
+    if kind in ("gemma2", "gemma3"):
+        per_head = width // heads if (kind, config["num_hidden_layers"]) in HEADS_OF_WIDTH else config["head_dim"]
+        config |= {
+            "query_pre_attn_scalar": float(per_head),
+            "sliding_window": of("attention.sliding_window", Whole, None),
+        }
+        caps = {name: of(name, Positive, None) for name in ("attn_logit_softcapping", "final_logit_softcapping")}
+        config |= {name: cap for name, cap in caps.items() if cap is not None}
     turned = of("rope.dimension_count", Whole, config["head_dim"])
     if turned != config["head_dim"]:
         raise InputError(f"{section.where}: '{kind}.rope.dimension_count' must be {config['head_dim']}, got {turned}")
