@@ -145,7 +145,7 @@ def test_why_one_class_and_not_another(folder, checkpoint):
     assert (result["target"]["class"], result["versus"]["class"]) == (best, other)
     stored = np.load("explanations/a.npz")
     assert str(stored["versus"]) == NAMES[other]
-    expected = tm.explain(vit, images, score=tm.scores.Versus(other))
+    expected = tm.explain(vit, images, "tokentm_mix", score=tm.scores.Versus(other))
     np.testing.assert_allclose(stored["map"], expected[0], rtol=1e-4, atol=1e-6)
     assert "<- compared with" in run(*arguments, "--versus", other).stdout
     assert "is the predicted class itself" in run(*arguments, "--versus", best, code=2).stderr
@@ -207,7 +207,7 @@ def test_several_classes_give_one_figure(folder, checkpoint):
         assert photo["target"] == photo["targets"][0]
         for part, target in zip(parts, (0, 4, 1, 2), strict=True):
             stored = np.load(f"explanations/{'ab'[i]}.{part}.npz")
-            expected = tm.explain(vit, images, target=target)[i]
+            expected = tm.explain(vit, images, "tokentm_mix", target=target)[i]
             np.testing.assert_allclose(stored["map"], expected, rtol=1e-4, atol=1e-6)
             assert (int(stored["target"]), str(stored["target_name"])) == (target, names[target])
             assert float(stored["probability"]) == pytest.approx(shares[i, target], rel=1e-4)
@@ -262,7 +262,7 @@ def test_formats_and_looks(folder, checkpoint):
     assert files(folder / "pdf") == ["a.npz", "a.pdf"] and (folder / "pdf/a.pdf").read_bytes().startswith(b"%PDF")
     run(*arguments, "--format", "svg", "--out", "svg")
     text = (folder / "svg/a.svg").read_text()
-    assert ">cat $x$ " in text and "a.png · tiny · tokentm<" in text
+    assert ">cat $x$ " in text and "a.png · tiny · tokentm_mix<" in text
     listed = run("explain", "--help").stdout
     assert all(name in listed for name in COLOURS)
 
@@ -334,7 +334,7 @@ def test_files_of_others_are_never_replaced(folder, checkpoint):
             "--target 2",
             "--versus 2",
             "--method rollout",
-            "--option ffn=false",
+            "--option power=3",
             "--method rollout,tokentm",
             "--photo other/a.png",
         ],
