@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -170,3 +172,26 @@ def hub(monkeypatch, tmp_path):
     yield server
     server.stop()
     client.close_session()
+
+
+@contextmanager
+def opened(address, **context):
+    """A page in a real browser, or a reason to skip. It must send nothing elsewhere, and complain of nothing."""
+    api = pytest.importorskip("playwright.sync_api", reason="needs Playwright")
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("needs Chromium")
+    own = ("data:", "file:") if address.startswith("file:") else ("data:", "blob:", address)
+    with api.sync_playwright() as running:
+        chromium = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        page = chromium.new_context(**context).new_page()
+        complaints: list[str] = []
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda r: r.url.startswith(own) or complaints.append(r.url))
+        page.goto(address)
+        try:
+            yield page
+            assert complaints == []
+        finally:
+            chromium.close()

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import struct
@@ -25,7 +24,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import tiny_vit
+from conftest import opened, tiny_vit
 from matplotlib import colormaps
 from PIL import Image
 
@@ -610,35 +609,6 @@ def test_a_signal_ends_the_server(number):
         assert out == "" and errors == "Compiling rollout for cifar10_distilled ...\n"
 
 
-def browser():
-    """A real browser's page, or a reason to skip."""
-    api = pytest.importorskip("playwright.sync_api", reason="needs Playwright")
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    if path is None:
-        pytest.skip("needs Chromium")
-    return api.sync_playwright(), path
-
-
-@contextmanager
-def opened(port, **context):
-    """A page in the browser, which must send nothing elsewhere, and complain of nothing."""
-    playwright, path = browser()
-    with playwright as running:
-        chromium = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        page = chromium.new_context(**context).new_page()
-        complaints: list[str] = []
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda r: r.url.startswith(("data:", "blob:", base)) or complaints.append(r.url))
-        base = f"http://localhost:{port}/"
-        page.goto(base)
-        try:
-            yield page
-            assert complaints == []
-        finally:
-            chromium.close()
-
-
 def drawn(page, canvas):
     """The pixels [h, w, 3] of a canvas."""
     url = page.locator(f"#{canvas}").evaluate("canvas => canvas.toDataURL('image/png')")
@@ -663,7 +633,7 @@ def test_the_page_in_a_browser(shipped, tmp_path):
     (tmp_path / "mine.png").write_bytes(PNG)
     images = fit(Image.fromarray(PHOTO), vit.preprocessing)[None].astype(np.float32) / 255
     seen = view(Image.fromarray(PHOTO), vit.preprocessing)
-    with opened(port, accept_downloads=True) as page:
+    with opened(f"http://localhost:{port}/", accept_downloads=True) as page:
         page.locator("#file").set_input_files(tmp_path / "mine.png")
         page.locator("#top button").first.wait_for()
         page.fill("#class", "dog")
@@ -725,7 +695,7 @@ def test_the_page_in_a_browser(shipped, tmp_path):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_texts_in_a_browser(texts, scheme):
     text, port = texts
-    with opened(port, viewport={"width": 360, "height": 700}, color_scheme=scheme) as page:
+    with opened(f"http://localhost:{port}/", viewport={"width": 360, "height": 700}, color_scheme=scheme) as page:
         page.fill("#text", "a funny <b> film")
         page.click("#write button")
         explained(page, "TokenTM,")
@@ -775,7 +745,7 @@ def test_dropped_pasted_and_wrong_files_in_a_browser(shipped):
         : new ClipboardEvent("paste", {clipboardData: transfer, bubbles: true});
       document.body.dispatchEvent(event);
     }"""
-    with opened(port) as page:
+    with opened(f"http://localhost:{port}/") as page:
         page.locator("#method option").nth(2).wait_for(state="attached")
         for kind, photo in (("drop", PHOTO), ("paste", PHOTO[::-1])):
             page.evaluate(give, [kind, base64.b64encode(encoded(photo)).decode()])
@@ -784,7 +754,7 @@ def test_dropped_pasted_and_wrong_files_in_a_browser(shipped):
             page.locator("#status").evaluate("e => e.textContent = ''")
     wrong = []
     try:
-        with opened(port) as page:
+        with opened(f"http://localhost:{port}/") as page:
             page.locator("#method option").nth(2).wait_for(state="attached")
             page.evaluate(give, ["drop", base64.b64encode(PNG[:300]).decode()])
             page.locator("#error", has_text="drop: The photo is damaged").wait_for()
@@ -798,7 +768,7 @@ def test_dropped_pasted_and_wrong_files_in_a_browser(shipped):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_small_screens_and_colours_in_a_browser(shipped, scheme):
     _, port = shipped
-    with opened(port, viewport={"width": 360, "height": 700}, color_scheme=scheme) as page:
+    with opened(f"http://localhost:{port}/", viewport={"width": 360, "height": 700}, color_scheme=scheme) as page:
         page.click("#photos [data-path*='cat.jpg']")
         explained(page, "TokenTM,")
         page.click("#class")
@@ -895,7 +865,7 @@ def numbered(folder, *numbers):
 @pytest.mark.slow
 def test_each_photo_has_its_own_class_in_a_browser(answers, tmp_path):
     answer, port = answers
-    with opened(port, viewport={"width": 390, "height": 844}) as page:
+    with opened(f"http://localhost:{port}/", viewport={"width": 390, "height": 844}) as page:
         page.locator("#method option").nth(2).wait_for(state="attached")
         page.locator("#file").set_input_files(numbered(tmp_path, 1, 2, 3))
         explained(page, "kind 1, 90.0")
@@ -942,7 +912,7 @@ def test_each_photo_has_its_own_class_in_a_browser(answers, tmp_path):
 @pytest.mark.slow
 def test_the_menu_of_a_thousand_classes_in_a_browser(answers, tmp_path):
     _, port = answers
-    with opened(port) as page:
+    with opened(f"http://localhost:{port}/") as page:
         page.locator("#method option").nth(2).wait_for(state="attached")
         assert page.is_disabled("#class")  # before there is a photo
         page.locator("#file").set_input_files(numbered(tmp_path, 1))
@@ -996,7 +966,7 @@ def test_progress_and_cancel_in_a_browser(answers, tmp_path):
     large = tmp_path / "large.bmp"
     photo = np.full((500, 1000, 3), 7, np.uint8)
     large.write_bytes(encoded(photo, "BMP"))  # 1.5 MB
-    with opened(port) as page:
+    with opened(f"http://localhost:{port}/") as page:
         page.locator("#method option").nth(2).wait_for(state="attached")
         page.locator("#file").set_input_files(numbered(tmp_path, 1))
         explained(page, "kind 1")
@@ -1035,7 +1005,7 @@ def test_overlays_and_captions_in_a_browser(answers, tmp_path):
     words = """() => { window.written = []; const fill = CanvasRenderingContext2D.prototype.fillText;
       CanvasRenderingContext2D.prototype.fillText = function (text, ...rest) {
       written.push(text); return fill.call(this, text, ...rest); }; }"""
-    with opened(port, accept_downloads=True) as page:
+    with opened(f"http://localhost:{port}/", accept_downloads=True) as page:
         page.locator("#method option").nth(2).wait_for(state="attached")
         page.evaluate(words)
         page.locator("#file").set_input_files(numbered(tmp_path, 1))

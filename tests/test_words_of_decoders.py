@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
-import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from conftest import mostly_slow
+from conftest import mostly_slow, opened
 from test_decoder import ANSWERS, GOLDENS, HAS_SMOLLM2, PLAIN, WITH_ALL, N, tiny
 
 import tokentm_jax as tm
@@ -408,20 +407,10 @@ def test_explain_lm(tmp_path):
 @pytest.mark.slow
 def test_the_page_of_an_answer_in_a_browser(tmp_path):
     """A contrast on a click, no requests and no messages; what it saves is what --json prints."""
-    api = pytest.importorskip("playwright.sync_api", reason="needs Playwright")
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    if path is None:
-        pytest.skip("needs Chromium")
     file = tmp_path / "page.html"
     given = ["--model", GOLDENS / "llama", "--method", "gradient_x_input", "--most", 3, "--out", file, "--json"]
     document = json.loads(run(PROMPT, *given).stdout)
-    with api.sync_playwright() as running:
-        chromium = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        page, complaints = chromium.new_page(viewport={"width": 390, "height": 844}), []
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda r: r.url.startswith(("file:", "data:", "blob:")) or complaints.append(r.url))
-        page.goto(file.as_uri())
+    with opened(file.as_uri(), viewport={"width": 390, "height": 844}) as page:
         assert page.inner_text("#question").startswith("Why ") and "and not" not in page.inner_text("#question")
         page.click("#candidates button")
         assert "and not" in page.inner_text("#question")
@@ -429,8 +418,6 @@ def test_the_page_of_an_answer_in_a_browser(tmp_path):
             page.click("#save")
         assert json.loads(saved.value.path().read_text()) == document
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        assert complaints == []
-        chromium.close()
 
 
 @pytest.mark.slow
