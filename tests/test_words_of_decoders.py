@@ -227,22 +227,22 @@ def same(found, expected):
         np.testing.assert_array_equal(getattr(found, field.name), getattr(expected, field.name))
 
 
-def test_each_of_several_prompts_is_as_alone(compilations):
+def test_each_of_several_prompts_is_as_by_itself(compilations):
     """Bit for bit, with its own answer and contrast, and by the compiled program of the first one."""
     model = tm.load(GOLDENS / "llama")
     prompts, options = [PROMPT, "the capital", "of of"], {"method": "gradient_x_input", "batch_size": 2}
     answers, others = [" Paris of", " is", [3, 4]], ["the", 7, ["is", "of"]]
-    alone = tm.explain_words(model, PROMPT, answers[0], against="the", **options)
+    first = tm.explain_words(model, PROMPT, answers[0], against="the", **options)
     compilations.clear()
     found = tm.explain_words(model, prompts, answers, against=others, **options)
     assert not compilations and len(found) == 3
-    same(found[0], alone)
+    same(found[0], first)
     for one, prompt, answer, other in zip(found, prompts, answers, others, strict=True):
         same(one, tm.explain_words(model, prompt, answer, against=other, **options))
     same(tm.explain_words(model, prompts, " is", against=7, **options)[1], found[1])  # one value is for all
     few = tm.explain_words(model, PROMPT, answers[0], against="the", candidates=0, **options)
     assert few.candidates.shape == few.candidate_probabilities.shape == (2, 0) and few.candidate_pieces == [[], []]
-    np.testing.assert_array_equal(few.maps, alone.maps)
+    np.testing.assert_array_equal(few.maps, first.maps)
     for given, asked, message in (
         ([], {}, "the list of prompts is empty"),
         (prompts, {"answer": [" is"]}, "answer must be one for each of 3 prompts, or one for all, got 1"),
@@ -274,8 +274,8 @@ def test_each_row_is_the_map_of_its_token(method):
     for row in range(3) if method == "gae" else ():
         place = start + row
         score = tm.scores.Token(place, int(found.ids[place]))
-        alone = tm.explain_fn(model.module, method, score=score)(model.params, jax.tree.map(jnp.asarray, written))
-        np.testing.assert_allclose(found.maps[row], alone[0, :n], rtol=1e-3, atol=1e-5)
+        whole = tm.explain_fn(model.module, method, score=score)(model.params, jax.tree.map(jnp.asarray, written))
+        np.testing.assert_allclose(found.maps[row], whole[0, :n], rtol=1e-3, atol=1e-5)
         assert found.maps[row, :place].all() and not found.maps[row, place:].any()
 
 
@@ -422,7 +422,7 @@ def test_the_page_of_an_answer_in_a_browser(tmp_path):
 
 @pytest.mark.slow
 def test_explain_lm_of_several(tmp_path):
-    """Each prompt, also of the standard input, has the document and the page that it has alone."""
+    """Each prompt, also of the standard input, has the document and the page that it has by itself."""
     page, prompts = tmp_path / "page.html", [PROMPT, "the capital", "of"]
     given = ["--model", GOLDENS / "llama", "--method", "gradient_x_input", "--most", 3, "--out", page]
     expected = []

@@ -132,9 +132,14 @@ def traded(models: list[Model], metric: str) -> Figure:
     x = np.mean([model.metrics[metric][0] for model in models], 0)
     y = np.mean([np.mean([cause[0] for cause in model.causes.values()], 0) for model in models], 0)
     near = np.all([v > np.median(v) - 3 * np.ptp(np.quantile(v, [0.25, 0.75])) for v in (x, y)], 0)
-    x, y, names = x[near], y[near], [name for name, shown in zip(models[0].methods, near, strict=True) if shown]
+    names = [name for name, shown in zip(models[0].methods, near, strict=True) if shown]
+    return fronted(names, x[near], y[near], f"{metric}, higher is better")
+
+
+def fronted(names: list[str], x: np.ndarray, y: np.ndarray, label: str) -> Figure:
+    """Points with their names, and the front: those to which no other point is better in both."""
     figure = Figure(layout="constrained", dpi=120, figsize=(7, 5))
-    axes = figure.add_subplot(xlabel=f"{metric}, higher is better", ylabel="known causes, higher is better")
+    axes = figure.add_subplot(xlabel=label, ylabel="known causes, higher is better")
     best = pareto(-x, y)
     axes.scatter(x, y, c=np.where(best, "black", "0.6"))
     order = np.flatnonzero(best)[np.argsort(x[best])]

@@ -12,21 +12,23 @@ maps scaled to [0, 1]. The even half of the data chooses, the odd half confirms;
 """
 
 import dataclasses
-import importlib.util
 import inspect
 import itertools
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from agreement import fronted
 from annotated_types import Ge
 from common import parser, publish, table
 from jax import Array
 from matplotlib.figure import Figure
 
-from tokentm_jax import metrics
+import tokentm_jax as tm
+from tokentm_jax import EvaluateConfig, metrics
+from tokentm_jax.cli.recipes import read_recipe
 from tokentm_jax.configs import Row, rows
 from tokentm_jax.data.scenes import RULES
 from tokentm_jax.methods.table import METHODS
@@ -44,7 +46,7 @@ MEMBERS = (
     Row("attn_lrp gae", "gae", {"rules": "attn_lrp"}),
 )
 FORMER = ("libra_tokentm", "libra_full_grad", "legrad", "conservative_lrp")
-DEFAULT = ("libra_tokentm", "libra_gae", "libra_full_grad", "legrad")
+DEFAULT = tuple(inspect.signature(METHODS["tokentm_mix"].function).parameters["methods"].default.split(","))
 NAMED = {
     frozenset(FORMER): "former mix",
     frozenset(DEFAULT): "tokentm_mix",
@@ -53,14 +55,15 @@ NAMED = {
     frozenset(("libra_tokentm", "libra_gae", "conservative_lrp", "legrad")): "with Conservative LRP",
     frozenset(("libra_tokentm", "libra_gae", "libra_full_grad")): "without LeGrad",
 }
+RECIPE = Path(__file__).parents[2] / "configs/causes.py"
 LIMITS = {"cifar10": 600, "mosaic": 300}  # cells; 192 scenes of each rule
 COLUMNS = ("correlation", "on causes", "CIFAR-10 share", "CIFAR-10 auc", "photos share", "photos auc")
 NOTES = """Means over the even half of the data, which chose, and the odd half, which confirms. "correlation": of the
 relevance of parts with their effects, mean of all rules of rendered scenes; "on causes": the share of the parts'
 relevance that is on parts with an effect, the same mean; "share" and "auc": relevance in the right cell of 2 x 2
-mosaics. "mean" is the mean of the six columns. **Bold**: behind the former mix by more than 0.005. The first mixes are
-those with the best mean on the even half among mixes that are behind it in no column there by more than that. One
-method is taken as it is."""
+mosaics. "mean" is the mean of the six columns. **Bold**: worse than the former mix by more than 0.005. The first mixes
+are those with the best mean on the even half among mixes that are worse than it in no column there by more than that.
+One method is taken as it is."""
 
 
 class Data(NamedTuple):
@@ -94,12 +97,7 @@ def recording(task: Task) -> Task:
 
 
 def recorded(data: str, folder: Path) -> Data:
-    path = Path(__file__).parents[2] / "configs/causes.py"
-    spec = importlib.util.spec_from_file_location("causes", path)
-    assert spec is not None and spec.loader is not None
-    recipe: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
-    config = recipe.get_config(data=data)
+    config = read_recipe(Path(f"{RECIPE}:data={data}"), EvaluateConfig)
     name = f"recorded_{config.task}"
     TASKS.setdefault(name, recording(TASKS[config.task]))
     options = {**config.options, "patches": 196 if data == "mosaic" else 64}
@@ -120,9 +118,10 @@ def recorded(data: str, folder: Path) -> Data:
     return Data(maps, truth, odd)
 
 
-def scaled(maps: np.ndarray) -> np.ndarray:
-    low, high = maps.min(1, keepdims=True), maps.max(1, keepdims=True)
-    return (maps - low) / np.where(high > low, high - low, 1)
+@jax.jit
+def mixed(maps: list[Array]) -> Array:
+    """What `tokentm_mix` makes of the maps [n, patches] of its members; one map stays as it is."""
+    return maps[0] if len(maps) == 1 else tm.combine([m[:, None] for m in maps], "mean", power=2)[:, 0]
 
 
 @jax.jit
@@ -142,8 +141,7 @@ def measured(members: tuple[str, ...], data: dict[str, Data]) -> np.ndarray:
     """[2, 6]: the columns of the even and of the odd half."""
     halves: list[list[np.ndarray]] = [[], []]
     for name, one in data.items():
-        each = [one.maps[member] for member in members]
-        mix = each[0] if len(each) == 1 else scaled(np.sum([scaled(maps) for maps in each], 0)) ** 2
+        mix = mixed([one.maps[member] for member in members])
         if name in RULES:
             both = followed(mix, one.truth["shown"], one.truth["drop"])
         else:
@@ -163,25 +161,16 @@ def measured(members: tuple[str, ...], data: dict[str, Data]) -> np.ndarray:
 def trade(run: Finished, results: dict[tuple[str, ...], np.ndarray]) -> Figure:
     """AOPC of the rows of a run against the mean by known causes, both on the odd half."""
     every = {frozenset(mix): values[1].mean() for mix, values in results.items()}
-    default = str(inspect.signature(METHODS["tokentm_mix"].function).parameters["methods"].default)
     places = {}
     for row in run.config.rows:
         mixed = row.method == "tokentm_mix"
-        members = frozenset(str(row.options.get("methods", default)).split(",")) if mixed else {row.name}
+        members = frozenset(str(row.options.get("methods", ",".join(DEFAULT))).split(",") if mixed else [row.name])
         aopc = [f["value"] for f in run.figures if (f["method"], f["metric"]) == (row.name, "aopc")]
-        if aopc and frozenset(members) in every and len(row.options) <= mixed:
-            places[NAMED.get(frozenset(members), row.name)] = aopc[0], every[frozenset(members)], mixed
-    figure = Figure(layout="constrained", dpi=120, figsize=(7, 5))
-    axes = figure.add_subplot()
-    best = [p for p in places.values() if not any(q[0] > p[0] and q[1] > p[1] for q in places.values())]
-    axes.plot(*zip(*sorted(p[:2] for p in best), strict=True), color="0.8", zorder=0)
-    for name, (x, y, mixed) in places.items():
-        axes.plot(x, y, "o", color="C1" if mixed else "C0")
-        side = "right" if name.startswith("with") else "left"
-        axes.annotate(f"  {name}  ", (x, y), fontsize=8, va="center", ha=side)
-    axes.set(xlabel="AOPC, by removal of pixels of photos", ylabel="mean by known causes")
-    axes.margins(x=0.2)
-    return figure
+        if aopc and members in every and row.options.keys() <= {"methods"}:
+            places[NAMED.get(members, row.name)] = aopc[0], every[members]
+    names = [*places]
+    x, y = np.array([*places.values()]).T
+    return fronted(names, x, y, "AOPC by removal of pixels of photos, higher is better")
 
 
 def main(runs: Path, out: Path | None, removal: Path | None, figure: Path | None) -> None:
@@ -197,10 +186,8 @@ def main(runs: Path, out: Path | None, removal: Path | None, figure: Path | None
     shown = list(dict.fromkeys([*fit[:8], default, former, *((name,) for name in names)]))
 
     def cells(half: int, mix: tuple[str, ...]) -> list[str]:
-        marks = [
-            "**" if value < least else "" for value, least in zip(results[mix][half], base[half] - 0.005, strict=True)
-        ]
-        values = [f"{mark}{value:.3f}{mark}" for mark, value in zip(marks, results[mix][half], strict=True)]
+        worse = results[mix][half] < base[half] - 0.005
+        values = [f"**{v:.3f}**" if w else f"{v:.3f}" for v, w in zip(results[mix][half], worse, strict=True)]
         return [*values, f"{results[mix][half].mean():.3f}"]
 
     def of_half(half: int) -> str:
@@ -215,7 +202,7 @@ def main(runs: Path, out: Path | None, removal: Path | None, figure: Path | None
         out,
         "# Mixes of methods by known causes",
         NOTES,
-        f"{len(every)} mixes, of which {len(fit)} are behind the former mix nowhere. Images or cells: {counted}.",
+        f"{len(every)} mixes, of which {len(fit)} are worse than the former mix nowhere. Images or cells: {counted}.",
         "## The even half, which chose",
         of_half(0),
         "## The odd half",

@@ -175,8 +175,8 @@ def explain_words(
     if isinstance(prompt, list):
         own: Any = {"log_probability": log_probability, "most": most, "temperature": temperature, "seed": seed}
         own |= {"batch_size": batch_size, "candidates": candidates, **options}
-        alone: Any = partial(explain_words, model, method=method, **own)
-        return _each_alone(alone, prompt, {"answer": answer, "image": image, "against": against})
+        explain_one: Any = partial(explain_words, model, method=method, **own)
+        return _each(explain_one, prompt, {"answer": answer, "image": image, "against": against})
     size = checked("batch_size", Annotated[int, Ge(1), Le(1024)], batch_size)
     count = min(checked("candidates", Annotated[int, Ge(0), Le(1024)], candidates), model.module.vocab_size)
     checked("log_probability", bool, log_probability)
@@ -222,7 +222,7 @@ def explain_words(
     )
 
 
-def _each_alone(alone: Callable[..., Reasons], prompts: Sequence[Any], given: Mapping[str, Any]) -> list[Reasons]:
+def _each(explain_one: Callable[..., Reasons], prompts: Sequence[Any], given: Mapping[str, Any]) -> list[Reasons]:
     """What a function gives for each prompt, with its item of each list in `given`."""
     if not prompts:
         raise InputError("the list of prompts is empty")
@@ -235,7 +235,7 @@ def _each_alone(alone: Callable[..., Reasons], prompts: Sequence[Any], given: Ma
     found = []
     for place, prompt in enumerate(prompts):
         try:
-            found.append(alone(prompt, **{**given, **{name: value[place] for name, value in lists.items()}}))
+            found.append(explain_one(prompt, **{**given, **{name: value[place] for name, value in lists.items()}}))
         except InputError as error:
             raise InputError(f"prompt {place + 1} of {len(prompts)}: {error}") from None
     return found
