@@ -148,8 +148,7 @@ class Attention(Module):
             _sow_all(self, value_kernel=projections[:, 2 * d :], output_kernel=kernel)
         if mask is not None:  # these are zero already; now their gradient is zero as well
             attention = jnp.where(mask[:, None, None], attention, 0)
-        mixed = jnp.einsum("bhqk,bhkd->bqhd", attention, value).reshape(b, n, d)
-        return self.linear(mixed, kernel, bias)
+        return self.linear(primitives.mix(attention, value), kernel, bias)
 
 
 class FeedForward(Module):

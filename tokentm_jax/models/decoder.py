@@ -111,7 +111,7 @@ class GroupedAttention(Module):
             scores, scale = jnp.tanh(scores * (scale / self.cap)) * self.cap, 1.0
         scores = jnp.where(places.visible, scores, jnp.finfo(scores.dtype).min / 2)
         attention = primitives.softmax(scores, scale)
-        mixed = jnp.einsum("bhqk,bhke->bqhe", attention, value).reshape(b, n, h * e)
+        mixed = primitives.mix(attention, value)
         return self.linear(mixed, *Affine(d, self.proj_bias, name="proj")(h * e)), past
 
 
