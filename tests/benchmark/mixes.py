@@ -88,10 +88,9 @@ def recording(task: Task) -> Task:
         found = {**task.compute(predict, subject, maps), "map": flat(tokens)}
         if task.shared is None:
             return found | {"inside": flat(by_patch(subject.masks.astype(bool).astype(maps.dtype), subject.grid))}
-        shown = jnp.stack(
-            [flat(by_patch((subject.masks == part).astype(maps.dtype), subject.grid)) for part in range(1, 9)], 1
-        )
-        return found | {"shown": shown}
+        parts = subject.masks.astype(jnp.int32)
+        each = [flat(by_patch((parts == part).astype(maps.dtype), subject.grid)) for part in range(1, 9)]
+        return found | {"shown": jnp.stack(each, 1)}
 
     return dataclasses.replace(task, compute=compute)
 
@@ -132,7 +131,7 @@ def pointed(maps: Array, inside: Array) -> tuple[Array, Array]:
 
 @jax.jit
 def followed(maps: Array, shown: Array, drops: Array) -> tuple[Array, Array]:
-    relevance = jnp.einsum("bkn,bn->bk", shown > 0, maps)
+    relevance = jnp.einsum("bkn,bn->bk", (shown > 0).astype(maps.dtype), maps)
     found = metrics.effects(relevance, drops, (shown > 0).any(2), 1.0)
     return found["linear_correlation"], 1 - found["without_effect"]
 
