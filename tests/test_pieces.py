@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import batch, mostly_slow, tiny_bert
 from test_contract import TARGET, model_of
+from test_programs import layers_of
 
 from tokentm_jax.methods.explain import explain_fn
 from tokentm_jax.models.vit import ViT, init_params
@@ -108,7 +109,7 @@ def test_pieces_of_programs(monkeypatch, name):
 
 METHODS = ({}, {"rules": "libra"}, {"memory": "recompute", "heads": "each"}, {"weights": "alignment"})
 METHODS += ({"attention": "means"}, {"attention": "plain"}, "gae", "libra_full_grad", "attn_lrp", "pa_lrp", "caap")
-METHODS += ("attcat", "legrad")
+METHODS += ("attcat", "legrad", "rollout", "raw_attention", "grad_cam", "libra_grad_cam")
 
 
 @pytest.mark.slow
@@ -126,6 +127,30 @@ def test_pieces_of_methods(monkeypatch, kind, method):
     np.testing.assert_allclose(single[0], maps[1], rtol=0, atol=(2e-2 if half else 2e-6) * np.abs(maps[1]).max())
 
 
+ROWS = [("rollout", {"first_block": 1}), ("rollout", {"memory": "recompute", "fusion": "max", "normalise": False})]
+ROWS += [("raw_attention", {}), ("grad_cam", {}), ("tokentm", {"attention": "plain", "end_block": 2})]
+
+
+@pytest.mark.parametrize("scan", [pytest.param(True, marks=pytest.mark.slow), False], ids=["scan", "loop"])
+@pytest.mark.parametrize("row", mostly_slow(ROWS, ROWS[:1]), ids=str)
+def test_pieces_of_blocks(monkeypatch, row, scan):
+    """What reads some blocks of a program, in float64."""
+    (method, options), images = row, np.random.default_rng(0).normal(size=(2, 8, 12, 3))
+    with jax.enable_x64(True):
+        params, forward = layers_of(3, np.random.default_rng(1), scan=scan)
+        compare(monkeypatch, partial(explain_fn(forward, method, **options), target=1), params, images, entries=12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "options"), ROWS, ids=str)
+def test_derivatives_in_pieces(monkeypatch, method, options):
+    images = np.random.default_rng(0).normal(size=(2, 8, 12, 3))
+    with jax.enable_x64(True):
+        params, forward = layers_of(3, np.random.default_rng(1))
+        squares = lambda images: (explain_fn(forward, method, **options)(params, images, 1) ** 2).sum()  # noqa: E731
+        compare(monkeypatch, jax.grad(squares), images, entries=12)
+
+
 def arrays_of(jaxpr):
     """The shapes of all values of a program."""
     for equation in jaxpr.eqns:
@@ -136,7 +161,7 @@ def arrays_of(jaxpr):
 
 
 NO_ARRAY = ["tokentm", "gae", "libra_full_grad", "attn_lrp", "conservative_lrp", "input_gradient", "occlusion"]
-NO_ARRAY += ["attcat", "libra_attcat", "legrad"]
+NO_ARRAY += ["attcat", "libra_attcat", "legrad", "tokentm:attention=plain", "rollout", "raw_attention", "grad_cam"]
 
 
 @pytest.mark.slow
@@ -145,7 +170,10 @@ def test_no_array_of_all_queries(monkeypatch, method):
     """No value of the program has two axes of tokens, except of a few queries."""
     module = ViT(img_size=(48, 56), patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=5)
     params = init_params(module, jax.random.key(0))
-    program = lambda: jax.make_jaxpr(explain_fn(module, method))(params, jnp.zeros((1, 48, 56, 3)), 1)  # noqa: E731
+    name, *options = method.split(":")
+    chosen = dict(option.split("=") for option in options)
+    explain = lambda: explain_fn(module, name, **chosen)  # noqa: E731
+    program = lambda: jax.make_jaxpr(explain())(params, jnp.zeros((1, 48, 56, 3)), 1)  # noqa: E731
     assert any(shape.count(43) > 1 for shape in arrays_of(program().jaxpr))
     cut(monkeypatch, 500)
     assert not any(shape.count(43) > 1 for shape in arrays_of(program().jaxpr))

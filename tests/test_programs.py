@@ -69,7 +69,7 @@ def layer_norm(x, scale=1.0, bias=0.0):
 
 
 def layers_of(depth, rng, d=8, n=6, scan=True, norm=layer_norm):
-    """A small pre-norm Transformer in plain JAX, its blocks in a scan or in a loop."""
+    """A small pre-norm Transformer in plain JAX, its blocks in a scan, a "reverse" one, or a loop."""
     w = lambda *shape: jnp.asarray(rng.normal(size=shape) * 0.4)  # noqa: E731
     params = {
         "embed": w(48, d), "position": w(n, d), "qkv": w(depth, d, 3 * d), "out": w(depth, d, d),
@@ -87,7 +87,9 @@ def layers_of(depth, rng, d=8, n=6, scan=True, norm=layer_norm):
         x = images.reshape(b, 2, 4, 3, 4, 3).transpose(0, 1, 3, 2, 4, 5).reshape(b, n, 48)
         x = x @ params["embed"] + params["position"]
         stacked = {name: params[name] for name in ("qkv", "out", "up", "down")}
-        if scan:
+        if scan == "reverse":
+            x, _ = jax.lax.scan(block, x, jax.tree.map(lambda a: a[::-1], stacked), reverse=True)
+        elif scan:
             x, _ = jax.lax.scan(block, x, stacked)
         else:
             for i in range(depth):
@@ -105,13 +107,14 @@ def images():
 @pytest.mark.slow
 def test_scan_and_loop_give_one_map(images):
     images = images.astype(np.float32)
-    for method in ("tokentm", "attcat"):
+    for method in ("tokentm", "attcat", "rollout", "raw_attention", "grad_cam", "value_zeroing"):
         maps = []
-        for scan in (True, False):
+        for scan in (True, False, "reverse"):
             params, forward = layers_of(3, np.random.default_rng(1), scan=scan)
             params = jax.tree.map(lambda a: a.astype(jnp.float32), params)
-            maps.append(jax.jit(explain_fn(forward, method))(params, images))
-        np.testing.assert_allclose(*maps, rtol=1e-4, atol=1e-6)
+            maps.append(jax.jit(explain_fn(forward, method))(params, images, 1))
+        for other in maps[1:]:
+            np.testing.assert_allclose(other, maps[0], rtol=1e-4, atol=1e-6)
 
 
 def test_a_scan_is_traced_once(images):

@@ -3,7 +3,10 @@
     python tests/benchmark/resolution.py
 
 As `memory.py`, from the compiled programs at batch sizes 1 and 2, which are not run. With `--run N`, the first blocks
-of the model also explain one image of the last size, which takes minutes.
+of the model also explain one image of the last size, which takes minutes. With `--rows`, the table has methods at the
+last size instead, with their cost:
+
+    python tests/benchmark/resolution.py --rows rollout,raw_attention,grad_cam,tokentm:attention=plain
 """
 
 import resource
@@ -11,9 +14,10 @@ import time
 
 import jax
 import jax.numpy as jnp
-from common import named_vit, numbers, parser, publish, table
+from common import named_vit, names, numbers, parser, publish, table
 from memory import MIB, bytes_per_image
-from ratios import forward_backward
+from passes import flops, program_of
+from ratios import forward, forward_backward
 
 import tokentm_jax as tm
 from tokentm_jax.models.vit import ViT, init_params
@@ -38,6 +42,16 @@ def measure(model: str, size: int) -> list[str]:
     return [f"{size} px", str(tokens), *(f"{b / MIB:.0f}" for b in (weights, bare, *(found[c] for c in COLUMNS)))]
 
 
+def method(module: ViT, row: str) -> list[str]:
+    """The cells of one method: memory and products in forward passes, as a whole and in pieces."""
+    cells = []
+    for pieces.LARGE in (WHOLE, LARGE):
+        program = program_of(module, row)
+        passes = flops(program, module) / flops(forward(module), module)
+        cells += [f"{bytes_per_image(program, module, [1, 2]) / MIB:.0f}", f"{passes:.2f}"]
+    return [f"`{row}`", *cells]
+
+
 def run(module: ViT) -> str:
     params, image = init_params(module, jax.random.key(0)), jnp.zeros((1, *module.img_size, 3))
     explain = jax.jit(tm.explain_fn(module, memory="recompute")).lower(params, image, None).compile()
@@ -52,7 +66,14 @@ if __name__ == "__main__":
     arguments.add_argument("--model", default="vit_base_patch16_224")
     arguments.add_argument("--sizes", type=numbers, default=[224, 384, 512, 1024], help="of images, in pixels")
     arguments.add_argument("--run", type=int, default=0, help="number of blocks to run at the last size")
+    arguments.add_argument("--rows", type=names, default=[], help="methods, as of passes.py")
     chosen = arguments.parse_args()
+    if chosen.rows:
+        module = named_vit(chosen.model).clone(img_size=(chosen.sizes[-1],) * 2)
+        header = ["", "MiB, whole", "forward passes", "MiB, pieces", "forward passes"]
+        cells = [method(module, row) for row in chosen.rows]
+        publish(chosen.out, f"# Methods at {chosen.sizes[-1]} px", table(header, cells))
+        raise SystemExit
     rows = [measure(chosen.model, size) for size in chosen.sizes]
     header = ["image", "tokens", "one block's attention", "bare forward and backward"]
     header += [f"`{memory}`, {'whole' if large == WHOLE else 'pieces'}" for memory, large in COLUMNS]

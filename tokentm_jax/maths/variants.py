@@ -311,15 +311,34 @@ def initialised(
     return tokentm.initial_contribution(rows, embedded)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@jax.custom_vjp
+def attention_stream(u: Float[Array, " N"], A_bar: Float[Array, "Q N"], w: Float[Array, " N"]) -> Float[Array, " Q"]:
+    """Zeros that are added to the stream u of some queries. Backward, their cotangent r is `(r Ā) ⊙ w` for u."""
+    return jnp.zeros(len(A_bar), u.dtype)
+
+
+attention_stream.defvjp(
+    lambda u, A_bar, w: (attention_stream(u, A_bar, w), (A_bar, w)),
+    lambda terms, row: (tokentm.attention_part(row, *terms), None, None),
+)
+
+
 def attention_layer(
     options: TokenTM, attention: Float[Array, "H Q N"], u: Float[Array, " N"], weights: Float[Array, "*H N"]
 ) -> tuple[Float[Array, "H Q N"], Float[Array, " Q"]]:
     """The attention of all queries or of some, unchanged, and zeros that are added to the stream u of these queries.
 
     Backward, the cotangent of the attention is its gradient G, and that of the zeros is a row r of these queries. That
-    of u becomes `(r Ā) ⊙ w`. The weights get none, because u is zero.
+    of u becomes `(r Ā) ⊙ w`. The weights get none, because u is zero. If `Ā` does not depend on G, only u has a
+    derivative, so the backward pass has no more than the row.
     """
+    if options.attention == "plain":
+        return attention, attention_stream(u, *attention_terms(attention.astype(u.dtype), None, weights, options))
+    return _attention_layer(options, attention, u, weights)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention_layer(options: TokenTM, attention: Array, u: Array, weights: Array) -> tuple[Array, Array]:
     return _attention_layer_forward(options, attention, u, weights)[0]
 
 
@@ -335,7 +354,7 @@ def _attention_layer_backward(
     return gradient, tokentm.attention_part(row, *terms), None
 
 
-attention_layer.defvjp(_attention_layer_forward, _attention_layer_backward)
+_attention_layer.defvjp(_attention_layer_forward, _attention_layer_backward)
 
 
 @jax.custom_vjp

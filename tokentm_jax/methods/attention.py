@@ -15,10 +15,9 @@ from annotated_types import Ge, Le, Lt
 from jax import Array
 
 from tokentm_jax.errors import Unfit
-from tokentm_jax.inputs.values import mean_of_seen, read_out, seen, token_map, values, with_values
+from tokentm_jax.inputs.values import mean_of_seen, seen, token_map, values, with_values
 from tokentm_jax.maths.primitives import wide
-from tokentm_jax.maths.tokentm import attention_update
-from tokentm_jax.maths.variants import TokenTM, block_terms, initialised
+from tokentm_jax.maths.variants import TokenTM, initialised
 from tokentm_jax.methods.sharing import Details, Explanation, Share, alone
 from tokentm_jax.programs import passes
 from tokentm_jax.programs.capture import capture, check_blocks, of_sample, plus_extra
@@ -35,8 +34,8 @@ Read = Literal["head", "mean", "pool"]  # how LeGrad reads the tokens of a block
 
 
 def tokentm_share(*, options: TokenTM) -> Share | None:
-    """TokenTM as a part of one pass; None for options that need no gradient, or one before the pass."""
-    if options.takes("gradient") or options.attention == "plain":
+    """TokenTM as a part of one pass; None for options that need a gradient before the pass."""
+    if options.takes("gradient"):
         return None
 
     def explain(model: Model, inputs: Any, done: Pass, details: Details) -> Explanation:
@@ -52,20 +51,22 @@ def tokentm(model: Model, params: Any, inputs: Any, target: Any, *, options: Tok
     check_blocks(model, options.first_block, options.end_block)
     share = tokentm_share(options=options)
     if share is not None:
-        return alone(share, model, params, inputs, target)
+        return alone(share, _for_row(model) if options.attention == "plain" else model, params, inputs, target)
 
     def one(sample: Any, score: Score) -> tuple[tuple[Array, Array], Any]:
-        if options.takes("gradient"):  # which the forward pass does not have yet
-            known, _ = of_sample(model, params, sample, score, ("token_grads", "final_tokens"))
-            wanted = Wanted(rows=(options,))
-            done, outputs = one_pass(model, params, sample, score, wanted, known["token_grads"][1:])
-            return (done.rows[0], done.embedded), outputs
-        chosen = {"first_block": options.first_block, "end_block": options.end_block}
-        return passes.rows_behind(model, params, sample, partial(block_terms, options=options), **chosen)
+        known, _ = of_sample(model, params, sample, score, ("token_grads", "final_tokens"))
+        wanted = Wanted(rows=(options,))
+        done, outputs = one_pass(model, params, sample, score, wanted, known["token_grads"][1:])
+        return (done.rows[0], done.embedded), outputs
 
     (rows, embedded), details = model.per_sample(one, inputs, target)
     rows = jax.vmap(partial(initialised, options=options))(rows, wide(embedded))
     return token_map(model, rows), details
+
+
+def _for_row(model: Model) -> Model:
+    """The model for a row without a gradient, which reads less of a block than `memory="store"` would store."""
+    return model.storing(None) if model.memory == "store" else model
 
 
 def _from_attention(
@@ -73,35 +74,30 @@ def _from_attention(
     params: Any,
     inputs: Any,
     target: Any,
-    fuse: Callable[[View], Array],
-    update: Callable[[Array, Array], Array],
-    first_block: int | None,
+    fuse: Callable[[View, Array], Array],
+    update: Callable[[Array, Array, Array], Array],
+    first_block: int,
+    whole: bool = False,
 ) -> Explanation:
-    """Maps by a rule on `fuse` of each block's attention [H, N, N]; `first_block` None: only the last block."""
-    start = model.structure.depth - 1 if first_block is None else first_block
-    check_blocks(model, start)
-    one = lambda sample, _: passes.rows_behind(model, params, sample, fuse, update, start)  # noqa: E731
-    (rows, _), details = model.per_sample(one, inputs, target)
+    """Maps by a rule on each block's attention, see `passes.row_behind`."""
+    check_blocks(model, first_block)
+    take = partial(passes.row_behind, _for_row(model), params)
+    one = lambda sample, _: take(sample, fuse, update, first_block, whole)  # noqa: E731
+    rows, details = model.per_sample(one, inputs, target)
     return token_map(model, rows), details
 
 
 def raw_attention(model: Model, params: Any, inputs: Any, target: Any) -> Explanation:
     """Mean attention of the last block, in the rows that the head reads."""
-    return _from_attention(
-        model, params, inputs, target, lambda block: block.attention.mean(0), lambda row, fused: row @ fused, None
-    )
+    fuse, update = lambda _, attention: attention.mean(0), lambda u, given, total: given
+    return _from_attention(model, params, inputs, target, fuse, update, model.structure.depth - 1)
 
 
 def value_zeroing(model: Model, params: Any, inputs: Any, target: Any, *, first_block: Block = 0) -> Explanation:
     """Value zeroing (Mohebbi et al., EACL 2023): the product over blocks of how much each token changes if the value
     of another one is zero, with rows that sum to 1. The residual sum is in these changes, so no identity is added."""
-
-    def fuse(block: View) -> Array:
-        changes = passes.value_zeroing_of(block)
-        total = changes.sum(-1, keepdims=True)
-        return changes / jnp.where(total > 0, total, 1)
-
-    return _from_attention(model, params, inputs, target, fuse, lambda row, fused: row @ fused, first_block)
+    fuse, update = passes.value_zeroing_of, lambda u, given, total: given / jnp.where(total > 0, total, 1)
+    return _from_attention(model, params, inputs, target, fuse, update, first_block, whole=True)
 
 
 def rollout(
@@ -121,8 +117,8 @@ def rollout(
     """
     reduce = {"mean": jnp.mean, "max": jnp.max, "min": jnp.min}[fusion]
 
-    def fuse(block: View) -> Array:
-        fused = reduce(block.attention, axis=0)
+    def fuse(block: View, attention: Array) -> Array:
+        fused = reduce(attention, axis=0)
         if not discard_ratio:
             return fused
         ranked, least = fused, int(discard_ratio * fused.size)
@@ -132,11 +128,10 @@ def rollout(
         rank = ranked.ravel().argsort(stable=True).argsort(stable=True).reshape(fused.shape)
         return jnp.where(rank < least, 0, fused)
 
-    def update(row: Array, fused: Array) -> Array:
-        # A row of (A + I) / s: dividing the relevance of each query by its row sum s.
-        return attention_update(row / (fused.sum(-1) + 1) if normalise else row, fused)
+    def update(u: Array, given: Array, total: Array) -> Array:
+        return (u + given) / (total + 1) if normalise else u + given
 
-    return _from_attention(model, params, inputs, target, fuse, update, first_block)
+    return _from_attention(model, params, inputs, target, fuse, update, first_block, whole=discard_ratio > 0)
 
 
 def gae_share(*, first_block: Block = 0) -> Share | None:
@@ -154,17 +149,14 @@ def gae(model: Model, params: Any, inputs: Any, target: Any, *, first_block: Blo
 
 def grad_cam(model: Model, params: Any, inputs: Any, target: Any) -> Explanation:
     """Grad-CAM on the last block's attention: heads weighted by their mean gradient in the read-out row."""
-    last = model.structure.depth - 1
-    trace: Any = capture(model, params, inputs, target, ["attention", "attention_grad"], first_block=last)
 
-    def one(attention: Array, gradient: Array, row: Array, there: Array | None) -> Array:
-        attention, gradient = row @ wide(attention), row @ wide(gradient)  # [H, N]
-        weights = mean_of_seen(gradient[:, model.prefix :], there)
-        return jax.nn.relu((weights[:, None] * attention).mean(0))
+    def one(sample: Any, score: Score) -> tuple[Array, Any]:
+        (attention, gradient), outputs = passes.last_heads(model, params, sample, score)
+        weights = mean_of_seen(gradient[:, model.prefix :], seen(sample))
+        return jax.nn.relu((weights[:, None] * attention).mean(0)), outputs
 
-    readout = read_out(model, trace.seen, trace.score)
-    rows = jax.vmap(one)(trace.attention[-1], trace.attention_grad[-1], readout, trace.seen)
-    return token_map(model, rows), trace.details()
+    rows, details = model.per_sample(one, inputs, target)
+    return token_map(model, rows), details
 
 
 def grad_cam_tokens(model: Model, params: Any, inputs: Any, target: Any) -> Explanation:

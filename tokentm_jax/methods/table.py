@@ -241,7 +241,7 @@ def _plain(options: Mapping[str, object]) -> bool:
 
 # Methods that remove pixels, perhaps with black. Changes by one patch are small compared with rounding in bfloat16.
 _removal = partial(Method, options=Removal, suit=perturbation.with_black, float32=True)
-# Gradient methods, whose backward rules are an option. What a pass through all blocks stores is one, too.
+# Gradient methods, whose backward rules are an option. What a pass stores of all blocks is one, too.
 _last_block = partial(Method, takes_rules=True)
 _gradient = partial(_last_block, takes_memory=True)
 _relevance = partial(Method, takes_memory=True)
@@ -276,7 +276,7 @@ METHODS: dict[str, Method] = {
     "conservative_lrp": _relevance(relevance.conservative_lrp, "Ali et al., ICML", 2022, differentiable=False),
     "lrp": _relevance(relevance.full_lrp, "Bach et al., PLOS ONE", 2015, "1 F + 4 B", output=PIXELS, float32=True),
     "partial_lrp": Method(relevance.partial_lrp, "Voita et al., ACL", 2019, "1 F + 4/L B", float32=True),
-    "rollout": Method(attention.rollout, "Abnar & Zuidema, ACL", 2020, "1 F", class_specific=False),
+    "rollout": _relevance(attention.rollout, "Abnar & Zuidema, ACL", 2020, "1 F", class_specific=False),
     "value_zeroing": Method(
         attention.value_zeroing, "Mohebbi et al., EACL", 2023, "n + 1 F", class_specific=False, float32=True
     ),

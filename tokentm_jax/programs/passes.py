@@ -13,22 +13,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
-from tokentm_jax.inputs.values import read_out, seen
+from tokentm_jax.inputs.values import read_out, seen, values, with_values
 from tokentm_jax.maths.primitives import wide
-from tokentm_jax.maths.tokentm import aggregate, block_update
+from tokentm_jax.maths.variants import attention_stream
 from tokentm_jax.programs import pieces
 from tokentm_jax.programs.capture import (
     POINTS,
+    as_before,
     heads_of,
     of_blocks,
-    plus_extra,
     through_output,
     values_of,
 )
 from tokentm_jax.programs.flat import bind
 from tokentm_jax.programs.model import Model
-from tokentm_jax.programs.running import Evaluation, Plan
+from tokentm_jax.programs.running import WEIGHTS, Evaluation, Plan
 from tokentm_jax.programs.structure import Layer, Structure
 from tokentm_jax.programs.tokens import for_tokens
 
@@ -139,31 +140,107 @@ def _at_ends(model: Model, function: Callable[[Evaluation, Block], Any]) -> dict
     return {block[-1].end: partial(tap, block) for stage in model.structure.stages for block in stage.blocks}
 
 
-def rows_behind(
+def row_behind(
     model: Model,
     params: Any,
     sample: Any,
-    summary: Callable[[View], Any],
-    update: Callable[[Array, Any], Array] = block_update,
+    fuse: Callable[[View, Array], Array],
+    update: Callable[[Array, Array, Array], Array],
     first_block: int = 0,
-    end_block: int | None = None,
-) -> tuple[tuple[Array, Array], Any]:
-    """One forward pass that stores `summary(view)` of every block, then a rule that needs no gradient.
+    whole: bool = False,
+) -> tuple[Array, Any]:
+    """The row [N] of the read-out at the input of a block, by a rule without a gradient, and the outputs.
 
-    Returns (row [N], embedded tokens [N, D]) and the outputs.
+    A stream u [N] of zeros goes through the blocks, and its cotangent is the row. `fuse(view, A)` makes [Q, N] of the
+    attention A [H, Q, N] of some queries, or of all if `whole`; `update(u, given, total)` is the next u [N], by what
+    u gives to the queries, `fused @ u`, and by the sums of the fused attention. Only u has a derivative, so the
+    backward pass has no more than the row.
     """
     structure, there = model.structure, seen(sample)
-    n = structure.tokens
-    taps = _at_ends(model, lambda evaluation, block: summary(View(evaluation, block, n, there, None)))
-    taps.setdefault(structure.embedded, plus_extra)
-    outputs, notes, _ = model.evaluate(params, sample, Plan(model.rules, taps, whole=True), None, None)
-    embedded = notes[structure.embedded].reshape(n, -1)
+    stages = structure.since(first_block)
+    untapped = {s.scan: s.scan.params["length"] - s.length for s in stages if s.scan is not None}
+
+    def tap(block: Block, evaluation: Evaluation, state: Any, extra: Any) -> Any:
+        u, index = state
+        view = View(evaluation, block, structure.tokens, there, None)
+
+        def of_queries(value: Array) -> tuple[Array, Any]:
+            fused = fuse(view, heads_of(view.layer, value).astype(u.dtype))
+            return value, (attention_stream(u, fused, jnp.ones_like(u)), fused.sum(-1))
+
+        def after(found: Any) -> Any:
+            given, total = found
+            return jnp.where(index < first_block, u, update(u, given, checkpoint_name(total, WEIGHTS))), index + 1
+
+        return of_queries, after
+
+    blocks: Any = [block for stage in stages for block in stage.blocks]
+    taps = {block[0].attention.weights: partial(tap, block) for block in blocks}
+    plan = Plan(model.rules, by_queries=taps, untapped=untapped, whole=whole)
+    first = structure.depth - sum(stage.length * len(stage.blocks) for stage in stages)
+
+    def run(u: Array) -> Any:
+        outputs, _, (u, _) = model.evaluate(params, sample, plan, None, (u, jnp.int32(first)))
+        return u, outputs
+
+    readout = first_row(model, sample, structure.reading.flat.types[structure.embedded])
+    _, pull, outputs = jax.vjp(run, jnp.zeros_like(readout), has_aux=True)
+    return pull(readout)[0], outputs
+
+
+@jax.custom_vjp
+def _read(attention: Array, u: Array) -> tuple[Array, Array]:
+    """Attention [H, Q, N] of some queries unchanged, and zeros [Q] that depend on zeros u [2, H, N].
+
+    Backward, the cotangents are the gradient G of the attention and a row r of these queries. That of u becomes r A_h
+    and r G_h.
+    """
+    return attention, jnp.zeros(attention.shape[1], u.dtype)
+
+
+_read.defvjp(
+    lambda attention, u: (_read(attention, u), attention),
+    lambda attention, cotangents: (
+        cotangents[0],
+        jnp.stack([jnp.einsum("q,hqn->hn", cotangents[1], a) for a in (attention, cotangents[0])]),
+    ),
+)
+
+
+def last_heads(model: Model, params: Any, sample: Any, score: Score) -> tuple[Array, Any]:
+    """`r0 A_h` and `r0 G_h` [2, H, N] of the last block's attention A and its gradient G, for the read-out r0; and the
+    outputs."""
+    structure = model.structure
+    (stage,) = structure.since(structure.depth - 1)
+    untapped = {} if stage.scan is None else {stage.scan: stage.scan.params["length"] - stage.length}
+
+    def tap(layer: Any, evaluation: Evaluation, state: Any, extra: Any) -> Any:
+        u, _ = state  # the last block replaces what those before it read
+
+        def of_queries(value: Array) -> tuple[Array, Array]:
+            heads, read = _read(heads_of(layer, value).astype(u.dtype), u)
+            return as_before(layer, heads, value).astype(value.dtype), read
+
+        return of_queries, lambda read: (u, read)
+
+    layers: Any = [block[0].attention for block in stage.blocks]
+    taps = {layer.weights: partial(tap, layer) for layer in layers}
+    plan = Plan(model.rules, by_queries=taps, untapped=untapped)
     row = first_row(model, sample, structure.reading.flat.types[structure.embedded])
-    blocks = of_blocks(structure.stages, notes, end_of)
-    return (aggregate(row, blocks, update, first_block, end_block), embedded), outputs
+
+    def run(u: Array, numbers: Array = values(sample)) -> Any:
+        own = with_values(sample, numbers)
+        outputs, _, (_, read) = model.evaluate(params, own, plan, None, (u, jnp.zeros_like(row)))
+        return (score(outputs), read), outputs
+
+    zeros = jnp.zeros((2, structure.heads, structure.tokens), row.dtype)
+    # Rules are not derivatives: where the map is differentiated, they must be inside this pass down to the input.
+    asked = (zeros, values(sample)) if model.rules else (zeros,)
+    (own, _), pull, outputs = jax.vjp(run, *asked, has_aux=True)
+    return pull((jnp.ones_like(own), row))[0], outputs
 
 
-def value_zeroing_of(block: View) -> Array:
+def value_zeroing_of(block: View, attention: Array) -> Array:
     """How much each token depends on another one in a block, [N, N]: one minus the cosine of the token at the end of
     the block with the same if the other one has the value 0 in all heads. Computed as half the squared distance of
     unit vectors, which small changes do not round to zero."""
@@ -185,7 +262,7 @@ def value_zeroing_of(block: View) -> Array:
         return jnp.square(unit(through(without)) - whole).sum(-1) / 2
 
     changes = jax.lax.map(change, places).T
-    return jnp.where(block.attention.max(0) > 0, changes, 0)  # no rounding where a token does not attend to another
+    return jnp.where(attention.max(0) > 0, changes, 0)  # no rounding where a token does not attend to another
 
 
 def legrad_of_block(

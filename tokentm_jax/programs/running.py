@@ -51,7 +51,7 @@ TapByQueries = Callable[["Evaluation", Any, Any], tuple[Callable[[Array], Any], 
 TapOfStreams = Callable[["Evaluation", Any, Any], tuple[Array, Callable[[Array], Any]]]
 
 
-# What an iteration of a scan stores for its backward pass besides its input: TokenTM's transformation weights [N], and
+# What an iteration of a scan stores for its backward pass besides its input: weights [N] of TokenTM and rollout, and
 # with "store" also the results of its linear maps (queries, keys, values and hidden channels) and of a kernel of
 # attention. The weights of attention are always computed again.
 Memory = Literal["recompute", "store"]
@@ -383,7 +383,8 @@ class Evaluation:
 
         first, carried, parts = self.plan.untapped.get(step, 0), (carry, self.state), []
         if first:
-            carried, (ys, _) = run(dataclasses.replace(self.plan, taps={}), carried, {}, 0, first)
+            plan = dataclasses.replace(self.plan, taps={}, by_queries={}, streams={})
+            carried, (ys, _) = run(plan, carried, {}, 0, first)
             parts.append(ys)
         (carry, self.state), (ys, notes) = run(self.plan, carried, extra, first, length)
         self.notes |= notes
