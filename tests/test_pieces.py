@@ -110,6 +110,7 @@ def test_pieces_of_programs(monkeypatch, name):
 METHODS = ({}, {"rules": "libra"}, {"memory": "recompute", "heads": "each"}, {"weights": "alignment"})
 METHODS += ({"attention": "means"}, {"attention": "plain"}, "gae", "libra_full_grad", "attn_lrp", "pa_lrp", "caap")
 METHODS += ("attcat", "legrad", "rollout", "raw_attention", "grad_cam", "libra_grad_cam")
+METHODS += ("lrp", "partial_lrp", "transformer_attribution", "beyond_intuition")
 
 
 @pytest.mark.slow
@@ -162,6 +163,7 @@ def arrays_of(jaxpr):
 
 NO_ARRAY = ["tokentm", "gae", "libra_full_grad", "attn_lrp", "conservative_lrp", "input_gradient", "occlusion"]
 NO_ARRAY += ["attcat", "libra_attcat", "legrad", "tokentm:attention=plain", "rollout", "raw_attention", "grad_cam"]
+NO_ARRAY += ["lrp", "partial_lrp", "transformer_attribution", "beyond_intuition"]
 
 
 @pytest.mark.slow

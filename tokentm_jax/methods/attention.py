@@ -24,7 +24,7 @@ from tokentm_jax.programs.capture import capture, check_blocks, of_sample, plus_
 from tokentm_jax.programs.model import Applied, Function, Model
 from tokentm_jax.programs.one_pass import Pass, Wanted, one_pass
 from tokentm_jax.programs.passes import Score, View
-from tokentm_jax.programs.relevance import Perception, perception_rows
+from tokentm_jax.programs.relevance import Perception, last_block_row, perception_rows, reads_one
 from tokentm_jax.programs.running import Plan
 
 OFF = TokenTM(length=False, direction="none", initialise=False, ffn=False, norms=False)  # GAE
@@ -264,21 +264,25 @@ def beyond_intuition(
     check_blocks(model, first_block)
     take = partial(perception_rows, model, params, variant=variant, first_block=first_block)
     (perception, readout), details = model.per_sample(take, inputs, target)
-    last = model.structure.depth - 1
+    last, there = model.structure.depth - 1, seen(inputs)
+    of_head = partial(last_block_row, model, params, part=partial(jnp.einsum, "q,hqk->hk"))
 
     def gradient_at(share: Array) -> Array:
+        """In the rows of tokens that the head reads, [B, H, R, N]."""
         numbers = values(inputs)
         point = with_values(inputs, numbers * share.astype(numbers.dtype))
+        if reads_one(model, there):
+            return model.per_sample(of_head, point, details["target"])[0][:, :, None]
         found: Any = capture(model, params, point, details["target"], ["attention_grad"], first_block=last)
-        return wide(found.attention_grad[-1])
+        read = np.flatnonzero(model.readout) if there is None else slice(None)
+        return wide(found.attention_grad[-1])[:, :, read]
 
     shares = jnp.arange(1, steps + 1, dtype=jnp.float32) / steps
     shares = jnp.linspace(0, 1, steps, dtype=jnp.float32) if from_zero else shares
     kind = jax.eval_shape(gradient_at, shares[0])
     start = jnp.zeros(kind.shape, kind.dtype)
     total, _ = jax.lax.scan(lambda total, share: (total + gradient_at(share), None), start, shares)
-    feedback = jax.nn.relu(total / steps).mean(1)  # [B, N, N]
-    read = np.flatnonzero(model.readout) if seen(inputs) is None else slice(None)
+    feedback = jax.nn.relu(total / steps).mean(1)
     # If the head reads several tokens, F and P are multiplied before they are read.
-    rows = jnp.einsum("br,brn->bn", readout, feedback[:, read] * perception)
+    rows = jnp.einsum("br,brn->bn", readout, feedback * perception)
     return token_map(model, rows), details

@@ -16,15 +16,15 @@ from annotated_types import Ge
 from jax import Array
 
 from tokentm_jax.errors import Unfit
-from tokentm_jax.inputs.values import input_map, read_out, seen, token_map, values
+from tokentm_jax.inputs.values import input_map, seen, token_map, values
 from tokentm_jax.maths.maps import spread
 from tokentm_jax.maths.primitives import wide
 from tokentm_jax.methods.attention import Block
 from tokentm_jax.methods.sharing import Details, Explanation, Share, alone
-from tokentm_jax.programs.capture import capture, check_blocks
+from tokentm_jax.programs.capture import check_blocks
 from tokentm_jax.programs.model import Model
 from tokentm_jax.programs.one_pass import Pass, Wanted, one_pass
-from tokentm_jax.programs.relevance import attribution_rows, position_rows
+from tokentm_jax.programs.relevance import attribution_rows, last_block_row, position_rows
 from tokentm_jax.programs.rules import ATTN_LRP, LIBRA, RULES, Activation, Stabiliser, conservative, lrp, res_lrp
 from tokentm_jax.programs.running import Rules
 
@@ -47,16 +47,6 @@ def _with_relevance(details: Details, tokens: Array | None) -> Details:
     return details if tokens is None else {**details, "relevance": tokens.sum(-1)}
 
 
-def _maps(model: Model, mask: Array | None, arrays: Any, rule: Callable[[Any, Array], Array]) -> Array:
-    """Token maps of a batch from arrays [L, B, ...], in float32 at least.
-
-    The rule is for one sample: `rule(arrays [L, ...], read-out [N]) -> row [N]`.
-    """
-    arrays = jax.tree.map(wide, arrays)
-    readout = read_out(model, mask, jax.tree.leaves(arrays)[0][0])
-    return token_map(model, jax.vmap(rule, in_axes=(1, 0))(arrays, readout))
-
-
 def full_lrp_share(*, stabiliser: Stabiliser = "signed") -> Share:
     """LRP as a part of one pass."""
 
@@ -76,12 +66,12 @@ def partial_lrp(
 ) -> Explanation:
     """Positive relevance of the last block's attention (Voita et al., ACL 2019), mean over heads."""
     ruled = model.by(lrp("lrp", stabiliser))
-    trace = capture(ruled, params, inputs, target, ["attention_grad"], first_block=model.structure.depth - 1)
-    rule = lambda carried, row: row @ jax.nn.relu(carried[0]).mean(0)  # noqa: E731
+    positive = lambda row, relevance: row @ jax.nn.relu(relevance).mean(0)  # noqa: E731
+    rows, details = model.per_sample(partial(last_block_row, ruled, params, part=positive), inputs, target)
     # The relevance of all blocks is another pass, which is compiled only if it is read.
     flow = partial(one_pass, ruled.storing("store"), params, wanted=Wanted(carried=True))
-    done, _ = model.per_sample(flow, inputs, trace.target)
-    return _maps(model, trace.seen, trace.attention_grad, rule), _with_relevance(trace.details(), done.carried)
+    done, _ = model.per_sample(flow, inputs, details["target"])
+    return token_map(model, rows), _with_relevance(details, done.carried)
 
 
 def transformer_attribution(

@@ -44,14 +44,18 @@ class Pieces:
     given: dict[Place, Step]  # what they read from outside, and one step that reads it
     reading: Reading  # of these steps for one piece: a program of `given`
     numbers: dict[int, int]  # the values inside, in that program
+    axes: dict[int, int]  # of the queries in these values, by their number in that program
 
     @property
     def count(self) -> int:
         return -(-self.queries // self.rows)
 
     def run(self, piece: Callable[..., Any], values: list[Array]) -> Any:
-        """`piece(*parts of values)` for every piece: its results, stacked over pieces."""
-        axes = [axis for _, axis in self.given]
+        """`piece(*parts of values)` for every piece: its results, stacked over pieces.
+
+        Values are the `given` ones, once or for several evaluations.
+        """
+        axes = [axis for _, axis in self.given] * (len(values) // len(self.given))
         split = [x for x, axis in zip(values, axes, strict=True) if axis is not None]
         places = [axis for axis in axes if axis is not None]
 
@@ -185,7 +189,20 @@ def pieces_of_attention(reading: Reading, product: Step, entries: int) -> Pieces
     if [(step.name, step.kind) for step in part.steps] != [(step.name, step.kind) for step in ordered]:
         return None
     numbers = {old.outputs[0]: new.outputs[0] for old, new in zip(ordered, part.steps, strict=True)}
-    return Pieces(product, axis, queries, rows, skipped, scores, given, own_reading, numbers)
+    axes = {new: axis if old == product.outputs[0] else inside[old] for old, new in numbers.items()}
+    return Pieces(product, axis, queries, rows, skipped, scores, given, own_reading, numbers, axes)
+
+
+@jax.custom_vjp
+def tied(x: Array, means: list[Array]) -> Array:
+    """x. Backward, the cotangent of each array of `means` is its mean, everywhere."""
+    return x
+
+
+tied.defvjp(
+    lambda x, means: (x, means),
+    lambda means, g: (g, [jnp.full_like(each, each.mean()) for each in means]),
+)
 
 
 def with_rows(sizes: tuple[int, ...], axis: int, rows: int) -> tuple[int, ...]:

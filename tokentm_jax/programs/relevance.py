@@ -4,6 +4,7 @@ All functions are for one sample.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -15,12 +16,15 @@ from jax import Array
 from tokentm_jax.inputs.values import seen, values, with_values
 from tokentm_jax.maths.primitives import wide
 from tokentm_jax.maths.tokentm import attention_map, length
-from tokentm_jax.programs.capture import as_before, heads_of
+from tokentm_jax.maths.variants import attention_layer
+from tokentm_jax.programs import pieces
+from tokentm_jax.programs.capture import as_before, heads_of, unmixed, values_of
 from tokentm_jax.programs.factors import added, at_tokens
 from tokentm_jax.programs.flat import Step
 from tokentm_jax.programs.model import Model
-from tokentm_jax.programs.one_pass import observed
+from tokentm_jax.programs.one_pass import PLAIN, observed
 from tokentm_jax.programs.passes import Block, Score, View, blocks_of, first_row, wide_type
+from tokentm_jax.programs.rules import halved
 from tokentm_jax.programs.running import Evaluation, Plan, Rules
 
 Perception = Literal["head", "token"]  # how Beyond Intuition sums the heads
@@ -28,12 +32,12 @@ Perception = Literal["head", "token"]  # how Beyond Intuition sums the heads
 
 @jax.custom_vjp
 def _attributed(attention: Array, u: Array, inside: Array) -> tuple[Array, Array, Array]:
-    """Attention [H, N, N] unchanged, zeros of its shape, and zeros that are added to a stream u [N] of zeros.
+    """Attention [H, Q, N] unchanged, zeros of its shape, and zeros [Q] that are added to a stream u [N] of zeros.
 
     Backward, the cotangents are the gradient G of the attention, its relevance R, and a row r. That of u becomes
     `r mean_h relu(G * R)`, or zero where the block is not `inside`.
     """
-    return attention, jnp.zeros_like(attention), jnp.zeros_like(u)
+    return attention, jnp.zeros_like(attention), jnp.zeros(attention.shape[1], u.dtype)
 
 
 def _attributed_backward(inside: Array, cotangents: tuple[Array, Array, Array]) -> tuple[Array, Array, None]:
@@ -55,23 +59,29 @@ def attribution_rows(
     n, depth = structure.tokens, structure.depth
     blocks = [*blocks_of(structure)]
 
-    def tap(attention: Any, evaluation: Evaluation, value: Array, u: Array, inside: Array) -> Any:
-        heads, slot, zeros = _attributed(heads_of(attention, value), u, inside)
-        evaluation.left[attention.weights] = slot
-        return as_before(attention, heads, value), u + zeros, None
+    def attended(attention: Any, evaluation: Evaluation, u: Array, inside: Array) -> Any:
+        def of_queries(value: Array) -> tuple[Array, Array]:
+            heads, slot, zeros = _attributed(heads_of(attention, value), u, inside)
+            evaluation.left[attention.weights] = slot
+            return as_before(attention, heads, value), zeros
 
-    def tap_of_second(attention: Any, evaluation: Evaluation, value: Array, state: Any, extra: Any) -> Any:
-        slot = evaluation.first.left.pop(attention.weights)  # type: ignore[union-attr]
-        return value + as_before(attention, slot, value), state, None
+        return of_queries, lambda zeros: u + zeros
 
-    taps: dict[int, Any] = {}
-    of_second: dict[int, Any] = {structure.last: partial(observed, n)}
+    def attended_in_second(attention: Any, evaluation: Evaluation, state: Any, extra: Any) -> Any:
+        def of_queries(value: Array) -> tuple[Array, None]:
+            slot = evaluation.first.left.pop(attention.weights)  # type: ignore[union-attr]
+            return value + as_before(attention, slot, value), None
+
+        return of_queries, lambda _: state
+
+    by_queries, of_second = {}, {}
+    taps: dict[int, Any] = {structure.last: partial(observed, n)}
     for block, _ in blocks:
         attention: Any = block[0].attention
-        taps[attention.weights] = partial(tap, attention)
-        of_second[attention.weights] = partial(tap_of_second, attention)
-        of_second[block[0].stream] = partial(observed, n)
-    plan = Plan(model.rules, taps, whole=True, second=Plan(rules, of_second))
+        by_queries[attention.weights] = partial(attended, attention)
+        of_second[attention.weights] = partial(attended_in_second, attention)
+        taps[block[0].stream] = partial(observed, n)
+    plan = Plan(model.rules, by_queries=by_queries, second=Plan(rules, taps, by_queries=of_second))
     inside = jnp.arange(depth) >= first_block
 
     def run(numbers: Array, carried: Array, u: Array) -> Any:
@@ -88,6 +98,67 @@ def attribution_rows(
     (own, *_), pull, outputs = jax.vjp(run, values(sample), zeros, jnp.zeros_like(readout), has_aux=True)
     _, relevance, row = pull((jnp.ones_like(own), jnp.ones_like(own), readout))
     return (row, relevance), outputs
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _read(part: Callable[[Array, Array], Array], attention: Array, u: Array) -> tuple[Array, Array]:
+    """Attention [H, Q, N] unchanged, and zeros [Q] of a stream.
+
+    Backward, the cotangents are the gradient G of the attention, and a row r. That of u is `part(r, G)`.
+    """
+    return attention, jnp.zeros(attention.shape[1], u.dtype)
+
+
+_read.defvjp(
+    lambda part, attention, u: (_read(part, attention, u), None),
+    lambda part, _, cotangents: (cotangents[0], part(cotangents[1], wide(cotangents[0]))),
+)
+
+
+def last_block_row(
+    model: Model, params: Any, sample: Any, score: Score, part: Callable[[Array, Array], Array]
+) -> tuple[Array, Any]:
+    """`part(r, G)` of one sample, summed over parts of the queries, and the outputs.
+
+    r [Q] is how the head reads the tokens, and G [H, Q, N] is the gradient of the last block's attention, where the
+    backward pass ends.
+    """
+    structure = model.structure
+    *_, stage = stages = structure.since(structure.depth - 1)
+    attention: Any = stage.blocks[-1][0].attention
+    untapped = {s.scan: s.scan.params["length"] - s.length for s in stages if s.scan is not None}
+
+    def tap(evaluation: Evaluation, state: Array, u: Array) -> Any:
+        def of_queries(value: Array) -> tuple[Array, Array]:
+            read: Any = _read(part, heads_of(attention, value), u)
+            return as_before(attention, read[0], value), read[1]
+
+        return of_queries, lambda zeros: state + zeros
+
+    plan = Plan(model.rules, by_queries={attention.weights: tap}, untapped=untapped)
+
+    def run(u: Array, numbers: Array) -> Any:
+        extra, own = {attention.weights: u}, with_values(sample, numbers)
+        outputs, _, zeros = model.evaluate(params, own, plan, extra, jnp.zeros_like(readout))
+        return (score(outputs), zeros), outputs
+
+    readout = first_row(model, sample, structure.reading.flat.types[structure.embedded])
+    gradient = jax.ShapeDtypeStruct((structure.heads, *readout.shape * 2), readout.dtype)
+    turns = () if stage.scan is None else (stage.length,)
+    found = jax.eval_shape(part, readout, gradient)
+    (own, _), pull, outputs = jax.vjp(
+        run, jnp.zeros((*turns, *found.shape), found.dtype), values(sample), has_aux=True
+    )
+    pulled = pull((jnp.ones_like(own), readout))[0]
+    return pulled[-1] if turns else pulled, outputs
+
+
+def reads_one(model: Model, there: Array | None) -> bool:
+    """Whether the head reads one token, in texts without padding and so in others; `there` are the present tokens."""
+    if there is None:
+        return np.count_nonzero(model.readout) == 1
+    with jax.ensure_compile_time_eval():
+        return np.count_nonzero(model.reads(jnp.ones((1, model.structure.tokens), bool))) == 1
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -118,40 +189,124 @@ def _perceived_backward(variant: Perception, saved: tuple[Array, ...], cotangent
 _perceived.defvjp(_perceived_forward, _perceived_backward)
 
 
+@jax.custom_vjp
+def _given(attention: Array, given: Array, value: Array) -> tuple[Array, Array, Array]:
+    """Attention [H, Q, N] of some queries unchanged, zeros [Q] of a stream, and zeros [Q, H, E].
+
+    Backward, the cotangents are the gradient of the attention, a row r, and the gradient O of attention times values.
+    Those of the streams `given` [H, N] and of the values [H, N, E] become `r A_h` and `A_h^T O_h`.
+    """
+    heads, queries, _ = attention.shape
+    return attention, jnp.zeros(queries, given.dtype), jnp.zeros((queries, heads, value.shape[-1]), value.dtype)
+
+
+def _given_backward(attention: Array, cotangents: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    gradient, row, of_tokens = cotangents
+    given = jnp.einsum("q,hqk->hk", row, attention.astype(row.dtype))
+    return gradient, given, jnp.einsum("hqk,qhe->hke", attention, of_tokens)
+
+
+_given.defvjp(lambda attention, given, value: (_given(attention, given, value), attention), _given_backward)
+
+
+@jax.custom_vjp
+def _by_influence(u: Array, value: Array, inside: Array) -> tuple[Array, Array]:
+    """A stream u [N] of zeros for each head [H, N], and the values V [H, N, E].
+
+    Backward, the cotangents are `r A_h` and `A_h^T O_h`. That of u becomes `sum_h I_h r A_h`, or zero where the block
+    is not `inside`. `I_h` is proportional to `mean |A_h^T G_h|`, where the gradient G of the attention is `O_h V_h^T`.
+    """
+    return jnp.broadcast_to(u, value.shape[:2]), value
+
+
+def _by_influence_backward(saved: tuple[Array, Array], cotangents: tuple[Array, Array]) -> Any:
+    (value, inside), (given, received) = saved, cotangents
+    value, received = value.astype(given.dtype), jnp.moveaxis(received.astype(given.dtype), 1, 0)
+    of_key = lambda own: jnp.abs(jnp.einsum("he,hje->hj", own, value)).sum(-1)  # noqa: E731
+    rows = max(1, pieces.ENTRIES // math.prod(value.shape[:2]))
+    influence = jax.lax.map(of_key, received, batch_size=rows).sum(0)
+    return jnp.where(inside, influence / jnp.maximum(influence.sum(), 1e-30) @ given, 0), None, None
+
+
+_by_influence.defvjp(
+    lambda u, value, inside: (_by_influence(u, value, inside), (value, inside)), _by_influence_backward
+)
+
+
+@jax.custom_vjp
+def _with_gradient(x: Array, zeros: Array) -> Array:
+    """x. Backward, its gradient is also the cotangent of the zeros."""
+    return x
+
+
+_with_gradient.defvjp(lambda x, zeros: (x, None), lambda _, g: (g, g))
+
+
 def perception_rows(
     model: Model, params: Any, sample: Any, score: Score, variant: Perception, first_block: int = 0
 ) -> tuple[tuple[Array, Array], Any]:
     """Rows [R, N] of Beyond Intuition's attention perception P for one sample, with the read-out of each [R], and the
     outputs. Only of tokens that the head reads, where these are known."""
     structure, there = model.structure, seen(sample)
-    n = structure.tokens
+    n, one = structure.tokens, reads_one(model, there)
     readout = first_row(model, sample, structure.reading.flat.types[structure.embedded])
     read = np.flatnonzero(model.readout) if there is None else np.arange(n)
+    by_queries: dict[int, Any] = {}
     taps: dict[int, Any] = {}
+    extra: dict[int, Any] = {}
 
-    def tap(block: Block, evaluation: Evaluation, value: Array, u: Array, inside: Array) -> Any:
-        attention: Any = block[0].attention
-        weights = jnp.ones(n, u.dtype)
+    def attended(block: Block, evaluation: Evaluation, u: Array, inside: Array) -> Any:
+        layer: Any = block[0].attention
+        whole, weights = layer.product not in evaluation.pieces, jnp.ones(n, u.dtype)
         if variant == "token":
             view = View(evaluation, block, n, there, None)
             weights = length(view.transformed_value) / jnp.maximum(length(view.tokens), 1e-12)
-        passed: Any = _perceived(variant, heads_of(attention, value), u, weights, inside)
-        return as_before(attention, passed[0], value), u + passed[1], None
+        elif not whole:
+            own = values_of(layer, evaluation.function([], layer.value)())
+            given = _by_influence(u[0], own, inside)
 
-    extra: dict[int, Any] = {}
+        def of_queries(value: Array) -> tuple[Array, Any]:
+            heads = heads_of(layer, value)
+            if whole:
+                passed: Any = _perceived(variant, heads, u, weights, inside)
+            elif variant == "token":
+                passed = attention_layer(PLAIN, heads, u[0], jnp.where(inside, weights, 0))
+            else:
+                passed = _given(heads, *given)
+            return as_before(layer, passed[0], value), passed[1:]
+
+        def after(zeros: tuple[Array, ...]) -> Array:
+            evaluation.left[layer.output] = zeros[1:]
+            return u + zeros[0]
+
+        return of_queries, after
+
+    def mixed(layer: Any, evaluation: Evaluation, value: Array, u: Array, extra: Any) -> Any:
+        for zeros in evaluation.left.pop(layer.output):
+            value = _with_gradient(value, unmixed(layer, jnp.moveaxis(zeros, 0, 1)))
+        return value, u, None
+
+    # In pieces, each head has a stream, and the gradient of attention must follow from that of attention times values.
+    plain = model.rules.get("mix") in (None, halved)
     for block, own_part in blocks_of(structure):
-        number = block[0].attention.weights  # type: ignore[union-attr]
-        taps[number], extra[number] = partial(tap, block), own_part(jnp.arange(structure.depth) >= first_block)
+        layer: Any = block[0].attention
+        by_queries[layer.weights], taps[layer.output] = partial(attended, block), partial(mixed, layer)
+        extra[layer.weights] = own_part(jnp.arange(structure.depth) >= first_block)
+        plain = plain and layer.product.of == layer.weights
+    whole = not (one and (plain or variant == "token"))
+    plan = Plan(model.rules, taps, by_queries=by_queries, whole=whole)
 
     def run(u: Array) -> Any:
-        outputs, _, u = model.evaluate(params, sample, Plan(model.rules, taps, whole=True), extra, u)
+        outputs, _, u = model.evaluate(params, sample, plan, extra, u)
         return (score(outputs), u), outputs
 
-    identity = jnp.eye(n, dtype=readout.dtype)[read]
-    found: Any = jax.vjp(run, jnp.zeros_like(identity), has_aux=True)
+    rows, shares = (
+        (readout[None], jnp.ones(1, readout.dtype)) if one else (jnp.eye(n, dtype=readout.dtype)[read], readout[read])
+    )
+    found: Any = jax.vjp(run, jnp.zeros_like(rows), has_aux=True)
     (own, _), pull, outputs = found
-    pulled = pull((jnp.ones_like(own), identity))
-    return (pulled[0], readout[read]), outputs
+    pulled = pull((jnp.ones_like(own), rows))
+    return (pulled[0], shares), outputs
 
 
 def position_rows(model: Model, params: Any, sample: Any, score: Score) -> tuple[tuple[Array, Array], Any]:

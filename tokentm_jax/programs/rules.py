@@ -4,7 +4,7 @@ Arrays are of one sample, so a sum "over a sample" is the sum of the array.
 """
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache, partial, wraps
 from typing import Any, Literal
 
 import jax
@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.lax import stop_gradient
 
-from tokentm_jax.programs.running import Rules
+from tokentm_jax.programs.pieces import tied
+from tokentm_jax.programs.running import Rules, by_query
 
 Activation = Literal["identity", "gradient"]
 Variant = Literal["ours", "lrp"]
@@ -32,17 +33,21 @@ def quotient_of(a: Array, b: Array, denominator: Array) -> Array:
     return jnp.where(nonzero, a / jnp.where(nonzero, denominator, 1), 0)
 
 
-def reference_quotient(a: Array, b: Array) -> Array:
+def reference_quotient(a: Array, b: Array, mean_square: Array | None = None) -> Array:
     """`a / (b + 1e-9)`, zero where b is zero, as published: it is very large for b just below zero."""
     return quotient_of(a, b, b + REFERENCE_EPSILON)
 
 
-def signed_quotient(a: Array, b: Array) -> Array:
-    """`a / (b + eps sign(b))`, zero where b is zero, with eps relative to the scale of the sample's b."""
-    return quotient_of(a, b, b + SIGNED_EPSILON * jnp.sqrt(jnp.square(b).mean()) * jnp.sign(b))
+def signed_quotient(a: Array, b: Array, mean_square: Array | None = None) -> Array:
+    """`a / (b + eps sign(b))`, zero where b is zero, with eps relative to the scale of the sample's b.
+
+    `mean_square` is that of the whole b, if this b is a part.
+    """
+    mean_square = jnp.square(b).mean() if mean_square is None else mean_square
+    return quotient_of(a, b, b + SIGNED_EPSILON * jnp.sqrt(mean_square) * jnp.sign(b))
 
 
-QUOTIENTS: dict[str, Callable[[Array, Array], Array]] = {"reference": reference_quotient, "signed": signed_quotient}
+QUOTIENTS: dict[str, Callable[..., Array]] = {"reference": reference_quotient, "signed": signed_quotient}
 
 
 def parts(x: Array) -> tuple[Array, Array]:
@@ -148,6 +153,27 @@ def _passed_on(f: Any, x: Array, *more: Array) -> Array:
     return _multiple(x, jnp.ones((), x.dtype), value) if x.shape == value.shape else value
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _measured(quotient: Callable[..., Array], queries: int | None, x: Array) -> tuple[Array, Array]:
+    """x, and the mean of its squares: one number, or [Q] of each query, if `queries` is their axis.
+
+    Backward, the cotangent of the mean is that of the whole sample, and R becomes `R / x`.
+    """
+    return _measured_forward(quotient, queries, x)[0]
+
+
+def _measured_forward(quotient: Any, queries: int | None, x: Array) -> tuple[tuple[Array, Array], Array]:
+    return (x, jnp.square(x).mean([axis for axis in range(x.ndim) if axis != queries])), x
+
+
+def _measured_backward(quotient: Any, queries: int | None, x: Array, cotangents: tuple[Array, Array]) -> tuple[Array]:
+    r, mean_square = cotangents
+    return (quotient(r, x, jnp.expand_dims(mean_square, [axis for axis in range(x.ndim) if axis != queries])),)
+
+
+_measured.defvjp(_measured_forward, _measured_backward)
+
+
 @lru_cache
 def lrp(variant: Variant, stabiliser: Stabiliser) -> Rules:
     """Layer-wise relevance propagation: the cotangent is the relevance R. The variant is "ours" of Transformer
@@ -159,6 +185,15 @@ def lrp(variant: Variant, stabiliser: Stabiliser) -> Rules:
     The stabiliser specifies how quotients treat denominators near zero.
     """
     quotient = QUOTIENTS[stabiliser]
+
+    def shared(f: Any, inputs: tuple[Array, ...], backward: Any) -> Array:
+        """`f(*inputs)` with the backward pass `backward(R / f(*inputs), out, *inputs)`."""
+        measured: Any = _measured(quotient, getattr(f, "queries", None), with_backward(f, inputs, backward))
+        out, means = measured
+        if not hasattr(f, "means"):
+            return tied(out, [means])
+        f.means.append(means)
+        return out
 
     def by_parts(f: Any, x: Array, kernels: tuple[Any, Any], r: Array) -> Array:
         """R of x, from the positive and negative parts of `f(x, kernel)`."""
@@ -202,24 +237,20 @@ def lrp(variant: Variant, stabiliser: Stabiliser) -> Rules:
         return with_backward(f, (x, kernel), backward)
 
     def product(f: Any, a: Array, b: Array) -> Array:
-        def backward(r: Array, out: Array, a: Array, b: Array) -> tuple[Array, Array]:
-            to_a, to_b = jax.vjp(f, a, b)[1](quotient(r, out))
-            return a * to_a / 2, b * to_b / 2
-
-        return with_backward(f, (a, b), backward)
+        return shared(f, (a, b), lambda s, _, a, b: _of_inputs(f, s / 2, a, b))
 
     def add(f: Any, a: Array, b: Array) -> Array:
-        def backward(r: Array, out: Array, a: Array, b: Array) -> tuple[Array, Array]:
-            share = quotient(r, out)
-            r_a, r_b = a * share, f(jnp.zeros_like(a), b) * share
-            if variant == "ours":
-                sum_a, sum_b = r_a.sum(), r_b.sum()
-                weight = r.sum() / (jnp.abs(sum_a) + jnp.abs(sum_b))
-                r_a = r_a * quotient(jnp.abs(sum_a) * weight, sum_a)
-                r_b = r_b * quotient(jnp.abs(sum_b) * weight, sum_b)
+        def rescaled(r: Array, out: Array, a: Array, b: Array) -> tuple[Array, Array]:
+            r_a, r_b = _of_inputs(f, quotient(r, out), a, b)
+            sum_a, sum_b = r_a.sum(), r_b.sum()
+            weight = r.sum() / (jnp.abs(sum_a) + jnp.abs(sum_b))
+            r_a = r_a * quotient(jnp.abs(sum_a) * weight, sum_a)
+            r_b = r_b * quotient(jnp.abs(sum_b) * weight, sum_b)
             return r_a, r_b
 
-        return with_backward(f, (a, b), backward)
+        if variant == "ours":
+            return with_backward(f, (a, b), rescaled)
+        return shared(f, (a, b), lambda s, _, a, b: _of_inputs(f, s, a, b))
 
     def fork(f: Any, x: Array) -> tuple[Array, Array]:
         @jax.custom_vjp
@@ -230,8 +261,9 @@ def lrp(variant: Variant, stabiliser: Stabiliser) -> Rules:
         return twice(x)
 
     def position(f: Any, x: Array, p: Array) -> Array:
-        return add(lambda a, b: a + b, x, jnp.broadcast_to(p, x.shape))
+        return add(wraps(f)(lambda a, b: a + b), x, jnp.broadcast_to(p, x.shape))
 
+    by_query(product, _passed_on, *((add, position) if variant == "lrp" else ()))
     rules: dict[str, Any] = {
         "linear": linear,
         "embed": embed,
@@ -242,6 +274,12 @@ def lrp(variant: Variant, stabiliser: Stabiliser) -> Rules:
         **dict.fromkeys(("bias", "scale", "norm", "centre", "softmax", "activation"), _passed_on),
     }
     return rules | ({"fork": fork} if stabiliser == "reference" else {})
+
+
+def _of_inputs(f: Any, s: Array, a: Array, b: Array) -> tuple[Array, Array]:
+    """R of both inputs of a product or sum from `s = R / f(a, b)`."""
+    to_a, to_b = jax.vjp(f, a, b)[1](s)
+    return a * to_a, b * to_b
 
 
 def _second(f: Any, second: Any, first: Array) -> Array:

@@ -19,6 +19,8 @@ one for each iteration.
 
 Large attention runs in `pieces` of queries. A tap by queries, `tap(evaluation, state, extra) -> (inside, after)`, is
 for the values of a piece: `inside(value) -> (value, result)`, and then `after(results of all queries) -> state`.
+In a piece, `f.queries` is the axis of the queries in a step's result. A rule that needs the mean of something over the
+whole sample appends that of each query, [Q], to `f.means`; their cotangents are the mean over all queries.
 
 With `fused`, plain attention without rules runs in a kernel. Where its weights have a tap by queries, they need one of
 streams as well: `tap(evaluation, state, extra) -> (streams [H, N], after)`, and then `after(zeros [N]) -> state`.
@@ -38,7 +40,7 @@ from jax import Array
 from tokentm_jax.programs.flat import Call, Step, bind, scanned
 from tokentm_jax.programs.fused import Fused, fused_of
 from tokentm_jax.programs.kernel import TOKENS
-from tokentm_jax.programs.pieces import Pieces, pieces_of
+from tokentm_jax.programs.pieces import Pieces, pieces_of, tied
 from tokentm_jax.programs.reading import ELEMENTWISE, SAME_SHAPE, Reading
 
 KINDS = ("linear", "embed", "mix", "product", "gate", "add", "residual", "turn", "bias", "scale", "position", "norm",
@@ -49,6 +51,12 @@ Rules = Mapping[str, Rule]
 Tap = Callable[["Evaluation", Array, Any, Any], tuple[Array, Any, Any]]
 TapByQueries = Callable[["Evaluation", Any, Any], tuple[Callable[[Array], Any], Callable[[Any], Any]]]
 TapOfStreams = Callable[["Evaluation", Any, Any], tuple[Array, Callable[[Array], Any]]]
+
+
+def by_query(*rules: Rule) -> None:
+    """Mark rules that may run for some queries of an attention, in a set that also has rules for linear maps."""
+    for rule in rules:
+        rule.by_query = True  # type: ignore[attr-defined]
 
 
 # What an iteration of a scan stores for its backward pass besides its input: weights [N] of TokenTM and rollout, and
@@ -78,6 +86,7 @@ class Plan:
     streams: Mapping[int, TapOfStreams] = dataclasses.field(default_factory=dict)
     whole: bool = False  # no attention runs in pieces or in a kernel, because something reads its weights
     fused: bool = False  # plain attention runs in a kernel
+    queries: Mapping[int, int] = dataclasses.field(default_factory=dict)  # of a piece: their axis in its values
     second: "Plan | None" = None  # of another backward pass over the same values, with other rules and taps
 
 
@@ -115,7 +124,8 @@ class Evaluation:
         self.known: dict[int, Any] = {}  # values by rules, for steps outside of their group
         self.forks = {s.of[0]: s for s in reading.sums if isinstance(s.of, tuple)} if "fork" in plan.rules else {}
         self.extra, self.notes = extra or {}, {}
-        self.pieces = self._pieces()
+        self.means: list[Array] = []  # of rules in a piece
+        self.pieces = self._pieces() if first is None else first.pieces
         self.in_pieces = {step for pieces in self.pieces.values() for step in pieces.steps}
         for number, value in zip(reading.flat.inputs, inputs, strict=True):
             self._put(number, value)
@@ -232,14 +242,15 @@ class Evaluation:
         No tap needs all of their weights, and no rule a sum over a sample.
         """
         plan = self.plan
-        if plan.whole or "linear" in plan.rules:  # rules for linear maps have stabilisers of the sample
+        if plan.whole:
             return {}
         found: dict[Step, Pieces | Fused] = {**pieces_of(self.reading)}
         if plan.fused and not plan.rules:
             for step, fused in fused_of(self.reading).items():
                 if fused.inside & plan.by_queries.keys() <= fused.weights & plan.streams.keys():
                     found[step] = fused
-        return {step: pieces for step, pieces in found.items() if not pieces.inside & plan.taps.keys()}
+        both = [plan] if plan.second is None else [plan, plan.second]
+        return {step: pieces for step, pieces in found.items() if all(_may_run(pieces, each) for each in both)}
 
     def _fused(self, fused: Fused) -> Array:
         """The tokens of one attention from a kernel, with its tap of streams."""
@@ -252,21 +263,36 @@ class Evaluation:
         return tokens
 
     def _in_pieces(self, pieces: Pieces) -> Array:
-        """The tokens of one attention, with its tap by queries."""
+        """The tokens of one attention, with its tap by queries. The second evaluation runs in the same pieces."""
+        both = [self] if self.second is None else [self, self.second]
+        if self.second is not None:
+            self.second._until(self.place - 1)
+        plans, afters = zip(*(each._of_piece(pieces) for each in both), strict=True)
+        plan = dataclasses.replace(plans[0], second=plans[1] if self.second is not None else None)
+        count = len(pieces.given)
+
+        def piece(*values: Array) -> Any:
+            done = Evaluation(pieces.reading, plan, [*values[:count]], inputs_of_second=[*values[count:]]).run()
+            return [(e.outputs[0], e.state, e.means) for e in (done, done.second) if e is not None]
+
+        given = [each.get(number, step) for each in both for (number, _), step in pieces.given.items()]
+        tokens = []
+        for each, after, (own, results, means) in zip(both, afters, pieces.run(piece, given), strict=True):
+            results, means = jax.tree.map(lambda result: pieces.joined(result, 0), (results, means))
+            each.state = after(results)
+            tokens.append(tied(pieces.joined(own, pieces.axis), means))
+        if self.second is not None:
+            self.second.place, self.scanned = self.place, tokens[1:]
+        return tokens[0]
+
+    def _of_piece(self, pieces: Pieces) -> tuple[Plan, Callable[[Any], Any]]:
+        """The plan of a piece, and what follows its tap by queries."""
         by_queries: dict[int, TapByQueries] = {}
         after: Callable[[Any], Any] = lambda _: self.state  # noqa: E731
         for number in pieces.inside & self.plan.by_queries.keys():
             inside, after = self.plan.by_queries[number](self, self.state, self.extra.get(number))
             by_queries[pieces.numbers[number]] = lambda *_, inside=inside: (inside, lambda result: result)
-        plan = Plan(self.plan.rules, by_queries=by_queries, whole=True)
-
-        def piece(*values: Array) -> Any:
-            done = Evaluation(pieces.reading, plan, list(values)).run()
-            return done.outputs[0], done.state
-
-        tokens, results = pieces.run(piece, [self.get(number, step) for (number, _), step in pieces.given.items()])
-        self.state = after(jax.tree.map(lambda result: pieces.joined(result, 0), results))
-        return pieces.joined(tokens, pieces.axis)
+        return Plan(self.plan.rules, by_queries=by_queries, queries=pieces.axes, whole=True), after
 
     def _step(self, step: Step) -> list[Any]:
         if (pieces := self.pieces.get(step)) is not None:
@@ -298,6 +324,8 @@ class Evaluation:
 
         if self.first is not None:
             f.value = self.first.values.get(step.outputs[0])  # type: ignore[attr-defined]
+        if self.plan.queries:
+            f.queries, f.means = self.plan.queries[step.outputs[0]], self.means  # type: ignore[attr-defined]
         return rule(f, *(self.get(step.inputs[i], step) for i in order))
 
     def function(self, starts: list[int], end: int) -> Callable[..., Any]:
@@ -393,3 +421,12 @@ class Evaluation:
         if self.second is not None:
             self.second.place, self.scanned = self.place, found[1]
         return found[0]
+
+
+def _may_run(pieces: Pieces | Fused, plan: Plan) -> bool:
+    """Whether an attention may run in pieces: no tap is for all of its weights, and no rule is for a whole sample."""
+    steps = pieces.reading.flat.steps if isinstance(pieces, Pieces) else []
+    rules = [plan.rules[kind] for kind in {"activation", *(step.kind for step in steps)} & plan.rules.keys()]
+    # Sets with rules for linear maps have stabilisers of the sample.
+    by_queries = "linear" not in plan.rules or all(hasattr(rule, "by_query") for rule in rules)
+    return by_queries and not pieces.inside & plan.taps.keys()
