@@ -44,16 +44,17 @@ def attended(name, p, q, k, v):
 IN_PIECES = ("biased", "plain", "queries_first", "keys_first", "causal", "mixed_heads", "grouped", "written_out")
 
 
-def program(name):
-    """(function, parameters, inputs): one attention layer on tokens [B, N, D]."""
+def program(name, layers=1):
+    """(function, parameters, inputs): attention layers on tokens [B, N, D], without a scan."""
     rng = np.random.default_rng(0)
     shapes = {"qkv": (H * E, 3 * H * E), "bias": (H, N, N), "mix": (H, H), "head": (H * E, 3)}
     params = {key: rng.normal(size=shape) / 2 for key, shape in shapes.items()}
 
     def f(params, tokens):
         def one(x):
-            q, k, v = jnp.moveaxis((x @ params["qkv"]).reshape(N, 3, H, E), 1, 0)
-            x = x + attended(name, params, q, k, v).reshape(N, H * E)
+            for _ in range(layers):
+                q, k, v = jnp.moveaxis((x @ params["qkv"]).reshape(N, 3, H, E), 1, 0)
+                x = x + attended(name, params, q, k, v).reshape(N, H * E)
             return x[0] @ params["head"]
 
         return jax.vmap(one)(tokens)
@@ -107,6 +108,38 @@ def test_pieces_of_programs(monkeypatch, name):
         compare(monkeypatch, partial(explain_fn(f, "tokentm", **options), target=1), params, tokens)
 
 
+IN_RELEVANCE = (
+    ("gae", {"rules": "lrp"}),
+    ("partial_lrp", {"stabiliser": "reference"}),
+    ("partial_lrp", {}),
+    ("transformer_attribution", {}),
+    ("beyond_intuition", {"steps": 2}),
+    ("beyond_intuition", {"steps": 2, "rules": "attn_lrp"}),
+    ("beyond_intuition", {"steps": 2, "variant": "token"}),
+)
+
+
+@pytest.mark.parametrize("name", mostly_slow([name for name in IN_PIECES if name != "causal"], ["plain"]))
+@pytest.mark.parametrize("method", mostly_slow(IN_RELEVANCE, IN_RELEVANCE[:1]))
+def test_pieces_of_relevance(monkeypatch, name, method):
+    """Rules that need means over the whole sample, and heads with weights from all of it; in float64."""
+    method, options = method
+    f, params, tokens = program(name, layers=2)
+    with jax.enable_x64(True):
+        explain = explain_fn(f, method, grid=(2, 3), prefix=1, readout="token", **options)
+        compare(monkeypatch, partial(explain, target=1), params, tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["partial_lrp", "transformer_attribution", "beyond_intuition"])
+def test_derivatives_of_maps_in_pieces(monkeypatch, method):
+    f, params, tokens = program("plain")
+    with jax.enable_x64(True):
+        explain = explain_fn(f, method, grid=(2, 3), prefix=1, readout="token")
+        total = lambda params, tokens: (explain(params, tokens, 1) * jnp.arange(6.0).reshape(2, 3)).sum()  # noqa: E731
+        compare(monkeypatch, jax.grad(total, 1), params, tokens)
+
+
 METHODS = ({}, {"rules": "libra"}, {"memory": "recompute", "heads": "each"}, {"weights": "alignment"})
 METHODS += ({"attention": "means"}, {"attention": "plain"}, "gae", "libra_full_grad", "attn_lrp", "pa_lrp", "caap")
 METHODS += ("attcat", "legrad", "rollout", "raw_attention", "grad_cam", "libra_grad_cam")
@@ -119,7 +152,7 @@ METHODS += ("lrp", "partial_lrp", "transformer_attribution", "beyond_intuition")
 def test_pieces_of_methods(monkeypatch, kind, method):
     """Images and texts with masks; one sample has the map that it has in a batch."""
     name, options = (method, {}) if isinstance(method, str) else ("tokentm", method)
-    module, params, inputs = (*tiny_bert(), batch([5, 8, 4], 8)) if kind == "text" else model_of(kind)
+    module, params, inputs = (*tiny_bert(), batch([5, 9, 4], 9)) if kind == "text" else model_of(kind)
     explain, target = explain_fn(module, name, **options), TARGET % 3
     half = kind == "bfloat16"
     maps = compare(monkeypatch, explain, params, inputs, target, entries=40, tolerance=2e-2 if half else 1e-5)
