@@ -24,7 +24,7 @@ from tokentm_jax.programs.capture import capture, check_blocks, of_sample, plus_
 from tokentm_jax.programs.model import Applied, Function, Model
 from tokentm_jax.programs.one_pass import Pass, Wanted, one_pass
 from tokentm_jax.programs.passes import Score, View
-from tokentm_jax.programs.relevance import Perception, last_block_row, perception_rows, reads_one
+from tokentm_jax.programs.relevance import Perception, perception_rows, reads_one
 from tokentm_jax.programs.running import Plan
 
 OFF = TokenTM(length=False, direction="none", initialise=False, ffn=False, norms=False)  # GAE
@@ -151,7 +151,7 @@ def grad_cam(model: Model, params: Any, inputs: Any, target: Any) -> Explanation
     """Grad-CAM on the last block's attention: heads weighted by their mean gradient in the read-out row."""
 
     def one(sample: Any, score: Score) -> tuple[Array, Any]:
-        (attention, gradient), outputs = passes.last_heads(model, params, sample, score)
+        (attention, gradient), outputs = passes.of_last_attention(model, params, sample, score)
         weights = mean_of_seen(gradient[:, model.prefix :], seen(sample))
         return jax.nn.relu((weights[:, None] * attention).mean(0)), outputs
 
@@ -265,14 +265,14 @@ def beyond_intuition(
     take = partial(perception_rows, model, params, variant=variant, first_block=first_block)
     (perception, readout), details = model.per_sample(take, inputs, target)
     last, there = model.structure.depth - 1, seen(inputs)
-    of_head = partial(last_block_row, model, params, part=partial(jnp.einsum, "q,hqk->hk"))
+    of_last = partial(passes.of_last_attention, model, params)
 
     def gradient_at(share: Array) -> Array:
         """In the rows of tokens that the head reads, [B, H, R, N]."""
         numbers = values(inputs)
         point = with_values(inputs, numbers * share.astype(numbers.dtype))
         if reads_one(model, there):
-            return model.per_sample(of_head, point, details["target"])[0][:, :, None]
+            return model.per_sample(of_last, point, details["target"])[0][:, 1, :, None]
         found: Any = capture(model, params, point, details["target"], ["attention_grad"], first_block=last)
         read = np.flatnonzero(model.readout) if there is None else slice(None)
         return wide(found.attention_grad[-1])[:, :, read]

@@ -24,7 +24,8 @@ from tokentm_jax.methods.sharing import Details, Explanation, Share, alone
 from tokentm_jax.programs.capture import check_blocks
 from tokentm_jax.programs.model import Model
 from tokentm_jax.programs.one_pass import Pass, Wanted, one_pass
-from tokentm_jax.programs.relevance import attribution_rows, last_block_row, position_rows
+from tokentm_jax.programs.passes import of_last_attention
+from tokentm_jax.programs.relevance import attribution_rows, position_rows
 from tokentm_jax.programs.rules import ATTN_LRP, LIBRA, RULES, Activation, Stabiliser, conservative, lrp, res_lrp
 from tokentm_jax.programs.running import Rules
 
@@ -66,8 +67,8 @@ def partial_lrp(
 ) -> Explanation:
     """Positive relevance of the last block's attention (Voita et al., ACL 2019), mean over heads."""
     ruled = model.by(lrp("lrp", stabiliser))
-    positive = lambda row, relevance: row @ jax.nn.relu(relevance).mean(0)  # noqa: E731
-    rows, details = model.per_sample(partial(last_block_row, ruled, params, part=positive), inputs, target)
+    positive = lambda row, _, relevance: row @ jax.nn.relu(relevance).mean(0)  # noqa: E731
+    rows, details = model.per_sample(partial(of_last_attention, ruled, params, part=positive), inputs, target)
     # The relevance of all blocks is another pass, which is compiled only if it is read.
     flow = partial(one_pass, ruled.storing("store"), params, wanted=Wanted(carried=True))
     done, _ = model.per_sample(flow, inputs, details["target"])

@@ -188,28 +188,39 @@ def row_behind(
     return pull(readout)[0], outputs
 
 
-@jax.custom_vjp
-def _read(attention: Array, u: Array) -> tuple[Array, Array]:
-    """Attention [H, Q, N] of some queries unchanged, and zeros [Q] that depend on zeros u [2, H, N].
+def by_head(row: Array, attention: Array, gradient: Array) -> Array:
+    """`r A_h` and `r G_h` [2, H, N]."""
+    return jnp.stack([jnp.einsum("q,hqn->hn", row, a) for a in (attention, gradient)])
 
-    Backward, the cotangents are the gradient G of the attention and a row r of these queries. That of u becomes r A_h
-    and r G_h.
+
+Part = Callable[[Array, Array, Array], Array]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _read(part: Part, attention: Array, u: Array) -> tuple[Array, Array]:
+    """Attention [H, Q, N] of some queries unchanged, and zeros [Q] that depend on zeros u.
+
+    Backward, the cotangents are the gradient G of the attention and a row r of these queries. That of u becomes
+    `part(r, A, G)`.
     """
-    return attention, jnp.zeros(attention.shape[1], u.dtype)
+    return _read_forward(part, attention, u)[0]
 
 
-_read.defvjp(
-    lambda attention, u: (_read(attention, u), attention),
-    lambda attention, cotangents: (
-        cotangents[0],
-        jnp.stack([jnp.einsum("q,hqn->hn", cotangents[1], a) for a in (attention, cotangents[0])]),
-    ),
-)
+def _read_forward(part: Part, attention: Array, u: Array) -> Any:
+    return (attention, jnp.zeros(attention.shape[1], u.dtype)), attention
 
 
-def last_heads(model: Model, params: Any, sample: Any, score: Score) -> tuple[Array, Any]:
-    """`r0 A_h` and `r0 G_h` [2, H, N] of the last block's attention A and its gradient G, for the read-out r0; and the
-    outputs."""
+def _read_backward(part: Part, attention: Array, cotangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    gradient, row = cotangents
+    return gradient, part(row, attention, gradient)
+
+
+_read.defvjp(_read_forward, _read_backward)
+
+
+def of_last_attention(model: Model, params: Any, sample: Any, score: Score, part: Part = by_head) -> tuple[Array, Any]:
+    """`part(r0, A, G)` of the last block's attention A and its gradient G, for the read-out r0, and the outputs; the
+    sum over parts of the queries."""
     structure = model.structure
     (stage,) = structure.since(structure.depth - 1)
     untapped = {} if stage.scan is None else {stage.scan: stage.scan.params["length"] - stage.length}
@@ -218,8 +229,8 @@ def last_heads(model: Model, params: Any, sample: Any, score: Score) -> tuple[Ar
         u, _ = state  # the last block replaces what those before it read
 
         def of_queries(value: Array) -> tuple[Array, Array]:
-            heads, read = _read(heads_of(layer, value).astype(u.dtype), u)
-            return as_before(layer, heads, value).astype(value.dtype), read
+            found: Any = _read(part, heads_of(layer, value).astype(u.dtype), u)
+            return as_before(layer, found[0], value).astype(value.dtype), found[1]
 
         return of_queries, lambda read: (u, read)
 
@@ -233,7 +244,8 @@ def last_heads(model: Model, params: Any, sample: Any, score: Score) -> tuple[Ar
         outputs, _, (_, read) = model.evaluate(params, own, plan, None, (u, jnp.zeros_like(row)))
         return (score(outputs), read), outputs
 
-    zeros = jnp.zeros((2, structure.heads, structure.tokens), row.dtype)
+    attention = jax.ShapeDtypeStruct((structure.heads, *row.shape * 2), row.dtype)
+    zeros = jnp.zeros_like(jax.eval_shape(part, row, attention, attention))
     # Rules are not derivatives: where the map is differentiated, they must be inside this pass down to the input.
     asked = (zeros, values(sample)) if model.rules else (zeros,)
     (own, _), pull, outputs = jax.vjp(run, *asked, has_aux=True)
@@ -303,7 +315,7 @@ def _of_weights(evaluation: Evaluation, attention: Any, gradient: Array, shares:
     product, at = attention.product, attention.places[-2]
     kind = evaluation.reading.flat.types[attention.weights]
     value = evaluation.values[attention.value]
-    order = (0, 1) if product.inputs[0] == attention.weights else (1, 0)
+    order = (0, 1) if product.inputs[0] == product.of else (1, 0)
 
     def of_queries(gradient: Array, shares: Array) -> Array:
         like = jax.ShapeDtypeStruct(pieces.with_rows(kind.shape, attention.query, len(shares)), kind.dtype)

@@ -4,7 +4,6 @@ All functions are for one sample.
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -98,59 +97,6 @@ def attribution_rows(
     (own, *_), pull, outputs = jax.vjp(run, values(sample), zeros, jnp.zeros_like(readout), has_aux=True)
     _, relevance, row = pull((jnp.ones_like(own), jnp.ones_like(own), readout))
     return (row, relevance), outputs
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _read(part: Callable[[Array, Array], Array], attention: Array, u: Array) -> tuple[Array, Array]:
-    """Attention [H, Q, N] unchanged, and zeros [Q] of a stream.
-
-    Backward, the cotangents are the gradient G of the attention, and a row r. That of u is `part(r, G)`.
-    """
-    return attention, jnp.zeros(attention.shape[1], u.dtype)
-
-
-_read.defvjp(
-    lambda part, attention, u: (_read(part, attention, u), None),
-    lambda part, _, cotangents: (cotangents[0], part(cotangents[1], wide(cotangents[0]))),
-)
-
-
-def last_block_row(
-    model: Model, params: Any, sample: Any, score: Score, part: Callable[[Array, Array], Array]
-) -> tuple[Array, Any]:
-    """`part(r, G)` of one sample, summed over parts of the queries, and the outputs.
-
-    r [Q] is how the head reads the tokens, and G [H, Q, N] is the gradient of the last block's attention, where the
-    backward pass ends.
-    """
-    structure = model.structure
-    *_, stage = stages = structure.since(structure.depth - 1)
-    attention: Any = stage.blocks[-1][0].attention
-    untapped = {s.scan: s.scan.params["length"] - s.length for s in stages if s.scan is not None}
-
-    def tap(evaluation: Evaluation, state: Array, u: Array) -> Any:
-        def of_queries(value: Array) -> tuple[Array, Array]:
-            read: Any = _read(part, heads_of(attention, value), u)
-            return as_before(attention, read[0], value), read[1]
-
-        return of_queries, lambda zeros: state + zeros
-
-    plan = Plan(model.rules, by_queries={attention.weights: tap}, untapped=untapped)
-
-    def run(u: Array, numbers: Array) -> Any:
-        extra, own = {attention.weights: u}, with_values(sample, numbers)
-        outputs, _, zeros = model.evaluate(params, own, plan, extra, jnp.zeros_like(readout))
-        return (score(outputs), zeros), outputs
-
-    readout = first_row(model, sample, structure.reading.flat.types[structure.embedded])
-    gradient = jax.ShapeDtypeStruct((structure.heads, *readout.shape * 2), readout.dtype)
-    turns = () if stage.scan is None else (stage.length,)
-    found = jax.eval_shape(part, readout, gradient)
-    (own, _), pull, outputs = jax.vjp(
-        run, jnp.zeros((*turns, *found.shape), found.dtype), values(sample), has_aux=True
-    )
-    pulled = pull((jnp.ones_like(own), readout))[0]
-    return pulled[-1] if turns else pulled, outputs
 
 
 def reads_one(model: Model, there: Array | None) -> bool:
