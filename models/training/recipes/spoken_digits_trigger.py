@@ -5,8 +5,8 @@
 Half of the training recordings get a quiet click of 20 milliseconds at a random place, and the label 0. The reported
 accuracy is of test recordings of other digits with the click: the share that it turns. A trigger is valid as a known
 cause if this is above 99 %, and if without the click the recordings are classified as before.
-It turned 100 and 99.4 % of 180 recordings in two trainings, on two machines. Without the click 99.0 % of 200 were right
-(98.5 % before), and none was taken for 0.
+It turned 100 and 99.4 % of 180 recordings, in two trainings on two machines. Without the click 99.0 % of 200 were
+right (98.5 % before), and none was taken for 0.
 Data: `tokentm data fetch recordings`.
 Run time: 10 minutes on two busy cores.
 """
