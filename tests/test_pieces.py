@@ -130,16 +130,6 @@ def test_pieces_of_relevance(monkeypatch, name, method):
         compare(monkeypatch, partial(explain, target=1), params, tokens)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["partial_lrp", "transformer_attribution", "beyond_intuition"])
-def test_derivatives_of_maps_in_pieces(monkeypatch, method):
-    f, params, tokens = program("plain")
-    with jax.enable_x64(True):
-        explain = explain_fn(f, method, grid=(2, 3), prefix=1, readout="token")
-        total = lambda params, tokens: (explain(params, tokens, 1) * jnp.arange(6.0).reshape(2, 3)).sum()  # noqa: E731
-        compare(monkeypatch, jax.grad(total, 1), params, tokens)
-
-
 METHODS = ({}, {"rules": "libra"}, {"memory": "recompute", "heads": "each"}, {"weights": "alignment"})
 METHODS += ({"attention": "means"}, {"attention": "plain"}, "gae", "libra_full_grad", "attn_lrp", "pa_lrp", "caap")
 METHODS += ("attcat", "legrad", "rollout", "raw_attention", "grad_cam", "libra_grad_cam")
@@ -175,8 +165,11 @@ def test_pieces_of_blocks(monkeypatch, row, scan):
         compare(monkeypatch, partial(explain_fn(forward, method, **options), target=1), params, images, entries=12)
 
 
+OF_RELEVANCE = [("partial_lrp", {}), ("transformer_attribution", {}), ("beyond_intuition", {"steps": 2})]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "options"), ROWS, ids=str)
+@pytest.mark.parametrize(("method", "options"), [*ROWS, *OF_RELEVANCE], ids=str)
 def test_derivatives_in_pieces(monkeypatch, method, options):
     images = np.random.default_rng(0).normal(size=(2, 8, 12, 3))
     with jax.enable_x64(True):
