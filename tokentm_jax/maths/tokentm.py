@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, PyTree, Shaped
 
-from tokentm_jax.maths.primitives import ratio, root
+from tokentm_jax.maths.primitives import mean_of_heads, ratio, root
 
 
 def length(x: Float[Array, "*n D"]) -> Float[Array, "*n"]:
@@ -71,7 +71,7 @@ def transformation_weight(
 
 def attention_map(A: Float[Array, "H Q N"], G: Float[Array, "H Q N"]) -> Float[Array, "Q N"]:
     """`Ā = ⟨[G ⊙ A]₊⟩_h` of attention A, rows are queries, and the gradient G of the class's logit at A."""
-    return jax.nn.relu(G * A).mean(0)
+    return mean_of_heads(jax.nn.relu(G * A))
 
 
 def attention_part(

@@ -23,7 +23,7 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from tokentm_jax.maths import tokentm
-from tokentm_jax.maths.primitives import AnyArray, ratio, root
+from tokentm_jax.maths.primitives import AnyArray, mean_of_heads, ratio, root
 from tokentm_jax.maths.weights import WEIGHTS
 
 
@@ -254,10 +254,10 @@ def attention_terms(
         assert G is not None
         if options.attention == "gradient" and w.ndim == 1:
             return tokentm.attention_map(A, G), w
-        heads = jax.nn.relu(G).mean(0) * A if options.attention == "means" else jax.nn.relu(G * A)
+        heads = mean_of_heads(jax.nn.relu(G)) * A if options.attention == "means" else jax.nn.relu(G * A)
     if w.ndim == 2:
         heads, w = heads * w[:, None, :], jnp.ones_like(w[0])
-    return heads.mean(0), w
+    return mean_of_heads(heads), w
 
 
 def block_terms(block: Any, options: TokenTM) -> tuple[Float[Array, "N N"], Float[Array, " N"], Float[Array, " N"]]:

@@ -16,7 +16,7 @@ from jax import Array
 
 from tokentm_jax.errors import Unfit
 from tokentm_jax.inputs.values import mean_of_seen, seen, token_map, values, with_values
-from tokentm_jax.maths.primitives import wide
+from tokentm_jax.maths.primitives import mean_of_heads, wide
 from tokentm_jax.maths.variants import TokenTM, initialised
 from tokentm_jax.methods.sharing import Details, Explanation, Share, alone
 from tokentm_jax.programs import passes
@@ -89,7 +89,7 @@ def _from_attention(
 
 def raw_attention(model: Model, params: Any, inputs: Any, target: Any) -> Explanation:
     """Mean attention of the last block, in the rows that the head reads."""
-    fuse, update = lambda _, attention: attention.mean(0), lambda u, given, total: given
+    fuse, update = lambda _, attention: mean_of_heads(attention), lambda u, given, total: given
     return _from_attention(model, params, inputs, target, fuse, update, model.structure.depth - 1)
 
 
@@ -115,10 +115,10 @@ def rollout(
 
     First, the share `discard_ratio` in [0, 1) of each block's lowest fused attentions becomes zero.
     """
-    reduce = {"mean": jnp.mean, "max": jnp.max, "min": jnp.min}[fusion]
+    of_heads = {"mean": mean_of_heads, "max": partial(jnp.max, axis=0), "min": partial(jnp.min, axis=0)}[fusion]
 
     def fuse(block: View, attention: Array) -> Array:
-        fused = reduce(attention, axis=0)
+        fused = of_heads(attention)
         if not discard_ratio:
             return fused
         ranked, least = fused, int(discard_ratio * fused.size)

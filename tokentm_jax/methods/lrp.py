@@ -18,7 +18,7 @@ from jax import Array
 from tokentm_jax.errors import Unfit
 from tokentm_jax.inputs.values import input_map, seen, token_map, values
 from tokentm_jax.maths.maps import spread
-from tokentm_jax.maths.primitives import wide
+from tokentm_jax.maths.primitives import mean_of_heads, wide
 from tokentm_jax.methods.attention import Block
 from tokentm_jax.methods.sharing import Details, Explanation, Share, alone
 from tokentm_jax.programs.capture import check_blocks
@@ -67,7 +67,7 @@ def partial_lrp(
 ) -> Explanation:
     """Positive relevance of the last block's attention (Voita et al., ACL 2019), mean over heads."""
     ruled = model.by(lrp("lrp", stabiliser))
-    positive = lambda row, _, relevance: row @ jax.nn.relu(relevance).mean(0)  # noqa: E731
+    positive = lambda row, _, relevance: row @ mean_of_heads(jax.nn.relu(relevance))  # noqa: E731
     rows, details = model.per_sample(partial(of_last_attention, ruled, params, part=positive), inputs, target)
     # The relevance of all blocks is another pass, which is compiled only if it is read.
     flow = partial(one_pass, ruled.storing("store"), params, wanted=Wanted(carried=True))

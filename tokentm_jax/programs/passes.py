@@ -16,7 +16,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from tokentm_jax.inputs.values import read_out, seen, values, with_values
-from tokentm_jax.maths.primitives import wide
+from tokentm_jax.maths.primitives import mean_of_heads, wide
 from tokentm_jax.maths.variants import attention_stream
 from tokentm_jax.programs import pieces
 from tokentm_jax.programs.capture import (
@@ -321,7 +321,7 @@ def _of_weights(evaluation: Evaluation, attention: Any, gradient: Array, shares:
         like = jax.ShapeDtypeStruct(pieces.with_rows(kind.shape, attention.query, len(shares)), kind.dtype)
         mixed = lambda weights: bind(product.equation, [(weights, value)[i] for i in order])[0]  # noqa: E731
         (own,) = jax.linear_transpose(mixed, like)(gradient)
-        return shares @ heads_of(attention, jax.nn.relu(wide(own))).mean(0)
+        return shares @ mean_of_heads(heads_of(attention, jax.nn.relu(wide(own))))
 
     weights_of_query = math.prod(kind.shape) // kind.shape[attention.query]
     if weights_of_query * len(shares) <= pieces.LARGE:

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from tokentm_jax.inputs.values import seen, values, with_values
-from tokentm_jax.maths.primitives import wide
+from tokentm_jax.maths.primitives import mean_of_heads, wide
 from tokentm_jax.maths.tokentm import attention_map, length
 from tokentm_jax.maths.variants import attention_layer
 from tokentm_jax.programs import pieces
@@ -125,7 +125,7 @@ def _perceived_backward(variant: Perception, saved: tuple[Array, ...], cotangent
     (attention, weights, inside), (gradient, rows) = saved, cotangents
     heads = attention.astype(rows.dtype)
     if variant == "token":
-        fused = heads.mean(0) * weights
+        fused = mean_of_heads(heads) * weights
     else:
         influence = jnp.abs(jnp.einsum("hqk,hqj->hkj", heads, gradient.astype(rows.dtype))).mean((1, 2))
         fused = jnp.einsum("h,hqk->qk", influence / jnp.maximum(influence.sum(), 1e-30), heads)
