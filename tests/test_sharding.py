@@ -49,6 +49,20 @@ def test_a_sharded_batch_needs_no_collective(model, method, kind):
 
 
 @pytest.mark.slow
+def test_an_explicit_mesh_that_is_not_set(model):
+    vit, params, inputs, target = model
+    explain = jax.jit(tm.explain_fn(vit))
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Explicit,))
+    params_there = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    spread = NamedSharding(mesh, PartitionSpec("batch"))
+    maps = explain(params_there, *jax.device_put((inputs, target), spread))
+    assert len(maps.sharding.device_set) == 8
+    assert error(maps, explain(params, inputs, target)) < 1e-5
+    predicted = explain(params_there, jax.device_put(inputs, spread))
+    assert error(predicted, explain(params, inputs)) < 1e-5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [5, 11])
 def test_any_batch_size_over_all_devices(model, size):
     vit, params, inputs, target = model

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tokentm_jax.errors import InputError, Unfit, suggest
 from tokentm_jax.inputs.reader import Reader
@@ -224,8 +224,8 @@ def _explainer(
         if AxisType.Explicit not in sharding.mesh.axis_types:
             return explain_inputs(params, inputs, target)
         # The compiler places what is inside; all results have the batch's axis first, and are placed like it.
-        spec: Any = PartitionSpec(sharding.spec[0])
-        inside: Any = jax.sharding.auto_axes(explain_inputs, out_sharding=spec)
+        alike: Any = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
+        inside: Any = jax.sharding.auto_axes(explain_inputs, out_sharding=alike)
         return inside(params, inputs, target)
 
     return placed
