@@ -207,6 +207,8 @@ def test_shipped_models(tiny, tmp_path, monkeypatch):
         load("cifar_distilled")
     with pytest.raises(InputError, match=r"cifar10_distilled is shipped, in .*: leave out the checkpoint"):
         load("cifar10_distilled", tmp_path / "cifar10_distilled.safetensors")
+    with pytest.raises(InputError, match="is a file: give it as the checkpoint"):
+        load(str(tmp_path / "cifar10_distilled.safetensors"))
     with pytest.raises(InputError, match="needs a checkpoint"):
         load(OPTIONS)
 

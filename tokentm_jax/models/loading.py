@@ -407,6 +407,8 @@ def _weights(model: str | Mapping[str, Any] | None) -> tuple[str | None, Path]:
         return None, files[name]
     if name.partition(".")[0] in ARCHITECTURES:
         return download_weights(name)
+    if Path(name).is_file():
+        raise InputError(f"{name} is a file: give it as the checkpoint, and as the model the name of its architecture")
     if os.sep in name:
         raise InputError(f"the folder {name} of a model does not exist{hint(Path(name))}")
     if not files:
