@@ -189,7 +189,9 @@ def arrays_of(jaxpr):
 
 NO_ARRAY = ["tokentm", "gae", "libra_full_grad", "attn_lrp", "conservative_lrp", "input_gradient", "occlusion"]
 NO_ARRAY += ["attcat", "libra_attcat", "legrad", "tokentm:attention=plain", "rollout", "raw_attention", "grad_cam"]
-NO_ARRAY += ["lrp", "partial_lrp", "transformer_attribution", "beyond_intuition"]
+NO_ARRAY += ["lrp", "partial_lrp", "transformer_attribution", "beyond_intuition", "res_lrp", "pa_lrp", "libra_tokentm"]
+NO_ARRAY += ["grad_cam_tokens", "libra_grad_cam", "caap", "tokentm_mix", "integrated_gradients", "shapley"]
+NO_ARRAY += ["tokentm:attention=means", "tokentm:heads=each"]
 
 
 @pytest.mark.slow
