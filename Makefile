@@ -47,7 +47,7 @@ fuzz: .venv/ready  ## thousands of hostile inputs, each judged; tests/fuzz/__ini
 # With PyTorch in it, the Python of BENCH also runs the other side of the throughput comparison.
 BENCH ?= $(BIN)/python
 bench: .venv/ready  ## benchmarks into tests/benchmark/results: half an hour on 2 idle cores, longer with PyTorch
-	for name in ratios passes memory resolution roofline startup masking bfloat16 mixed throughput feed schedule cost; do \
+	for name in ratios passes memory resolution roofline startup masking bfloat16 mixed parts throughput feed schedule cost; do \
 	    $(BENCH) tests/benchmark/$$name.py --out tests/benchmark/results/$$name.md || exit 1; done
 
 # BENCH_GPU needs JAX for the device, such as `pip install "jax[cuda12]"`; requirements.lock has JAX for the CPU.
