@@ -16,7 +16,7 @@ from tokentm_jax.programs.running import Evaluation
 MOVING = {"transpose", "broadcast_in_dim", "squeeze", "reshape", "dot_general"}
 SIZES = {"new_sizes", "shape", "limit_indices"}  # of parameters, with an entry for every axis of the result
 FOR_EACH = {*ELEMENTWISE, *SAME_SHAPE, "dot_general", "transpose", "reshape", "broadcast_in_dim", "slice", "squeeze"}
-FOR_EACH |= {"reduce_sum", "reduce_max", "split"}
+FOR_EACH |= {"reduce_sum", "reduce_max", "split", "optimization_barrier"}
 
 Rows = tuple[int, np.ndarray] | np.ndarray  # (axis, share of each token [length, N]), or the shares [N] of a mixture
 
@@ -112,7 +112,8 @@ def for_tokens(
             steps.append((step, step.equation, None))
             continue
         out = axis(step.outputs[0])
-        if out is None or step.name not in FOR_EACH or any(axis(i) is None for i in given):
+        partly = len(step.outputs) > 1 and len(given) < len(step.inputs)  # a barrier of other values as well
+        if out is None or partly or step.name not in FOR_EACH or any(axis(i) is None for i in given):
             return None
         changed |= {*step.outputs}
         params = {
