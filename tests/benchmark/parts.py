@@ -6,7 +6,6 @@ Each part is a program of its own, timed in turns. The PyTorch side needs `pip i
 left out without. Both use all cores.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,24 +29,27 @@ def parts_of(module: ViT, batch: int) -> dict[str, tuple[float, Any, Any, tuple[
     hidden, e = int(d * module.mlp_ratio), d // h
     tokens, heads, attention = (batch * n, d), (batch, h, n, e), (batch, h, n, n)
     linear, products = 2 * batch * n * d * hidden, 2 * batch * h * n * n * e
-    swapped: Callable[[Any], Any] = lambda x: x.swapaxes(-1, -2)  # noqa: E731
+    product = lambda a, b: a @ b  # noqa: E731
+    backward = lambda g, w: g @ w.T  # noqa: E731
+    scores = lambda q, k: q @ k.swapaxes(-1, -2)  # noqa: E731
+    gelu = lambda x: torch.nn.functional.gelu(x)  # type: ignore[union-attr]  # noqa: E731
     in_tokens = lambda a, v: jnp.moveaxis(a @ v, 1, 2).reshape(batch, n, d)  # noqa: E731
-    reduced = lambda g, a: jax.nn.relu(g * a).mean(0)  # noqa: E731
+    reduced = jax.vmap(lambda a, g: jax.nn.relu(g * a).mean(0))
     return {
-        "linear map": (linear, jnp.matmul, "matmul", (tokens, (d, hidden))),
-        "the same, backward": (linear, lambda g, w: g @ w.T, lambda g, w: g @ w.T, ((batch * n, hidden), (d, hidden))),
-        "queries × keys": (products, lambda q, k: q @ swapped(k), lambda q, k: q @ swapped(k), (heads, heads)),
-        "attention × values": (products, jnp.matmul, "matmul", (attention, heads)),
+        "linear map": (linear, product, product, (tokens, (d, hidden))),
+        "the same, backward": (linear, backward, backward, ((batch * n, hidden), (d, hidden))),
+        "queries × keys": (products, scores, scores, (heads, heads)),
+        "attention × values": (products, product, product, (attention, heads)),
         "the same in the order of tokens": (products, in_tokens, None, (attention, heads)),
         "the same by `primitives.mix`": (products, primitives.mix, None, (attention, heads)),
         "softmax": (0, jax.nn.softmax, lambda x: x.softmax(-1), (attention,)),
         "exact GELU by `erfc`": (0, lambda x: jax.nn.gelu(x, approximate=False), None, ((batch, n, hidden),)),
-        "exact GELU": (0, primitives.gelu, "gelu", ((batch, n, hidden),)),
-        "mean over heads of `relu(G * A)`": (0, jax.vmap(reduced), None, (attention, attention)),
+        "exact GELU": (0, primitives.gelu, gelu, ((batch, n, hidden),)),
+        "mean over heads of `relu(G * A)`": (0, reduced, None, (attention, attention)),
         "the same by `tokentm.attention_map`": (
             0,
-            jax.vmap(lambda g, a: tokentm.attention_map(a, g)),
-            lambda g, a: (g * a).relu().mean(1),
+            jax.vmap(tokentm.attention_map),
+            lambda a, g: (g * a).relu().mean(1),
             (attention, attention),
         ),
     }
@@ -60,10 +62,9 @@ def measure(model: str, batch: int, seconds: float) -> list[list[str]]:
         ours, own = jax.jit(function), [jnp.asarray(array) for array in arrays]
         calls: dict[str, Any] = {"XLA": lambda ours=ours, own=own: ours(*own)}
         if torch is not None and other is not None:
-            theirs = {"matmul": torch.matmul, "gelu": torch.nn.functional.gelu}.get(other, other)
             given = [torch.from_numpy(array) for array in arrays]
-            np.testing.assert_allclose(ours(*own), theirs(*given), rtol=1e-3, atol=1e-3)
-            calls["PyTorch"] = lambda theirs=theirs, given=given: theirs(*given)
+            np.testing.assert_allclose(ours(*own), other(*given), rtol=1e-3, atol=1e-3)
+            calls["PyTorch"] = lambda theirs=other, given=given: theirs(*given)
         times = {side: float(found.min()) for side, found in alternate(calls, seconds, 20).items()}
         cells = [f"{flop / t / 1e9:.0f} GFLOP/s" if flop else f"{1e3 * t:.2f} ms" for t in times.values()]
         rows.append([model, str(batch), name, *cells, *["-"] * (2 - len(cells))])
